@@ -1,0 +1,29 @@
+"""LLM2CLIP for LLaVA 1.5: an LLM teaches a CLIP vision tower, and the tower plugs into LLaVA.
+
+>>> from llm2clip_plugin import load_tower, load_dual_encoder
+>>> tower = load_tower("path/or/hub-id")          # a Hugging Face vision model
+>>> dual = load_dual_encoder("path/or/hub-id")    # encode_image, encode_text, logit_scale
+
+Nothing heavy is imported until one of the names below is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm2clip_plugin.vision.dual import load_dual_encoder as load_dual_encoder
+    from llm2clip_plugin.vision.towers import load_tower as load_tower
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_dual_encoder", "load_tower"]
+
+_HOMES = {
+    "load_tower": "llm2clip_plugin.vision.towers",
+    "load_dual_encoder": "llm2clip_plugin.vision.dual",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

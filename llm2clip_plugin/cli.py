@@ -1,0 +1,73 @@
+"""The ``llm2clip`` command: a table of commands, each imported when it is called.
+
+The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None``
+in the module of its subject; what a user got wrong arrives here as ValueError, FileNotFoundError or
+FileExistsError and leaves as one ``error:`` line and exit status 2.
+"""
+
+import importlib
+import os
+import sys
+
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    # name: (module, function, one line of help)
+    "doctor": ("llm2clip_plugin.doctor", "main", "what this environment lacks, and the command that mends it"),
+    "data check": ("llm2clip_plugin.data.check", "main", "read a data set once and report what is in it and what is broken"),
+    "finetune-llm": ("llm2clip_plugin.text.finetune", "main", "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)"),
+    "embed": ("llm2clip_plugin.text.embed", "main", "stage 1.5: cache the teacher's caption embeddings"),
+    "train-tower": ("llm2clip_plugin.stages", "main", "stage 2: train the vision tower against the cache"),
+    "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
+    "export": ("llm2clip_plugin.vision.export", "main", "write a trained run as a tower directory"),
+    "import": ("llm2clip_plugin.vision.importers", "main", "turn an existing vision checkpoint into a tower directory"),
+}
+
+EPILOGUE = "`llm2clip COMMAND --help` explains a command. LLM2CLIP_TRACEBACK=1 shows the whole trace of an error."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status (2 for what the user can mend)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from llm2clip_plugin import __version__
+
+        print(f"llm2clip {__version__}")
+        return 0
+    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
+    if name is None:
+        print(f"error: unknown command {words[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(name, words[len(name.split()) :])
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Import and call one command of the table."""
+    module, function, _ = COMMANDS[name]
+    try:
+        return getattr(importlib.import_module(module), function)(argv) or 0
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
+            raise
+        print(f'error: {error}; `llm2clip {name}` needs: pip install "llm2clip-plugin[train]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    """The text of ``llm2clip --help``."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {help_line}" for name, (_, _, help_line) in COMMANDS.items())
+    return f"usage: llm2clip COMMAND [options]\n\nLLM2CLIP for LLaVA 1.5.\n\n{rows}\n\n{EPILOGUE}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""The files that pass between stages: versioned JSON records, and how to write any output whole.
+
+Standard library only: this module is imported by the training environment, by LLaVA's environment
+and by ``llm2clip --help``.
+
+| record        | file                | written by             | read by                          |
+|---------------|---------------------|------------------------|----------------------------------|
+| TowerCard     | ``llm2clip.json``   | export, import         | load_tower, LLaVA integration    |
+| CacheManifest | ``manifest.json``   | embed                  | tower training, evaluation       |
+| RunRecord     | ``run.json``        | tower and LLM training | export, resume                   |
+| ScoreFile     | ``*.scores.json``   | score, bench-mllm      | compare                          |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+Record = TypeVar("Record", bound="VersionedRecord")
+
+
+class ContractError(ValueError):
+    """A file between two stages is not what the reader needs; the message says which, and what to do."""
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; rename it onto ``path`` if the block ends without an error."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling directory; rename it onto ``path`` if the block ends without an error.
+
+    Raises FileExistsError before any work if ``path`` holds something and ``replace`` is false.
+    """
+    target = Path(path)
+    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        if target.exists():
+            old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+            os.replace(target, old)  # a directory cannot be renamed onto a full one
+            os.replace(aside, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, target)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value (sorted keys, no spaces): what hashes are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sha256_text(text: str) -> str:
+    """Hexadecimal SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_weights(path: str | os.PathLike[str]) -> str:
+    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name.
+
+    The order of tensors in the file and its metadata don't count, so re-saving the same weights
+    with another version of a library keeps the hash.
+
+    Raises ContractError if the file is not safetensors or is truncated.
+    """
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise ContractError(f"{path} is not a whole safetensors file ({size} bytes); copy or export it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ContractError(f"{path} is not a safetensors file: {error}") from error
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ContractError(f"{path} is truncated: {size} bytes, its header asks for {8 + length + end}")
+        for name in sorted(header):
+            start, stop = header[name]["data_offsets"]
+            digest.update(canonical_json([name, header[name]["dtype"], header[name]["shape"]]).encode())
+            file.seek(8 + length + start)
+            remaining = stop - start
+            while remaining:
+                block = file.read(min(remaining, 1 << 22))
+                digest.update(block)
+                remaining -= len(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionedRecord:
+    """A dataclass that is written to JSON with its kind and format version, and refuses others."""
+
+    KIND: ClassVar[str] = ""
+    VERSION: ClassVar[int] = 1
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        body = {"kind": self.KIND, "format_version": self.VERSION, **dataclasses.asdict(self)}
+        return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record whole to ``path`` and return the path."""
+        with whole_file(path) as aside:
+            aside.write_text(self.to_json(), encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def read(cls: type[Record], path: str | os.PathLike[str]) -> Record:
+        """Read a record; raises FileNotFoundError, or ContractError naming the file and the field."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no {cls.KIND} at {path}")
+        try:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ContractError(f"{path} is not valid JSON ({error})") from error
+        return cls.from_dict(body, where=str(path))
+
+    @classmethod
+    def from_dict(cls: type[Record], body: Any, *, where: str) -> Record:
+        """Build a record from parsed JSON; ``where`` is named in errors."""
+        if not isinstance(body, dict) or body.get("kind") != cls.KIND:
+            kind = body.get("kind") if isinstance(body, dict) else type(body).__name__
+            raise ContractError(f"{where} holds {kind!r}, expected a {cls.KIND!r}")
+        if body.get("format_version") != cls.VERSION:
+            raise ContractError(
+                f"{where} has format version {body.get('format_version')}, this release reads {cls.VERSION}; "
+                "write it again with this release, or install the release that wrote it"
+            )
+        values = {name: value for name, value in body.items() if name not in ("kind", "format_version")}
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise ContractError(f"{where} has unknown fields {unknown}; known: {sorted(known)}")
+        required = {
+            name
+            for name, item in known.items()
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - set(values)):
+            raise ContractError(f"{where} lacks the fields {missing}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerCard(VersionedRecord):
+    """``llm2clip.json`` of a tower directory: what the tower is, where it comes from, what it weighs."""
+
+    KIND: ClassVar[str] = "llm2clip-tower"
+
+    family: str  # key of vision.towers' registry: clip, siglip, dinov2, eva02
+    origin: str  # path or Hub id that the tower's weights started from
+    hidden_size: int  # width of a patch state
+    num_layers: int  # transformer blocks
+    patch_size: int  # pixels
+    image_size: int  # pixels; positions in the file are of exactly this grid
+    has_cls: bool
+    weights_sha256: str  # sha256_weights(model.safetensors)
+    joint_width: int = 0  # 0: no projection, the directory holds a tower alone
+    adapter_sha256: str = ""  # sha256_weights(text_adapter.safetensors); "" without one
+    dual: dict[str, Any] = field(default_factory=dict)  # DualConfig: pooling, adapter kind, LLM width ...
+    teacher: dict[str, Any] = field(default_factory=dict)  # TeacherIdentity as a dict; {} if never trained
+    training: dict[str, Any] = field(default_factory=dict)  # steps, samples, data, config hash, resized_from
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+
+    FILE: ClassVar[str] = "llm2clip.json"
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, CLS not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherIdentity:
+    """Everything that decides what embedding a caption gets; its fingerprint guards caches and towers."""
+
+    llm: str  # path or Hub id, for people; not part of the fingerprint
+    revision: str  # Hub commit, or "" for a local folder; not part of the fingerprint
+    weights_sha256: str  # over the LLM's weight files
+    adapter_sha256: str  # over the PEFT adapter's weights; "" without one
+    attention: str  # bidirectional | causal
+    pooling: str  # mean | last
+    layer: int  # hidden state that is pooled; -1 is the last
+    prompt: str  # text put before every caption, left out of the pooling
+    chat_template: str  # "" for none
+    max_tokens: int
+    width: int  # of an embedding
+    quantization: str = ""  # "" | nf4
+    post: str = ""  # sha256 of centring/whitening parameters; "" for none
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what changes an embedding: the same weights in another folder are the same teacher."""
+        body = dataclasses.asdict(self)
+        del body["llm"], body["revision"]
+        return sha256_text(canonical_json(body))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheManifest(VersionedRecord):
+    """``manifest.json`` of an embedding cache: which teacher, which shards, which storage."""
+
+    KIND: ClassVar[str] = "llm2clip-cache"
+    FILE: ClassVar[str] = "manifest.json"
+
+    teacher: dict[str, Any]  # TeacherIdentity as a dict
+    fingerprint: str  # TeacherIdentity.fingerprint
+    dtype: str  # float16 | int8
+    width: int
+    shards: dict[str, dict[str, Any]]  # shard name -> {"file", "samples", "captions", "truncated"}
+    complete: bool = True
+
+    @property
+    def captions(self) -> int:
+        """Captions over all shards."""
+        return sum(shard["captions"] for shard in self.shards.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(VersionedRecord):
+    """``run.json`` of a training run's folder: the configuration and where the run stands."""
+
+    KIND: ClassVar[str] = "llm2clip-run"
+    FILE: ClassVar[str] = "run.json"
+
+    config: dict[str, Any]
+    config_hash: str
+    teacher: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    samples: int = 0  # image-caption pairs consumed over all ranks
+    finished: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFile(VersionedRecord):
+    """Scores of one model on one benchmark: headline metrics, and every item for paired statistics."""
+
+    KIND: ClassVar[str] = "llm2clip-scores"
+
+    benchmark: str
+    metrics: dict[str, float]
+    items: list[dict[str, Any]]  # {"id", "score", "cluster", ...}: one a question, cluster = its image
+    counts: dict[str, int] = field(default_factory=dict)  # missing, doubled, unparsable ...
+    model: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
