@@ -12,8 +12,16 @@ import sys
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
     "doctor": ("llm2clip_plugin.doctor", "main", "what this environment lacks, and the command that mends it"),
-    "data check": ("llm2clip_plugin.data.check", "main", "read a data set once and report what is in it and what is broken"),
-    "finetune-llm": ("llm2clip_plugin.text.finetune", "main", "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)"),
+    "data check": (
+        "llm2clip_plugin.data.check",
+        "main",
+        "read a data set once and report what is in it and what is broken",
+    ),
+    "finetune-llm": (
+        "llm2clip_plugin.text.finetune",
+        "main",
+        "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)",
+    ),
     "embed": ("llm2clip_plugin.text.embed", "main", "stage 1.5: cache the teacher's caption embeddings"),
     "train-tower": ("llm2clip_plugin.stages", "main", "stage 2: train the vision tower against the cache"),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
@@ -53,7 +61,8 @@ def run(name: str, argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
+        ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")
+        if ours or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
         print(f'error: {error}; `llm2clip {name}` needs: pip install "llm2clip-plugin[train]"', file=sys.stderr)
         return 2

@@ -23,7 +23,14 @@ def track(iterable: Iterable[Item], *, total: int | None, label: str, unit: str)
 
 def _bar(iterable: Iterable[Item], total: int | None, label: str, unit: str) -> Iterator[Item]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -1,0 +1,211 @@
+"""``llm2clip doctor``: what of this environment is missing or too old, and the command that mends it.
+
+Runs in both environments; nothing heavy is imported unless it is there to be asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+STATES = ("ok", "warn", "fail")
+GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    state: str  # one of STATES
+    found: str
+    mend: str = ""  # the command or step that mends it; "" when ok
+
+
+def check_python() -> Iterator[Finding]:
+    """Python 3.10 or newer."""
+    found = ".".join(map(str, sys.version_info[:3]))
+    state = "ok" if sys.version_info >= (3, 10) else "fail"
+    yield Finding(
+        subject="python", state=state, found=found, mend="" if state == "ok" else "install Python 3.10 or newer"
+    )
+
+
+def requirement_parts(line: str) -> tuple[str, str, str]:
+    """Split a metadata line: ``'torch>=2.6; extra == "train"'`` -> ('torch', '2.6', 'train')."""
+    match = re.match(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*\(?(?:>=\s*([0-9.]+))?", line)
+    extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
+    if match is None:
+        raise ValueError(f"cannot read the requirement {line!r}")
+    return match.group(1), match.group(2) or "", extra.group(1) if extra else ""
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def check_packages(extra: str) -> Iterator[Finding]:
+    """Every requirement of the core, and of ``extra`` when one is named."""
+    try:
+        lines = requires("llm2clip-plugin") or []
+    except PackageNotFoundError:
+        yield Finding(subject="llm2clip-plugin", state="fail", found="not installed", mend='pip install -e ".[train]"')
+        return
+    for line in lines:
+        name, least, needed_by = requirement_parts(line)
+        if needed_by not in ("", extra):
+            continue
+        mend = f'pip install "{name}>={least}"' if least else f"pip install {name}"
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding(subject=name, state="fail", found="missing", mend=mend)
+            continue
+        state = "ok" if not least or numbers(found) >= numbers(least) else "fail"
+        yield Finding(subject=name, state=state, found=found, mend="" if state == "ok" else mend)
+
+
+def check_compiler() -> Iterator[Finding]:
+    """DeepSpeed builds small C++ extensions at first use."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        yield Finding(subject="C++ compiler", state="fail", found="none", mend="apt-get install g++ (or set CXX)")
+    else:
+        first = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[
+            0
+        ]
+        yield Finding(subject="C++ compiler", state="ok", found=first)
+
+
+def check_launcher() -> Iterator[Finding]:
+    """The ``deepspeed`` launcher is on the path and belongs to this Python."""
+    launcher = shutil.which("deepspeed")
+    beside = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+    if launcher is None and not os.path.exists(beside):
+        yield Finding(subject="deepspeed launcher", state="fail", found="not on PATH", mend="pip install deepspeed")
+    elif launcher is None or os.path.realpath(launcher) != os.path.realpath(beside):
+        yield Finding(
+            subject="deepspeed launcher",
+            state="warn",
+            found=launcher or beside,
+            mend=f"activate this environment first: source {os.path.dirname(sys.executable)}/activate",
+        )
+    else:
+        yield Finding(subject="deepspeed launcher", state="ok", found=launcher)
+
+
+def check_accelerator() -> Iterator[Finding]:
+    """GPUs that torch sees; bf16 there."""
+    try:
+        import torch
+    except ImportError:
+        yield Finding(subject="accelerator", state="fail", found="torch is missing", mend="pip install torch")
+        return
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, bf16 {torch.cuda.is_bf16_supported()}"
+        yield Finding(subject="accelerator", state="ok", found=found)
+    else:
+        yield Finding(
+            subject="accelerator",
+            state="warn",
+            found=f"none; everything runs on the CPU ({torch.get_num_threads()} threads)",
+            mend="for a GPU, install the torch build of your CUDA or ROCm version",
+        )
+
+
+def check_threads() -> Iterator[Finding]:
+    """Several ranks on one CPU need one thread each and passive waiting."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
+    found = f"{cores} cores, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
+    crowded = threads.isdigit() and int(threads) > cores
+    mend = f"export OMP_NUM_THREADS={cores} (cores / ranks on a CPU) OMP_WAIT_POLICY=PASSIVE" if crowded else ""
+    yield Finding(subject="threads", state="warn" if crowded else "ok", found=found, mend=mend)
+
+
+def check_port(port: int) -> Iterator[Finding]:
+    """The launcher's default port is free."""
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    mend = f"pass --master_port {free} to the deepspeed launcher" if taken else ""
+    yield Finding(
+        subject=f"port {port}", state="warn" if taken else "ok", found="taken" if taken else "free", mend=mend
+    )
+
+
+def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
+    """Space for an fp16 embedding cache of ``captions`` rows of ``width``."""
+    need = captions * width * 2  # fp16
+    where = os.path.abspath(folder)
+    while not os.path.exists(where):
+        where = os.path.dirname(where)
+    free = shutil.disk_usage(where).free
+    found = f"{free / GIB:.1f} GiB free at {where}; {captions:,} captions x {width} need {need / GIB:.1f} GiB in fp16"
+    state = "ok" if free > need else "fail"
+    mend = "" if state == "ok" else f"free space, choose another --cache, or --dtype int8 ({need / 2 / GIB:.1f} GiB)"
+    yield Finding(subject="disk for the cache", state=state, found=found, mend=mend)
+
+
+def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
+    """What is asked, in order of the report."""
+    training = options.environment == "train"
+    asked: list[Callable[[], Iterator[Finding]]] = [check_python, lambda: check_packages("train" if training else "")]
+    if training:
+        asked += [check_compiler, check_launcher]
+    asked += [check_accelerator, check_threads, lambda: check_port(options.port)]
+    asked.append(lambda: check_disk(options.cache, options.captions, options.width))
+    if not training:
+        from llava_integration.doctor import check_llava
+
+        asked.append(check_llava)
+    return asked
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="llm2clip doctor", description=__doc__)
+    parser.add_argument(
+        "--environment",
+        choices=("train", "llava"),
+        default="llava" if _installed("llava-torch") or _installed("llava") else "train",
+        help="which of the two environments this is (default: llava where LLaVA is installed)",
+    )
+    parser.add_argument("--cache", default=".", help="folder that will hold the embedding cache")
+    parser.add_argument("--captions", type=int, default=1_000_000, help="captions to be cached")
+    parser.add_argument("--width", type=int, default=4096, help="width of the LLM's embeddings")
+    parser.add_argument("--port", type=int, default=29500, help="port of the launcher (29500 is DeepSpeed's own)")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    options = parser.parse_args(argv)
+    findings = [finding for check in checks(options) for finding in check()]
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"[{finding.state:>4}] {finding.subject}: {finding.found}")
+            if finding.mend:
+                print(f"       -> {finding.mend}")
+        worst = [finding.subject for finding in findings if finding.state == "fail"]
+        print(f"{len(worst)} to mend: {', '.join(worst)}" if worst else "nothing to mend")
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,63 @@
+# The two environments, made once and remade when what they ask for changes. Sourced by quickstart.sh, test.sh and the scripts in llava/.
+# Needs Python 3.10 or newer (PYTHON=... to choose one) and a C++ compiler.
+
+find_python() { # prints a Python >= 3.10 that can make environments
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.10 or newer with venv found; install one, or set PYTHON=/path/to/python" >&2
+    return 1
+}
+
+need_compiler() { # DeepSpeed builds small C++ extensions at first use
+    if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
+        echo "error: no C++ compiler found; install one (apt-get install g++), or set CXX=/path/to/compiler" >&2
+        return 1
+    fi
+}
+
+# make_environment FOLDER STAMP COMMAND...: run COMMAND in a fresh environment unless FOLDER was made for the same STAMP.
+make_environment() {
+    local folder=$1 stamp=$2 python
+    shift 2
+    if [ -f "$folder/made-for" ] && [ "$(cat "$folder/made-for")" = "$stamp" ]; then return; fi
+    python=$(find_python)
+    echo "making the environment $folder (once; a minute or two) ..." >&2
+    rm -rf "$folder"
+    "$python" -m venv "$folder"
+    "$folder/bin/python" -m pip install -q --upgrade pip
+    "$@" "$folder"
+    echo "$stamp" >"$folder/made-for"
+}
+
+hash_of() { cat "$@" | sha256sum | cut -c1-16; }
+
+install_train() { "$2/bin/python" -m pip install -q -e "$ROOT[$1]"; }
+
+# train_environment FOLDER EXTRAS: the whole package with current libraries, e.g. EXTRAS=train,dev
+train_environment() {
+    need_compiler
+    make_environment "$1" "$2 $(hash_of "$ROOT/pyproject.toml")" install_train "$2"
+}
+
+# LLaVA 1.5 as published, with the versions in which it runs on any machine; its own pins would fight with each other.
+LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15,<0.16 accelerate==0.34.2 peft==0.10.0 deepspeed==0.19.1 ninja
+    numpy==1.26.4 einops==0.6.1 timm==0.6.13 sentencepiece==0.2.3 protobuf pydantic pillow setuptools shortuuid requests tqdm pytest"
+LLAVA_WHEEL="llava-torch==1.2.2.post1"
+
+install_llava() {
+    # shellcheck disable=SC2086 # a list of words on purpose
+    "$1/bin/python" -m pip install -q $LLAVA_REQUIREMENTS
+    "$1/bin/python" -m pip install -q --no-deps "$LLAVA_WHEEL"
+    "$1/bin/python" -m pip install -q -e "$ROOT"
+}
+
+# llava_environment FOLDER: LLaVA, unmodified, and this package beside it
+llava_environment() {
+    need_compiler
+    make_environment "$1" "$(echo "$LLAVA_REQUIREMENTS $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_llava
+}

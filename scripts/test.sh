@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# All checks: style, types, the tests of the training environment, then the tests of LLaVA's environment.
+#   scripts/test.sh             everything (makes .venv and .venv-llava at first)
+#   scripts/test.sh -k cache    arguments go to pytest in the training environment, and nothing else runs
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+cd "$ROOT"
+. scripts/environments.sh
+export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+train_environment .venv train,dev
+if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
+llava_environment .venv-llava
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright
+.venv/bin/python -m pytest --ignore=tests/llava --durations=15
+# What LLaVA's environment loads is tested there too: the vision side, the scoring rules, and LLaVA itself.
+.venv-llava/bin/python -m pytest tests/llava tests/vision tests/benchmarks --durations=15

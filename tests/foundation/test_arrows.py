@@ -1,0 +1,116 @@
+"""The house keeps its arrows: who may import whom, and which heavy package has which home."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Each room and the rooms that it may import. `progress` and `contracts` are open to all of them.
+ARROWS = {
+    "llm2clip_plugin.contracts": set(),
+    "llm2clip_plugin.progress": set(),
+    "llm2clip_plugin.doctor": {"llava_integration"},  # asks about LLaVA where LLaVA is installed
+    "llm2clip_plugin.data": set(),
+    "llm2clip_plugin.vision": set(),
+    "llm2clip_plugin.train": {"llm2clip_plugin.data", "llm2clip_plugin.vision"},
+    "llm2clip_plugin.text": {"llm2clip_plugin.data", "llm2clip_plugin.train"},
+    "llm2clip_plugin.evaluate": {"llm2clip_plugin.data", "llm2clip_plugin.vision", "llm2clip_plugin.text"},
+    "llm2clip_plugin.config": {"llm2clip_plugin.data", "llm2clip_plugin.vision", "llm2clip_plugin.train"},
+    "llm2clip_plugin.recipes": {
+        "llm2clip_plugin.config",
+        "llm2clip_plugin.data",
+        "llm2clip_plugin.vision",
+        "llm2clip_plugin.train",
+        "llm2clip_plugin.text",
+    },
+    "llm2clip_plugin.stages": {"*"},
+    "llm2clip_plugin.cli": {"*"},
+    "llava_integration": {"llm2clip_plugin.vision"},
+}
+OPEN_TO_ALL = {"llm2clip_plugin", "llm2clip_plugin.contracts", "llm2clip_plugin.progress"}
+
+HOMES = {  # heavy package -> the only places that may import it
+    "deepspeed": {"llm2clip_plugin/train/engine.py"},
+    "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/lora.py"},
+    "bitsandbytes": {"llm2clip_plugin/text/"},
+    "llava": {"llava_integration/"},
+    "tyro": {"llm2clip_plugin/"},
+    "rich": {"llm2clip_plugin/"},
+}
+
+
+def sources() -> list[Path]:
+    return sorted([*ROOT.glob("llm2clip_plugin/**/*.py"), *ROOT.glob("llava_integration/**/*.py")])
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Dotted names that a file imports, anywhere or at import time alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = top_level_statements(tree) if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def top_level_statements(tree: ast.Module) -> list[ast.stmt]:
+    return [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def room_of(name: str) -> str | None:
+    """The longest room that a dotted name lies in."""
+    rooms = [room for room in ARROWS if name == room or name.startswith(room + ".")]
+    return max(rooms, key=len) if rooms else None
+
+
+def room_of_file(path: Path) -> str | None:
+    return room_of(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    room = room_of_file(path)
+    if room is None:  # llm2clip_plugin/__init__.py: names by attribute only
+        assert imported(path, top_level_only=True) <= {
+            "importlib.import_module",
+            "importlib",
+            "typing",
+            "typing.TYPE_CHECKING",
+            "typing.Any",
+        }
+        return
+    allowed = ARROWS[room] | OPEN_TO_ALL | {room}
+    for name in imported(path):
+        other = room_of(name)
+        assert other is None or "*" in allowed or other in allowed, f"{path.name}: {room} may not import {name}"
+
+
+@pytest.mark.parametrize("package, homes", HOMES.items(), ids=HOMES)
+def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
+    for path in sources():
+        where = path.relative_to(ROOT).as_posix()
+        uses = any(name == package or name.startswith(package + ".") for name in imported(path))
+        assert not uses or any(where.startswith(home) for home in homes), (
+            f"{where} imports {package}; its home is {homes}"
+        )
+
+
+def test_contracts_are_standard_library_only() -> None:
+    import sys
+
+    names = imported(ROOT / "llm2clip_plugin/contracts.py")
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("folder", ["llm2clip_plugin/vision", "llava_integration"])
+def test_what_llava_loads_needs_nothing_beyond_llavas_own(folder: str) -> None:
+    foreign = {"tyro", "pydantic", "rich", "webdataset", "fsspec", "bitsandbytes", "deepspeed"}
+    for path in sorted(ROOT.glob(f"{folder}/**/*.py")):
+        used = {name.split(".")[0] for name in imported(path, top_level_only=True)} & foreign
+        assert not used, f"{path.relative_to(ROOT)} imports {used} at import time"

@@ -1,0 +1,123 @@
+"""Records survive a round trip and refuse what they are not; outputs appear whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip_plugin.contracts import (
+    CacheManifest,
+    ContractError,
+    ScoreFile,
+    TeacherIdentity,
+    TowerCard,
+    sha256_weights,
+    whole_directory,
+    whole_file,
+)
+
+
+def card() -> TowerCard:
+    return TowerCard(
+        family="clip",
+        origin="a/b",
+        hidden_size=32,
+        num_layers=2,
+        patch_size=14,
+        image_size=56,
+        has_cls=True,
+        weights_sha256="0" * 64,
+    )
+
+
+def teacher(llm: str = "x/y", prompt: str = "") -> TeacherIdentity:
+    return TeacherIdentity(
+        llm=llm,
+        revision="",
+        weights_sha256="1" * 64,
+        adapter_sha256="",
+        attention="bidirectional",
+        pooling="mean",
+        layer=-1,
+        prompt=prompt,
+        chat_template="",
+        max_tokens=512,
+        width=64,
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = card().write(tmp_path / TowerCard.FILE)
+    assert TowerCard.read(path) == card()
+    assert card().num_patches == 16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "llm2clip-scores"}, "expected a 'llm2clip-tower'"),
+        ({"format_version": 2}, "format version 2, this release reads 1"),
+        ({"colour": "blue"}, r"unknown fields \['colour'\]"),
+        ({"family": None}, "lacks the fields"),
+    ],
+)
+def test_refusals_name_file_and_field(tmp_path: Path, change: dict, message: str) -> None:
+    body = json.loads(card().to_json())
+    body.update(change)
+    body = {key: value for key, value in body.items() if value is not None}
+    (tmp_path / "card.json").write_text(json.dumps(body))
+    with pytest.raises(ContractError, match=message) as caught:
+        TowerCard.read(tmp_path / "card.json")
+    assert "card.json" in str(caught.value)
+
+
+def test_truncated_json_and_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text(card().to_json()[:40])
+    with pytest.raises(ContractError, match="not valid JSON"):
+        ScoreFile.read(tmp_path / "scores.json")
+    with pytest.raises(FileNotFoundError, match="no llm2clip-cache at"):
+        CacheManifest.read(tmp_path / "nowhere.json")
+
+
+def test_fingerprint_is_what_changes_an_embedding() -> None:
+    assert teacher(llm="x/y").fingerprint == teacher(llm="/other/folder").fingerprint
+    assert teacher().fingerprint != teacher(prompt="Describe: ").fingerprint
+
+
+def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(target) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_whole_directory(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with whole_directory(target) as aside:
+        (aside / "a").write_text("1")
+        assert not target.exists()
+    with pytest.raises(FileExistsError, match="--overwrite"), whole_directory(target):
+        pass
+    with whole_directory(target, replace=True) as aside:
+        (aside / "b").write_text("2")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_weights_hash_ignores_order_and_metadata(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    first, second = torch.arange(6.0), torch.ones(2, 3)
+    save_file({"a": first, "b": second}, tmp_path / "1.safetensors")
+    save_file({"b": second, "a": first}, tmp_path / "2.safetensors", metadata={"format": "pt"})
+    save_file({"a": first, "b": second + 1}, tmp_path / "3.safetensors")
+    hashes = [sha256_weights(tmp_path / f"{i}.safetensors") for i in (1, 2, 3)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    whole = (tmp_path / "1.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(ContractError, match="truncated"):
+        sha256_weights(tmp_path / "cut.safetensors")
