@@ -6,6 +6,7 @@ and by ``llm2clip --help``.
 | record        | file                | written by             | read by                          |
 |---------------|---------------------|------------------------|----------------------------------|
 | TowerCard     | ``llm2clip.json``   | export, import         | load_tower, LLaVA integration    |
+| EncoderCard   | ``llm2clip_encoder.json`` | finetune-llm     | embed, evaluate captions         |
 | CacheManifest | ``manifest.json``   | embed                  | tower training, evaluation       |
 | RunRecord     | ``run.json``        | tower and LLM training | export, resume                   |
 | ScoreFile     | ``*.scores.json``   | score, bench-mllm      | compare                          |
@@ -225,6 +226,8 @@ class TeacherIdentity:
     chat_template: str  # "" for none
     max_tokens: int
     width: int  # of an embedding
+    include_bos: bool = True  # the beginning-of-text token counts in the pooling
+    tokenizer: str = ""  # identity of the tokenizer: hash of what it makes of a fixed text
     quantization: str = ""  # "" | nf4
     post: str = ""  # sha256 of centring/whitening parameters; "" for none
 
@@ -234,6 +237,29 @@ class TeacherIdentity:
         body = dataclasses.asdict(self)
         del body["llm"], body["revision"]
         return sha256_text(canonical_json(body))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCard(VersionedRecord):
+    """``llm2clip_encoder.json`` beside an adapter or a merged LLM: how its captions are to be embedded."""
+
+    KIND: ClassVar[str] = "llm2clip-encoder"
+    FILE: ClassVar[str] = "llm2clip_encoder.json"
+
+    base: str  # path or Hub id of the LLM that was tuned, for people
+    base_sha256: str  # over that LLM's weight files; "" for a merged LLM
+    attention: str  # bidirectional | causal
+    pooling: str  # mean | last
+    layer: int  # hidden state that is pooled; -1 is the last
+    prompt: str  # before every caption that is embedded for the cache; left out of the pooling
+    query_prompt: str  # before the query side in training and in caption retrieval; left out of the pooling
+    chat_template: str  # literal text around "{caption}"; "" for none
+    include_bos: bool
+    max_tokens: int
+    post_sha256: str = ""  # sha256_weights of the centring/whitening parameters; "" for none
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
