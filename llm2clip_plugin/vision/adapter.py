@@ -1,0 +1,88 @@
+"""The text side of stage 2: a cached LLM embedding into the joint space.
+
+Shapes: N captions, W width of an LLM embedding, D joint width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("mlp", "linear", "none")
+INPUT_SCALES = ("unit", "sqrt_width")
+
+
+class AdapterBlock(nn.Module):
+    """Residual MLP block, ``x + down(gelu(up(norm(x))))``, exact GELU, norm with eps 1e-5."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.up = nn.Linear(width, expansion * width)
+        self.down = nn.Linear(expansion * width, width)
+
+    def forward(self, x_NW: Tensor) -> Tensor:
+        return x_NW + self.down(F.gelu(self.up(self.norm(x_NW))))
+
+
+class TextAdapter(nn.Module):
+    """LLM2CLIP's adapter: L2 normalise, residual MLP blocks, LayerNorm, Linear (arXiv 2411.04997, section 3).
+
+    ``kind``: "mlp" as above; "linear" leaves the blocks out; "none" passes the scaled input through
+    (then W must equal D). The output is not normalised.
+    ``input_scale``: "unit" keeps the L2-normalised input, "sqrt_width" multiplies it by sqrt(W), so that its
+    entries have unit variance and the first norm's eps does not count.
+    ``input_noise``: deviation of Gaussian noise added to the scaled input in training; drawn from torch's
+    global generator of the input's device, so a second forward pass needs the same generator state to repeat it.
+    """
+
+    def __init__(
+        self,
+        llm_width: int,
+        joint_width: int,
+        *,
+        blocks: int = 4,
+        expansion: int = 2,
+        kind: str = "mlp",
+        normalise_input: bool = True,
+        input_scale: str = "unit",
+        input_noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"unknown adapter kind {kind!r}; known: {', '.join(KINDS)}")
+        if input_scale not in INPUT_SCALES:
+            raise ValueError(f"unknown input_scale {input_scale!r}; known: {', '.join(INPUT_SCALES)}")
+        if kind == "none" and llm_width != joint_width:
+            raise ValueError(f"adapter kind 'none' needs llm_width == joint_width, got {llm_width} and {joint_width}")
+        self.llm_width = llm_width
+        self.normalise_input = normalise_input
+        self.input_gain = llm_width**0.5 if input_scale == "sqrt_width" else 1.0
+        self.input_noise = input_noise
+        depth = blocks if kind == "mlp" else 0
+        self.blocks = nn.ModuleList(AdapterBlock(llm_width, expansion) for _ in range(depth))
+        self.norm = nn.Identity() if kind == "none" else nn.LayerNorm(llm_width, eps=1e-5)
+        self.projection = nn.Identity() if kind == "none" else nn.Linear(llm_width, joint_width)
+
+    def forward(self, embeddings_NW: Tensor) -> Tensor:
+        """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype.
+
+        Raises ValueError if the width is not the adapter's.
+        """
+        if embeddings_NW.shape[-1] != self.llm_width:
+            raise ValueError(
+                f"LLM embeddings are {embeddings_NW.shape[-1]} wide, this text adapter takes {self.llm_width}; "
+                "use the cache of the LLM that it was made for"
+            )
+        x_NW = embeddings_NW.float()
+        if self.normalise_input:
+            x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
+        x_NW = x_NW * self.input_gain
+        if self.training and self.input_noise > 0:
+            x_NW = x_NW + self.input_noise * torch.randn_like(x_NW)
+        if isinstance(self.projection, nn.Linear):
+            x_NW = x_NW.to(self.projection.weight.dtype)
+        for block in self.blocks:
+            x_NW = block(x_NW)
+        return self.projection(self.norm(x_NW))

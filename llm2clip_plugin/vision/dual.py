@@ -1,0 +1,217 @@
+"""The dual encoder of stage 2: a vision tower with a projection, and the text adapter over LLM embeddings.
+
+Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM embedding, D joint width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.adapter import TextAdapter
+from llm2clip_plugin.vision.towers import core_prefix, family_of, fetch_directory, final_norm, load_tower
+
+POOLS = ("pooled", "cls", "mean", "cls_mean")
+PROJECTIONS = ("linear", "none")
+ADAPTER_FILE = "text_adapter.safetensors"
+MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualConfig:
+    """How the tower and the LLM's embeddings meet."""
+
+    joint_width: int = 1280  # width of the joint space
+    llm_width: int = 0  # width of an LLM embedding; 0: no text side (a tower with its projection alone)
+    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (both, joined)
+    projection: str = "linear"  # linear | none (the pooled feature is the embedding; widths must agree)
+    projection_norm: bool = False  # a LayerNorm before the projection
+    projection_bias: bool = False  # the projection has a bias
+    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none
+    adapter_blocks: int = 4  # residual MLP blocks
+    adapter_expansion: int = 2  # hidden width of a block, in LLM widths
+    normalise_input: bool = True  # L2-normalise LLM embeddings first
+    input_scale: str = "unit"  # unit | sqrt_width: gain on the normalised embedding
+    input_noise: float = 0.0  # deviation of Gaussian noise on the scaled embedding, in training alone
+    logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the scale
+    logit_bias_init: float | None = None  # SigLIP's sigmoid loss: a learned bias that starts here (paper: -10)
+
+
+class DualEncoder(nn.Module):
+    """Tower and adapter with one joint space; both encoders give L2-normalised float32 features.
+
+    ``logit_scale`` is a parameter of shape (1,) (DeepSpeed refuses 0-dim ones) that holds the natural logarithm;
+    ``scale`` is the factor itself. Parameters that no gradient can reach with this pooling are frozen.
+    """
+
+    def __init__(self, tower: nn.Module, config: DualConfig) -> None:
+        super().__init__()
+        check_dual_config(config, has_cls=family_of(tower).has_cls)
+        self.tower = tower
+        self.config = config
+        width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
+        if config.projection == "none" and width != config.joint_width:
+            raise ValueError(
+                f"projection 'none' needs joint_width {width} (the pooled feature), got {config.joint_width}"
+            )
+        self.visual_norm = nn.LayerNorm(width) if config.projection_norm else nn.Identity()
+        self.visual_projection = (
+            nn.Linear(width, config.joint_width, bias=config.projection_bias)
+            if config.projection == "linear"
+            else nn.Identity()
+        )
+        if config.projection == "linear":
+            nn.init.normal_(self.visual_projection.weight, std=width**-0.5)  # as CLIP initialises it
+        self.text_adapter = make_adapter(config) if config.llm_width else None
+        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init))
+        bias = config.logit_bias_init
+        self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
+        for parameter in self._unreached_parameters():
+            parameter.requires_grad_(False)
+
+    def _unreached_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the tower that no gradient reaches: a mask token, the pooling head if it is not used."""
+        family, prefix = family_of(self.tower), core_prefix(self.tower)
+        names = list(family.never_trained)
+        if family.pooling_head and self.config.pool != "pooled":
+            names.append(f"{family.pooling_head}.")
+        names = [prefix + name for name in names]
+        return [
+            parameter
+            for key, parameter in self.tower.named_parameters()
+            if any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+        ]
+
+    @property
+    def scale(self) -> Tensor:
+        """The logits' factor, ``exp(logit_scale)`` clamped to 100, shape (1,)."""
+        return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+    def pool(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) -> the image feature before the projection, (B, H) or, for cls_mean, (B, 2H)."""
+        output = self.tower(pixel_values=pixel_values.to(self.tower.dtype))
+        if self.config.pool == "pooled":
+            return output.pooler_output
+        family, tokens_BTH = family_of(self.tower), output.last_hidden_state
+        if not family.last_state_is_normed:
+            tokens_BTH = final_norm(self.tower)(tokens_BTH)
+        patches_BTH = tokens_BTH[:, 1:] if family.has_cls else tokens_BTH
+        if self.config.pool == "mean":
+            return patches_BTH.mean(dim=1)
+        cls_BH = tokens_BTH[:, 0]
+        return cls_BH if self.config.pool == "cls" else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalised, float32."""
+        return F.normalize(self.visual_projection(self.visual_norm(self.pool(pixel_values))).float(), dim=-1)
+
+    def encode_text(self, llm_embeddings: Tensor) -> Tensor:
+        """(N, W) LLM embeddings -> (N, D), L2-normalised, float32; ValueError without a text side or on another W."""
+        if self.text_adapter is None:
+            raise ValueError("this tower has no text adapter (llm_width is 0): it cannot encode captions")
+        return F.normalize(self.text_adapter(llm_embeddings).float(), dim=-1)
+
+    def forward(self, pixel_values: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, S, S) and embeddings (N, W) -> image (B, D) and text (N, D) features."""
+        return self.encode_image(pixel_values), self.encode_text(embeddings)
+
+
+class LoadedDualEncoder(nn.Module):
+    """A trained dual encoder for retrieval: ``logit_scale`` is already exponentiated."""
+
+    def __init__(self, dual: DualEncoder, card: TowerCard) -> None:
+        super().__init__()
+        self.dual = dual
+        self.card = card
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor of the logits, shape (1,)."""
+        return self.dual.scale.detach()
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalised, float32."""
+        return self.dual.encode_image(pixel_values)
+
+    def encode_text(self, llm_embeddings: Tensor) -> Tensor:
+        """(N, W) LLM embeddings -> (N, D), L2-normalised, float32."""
+        return self.dual.encode_text(llm_embeddings)
+
+
+def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
+    """Raise ValueError for an unknown choice or one that the tower cannot serve."""
+    if config.pool not in POOLS:
+        raise ValueError(f"unknown pool {config.pool!r}; known: {', '.join(POOLS)}")
+    if config.projection not in PROJECTIONS:
+        raise ValueError(f"unknown projection {config.projection!r}; known: {', '.join(PROJECTIONS)}")
+    if config.pool in ("cls", "cls_mean") and not has_cls:
+        raise ValueError(f"pool {config.pool!r} needs a class token, which this tower lacks; use pooled or mean")
+    if config.joint_width < 1 or config.llm_width < 0:
+        raise ValueError(f"joint_width {config.joint_width} and llm_width {config.llm_width} must be positive")
+
+
+def make_adapter(config: DualConfig) -> TextAdapter:
+    """The text adapter that a configuration describes."""
+    return TextAdapter(
+        config.llm_width,
+        config.joint_width,
+        blocks=config.adapter_blocks,
+        expansion=config.adapter_expansion,
+        kind=config.adapter,
+        normalise_input=config.normalise_input,
+        input_scale=config.input_scale,
+        input_noise=config.input_noise,
+    )
+
+
+def beside_tower_state(dual: DualEncoder) -> dict[str, Tensor]:
+    """What text_adapter.safetensors holds: every tensor of the dual encoder that is not the tower's."""
+    return {name: value for name, value in dual.state_dict().items() if not name.startswith("tower.")}
+
+
+def dual_config_from_card(card: TowerCard, *, where: Path) -> DualConfig:
+    """The DualConfig written in a card; ContractError for fields that this release does not know."""
+    known = {field.name for field in dataclasses.fields(DualConfig)}
+    if unknown := sorted(set(card.dual) - known):
+        raise ContractError(f"{where} has unknown dual fields {unknown}; known: {sorted(known)}")
+    return DualConfig(**card.dual)
+
+
+def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
+    """The dual encoder of a tower directory, to train further or to export, and its card.
+
+    Raises FileNotFoundError without a card, ValueError if the directory holds a tower alone, ContractError if
+    the adapter's tensors don't fit the card.
+    """
+    from safetensors.torch import load_file
+
+    directory = fetch_directory(source)
+    card = TowerCard.read(directory / TowerCard.FILE)
+    if not card.joint_width:
+        raise ValueError(f"{directory} holds a tower alone, without a projection; load_tower opens it")
+    dual = DualEncoder(
+        load_tower(directory, dtype=dtype), dual_config_from_card(card, where=directory / TowerCard.FILE)
+    )
+    state = load_file(directory / ADAPTER_FILE)
+    expected = {name: tuple(value.shape) for name, value in beside_tower_state(dual).items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))
+        raise ContractError(f"{directory / ADAPTER_FILE} doesn't fit {TowerCard.FILE}: {wrong}")
+    dual.load_state_dict(state, strict=False)  # every tensor beside the tower's, as just checked
+    return dual.to(dtype).eval(), card
+
+
+def load_dual_encoder(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> LoadedDualEncoder:
+    """``encode_image(pixel_values)`` and ``encode_text(llm_embeddings)``, both (B, D) and L2-normalised, and
+    ``logit_scale`` (already exponentiated), from a tower directory or Hub id; in eval mode."""
+    dual, card = load_dual(source, dtype=dtype)
+    return LoadedDualEncoder(dual, card).eval()
