@@ -1,0 +1,256 @@
+"""A tiny LLaVA world: a Llama of two layers with its tokenizer, towers, pictures, conversations; and LLaVA's stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from llm2clip_plugin.vision.export import export_tower
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
+SHAPES = {"width": 32, "layers": 3, "heads": 4, "image": 28, "patch": 14}  # 2 x 2 patches
+STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """Where everything lies."""
+
+    root: Path
+    llm: Path
+    images: Path
+    pretrain_data: Path
+    finetune_data: Path
+    questions: Path
+    towers: dict[str, Path]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """For LLaVA's processes: CUDA calls harmless, no network, no registry of the user."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("LLM2CLIP_")}
+        return {
+            **kept,
+            "PYTHONPATH": str(Path(__file__).parent / "on_cpu"),
+            "LLM2CLIP_HOME": str(self.root / "llm2clip-home"),
+            "HF_HUB_OFFLINE": "1",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            "WANDB_MODE": "disabled",
+            **more,
+        }
+
+    def run(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+        """Run a command of this environment; returns stdout and stderr together, in an empty folder of its own."""
+        here = self.root / "here"
+        here.mkdir(exist_ok=True)
+        done = subprocess.run(
+            [str(word) for word in words],
+            env=self.environment(**environment),
+            cwd=here,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert (done.returncode != 0) == fails, done.stdout
+        return done.stdout
+
+    def python(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+        """Run this environment's Python."""
+        return self.run(sys.executable, *words, fails=fails, **environment)
+
+    def stage(
+        self, kind: str, tower: str, output: Path, *options: str, ranks: int = 0, zero: int = 2, **environment: str
+    ) -> list[float]:
+        """One of LLaVA's training stages; returns the loss of each step.
+
+        ``kind``: pretrain, finetune or lora. ``ranks`` 0: ``python -m llava.train.train``; else DeepSpeed's launcher.
+        """
+        if ranks:
+            import llava.train
+
+            script = Path(llava.train.__path__[0]) / "train.py"
+            launcher = Path(sys.executable).with_name("deepspeed")
+            words = [launcher, "--num_gpus", ranks, "--master_port", free_port(), script]
+            words += ["--deepspeed", self.zero_config(zero)]
+        else:
+            words = [sys.executable, "-m", "llava.train.train"]
+        words += self.stage_options(kind, tower, output)
+        self.run(*map(str, words), *options, **environment)
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    def stage_options(self, kind: str, tower: str, output: Path) -> list[str]:
+        """LLaVA's own options, as in its scripts, at a tiny size on a CPU."""
+        data, version = (self.pretrain_data, "plain") if kind == "pretrain" else (self.finetune_data, "v1")
+        options = f"""--model_name_or_path {self.llm} --version {version} --data_path {data} --image_folder {self.images}
+            --vision_tower {tower} --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+            --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True --output_dir {output}
+            --max_steps {STEPS} --per_device_train_batch_size 4 --gradient_accumulation_steps 1
+            --evaluation_strategy no --save_strategy no --learning_rate 1e-3 --warmup_ratio 0.03
+            --lr_scheduler_type cosine --logging_steps 1 --model_max_length 256 --lazy_preprocess True
+            --report_to none --dataloader_num_workers 0 --seed 7""".split()
+        if kind == "pretrain":
+            return [*options, "--tune_mm_mlp_adapter", "True"]
+        options += ["--image_aspect_ratio", "pad", "--group_by_modality_length", "True"]
+        if kind == "lora":
+            options += ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--mm_projector_lr", "2e-5"]
+        return options
+
+    def zero_config(self, stage: int) -> Path:
+        """DeepSpeed's configuration, as LLaVA's zero2.json and zero3.json."""
+        zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+        if stage == 3:
+            # An integer: "auto" becomes a float there, which this DeepSpeed refuses.
+            zero |= {"stage3_prefetch_bucket_size": 100000, "stage3_gather_16bit_weights_on_model_save": True}
+            zero |= {"stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
+        path = self.root / f"zero{stage}.json"
+        auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+        # "torch_adam": no optimizer has to be compiled
+        body = {"bf16": {"enabled": "auto"}, "zero_optimization": zero, **dict.fromkeys(auto, "auto")}
+        path.write_text(json.dumps(body))
+        return path
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_world(root: Path) -> World:
+    """Everything, in a few seconds."""
+    world = World(
+        root=root,
+        llm=root / "tiny-vicuna",
+        images=root / "images",
+        pretrain_data=root / "pretrain.json",
+        finetune_data=root / "finetune.json",
+        questions=root / "questions.jsonl",
+        towers={name: root / "towers" / name for name in ("clip", "other", "wide", "siglip", "dinov2")},
+    )
+    names = make_images(world.images)
+    make_data(world, names)
+    make_llm(world)
+    make_towers(world.towers)
+    return world
+
+
+def make_images(folder: Path) -> list[str]:
+    """Twelve pictures of four colours, of different shapes and sizes."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    names = []
+    for number in range(12):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        height, width = noise.integers(20, 60, 2)
+        pixels = np.array(COLOURS[colour]) + noise.integers(-20, 20, (height, width, 3))
+        names.append(f"{colour}-{number}.png")
+        Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / names[-1])
+    return names
+
+
+def make_data(world: World, names: list[str]) -> None:
+    """Captions for pretrain, conversations for finetune (one in four without a picture), questions."""
+    pretrain, finetune, questions = [], [], []
+    for number, name in enumerate(names):
+        colour = name.partition("-")[0]
+        asked = {"from": "human", "value": "<image>\nWhat is it?"}
+        told = {"from": "gpt", "value": f"a {colour} picture"}
+        pretrain.append({"id": str(number), "image": name, "conversations": [asked, told]})
+        question = "Which colour is the picture?" if number % 2 else "Tell me the colour of it, in one short word."
+        finetune.append(
+            {
+                "id": str(number),
+                "image": name,
+                "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": colour}],
+            }
+        )
+        if number % 4 == 0:
+            talk = [{"from": "human", "value": "Say a colour."}, {"from": "gpt", "value": colour}]
+            finetune.append({"id": f"text-{number}", "conversations": talk})
+        questions.append({"question_id": number, "image": name, "text": question, "category": "colour"})
+    world.pretrain_data.write_text(json.dumps(pretrain))
+    world.finetune_data.write_text(json.dumps(finetune))
+    world.questions.write_text("".join(json.dumps(question) + "\n" for question in questions))
+
+
+def make_llm(world: World) -> None:
+    """A Llama of two layers and a sentencepiece tokenizer of 400 pieces; legacy, as LLaVA's masking expects."""
+    import sentencepiece
+
+    draw = random.Random(0)
+    words = (world.pretrain_data.read_text() + world.finetune_data.read_text() + open(__file__).read()).split()
+    text = world.root / "text.txt"
+    text.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(2000)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(world.root / "pieces"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    tokenizer = LlamaTokenizer(str(world.root / "pieces.model"), legacy=True)
+    tokenizer.save_pretrained(world.llm)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(world.llm, safe_serialization=True)
+
+
+def make_towers(towers: dict[str, Path]) -> None:
+    """Tower directories: two CLIPs of one shape, a wider one, a SigLIP (no class token), a DINOv2."""
+    for seed, (name, directory) in enumerate(towers.items()):
+        torch.manual_seed(seed)
+        export_tower(make_tower(name), directory, origin=f"made for tests: {name}")
+
+
+def make_tower(name: str) -> torch.nn.Module:
+    """A random vision model."""
+    width = 48 if name == "wide" else SHAPES["width"]
+    common = {
+        "hidden_size": width,
+        "num_hidden_layers": SHAPES["layers"],
+        "num_attention_heads": SHAPES["heads"],
+        "image_size": SHAPES["image"],
+        "patch_size": SHAPES["patch"],
+    }
+    if name == "siglip":
+        return SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **common)).eval()
+    if name == "dinov2":
+        return Dinov2Model(Dinov2Config(mlp_ratio=2, **common)).eval()
+    return CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, hidden_act="quick_gelu", **common)).eval()

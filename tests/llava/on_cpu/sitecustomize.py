@@ -1,0 +1,16 @@
+"""On a machine without a GPU, what LLaVA does with CUDA unconditionally does nothing. For tests alone."""
+
+import torch
+
+if not torch.cuda.is_available():
+    torch.cuda.synchronize = lambda device=None: None  # the end of a full finetune under DeepSpeed
+    torch.Tensor.cuda = lambda self, *arguments, **options: self  # llava.eval.*
+    tensor_to = torch.Tensor.to
+
+    def to_cpu(self, *arguments, **options):
+        """``Tensor.to`` where the device "cuda" means the CPU."""
+        if options.get("device") == "cuda":
+            options["device"] = "cpu"
+        return tensor_to(self, *arguments, **options)
+
+    torch.Tensor.to = to_cpu
