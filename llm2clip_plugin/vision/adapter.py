@@ -65,8 +65,10 @@ class TextAdapter(nn.Module):
         self.norm = nn.Identity() if kind == "none" else nn.LayerNorm(llm_width, eps=1e-5)
         self.projection = nn.Identity() if kind == "none" else nn.Linear(llm_width, joint_width)
 
-    def forward(self, embeddings_NW: Tensor) -> Tensor:
+    def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
         """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype.
+
+        ``noise_NW``: standard normal values to use, in training, instead of the generator's.
 
         Raises ValueError if the width is not the adapter's.
         """
@@ -80,7 +82,7 @@ class TextAdapter(nn.Module):
             x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
         x_NW = x_NW * self.input_gain
         if self.training and self.input_noise > 0:
-            x_NW = x_NW + self.input_noise * torch.randn_like(x_NW)
+            x_NW = x_NW + self.input_noise * (torch.randn_like(x_NW) if noise_NW is None else noise_NW)
         if isinstance(self.projection, nn.Linear):
             x_NW = x_NW.to(self.projection.weight.dtype)
         for block in self.blocks:

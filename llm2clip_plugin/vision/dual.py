@@ -113,15 +113,18 @@ class DualEncoder(nn.Module):
         """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalised, float32."""
         return F.normalize(self.visual_projection(self.visual_norm(self.pool(pixel_values))).float(), dim=-1)
 
-    def encode_text(self, llm_embeddings: Tensor) -> Tensor:
-        """(N, W) LLM embeddings -> (N, D), L2-normalised, float32; ValueError without a text side or on another W."""
+    def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(N, W) LLM embeddings -> (N, D), L2-normalised, float32; ValueError without a text side or on another W.
+
+        ``noise`` (N, W): see TextAdapter.
+        """
         if self.text_adapter is None:
             raise ValueError("this tower has no text adapter (llm_width is 0): it cannot encode captions")
-        return F.normalize(self.text_adapter(llm_embeddings).float(), dim=-1)
+        return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
 
-    def forward(self, pixel_values: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, S, S) and embeddings (N, W) -> image (B, D) and text (N, D) features."""
-        return self.encode_image(pixel_values), self.encode_text(embeddings)
+        return self.encode_image(pixel_values), self.encode_text(embeddings, noise)
 
 
 class LoadedDualEncoder(nn.Module):

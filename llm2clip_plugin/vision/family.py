@@ -20,6 +20,7 @@ class Family:
     model_types: tuple[str, ...]  # `model_type` in config.json, of a vision model and of a whole model
     vision_class: Callable[[], type]  # the Hugging Face class; imported only when it is needed
     has_cls: bool  # a class token in front of the patches
+    file_prefix: str = ""  # what the hub puts before the core's names in a file
     positions: str  # the position table, relative to the core; "" if the family has none
     blocks: str  # the ModuleList of transformer blocks
     embeddings: tuple[str, ...]  # modules and parameters below the first block

@@ -16,6 +16,7 @@ FAMILY = Family(
     model_types=("clip_vision_model", "clip"),
     vision_class=_vision_class,
     has_cls=True,
+    file_prefix="vision_model.",
     positions="embeddings.position_embedding.weight",
     blocks="encoder.layers",
     embeddings=("embeddings", "pre_layrnorm"),  # the misspelling is the hub's

@@ -16,6 +16,7 @@ FAMILY = Family(
     model_types=("siglip_vision_model", "siglip"),
     vision_class=_vision_class,
     has_cls=False,
+    file_prefix="vision_model.",
     positions="embeddings.position_embedding.weight",
     blocks="encoder.layers",
     embeddings=("embeddings",),

@@ -1,0 +1,48 @@
+"""The README.md of a tower directory."""
+
+from __future__ import annotations
+
+from llm2clip_plugin.contracts import TowerCard
+
+
+def _table(rows: list[tuple[str, str]], head: tuple[str, str]) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+
+
+def model_card(card: TowerCard) -> str:
+    """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to use it."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-feature-extraction"]
+    lines += ["tags:", "- llm2clip", "- vision", f"- {card.family}", "---", "", f"# LLM2CLIP tower ({card.family})", ""]
+    tokens = f"{card.num_patches} patches" + (" + 1 class token" if card.has_cls else ", no class token")
+    rows = [
+        ("started from", f"`{card.origin}`"),
+        ("image size", f"{card.image_size} px, patches of {card.patch_size} px: {tokens}"),
+        ("blocks x width", f"{card.num_layers} x {card.hidden_size}"),
+    ]
+    if "resized_from" in card.training:
+        rows.append(("positions interpolated from", f"{card.training['resized_from']} px"))
+    if card.joint_width:
+        rows.append(("joint space", f"{card.joint_width} wide"))
+    if card.teacher:
+        rows.append(("teacher LLM", f"`{card.teacher.get('llm', '')}`, {card.teacher.get('width', '?')} wide"))
+    rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))
+    lines += _table(rows, ("", ""))
+    if card.training:
+        lines += ["## Training", "", *_table([(k, str(v)) for k, v in sorted(card.training.items())], ("", ""))]
+    if card.metrics:
+        values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
+        lines += ["## Metrics", "", *_table(values, ("metric", "value"))]
+    lines += ["## Use", "", "In LLaVA 1.5, with `llm2clip-plugin` installed beside it:", ""]
+    lines += [
+        "```sh",
+        "--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2",
+        "```",
+        "",
+        "In Python:",
+        "",
+    ]
+    lines += ["```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
+    lines += ['tower = load_tower("PATH_OR_HUB_ID")']
+    if card.joint_width:
+        lines += ['dual = load_dual_encoder("PATH_OR_HUB_ID")', "image_features = dual.encode_image(pixel_values)"]
+    return "\n".join([*lines, "```", ""])

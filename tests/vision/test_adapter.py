@@ -1,0 +1,85 @@
+"""The text adapter against the reference's TextProj."""
+
+import pytest
+import torch
+
+from llm2clip_plugin.vision.adapter import TextAdapter
+
+from .conftest import REFERENCE, golden_config, largest_difference, read
+
+# Rows of tiny variance after L2 normalisation amplify rounding; the goldens' float64 run differs by 2.8e-5.
+TOLERANCE = 1e-4
+NAMES = {"ln.": "norm.", "fn.0.": "up.", "fn.3.": "down."}
+
+
+def golden_adapter(folder, **options) -> TextAdapter:
+    config = golden_config(folder)
+    adapter = TextAdapter(config["llm_embedding_dim"], config["output_dim"], **options)
+    state = {}
+    for key, value in read(folder, "weights.safetensors").items():
+        index, rest = key.removeprefix("text.text_adaptor.").split(".", 1)
+        if index == "4":
+            state["norm." + rest] = value
+        elif index == "5":
+            state["projection." + rest] = value
+        else:
+            for old, new in NAMES.items():
+                rest = rest.replace(old, new)
+            state[f"blocks.{index}.{rest}"] = value
+    adapter.load_state_dict(state)
+    return adapter.eval()
+
+
+@pytest.mark.parametrize("name", ["adapter_a", "adapter_b"])
+@pytest.mark.parametrize("path, normalise", [("l2", True), ("raw", False)])
+def test_equals_the_reference(name, path, normalise):
+    folder = REFERENCE / "B_text_adapter" / name
+    golden = read(folder)
+    adapter = golden_adapter(folder, normalise_input=normalise)
+    states = {}
+    for i, block in enumerate(adapter.blocks):
+        block.register_forward_hook(lambda _, __, output, i=i: states.update({f"block_{i}": output}))
+    adapter.norm.register_forward_hook(lambda _, __, output: states.update(after_norm=output))
+    with torch.no_grad():
+        states["after_projection"] = adapter(golden["input"])
+    states["embedding_normalized"] = torch.nn.functional.normalize(states["after_projection"], dim=-1)
+    assert {f"{path}.{key}" for key in states} | {f"{path}.adapter_input"} == {k for k in golden if k.startswith(path)}
+    for key, state in states.items():
+        assert largest_difference(state, golden[f"{path}.{key}"]) < TOLERANCE, key
+
+
+def test_input_scale_and_noise():
+    torch.manual_seed(1)
+    x = torch.randn(5, 16)
+    unit = TextAdapter(16, 16, kind="none")
+    assert torch.allclose(unit(x).norm(dim=-1), torch.ones(5))
+    scaled = TextAdapter(16, 16, kind="none", input_scale="sqrt_width", input_noise=0.5)
+    assert torch.allclose(scaled.eval()(x), 4 * unit(x))
+    torch.manual_seed(3)
+    first = scaled.train()(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, scaled(x))  # the generator's state decides the noise
+    assert 0.3 < (first - scaled.eval()(x)).std().item() < 0.7
+
+
+def test_kinds():
+    assert [n for n, _ in TextAdapter(8, 6, kind="linear").named_parameters()] == [
+        "norm.weight",
+        "norm.bias",
+        "projection.weight",
+        "projection.bias",
+    ]
+    assert not list(TextAdapter(8, 8, kind="none").parameters())
+    with pytest.raises(ValueError, match="unknown adapter kind 'conv'; known: mlp, linear, none"):
+        TextAdapter(8, 6, kind="conv")
+    with pytest.raises(ValueError, match="unknown input_scale"):
+        TextAdapter(8, 6, input_scale="log")
+    with pytest.raises(ValueError, match="needs llm_width == joint_width"):
+        TextAdapter(8, 6, kind="none")
+    with pytest.raises(ValueError, match="embeddings are 9 wide, this text adapter takes 8"):
+        TextAdapter(8, 6)(torch.zeros(1, 9))
+
+
+def test_half_precision_parameters_take_float32_embeddings():
+    adapter = TextAdapter(16, 8).to(torch.bfloat16)
+    assert adapter(torch.randn(3, 16)).dtype == torch.bfloat16

@@ -1,0 +1,94 @@
+"""The dual encoder: pooling, normalisation, frozen leftovers."""
+
+import math
+
+import pytest
+import torch
+
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.towers import load_tower
+
+from .conftest import TRANSFORMERS_TOWERS, read
+
+POOLS = ["pooled", "cls", "mean", "cls_mean"]
+
+
+def dual(name: str, **options) -> DualEncoder:
+    config = DualConfig(**{"joint_width": 8, "llm_width": 12, **options})
+    return DualEncoder(load_tower(TRANSFORMERS_TOWERS / name), config).eval()
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_trainable_parameter_gets_a_gradient(name, pool):
+    if name == "siglip_vision" and pool.startswith("cls"):
+        with pytest.raises(ValueError, match="needs a class token"):
+            dual(name, pool=pool)
+        return
+    model = dual(name, pool=pool, projection_norm=True, logit_bias_init=-10.0)
+    image, text = model(read(TRANSFORMERS_TOWERS / name)["pixels"], torch.randn(3, 12))
+    assert image.shape == (2, 8) and text.shape == (3, 8)
+    assert torch.allclose(image.norm(dim=-1), torch.ones(2)) and torch.allclose(text.norm(dim=-1), torch.ones(3))
+    logits = model.scale * image @ text.T + model.logit_bias
+    logits.square().sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    unneeded = [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not missing and not unneeded
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "dinov2"])
+def test_pools_are_what_they_say(name):
+    golden = read(TRANSFORMERS_TOWERS / name)
+    model = dual(name, pool="cls_mean")
+    with torch.no_grad():
+        joined = model.pool(golden["pixels"])
+        cls = dual(name, pool="cls").pool(golden["pixels"])
+        mean = dual(name, pool="mean").pool(golden["pixels"])
+        pooled = dual(name, pool="pooled").pool(golden["pixels"])
+    assert torch.equal(joined, torch.cat((cls, mean), dim=-1))
+    assert torch.allclose(cls, pooled, atol=1e-6)  # CLIP's and DINOv2's own pooling is the normed class token
+    norm = golden["last_hidden_state"] if name == "dinov2" else None
+    if norm is not None:
+        assert torch.allclose(mean, norm[:, 1:].mean(dim=1), atol=2e-5)
+
+
+def test_mean_pool_of_clip_is_normed_per_token():
+    golden = read(TRANSFORMERS_TOWERS / "clip_vision")
+    weights = read(TRANSFORMERS_TOWERS / "clip_vision", "model.safetensors")
+    states = golden["hidden_states_03"][:, 1:]
+    weight, bias = (weights[f"vision_model.post_layernorm.{part}"] for part in ("weight", "bias"))
+    expected = torch.nn.functional.layer_norm(states, states.shape[-1:], weight, bias, 1e-5).mean(dim=1)
+    with torch.no_grad():
+        assert torch.allclose(dual("clip_vision", pool="mean").pool(golden["pixels"]), expected, atol=2e-5)
+
+
+def test_scale_is_a_vector_of_one_and_clamped():
+    model = dual("clip_vision")
+    assert model.logit_scale.shape == (1,)  # DeepSpeed refuses 0-dim parameters
+    assert math.isclose(model.scale.item(), 1 / 0.07, rel_tol=1e-6)
+    model.logit_scale.data.fill_(math.log(250))
+    assert model.scale.item() == 100
+
+
+def test_without_a_text_side():
+    model = dual("clip_vision", llm_width=0)
+    assert model.text_adapter is None
+    with pytest.raises(ValueError, match="no text adapter"):
+        model.encode_text(torch.zeros(1, 12))
+
+
+def test_choices_are_checked():
+    for options, message in [
+        ({"pool": "max"}, "unknown pool 'max'; known: pooled, cls, mean, cls_mean"),
+        ({"projection": "mlp"}, "unknown projection 'mlp'; known: linear, none"),
+        ({"projection": "none"}, "projection 'none' needs joint_width 32"),
+        ({"joint_width": 0}, "joint_width 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dual("clip_vision", **options)
+
+
+def test_half_precision_towers_give_float32_features():
+    model = dual("dinov2").to(torch.bfloat16)
+    image, text = model(read(TRANSFORMERS_TOWERS / "dinov2")["pixels"], torch.randn(3, 12))
+    assert image.dtype == text.dtype == torch.float32

@@ -1,0 +1,171 @@
+"""Tower directories: written whole, read back equal, the hub's names in both versions of transformers."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip_plugin import load_dual_encoder
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision import export, importers
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.export import export_tower, probe_features
+from llm2clip_plugin.vision.towers import load_tower
+
+from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read
+
+
+def tiny_dual(name: str = "clip_vision", image_size: int | None = None) -> DualEncoder:
+    tower = load_tower(TRANSFORMERS_TOWERS / name, image_size=image_size)
+    return DualEncoder(tower, DualConfig(joint_width=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0))
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_files_carry_the_names_that_4_37_2_wrote(name, tmp_path):
+    """The golden file was written by 4.37.2; whatever version runs this writes the same names and values."""
+    export_tower(load_tower(TRANSFORMERS_TOWERS / name), tmp_path / "tower", origin=name)
+    written, golden = (
+        load_file(tmp_path / "tower" / "model.safetensors"),
+        read(TRANSFORMERS_TOWERS / name, "model.safetensors"),
+    )
+    assert written.keys() == golden.keys()
+    assert all(torch.equal(written[key], golden[key]) for key in golden)
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_resized_towers_carry_the_same_names(name, tmp_path):
+    patch = json.loads((TRANSFORMERS_TOWERS / name / "config.json").read_text())["patch_size"]
+    card = export_tower(load_tower(TRANSFORMERS_TOWERS / name, image_size=patch * 6), tmp_path / "tower", origin=name)
+    written = load_file(tmp_path / "tower" / "model.safetensors")
+    assert written.keys() == read(TRANSFORMERS_TOWERS / name, "model.safetensors").keys()
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())
+    assert config["image_size"] == card.image_size == patch * 6
+    assert card.training["resized_from"] == config["resized_from"] != patch * 6
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_whole_models_leave_a_tower(name, tmp_path):
+    importers.main([str(TRANSFORMERS_TOWERS / name), "--output", str(tmp_path / "tower")])
+    golden = read(TRANSFORMERS_TOWERS / name)
+    with torch.no_grad():
+        output = load_tower(tmp_path / "tower")(pixel_values=golden["pixels"], output_hidden_states=True)
+    assert largest_difference(output.hidden_states[-2], golden["hidden_states_01"]) < 2e-5
+
+
+def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    dual = tiny_dual(image_size=42).eval()
+    export_tower(dual, tmp_path / "tower", origin="x")
+    plain = CLIPVisionModel.from_pretrained(tmp_path / "tower", torch_dtype=torch.float32)
+    pixels = torch.randn(1, 3, 42, 42)
+    with torch.no_grad():
+        assert torch.equal(plain(pixel_values=pixels).pooler_output, dual.tower(pixel_values=pixels).pooler_output)
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "tower")
+    assert processor.crop_size == {"height": 42, "width": 42} and processor.size == {"shortest_edge": 42}
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
+def test_dual_encoder_comes_back(name, tmp_path):
+    dual = tiny_dual(name).eval()
+    dual.logit_scale.data.fill_(math.log(20))
+    card = export_tower(
+        dual,
+        tmp_path / "tower",
+        origin="a/b",
+        teacher={"llm": "some/llm", "width": 12},
+        training={"steps": 3},
+        metrics={"i2t_r1": 0.5},
+    )
+    assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
+    assert (card.num_layers, card.joint_width, card.teacher["llm"]) == (
+        len(probe_features(dual.tower)) - 3,
+        8,
+        "some/llm",
+    )
+    loaded = load_dual_encoder(tmp_path / "tower")
+    assert math.isclose(loaded.logit_scale.item(), 20, rel_tol=1e-6)
+    pixels, embeddings = torch.randn(2, 3, card.image_size, card.image_size), torch.randn(3, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(pixels), dual.encode_image(pixels))
+        assert torch.equal(loaded.encode_text(embeddings), dual.encode_text(embeddings))
+    text = (tmp_path / "tower" / "README.md").read_text()
+    assert "some/llm" in text and "0.5000" in text and card.weights_sha256 in text
+
+
+def test_export_of_an_export_is_identical(tmp_path):
+    export_tower(tiny_dual("dinov2", 36), tmp_path / "one", origin="a/b", training={"steps": 3})
+    assert export.main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
+    assert importers.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
+    first = (tmp_path / "one" / "llm2clip.json").read_text()
+    for name in ("two", "three"):
+        assert (tmp_path / name / "llm2clip.json").read_text() == first
+        for file in ("model.safetensors", "text_adapter.safetensors", "preprocessor_config.json", "config.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
+
+
+def test_export_leaves_training_mode_and_gradients_alone(tmp_path):
+    dual = tiny_dual().train()
+    dual.tower.eval()
+    export_tower(dual, tmp_path / "tower", origin="x")
+    assert dual.training and not dual.tower.training and dual.text_adapter.training
+
+
+def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):
+    dual, kept = tiny_dual(), export.save_beside_tower
+
+    def spoiled(model, directory):
+        kept(model, directory)
+        state = load_file(directory / "text_adapter.safetensors")
+        state["visual_projection.weight"][0, 0] += 1
+        save_file(state, directory / "text_adapter.safetensors")
+        return "0" * 64
+
+    monkeypatch.setattr(export, "save_beside_tower", spoiled)
+    with pytest.raises(ContractError, match=r"don't read back as written: .*visual_projection.weight"):
+        export_tower(dual, tmp_path / "tower", origin="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_that_differ_are_refused():
+    features = probe_features(tiny_dual().eval())
+    spoiled = {**features, "pooler_output": features["pooler_output"] + 1e-2}
+    with pytest.raises(ContractError, match="there: pooler_output differs"):
+        export.compare_features(features, spoiled, where="there")
+    spoiled["pooler_output"] = features["pooler_output"] * float("nan")
+    with pytest.raises(ContractError, match="pooler_output differs by nan"):
+        export.compare_features(features, spoiled, where="there")
+
+
+def test_existing_directory_is_kept(tmp_path):
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "mine.txt").write_text("x")
+    with pytest.raises(FileExistsError):
+        export_tower(tiny_dual(), tmp_path / "tower", origin="x")
+    assert [p.name for p in tmp_path.rglob("*")] == ["tower", "mine.txt"]
+    export_tower(tiny_dual(), tmp_path / "tower", origin="x", replace=True)
+    assert not (tmp_path / "tower" / "mine.txt").exists()
+
+
+def test_damaged_directories_are_refused(tmp_path):
+    export_tower(tiny_dual(), tmp_path / "tower", origin="x")
+    state = load_file(tmp_path / "tower" / "text_adapter.safetensors")
+    del state["text_adapter.norm.bias"]
+    save_file(state, tmp_path / "tower" / "text_adapter.safetensors")
+    with pytest.raises(ContractError, match=r"doesn't fit llm2clip.json.*text_adapter.norm.bias"):
+        load_dual(tmp_path / "tower")
+    weights = load_file(tmp_path / "tower" / "model.safetensors")
+    weights["vision_model.post_layernorm.bias"] += 1
+    save_file(weights, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ContractError, match="its card says"):
+        export.reexport(tmp_path / "tower", tmp_path / "again")
+
+
+def test_a_tower_alone_has_no_dual_encoder(tmp_path):
+    card = export_tower(load_tower(TRANSFORMERS_TOWERS / "siglip_vision"), tmp_path / "tower", origin="x")
+    assert card.joint_width == 0 and not (tmp_path / "tower" / "text_adapter.safetensors").exists()
+    with pytest.raises(ValueError, match="holds a tower alone"):
+        load_dual(tmp_path / "tower")
+    assert export.main([str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0

@@ -1,0 +1,196 @@
+"""Towers of transformers through the registry, against states computed by transformers 4.37.2."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.positions import resize_positions
+from llm2clip_plugin.vision.towers import (
+    family_named,
+    family_of,
+    fetch_directory,
+    freeze_tower,
+    load_tower,
+    preprocessor_config,
+    resized_from,
+    tower_blocks,
+    tower_embeddings_parameters,
+)
+
+from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read
+
+TOLERANCE = 2e-5  # the goldens' own: 4.37.2 eager against 5.24 SDPA differs by 1.7e-6
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE + WHOLE_MODELS)
+def test_states_equal_the_reference(name):
+    tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
+    with torch.no_grad():
+        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
+    expected = sorted(key for key in golden if key.startswith("hidden_states_"))
+    assert (
+        len(output.hidden_states) == len(expected) == tower.config.num_hidden_layers + 1 == len(tower_blocks(tower)) + 1
+    )
+    for key, state in zip(expected, output.hidden_states, strict=True):
+        assert largest_difference(state, golden[key]) < TOLERANCE, key
+    assert largest_difference(output.last_hidden_state, golden["last_hidden_state"]) < TOLERANCE
+    assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_the_state_at_minus_two_is_the_last_blocks_input(name):
+    tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
+    seen = []
+    tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
+    assert torch.equal(output.hidden_states[-2], seen[0])
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_hidden_states_only_when_asked(name):
+    tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
+    with torch.no_grad():
+        assert tower(pixel_values=golden["pixels"]).hidden_states is None
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_is_the_one_said(name, dtype):
+    assert {p.dtype for p in load_tower(TRANSFORMERS_TOWERS / name, dtype=dtype).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_resizing_moves_positions_and_nothing_else(name):
+    tower = load_tower(TRANSFORMERS_TOWERS / name)
+    patch, before = tower.config.patch_size, tower.config.image_size
+    larger = load_tower(TRANSFORMERS_TOWERS / name, image_size=patch * 7)
+    assert (larger.config.image_size, resized_from(larger)) == (patch * 7, before)
+    assert (tower.config.image_size, resized_from(tower)) == (before, 0)
+    old, new = tower.state_dict(), larger.state_dict()
+    changed = [key for key in old if old[key].shape != new[key].shape]
+    assert len(changed) == 1 and "position" in changed[0]
+    assert all(torch.equal(old[key], new[key]) for key in old if key not in changed)
+    with torch.no_grad():
+        output = larger(pixel_values=torch.randn(1, 3, patch * 7, patch * 7))
+    assert output.last_hidden_state.shape[1] == 49 + family_of(tower).has_cls
+
+
+def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
+    golden = read(TRANSFORMERS_TOWERS / "dinov2")
+    for size in (18, 42):
+        tower = load_tower(TRANSFORMERS_TOWERS / "dinov2", image_size=size)
+        with torch.no_grad():
+            output = tower(pixel_values=golden[f"size{size}.pixels"], output_hidden_states=True)
+        for i, state in enumerate(output.hidden_states):
+            assert largest_difference(state, golden[f"v5.size{size}.hidden_states_{i:02d}"]) < TOLERANCE
+
+
+def test_position_resize_refuses_a_table_of_another_grid():
+    with pytest.raises(ValueError, match="17 rows, expected 0 \\+ 5 x 5"):
+        resize_positions(torch.zeros(17, 4), class_rows=0, old_grid=5, new_grid=6)
+
+
+def test_position_resize_keeps_the_class_row_and_a_constant_table():
+    table = torch.cat((torch.full((1, 3), 7.0), torch.full((16, 3), 2.0)))
+    resized = resize_positions(table, class_rows=1, old_grid=4, new_grid=6)
+    assert resized.shape == (37, 3) and torch.equal(resized[0], table[0])
+    assert torch.allclose(resized[1:], torch.full((36, 3), 2.0))
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_blocks_embeddings_and_freezing(name):
+    tower = load_tower(TRANSFORMERS_TOWERS / name)
+    below = {id(p) for p in tower_embeddings_parameters(tower)}
+    inside = {id(p) for p in tower_blocks(tower).parameters()}
+    above = [n for n, p in tower.named_parameters() if id(p) not in below | inside]
+    assert below and inside and not below & inside
+    assert all(
+        part in ("post_layernorm", "layernorm", "head")
+        for n in above
+        for part in [n.removeprefix("vision_model.").split(".")[0]]
+    )
+    freeze_tower(tower, first_blocks=1)
+    trainable = {id(p) for p in tower.parameters() if p.requires_grad}
+    assert not trainable & below and not trainable & {id(p) for p in tower_blocks(tower)[0].parameters()}
+    assert {id(p) for p in tower_blocks(tower)[1].parameters()} <= trainable
+    freeze_tower(tower)
+    assert not any(p.requires_grad for p in tower.parameters())
+    with pytest.raises(ValueError, match="cannot freeze the first 9 blocks"):
+        freeze_tower(tower, first_blocks=9)
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    pixels = read(TRANSFORMERS_TOWERS / name)["pixels"]
+    gradients = []
+    for checkpointing in (False, True):
+        tower = load_tower(TRANSFORMERS_TOWERS / name).train()
+        if checkpointing:
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        runs = [0]
+        tower_blocks(tower)[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1))
+        tower(pixel_values=pixels).pooler_output.square().sum().backward()
+        assert runs[0] == 1 + checkpointing  # the block really ran again in the backward pass
+        gradients.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-6) for n in gradients[0])
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE + WHOLE_MODELS)
+def test_preprocessor_has_the_fields_that_llava_reads(name):
+    found = preprocessor_config(TRANSFORMERS_TOWERS / name)
+    size = load_tower(TRANSFORMERS_TOWERS / name).config.image_size
+    assert found["crop_size"] == {"height": size, "width": size} and found["size"] == {"shortest_edge": size}
+    family = family_named("clip" if "clip" in name and "sig" not in name else name.split("_")[0])
+    assert found["image_mean"] == list(family.mean)
+
+
+def test_preprocessor_keeps_the_sources_mean_and_takes_the_towers_size(tmp_path):
+    shutil.copytree(TRANSFORMERS_TOWERS / "dinov2", tmp_path / "tower")
+    own = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(own))
+    found = preprocessor_config(tmp_path / "tower")
+    assert found["image_mean"] == [0.1, 0.2, 0.3] and found["crop_size"]["height"] == 30
+
+
+def test_unknown_families_and_sources_say_what_is_known(tmp_path):
+    with pytest.raises(ValueError, match="unknown tower family 'vit-x'; known: clip, dinov2"):
+        family_named("vit-x")
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ValueError, match=r"model_type 'resnet'.*clip_vision_model"):
+        load_tower(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no directory ./nowhere"):
+        fetch_directory("./nowhere")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        fetch_directory(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
+        load_tower(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "renamed", "transposed"])
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
+    shutil.copytree(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
+    state = load_file(tmp_path / "tower" / "model.safetensors")
+    key = next(k for k in sorted(state) if k.endswith("mlp.fc1.weight"))
+    value = state.pop(key)
+    if damage == "renamed":
+        state[key.replace("fc1", "fc9")] = value
+    if damage == "transposed":
+        state[key] = value.T.contiguous()
+    save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ContractError, match=r"don't fit its config.json"):
+        load_tower(tmp_path / "tower")
+
+
+def test_every_family_file_is_in_the_registry():
+    assert {"clip", "siglip", "dinov2"} <= set(families())
+    types = [kind for family in families().values() for kind in family.model_types]
+    assert len(types) == len(set(types))
