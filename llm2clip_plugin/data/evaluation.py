@@ -1,0 +1,144 @@
+"""Every image of a source once, in order, with all of its captions: what retrieval is measured on.
+
+Shapes: b images of a batch, m captions of these, S pixels a side, W width of a teacher embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip_plugin.data.base import Source
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.images import BrokenImage, EvalTransform, ImageConfig, Normalise
+from llm2clip_plugin.data.records import BrokenSample, Caption
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One image with its captions, or why it can't be used."""
+
+    index: int  # in the source
+    key: str
+    pixels: np.ndarray | None  # (S, S, 3) uint8; None if broken
+    captions: tuple[Caption, ...]
+    embeddings: torch.Tensor | None  # (captions, W) float32; None without a cache
+    meta: dict[str, Any]
+    broken: BrokenSample | None
+
+
+class EvalDataset(Dataset):
+    """Images of a source in order, prepared as the tower's own preprocessor does, captions filtered."""
+
+    def __init__(
+        self,
+        source: Source,
+        cache: EmbeddingCache | None,
+        images: ImageConfig,
+        indices: Sequence[int],
+        kinds: Sequence[str],
+        languages: Sequence[str],
+    ) -> None:
+        self.source, self.cache, self.indices = source, cache, list(indices)
+        self.kinds, self.languages = tuple(kinds), tuple(languages)
+        self.transform = EvalTransform(images)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> EvalItem:
+        index = self.indices[number]
+        shard, within = self.source.locate(index)
+        key = ""
+        try:
+            sample = self.source[index]
+            key = sample.key
+            captions = tuple(caption for caption in sample.captions if self._wanted(caption))
+            if not captions:
+                raise BrokenSample(shard, key, f"no caption of kinds {self.kinds} and languages {self.languages}")
+            pixels = self.transform.pixels(sample.image)
+        except BrokenImage as error:
+            return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))
+        except BrokenSample as error:
+            return EvalItem(index, error.key, None, (), None, {}, error)
+        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=key)
+        return EvalItem(index, key, pixels, captions, embeddings, sample.meta, None)
+
+    def _wanted(self, caption: Caption) -> bool:
+        return (not self.kinds or caption.kind in self.kinds) and (
+            not self.languages or caption.language in self.languages
+        )
+
+
+class EvalCollate:
+    """Items to tensors; broken ones are handed on beside them."""
+
+    def __init__(self, images: ImageConfig) -> None:
+        self.size = images.size
+        self.normalise = Normalise(images)
+
+    def __call__(self, items: list[EvalItem]) -> dict[str, Any]:
+        good = [item for item in items if item.pixels is not None]
+        pixels = [item.pixels for item in good if item.pixels is not None]
+        stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+        batch: dict[str, Any] = {
+            "pixel_values": self.normalise(stacked),
+            "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
+            "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
+            "captions": [caption for item in good for caption in item.captions],
+            "keys": [item.key for item in good],
+            "meta": [item.meta for item in good],
+            "broken": [item.broken for item in items if item.broken is not None],
+        }
+        embeddings = [item.embeddings for item in good if item.embeddings is not None]
+        if embeddings:
+            batch["embeddings"] = torch.cat(embeddings)
+        return batch
+
+
+class EvalPairs:
+    """Batches over a source, once. ``broken`` fills while it is gone through: samples that were left out."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+        self.broken: list[BrokenSample] = []
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.broken = []
+        for batch in self._loader:
+            self.broken += batch.pop("broken")
+            if batch["keys"]:
+                yield batch
+
+
+def eval_pairs(
+    source: Source,
+    cache: EmbeddingCache | None,
+    images: ImageConfig,
+    *,
+    batch: int,  # images
+    kinds: Sequence[str] = (),  # captions of these kinds; () is all
+    languages: Sequence[str] = (),  # captions of these languages; () is all
+    indices: Sequence[int] | None = None,  # samples of the source; None is all
+    rank: int = 0,
+    world: int = 1,  # each rank gets its own run of consecutive samples
+    workers: int = 0,
+) -> EvalPairs:
+    """Batches of this rank's samples, in order.
+
+    A batch: pixel_values (b, 3, S, S) float32, image_ids (b,) int64 (number in the source), embeddings (m, W) float32
+    (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m Caption), keys and
+    meta (b). An image that is broken or has no wanted caption is left out, its captions too, and named in ``.broken``.
+    """
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    mine = np.array_split(chosen, world)[rank].tolist()
+    dataset = EvalDataset(source, cache, images, mine, kinds, languages)
+    return EvalPairs(DataLoader(dataset, batch, collate_fn=EvalCollate(images), num_workers=workers))

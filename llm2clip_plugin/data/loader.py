@@ -1,0 +1,226 @@
+"""Batches for training and evaluation: an image beside the teacher's embedding of one of its captions.
+
+Shapes: b images of a batch on one rank, S pixels a side, W width of a teacher embedding, m captions.
+
+The rows of a batch are a function of (seed, position): the same with any number of workers and, put together, of
+ranks. A sample that can't be used is named, counted and replaced by another that (seed, sample) decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip_plugin.data.base import Source
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.data.images import AugmentConfig, BrokenImage, ImageConfig, Normalise, TrainTransform
+from llm2clip_plugin.data.records import BrokenSample, Caption, caption_id
+from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
+
+__all__ = ["GlobalBatches", "PairDataset", "PairLoader", "Row", "eval_pairs", "make_loader"]
+
+log = logging.getLogger(__name__)
+
+SUBSTITUTES = 20  # samples tried in the place of a broken one
+SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image-caption pair of a batch."""
+
+    pixels: np.ndarray  # (S, S, 3) uint8
+    caption: Caption
+    embedding: torch.Tensor | None  # (W,) float32; None without a cache
+    image_id: int
+    shard: str
+    key: str
+    broken: tuple[BrokenSample, ...]  # what this row stands in for
+
+
+class PairDataset(Dataset):
+    """Row of a draw: the image, augmented, and one of its usable captions, both chosen by (seed, pass, sample)."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        caches: Sequence[EmbeddingCache | None],
+        images: ImageConfig,
+        augment: AugmentConfig | None = None,
+        *,
+        seed: int,
+    ) -> None:
+        if len(sources) != len(caches):
+            raise ValueError(f"{len(sources)} sources and {len(caches)} embedding caches; each source needs its own")
+        if len({cache.width for cache in caches if cache is not None}) > 1:
+            widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
+            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with one teacher")
+        self.sources = list(sources)
+        self.caches = list(caches)
+        self.seed = seed
+        self.transform = TrainTransform(images, augment)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def mixture(self) -> Mixture:
+        """The order in which these sources are drawn from."""
+        return Mixture(
+            [[shard.size for shard in source.shards] for source in self.sources],
+            [source.config.weight for source in self.sources],
+            self.seed,
+            [source.config.shuffle_window for source in self.sources],
+        )
+
+    def __getitem__(self, draw: Draw) -> Row:
+        """Raises ValueError if no sample around a broken one can be used."""
+        broken: list[BrokenSample] = []
+        length = len(self.sources[draw.source])
+        for attempt in range(SUBSTITUTES + 1):
+            index = draw.index
+            if attempt:
+                index = hash_words("substitute", self.seed, draw.epoch, draw.source, draw.index, attempt) % length
+            try:
+                return self._row(Draw(draw.source, index, draw.epoch), tuple(broken))
+            except BrokenSample as error:
+                broken.append(error)
+        listed = "\n".join(f"  {error}" for error in broken)
+        raise ValueError(f"{len(broken)} samples of {self.sources[draw.source].path} in a row can't be used:\n{listed}")
+
+    def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
+        source, cache = self.sources[draw.source], self.caches[draw.source]
+        shard, within = source.locate(draw.index)
+        sample = source[draw.index]
+        usable = source.config.usable(sample.captions)
+        if not usable:
+            raise BrokenSample(shard, sample.key, _no_caption(source, sample.captions))
+        rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
+        caption = usable[rng.randrange(len(usable))]
+        try:
+            pixels = self.transform.pixels(sample.image, rng)
+        except BrokenImage as error:
+            raise BrokenSample(shard, sample.key, str(error)) from error
+        embedding = None if cache is None else cache.rows(shard, within, (caption,), key=sample.key)[0]
+        image_id = (draw.source << SOURCE_BITS) + draw.index
+        return Row(pixels, caption, embedding, image_id, shard, sample.key, broken)
+
+
+def _no_caption(source: Source, captions: tuple[Caption, ...]) -> str:
+    if not captions:
+        return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
+    there = sorted({f"{caption.kind}:{caption.language}" for caption in captions})
+    return f"no caption of the kinds {source.config.kinds} and languages {source.config.languages}; it has {there}"
+
+
+class GlobalBatches:
+    """Endless draws of one rank, batch after batch, from ``position`` on."""
+
+    def __init__(self, mixture: Mixture, position: int, rank: int, world: int, local_batch: int) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world} ranks")
+        if local_batch < 1 or position < 0:
+            raise ValueError(f"local batch {local_batch} and position {position} must be at least 1 and 0")
+        self.mixture, self.position = mixture, position
+        self.rank, self.world, self.local_batch = rank, world, local_batch
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        position = self.position
+        while True:
+            yield self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            position += self.local_batch * self.world
+
+
+class Collate:
+    """Rows to tensors; normalises a whole batch at once, in the worker."""
+
+    def __init__(self, images: ImageConfig) -> None:
+        self.normalise = Normalise(images)
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
+            "pixel_values": self.normalise(np.stack([row.pixels for row in rows])),
+            "caption_ids": torch.tensor([caption_id(row.caption.text) for row in rows]),
+            "image_ids": torch.tensor([row.image_id for row in rows]),
+            "captions": [row.caption.text for row in rows],
+            "keys": [row.key for row in rows],
+            "shards": [row.shard for row in rows],
+            "broken": [row.broken for row in rows if row.broken],
+        }
+        if rows[0].embedding is not None:
+            batch["embeddings"] = torch.stack([row.embedding for row in rows if row.embedding is not None])
+        return batch
+
+
+class PairLoader:
+    """Endless batches of one rank; counts what was broken and stops over the share that may be."""
+
+    def __init__(self, loader: DataLoader, position: int, global_batch: int, samples: int, max_broken: float) -> None:
+        self._loader = loader
+        self._position = position
+        self._global_batch = global_batch
+        self._patience = min(samples, 1000)  # rows that the share is taken of until so many were loaded
+        self.max_broken = max_broken
+        self.rows = 0  # rows loaded
+        self.substituted = 0  # of these, rows that stand in for a broken sample
+        self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason, of all that were met
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        position = self._position
+        for batch in self._loader:
+            position += self._global_batch
+            self._count(len(batch["keys"]), batch.pop("broken"))
+            batch["position"] = position
+            yield batch
+
+    def _count(self, rows: int, broken: list[tuple[BrokenSample, ...]]) -> None:
+        self.rows += rows
+        self.substituted += len(broken)
+        for error in (error for errors in broken for error in errors):
+            if (error.shard, error.key) not in self.broken:
+                self.broken[error.shard, error.key] = error.reason
+                log.warning("broken: %s; another sample takes its place", error)
+        if self.substituted > self.max_broken * max(self.rows, self._patience):
+            listed = [f"  shard {shard!r}, sample {key!r}: {why}" for (shard, key), why in self.broken.items()]
+            more = [f"  ... and {len(listed) - 20} more"] if len(listed) > 20 else []
+            raise ValueError(
+                f"{self.substituted} of {max(self.rows, self._patience)} samples were broken, more than the share "
+                f"max_broken {self.max_broken:g} allows:\n"
+                + "\n".join(listed[:20] + more)
+                + "\nrun `llm2clip data check` on the data, mend it, or raise max_broken"
+            )
+
+
+def make_loader(
+    dataset: PairDataset,
+    *,
+    local_batch: int,  # pairs of one rank in a batch
+    position: int = 0,  # pairs that all ranks have consumed so far
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,  # loader processes; the batches don't depend on it
+    max_broken: float = 0.01,  # share of broken samples over which the run stops
+    pin_memory: bool = False,
+) -> PairLoader:
+    """Batches from ``position`` on, without end.
+
+    A batch: pixel_values (b, 3, S, S) float32, embeddings (b, W) float32 (absent without caches), caption_ids and
+    image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after this batch.
+    Iterating raises ValueError when more than ``max_broken`` of this rank's samples were broken.
+    """
+    batches = GlobalBatches(dataset.mixture(), position, rank, world, local_batch)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - endless, so it has no length
+        num_workers=workers,
+        collate_fn=Collate(dataset.transform.config),
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    return PairLoader(loader, position, local_batch * world, len(dataset), max_broken)

@@ -1,0 +1,197 @@
+"""Which sample comes when: a pure function of the seed and the number of samples consumed.
+
+Every source is gone through without replacement, pass after pass. Nothing here knows of ranks, batches or
+workers except ``rank_rows``: the global batch at a position is the same however many ranks share it, so a run
+is resumed, with any number of ranks, by one integer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+FEISTEL_ROUNDS = 6
+COUNT_EVERY = 4096  # positions between two stored counts of a mixture's order
+
+
+class Draw(NamedTuple):
+    """One sample of a batch."""
+
+    source: int  # number of the source
+    index: int  # number of the sample in it
+    epoch: int  # passes that the source has behind it
+
+
+def hash_words(*words: int | str) -> int:
+    """64 bits that depend on all ``words``, on every platform and version alike."""
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
+
+
+def sample_rng(seed: int, epoch: int, source: int, index: int) -> random.Random:
+    """Randomness of one sample in one pass (augmentation, choice of caption), whoever loads it."""
+    return random.Random(hash_words("sample", seed, epoch, source, index))
+
+
+class Permutation:
+    """A permutation of 0 .. n-1 that is computed, not stored: a Feistel network, walked until it lands below n.
+
+    The network permutes 4^b numbers, 4^b >= n > 4^(b-1), so a walk takes less than 4 steps on average.
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        self.n = n
+        self.half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)  # bits of one half of a number
+        self.round_keys = [np.uint64(hash_words("round", key, n, number)) for number in range(FEISTEL_ROUNDS)]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Images of int64 ``positions`` (k,), each within 0 .. n-1; (k,) int64."""
+        values = self._network(positions.astype(np.uint64))
+        while (outside := values >= self.n).any():
+            values[outside] = self._network(values[outside])
+        return values.astype(np.int64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        half, mask = np.uint64(self.half), np.uint64((1 << self.half) - 1)
+        left, right = values >> half, values & mask
+        for key in self.round_keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return (left << half) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Each bit of the result depends on each bit of ``values`` (splitmix64's finalizer)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class PassOrder:
+    """The order of one pass over one source.
+
+    ``window`` 0 shuffles the whole source. Else the shards are shuffled, cut into groups of ``window``, and the
+    samples of a group shuffled among themselves: a disk or shard cache then works on ``window`` shards at a time.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], window: int, key: int) -> None:
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.key = key
+        total = int(self.sizes.sum())
+        if window == 0 or window >= len(self.sizes):
+            self.groups = [np.arange(len(self.sizes))]
+        else:
+            order = Permutation(len(self.sizes), hash_words("shards", key))(np.arange(len(self.sizes)))
+            self.groups = [order[first : first + window] for first in range(0, len(order), window)]
+        self.shard_starts = np.cumsum(self.sizes) - self.sizes
+        group_sizes = np.array([int(self.sizes[group].sum()) for group in self.groups], dtype=np.int64)
+        self.group_stops = np.cumsum(group_sizes)
+        self.group_starts = self.group_stops - group_sizes
+        assert total == (self.group_stops[-1] if len(self.group_stops) else 0)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers (k,) at int64 ``positions`` (k,) of the pass."""
+        group_of = np.searchsorted(self.group_stops, positions, side="right")
+        result = np.empty(len(positions), dtype=np.int64)
+        for number in np.unique(group_of):
+            here = group_of == number
+            shards = self.groups[number]
+            sizes = self.sizes[shards]
+            permute = Permutation(int(sizes.sum()), hash_words("samples", self.key, int(number)))
+            within = permute(positions[here] - self.group_starts[number])
+            stops = np.cumsum(sizes)
+            shard = np.searchsorted(stops, within, side="right")
+            result[here] = self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
+        return result
+
+
+class Mixture:
+    """Draws from several sources. An epoch holds round(weight x size) draws of each source, in mixed order.
+
+    With all weights 1 an epoch is every sample once. A source of weight 2 is gone through twice in an epoch, one of
+    weight 0.5 half; it goes on in the next epoch where it stopped, so its passes stay without replacement.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[Sequence[int]],  # samples of each shard of each source
+        weights: Sequence[float],
+        seed: int,
+        windows: Sequence[int] = (),  # shuffle_window of each source; () is 0 for all
+    ) -> None:
+        if len(shard_sizes) != len(weights) or not shard_sizes:
+            raise ValueError(f"{len(shard_sizes)} sources and {len(weights)} weights; expected as many, at least one")
+        self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
+        self.lengths = [sum(sizes) for sizes in self.shard_sizes]
+        if empty := [number for number, length in enumerate(self.lengths) if length == 0]:
+            raise ValueError(f"sources {empty} (counted from 0) hold no samples")
+        self.seed = seed
+        self.windows = list(windows) or [0] * len(weights)
+        self.draws = [max(1, round(weight * length)) for weight, length in zip(weights, self.lengths, strict=True)]
+        self._pass_order = lru_cache(maxsize=4 * len(weights))(self._make_pass_order)
+        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples drawn in one epoch."""
+        return sum(self.draws)
+
+    def batch_indices(self, position: int, count: int) -> list[Draw]:
+        """The ``count`` draws from ``position`` on (samples consumed since the start of training)."""
+        result: list[Draw] = []
+        while len(result) < count:
+            epoch, offset = divmod(position + len(result), self.epoch_length)
+            here = min(count - len(result), self.epoch_length - offset)
+            result += self._within_epoch(epoch, offset, here)
+        return result
+
+    def _within_epoch(self, epoch: int, offset: int, count: int) -> list[Draw]:
+        labels, ranks = self._sources(epoch, offset, count)
+        result: list[Draw] = [Draw(0, 0, 0)] * count
+        for source in np.unique(labels).tolist():
+            here = np.flatnonzero(labels == source)
+            passes, places = np.divmod(epoch * self.draws[source] + ranks[here], self.lengths[source])
+            for number in np.unique(passes).tolist():
+                chosen = here[passes == number]
+                indices = self._pass_order(source, number)(places[passes == number])
+                for row, index in zip(chosen.tolist(), indices.tolist(), strict=True):
+                    result[row] = Draw(source, index, number)
+        return result
+
+    def _sources(self, epoch: int, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each draw, and how many draws of that source come before it in the epoch."""
+        if len(self.draws) == 1:
+            return np.zeros(count, dtype=np.int64), np.arange(offset, offset + count, dtype=np.int64)
+        order, counts = self._epoch_order(epoch)
+        block = offset // COUNT_EVERY
+        labels = order[block * COUNT_EVERY : offset + count]
+        ranks = np.empty(len(labels), dtype=np.int64)
+        for source in range(len(self.draws)):
+            here = labels == source
+            ranks[here] = counts[block, source] + np.arange(np.count_nonzero(here))
+        skip = offset - block * COUNT_EVERY
+        return labels[skip:].astype(np.int64), ranks[skip:]
+
+    def _make_pass_order(self, source: int, number: int) -> PassOrder:
+        key = hash_words("pass", self.seed, source, number)
+        return PassOrder(self.shard_sizes[source], self.windows[source], key)
+
+    def _make_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source of every draw of an epoch (2 bytes a draw), and counts of each source before every 4096th."""
+        permute = Permutation(self.epoch_length, hash_words("mix", self.seed, epoch))
+        stops = np.cumsum(self.draws)
+        order = np.empty(self.epoch_length, dtype=np.uint16)
+        counts = [np.zeros(len(self.draws), dtype=np.int64)]
+        for start in range(0, self.epoch_length, COUNT_EVERY):
+            block = permute(np.arange(start, min(start + COUNT_EVERY, self.epoch_length)))
+            order[start : start + len(block)] = np.searchsorted(stops, block, side="right")
+            counts.append(counts[-1] + np.bincount(order[start : start + len(block)], minlength=len(self.draws)))
+        return order, np.array(counts)
+
+
+def rank_rows(position: int, rank: int, local: int) -> tuple[int, int]:
+    """Position and count of the rows of the global batch at ``position`` that ``rank`` takes."""
+    return position + rank * local, local

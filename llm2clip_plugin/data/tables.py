@@ -1,0 +1,117 @@
+"""A file of rows beside a folder of images: JSON Lines, or LLaVA's own JSON (human/gpt conversations)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2clip_plugin.data.base import RawSample, Shard, Source, SourceConfig
+from llm2clip_plugin.data.records import BrokenSample
+from llm2clip_plugin.data.remote import is_url
+
+
+class TableSource(Source):
+    """One shard: a row is a sample. Rows are kept as bytes and parsed when they are asked for."""
+
+    def __init__(self, config: SourceConfig, kind: str) -> None:
+        self.kind = kind
+        self._downloads = config.downloads
+        path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no {kind} file at {path}")
+        lines = _llava_lines(path) if kind == "llava" else _jsonl_lines(path)
+        self._lines, self._blob = _pack(lines)
+        if not len(self._lines):
+            raise ValueError(f"{config.path} holds no samples")
+        self._images = config.images or config.path.rpartition("/")[0] or "."
+        if not is_url(self._images) and not os.path.isdir(self._images):
+            raise FileNotFoundError(f"no image folder at {self._images}; say where the images of {config.path} lie")
+        stem = config.path.rpartition("/")[2].rpartition(".")[0]
+        super().__init__(config, (Shard(stem, len(self._lines), 0),))
+
+    def __reduce__(self) -> tuple[type[TableSource], tuple[SourceConfig, str]]:
+        return TableSource, (self.config, self.kind)
+
+    def raw(self, number: int) -> RawSample:
+        row, line = self._row(number)
+        image = str(row.get(self.config.image_field, ""))
+        key = str(row.get(self.config.key_field, "") or image or f"line {line}")
+        values = dict(row)
+        if self.kind == "llava":
+            try:
+                values["gpt"] = first_answer(row)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise BrokenSample(self.shards[0].name, key, f"its conversations can't be read: {error!r}") from error
+        return RawSample(key, values, row)
+
+    def image(self, number: int) -> bytes:
+        raw = self.raw(number)
+        name = raw.meta.get(self.config.image_field)
+        if not isinstance(name, str) or not name:
+            raise BrokenSample(
+                self.shards[0].name, raw.key, f"no field {self.config.image_field!r} that names an image"
+            )
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise BrokenSample(self.shards[0].name, raw.key, f"image {name!r} does not lie within {self._images}")
+        try:
+            if is_url(self._images):
+                return self._downloads.read(self._images.rstrip("/") + "/" + name)
+            with open(os.path.join(self._images, name), "rb") as file:
+                return file.read()
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise BrokenSample(self.shards[0].name, raw.key, f"no image {name!r} in {self._images}") from error
+
+    def _row(self, number: int) -> tuple[dict[str, Any], int]:
+        """The row, parsed, and the number of its line (from 1) or item (from 0)."""
+        self.place(number)
+        start, stop, line = self._lines[number].tolist()
+        try:
+            row = json.loads(self._blob[start:stop])
+        except ValueError as error:
+            raise BrokenSample(self.shards[0].name, f"line {line}", f"not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise BrokenSample(self.shards[0].name, f"line {line}", f"a {type(row).__name__}, not an object")
+        return row, line
+
+
+def first_answer(row: dict[str, Any]) -> str:
+    """The first answer of a LLaVA conversation, ``<image>`` marks stripped; "" if there is none."""
+    for turn in row["conversations"]:
+        if turn["from"] == "gpt":
+            return turn["value"].replace("<image>", "").strip()
+    return ""
+
+
+def _jsonl_lines(path: Path) -> Iterable[tuple[int, bytes]]:
+    """(line number from 1, bytes) of each line that isn't blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def _llava_lines(path: Path) -> Iterable[tuple[int, bytes]]:
+    """(item number from 0, JSON) of each item with an image; items of text alone hold no image-caption pair."""
+    try:
+        items = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); a file of one object a line is named .jsonl") from error
+    if not isinstance(items, list):
+        raise ValueError(f"{path} holds a {type(items).__name__}; LLaVA's format is a list of conversations")
+    for number, item in enumerate(items):
+        if not isinstance(item, dict) or item.get("image"):
+            yield number, json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _pack(lines: Iterable[tuple[int, bytes]]) -> tuple[np.ndarray, bytes]:
+    """(start, stop, line number) of each row in one run of bytes, which forked workers share."""
+    blob, spans = bytearray(), []
+    for number, line in lines:
+        spans.append((len(blob), len(blob) + len(line), number))
+        blob += line
+    return np.array(spans, dtype=np.int64).reshape(-1, 3), bytes(blob)
