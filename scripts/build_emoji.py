@@ -10,9 +10,10 @@ unseen style is drawn from a Python package, for the captions and the split of t
     scripts/build_emoji.py --style openmoji --output DIR     # CC-BY-SA-4.0 art: drawn here, never shipped
 
 One WebDataset shard a split and style (``train-noto.tar`` ...). A sample is ``<key>.png`` and ``<key>.json``:
-captions with kind (short, long, keywords) and language, and the concept, family, group, subgroup, style and
-split they belong to. Names in other languages are in the validation and test shards alone, so that nothing
-can train on them.
+captions with kind and language, all keywords, and the concept, family, group, subgroup, style and split they belong
+to. Kinds: short (the name), long (name, subgroup, group, keywords), keywords (those that share no word with the
+name, where there are two). Names in other languages are in the validation and test shards alone, so that nothing can
+train on them.
 
 The split is by *family* (gender and person code points stripped, a few look-alike series put together): a
 random split would put the same concept, drawn for another gender, on both sides.
@@ -68,6 +69,7 @@ SAME_FAMILY = {  # the same person in another gender under another code point
 }
 LARGEST_HELD_OUT = 12  # families with more members stay in training
 TEST, VALIDATION = 326, 200  # concepts; the rest train
+FEWEST_KEYWORDS = 2  # a caption of keywords has at least so many
 SPLIT_SEED = "llm2clip-emoji-1"
 SPLITS = ("train", "validation", "test")
 
@@ -87,10 +89,21 @@ class Concept:
     translations: Mapping[str, str]  # language -> name
 
     @property
+    def unnamed_keywords(self) -> tuple[str, ...]:
+        """The keywords that share no word with the name: what tells meaning from spelling."""
+        name = words_of(self.name)
+        return tuple(keyword for keyword in self.keywords if not words_of(keyword) & name)
+
+    @property
     def long_caption(self) -> str:
         """Name, subgroup, group and keywords in one sentence."""
         subgroup = self.subgroup.replace("-", " ")
         return f"{self.name}, a picture of {subgroup} ({self.group.lower()}): {', '.join(self.keywords)}."
+
+
+def words_of(text: str) -> set[str]:
+    """Lower-case words, a plural s dropped."""
+    return {word.removesuffix("s") for word in re.findall(r"\w+", text.lower())}
 
 
 # ---------------------------------------------------------------------------------------------- packages
@@ -274,8 +287,9 @@ def sample_json(concept: Concept) -> dict[str, Any]:
     captions = [
         {"text": concept.name, "kind": "short", "language": "en"},
         {"text": concept.long_caption, "kind": "long", "language": "en"},
-        {"text": ", ".join(concept.keywords), "kind": "keywords", "language": "en"},
     ]
+    if len(concept.unnamed_keywords) >= FEWEST_KEYWORDS:
+        captions.append({"text": ", ".join(concept.unnamed_keywords), "kind": "keywords", "language": "en"})
     if concept.split != "train":
         captions += [{"text": t, "kind": "short", "language": lang} for lang, t in concept.translations.items()]
     return {

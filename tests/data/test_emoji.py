@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import sys
 import tarfile
 from collections import Counter, defaultdict
@@ -69,7 +70,7 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
                 splits[sample[field]].add(sample["split"])
         assert all(len(found) == 1 for found in splits.values()), field
     names = {
-        split: {c["text"] for s in shards[split, "noto"].values() for c in s["captions"] if c["language"] == "en"}
+        split: {s["captions"][number]["text"] for s in shards[split, "noto"].values() for number in (0, 1)}
         for split in COUNTS
     }
     assert not names["train"] & names["test"] and not names["train"] & names["validation"]
@@ -102,12 +103,25 @@ def test_captions(shards) -> None:
     for (split, _), samples in shards.items():
         for key, sample in samples.items():
             assert all(c["text"].strip() for c in sample["captions"]), key
-            kinds = [(c["kind"], c["language"]) for c in sample["captions"]]
-            assert kinds[:3] == [("short", "en"), ("long", "en"), ("keywords", "en")], key
+            english = {c["kind"]: c["text"] for c in sample["captions"] if c["language"] == "en"}
+            others = [c for c in sample["captions"] if c["language"] != "en"]
+            assert {"short", "long"} <= set(english) <= {"short", "long", "keywords"}, key
+            assert english["short"] in english["long"] and all(
+                word in english["long"] for word in sample["keywords"]
+            ), key
             # names in other languages are for evaluation alone, so training shards must not have them
-            assert {lang for _, lang in kinds[3:]} == (set() if split == "train" else LANGUAGES), key
-            name, long, keywords = (c["text"] for c in sample["captions"][:3])
-            assert name in long and keywords in long and keywords == ", ".join(sample["keywords"]), key
+            assert {c["language"] for c in others} == (set() if split == "train" else LANGUAGES), key
+            assert {c["kind"] for c in others} <= {"short"}, key
+
+
+def test_keyword_captions_share_no_word_with_the_name(shards) -> None:
+    found = 0
+    for sample in shards["test", "noto"].values():
+        english = {c["kind"]: set(re.findall(r"\w+", c["text"].lower())) for c in sample["captions"][:3]}
+        if "keywords" in english:
+            found += 1
+            assert not english["short"] & english["keywords"], sample["concept"]
+    assert found == 251
 
 
 def test_pictures_are_square_and_not_blank(shards) -> None:
