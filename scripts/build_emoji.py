@@ -272,7 +272,9 @@ def draw(svg: str, size: int, colours: int) -> bytes:
     from PIL import Image
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
+    image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
     palette = image.quantize(colors=colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
     palette.save(out, "PNG", optimize=True)

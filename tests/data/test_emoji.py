@@ -126,7 +126,7 @@ def test_keyword_captions_share_no_word_with_the_name(shards) -> None:
 
 def test_pictures_are_square_and_not_blank(shards) -> None:
     for samples in shards.values():
-        for key, sample in list(samples.items())[::7]:
+        for key, sample in samples.items():
             image = Image.open(io.BytesIO(sample["png"])).convert("RGB")
             assert image.size == (98, 98), key
             assert any(low < 240 for low, _ in image.getextrema()), f"{key} is blank"

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""The quickstart's data folders, made from the built-in set.
+
+    scripts/quickstart/shards.py --output quickstart-output/data [--concepts 300 100 100]
+
+``all/``        train, validation and test shards, and the unseen style (openmoji) of validation and test, drawn here
+``shuffled/``   the training shards with the pictures of concepts exchanged: the control. Keys and captions stay, so
+                the teacher's cache of ``all/`` fits it.
+
+``--concepts`` keeps the first so many training, validation and test concepts, for a short run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.contracts import whole_directory
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+EMOJI = SCRIPTS.parent / "llm2clip_plugin" / "data" / "emoji"
+SPLITS = ("train", "validation", "test")
+UNSEEN = "openmoji"
+Sample = tuple[str, bytes, dict[str, Any]]  # key, png, description
+
+
+def read_tar(path: Path) -> list[Sample]:
+    """The samples of one of the built-in set's shards, in order."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            found.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+    return [(key, parts["png"], json.loads(parts["json"])) for key, parts in found.items()]
+
+
+def write_tar(path: Path, samples: list[Sample]) -> None:
+    """Write samples as a WebDataset shard."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, png, description in samples:
+            for suffix, body in (("png", png), ("json", json.dumps(description, ensure_ascii=False).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+
+
+def in_random_order(concepts: set[str], salt: str) -> list[str]:
+    """Concepts in the order of a hash: the same on every machine."""
+    return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
+
+
+def first_concepts(samples: list[Sample], count: int) -> list[Sample]:
+    """The samples of the first ``count`` concepts in random order, in the order of the shard."""
+    kept = set(in_random_order({description["concept"] for _, _, description in samples}, "subset")[:count])
+    return [sample for sample in samples if sample[2]["concept"] in kept]
+
+
+def exchange_pictures(samples: list[Sample]) -> list[Sample]:
+    """The same keys and captions, each with the picture of another concept, the same one in every style."""
+    order = in_random_order({description["concept"] for _, _, description in samples}, "shuffle")
+    partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: no concept keeps its own
+    picture = {description["concept"]: png for _, png, description in samples}
+    return [(key, picture[partner[description["concept"]]], description) for key, _, description in samples]
+
+
+def shipped() -> Iterator[tuple[str, Path]]:
+    """(split, shard) of the built-in set."""
+    for split in SPLITS:
+        for path in sorted(EMOJI.glob(f"{split}-*.tar")):
+            yield split, path
+
+
+def draw_unseen(folder: Path) -> str:
+    """Draw the unseen style's shards into ``folder``; returns why not, or "" if it could be done."""
+    sys.path.insert(0, str(SCRIPTS))
+    import build_emoji
+
+    try:
+        build_emoji.build([UNSEEN], folder, folder, size=98, colours=64)
+    except (FileNotFoundError, ImportError) as error:
+        return f"no unseen style: {error}"
+    (folder / f"train-{UNSEEN}.tar").unlink()  # only ever a test
+    return ""
+
+
+def make_all(folder: Path, concepts: tuple[int, int, int] | None) -> str:
+    """Fill ``all/``; returns why the unseen style is missing, or ""."""
+    with whole_directory(folder, replace=True) as aside:
+        missing = draw_unseen(aside)
+        paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(aside.glob("*.tar")))]
+        for split, path in paths:
+            samples = read_tar(path)
+            count = len(samples) if concepts is None else concepts[SPLITS.index(split)]
+            write_tar(aside / path.name, first_concepts(samples, count))
+    return missing
+
+
+def make_shuffled(everything: Path, folder: Path) -> None:
+    """Fill ``shuffled/`` from the training shards of ``all/``."""
+    with whole_directory(folder, replace=True) as aside:
+        for path in sorted(everything.glob("train-*.tar")):
+            write_tar(aside / path.name, exchange_pictures(read_tar(path)))
+
+
+def prepare(output: Path, concepts: tuple[int, int, int] | None = None) -> None:
+    """Make both folders, unless they are there for the same ``concepts``."""
+    recipe = {"concepts": concepts and list(concepts), "built_from": [path.stat().st_size for _, path in shipped()]}
+    stamp = output / "made-for.json"
+    if (
+        stamp.is_file()
+        and json.loads(stamp.read_text()) == recipe
+        and (output / "all" / f"test-{UNSEEN}.tar").is_file()
+    ):
+        return
+    stamp.unlink(missing_ok=True)
+    missing = make_all(output / "all", concepts)
+    make_shuffled(output / "all", output / "shuffled")
+    if missing:
+        print(f"note: {missing}", file=sys.stderr)
+    stamp.write_text(json.dumps(recipe), encoding="utf-8")
+
+
+def main() -> None:
+    """Command line; see the head of the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output/data"))
+    parser.add_argument("--concepts", type=int, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"))
+    options = parser.parse_args()
+    prepare(options.output, tuple(options.concepts) if options.concepts else None)
+
+
+if __name__ == "__main__":
+    main()
