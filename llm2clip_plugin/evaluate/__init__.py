@@ -1,0 +1,1 @@
+"""Is the tower better? Retrieval, zero-shot classification, probes, caption retrieval accuracy."""

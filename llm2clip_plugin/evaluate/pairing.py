@@ -1,0 +1,269 @@
+"""Exact ranks in both directions from one pass over the scores, tile by tile.
+
+A rank is counted, never searched for: each score is compared with that of the query's best right item. So there is
+no top-k, no N x M matrix and no loop over rows; a tile of scores serves both directions.
+
+1. Rows with the same bits are kept once (`Side`), with the number of their copies: identical items then have one
+   score, so that they tie exactly, whatever the matrix product does at the edges of a block.
+2. Right pairs are the queries of both sides with one label. Rows are ordered by label, so that right pairs fill few
+   tiles; these are computed first and give each query its best right score.
+3. All tiles are computed; what is above a query's best right score, or equal to it, is counted, times its copies.
+
+Shape letters: N rows of one side, U of them distinct, Q queries (distinct pairs of row and label), D width,
+P right pairs, r x c a tile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm2clip_plugin.evaluate.ranks import QueryRanks
+
+TILE = 512  # rows and columns of a tile: 1 MiB of scores, which stays in cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The images or the captions: distinct rows, and the queries that they make."""
+
+    row_UD: Tensor  # distinct rows in fp32, those of one label near each other
+    copies_U: Tensor  # float32: how many of the N rows have these bits
+    query_row_Q: Tensor  # distinct row of each query, ascending
+    query_label_Q: Tensor
+    query_copies_Q: Tensor  # how many of the N rows are this query
+    query_first_Q: Tensor  # the lowest of their positions
+    query_of_N: Tensor  # query of each of the N rows
+    key_N: Tensor  # distinct row * (N + 1) + position, ascending: counts the copies before a position
+
+    @classmethod
+    def build(cls, row_ND: Tensor, label_N: Tensor) -> Side:
+        """Order the rows by label, keep each once; ``label_N`` counts from 0."""
+        device, total = row_ND.device, len(row_ND)
+        order_N = torch.argsort(label_N, stable=True)
+        row_ND = row_ND.float()
+        digests = row_digests(row_ND)
+        first: dict[bytes, int] = {}
+        place = torch.tensor([first.setdefault(digests[i], len(first)) for i in order_N.tolist()], device=device)
+        place_N = torch.empty_like(place).scatter_(0, order_N, place)
+        position_N = torch.arange(total, device=device)
+        kept_U = torch.full((len(first),), total, device=device).scatter_reduce(0, place_N, position_N, "amin")
+        labels = int(label_N.max()) + 1
+        query, query_of_N, copies = torch.unique(place_N * labels + label_N, return_inverse=True, return_counts=True)
+        return cls(
+            row_UD=row_ND[kept_U],
+            copies_U=torch.bincount(place_N, minlength=len(first)).float(),
+            query_row_Q=query // labels,
+            query_label_Q=query % labels,
+            query_copies_Q=copies,
+            query_first_Q=torch.full_like(query, total).scatter_reduce(0, query_of_N, position_N, "amin"),
+            query_of_N=query_of_N,
+            key_N=torch.sort(place_N * (total + 1) + position_N).values,
+        )
+
+    def queries(self, start: int, stop: int) -> slice:
+        """The queries whose distinct row is in [start, stop)."""
+        bounds = torch.searchsorted(self.query_row_Q, torch.tensor([start, stop], device=self.query_row_Q.device))
+        return slice(int(bounds[0]), int(bounds[1]))
+
+    def copies_before(self, row: Tensor, position: Tensor) -> Tensor:
+        """How many copies of each distinct ``row`` stand before each ``position`` of the N."""
+        base = row * (len(self.key_N) + 1)
+        return torch.searchsorted(self.key_N, base + position) - torch.searchsorted(self.key_N, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tally:
+    """What is known and counted for the queries of one side."""
+
+    best_Q: Tensor  # score of the best right item; +inf without one, so that nothing is counted
+    first_Q: Tensor  # position of the first right item with that score
+    right_equal_Q: Tensor
+    counts_3Q: Tensor  # int64: higher, equal (right ones included), equal before first_Q
+
+    @classmethod
+    def start(cls, query_P: Tensor, score_P: Tensor, queries: int, partner_P: Tensor, partner: Side) -> _Tally:
+        """Best right score of each query from the right pairs (``query_P``, ``partner_P``)."""
+        best_Q = torch.full((queries,), -torch.inf, device=score_P.device).scatter_reduce(0, query_P, score_P, "amax")
+        tied_P = score_P == best_Q[query_P]
+        query, other = query_P[tied_P], partner_P[tied_P]
+        none_Q = torch.zeros(queries, dtype=torch.int64, device=score_P.device)
+        return cls(
+            best_Q=torch.where(best_Q == -torch.inf, torch.inf, best_Q),
+            first_Q=torch.full_like(none_Q, len(partner.key_N)).scatter_reduce(
+                0, query, partner.query_first_Q[other], "amin"
+            ),
+            right_equal_Q=none_Q.scatter_add(0, query, partner.query_copies_Q[other]),
+            counts_3Q=none_Q.repeat(3, 1),
+        )
+
+    def add(self, score_rc: Tensor, side: Side, rows: slice, partner: Side, columns: slice) -> None:
+        """Count one tile: ``rows`` of ``side`` are the queries, ``columns`` of ``partner`` the items."""
+        copies_c = partner.copies_U[columns]
+        part = side.queries(rows.start, rows.stop)
+        for start in range(part.start, part.stop, len(score_rc)):  # more queries than rows: a row under several labels
+            some = slice(start, min(start + len(score_rc), part.stop))
+            one_to_one = part.stop - part.start == len(score_rc)
+            score_qc = score_rc if one_to_one else score_rc[side.query_row_Q[some] - rows.start]
+            best_q1 = self.best_Q[some, None]
+            flag_qc = torch.empty_like(score_qc)  # fp32 ones and zeros: summed much faster than booleans
+            higher_q = (torch.gt(score_qc, best_q1, out=flag_qc) @ copies_c).long()
+            equal_q = (torch.ge(score_qc, best_q1, out=flag_qc) @ copies_c).long() - higher_q
+            self.counts_3Q[0, some] += higher_q
+            self.counts_3Q[1, some] += equal_q
+            tied = torch.nonzero(equal_q).flatten()
+            at, column = torch.nonzero(score_qc[tied] == best_q1[tied], as_tuple=True)
+            query = tied[at] + start
+            before = partner.copies_before(column + columns.start, self.first_Q[query])
+            self.counts_3Q[2].scatter_add_(0, query, before)
+
+    def ranks(self, side: Side) -> QueryRanks:
+        """The counts, one for each of the side's N rows."""
+        higher_Q, equal_Q, before_Q = self.counts_3Q
+        return QueryRanks(
+            higher_Q=higher_Q[side.query_of_N],
+            wrong_equal_Q=(equal_Q - self.right_equal_Q)[side.query_of_N],
+            right_equal_Q=self.right_equal_Q[side.query_of_N],
+            equal_before_Q=before_Q[side.query_of_N],
+        )
+
+
+def rank_both(
+    first_ND: Tensor,
+    second_MD: Tensor,
+    first_label_N: Tensor,
+    second_label_M: Tensor,
+    *,
+    tile: int = TILE,
+    all_ranks: bool = False,
+) -> tuple[QueryRanks, QueryRanks]:
+    """Ranks of each first row's best right item among the second rows, and the other way round.
+
+    The score is the dot product, in fp32 whatever the inputs, autocast and TF32 are; rows are right for each other
+    when their labels (int) are equal. A query without a right item gets ``right_equal`` 0. Memory beyond the inputs:
+    a copy of them, a few tiles, and the right pairs.
+
+    ``all_ranks``: every rank of the default process group calls this with the same arrays; the tiles are shared out,
+    and each rank gets all results. The tiles are the same on any number of ranks, and so are the results.
+
+    Raises ValueError for shapes that don't fit, nothing to rank, or a non-finite embedding.
+    """
+    _check(first_ND, second_MD, first_label_N, second_label_M)
+    _, label = torch.unique(torch.cat([first_label_N, second_label_M]), return_inverse=True)
+    with torch.no_grad(), full_precision(first_ND.device):
+        first = Side.build(first_ND, label[: len(first_ND)])
+        second = Side.build(second_MD, label[len(first_ND) :])
+        grid = _Grid(first, second, tile, all_ranks)
+        pair_first_P, pair_second_P = grid.pairs
+        score_P = grid.right_scores()
+        there = _Tally.start(pair_first_P, score_P, len(first.query_row_Q), pair_second_P, second)
+        back = _Tally.start(pair_second_P, score_P, len(second.query_row_Q), pair_first_P, first)
+        for number in grid.numbers():
+            rows, columns, score_rc = grid.scores(number, score_P)
+            there.add(score_rc, first, rows, second, columns)
+            back.add(score_rc.T, second, columns, first, rows)
+        for tally in (there, back) if all_ranks else ():
+            dist.all_reduce(tally.counts_3Q)
+    return there.ranks(first), back.ranks(second)
+
+
+class _Grid:
+    """The tiles of the score matrix, those of this rank, and where the right pairs lie in them."""
+
+    def __init__(self, first: Side, second: Side, tile: int, all_ranks: bool) -> None:
+        self.first, self.second, self.tile, self.all_ranks = first, second, tile, all_ranks
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
+        self.across = -(-len(second.row_UD) // tile)
+        self.total = -(-len(first.row_UD) // tile) * self.across
+        pair_first, pair_second = _right_pairs(first.query_label_Q, second.query_label_Q)
+        number = first.query_row_Q[pair_first] // tile * self.across + second.query_row_Q[pair_second] // tile
+        number, order = torch.sort(number)
+        self.pairs = pair_first[order], pair_second[order]
+        self.starts = torch.searchsorted(number, torch.arange(self.total + 1, device=number.device)).tolist()
+
+    def numbers(self) -> Iterator[int]:
+        """This rank's tiles."""
+        return iter(range(self.rank, self.total, self.world))
+
+    def scores(self, number: int, score_P: Tensor | None = None) -> tuple[slice, slice, Tensor]:
+        """A tile's rows, columns and scores; right pairs keep the bits of ``score_P``, to equal themselves."""
+        row, column = number // self.across * self.tile, number % self.across * self.tile
+        rows = slice(row, min(row + self.tile, len(self.first.row_UD)))
+        columns = slice(column, min(column + self.tile, len(self.second.row_UD)))
+        score_rc = self.first.row_UD[rows] @ self.second.row_UD[columns].T
+        if score_P is not None:
+            part, row_p, column_p = self.inside(number, rows, columns)
+            score_rc[row_p, column_p] = score_P[part]
+        return rows, columns, score_rc
+
+    def inside(self, number: int, rows: slice, columns: slice) -> tuple[slice, Tensor, Tensor]:
+        """The right pairs of a tile: which of the P, and their places in it."""
+        part = slice(self.starts[number], self.starts[number + 1])
+        row_p = self.first.query_row_Q[self.pairs[0][part]] - rows.start
+        column_p = self.second.query_row_Q[self.pairs[1][part]] - columns.start
+        return part, row_p, column_p
+
+    def right_scores(self) -> Tensor:
+        """(P,) scores of all right pairs."""
+        score_P = torch.zeros(len(self.pairs[0]), device=self.first.row_UD.device)
+        for number in self.numbers():
+            if self.starts[number] < self.starts[number + 1]:
+                rows, columns, score_rc = self.scores(number)
+                part, row_p, column_p = self.inside(number, rows, columns)
+                score_P[part] = score_rc[row_p, column_p]
+        if self.all_ranks:
+            dist.all_reduce(score_P)  # every other rank has zeros there
+        return score_P
+
+
+def _right_pairs(label_Q: Tensor, other_label_R: Tensor) -> tuple[Tensor, Tensor]:
+    """All (query, other query) with the same label."""
+    label_R, order_R = torch.sort(other_label_R, stable=True)
+    start_Q = torch.searchsorted(label_R, label_Q)
+    count_Q = torch.searchsorted(label_R, label_Q, right=True) - start_Q
+    query_P = torch.repeat_interleave(torch.arange(len(label_Q), device=label_Q.device), count_Q)
+    end_Q = count_Q.cumsum(0)
+    offset_P = torch.arange(len(query_P), device=label_Q.device) - (end_Q - count_Q)[query_P]
+    return query_P, order_R[start_Q[query_P] + offset_P]
+
+
+def row_digests(row_ND: Tensor) -> list[bytes]:
+    """One 16-byte digest a row; rows with the same values have the same digest."""
+    rows = (row_ND.detach().cpu() + 0.0).contiguous().numpy()  # -0.0 becomes 0.0
+    return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+
+
+def _check(first_ND: Tensor, second_MD: Tensor, first_label_N: Tensor, second_label_M: Tensor) -> None:
+    """Refuse what would give a wrong number instead of an error."""
+    if first_ND.ndim != 2 or second_MD.ndim != 2 or first_ND.shape[1] != second_MD.shape[1]:
+        raise ValueError(f"embeddings {tuple(first_ND.shape)} and {tuple(second_MD.shape)} must be (N, D) and (M, D)")
+    if first_label_N.shape != first_ND.shape[:1] or second_label_M.shape != second_MD.shape[:1]:
+        raise ValueError(
+            f"{tuple(first_label_N.shape)} and {tuple(second_label_M.shape)} labels "
+            f"for {len(first_ND)} and {len(second_MD)} embeddings"
+        )
+    if not len(first_ND) or not len(second_MD):
+        raise ValueError(f"nothing to rank: {len(first_ND)} and {len(second_MD)} embeddings")
+    for name, vectors in (("first", first_ND), ("second", second_MD)):
+        finite = torch.isfinite(vectors.sum(1))
+        if not bool(finite.all()):  # a NaN is never above anything, so it would count as a hit
+            bad = torch.nonzero(~finite).flatten()
+            raise ValueError(f"{len(bad)} of the {name} embeddings are not finite; the first is row {int(bad[0])}")
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """fp32 matrix products in fp32: no autocast, no TF32, no bf16 passes, whatever the training run chose."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,52 @@
+"""The bootstrap's intervals cover what they should, with clusters and without."""
+
+import numpy as np
+import pytest
+
+from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
+
+
+def simulated(rng, clusters, size, shared):
+    """Hits whose chance varies by cluster: mean 0.3; ``shared`` 0 makes the items independent."""
+    chance = rng.beta(0.3 / shared, 0.7 / shared, size=clusters) if shared else np.full(clusters, 0.3)
+    hits = rng.random((clusters, size)) < chance[:, None]
+    return hits.ravel().astype(float), np.repeat(np.arange(clusters), size).tolist()
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_the_interval_covers_the_true_mean(shared):
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(600):
+        values, clusters = simulated(rng, 120, 5, shared)
+        interval = bootstrap_mean(values, clusters, resamples=500, seed=trial)
+        covered += interval.low <= 0.3 <= interval.high
+    assert 0.92 <= covered / 600 <= 0.975  # 0.95 with a standard error of 0.009
+
+
+def test_ignoring_the_clusters_would_be_too_narrow():
+    values, clusters = simulated(np.random.default_rng(2), 120, 10, 0.5)
+    clustered, single = bootstrap_mean(values, clusters), bootstrap_mean(values)
+    assert clustered.clusters == 120
+    assert clustered.high - clustered.low > 1.5 * (single.high - single.low)
+
+
+def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(monkeypatch):
+    values, clusters = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0], ["a", "b", "b", "b", "c", "c"]
+    whole = bootstrap_mean(values, clusters, seed=3)
+    monkeypatch.setattr("llm2clip_plugin.evaluate.bootstrap.DRAWS_AT_ONCE", 7)
+    assert bootstrap_mean(values, clusters, seed=3) == whole
+    assert whole.mean == 0.5 and whole.low == 0.0 and whole.high == 1.0
+
+
+def test_no_difference_gives_an_interval_of_nothing():
+    interval = bootstrap_mean([0.0] * 30)
+    assert (interval.mean, interval.low, interval.high) == (0.0, 0.0, 0.0)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="2 clusters for 3 values"):
+        bootstrap_mean([1.0, 0.0, 1.0], ["a", "b"])
+    with pytest.raises(ValueError, match="needs a list of values"):
+        bootstrap_mean([])
+    assert np.isnan(bootstrap_mean([1.0, 0.0], ["a", "a"]).low)

@@ -1,0 +1,242 @@
+"""Recall against the reference's numbers (golden E), against a plain loop, and on bad input."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from llm2clip_plugin.evaluate.captions import caption_retrieval_accuracy
+from llm2clip_plugin.evaluate.pairing import _Grid, rank_both
+from llm2clip_plugin.evaluate.retrieval import recall, retrieve, shuffled
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "reference" / "E_retrieval"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
+NAMES = {"i2t": "text_retrieval_recall", "t2i": "image_retrieval_recall"}
+RULES = ("half", "optimistic", "pessimistic", "lowest_index_first")
+
+
+def golden(name):
+    data = load_file(GOLDEN / f"{name}.safetensors")
+    return data["image"], data["text"], data.get("owner", torch.arange(len(data["image"])))
+
+
+def reference_names(metrics):
+    return {f"{NAMES[key[:3]]}@{key.split('_r')[1]}": value for key, value in metrics.items()}
+
+
+def naive_hits(query, item, query_label, item_label, k, ties):
+    """One query at a time, in float64: the mean over every order of equal scores for `half`, by sorting otherwise."""
+    found = []
+    for q in range(len(query)):
+        score = item.double() @ query[q].double()
+        right = item_label == query_label[q]
+        if ties == "half":
+            draws = []
+            for seed in range(400):
+                order = torch.randperm(len(item), generator=torch.Generator().manual_seed(seed))
+                ranked = order[torch.argsort(-score[order], stable=True)]
+                draws.append(float(right[ranked[:k]].any()))
+            found.append(sum(draws) / len(draws))
+            continue
+        bias = {"optimistic": ~right, "pessimistic": right, "lowest_index_first": torch.zeros_like(right)}[ties]
+        first = torch.argsort(bias.int(), stable=True)
+        ranked = first[torch.argsort(-score[first], stable=True)]
+        found.append(float(right[ranked[:k]].any()))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["generic_60", "generic_150"])
+@pytest.mark.parametrize("ties", RULES)
+@pytest.mark.parametrize("block", [7, 64, 5000])
+def test_recall_equals_the_reference_where_no_score_ties(name, ties, block):
+    ours = reference_names(recall(*golden(name), ties=ties, block=block))
+    assert ours == pytest.approx(EXPECTED[name]["torch_topk"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ties_40", "ties_96"])
+@pytest.mark.parametrize("ties", RULES[1:])
+def test_each_tie_rule_equals_its_own_count(name, ties):
+    ours = reference_names(recall(*golden(name), ties=ties))
+    assert ours == pytest.approx(EXPECTED[name][ties], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ties_40", "ties_96"])
+def test_half_credit_lies_between_the_bounds_and_off_them(name):
+    half = reference_names(recall(*golden(name)))
+    low, high = EXPECTED[name]["pessimistic"], EXPECTED[name]["optimistic"]
+    assert all(low[key] - 1e-9 <= half[key] <= high[key] + 1e-9 for key in half)
+    assert low["text_retrieval_recall@1"] < half["text_retrieval_recall@1"] < high["text_retrieval_recall@1"]
+
+
+def test_one_caption_an_image_equals_the_references_global_metrics():
+    image, text, owner = golden("one_caption_80")
+    ours = reference_names(recall(image, text, owner, ks=(1, 5, 10, 25, 50)))
+    assert ours == pytest.approx(EXPECTED["one_caption_80"]["retrieval_global"], abs=1e-6)
+
+
+def test_caption_retrieval_accuracy_equals_golden():
+    pairs, expected = load_file(GOLDEN / "cra_90.safetensors"), EXPECTED["cra_90"]
+    ours = caption_retrieval_accuracy(pairs["caption_a"], pairs["caption_b"])
+    assert ours["first_to_second"] == pytest.approx(expected["first_retrieves_second_top1"], abs=1e-6)
+    assert ours["second_to_first"] == pytest.approx(expected["second_retrieves_first_top1"], abs=1e-6)
+    assert ours["cra"] == pytest.approx(expected["mean_of_both"], abs=1e-6)
+
+
+def test_centring_removes_a_direction_that_all_captions_share():
+    generator = torch.Generator().manual_seed(0)
+    meaning = torch.randn(200, 16, generator=generator)
+    first, second = (meaning + 0.5 * torch.randn(200, 16, generator=generator) for _ in range(2))
+    common = 40 * torch.randn(16, generator=generator)
+    strength = 1 + 0.2 * torch.randn(200, 1, generator=generator)
+    plain = caption_retrieval_accuracy(first + common * strength, second + common * strength.flip(0))["cra"]
+    assert plain < caption_retrieval_accuracy(first, second)["cra"] - 0.1
+    shifted = caption_retrieval_accuracy(first + common, second - common, centre=True)["cra"]
+    assert shifted == pytest.approx(caption_retrieval_accuracy(first, second, centre=True)["cra"])
+
+
+@pytest.mark.parametrize("ties", RULES)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_hits_item_by_item_equal_a_plain_loop_with_groups_and_ties(ties, k):
+    generator = torch.Generator().manual_seed(3)
+    query, item = (torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (20, 30))  # few values: many ties
+    query_label, item_label = (torch.randint(0, 6, (n,), generator=generator) for n in (20, 30))
+    sides = rank_both(query, item, query_label, item_label, tile=9)
+    inputs = (query, item, query_label, item_label), (item, query, item_label, query_label)
+    for ours, (queries, items, labels, item_labels) in zip(sides, inputs, strict=True):
+        queried = ours.right_equal_Q > 0
+        assert torch.equal(queried, torch.isin(labels, item_labels))
+        hits = ours.select(queried).hits(k, ties)
+        expected = naive_hits(queries[queried], items, labels[queried], item_labels, k, ties)
+        tolerance = 0.11 if ties == "half" else 1e-12  # 400 draws: 4 standard errors of a mean of zeros and ones
+        assert (hits - expected).abs().max() <= tolerance
+        assert abs(float((hits - expected).mean())) <= (0.02 if ties == "half" else 1e-12)
+
+
+def test_a_tower_that_gives_everything_one_embedding_gets_chance():
+    image, text, owner = torch.ones(50, 8), torch.ones(100, 8), torch.arange(100) // 2
+    found = retrieve(image, text, torch.arange(50), owner)
+    assert found.metrics() == pytest.approx(found.chance())
+    assert found.chance()["t2i_r1"] == pytest.approx(1 / 50)
+    assert recall(image, text, owner, ties="optimistic")["i2t_r1"] == 1.0
+
+
+def test_two_items_that_tie_count_half():
+    image = torch.eye(2)
+    assert recall(image, torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.arange(2))["t2i_r1"] == 0.5
+
+
+def test_identical_items_tie_wherever_they_stand():
+    generator = torch.Generator().manual_seed(1)
+    item = torch.randn(1, 333, generator=generator).repeat(1003, 1)  # odd sizes: the matrix product has edges
+    query = torch.randn(7, 333, generator=generator)
+    ranks, _ = rank_both(query, item, torch.arange(7), torch.arange(1003))
+    assert ranks.wrong_equal_Q.tolist() == [1002] * 7
+    assert ranks.equal_before_Q.tolist() == list(range(7))
+
+
+def test_a_query_is_never_below_itself_though_tiles_are_computed_twice(monkeypatch):
+    image, text, owner = golden("generic_150")
+    expected = recall(image, text, owner, block=50)
+    scores, calls = _Grid.scores, []
+
+    def other_bits(grid, number, score_P=None):  # a matrix product that differs in the last bits between the passes
+        calls.append(number)
+        rows, columns, score = scores(grid, number)
+        score *= 1 + 3e-7 * (len(calls) % 2)
+        part, row, column = grid.inside(number, rows, columns)
+        if score_P is not None:
+            score[row, column] = score_P[part]
+        return rows, columns, score
+
+    monkeypatch.setattr(_Grid, "scores", other_bits)
+    assert recall(image, text, owner, block=50) == expected
+
+
+def test_groups_make_every_caption_of_the_concept_right():
+    image = F.normalize(torch.tensor([[1.0, 0.2], [1.0, -0.2], [0.0, 1.0]]), dim=1)
+    text = F.normalize(torch.tensor([[1.0, -0.2], [1.0, 0.2], [0.0, 1.0]]), dim=1)  # the first two swapped
+    owner = torch.arange(3)
+    assert recall(image, text, owner)["i2t_r1"] == pytest.approx(1 / 3)
+    grouped = recall(image, text, owner, group_N=torch.tensor([7, 7, 9]))
+    assert grouped["i2t_r1"] == grouped["t2i_r1"] == 1.0
+
+
+def test_only_the_captions_asked_for_make_the_pool():
+    image, text, owner = golden("generic_60")
+    first = torch.tensor([int((owner == i).nonzero()[0]) for i in range(60)])
+    found = retrieve(image, text, torch.arange(60), owner, captions=first)
+    assert found.metrics() == recall(image, text[first], torch.arange(60))
+    half = retrieve(image, text, torch.arange(60), owner, captions=owner < 30)
+    assert half.image_index_Q.tolist() == list(range(30))
+    whole = retrieve(image, text, torch.arange(60), owner)
+    mask = owner < 30  # the pool of images is the same, so a caption's rank is too
+    assert torch.equal(half.t2i.hits(1), whole.t2i.select(mask).hits(1))
+
+
+def test_the_shuffled_control_falls_to_chance():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(400, 64, generator=generator)
+    group = torch.arange(400) // 2
+    shuffled_group = shuffled(group)
+    assert not bool((shuffled_group == group).any())
+    assert sorted(shuffled_group.tolist()) == sorted(group.tolist())
+    true = retrieve(image, image, group, group).metrics()
+    control = retrieve(image, image, shuffled_group, group)
+    assert true["i2t_r1"] == 1.0
+    assert control.metrics()["i2t_r10"] < 3 * control.chance()["i2t_r10"]
+
+
+def test_bfloat16_autocast_and_settings_do_not_reach_the_scores():
+    image, text, owner = golden("generic_150")
+    plain = recall(image, text, owner)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert recall(image, text, owner) == plain
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_bad_input_is_named():
+    image, text, owner = golden("generic_60")
+    with pytest.raises(ValueError, match=r"1 of 61 images have no caption; the first is image 60"):
+        recall(torch.cat([image, image[:1]]), text, owner)
+    with pytest.raises(ValueError, match="captions name images 0 to 99, there are 60"):
+        recall(image, text, owner.clone().fill_(99).index_fill_(0, torch.tensor([0]), 0))
+    broken = text.clone()
+    broken[5, 3] = float("nan")
+    with pytest.raises(ValueError, match="1 of the second embeddings are not finite; the first is row 5"):
+        recall(image, broken, owner)
+    with pytest.raises(ValueError, match="unknown tie rule 'best'; known: half, optimistic"):
+        recall(image, text, owner, ties="best")
+    with pytest.raises(ValueError, match="no right item"):
+        rank_both(image, text, torch.full((60,), 1000), owner)[0].hits(1)
+    with pytest.raises(ValueError, match=r"must be \(N, D\) and \(M, D\)"):
+        recall(image, text[:, :5], owner)
+
+
+def _worker(rank, world, port, name, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.distributed.init_process_group("gloo")
+    try:
+        ours = recall(*golden(name), block=40, all_ranks=True)
+        Path(folder, f"{rank}.json").write_text(json.dumps(ours))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_work_and_both_know_the_result(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, args=(2, port, "ties_96", str(tmp_path)), nprocs=2)
+    alone = recall(*golden("ties_96"), block=40)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [alone, alone]
