@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_integration import registry
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
 
 NAME = "llm2clip"
 HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+WEIGHTS = "model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # what a tower directory holds
 
 
-class TowerNotFound(FileNotFoundError):
+class TowerNotFoundError(FileNotFoundError):
     """No tower under a name; the message says where it was looked for and what to do."""
 
 
@@ -39,6 +40,16 @@ class Place:
     origin: str  # absolute path, or Hub id with the revision: what another machine would look for
     how: str  # for people: which rule found it
 
+    def check_weights(self) -> None:
+        """Read the weights file whole; ContractError with both hashes if it is not the card's."""
+        found = sha256_weights(self.directory / WEIGHTS)
+        if found != self.card.weights_sha256:
+            raise ContractError(
+                f"the weights in {self.directory} have sha256 {found}, {TowerCard.FILE} there says "
+                f"{self.card.weights_sha256}: the directory was changed or copied in part; "
+                "copy or export the tower again"
+            )
+
 
 def is_ours(name: object) -> bool:
     """Whether ``--vision_tower name`` means a tower of this package: exact word, exact prefix, or our directory."""
@@ -50,7 +61,7 @@ def is_ours(name: object) -> bool:
 def locate(name: str) -> Place:
     """The tower that ``name``, one of the table above, means now.
 
-    Raises TowerNotFound if there is none, ContractError if what is there is no tower directory.
+    Raises TowerNotFoundError if there is none, ContractError if what is there is no tower directory.
     """
     if name == NAME:
         return locate_chosen()
@@ -66,7 +77,7 @@ def locate_chosen() -> Place:
     known = registry.read()
     if known.chosen:
         return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use`, {known.chosen!r}")
-    raise TowerNotFound(
+    raise TowerNotFoundError(
         f"--vision_tower {NAME} needs a tower: set LLM2CLIP_TOWER=PATH_OR_HUB_ID, run `llm2clip use PATH_OR_HUB_ID`, "
         f"or name it in place as {NAME}:PATH_OR_HUB_ID; {known.summary()}"
     )
@@ -82,7 +93,7 @@ def locate_spec(spec: str, *, how: str) -> Place:
         return locate_spec(known.towers[spec]["spec"], how=f"{how}, known as {spec!r}")
     if HUB_ID.match(spec):
         return place_on_hub(spec, how=how)
-    raise TowerNotFound(f"{how}: there is no directory {spec!r} here, and it is no Hub id; {known.summary()}")
+    raise TowerNotFoundError(f"{how}: there is no directory {spec!r} here, and it is no Hub id; {known.summary()}")
 
 
 def place_of(directory: Path, *, how: str, origin: str = "") -> Place:
@@ -97,7 +108,7 @@ def place_of(directory: Path, *, how: str, origin: str = "") -> Place:
 
 
 def place_on_hub(spec: str, *, how: str) -> Place:
-    """The tower directory of a Hub repository, downloaded once; TowerNotFound says why if it can't be had."""
+    """The tower directory of a Hub repository, downloaded once; TowerNotFoundError says why if it can't be had."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = spec.partition("@")
@@ -105,8 +116,9 @@ def place_on_hub(spec: str, *, how: str) -> Place:
         directory = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
     except (OSError, ValueError) as error:  # what the client raises for network, cache, rights and names
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise TowerNotFound(
-            f"{how}: {repository!r} is no directory here, and the Hub could not give it ({type(error).__name__}: {reason}); "
+        raise TowerNotFoundError(
+            f"{how}: {repository!r} is no directory here, and the Hub could not give it "
+            f"({type(error).__name__}: {reason}); "
             f"download it where there is a network and use `{NAME}:PATH`, or pass a path; {registry.read().summary()}"
         ) from error
     return place_of(Path(directory), how=how, origin=spec)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration import names, registry
-from llava_integration.names import Place, TowerNotFound
+from llava_integration.names import Place, TowerNotFoundError
 from llm2clip_plugin.contracts import ContractError, TowerCard
 
 KEY = "llm2clip_tower"  # in the checkpoint's config.json
@@ -50,7 +50,7 @@ def find(name: str, config: Any) -> Place:
     """The tower of a model: as named, in the checkpoint's ``vision_tower`` folder, in the registry.
 
     ``config`` is LLaVA's configuration or its model arguments. Without a record in it, the name alone decides.
-    Raises ContractError with both hashes if only other towers are found, TowerNotFound if none is.
+    Raises ContractError with both hashes if only other towers are found, TowerNotFoundError if none is.
     """
     record = getattr(config, KEY, None)
     if not record:
@@ -71,15 +71,16 @@ def find(name: str, config: Any) -> Place:
         others.append(place)
         seen.append(f"{label}: {place.directory} has sha256 {place.card.weights_sha256}")
     where = checkpoint_of(config) or "the checkpoint"
-    told = f"{where} was trained with the tower sha256 {wanted} (origin {record['origin']}, {record['family']}, {record['image_size']} px)"
+    trained = f"origin {record['origin']}, {record['family']}, {record['image_size']} px"
+    told = f"{where} was trained with the tower sha256 {wanted} ({trained})"
     looked = "".join(f"\n  - {line}" for line in seen)
     way_out = (
-        f"\nCopy that tower here and run `llm2clip use PATH`, or run `llm2clip llava bundle {where}` where it still is and "
-        "copy the checkpoint again"
+        f"\nCopy that tower here and run `llm2clip use PATH`, or run `llm2clip llava bundle {where}` "
+        "where it still is and copy the checkpoint again"
     )
     if others:
         raise ContractError(f"{told}; another tower is not taken in its place:{looked}{way_out}")
-    raise TowerNotFound(f"{told}, which is not here:{looked}{way_out}")
+    raise TowerNotFoundError(f"{told}, which is not here:{looked}{way_out}")
 
 
 def find_unrecorded(name: str, config: Any) -> Place:
@@ -112,7 +113,7 @@ def bundled(checkpoint: str, origin: str) -> Place:
     if not directory.is_dir() and names.HUB_ID.match(checkpoint):
         directory = hub_bundle(checkpoint)
     if not (directory / BUNDLE).is_dir():
-        raise TowerNotFound("no such folder")
+        raise TowerNotFoundError("no such folder")
     return names.place_of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
 
 
@@ -123,7 +124,7 @@ def hub_bundle(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[f"{BUNDLE}/*"]))
     except (OSError, ValueError) as error:
-        raise TowerNotFound(f"the Hub could not give {repository}: {type(error).__name__}") from error
+        raise TowerNotFoundError(f"the Hub could not give {repository}: {type(error).__name__}") from error
 
 
 def checkpoint_of(config: Any) -> str:
@@ -147,8 +148,9 @@ def compare_widths(name: str, hidden_size: int, trained: int, where: str) -> Non
     """ContractError with both widths if they differ."""
     if hidden_size != trained:
         raise ContractError(
-            f"the projector of {where} takes features of width {trained}, the tower {name!r} gives {hidden_size}: it was trained "
-            "with another tower; name that one (its config.json says mm_vision_tower), or pretrain a projector for this one"
+            f"the projector of {where} takes features of width {trained}, the tower {name!r} gives {hidden_size}: "
+            "it was trained with another tower; name that one (its config.json says mm_vision_tower), or pretrain "
+            "a projector for this one"
         )
 
 

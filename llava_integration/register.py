@@ -14,7 +14,7 @@ from llm2clip_plugin.contracts import ContractError
 
 
 def complete(module: ModuleType) -> None:
-    """Wrap the one function of ``module`` that has to know our towers; modules that bound it already get the wrapper."""
+    """Wrap the function of ``module`` that has to know our towers, also where other modules bound it already."""
     if module.__name__ == "llava.model.llava_arch":
         owner, name, wrap = module.LlavaMetaModel, "initialize_vision_modules", recording
     elif module.__name__ == "llava.model.builder":
@@ -102,8 +102,9 @@ def refuse_another_name(tower: Any, name: str) -> None:
         if names.locate(name).card.weights_sha256 == tower.place.card.weights_sha256:
             return
     raise ContractError(
-        f"the model already has the vision tower {tower.vision_tower_name!r}, and LLaVA would train with that one although "
-        f"--vision_tower says {name!r}; name the same tower, or start from a language model without mm_vision_tower in its config.json"
+        f"the model already has the vision tower {tower.vision_tower_name!r}, and LLaVA would train with that one "
+        f"although --vision_tower says {name!r}; name the same tower, or start from a language model without "
+        "mm_vision_tower in its config.json"
     )
 
 

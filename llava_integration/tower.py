@@ -12,7 +12,6 @@ from torch import nn
 from transformers import CLIPImageProcessor
 
 from llava_integration.names import Place
-from llm2clip_plugin.contracts import ContractError, sha256_weights
 from llm2clip_plugin.vision.towers import family_named, load_config, load_tower, tower_blocks
 
 FEATURES = ("patch", "cls_patch")
@@ -55,13 +54,8 @@ class LLM2CLIPVisionTower(nn.Module):
         """
         if self.is_loaded:
             return
-        directory, card = self.place.directory, self.place.card
-        found = sha256_weights(directory / "model.safetensors")
-        if found != card.weights_sha256:
-            raise ContractError(
-                f"the weights in {directory} have sha256 {found}, its {card.FILE} says {card.weights_sha256}: "
-                "the directory was changed or copied in part; copy or export the tower again"
-            )
+        directory = self.place.directory
+        self.place.check_weights()
         self.image_processor = CLIPImageProcessor.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
         del tower_blocks(self.vision_tower)[self.blocks_used :]
@@ -71,7 +65,7 @@ class LLM2CLIPVisionTower(nn.Module):
         self.is_loaded = True
 
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """Features of images (B, 3, S, S) -> (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of (1, N, H)."""
+        """(B, 3, S, S) -> features (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of (1, N, H)."""
         if isinstance(images, list):
             return [self.features(image.unsqueeze(0)) for image in images]
         return self.features(images)
@@ -132,7 +126,8 @@ def blocks_below(select_layer: int, num_layers: int) -> int:
     states = num_layers + 1
     if not -states <= select_layer < states:
         raise ValueError(
-            f"mm_vision_select_layer {select_layer} is not there: the tower has {num_layers} blocks, so {-states} to {states - 1}"
+            f"there is no hidden state {select_layer} (mm_vision_select_layer): "
+            f"a tower of {num_layers} blocks has {-states} to {states - 1}"
         )
     return select_layer % states
 

@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
     "export": ("llm2clip_plugin.vision.export", "main", "write a trained run as a tower directory"),
     "import": ("llm2clip_plugin.vision.importers", "main", "turn an existing vision checkpoint into a tower directory"),
+    "use": ("llava_integration.commands", "main_use", "choose the tower that --vision_tower llm2clip means"),
+    "towers": ("llava_integration.commands", "main_towers", "the towers that are known: where, hash, widths, patches"),
+    "llava evaluate": ("llava_integration.evaluate", "main", "a LLaVA model answers a question file, in batches"),
+    "llava bundle": ("llava_integration.bundle", "main", "put the tower into a LLaVA checkpoint, so that it travels"),
 }
 
 EPILOGUE = "`llm2clip COMMAND --help` explains a command. LLM2CLIP_TRACEBACK=1 shows the whole trace of an error."

@@ -27,7 +27,7 @@ ARROWS = {
     },
     "llm2clip_plugin.stages": {"*"},
     "llm2clip_plugin.cli": {"*"},
-    "llava_integration": {"llm2clip_plugin.vision"},
+    "llava_integration": {"llm2clip_plugin.vision", "llm2clip_plugin.doctor"},
 }
 OPEN_TO_ALL = {"llm2clip_plugin", "llm2clip_plugin.contracts", "llm2clip_plugin.progress"}
 

@@ -106,7 +106,8 @@ class World:
     def stage_options(self, kind: str, tower: str, output: Path) -> list[str]:
         """LLaVA's own options, as in its scripts, at a tiny size on a CPU."""
         data, version = (self.pretrain_data, "plain") if kind == "pretrain" else (self.finetune_data, "v1")
-        options = f"""--model_name_or_path {self.llm} --version {version} --data_path {data} --image_folder {self.images}
+        options = f"""--model_name_or_path {self.llm} --version {version}
+            --data_path {data} --image_folder {self.images}
             --vision_tower {tower} --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
             --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True --output_dir {output}
             --max_steps {STEPS} --per_device_train_batch_size 4 --gradient_accumulation_steps 1

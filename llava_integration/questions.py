@@ -1,0 +1,143 @@
+"""Question files of LLaVA's evaluation scripts, in the three forms that they have.
+
+| suffix    | benchmark scripts                           | LLaVA's own program     |
+|-----------|---------------------------------------------|-------------------------|
+| ``.jsonl``| VQAv2, GQA, VizWiz, TextVQA, POPE, MME, ... | ``model_vqa_loader``    |
+| ``.json`` | ScienceQA (conversations, some without image)| ``model_vqa_science``  |
+| ``.tsv``  | MMBench (base64 images, rotated options)    | ``model_vqa_mmbench``   |
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+LETTERS = ("A", "B", "C", "D")
+DIRECTLY = {
+    "en": "Answer with the option's letter from the given choices directly.",
+    "cn": "请直接回答选项字母。",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question; its place in the file tells it from others (MME and MMBench repeat their ids)."""
+
+    id: Any  # question_id of the answer
+    text: str  # what the model is asked, without the image token
+    shown: str  # "prompt" of the answer, as LLaVA writes it
+    image: str = ""  # file in the image folder, or base64 where ``embedded``; "" without image
+    embedded: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
+
+    def open_image(self, folder: str) -> Image.Image:
+        """The picture in RGB; ValueError names the question if it can't be read."""
+        source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else Path(folder) / self.image
+        try:
+            return Image.open(source).convert("RGB")
+        except OSError as error:
+            where = "the embedded image" if self.embedded else str(source)
+            raise ValueError(f"question {self.id!r}: cannot read {where}: {error}") from error
+
+
+def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en") -> list[Question]:
+    """Every question of a file, by its suffix.
+
+    ``directly`` asks for the option's letter alone (LLaVA's --single-pred-prompt), ``all_rounds`` rotates MMBench's
+    options, ``lang`` is MMBench's. Raises FileNotFoundError, or ValueError with the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no question file {path}")
+    if path.suffix == ".jsonl":
+        return read_lines(path)
+    if path.suffix == ".json":
+        return read_conversations(path, directly)
+    if path.suffix == ".tsv":
+        return read_table(path, directly, all_rounds, lang)
+    raise ValueError(f"{path} is none of the known question files: .jsonl, .json (ScienceQA), .tsv (MMBench)")
+
+
+def read_lines(path: Path) -> list[Question]:
+    """One JSON object a line: question_id, text, and image unless the question has none."""
+    questions = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                question = Question(
+                    id=row["question_id"], text=row["text"], shown=row["text"], image=row.get("image", "")
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected an object with question_id, text and image ({error!r})"
+                ) from error
+            questions.append(question)
+    return questions
+
+
+def read_conversations(path: Path, directly: bool) -> list[Question]:
+    """ScienceQA: a list of LLaVA conversations, of which the first turn is asked."""
+    questions = []
+    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+        try:
+            text, image = row["conversations"][0]["value"].replace("<image>", "").strip(), row.get("image", "")
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path}, entry {number}: expected id and conversations ({error!r})") from error
+        shown = f"<image>\n{text}" if image else text
+        if directly:
+            text, shown = f"{text}\n{DIRECTLY['en']}", f"{shown}\n{DIRECTLY['en']}"
+        questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
+    return questions
+
+
+def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:
+    """MMBench: a row a question, asked once or once for every rotation of its options."""
+    if lang not in DIRECTLY:
+        raise ValueError(f"unknown language {lang!r}; known: {', '.join(DIRECTLY)}")
+    csv.field_size_limit(sys.maxsize)  # images stand in the cells
+    questions = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            options = []
+            for letter in LETTERS:
+                if is_none(row.get(letter)):
+                    break
+                options.append(row[letter])
+            letters = list(LETTERS[: len(options)])
+            for round_number in range(len(options) if all_rounds else 1):
+                questions.append(
+                    table_question(row, options, letters, round_number, DIRECTLY[lang] if directly else "")
+                )
+                options, letters = options[1:] + options[:1], letters[1:] + letters[:1]
+    return questions
+
+
+def table_question(row: dict[str, str], options: list[str], letters: list[str], number: int, suffix: str) -> Question:
+    """One round of an MMBench row; ``letters`` are the original letters of the rotated ``options``."""
+    hint = [] if is_none(row.get("hint")) else [row["hint"]]
+    listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    shown = "\n".join([*hint, row["question"], *listed])
+    index = int(row["index"]) if row["index"].isdigit() else row["index"]
+    return Question(
+        id=index,
+        text=f"{shown}\n{suffix}" if suffix else shown,
+        shown=shown,
+        image=row["image"],
+        embedded=True,
+        extra={"round_id": number, "options": options, "option_char": letters},
+    )
+
+
+def is_none(cell: str | None) -> bool:
+    """MMBench's ways to leave a cell empty."""
+    return cell is None or cell.strip().lower() in ("", "nan", "none")
