@@ -1,0 +1,168 @@
+"""The losses against golden D (1, 2, 4 ranks), against the naive formula, and with excluded pairs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from train_helpers import GOLDEN, run_ranks
+
+from llm2clip_plugin.train.loss import LossConfig, contrastive_loss, sigmoid_loss
+
+CLIP = GOLDEN / "D_losses" / "clip_loss.safetensors"
+SIGLIP = GOLDEN / "D_losses" / "siglip_loss.safetensors"
+MODE = "local_loss__gather_with_grad"
+
+
+def golden_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
+    """Both losses on groups of 1, 2 and 4 of the four ranks; this rank's values and gradients by golden name."""
+    results: dict[str, Tensor] = {}
+    for size in (1, 2, 4):
+        group = dist.new_group(list(range(size)))
+        if rank < size:
+            results |= _clip(rank, size, group) | _siglip(rank, size, group)
+    return results
+
+
+def _part(given: dict[str, Tensor], name: str, rank: int, size: int) -> Tensor:
+    return given[name].chunk(size)[rank].clone().requires_grad_()
+
+
+def _clip(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    given, results = load_file(CLIP), {}
+    for i, log_scale in enumerate(given["logit_scale"]):
+        image_raw, text_raw = _part(given, "image_raw", rank, size), _part(given, "text_raw", rank, size)
+        image, text = F.normalize(image_raw, dim=-1), F.normalize(text_raw, dim=-1)
+        image.retain_grad()
+        text.retain_grad()
+        log = log_scale.clone().requires_grad_()
+        loss = contrastive_loss(image, text, log.exp(), block=3, group=group)
+        loss.backward()
+        key = f"clip.{size}.scale{i}."
+        values = {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
+        values |= {"grad_image_raw": image_raw.grad, "grad_text_raw": text_raw.grad, "grad_logit_scale": log.grad}
+        results |= {key + name: value.detach() for name, value in values.items()}
+    return results
+
+
+def _siglip(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    given, results = load_file(SIGLIP), {}
+    for i, log_scale in enumerate(given["logit_scale"]):
+        image, text = _part(given, "image_features", rank, size), _part(given, "text_features", rank, size)
+        log, bias = log_scale.clone().requires_grad_(), given["logit_bias"][i].clone().requires_grad_()
+        loss = sigmoid_loss(image, text, log.exp(), bias, block=3, group=group)
+        loss.backward()
+        key = f"siglip.{size}.scale{i}."
+        values = {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
+        values |= {"grad_logit_scale": log.grad, "grad_logit_bias": bias.grad}
+        results |= {key + name: value.detach() for name, value in values.items()}
+    return results
+
+
+def test_golden_on_one_two_and_four_ranks():
+    ranks = run_ranks(golden_on_ranks, 4)
+    references = {"clip": load_file(CLIP), "siglip": load_file(SIGLIP)}
+    compared = 0
+    for name in ranks[0]:
+        kind, size, scale, what = name.split(".", 3)
+        reference = references[kind]
+        mode = f"{MODE}." if kind == "clip" and size != "1" else ""
+        expected = reference[f"{mode}world{size}.{scale}.{what}"]
+        log_scale = float(reference["logit_scale"][int(scale[-1])])
+        tolerance = 2e-5 if math.exp(log_scale) >= 60 else 1e-5  # the golden set's own suggestion
+        mine = [ranks[r][name] for r in range(int(size))]
+        if what in ("grad_logit_scale", "grad_logit_bias"):  # shares of ranks differ, their mean is the gradient
+            actual, expected = torch.stack(mine).mean(), expected.mean()
+        else:
+            actual = torch.stack(mine) if what == "loss" else torch.cat(mine)
+        torch.testing.assert_close(actual.reshape(expected.shape), expected, atol=tolerance, rtol=tolerance)
+        compared += 1
+    assert compared == 3 * (len(references["clip"]["logit_scale"]) * 6 + len(references["siglip"]["logit_scale"]) * 5)
+
+
+def naive(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+    """The formula with full matrices; pairs that share an id are dropped."""
+    logits = scale * image @ text.T
+    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(len(image), dtype=torch.bool)
+    logits = logits.masked_fill(same, -math.inf)
+    labels = torch.arange(len(image))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def features(n: int = 24, width: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pair = F.normalize(torch.randn(2, n, width, generator=generator, dtype=torch.float64), dim=-1)
+    return pair[0].to(dtype).requires_grad_(), pair[1].to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("block", [0, 5, 24])
+def test_blocks_and_masks_equal_the_full_matrix(block: int):
+    """fp32 sums of 24 terms in another order: 1e-6 of values near 1."""
+    captions = torch.arange(24) // 2 * 2 - 2**63  # hashes use the whole int64 range
+    captions[5] = captions[20]
+    images = torch.arange(24) % 20
+    results = []
+    for masked in (False, True):
+        image, text = features()
+        scale = torch.tensor([20.0], requires_grad=True)
+        if masked:
+            loss = contrastive_loss(image, text, scale, caption_ids=captions, image_ids=images, block=block)
+        else:
+            loss = naive(image, text, scale, torch.stack([captions, images]))
+        (2.5 * loss).backward()
+        results.append([loss.detach(), image.grad, text.grad, scale.grad])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_masks_change_the_loss():
+    image, text = features()
+    ids = torch.zeros(24, dtype=torch.int64)
+    assert float(contrastive_loss(image, text, torch.tensor(20.0), caption_ids=ids).detach()) < 1e-6
+    assert contrastive_loss(image, text, torch.tensor(20.0)) > 1
+
+
+def test_sigmoid_with_excluded_pairs_equals_the_formula():
+    image, text = features()
+    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
+    ids = torch.arange(24) // 3
+    sign = 2 * torch.eye(24) - 1
+    kept = (ids[:, None] != ids[None]) | torch.eye(24, dtype=torch.bool)
+    expected = -(F.logsigmoid(sign * (scale * image @ text.T + bias)) * kept).sum() / 24
+    expected_grads = torch.autograd.grad(expected, (image, text, scale, bias))
+    actual = sigmoid_loss(image, text, scale, bias, caption_ids=ids, block=7)
+    torch.testing.assert_close(actual, expected)
+    for one, other in zip(torch.autograd.grad(actual, (image, text, scale, bias)), expected_grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_features_and_the_largest_scale():
+    """bf16 rounds a cosine to 2^-9 relative; times 100 that is a few tenths of a logit."""
+    exact_image, exact_text = features()
+    exact = contrastive_loss(exact_image, exact_text, torch.tensor(100.0))
+    image, text = features(dtype=torch.bfloat16)
+    loss = contrastive_loss(image, text, torch.tensor(100.0))
+    loss.backward()
+    assert loss.dtype == torch.float32 and image.grad is not None and image.grad.dtype == torch.bfloat16
+    assert torch.isfinite(image.grad).all()
+    assert abs(float(loss.detach() - exact.detach())) < 0.5
+
+
+def test_non_finite_features_give_a_non_finite_loss():
+    image, text = features()
+    with torch.no_grad():
+        image[3, 0] = math.nan
+    assert not torch.isfinite(contrastive_loss(image, text, torch.tensor(20.0)))
+
+
+def test_wrong_shapes_and_settings_are_named():
+    image, text = features()
+    with pytest.raises(ValueError, match=r"\(24, 8\) and texts \(23, 8\)"):
+        contrastive_loss(image, text[:-1], torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"unknown loss.kind 'infonse'; known: infonce, sigmoid"):
+        LossConfig(kind="infonse")  # type: ignore[arg-type]

@@ -1,0 +1,188 @@
+"""The step under DeepSpeed: any ZeRO stage, precision, number of ranks and of micro-batches gives the same run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
+
+from llm2clip_plugin.train.step import NonFiniteLossError
+
+STEPS = 4
+
+
+def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Losses of a few steps and the weights afterwards."""
+    options = dict(options)
+    torch.manual_seed(0)
+    dual = TinyDual(
+        noise=options.pop("noise", 0.0), dropout=options.pop("dropout", 0.0), bias=options.get("kind") == "sigmoid"
+    )
+    kind = options.pop("kind", "infonce")
+    engine = tiny_engine(world=world, dual=dual, **options)
+    step = tiny_step(engine, kind=kind, noisy=dual.noise > 0)
+    losses, norms = [], []
+    for i in range(STEPS):
+        loss, _ = step(tiny_batch(i, rank=rank, world=world))
+        losses.append(loss)
+        norms.append(engine.grad_norm)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": engine.weights(keep=True),
+        "moments": engine.moments(keep=True),
+    }
+
+
+def train_all(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed asks whether oneDNN has fast fp16 kernels; torch computes fp16 on any CPU
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    return {name: train(rank, world, options) for name, options in runs.items()}
+
+
+ONE_RANK = {
+    "plain": {"stage": 0, "micro": 32},
+    "cached": {"stage": 0, "micro": 4},
+    "zero1": {"stage": 1, "micro": 32},
+    "zero2 cached": {"stage": 2, "micro": 8},
+    "zero3": {"stage": 3, "micro": 32},
+    "zero3 cached": {"stage": 3, "micro": 8},
+    "zero2 offload": {"stage": 2, "micro": 32, "offload": True},
+    "bf16 zero0": {"stage": 0, "precision": "bf16"},
+    "bf16 zero1": {"stage": 1, "precision": "bf16"},
+    "bf16 zero1 cached": {"stage": 1, "precision": "bf16", "micro": 8},
+    "bf16 zero2 cached": {"stage": 2, "precision": "bf16", "micro": 8},
+    "bf16 zero3": {"stage": 3, "precision": "bf16"},
+    "fp16 zero0": {"stage": 0, "precision": "fp16"},
+    "fp16 zero1 cached": {"stage": 1, "precision": "fp16", "micro": 8},
+    "fp16 zero3": {"stage": 3, "precision": "fp16"},
+    "sigmoid": {"stage": 0, "kind": "sigmoid"},
+    "sigmoid cached": {"stage": 1, "kind": "sigmoid", "micro": 4},
+    "noise": {"stage": 0, "noise": 0.5, "micro": 32},
+    "noise cached": {"stage": 1, "noise": 0.5, "micro": 4},
+    "dropout": {"stage": 0, "dropout": 0.3, "micro": 16, "noise": 0.5},
+}
+TWO_RANKS = {
+    "zero0": {"stage": 0, "micro": 16},
+    "zero1": {"stage": 1, "micro": 16},
+    "zero2 cached": {"stage": 2, "micro": 4},
+    "zero3": {"stage": 3, "micro": 16},
+    "zero3 cached": {"stage": 3, "micro": 8},
+    "zero2 offload": {"stage": 2, "micro": 16, "offload": True},
+    "bf16 zero1": {"stage": 1, "precision": "bf16", "micro": 16},
+    "bf16 zero2": {"stage": 2, "precision": "bf16", "micro": 16},
+    "noise": {"stage": 1, "noise": 0.5, "micro": 8},
+    "dropout": {"stage": 2, "dropout": 0.3, "micro": 16, "noise": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    return run_ranks(train_all, 1, ONE_RANK)[0]
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[str, Any]]:
+    return run_ranks(train_all, 2, TWO_RANKS)
+
+
+def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert actual["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+    assert set(actual["weights"]) == set(expected["weights"])
+
+
+def test_the_loss_falls(one: dict[str, Any]):
+    losses = one["plain"]["losses"]
+    assert losses[-1] < losses[0] - 0.3
+    assert all(norm > 0 for norm in one["plain"]["norms"])
+
+
+@pytest.mark.parametrize("name", ["cached", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
+def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
+    """Sums in another order: 1e-6 a step in the loss; AdamW turns tiny gradients into whole steps, so weights get 1e-4."""
+    same(one[name], one["plain"], 1e-5)
+    for key, weight in one["plain"]["weights"].items():
+        torch.testing.assert_close(one[name]["weights"][key], weight, atol=1e-4, rtol=1e-3)
+    for key, moment in one["plain"]["moments"].items():
+        torch.testing.assert_close(one[name]["moments"][key], moment, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
+def test_two_ranks_fp32_equal_one(one: dict[str, Any], two: list[dict[str, Any]], name: str):
+    same(two[0][name], one["plain"], 1e-5)
+    assert two[0][name]["losses"] == two[1][name]["losses"]
+    for key, moment in one["plain"]["moments"].items():
+        torch.testing.assert_close(two[0][name]["moments"][key], moment, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_RANK if name.startswith(("bf16", "fp16"))])
+def test_half_precision_follows_fp32(one: dict[str, Any], name: str):
+    """bf16 has 8 bits: losses near 3 move by a few hundredths."""
+    same(one[name], one["plain"], 0.1 if name.startswith("bf16") else 0.02)
+    assert one[name]["losses"] != one["plain"]["losses"]
+
+
+@pytest.mark.parametrize("name", ["bf16 zero1", "bf16 zero2"])
+def test_half_precision_on_two_ranks(one: dict[str, Any], two: list[dict[str, Any]], name: str):
+    same(two[0][name], one["bf16 zero1"], 0.05)
+
+
+def test_sigmoid_cached_equals_plain(one: dict[str, Any]):
+    same(one["sigmoid cached"], one["sigmoid"], 1e-5)
+
+
+def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str, Any]]):
+    """Text noise is the same whatever the ranks and micro-batches, dropout whatever the ranks."""
+    same(one["noise cached"], one["noise"], 1e-5)
+    same(two[0]["noise"], one["noise"], 1e-5)
+    same(two[0]["dropout"], one["dropout"], 1e-5)
+    assert one["noise"]["losses"][0] != pytest.approx(one["plain"]["losses"][0], abs=1e-3)
+    assert one["dropout"]["losses"][0] != pytest.approx(one["noise"]["losses"][0], abs=1e-3)
+
+
+def stop_on_nan(rank: int, world: int) -> dict[str, Any]:
+    """One good step, then a batch with a NaN pixel on the last rank alone."""
+    engine = tiny_engine(stage=1, micro=8, world=world, lr=0.01)
+    step = tiny_step(engine)
+    step(tiny_batch(0, rank=rank, world=world))
+    before = engine.weights(keep=True)
+    batch = tiny_batch(1, rank=rank, world=world)
+    if rank == world - 1:
+        batch["pixel_values"][5, 0, 0, 0] = math.nan
+    try:
+        step(batch)
+        message = ""
+    except NonFiniteLossError as error:
+        message = str(error)
+    after = engine.weights(keep=True)
+    return {"message": message, "same": all(torch.equal(before[key], after[key]) for key in before)}
+
+
+def clamp(rank: int, world: int) -> float:
+    """A logit scale pushed over its bound comes back to ln 100, master and working copy."""
+    dual = TinyDual()
+    torch.nn.init.constant_(dual.logit_scale, 4.6)
+    engine = tiny_engine(stage=3, dual=dual, world=world, micro=16, lr=0.5, precision="bf16")
+    tiny_step(engine)(tiny_batch(0, rank=rank, world=world))
+    masters = engine.weights(keep=True)
+    with engine.gathered([dual.logit_scale]):
+        assert float(dual.logit_scale) == pytest.approx(float(masters["dual.logit_scale"]), abs=0.02)
+    return float(masters["dual.logit_scale"])
+
+
+def edges(rank: int, world: int) -> dict[str, Any]:
+    return {"nan": stop_on_nan(rank, world), "clamp": clamp(rank, world)}
+
+
+def test_all_ranks_stop_before_a_non_finite_update_and_the_scale_stays_bounded():
+    results = run_ranks(edges, 2)
+    for result in results:
+        assert "sample-53" in result["nan"]["message"] and "rank 1" in result["nan"]["message"]
+        assert "1 samples" in result["nan"]["message"] and "rank 0" not in result["nan"]["message"]
+        assert result["nan"]["same"]
+        assert result["clamp"] <= math.log(100) + 1e-6

@@ -1,0 +1,143 @@
+"""Shared by the tests of train/: several ranks in one call, and a tiny dual encoder."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "reference"
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Call ``function(rank, world, *args)`` in ``world`` gloo processes; returns their results in order of rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (world, folder, function, args), nprocs=world)  # type: ignore[attr-defined]
+        return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    result = function(rank, world, *args)
+    (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+class TinyDual(nn.Module):
+    """The surface of a dual encoder over 3 x 8 x 8 pixels and embeddings 12 wide, with dropout and text noise."""
+
+    def __init__(self, *, dropout: float = 0.0, noise: float = 0.0, bias: bool = False) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(
+            nn.Conv2d(3, 16, 4, stride=4),
+            nn.Flatten(),
+            nn.LayerNorm(64),
+            nn.Linear(64, 32),
+            nn.GELU(),
+            nn.Linear(32, 32),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.visual_projection = nn.Linear(32, 8, bias=False)
+        self.text_adapter = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8))
+        self.noise = noise
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.full((1,), -3.0)) if bias else None
+
+    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        image = self.visual_projection(self.dropout(self.tower(pixel_values)))
+        text = F.normalize(embeddings, dim=-1)
+        if noise is not None:
+            text = text + self.noise * noise
+        text = self.text_adapter(text.to(self.visual_projection.weight.dtype))
+        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+
+def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """This rank's rows of the global batch of a step: learnable pairs, some captions twice."""
+    generator = torch.Generator().manual_seed(100 + step)
+    pixels = torch.randn(rows, 3, 8, 8, generator=generator)
+    mixing = torch.randn(12, 3 * 64, generator=torch.Generator().manual_seed(1)) / 14
+    ids = torch.arange(rows) + rows * step
+    batch = {
+        "pixel_values": pixels,
+        "embeddings": pixels.flatten(1) @ mixing.T,
+        "caption_ids": torch.where(ids % 7 == 0, 7, ids),
+        "image_ids": ids.clone(),
+    }
+    local = rows // world
+    mine = slice(rank * local, (rank + 1) * local)
+    keys = [f"sample-{int(i)}" for i in ids[mine]]
+    return {**{k: v[mine] for k, v in batch.items()}, "keys": keys, "position": rows * step}
+
+
+def tiny_engine(
+    *,
+    stage: int,
+    precision: str = "fp32",
+    micro: int = 32,
+    rows: int = 32,
+    world: int = 1,
+    offload: bool = False,
+    dual: TinyDual | None = None,
+    lr: float = 0.01,
+    clip: float = 1.0,
+    weights: dict[str, Tensor] | None = None,
+) -> Any:
+    """An engine over a TinyDual with two learning rates, made as stages.py makes one."""
+    from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
+    from llm2clip_plugin.train.engine import Engine
+    from llm2clip_plugin.train.optim import Trained, is_vector, parameter_groups
+    from llm2clip_plugin.train.step import Scaled
+
+    torch.manual_seed(0)
+    module = Scaled(dual or TinyDual())
+    if weights:
+        module.load_state_dict(weights)
+    trained = [
+        Trained(name=n, parameter=p, lr=lr if "tower" in n else 2 * lr, decay=not is_vector(p))
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    ]
+    plan = EnginePlan(
+        global_batch=rows,
+        micro_batch=micro,
+        accumulation=rows // world // micro,
+        precision=precision,  # type: ignore[arg-type]
+        max_grad_norm=clip,
+        lr=lr,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=0.1,
+        schedule="constant",
+        warmup_steps=0,
+        total_steps=10,
+        hidden_size=32,
+    )
+    user: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    if offload:
+        user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if precision == "fp16":
+        user["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
+    adam = {"lr": lr, "betas": (0.9, 0.98), "eps": 1e-8}
+    return Engine(module, parameter_groups(trained, 0.1), adam, complete(user, plan))
+
+
+def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any:
+    """The step over a tiny engine."""
+    from llm2clip_plugin.train.loss import LossConfig
+    from llm2clip_plugin.train.step import Step, loss_terms
+
+    return Step(engine, loss_terms(LossConfig(kind=kind)), seed=5, noisy=noisy)  # type: ignore[arg-type]
