@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "use": ("llava_integration.commands", "main_use", "choose the tower that --vision_tower llm2clip means"),
     "towers": ("llava_integration.commands", "main_towers", "the towers that are known: where, hash, widths, patches"),
     "llava evaluate": ("llava_integration.evaluate", "main", "a LLaVA model answers a question file, in batches"),
+    "score": ("llava_integration.benchmarks.score", "main", "score an MLLM's answers by a benchmark's official rule"),
     "llava bundle": ("llava_integration.bundle", "main", "put the tower into a LLaVA checkpoint, so that it travels"),
 }
 

@@ -1,0 +1,1 @@
+"""Scoring rules, one file a benchmark; paired comparison of towers; the report."""

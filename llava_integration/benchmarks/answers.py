@@ -1,0 +1,271 @@
+"""Reading answers: LLaVA's JSONL, JSON files made for servers, lmms-eval's ``--log_samples``, told apart by content.
+
+| layout       | a row                                                                                    |
+|--------------|------------------------------------------------------------------------------------------|
+| llava        | ``question_id, prompt, text, answer_id, model_id`` a line, as ``llava.eval.model_*`` write |
+| submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``, or id: text   |
+| lmms_eval    | ``doc_id, target, filtered_resps`` a line (v0.2.3 and later), or ``{"logs": [...]}``        |
+| judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
+
+A file may also be a folder: of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model said to one question."""
+
+    id: int | str | None  # as written; None where the layout has no id
+    text: str | None  # None: the row holds no text
+    prompt: str  # "" where the layout has none
+    line: int  # 1-based, for messages
+    row: Row  # everything else that the row holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """An answers file, read."""
+
+    path: Path
+    layout: str  # llava | submission | lmms_eval | judge
+    rows: tuple[Answer, ...]
+    unparsable: int = 0  # lines that are no JSON object
+    first_unparsable: str = ""  # where, for messages
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def model(self) -> str:
+        """The model's name as the file has it, or the file's."""
+        for answer in self.rows:
+            if name := answer.row.get("model_id"):
+                return str(name)
+        return self.path.parent.name if self.path.stem == "merge" or "_samples_" in self.path.stem else self.path.stem
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; ValueError names the first byte that is not, or says that the file is empty."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path} is UTF-16; expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > fixed{path.suffix}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}, line {line}; "
+            "write the file again as UTF-8 (in another encoding the answers would be other words)"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL bytes: it was cut off while it was written, or is not text; make it again")
+    if not text.strip():
+        raise ValueError(f"{path} is empty: the evaluation wrote nothing into it; run it again")
+    return text
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value; ValueError names the file and the position."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Rows of a JSONL file of the benchmark's own; any broken line is an error that names it."""
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); fetch the file again") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} holds a {type(row).__name__}, expected an object")
+            rows.append(row)
+    return rows
+
+
+def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
+    """Read an answers file or folder.
+
+    ``tasks`` are lmms-eval's names of the benchmark, to choose among a folder's logs.
+    Raises FileNotFoundError, or ValueError for an empty file, a wrong encoding, or rows of no known layout.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, tasks)
+    if not path.exists():
+        raise FileNotFoundError(f"no answers at {path}")
+    text = read_text(path)
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        whole = None
+    if isinstance(whole, list):
+        return _from_rows(path, whole, lines=range(1, len(whole) + 1))
+    if isinstance(whole, dict) and isinstance(whole.get("logs"), list):
+        return _from_rows(path, whole["logs"], lines=range(1, len(whole["logs"]) + 1))
+    if isinstance(whole, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(whole):
+        return _from_mapping(path, whole)
+    return _from_lines(path, text)
+
+
+def _from_lines(path: Path, text: str) -> Answers:
+    rows, lines, broken, first = [], [], 0, ""
+    # not splitlines(): an answer may hold U+2028 and the like, which JSON leaves unescaped
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            row, reason = None, str(error)
+        else:
+            reason = "not an object"
+        if isinstance(row, dict):
+            rows.append(row)
+            lines.append(number)
+        else:
+            broken += 1
+            first = first or f"line {number} ({reason})"
+    if not rows:
+        raise ValueError(f"{path} holds no answers: none of its {broken} lines is a JSON object; {first}")
+    return _from_rows(path, rows, lines=lines, unparsable=broken, first=first)
+
+
+def _from_rows(
+    path: Path, rows: Sequence[Any], *, lines: Sequence[int], unparsable: int = 0, first: str = ""
+) -> Answers:
+    """Tell the layout from the rows' keys and unify them."""
+    if not rows:
+        raise ValueError(f"{path} holds no answers")
+    head = rows[0] if isinstance(rows[0], dict) else {}
+    if "filtered_resps" in head or "resps" in head:
+        layout, build = "lmms_eval", _lmms_row
+    elif "tuple" in head:
+        layout, build = "judge", _judge_row
+    elif "text" in head and (
+        "prompt" in head or "answer_id" in head or "model_id" in head or set(head) <= {"question_id", "text"}
+    ):
+        layout, build = "llava", _llava_row
+    elif ("answer" in head or "prediction" in head) and {"question_id", "questionId", "image", "index"} & set(head):
+        layout, build = "submission", _submission_row
+    elif {"question_id", "image", "text"} <= set(head):
+        raise ValueError(
+            f"{path} is a question file (its 'text' is the question), not answers: --answers is what "
+            "llava.eval.model_vqa* wrote to --answers-file"
+        )
+    else:
+        raise ValueError(
+            f"{path}: rows hold {sorted(head)[:12]}; expected LLaVA's answers (question_id, prompt, text), a "
+            "submission (question_id, answer), or lmms-eval's --log_samples (doc_id, filtered_resps)"
+        )
+    answers = []
+    for row, line in zip(rows, lines, strict=True):
+        if isinstance(row, dict):
+            answers.append(build(row, line))
+        else:
+            unparsable += 1
+            first = first or f"row {line} (not an object)"
+    return Answers(path=path, layout=layout, rows=tuple(answers), unparsable=unparsable, first_unparsable=first)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _llava_row(row: Row, line: int) -> Answer:
+    prompt = row.get("prompt")
+    return Answer(
+        id=row.get("question_id"),
+        text=_text_or_none(row.get("text")),
+        prompt=prompt if isinstance(prompt, str) else "",
+        line=line,
+        row=row,
+    )
+
+
+def _submission_row(row: Row, line: int) -> Answer:
+    keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
+    text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
+    return Answer(id=row[keys[0]] if keys else None, text=_text_or_none(text), prompt="", line=line, row=row)
+
+
+def _judge_row(row: Row, line: int) -> Answer:
+    return Answer(id=row.get("question_id"), text=_text_or_none(row.get("content")), prompt="", line=line, row=row)
+
+
+def _lmms_row(row: Row, line: int) -> Answer:
+    """A log row of any version: the response is wrapped in none, one or two lists."""
+    response = row.get("filtered_resps", row.get("resps"))
+    while isinstance(response, list) and len(response) == 1:
+        response = response[0]
+    prompt = row.get("input")
+    while isinstance(prompt, list) and prompt:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        document = row.get("doc")
+        prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
+    return Answer(id=None, text=_text_or_none(response), prompt=prompt, line=line, row=row)
+
+
+def _from_mapping(path: Path, whole: dict[str, Any]) -> Answers:
+    """``{id: text}`` (MM-Vet's results) or ``{id: {"score": [...]}}`` (its judge's file)."""
+    if not whole:
+        raise ValueError(f"{path} holds no answers")
+    judged = all(isinstance(value, dict) and "score" in value for value in whole.values())
+    if not judged and not all(isinstance(value, str) for value in whole.values()):
+        raise ValueError(f"{path} is a JSON object with {sorted(whole)[:8]}; expected answers, one a line")
+    rows = tuple(
+        Answer(id=key, text=_text_or_none(value), prompt="", line=number, row=value if judged else {})
+        for number, (key, value) in enumerate(whole.items(), start=1)
+    )
+    return Answers(path=path, layout="judge" if judged else "submission", rows=rows)
+
+
+CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
+
+
+def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
+    """A folder of lmms-eval's logs, or of the chunks that LLaVA's multi-GPU scripts write."""
+    logs = [
+        path
+        for task in tasks
+        for pattern in (f"**/*_samples_{task}.jsonl", f"**/{task}.json")
+        for path in folder.glob(pattern)
+    ]
+    if logs:
+        newest = max(logs, key=lambda path: path.name)
+        answers = read_answers(newest)
+        if len(logs) == 1:
+            return answers
+        note = f"{folder} holds {len(logs)} logs of {', '.join(tasks)}; scored the newest, {newest.relative_to(folder)}"
+        return Answers(**{**vars(answers), "notes": (*answers.notes, note)})
+    if (folder / "merge.jsonl").is_file():
+        return read_answers(folder / "merge.jsonl")
+    chunks = {match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))}
+    if chunks:
+        total = max(int(match[2]) for match in chunks.values())
+        names = [f"{number}_{total}.jsonl" for number in range(total)]
+        if missing := [name for name in names if name not in chunks]:
+            raise FileNotFoundError(f"{folder} lacks the chunks {missing} of {total}; run those again")
+        return _from_lines(folder, "\n".join(read_text(folder / name) for name in names))
+    files = sorted(path.name for path in folder.iterdir())[:12]
+    raise FileNotFoundError(
+        f"{folder} holds no answers of {'/'.join(tasks) or 'this benchmark'}: no *_samples_<task>.jsonl, merge.jsonl "
+        f"or chunks; it holds {files}"
+    )

@@ -1,0 +1,149 @@
+"""VizWiz-VQA: ten answers of a crowd a picture, often 'unanswerable'; val is scored here, test by the server.
+
+Two rules, both kept: lmms-eval's (M4C normal form on both sides, the headline) and the VQA API's on what LLaVA's
+``convert_vizwiz_for_submission.py`` makes of the answers (``vqa_api``; the challenge's code is a fork of that API).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_integration.benchmarks.answers import Answer, Answers, read_json, read_jsonl
+from llava_integration.benchmarks.base import (
+    Benchmark,
+    Item,
+    Options,
+    Question,
+    Scored,
+    Statistic,
+    by_group,
+    flatten,
+    mean,
+    mean_statistic,
+    need_file,
+)
+from llava_integration.benchmarks.match import match
+from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, m4c_accuracy, vqa_api_accuracy
+from llm2clip_plugin.contracts import whole_file
+
+
+def load(folder: Path) -> list[Question]:
+    """Questions of val.json; their ids are those of LLaVA's question file, which has the same images."""
+    annotations = need_file(
+        folder,
+        "val.json",
+        "*val*.json",
+        benchmark_name="vizwiz",
+        where="val.json is in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; the answers of the test "
+        "split are with the server alone: use --submission FILE",
+    )
+    entries = read_json(annotations)
+    asked = {row["image"]: row["question_id"] for row in _question_file(folder)}
+    if unknown := [entry["image"] for entry in entries if entry["image"] not in asked]:
+        raise ValueError(
+            f"{len(unknown)} images of {annotations} ({unknown[0]} ...) are not in LLaVA's question file of {folder}: "
+            "the question file of val is needed (question_id, image, text a line)"
+        )
+    return [
+        Question(
+            id=asked[entry["image"]],
+            text=entry["question"],
+            cluster=entry["image"],
+            truth=[answer["answer"] for answer in entry["answers"]],
+            image=entry["image"],
+            category=entry.get("answer_type", ""),
+        )
+        for entry in entries
+    ]
+
+
+def _question_file(folder: Path) -> list[dict]:
+    path = need_file(
+        folder, *BENCHMARK.questions, benchmark_name="vizwiz", where="LLaVA's questions: question_id, image, text"
+    )
+    return read_jsonl(path)
+
+
+def score(folder: Path, answers: Answers, options: Options) -> Scored:
+    """Accuracy by lmms-eval's rule and by the VQA API's on LLaVA's submission."""
+    questions = load(folder)
+    matched = match(
+        questions,
+        answers,
+        options,
+        name="vizwiz",
+        question_key=lambda question: question.image if answers.layout == "submission" else str(question.id),
+        answer_key=lambda answer: str(answer.id),
+    )
+    items = [score_one(question, answer) for question, answer in zip(questions, matched.answers, strict=True)]
+    types = by_group(items, "category", "score_vqa_api")
+    metrics = flatten(
+        {
+            "lmms_eval_accuracy": mean([item["score"] for item in items]),
+            "vqa_api": {
+                "overall": round(100 * mean([item["score_vqa_api"] for item in items]), 2),
+                "per_answer_type": {key: round(100 * mean(values), 2) for key, values in types.items()},
+            },
+        }
+    )
+    if options.corrected:
+        metrics["corrected_overall"] = 100 * mean(
+            [corrected_accuracy(item["answer"], item["truth"]) for item in items if not item["missing"]]
+        )
+    return Scored(metrics=metrics, items=items, counts=matched.counts, notes=matched.notes)
+
+
+def score_one(question: Question, answer: Answer | None) -> Item:
+    """One question's item; a missing answer scores 0."""
+    text = answer.text or "" if answer else ""
+    submitted = m4c(text)
+    api = vqa_api_accuracy(submitted, question.truth) if answer else 0.0
+    return {
+        "id": question.id,
+        "score": m4c_accuracy(text, question.truth) if answer else 0.0,
+        "cluster": question.cluster,
+        "submission": submitted,
+        "score_vqa_api": api,
+        "score_vqa_api_percent": round(100 * api, 2),
+        "answer": text,
+        "missing": answer is None,
+        "truth": question.truth,
+        "question": question.text,
+        "category": question.category,
+        "image": question.image,
+    }
+
+
+def statistic(items: Sequence[Item]) -> Statistic:
+    """Mean accuracy, percent."""
+    return mean_statistic([item["score"] for item in items])
+
+
+def submission(folder: Path, answers: Answers, output: Path) -> None:
+    """The file for the server; its converter wants an answer to every question."""
+    texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
+    rows = _question_file(folder)
+    if missing := [row["question_id"] for row in rows if str(row["question_id"]) not in texts]:
+        raise ValueError(
+            f"{len(missing)} questions have no answer in {answers.path}, first {missing[0]}; the server wants all"
+        )
+    with whole_file(output) as aside:
+        entries = [{"image": row["image"], "answer": m4c(texts[str(row["question_id"])])} for row in rows]
+        aside.write_text(json.dumps(entries), encoding="utf-8")
+
+
+BENCHMARK = Benchmark(
+    name="vizwiz",
+    title="VizWiz",
+    headline="lmms_eval_accuracy",
+    scale=100.0,
+    folders=("vizwiz",),
+    questions=("llava_val*.jsonl", "llava_test*.jsonl"),
+    image_folders=("val", "test", "images", ""),
+    tasks=("vizwiz_vqa_val", "vizwiz_vqa_val_lite"),
+    score=score,
+    statistic=statistic,
+    submission=submission,
+)
