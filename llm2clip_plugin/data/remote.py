@@ -77,7 +77,7 @@ def list_urls(url: str, suffix: str) -> list[str]:
             found.append(one)
             continue
         filesystem, path = _filesystem(one)
-        pattern = path if "*" in path else path.rstrip("/") + "/**" + suffix
+        pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
         names = sorted(str(name) for name in filesystem.glob(pattern))
         if not names:
             raise FileNotFoundError(

@@ -11,13 +11,14 @@ from llm2clip_plugin.data.tars import TarSource
 __all__ = ["Shard", "Source", "SourceConfig", "detect_format", "open_source"]
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
     """The source that ``config`` names, indexed (and downloaded, where it lies at a URL).
 
-    Raises FileNotFoundError if nothing is there, ValueError for a format that can't be told or a broken shard.
+    Raises FileNotFoundError if nothing is there, ValueError for a format that can't be told or a broken shard; with
+    ``broken_shards`` these are noted there (name -> reason) and left out.
     """
     kind = config.format if config.format != "auto" else detect_format(config.path)
-    return TarSource(config) if kind == "webdataset" else TableSource(config, kind)
+    return TarSource(config, broken_shards) if kind == "webdataset" else TableSource(config, kind)
 
 
 def detect_format(path: str) -> str:

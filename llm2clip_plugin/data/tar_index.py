@@ -215,8 +215,12 @@ def open_index(tar: str | os.PathLike[str], spare_folder: Path) -> TarIndex:
         if index is not None:
             return index
     entries = group_samples(scan_tar(path))
-    target = beside if os.access(path.parent, os.W_OK) else spare
-    _save(target, entries, stamp)
+    target = beside
+    try:
+        _save(beside, entries, stamp)
+    except OSError:  # a read-only folder or file system
+        target = spare
+        _save(spare, entries, stamp)
     index = _load(target, stamp)
     assert index is not None, f"{target} does not read back"
     return index

@@ -12,7 +12,7 @@ from typing import Any
 from llm2clip_plugin.data.base import RawSample, Shard, Source, SourceConfig
 from llm2clip_plugin.data.records import BrokenSample
 from llm2clip_plugin.data.remote import expand_braces, is_url, list_urls
-from llm2clip_plugin.data.tar_index import ABSENT, TarIndex, open_index
+from llm2clip_plugin.data.tar_index import ABSENT, BrokenShard, TarIndex, open_index
 
 OPEN_FILES = 64  # tars held open by one process
 
@@ -50,25 +50,37 @@ def _common_folder(folders: list[str]) -> str:
 
 
 class TarSource(Source):
-    """Samples of tars in a folder or at a URL; one that lies at a URL is read from its local copy."""
+    """Samples of tars in a folder or at a URL; one that lies at a URL is read from its local copy.
 
-    def __init__(self, config: SourceConfig) -> None:
+    A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
+    """
+
+    def __init__(self, config: SourceConfig, broken_shards: dict[str, str] | None = None) -> None:
+        self._broken_shards = broken_shards
+        self._handles: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, last used last
         self._downloads = config.downloads
         self._tars = list_tars(config.path)
         self._indexes: list[TarIndex] = []
-        shards, start = [], 0
+        shards, good, start = [], [], 0
         for name, tar in _tracked(self._tars):
-            index = open_index(self._local(tar), self._downloads.folder)
+            try:
+                index = open_index(self._local(tar), self._downloads.folder)
+            except (BrokenShard, FileNotFoundError) as error:
+                if broken_shards is None:
+                    raise
+                broken_shards[name] = str(error)
+                continue
             self._indexes.append(index)
+            good.append((name, tar))
             shards.append(Shard(name, len(index), start))
             start += len(index)
-        self._handles: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, last used last
+        self._tars = good
         super().__init__(config, tuple(shards))
-        if start == 0:
+        if start == 0 and not broken_shards:
             raise ValueError(f"{config.path}: {len(shards)} tars, but no member is an image, .txt or .json")
 
-    def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig]]:
-        return TarSource, (self.config,)
+    def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, dict[str, str] | None]]:
+        return TarSource, (self.config, self._broken_shards)
 
     def __del__(self) -> None:
         while self._handles:

@@ -1,0 +1,190 @@
+"""``llm2clip data check PATH``: read a data set once, every image decoded, and say what is in it and what is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import tyro
+
+from llm2clip_plugin.data.base import Source, SourceConfig
+from llm2clip_plugin.data.check_report import as_text, build_report
+from llm2clip_plugin.data.images import BrokenImage, load, open_header
+from llm2clip_plugin.data.records import BrokenSample, caption_id
+from llm2clip_plugin.data.sampler import hash_words
+from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.progress import track
+
+CHUNK = 64  # samples that a worker reads at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(SourceConfig):
+    """Read a data set once, every image decoded, and report what is in it and what is broken.
+
+    Ends with 1 if training on it would stop, else 0.
+    """
+
+    path: tyro.conf.Positional[str]  # folder of tars, a .tar, train-*.tar, a .jsonl, LLaVA's .json, or a URL of these
+    tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "" counts words
+    max_tokens: int = 512  # tokens (or words): longer captions are counted, the teacher cuts them
+    small_side: int = 32  # pixels: images with a shorter side are counted
+    max_broken: float = 0.01  # share of broken samples over which training would stop
+    show: int = 10  # broken samples, doubled captions ... shown of each sort; --json has all broken ones
+    workers: int = 0  # processes; 0: one a core
+    json: bool = False  # one JSON object on stdout, for machines
+
+
+@dataclass
+class Reading:
+    """What was seen in some samples; readings add up."""
+
+    samples: int = 0
+    broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
+    without_captions: list[dict[str, str]] = field(default_factory=list)  # the same, of samples with no usable caption
+    empty_captions: int = 0
+    replaced_characters: int = 0  # captions with U+FFFD: bytes that were no UTF-8
+    captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
+    caption_ids: list[tuple[int, int, int]] = field(default_factory=list)  # (id, sample's number, tokens)
+    key_hashes: list[tuple[int, int]] = field(default_factory=list)  # (hash, sample's number)
+    formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
+    sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    image_bytes: int = 0
+
+    def add(self, other: Reading) -> None:
+        """Take in another reading."""
+        self.samples += other.samples
+        self.empty_captions += other.empty_captions
+        self.replaced_characters += other.replaced_characters
+        self.image_bytes += other.image_bytes
+        self.broken += other.broken
+        self.without_captions += other.without_captions
+        self.caption_ids += other.caption_ids
+        self.key_hashes += other.key_hashes
+        self.sides += other.sides
+        self.captions += other.captions
+        self.formats += other.formats
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; 1 if training on this data would stop, else 0."""
+    config = tyro.cli(CheckConfig, args=argv, prog="llm2clip data check")
+    report = check_data(config)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else as_text(report, config.show))
+    return 0 if report["fit_for_training"] else 1
+
+
+def check_data(config: CheckConfig) -> dict[str, Any]:
+    """Read all of ``config.path``; the report that ``--json`` prints.
+
+    Raises FileNotFoundError if nothing is there, ValueError for a format that can't be told or a tokenizer that
+    can't be read.
+    """
+    load_counter(config.tokenizer)  # an error now, not in a worker
+    broken_shards: dict[str, str] = {}
+    source = open_source(config, broken_shards)
+    reading = Reading()
+    for one in track(_read_all(source, config), total=len(source), label="data check", unit="samples"):
+        if one is not None:
+            reading.add(one)
+    return build_report(config, source, broken_shards, reading)
+
+
+def _read_all(source: Source, config: CheckConfig) -> Iterator[Reading | None]:
+    """A reading of each chunk, each followed by None for its other samples, so that progress counts samples."""
+    chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(chunks))
+    if workers <= 1:
+        yield from _spread(map(partial(read_samples, source, config, load_counter(config.tokenizer)), chunks))
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(source, config))
+    try:
+        yield from _spread(pool.map(_read_in_worker, chunks))
+    finally:
+        pool.shutdown(cancel_futures=True)  # at an error or Ctrl-C, don't read the rest
+
+
+def _spread(readings: Iterator[Reading]) -> Iterator[Reading | None]:
+    for reading in readings:
+        yield reading
+        for _ in range(reading.samples - 1):
+            yield None
+
+
+_worker: Callable[[range], Reading]  # of a pool's process: read_samples with what stays the same
+
+
+def _begin_worker(source: Source, config: CheckConfig) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = partial(read_samples, source, config, load_counter(config.tokenizer))
+
+
+def _read_in_worker(numbers: range) -> Reading:
+    return _worker(numbers)
+
+
+def load_counter(tokenizer: str) -> Callable[[str], int]:
+    """Length of a caption: tokens of ``tokenizer`` with its special ones, or words for "". Raises ValueError."""
+    if not tokenizer:
+        return lambda text: len(text.split())
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except OSError as error:
+        raise ValueError(f"no tokenizer at {tokenizer!r}: {error}") from error
+    return lambda text: len(loaded(text, verbose=False)["input_ids"])
+
+
+def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int], numbers: range) -> Reading:
+    """Read some samples of a source, their images decoded in full."""
+    reading = Reading(samples=len(numbers))
+    for number in numbers:
+        _read_captions(source, config, count, number, reading)
+        shard, _ = source.locate(number)
+        key = ""
+        try:
+            key = source.raw(number).key
+            data = source.image(number)
+            image = open_header(data)
+            kind, size = image.format or "?", image.size
+            load(image)
+        except BrokenSample as error:
+            reading.broken.append({"shard": shard, "key": error.key, "reason": error.reason})
+        except BrokenImage as error:
+            reading.broken.append({"shard": shard, "key": key, "reason": str(error)})
+        else:
+            reading.formats[kind] += 1
+            reading.sides.append(size)
+            reading.image_bytes += len(data)
+    return reading
+
+
+def _read_captions(
+    source: Source, config: CheckConfig, count: Callable[[str], int], number: int, reading: Reading
+) -> None:
+    shard, _ = source.locate(number)
+    key, captions = source.captions(number)
+    reading.key_hashes.append((_signed(hash_words(key)), number))
+    for caption in captions:
+        reading.captions[caption.kind, caption.language] += 1
+        reading.caption_ids.append((caption_id(caption.text), number, count(caption.text)))
+        reading.replaced_characters += "\ufffd" in caption.text
+    try:
+        reading.empty_captions += source.empty_captions(number)
+    except (BrokenSample, ValueError):
+        return  # the image's reading names it
+    if not config.usable(captions):
+        reason = "no caption" if not captions else "no caption of the wanted kinds and languages"
+        reading.without_captions.append({"shard": shard, "key": key, "reason": reason})
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

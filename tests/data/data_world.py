@@ -1,0 +1,144 @@
+"""Small data sets for the tests of this folder: photo-like images, tars with any members, a server that drops."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """Colour gradients with a disc: smooth as photographs are, unlike for each seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    waves = [np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6)) for _ in range(3)]
+    pixels = np.stack(waves, axis=-1) * 100 + 128
+    radius = min(size) / 4
+    pixels[(x - size[0] / 2) ** 2 + (y - size[1] / 2) ** 2 < radius**2] = rng.integers(0, 255, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def jpeg(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
+    return encoded(picture(seed, size), quality=95)
+
+
+Members = Iterable[tuple[str, bytes]]
+
+
+def write_tar(path: Path, members: Members, tar_format: int = tarfile.GNU_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def img2dataset_members(first: int, count: int) -> Iterator[tuple[str, bytes]]:
+    """Samples as img2dataset writes them: .jpg, .txt and .json, the caption in both."""
+    for number in range(first, first + count):
+        key, caption = f"{number:09d}", f"picture number {number}"
+        meta = {
+            "caption": caption,
+            "url": f"https://host/{number}.jpg",
+            "key": key,
+            "status": "success",
+            "long_caption": f"a longer text about the picture with number {number}",
+        }
+        yield f"{key}.jpg", jpeg(number)
+        yield f"{key}.json", json.dumps(meta).encode()
+        yield f"{key}.txt", caption.encode()
+
+
+def write_shards(folder: Path, counts: Iterable[int]) -> Path:
+    first = 0
+    for number, count in enumerate(counts):
+        write_tar(folder / f"{number:05d}.tar", img2dataset_members(first, count))
+        first += count
+    return folder
+
+
+class DroppingServer:
+    """Serves files; closes the connection after ``drop_after`` bytes of an answer, ``drops`` times."""
+
+    def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = True) -> None:
+        self.files, self.drop_after, self.drops, self.ranges = files, drop_after, drops, ranges
+        self.requests: list[tuple[str, str]] = []  # (path, Range header) of each GET
+        self.sent = 0  # bytes of contents
+        self.lock = threading.Lock()
+
+    def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
+        data = self.files.get(handler.path)
+        if data is None:
+            handler.send_error(404)
+            return
+        asked = handler.headers.get("Range", "") if self.ranges else ""
+        start, stop = 0, len(data)
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop = int(first), int(last) + 1 if last else len(data)
+            stop = min(stop, len(data))
+            handler.send_response(206)
+            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        else:
+            handler.send_response(200)
+        handler.send_header("ETag", f'"{hash(data)}"')
+        if self.ranges:
+            handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Content-Length", str(stop - start))
+        handler.end_headers()
+        if not body:
+            return
+        with self.lock:
+            self.requests.append((handler.path, asked))
+            drop = self.drops > 0 and stop - start > self.drop_after
+            self.drops -= drop
+        part = data[start : start + self.drop_after] if drop else data[start:stop]
+        handler.wfile.write(part)
+        handler.wfile.flush()
+        with self.lock:
+            self.sent += len(part)
+        if drop:
+            handler.close_connection = True
+
+
+@contextmanager
+def serving(server: DroppingServer) -> Iterator[str]:
+    """The address of ``server`` on loopback, on a free port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            server.answer(self, body=True)
+
+        def do_HEAD(self) -> None:
+            server.answer(self, body=False)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+    finally:
+        http.shutdown()
+        http.server_close()

@@ -1,0 +1,74 @@
+import pytest
+
+from llm2clip_plugin.data.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
+from llm2clip_plugin.data.records import BrokenSample, Caption, caption_hash, caption_id
+
+
+def test_fields_give_kind_and_language() -> None:
+    fields = parse_fields(("txt=short", "detailed=long", "legende=short:fr"), "en")
+    values = {"txt": " a dog \n", "detailed": "a brown dog on grass", "legende": "un chien", "url": "ignored"}
+    assert read_captions(values, fields) == (
+        Caption("a dog", "short", "en"),
+        Caption("a brown dog on grass", "long", "en"),
+        Caption("un chien", "short", "fr"),
+    )
+
+
+def test_lists_objects_and_languages_are_read_as_they_lie() -> None:
+    fields = parse_fields(("captions=short", "names=short"), "en")
+    values = {
+        "captions": ["one", "two", {"text": "a long one", "kind": "long"}, {"text": "Hund", "language": "de"}],
+        "names": {"fr": "chien", "en": "dog"},
+    }
+    assert read_captions(values, fields) == (
+        Caption("one"),
+        Caption("two"),
+        Caption("a long one", "long"),
+        Caption("Hund", "short", "de"),
+        Caption("chien", "short", "fr"),
+        Caption("dog"),
+    )
+
+
+def test_the_same_text_in_txt_and_json_is_one_caption() -> None:
+    fields = parse_fields(DEFAULT_FIELDS, "en")
+    assert read_captions({"txt": "a cat\n", "caption": "a cat"}, fields) == (Caption("a cat"),)
+
+
+def test_empty_captions_are_left_out_and_counted() -> None:
+    fields = parse_fields(("captions=short",), "en")
+    values = {"captions": ["", "  ", "text", None]}
+    assert read_captions(values, fields) == (Caption("text"),)
+    assert count_empty(values, fields) == 2
+
+
+def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
+    (caption,) = read_captions({"txt": "a \ud83d\ude00 and \ud83d"}, parse_fields(("txt=short",), "en"))
+    assert caption.text == "a \U0001f600 and \ufffd"
+    assert len(caption_hash(caption.text)) == 16
+
+
+@pytest.mark.parametrize("fields", [("caption",), ("=short",), ("caption=",), (), ("a=short", "a=long")])
+def test_misspelt_fields_are_refused(fields: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="caption field"):
+        parse_fields(fields, "en")
+
+
+@pytest.mark.parametrize("value", [3, 2.5, {"text": 3}, {"de": ["x"]}, [[1]]])
+def test_other_shapes_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="'caption' holds"):
+        read_captions({"caption": value}, parse_fields(("caption=short",), "en"))
+
+
+def test_caption_id_is_the_hash_as_a_signed_number() -> None:
+    for text in ("a", "b", "c", "ß", ""):
+        assert -(1 << 63) <= caption_id(text) < 1 << 63
+        assert caption_id(text) % (1 << 64) == int(caption_hash(text), 16)
+
+
+def test_a_broken_sample_crosses_processes() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(BrokenSample("00001", "k", "no image")))
+    assert (error.shard, error.key, error.reason) == ("00001", "k", "no image")
+    assert str(error) == "sample 'k' of shard '00001': no image"

@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import pytest
+from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
+
+from llm2clip_plugin.cli import main
+
+
+@pytest.fixture
+def messy(tmp_path: Path) -> Path:
+    """Two shards that can be read, with one of each trouble; one cut short."""
+    folder = tmp_path / "messy"
+    write_tar(folder / "00000.tar", img2dataset_members(0, 20))
+    troubles = [
+        ("000000000.png", encoded(picture(0, (20, 30)), "PNG")),  # a key that shard 00000 has, and a small image
+        ("000000000.txt", b"picture number 7"),  # a caption that another sample has
+        ("cut.jpg", jpeg(0)[:-300]),
+        ("cut.txt", ("word " * 600).encode()),
+        ("mute.jpg", jpeg(0)),
+        ("mute.txt", b"  "),
+        ("lost.txt", b"caf\xe9"),
+        ("bad.jpg", jpeg(1)),
+        ("bad.json", b"{"),
+        ("de.jpg", jpeg(2)),
+        ("de.json", b'{"captions": [{"text": "ein Bild", "language": "de"}, ""]}'),
+    ]
+    write_tar(folder / "00001.tar", troubles)
+    whole = write_tar(tmp_path / "whole.tar", img2dataset_members(0, 3)).read_bytes()
+    (folder / "00002.tar").write_bytes(whole[:3000])
+    return folder
+
+
+def checked(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]:
+    status = main(["data", "check", *words, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    status, report = checked(capsys, str(messy), "--workers", workers)
+    assert status == 1 and not report["fit_for_training"]
+    assert (report["samples"], report["shards"]) == (26, 2)
+    assert [one["shard"] for one in report["broken_shards"]] == ["00002"]
+    assert "cut short" in report["broken_shards"][0]["reason"]
+    assert [(one["shard"], one["key"]) for one in report["broken"]] == [
+        ("00001", "cut"),
+        ("00001", "lost"),
+        ("00001", "bad"),
+    ]
+    assert [one["key"] for one in report["without_captions"]] == ["mute"]
+    assert report["broken_share"] == pytest.approx(4 / 26)
+    assert report["captions_by_kind"] == {"short": 24, "long": 20}
+    assert report["captions_by_language"] == {"en": 43, "de": 1}
+    assert report["empty_captions"] == 2 and report["captions_with_invalid_utf8"] == 1
+    assert report["duplicate_captions"]["most_frequent"] == [{"text": "picture number 7", "samples": 2}]
+    assert report["duplicate_keys"]["examples"] == [{"key": "000000000", "samples": 2, "shards": ["00000", "00001"]}]
+    lengths = report["caption_lengths"]
+    assert lengths["unit"] == "words" and lengths["max"] == 600 and lengths["over_limit"] == 1
+    assert lengths["longest"] == {"shard": "00001", "key": "cut"}
+    assert sum(one["captions"] for one in lengths["histogram"]) == report["captions"] == 44
+    assert lengths["histogram"][0] == {"from": 1, "to": 3, "captions": 23}
+    assert report["images"]["formats"] == {"JPEG": 22, "PNG": 1} and report["images"]["small"] == 1
+    assert report["images"]["width"] == {"min": 20, "median": 64, "max": 64}
+
+
+def test_the_text_names_shard_and_key(messy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(messy), "--workers", "1"]) == 1
+    text = capsys.readouterr().out
+    for line in (
+        "00001: cut: the image can't be decoded",
+        "00002: ",
+        "NOT fit for training: 15.38% broken",
+        "512-1023",
+    ):
+        assert line in text
+
+
+def test_clean_data_is_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "x.tar", img2dataset_members(0, 5))
+    status, report = checked(capsys, str(tmp_path), "--fields", "long_caption=dense:en-GB")
+    assert status == 0 and report["fit_for_training"]
+    assert report["captions_by_kind"] == {"dense": 5} and report["captions_by_language"] == {"en-GB": 5}
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "fit for training: 0.00% broken" in capsys.readouterr().out
+
+
+def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "picture", "number", "1"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "tokenizer")
+    write_tar(tmp_path / "data" / "x.tar", img2dataset_members(0, 5))
+    _, report = checked(
+        capsys, str(tmp_path / "data"), "--fields", "txt=short", "--tokenizer", str(tmp_path / "tokenizer")
+    )
+    assert report["caption_lengths"]["unit"] == "tokens"
+    assert report["caption_lengths"]["histogram"][1] == {"from": 4, "to": 7, "captions": 5}  # <s> and three words
+    assert main(["data", "check", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "none")]) == 2
+    assert "no tokenizer at" in capsys.readouterr().err
+
+
+def test_errors_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(tmp_path / "none")]) == 2
+    assert "error: no data at" in capsys.readouterr().err
+    write_tar(tmp_path / "x.tar", img2dataset_members(0, 1))
+    for words, says in (
+        (["--fields", "caption"], "caption field 'caption' is not NAME=KIND"),
+        (["--langauge", "de"], "--langauge"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["data", "check", str(tmp_path), *words])
+        assert stopped.value.code == 2 and says in capsys.readouterr().err

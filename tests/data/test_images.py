@@ -1,0 +1,242 @@
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from data_world import encoded, jpeg, picture
+from PIL import Image
+
+from llm2clip_plugin.data.images import (
+    AugmentConfig,
+    BrokenImage,
+    EvalTransform,
+    ImageConfig,
+    TrainTransform,
+    decode,
+    random_crop,
+    shrink_factor,
+)
+
+
+def hf_processors() -> dict[str, type]:
+    """The PIL processors of the installed transformers: 5.x has them beside the torchvision ones."""
+    try:
+        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    except ImportError:
+        from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+
+        return {"clip": CLIPImageProcessor, "siglip": SiglipImageProcessor, "bit": BitImageProcessor}
+    return {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil, "bit": BitImageProcessorPil}
+
+
+PROCESSORS = {
+    "clip 224": ("clip", {}),
+    "clip 336": ("clip", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
+    "siglip 224": ("siglip", {}),
+    "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
+    "dinov2 256 -> 224": (
+        "bit",
+        {
+            "size": {"shortest_edge": 256},
+            "crop_size": {"height": 224, "width": 224},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+    ),
+    "bilinear": ("clip", {"resample": 2}),
+}
+
+
+@pytest.mark.parametrize("name, settings", PROCESSORS.values(), ids=PROCESSORS)
+def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict) -> None:
+    """Tolerance 1e-6: the pixels are the same bytes, only the order of the float32 arithmetic differs."""
+    processor = hf_processors()[name](**settings)
+    transform = EvalTransform(ImageConfig.from_preprocessor(processor.to_dict()))
+    for seed, size in enumerate([(300, 200), (200, 301), (640, 481), (37, 1000), (224, 224), (20, 20)]):
+        for data in (jpeg(seed, size), encoded(picture(seed, size).convert("L"), "PNG")):
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            expected = processor(images=image, return_tensors="np")["pixel_values"][0]
+            assert np.abs(transform(data).numpy() - expected).max() < 1e-6
+
+
+def test_palettes_and_transparency_are_read_as_llava_does() -> None:
+    """LLaVA hands its processor ``image.convert("RGB")``; a processor of transformers 5 alone would put white behind."""
+    processor = hf_processors()["clip"]()
+    transform = EvalTransform(ImageConfig.from_preprocessor(processor.to_dict()))
+    rgba = picture(0).convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
+    for image, kind in (
+        (rgba, "PNG"),
+        (picture(1).quantize(16), "PNG"),
+        (rgba, "WEBP"),
+        (picture(2).convert("CMYK"), "JPEG"),
+    ):
+        data = encoded(image, kind)
+        expected = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np")
+        assert np.abs(transform(data).numpy() - expected["pixel_values"][0]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "no centre crop"),
+        ({"size": {"height": 224, "width": 200}}, "expected a square"),
+        ({"size": 224, "crop_size": {"height": 224, "width": 200}}, "expected a square"),
+        ({"size": {"longest_edge": 224}}, "longest_edge"),
+        ({"size": 224, "rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"size": 224, "crop_size": 224, "do_resize": False}, "do_resize"),
+        ({"size": 224, "crop_size": 224, "resample": 9}, "resample 9"),
+        ({}, "size None"),
+    ],
+)
+def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ImageConfig.from_preprocessor(values)
+
+
+def test_with_size_keeps_the_share_of_the_crop() -> None:
+    config = ImageConfig(size=224, resize=256, mean=(0.1, 0.2, 0.3))
+    assert config.with_size(56) == ImageConfig(size=56, resize=64, mean=(0.1, 0.2, 0.3))
+    assert ImageConfig(fit="squash").with_size(98) == ImageConfig(size=98, fit="squash")
+
+
+def test_shrink_factor_keeps_enough_pixels() -> None:
+    assert [shrink_factor((side, side), (224, 224)) for side in (223, 447, 448, 895, 896, 1791, 1792, 9000)] == [
+        1, 1, 2, 2, 4, 4, 8, 8,
+    ]  # fmt: skip
+    assert shrink_factor((4000, 448), (224, 224)) == 2
+
+
+def test_a_jpeg_is_decoded_small_and_nothing_else_is() -> None:
+    assert decode(jpeg(0, (512, 400)), min_side=190).size == (256, 200)
+    assert decode(jpeg(0, (513, 401)), min_side=190).size == (257, 201)
+    assert decode(encoded(picture(0, (512, 400)), "PNG"), min_side=190).size == (512, 400)
+    assert decode(jpeg(0, (512, 400))).size == (512, 400)
+
+
+def centre(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1025, 769), (3000, 2000)])
+def test_decoding_small_keeps_the_picture(size: tuple[int, int]) -> None:
+    """Against decoding in full and resizing once: within 3 of 255 on average, the error of a JPEG of good quality."""
+    data = jpeg(3, size)
+    config = ImageConfig(size=224)
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(size[0] / size[1],) * 2)
+    pixels = TrainTransform(config, whole).pixels(data, random.Random(0)).astype(np.float64)
+    expected = centre(Image.open(io.BytesIO(data)), 224)
+    assert np.abs(pixels - expected).mean() < 3
+    smooth = np.abs(pixels - expected)[20:60, 20:60].mean()
+    assert smooth < 2
+
+
+def test_the_crop_is_cut_where_it_says() -> None:
+    """Four coloured quarters: a crop decoded at 1/2 shows the same borders as one decoded in full."""
+    pixels = np.zeros((600, 800, 3), np.uint8)
+    pixels[:300, :400, 0] = pixels[300:, 400:, 1] = pixels[300:, :400, 2] = 255
+    image = Image.fromarray(pixels)
+    config, augment = ImageConfig(size=100), AugmentConfig(scale=(0.3, 0.9))
+    for seed in range(20):
+        small = TrainTransform(config, augment).pixels(encoded(image, quality=95, subsampling=0), random.Random(seed))
+        full = TrainTransform(config, augment).pixels(encoded(image, "PNG"), random.Random(seed))
+        assert np.abs(small.astype(int) - full).mean() < 2.5
+        left, top, width, height = random_crop((800, 600), augment, random.Random(seed))
+        column, row = round((400 - left) / width * 100), round((300 - top) / height * 100)
+        if 10 < column < 90 and 10 < row < 90:
+            assert full[row - 5, column - 5, 0] > 200 and full[row - 5, column + 5].max() < 50
+            assert full[row + 5, column - 5, 2] > 200 and full[row + 5, column + 5, 1] > 200
+
+
+def test_crops_stay_inside_with_the_area_and_ratio_asked() -> None:
+    augment = AugmentConfig(scale=(0.2, 0.8), ratio=(0.5, 2.0))
+    rng = random.Random(0)
+    areas = []
+    for _ in range(500):
+        left, top, width, height = random_crop((640, 480), augment, rng)
+        assert left >= 0 and top >= 0 and left + width <= 640 + 1e-6 and top + height <= 480 + 1e-6
+        assert 0.5 <= width / height <= 2.0
+        areas.append(width * height / (640 * 480))
+    assert 0.2 <= min(areas) and max(areas) <= 0.8 and 0.4 < np.mean(areas) < 0.55
+    # no crop of ratio 3/4 .. 4/3 with 90 % of the area fits a strip: the largest centred one of ratio 4/3
+    assert random_crop((1000, 100), AugmentConfig(), rng) == pytest.approx((433.33, 0, 133.33, 100), abs=0.01)
+
+
+def test_the_same_rng_gives_the_same_pixels() -> None:
+    transform = TrainTransform(ImageConfig(size=32), AugmentConfig(scale=(0.3, 1.0), flip=True, rotate=15))
+    data = jpeg(0)
+    first, again, other = (transform(data, random.Random(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (3, 32, 32) and first.dtype == torch.float32
+
+
+def test_flip_is_every_second_and_off_by_default() -> None:
+    data = encoded(picture(5, (32, 32)), "PNG")
+    plain = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    whole = TrainTransform(ImageConfig(size=32), plain).pixels(data, random.Random(0))
+    assert np.array_equal(whole, np.asarray(picture(5, (32, 32))))
+    flipping = TrainTransform(ImageConfig(size=32), AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True))
+    flips = 0
+    for seed in range(200):
+        pixels = flipping.pixels(data, random.Random(seed))
+        mirrored = np.array_equal(pixels, whole[:, ::-1])
+        assert mirrored or np.array_equal(pixels, whole)
+        flips += mirrored
+    assert 70 < flips < 130
+
+
+def test_rotation_turns_a_little_and_fills_with_the_corners_colour() -> None:
+    image = Image.new("RGB", (64, 64), (250, 240, 230))
+    image.paste((0, 0, 200), (16, 30, 48, 34))  # a bar across the middle
+    transform = TrainTransform(ImageConfig(size=64), AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), rotate=20))
+    heights = set()
+    for seed in range(20):
+        pixels = transform.pixels(encoded(image, "PNG"), random.Random(seed))
+        assert np.abs(pixels[[0, 0, 63, 63], [0, 63, 0, 63]].astype(int) - (250, 240, 230)).max() <= 1
+        rows = np.flatnonzero((pixels[:, :, 0] < 100).any(axis=1))
+        heights.add(int(rows[-1] - rows[0]))
+    assert min(heights) <= 6 and 8 <= max(heights) <= 16  # 4 high, + 32 sin(20 degrees) = 11
+
+
+def broken_images() -> dict[str, bytes]:
+    whole = jpeg(0, (200, 200))
+    png = encoded(picture(0), "PNG")
+    return {
+        "empty": b"",
+        "text": b"<html>not found</html>",
+        "jpeg cut": whole[: len(whole) // 2],
+        "jpeg header": whole[:20],
+        "png cut": png[: len(png) // 2],
+        "png damaged": png[:60] + bytes(40) + png[100:],
+        "webp cut": encoded(picture(0), "WEBP")[:200],
+        "bomb": b"\x89PNG\r\n\x1a\n" + bytes.fromhex("0000000d49484452000fffff000fffff0802000000") + bytes(64),
+    }
+
+
+@pytest.mark.parametrize("data", broken_images().values(), ids=broken_images())
+def test_broken_images_are_said_to_be_broken(data: bytes) -> None:
+    for prepare in (
+        EvalTransform(ImageConfig(size=32)),
+        lambda data: TrainTransform(ImageConfig(size=32))(data, random.Random(0)),
+    ):
+        with pytest.raises(BrokenImage):
+            prepare(data)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"scale": (0.0, 1.0)}, {"scale": (0.9, 0.5)}, {"ratio": (2.0, 1.0)}, {"rotate": -1.0}, {"rotate": 181.0}],
+)
+def test_bad_augmentations_are_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match=r"crop|rotate"):
+        AugmentConfig(**settings)
+
+
+def test_bad_image_settings_are_refused() -> None:
+    for settings, says in (({"size": 0}, "size 0"), ({"resize": 100}, "resize 100"), ({"fit": "x"}, "known: shortest"),
+                           ({"resample": "x"}, "known: nearest")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            ImageConfig(**settings)

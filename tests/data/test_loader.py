@@ -1,0 +1,213 @@
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_world import img2dataset_members, jpeg, write_shards, write_tar
+
+from llm2clip_plugin.contracts import ContractError, TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
+from llm2clip_plugin.data.images import AugmentConfig, ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, eval_pairs, make_loader
+from llm2clip_plugin.data.records import caption_id
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
+
+IMAGES = ImageConfig(size=16)
+AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)
+WIDTH = 4
+EXACT = ("pixel_values", "embeddings", "caption_ids", "image_ids")
+
+
+def identity() -> TeacherIdentity:
+    return TeacherIdentity(
+        llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
+        layer=-1, prompt="", chat_template="", max_tokens=32, width=WIDTH,
+    )  # fmt: skip
+
+
+def embedding_of(text: str) -> torch.Tensor:
+    """A vector that only this text has, exact in float16."""
+    return torch.tensor([(caption_id(text) >> shift) % 1024 / 512 - 1 for shift in (0, 10, 20, 30)])
+
+
+def embed(source: Source, folder: Path) -> EmbeddingCache:
+    """A cache of ``source`` whose rows ``embedding_of`` knows."""
+    writer = CacheWriter(folder, identity(), "float16")
+    for shard in source.shards:
+        read = [source.captions(shard.start + number) for number in range(shard.size)]
+        rows = caption_rows([captions for _, captions in read])
+        texts = [list(dict.fromkeys(caption.text for caption in captions)) for _, captions in read]
+        vectors = [embedding_of(text) for of_sample in texts for text in of_sample]
+        stacked = torch.stack(vectors) if vectors else torch.zeros(0, WIDTH)
+        writer.write_shard(shard.name, [key for key, _ in read], rows, stacked)
+    writer.finish([shard.name for shard in source.shards])
+    return EmbeddingCache.open(folder)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PairDataset:
+    write_shards(tmp_path / "a", [7, 6])
+    write_tar(tmp_path / "b" / "x.tar", img2dataset_members(100, 9))
+    sources = [open_source(SourceConfig(path=str(tmp_path / name))) for name in ("a", "b")]
+    caches = [embed(source, tmp_path / f"cache{number}") for number, source in enumerate(sources)]
+    return PairDataset(sources, caches, IMAGES, AUGMENT, seed=3)
+
+
+def batches(dataset: PairDataset, count: int, **settings: Any) -> list[dict[str, Any]]:
+    return list(islice(make_loader(dataset, **settings), count))
+
+
+def rows(found: list[dict[str, Any]]) -> Iterator[tuple]:
+    """Each row of some batches, comparable."""
+    for batch in found:
+        for number, key in enumerate(batch["keys"]):
+            yield key, batch["captions"][number], *(batch[name][number].numpy().tobytes() for name in EXACT)
+
+
+def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None:
+    (batch,) = batches(dataset, 1, local_batch=22)
+    assert batch["pixel_values"].shape == (22, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
+    assert batch["position"] == 22 and len(set(batch["image_ids"].tolist())) == 22  # an epoch: every image once
+    for number, (key, text) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
+        assert str(int(key)) in text  # the caption is the image's own
+        assert torch.equal(batch["embeddings"][number], embedding_of(text))
+        assert batch["caption_ids"][number] == caption_id(text)
+    kinds = {text.startswith("a longer") for text in batch["captions"]}
+    assert kinds == {True, False}  # both kinds are drawn
+
+
+def test_batches_do_not_depend_on_workers(dataset: PairDataset) -> None:
+    alone = list(rows(batches(dataset, 6, local_batch=8)))
+    for workers in (1, 2):
+        assert list(rows(batches(dataset, 6, local_batch=8, workers=workers))) == alone
+
+
+def test_resume_at_any_position_and_any_number_of_ranks(dataset: PairDataset) -> None:
+    undisturbed = list(rows(batches(dataset, 8, local_batch=12)))
+    resumed = list(rows(batches(dataset, 5, local_batch=12, position=36)))
+    assert resumed == undisturbed[36:]
+    for world in (2, 3, 4):
+        ranks = [
+            batches(dataset, 5, local_batch=12 // world, position=36, rank=rank, world=world) for rank in range(world)
+        ]
+        assert [batch["position"] for batch in ranks[0]] == [48, 60, 72, 84, 96]
+        joined = [row for step in zip(*ranks, strict=True) for row in rows(list(step))]
+        assert joined == undisturbed[36:]
+
+
+def test_augmentation_and_caption_change_with_the_pass(dataset: PairDataset) -> None:
+    first, second = batches(dataset, 2, local_batch=22)
+    order = {int(value): number for number, value in enumerate(second["image_ids"])}
+    same = [order[int(value)] for value in first["image_ids"]]
+    assert not any(torch.equal(first["pixel_values"][i], second["pixel_values"][j]) for i, j in enumerate(same))
+    changed = sum(first["captions"][i] != second["captions"][j] for i, j in enumerate(same))
+    assert 3 <= changed <= 19  # a caption of two: half of 22 change
+
+
+def test_kinds_and_languages_are_filtered(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5])
+    source = open_source(SourceConfig(path=str(tmp_path), kinds=("long",)))
+    (batch,) = batches(PairDataset([source], [None], IMAGES, seed=0), 1, local_batch=10)
+    assert all(text.startswith("a longer text") for text in batch["captions"])
+    assert "embeddings" not in batch
+
+
+def broken_source(tmp_path: Path, good: int) -> Source:
+    """``good`` samples, and one each: cut JPEG, no image, empty caption."""
+    broken = [
+        ("cut.jpg", jpeg(0)[:-300]),
+        ("cut.txt", b"its image is cut"),
+        ("noimage.txt", b"text"),
+        ("mute.jpg", jpeg(0)),
+        ("mute.txt", b"   "),
+    ]
+    write_tar(tmp_path / "s" / "00000.tar", [*img2dataset_members(0, good), *broken])
+    return open_source(SourceConfig(path=str(tmp_path / "s")))
+
+
+def test_broken_samples_are_named_counted_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = broken_source(tmp_path, 17)
+    dataset = PairDataset([source], [embed(source, tmp_path / "cache")], IMAGES, AUGMENT, seed=1)
+    loader = make_loader(dataset, local_batch=20, max_broken=0.5)
+    with caplog.at_level(logging.WARNING):
+        found = list(islice(loader, 2))
+    assert all(len(batch["keys"]) == 20 and "broken" not in batch for batch in found)
+    assert not {"cut", "noimage", "mute"} & {key for batch in found for key in batch["keys"]}
+    assert (loader.rows, loader.substituted) == (40, 6)
+    reasons = {key: reason for (shard, key), reason in loader.broken.items() if shard == "00000"}
+    assert reasons.keys() == {"cut", "noimage", "mute"}
+    assert "can't be decoded" in reasons["cut"] and "no .jpg" in reasons["noimage"] and "no caption" in reasons["mute"]
+    assert len(caplog.records) == 3 and "sample 'cut' of shard '00000'" in caplog.text  # once each
+    again = batches(dataset, 2, local_batch=10, max_broken=0.5, rank=1, world=2, workers=2)
+    expected = list(rows(found))
+    assert list(rows(again)) == expected[10:20] + expected[30:]  # the same substitutes on other ranks and workers
+
+
+def test_too_many_broken_samples_stop_and_say_where(tmp_path: Path) -> None:
+    dataset = PairDataset([broken_source(tmp_path, 17)], [None], IMAGES, seed=1)
+    for workers in (0, 2):
+        loader = make_loader(dataset, local_batch=20, max_broken=0.1, workers=workers)
+        with pytest.raises(ValueError, match=r"max_broken 0\.1 allows") as caught:
+            list(islice(loader, 5))
+        message = str(caught.value)
+        assert "3 of 20 samples" in message and "shard '00000', sample 'cut'" in message and "data check" in message
+
+
+def test_a_few_broken_among_many_are_allowed_from_the_start(tmp_path: Path) -> None:
+    loader = make_loader(PairDataset([broken_source(tmp_path, 397)], [None], IMAGES, seed=1), local_batch=10)
+    assert len(list(islice(loader, 40))) == 40 and loader.substituted == 3  # 3 of 400, under 1 %
+
+
+def test_nothing_but_broken_samples_is_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [member for i in range(5) for member in ((f"{i}.jpg", b"x"), (f"{i}.txt", b"t"))])
+    dataset = PairDataset([open_source(SourceConfig(path=str(tmp_path)))], [None], IMAGES, seed=0)
+    with pytest.raises(ValueError, match="in a row can't be used"):
+        batches(dataset, 1, local_batch=2, max_broken=1.0)
+
+
+def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path: Path) -> None:
+    members = list(img2dataset_members(100, 9))
+    write_tar(tmp_path / "b" / "x.tar", [(name, data.replace(b"104", b"777")) for name, data in members])
+    changed = open_source(SourceConfig(path=str(tmp_path / "b")))
+    altered = PairDataset([dataset.sources[0], changed], dataset.caches, IMAGES, seed=3)
+    with pytest.raises(ContractError, match="777"):
+        batches(altered, 2, local_batch=22, workers=1)
+
+
+def test_sources_need_caches_of_one_width(dataset: PairDataset) -> None:
+    with pytest.raises(ValueError, match="2 sources and 1 embedding caches"):
+        PairDataset(dataset.sources, dataset.caches[:1], IMAGES, seed=0)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        make_loader(dataset, local_batch=1, rank=2, world=2)
+
+
+def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset) -> None:
+    source, cache = dataset.sources[0], dataset.caches[0]
+    found = list(eval_pairs(source, cache, IMAGES, batch=5))
+    assert [len(batch["keys"]) for batch in found] == [5, 5, 3]
+    assert torch.cat([batch["image_ids"] for batch in found]).tolist() == list(range(13))
+    owners = torch.cat([batch["owners"] for batch in found]).tolist()
+    texts = [caption.text for batch in found for caption in batch["captions"]]
+    assert owners == [number for number in range(13) for _ in range(2)]
+    assert torch.equal(
+        torch.cat([batch["embeddings"] for batch in found]), torch.stack([embedding_of(t) for t in texts])
+    )
+    assert found[0]["meta"][2]["url"] == "https://host/2.jpg"
+    ranks = [list(eval_pairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1)) for rank in range(3)]
+    assert torch.equal(
+        torch.cat([batch["pixel_values"] for rank in ranks for batch in rank]),
+        torch.cat([batch["pixel_values"] for batch in found]),
+    )
+
+
+def test_evaluation_leaves_out_what_is_broken_and_says_so(tmp_path: Path) -> None:
+    pairs = eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, kinds=("short",))
+    found = list(pairs)
+    assert [key for batch in found for key in batch["keys"]] == [f"{i:09d}" for i in range(3)]
+    assert [caption.kind for batch in found for caption in batch["captions"]] == ["short"] * 3
+    assert [error.key for error in pairs.broken] == ["cut", "noimage", "mute"]
+    few = list(eval_pairs(broken_source(tmp_path, 3), None, IMAGES, batch=2, indices=[2, 0]))
+    assert few[0]["image_ids"].tolist() == [2, 0]

@@ -1,0 +1,122 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from llm2clip_plugin.data.sampler import Mixture, PassOrder, Permutation, hash_words, rank_rows, sample_rng
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 4095, 4096, 4097, 70_000])
+def test_a_permutation_has_every_number_once(n: int) -> None:
+    images = Permutation(n, 7)(np.arange(n))
+    assert np.array_equal(np.sort(images), np.arange(n))
+
+
+def test_permutations_look_random() -> None:
+    n = 10_000
+    places = np.arange(n)
+    first, second = Permutation(n, 1)(places), Permutation(n, 2)(places)
+    # correlations of independent permutations have a standard deviation of 1/sqrt(n) = 0.01
+    assert abs(np.corrcoef(first, places)[0, 1]) < 0.05
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
+    assert np.count_nonzero(first == places) < 10  # expected: 1 fixed point
+    counts = np.bincount(first[:1000] * 10 // n, minlength=10)  # expected 100 +- 9.5 each
+    assert counts.min() > 60 and counts.max() < 140
+
+
+def test_the_order_is_the_same_everywhere() -> None:
+    """Numbers noted once: another platform, Python or numpy must not change the order of a run under way."""
+    assert hash_words("sample", 1, 2) == 9827714916256478247
+    assert Permutation(10, 3)(np.arange(10)).tolist() == [0, 9, 8, 5, 4, 2, 7, 3, 6, 1]
+    draws = Mixture([(5,), (3,)], [1, 1], 0).batch_indices(6, 4)
+    assert [tuple(draw) for draw in draws] == [(0, 4, 0), (1, 0, 0), (1, 2, 1), (0, 1, 1)]
+    assert sample_rng(0, 1, 2, 3).random() == 0.9603652096926553
+
+
+@pytest.mark.parametrize("windows", [(), (1, 2)])
+@pytest.mark.parametrize("weights", [(1, 1), (2, 0.5), (0.3, 1.7)])
+def test_any_cut_gives_the_same_order(weights: tuple[float, float], windows: tuple[int, ...]) -> None:
+    mixture = Mixture([(50, 70, 30), (40, 3)], weights, 5, windows)
+    total = 3 * mixture.epoch_length + 11
+    whole = mixture.batch_indices(0, total)
+    pieces = [draw for start in range(0, total, 13) for draw in mixture.batch_indices(start, min(13, total - start))]
+    assert pieces == whole
+    assert Mixture([(50, 70, 30), (40, 3)], weights, 5, windows).batch_indices(17, 100) == whole[17:117]
+
+
+@pytest.mark.parametrize("windows", [(), (1, 2)])
+def test_an_epoch_is_every_sample_once(windows: tuple[int, ...]) -> None:
+    mixture = Mixture([(50, 70, 30), (40, 3)], (1, 1), 5, windows)
+    assert mixture.epoch_length == 193
+    epochs = [mixture.batch_indices(start, 193) for start in (0, 193, 386)]
+    for number, epoch in enumerate(epochs):
+        assert len({draw[:2] for draw in epoch}) == 193 and {draw.epoch for draw in epoch} == {number}
+    assert [draw[:2] for draw in epochs[0]] != [draw[:2] for draw in epochs[1]]
+    other = Mixture([(50, 70, 30), (40, 3)], (1, 1), 6, windows).batch_indices(0, 193)
+    assert [draw[:2] for draw in epochs[0]] != [draw[:2] for draw in other]
+
+
+def test_weights_and_passes_without_replacement() -> None:
+    mixture = Mixture([(100,), (60,)], (0.5, 2.0), 0)
+    assert mixture.draws == [50, 120]
+    draws = mixture.batch_indices(0, 4 * mixture.epoch_length)
+    counts = Counter(draw.source for draw in draws)
+    assert counts == {0: 200, 1: 480}
+    for source, length in ((0, 100), (1, 60)):
+        seen = [draw for draw in draws if draw.source == source]
+        for number in range(len(seen) // length):
+            one_pass = seen[number * length : (number + 1) * length]
+            assert sorted(draw.index for draw in one_pass) == list(range(length))
+            assert {draw.epoch for draw in one_pass} == {number}
+    first = Counter(draw.source for draw in draws[:85])  # half an epoch: mixed, not one after the other
+    assert 10 < first[0] < 40
+
+
+def test_a_window_keeps_a_few_shards_at_work() -> None:
+    sizes = [10] * 20
+    order = PassOrder(sizes, 4, key=1)(np.arange(200))
+    assert np.array_equal(np.sort(order), np.arange(200))
+    shards = order // 10
+    for first in range(0, 200, 40):
+        assert len(set(shards[first : first + 40].tolist())) == 4
+    assert shards[:40].tolist() != sorted(shards[:40].tolist())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
+def test_ranks_cut_one_global_batch(world: int) -> None:
+    mixture = Mixture([(70,), (35,)], (1, 1), 3)
+    for position in (0, 24, 96):
+        whole = mixture.batch_indices(position, 24)
+        parts = [mixture.batch_indices(*rank_rows(position, rank, 24 // world)) for rank in range(world)]
+        assert [draw for part in parts for draw in part] == whole
+
+
+def test_a_run_goes_on_with_other_ranks() -> None:
+    mixture = Mixture([(70,)], (1,), 3)
+    undisturbed = mixture.batch_indices(0, 240)
+    two = [mixture.batch_indices(*rank_rows(position, rank, 12)) for position in range(0, 120, 24) for rank in range(2)]
+    three = [
+        mixture.batch_indices(*rank_rows(position, rank, 8)) for position in range(120, 240, 24) for rank in range(3)
+    ]
+    assert [draw for part in two + three for draw in part] == undisturbed
+
+
+def test_large_sources_cost_nothing() -> None:
+    draws = Mixture([(5000,) * 20_000], (1,), 0).batch_indices(123_456_789, 4096)  # 100 million samples
+    assert len(set(draws)) == 4096
+
+
+def test_a_samples_randomness_is_its_own() -> None:
+    values = {
+        sample_rng(*words).random() for words in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
+    }
+    assert len(values) == 5
+    assert sample_rng(1, 2, 3, 4).random() == sample_rng(1, 2, 3, 4).random()
+
+
+def test_bad_mixtures_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many"):
+        Mixture([(1,)], (1, 2), 0)
+    with pytest.raises(ValueError, match=r"sources \[1\]"):
+        Mixture([(1,), (0,)], (1, 1), 0)

@@ -1,0 +1,205 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from data_world import encoded, img2dataset_members, jpeg, picture, write_shards, write_tar
+
+from llm2clip_plugin.data.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+
+
+def config(path: object, **settings: object) -> SourceConfig:
+    return SourceConfig(path=str(path), **settings)  # type: ignore[arg-type]
+
+
+def test_img2dataset_tars(tmp_path: Path) -> None:
+    source = open_source(config(write_shards(tmp_path, [3, 2])))
+    assert [(shard.name, shard.size, shard.start) for shard in source.shards] == [("00000", 3, 0), ("00001", 2, 3)]
+    assert len(source) == 5 and source.locate(4) == ("00001", 1)
+    sample = source[3]
+    assert sample.key == "000000003" and sample.image == jpeg(3) and sample.meta["url"] == "https://host/3.jpg"
+    assert sample.captions == (
+        Caption("picture number 3"),
+        Caption("a longer text about the picture with number 3", "long"),
+    )
+    assert source.captions(3) == (sample.key, sample.captions)
+    with pytest.raises(IndexError):
+        source[5]
+
+
+def test_fields_are_configuration(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1])
+    source = open_source(config(tmp_path, fields=("long_caption=dense:en-GB",)))
+    assert source[0].captions == (Caption("a longer text about the picture with number 0", "dense", "en-GB"),)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "jpeg", "png", "webp"])
+def test_image_kinds(tmp_path: Path, kind: str) -> None:
+    data = encoded(picture(0), {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[kind])
+    source = open_source(config(write_tar(tmp_path / "x.tar", [(f"a.{kind}", data), ("a.txt", b"text")])))
+    assert source[0].image == data
+
+
+def test_shard_names_hold_the_folder(tmp_path: Path) -> None:
+    for name in ("train/00000.tar", "train/00001.tar", "more/00000.tar"):
+        write_tar(tmp_path / name, img2dataset_members(0, 1))
+    assert [shard.name for shard in open_source(config(tmp_path)).shards] == [
+        "more/00000",
+        "train/00000",
+        "train/00001",
+    ]
+    pattern = open_source(config(tmp_path / "train" / "{00000..00001}.tar"))
+    assert [shard.name for shard in pattern.shards] == ["00000", "00001"]
+    assert [shard.name for shard in open_source(config(tmp_path / "train" / "*1.tar")).shards] == ["00001"]
+    assert [shard.name for shard in open_source(config(tmp_path / "more" / "00000.tar")).shards] == ["00000"]
+
+
+def test_a_source_is_pickled_as_its_configuration(tmp_path: Path) -> None:
+    source = open_source(config(write_shards(tmp_path, [2])))
+    assert len(pickle.dumps(source)) < 2000
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+def test_member_names_are_labels_and_never_paths(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("secret")
+    name = "../" * 12 + str(outside)[1:].removesuffix(".txt")
+    folder = tmp_path / "data"
+    members = [
+        (f"{name}.jpg", jpeg(0)),
+        (f"{name}.txt", b"from the tar"),
+        ("/abs/olute.jpg", jpeg(1)),
+        ("/abs/olute.txt", b"x"),
+    ]
+    source = open_source(config(write_tar(folder / "x.tar", members), cache_folder=str(tmp_path / "cache")))
+    assert [source[i].captions[0].text for i in range(2)] == ["from the tar", "x"]
+    assert source[0].key == name
+    assert outside.read_text() == "secret"
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "data",
+        "data/.x.tar.index",
+        "data/x.tar",
+        "outside.txt",
+    ]
+
+
+BROKEN = {
+    "no image": ([("a.txt", b"text")], "no .jpg"),
+    "bad JSON": ([("a.jpg", b"x"), ("a.json", b"{not json")], "not JSON"),
+    "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "a list, not an object"),
+    "number for a caption": ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "'caption' holds a int"),
+}
+
+
+@pytest.mark.parametrize("members, says", BROKEN.values(), ids=BROKEN)
+def test_broken_samples_are_named_and_have_no_captions(tmp_path: Path, members: list, says: str) -> None:
+    source = open_source(config(write_tar(tmp_path / "shard.tar", members)))
+    with pytest.raises(BrokenSample, match=says) as caught:
+        source[0]
+    assert (caught.value.shard, caught.value.key) == ("shard", "a")
+    key, captions = source.captions(0)
+    assert key == "a" and captions == ((Caption("text"),) if says == "no .jpg" else ())
+
+
+def test_text_that_is_no_utf8_is_read_with_marks(tmp_path: Path) -> None:
+    source = open_source(config(write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", b"caf\xe9")])))
+    assert source[0].captions == (Caption("caf\ufffd"),)
+
+
+def test_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip_plugin.data.tars.OPEN_FILES", 2)
+    source = open_source(config(write_shards(tmp_path, [1] * 20)))
+    for _ in range(2):
+        assert [source[i].image for i in range(20)] == [jpeg(i) for i in range(20)]
+
+
+def test_jsonl_with_an_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    (tmp_path / "images" / "sub" / "a.jpg").write_bytes(jpeg(0))
+    rows = [
+        {"id": "one", "image": "sub/a.jpg", "caption": "short", "long_caption": "long"},
+        {"image": "sub/a.jpg", "caption": ["x", "y"]},
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    source = open_source(config(file, images=str(tmp_path / "images")))
+    assert [(shard.name, shard.size) for shard in source.shards] == [("data", 2)]
+    assert source[0].captions == (Caption("short"), Caption("long", "long")) and source[0].image == jpeg(0)
+    assert source[1].key == "sub/a.jpg" and source[1].captions == (Caption("x"), Caption("y"))
+    assert pickle.loads(pickle.dumps(source))[0] == source[0]
+
+
+def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(jpeg(0))
+    (tmp_path / "images").mkdir()
+    rows = [
+        "{broken",
+        "[1]",
+        '{"id": "a", "image": "none.jpg"}',
+        '{"id": "b", "image": "../secret.jpg"}',
+        '{"id": "c"}',
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(rows))
+    source = open_source(config(file, images=str(tmp_path / "images")))
+    found = []
+    for number in range(len(source)):
+        with pytest.raises(BrokenSample) as caught:
+            source[number]
+        found.append((caught.value.key, caught.value.reason.split(":")[0]))
+        source.captions(number)
+    assert found == [
+        ("line 1", "not JSON"),
+        ("line 2", "a list, not an object"),
+        ("a", f"no image 'none.jpg' in {tmp_path / 'images'}"),
+        ("b", f"image '../secret.jpg' does not lie within {tmp_path / 'images'}"),
+        ("c", "no field 'image' that names an image"),
+    ]
+
+
+def test_llavas_pretraining_json(tmp_path: Path) -> None:
+    (tmp_path / "00453").mkdir()
+    (tmp_path / "00453" / "1.jpg").write_bytes(jpeg(0))
+    items = [
+        {
+            "id": "004539375",
+            "image": "00453/1.jpg",
+            "conversations": [
+                {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
+                {"from": "gpt", "value": "<image>\nselect luxury furniture"},
+                {"from": "human", "value": "And?"},
+                {"from": "gpt", "value": "a second answer"},
+            ],
+        },
+        {"id": "text-only", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"id": "odd", "image": "00453/1.jpg", "conversations": [{"value": "no speaker"}]},
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(items))
+    source = open_source(config(tmp_path / "chat.json"))
+    assert len(source) == 2  # what has no image is no pair
+    assert source[0].key == "004539375" and source[0].captions == (Caption("select luxury furniture"),)
+    with pytest.raises(BrokenSample, match="conversations can't be read"):
+        source[1]
+
+
+def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no data at"):
+        open_source(config(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match=r"no shard at .*x\.tar"):
+        open_source(config(tmp_path / "x.tar"))
+    with pytest.raises(FileNotFoundError, match=r"no \.tar files in"):
+        open_source(config(tmp_path))
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="can't tell the format"):
+        open_source(config(tmp_path / "x.csv"))
+    with pytest.raises(ValueError, match="known: auto, webdataset, jsonl, llava"):
+        config(tmp_path, format="parquet")
+    with pytest.raises(ValueError, match="weight"):
+        config(tmp_path, weight=0.0)
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        open_source(config(tmp_path / "x.jsonl", images=str(tmp_path / "none")))
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="one object a line"):
+        open_source(config(tmp_path / "lines.json"))
