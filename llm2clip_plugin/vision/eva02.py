@@ -1,0 +1,274 @@
+"""EVA-CLIP's vision transformers as a Hugging Face model: EVA02 B/16, L/14, L/14-336, bigE/14, EVA01 g/14 and B/16.
+
+Written from the papers (EVA-02, arXiv 2303.11331; EVA-CLIP, arXiv 2303.15389; RoPE, arXiv 2104.09864) and held to the
+reference by golden tensors. What differs between the variants is in the configuration:
+
+|                     | norm | MLP    | sub-norms | rotary | layer scale |
+|---------------------|------|--------|-----------|--------|-------------|
+| EVA02 B, L, L-336   | pre  | SwiGLU | yes       | yes    | no          |
+| EVA02 bigE          | post | GELU   | no        | no     | no          |
+| EVA01 g             | pre  | GELU   | no        | no     | no          |
+| EVA01 B             | pre  | GELU   | no        | no     | yes         |
+
+Shapes: B images, T tokens (class token, then patches in row-major order), H width, N heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+ROPE_THETA = 10000.0
+
+
+class Eva02Config(PretrainedConfig):
+    """What an EVA-CLIP tower is made of; the defaults are EVA02-CLIP-L/14-336."""
+
+    model_type = "llm2clip_eva02"
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        intermediate_size: int = 2730,  # int(1024 * 2.6667): the reference truncates
+        image_size: int = 336,  # pixels
+        patch_size: int = 14,  # pixels
+        num_channels: int = 3,
+        hidden_act: str = "swiglu",  # swiglu | gelu (exact)
+        sub_norm: bool = True,  # norms before the last projection of attention and of SwiGLU
+        post_norm: bool = False,  # norms on the branches' outputs instead of their inputs
+        rope: bool = True,  # rotary positions on the patches' queries and keys
+        rope_pretrained_grid: int = 16,  # grid side that rotary positions are scaled to
+        layer_scale: bool = False,  # learned gain a channel on each branch
+        layer_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs,  # Hugging Face's own fields of config.json
+    ) -> None:
+        if hidden_act not in ("swiglu", "gelu"):
+            raise ValueError(f"unknown hidden_act {hidden_act!r}; known: swiglu, gelu")
+        if sub_norm and hidden_act != "swiglu":
+            raise ValueError("sub_norm goes with hidden_act 'swiglu'")
+        if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
+            raise ValueError(
+                f"{hidden_size} wide with {num_attention_heads} heads: a head must be whole, with RoPE 4n wide"
+            )
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        self.hidden_act = hidden_act
+        self.sub_norm = sub_norm
+        self.post_norm = post_norm
+        self.rope = rope
+        self.rope_pretrained_grid = rope_pretrained_grid
+        self.layer_scale = layer_scale
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+def rope_tables(*, grid: int, pretrained_grid: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E), float32, on the CPU.
+
+    A patch at row r, column c has angle ``t * 10000 ** (-2j / (E/2))`` for j = 0 .. E/4 - 1 with t = r / grid *
+    pretrained_grid in the first half of a head and the same of c in the second; each angle stands twice,
+    for a pair of neighbouring channels.
+    """
+    positions_G = torch.arange(grid, dtype=torch.float32) / grid * pretrained_grid
+    axis = head_width // 2
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float32) / axis)
+    angles_GA = repeat(torch.outer(positions_G, frequencies), "g f -> g (f two)", two=2)
+    rows = repeat(angles_GA, "h a -> (h w) a", w=grid)
+    columns = repeat(angles_GA, "w a -> (h w) a", h=grid)
+    angles = torch.cat((rows, columns), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Turn neighbouring channels (a, b) by their angle: (a cos - b sin, b cos + a sin)."""
+    pairs = rearrange(x_BNTE, "... (e two) -> ... e two", two=2)
+    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1)
+    return x_BNTE * cos_TE + rearrange(turned, "... e two -> ... (e two)") * sin_TE
+
+
+class Eva02Embeddings(nn.Module):
+    """Patches through one convolution, the class token in front, learned positions added; no norm."""
+
+    def __init__(self, config: Eva02Config) -> None:
+        super().__init__()
+        width, tokens = config.hidden_size, 1 + (config.image_size // config.patch_size) ** 2
+        self.image_size = config.image_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, tokens, width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, config.patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {tuple(pixel_values.shape[-2:])} pixels, the tower runs at {self.image_size}; "
+                "load_tower(..., image_size=N) interpolates the positions"
+            )
+        patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
+        cls_B1H = self.cls_token.expand(len(patches_BTH), -1, -1)
+        return torch.cat((cls_B1H, patches_BTH), dim=1) + self.position_embedding
+
+
+class Eva02Attention(nn.Module):
+    """Self-attention with biases on queries and values alone."""
+
+    def __init__(self, config: Eva02Config) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.inner_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BTH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        projections = (self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH))
+        q, k, v = (rearrange(p, "b t (n e) -> b n t e", n=self.heads) for p in projections)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b n t e -> b t (n e)")
+        return self.out_proj(self.inner_norm(mixed))
+
+
+class Eva02SwiGLU(nn.Module):
+    """``down(norm(silu(gate(x)) * up(x)))``."""
+
+    def __init__(self, config: Eva02Config) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, hidden)
+        self.up_proj = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.down_proj = nn.Linear(hidden, width)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        return self.down_proj(self.norm(F.silu(self.gate_proj(x_BTH)) * self.up_proj(x_BTH)))
+
+
+class Eva02Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))``, exact GELU."""
+
+    def __init__(self, config: Eva02Config) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BTH)))
+
+
+class Eva02Block(nn.Module):
+    """Pre-norm ``x + scale * branch(norm(x))`` or post-norm ``x + norm(branch(x))``, for attention and MLP."""
+
+    def __init__(self, config: Eva02Config) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.post_norm = config.post_norm
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attention = Eva02Attention(config)
+        self.mlp = Eva02SwiGLU(config) if config.hidden_act == "swiglu" else Eva02Mlp(config)
+        self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
+        self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
+
+    def forward(self, x_BTH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.post_norm:
+            x_BTH = x_BTH + self.norm1(self.attention(x_BTH, rope))
+            return x_BTH + self.norm2(self.mlp(x_BTH))
+        attended, scale1, scale2 = self.attention(self.norm1(x_BTH), rope), self.scale1, self.scale2
+        x_BTH = x_BTH + (attended if scale1 is None else scale1 * attended)
+        mixed = self.mlp(self.norm2(x_BTH))
+        return x_BTH + (mixed if scale2 is None else scale2 * mixed)
+
+
+class Eva02VisionModel(PreTrainedModel):
+    """EVA-CLIP's image tower without its head: states after every block, all tokens normed, class token pooled."""
+
+    config_class = Eva02Config
+    main_input_name = "pixel_values"
+    base_model_prefix = "eva02"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Eva02Block"]  # noqa: RUF012 - transformers' own convention
+
+    def __init__(self, config: Eva02Config) -> None:
+        super().__init__(config)
+        self.embeddings = Eva02Embeddings(config)
+        self.blocks = nn.ModuleList(Eva02Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False  # set by gradient_checkpointing_enable
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        deviation = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=deviation)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Eva02Embeddings):
+            nn.init.trunc_normal_(module.cls_token, std=deviation)
+            nn.init.trunc_normal_(module.position_embedding, std=deviation)
+        elif isinstance(module, Eva02Block) and module.scale1 is not None and module.scale2 is not None:
+            nn.init.constant_(module.scale1, 0.1)
+            nn.init.constant_(module.scale2, 0.1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch convolution."""
+        return self.embeddings.patch_embedding
+
+    def _rope(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Tables for all tokens, (T, E), of ``like``'s dtype and device; the class token is not turned.
+
+        Made anew in each forward pass: a buffer outside the state dict would be left empty by
+        from_pretrained, which builds the model without memory.
+        """
+        config = self.config
+        if not config.rope:
+            return None
+        cos, sin = rope_tables(
+            grid=config.image_size // config.patch_size,
+            pretrained_grid=config.rope_pretrained_grid,
+            head_width=config.hidden_size // config.num_attention_heads,
+        )
+        cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
+        return cos.to(like), sin.to(like)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H) its class token,
+        and, when asked, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""
+        x_BTH = self.embeddings(pixel_values)
+        rope = self._rope(x_BTH)
+        states = [x_BTH]
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x_BTH = self._gradient_checkpointing_func(block.__call__, x_BTH, rope)
+            else:
+                x_BTH = block(x_BTH, rope)
+            if output_hidden_states:
+                states.append(x_BTH)
+        normed_BTH = self.norm(x_BTH)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=normed_BTH,
+            pooler_output=normed_BTH[:, 0],
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()

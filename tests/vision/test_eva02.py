@@ -1,0 +1,221 @@
+"""EVA02 and EVA01 against the reference: every state, from the reference's own names, in fp32."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel, rope_tables, rotate
+from llm2clip_plugin.vision.eva_names import config_from_tensors, eva_state
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.importers import import_tower
+from llm2clip_plugin.vision.towers import tower_blocks
+
+from .conftest import REFERENCE, golden_config, largest_difference, read
+
+TOWERS = REFERENCE / "A_vision_towers"
+NAMES = ["eva01_b16", "eva01_g14", "eva02_b16", "eva02_bige14", "eva02_l14", "eva02_l14_336"]
+TOLERANCE = 2e-5  # the goldens' own: float64 differs by 4.1e-6, timm by 3.9e-6
+
+
+def check_states(tower, golden) -> None:
+    with torch.no_grad():
+        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
+    keys = ["after_patch_embed_and_pos", *sorted(key for key in golden if key.startswith("block_"))]
+    assert len(output.hidden_states) == len(keys) == len(tower_blocks(tower)) + 1
+    for key, state in zip(keys, output.hidden_states, strict=True):
+        assert largest_difference(state, golden[key]) < TOLERANCE, key
+    assert largest_difference(output.last_hidden_state, golden["after_final_norm"]) < TOLERANCE
+    assert largest_difference(output.pooler_output, golden["pooled"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_state_equals_the_reference(name, tmp_path):
+    folder, golden = TOWERS / name, read(TOWERS / name)
+    card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", config=folder / "config.json")
+    assert (card.family, card.has_cls, card.joint_width) == ("eva02", True, golden_config(folder)["embed_dim"])
+    check_states(load_tower(tmp_path / "tower"), golden)
+    dual = load_dual_encoder(tmp_path / "tower")
+    with torch.no_grad():
+        embedding = dual.dual.visual_projection(dual.dual.pool(golden["pixels"]))
+        assert largest_difference(embedding, golden["embedding"]) < TOLERANCE
+        assert largest_difference(dual.encode_image(golden["pixels"]), golden["embedding_normalized"]) < TOLERANCE
+
+
+def test_original_eva_clip_names_give_the_same_tower(tmp_path):
+    folder, golden = TOWERS / "eva02_l14", read(TOWERS / "eva02_l14")
+    config = folder / "config.json"
+    one, _ = import_tower(folder / "weights.safetensors", tmp_path / "one", config=config)
+    two, _ = import_tower(folder / "weights_eva_clip_names.safetensors", tmp_path / "two", config=config)
+    assert one.weights_sha256 == two.weights_sha256 and one.adapter_sha256 == two.adapter_sha256
+    check_states(load_tower(tmp_path / "two"), golden)
+
+
+@pytest.mark.parametrize("name", ["eva02_b16", "eva02_l14", "eva02_l14_336"])
+def test_rotary_tables_tell_the_architecture(name):
+    """With tables in the checkpoint not even a tiny tower needs a config.json."""
+    found = config_from_tensors(read(TOWERS / name, "weights.safetensors"))
+    vision = golden_config(TOWERS / name)["vision_cfg"]
+    assert found.rope_pretrained_grid == vision["pt_hw_seq_len"]
+    assert found.hidden_size // found.num_attention_heads == vision["head_width"]
+    assert (found.image_size, found.patch_size) == (vision["image_size"], vision["patch_size"])
+
+
+def test_224_to_336(tmp_path):
+    folder, golden = TOWERS / "eva02_l14_224_to_336", read(TOWERS / "eva02_l14_224_to_336")
+    card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", image_size=42)
+    assert card.image_size == 42 and card.training["resized_from"] == 28
+    tower = load_tower(tmp_path / "tower")
+    assert torch.equal(tower.embeddings.position_embedding, golden["resized_pos_embed"])
+    check_states(tower, golden)
+    with torch.no_grad():
+        assert (
+            largest_difference(
+                load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"]), golden["embedding_normalized"]
+            )
+            < TOLERANCE
+        )
+
+
+def test_another_size_is_never_taken_silently(tmp_path):
+    folder = TOWERS / "eva02_l14_224_to_336"
+    vision = golden_config(folder)["vision_cfg_of_model"]
+    (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": vision}))
+    with pytest.raises(
+        ContractError, match=r"those of image size 28, but the configuration says 42; .* --image-size 42"
+    ):
+        import_tower(folder / "weights.safetensors", tmp_path / "tower", config=tmp_path / "config.json")
+    tower = Eva02VisionModel(tiny_config())
+    with pytest.raises(ValueError, match=r"images of .* pixels, the tower runs at 28"):
+        tower(pixel_values=torch.zeros(1, 3, 35, 35))
+
+
+def tiny_config(**changes) -> Eva02Config:
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 85,
+        "image_size": 28,
+        "patch_size": 7,
+        "rope_pretrained_grid": 4,
+    }
+    return Eva02Config(**{**fields, **changes})
+
+
+VARIANTS = {
+    "eva02": {},
+    "bigE": {"hidden_act": "gelu", "sub_norm": False, "rope": False, "post_norm": True},
+    "eva01": {"hidden_act": "gelu", "sub_norm": False, "rope": False, "layer_scale": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_and_load_with_plain_transformers_methods(variant, tmp_path):
+    tower = Eva02VisionModel(tiny_config(**VARIANTS[variant])).eval()
+    tower.save_pretrained(tmp_path / "tower")
+    again, info = Eva02VisionModel.from_pretrained(tmp_path / "tower", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(again(pixels).pooler_output, tower(pixels).pooler_output)
+    assert tower(pixels).hidden_states is None
+    assert isinstance(tower(pixels, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
+    dual = DualEncoder(
+        Eva02VisionModel(tiny_config(**VARIANTS[variant])), DualConfig(joint_width=16, llm_width=12)
+    ).train()
+    dual.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    pixels, embeddings = torch.randn(8, 3, 28, 28), torch.randn(8, 12)
+    optimizer = torch.optim.AdamW(dual.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        image, text = dual(pixels, embeddings)
+        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in dual.parameters())
+    export_tower(dual, tmp_path / "tower", origin="tiny")
+    with torch.no_grad():
+        assert torch.equal(load_dual_encoder(tmp_path / "tower").encode_image(pixels), dual.eval().encode_image(pixels))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    pixels, gradients = torch.randn(2, 3, 28, 28), []
+    tower = Eva02VisionModel(tiny_config()).train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        runs = [0]
+        handle = tower.blocks[0].norm1.register_forward_pre_hook(lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1))
+        tower.zero_grad()
+        tower(pixels, output_hidden_states=True).pooler_output.square().sum().backward()
+        handle.remove()
+        assert runs[0] == 1 + checkpointing
+        gradients.append({name: p.grad.clone() for name, p in tower.named_parameters()})
+    assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-6) for n in gradients[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near(dtype):
+    tower = Eva02VisionModel(tiny_config()).eval()
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        exact = tower(pixels).pooler_output
+        half = tower.to(dtype)(pixels.to(dtype)).pooler_output
+    assert half.dtype == dtype and largest_difference(exact, half) < 0.1
+
+
+def test_rotation_keeps_length_and_depends_on_distance_alone():
+    cos, sin = rope_tables(grid=4, pretrained_grid=4, head_width=8)
+    q, k = torch.randn(8), torch.randn(8)
+    turned_q, turned_k = rotate(q.expand(16, 8), cos, sin), rotate(k.expand(16, 8), cos, sin)
+    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(16), atol=1e-5)
+    products = (turned_q @ turned_k.T).reshape(4, 4, 4, 4)  # row, column of q; row, column of k
+    assert torch.allclose(products[0, 0, 1, 2], products[2, 1, 3, 3], atol=1e-5)
+    assert not torch.allclose(products[0, 0, 1, 2], products[0, 0, 2, 1], atol=1e-3)
+
+
+def test_released_sizes_are_read_off_the_tensors(tmp_path):
+    """One block of EVA02-CLIP-B/16 in its real width, without rotary tables: nothing has to be told."""
+    config = Eva02Config(
+        hidden_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=2048,
+        image_size=224,
+        patch_size=16,
+    )
+    tower = Eva02VisionModel(config).eval()
+    state = {
+        key: value
+        for key, value in eva_state(tower.state_dict(), config).items()
+        if ".rope." not in key and "visual.rope" not in key
+    }
+    state |= {"visual.head.weight": torch.randn(8, 768), "visual.head.bias": torch.zeros(8)}
+    save_file({key: value.half().contiguous() for key, value in state.items()}, tmp_path / "eva.safetensors")
+    import_tower(tmp_path / "eva.safetensors", tmp_path / "tower")
+    again = load_tower(tmp_path / "tower")
+    for field in ("num_attention_heads", "intermediate_size", "image_size", "rope_pretrained_grid", "rope"):
+        assert getattr(again.config, field) == getattr(config, field)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert largest_difference(again.blocks[0].mlp.up_proj.weight, tower.blocks[0].mlp.up_proj.weight) < 1e-4
+
+
+def test_configurations_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="unknown hidden_act 'relu'; known: swiglu, gelu"):
+        tiny_config(hidden_act="relu")
+    with pytest.raises(ValueError, match="sub_norm goes with"):
+        tiny_config(hidden_act="gelu")
+    with pytest.raises(ValueError, match="a head must be whole"):
+        tiny_config(num_attention_heads=5)
