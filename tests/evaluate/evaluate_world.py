@@ -1,0 +1,96 @@
+"""A small world on disk: coloured squares with captions, their made-up teacher embeddings, a tiny exported tower."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows
+from llm2clip_plugin.data.records import caption_hash
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+
+WIDTH = 24  # of a teacher embedding
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
+
+
+def square(colour, shade, size=32):
+    image = Image.new("RGB", (size, size), tuple(max(0, value - shade) for value in COLOURS[colour]))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def teacher(**changes):
+    values = {
+        "llm": "tiny-llm",
+        "revision": "",
+        "weights_sha256": "0" * 64,
+        "adapter_sha256": "",
+        "attention": "bidirectional",
+        "pooling": "mean",
+        "layer": -1,
+        "prompt": "",
+        "chat_template": "",
+        "max_tokens": 512,
+        "width": WIDTH,
+    }
+    return TeacherIdentity(**(values | changes))
+
+
+def embedding(text):
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(int(caption_hash(text), 16) % (1 << 62)))
+
+
+def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
+    """Three shades of each colour; the shades of a colour are one concept with the same captions."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for colour in COLOURS:
+        for shade in shades:
+            name = f"{colour}-{shade}.png"
+            (folder / "images" / name).write_bytes(square(colour, shade))
+            rows.append(
+                {
+                    "id": name,
+                    "image": f"images/{name}",
+                    "caption": f"a {colour} square",
+                    "long_caption": [f"a square that is {colour} all over", f"nothing but {colour}"],
+                    "captions": [{"text": GERMAN[colour], "language": "de"}],
+                    "colour": colour,
+                }
+            )
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_cache(source, directory: Path, identity=None) -> Path:
+    writer = CacheWriter(directory, identity or teacher(), "float16")
+    for shard in source.shards:
+        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
+        texts = {caption_hash(caption.text): caption.text for _, captions in samples for caption in captions}
+        rows = caption_rows([captions for _, captions in samples])
+        vectors = torch.stack([embedding(texts[digest]) for _, digest in rows])
+        writer.write_shard(shard.name, [key for key, _ in samples], rows, vectors)
+    assert writer.finish() is not None
+    return directory
+
+
+def tiny_dual():
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    tower = CLIPVisionModel(config).eval()
+    return DualEncoder(tower, DualConfig(joint_width=16, llm_width=WIDTH, adapter_blocks=1)).eval()
+
+
+def write_tower(directory: Path) -> Path:
+    export_tower(tiny_dual(), directory, origin="tiny", teacher=vars(teacher()))
+    return directory

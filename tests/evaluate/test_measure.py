@@ -1,0 +1,225 @@
+"""From files to recall: parts, groups, the control, ranks, broken samples, the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate_world import COLOURS, teacher, tiny_dual, write_cache, write_data
+
+from llm2clip_plugin.cli import main as cli
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.evaluate.command import parse
+from llm2clip_plugin.evaluate.embedding import embed_pairs
+from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalDuringTraining, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import recall
+
+IMAGES = ImageConfig(size=32)
+
+
+@pytest.fixture
+def opened(world):
+    data, cache, _ = world
+    return open_source(SourceConfig(path=str(data))), EmbeddingCache.open(cache)
+
+
+class Seeing(torch.nn.Module):
+    """A dual encoder that reads the colour off the pixels and the words, to know the right answer of a measurement."""
+
+    def __init__(self, source, cache, mistakes=()):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.colours = torch.tensor(list(COLOURS.values())).float()
+        self.concept = {}
+        for index in range(len(source)):
+            colour = source[index].meta["colour"]
+            _, captions = source.captions(index)
+            for caption, row in zip(captions, cache.rows(*source.locate(index), captions), strict=True):
+                wrong = any(word in caption.text for word in mistakes)
+                self.concept[row.numpy().tobytes()] = (list(COLOURS).index(colour) + wrong) % len(COLOURS)
+
+    def encode_image(self, pixels):
+        colour = (pixels.mean((2, 3)) * torch.tensor(IMAGES.std) + torch.tensor(IMAGES.mean)) * 255
+        nearest = torch.cdist(colour, self.colours).argmin(1)
+        return torch.nn.functional.one_hot(nearest, len(COLOURS)).float()
+
+    def encode_text(self, rows):
+        index = torch.tensor([self.concept[row.numpy().tobytes()] for row in rows])
+        return torch.nn.functional.one_hot(index, len(COLOURS)).float()
+
+
+def test_whole_and_parts_equal_recall_on_the_same_embeddings(opened):
+    source, cache = opened
+    dual = tiny_dual()
+    report = evaluate_retrieval(dual, source, cache, IMAGES, RetrievalConfig(batch=5))
+    pairs = report.pairs
+    assert list(report.parts) == ["all", "short:en", "long:en", "short:de"]
+    assert report.counts == {"images": 12, "captions": 48, "left_out": 0}
+    metrics = report.metrics()
+    assert {key: metrics[key] for key in metrics if "/" not in key} == recall(
+        pairs.image_ND, pairs.text_MD, pairs.owner_M
+    )
+    part = torch.tensor([caption.kind == "long" for caption in pairs.captions])
+    alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
+    assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
+    with torch.no_grad():
+        expected = dual.encode_image(torch.stack([_pixels(source[index].image) for index in range(12)]))
+    assert torch.allclose(pairs.image_ND, expected, atol=1e-6)
+
+
+def _pixels(data):
+    from llm2clip_plugin.data.images import EvalTransform
+
+    return EvalTransform(IMAGES)(data)
+
+
+def test_concepts_are_right_as_a_group_and_count_once_in_the_pool(opened):
+    source, cache = opened
+    seeing = Seeing(source, cache)
+    alone = evaluate_retrieval(seeing, source, cache, IMAGES, RetrievalConfig(kinds=("short",), languages=("en",)))
+    assert alone.metrics()["i2t_r1"] == pytest.approx(1 / 3)  # three images share the one right answer's embedding
+    grouped = evaluate_retrieval(
+        seeing,
+        source,
+        cache,
+        IMAGES,
+        RetrievalConfig(kinds=("short",), languages=("en",), group="colour", control=True),
+    )
+    assert grouped.counts["captions"] == len(COLOURS)
+    metrics = grouped.metrics()
+    assert metrics["i2t_r1"] == metrics["t2i_r1"] == 1.0
+    assert metrics["shuffled/i2t_r1"] == metrics["shuffled/t2i_r1"] == 0.0  # all of a group go to one other group
+    assert metrics["chance/i2t_r1"] == pytest.approx(1 / 4)
+    assert metrics["chance/t2i_r1"] == pytest.approx(1 / 4)
+
+
+def test_a_part_that_is_wrong_does_not_hide_in_the_whole(opened):
+    source, cache = opened
+    seeing = Seeing(source, cache, mistakes=("nothing but",))
+    report = evaluate_retrieval(seeing, source, cache, IMAGES, RetrievalConfig(group="colour"))
+    metrics = report.metrics()
+    assert metrics["short:en/t2i_r1"] == metrics["short:de/t2i_r1"] == 1.0
+    assert metrics["long:en/t2i_r1"] == 0.5
+    assert metrics["t2i_r1"] == pytest.approx(3 / 4)
+
+
+def test_items_average_to_the_metrics_and_clusters_are_named(opened):
+    source, cache = opened
+    config = RetrievalConfig(group="colour")
+    report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES, config)
+    metrics, intervals, items = report.metrics(), report.intervals(200), report.items()
+    assert len({item["id"] for item in items}) == len(items)
+    assert {item["cluster"] for item in items} == set(COLOURS)
+    for name in ("all", "long:en"):
+        for side in ("i2t", "t2i"):
+            chosen = [item for item in items if item["part"] == name and item["side"] == side]
+            prefix = "" if name == "all" else f"{name}/"
+            for k in (1, 5, 10):
+                mean = sum(item[f"r{k}"] for item in chosen) / len(chosen)
+                assert mean == pytest.approx(metrics[f"{prefix}{side}_r{k}"])
+                interval = intervals[f"{prefix}{side}_r{k}"]
+                assert interval.mean == pytest.approx(mean) and interval.clusters == len(COLOURS)
+
+
+def test_broken_images_are_left_out_and_named(tmp_path):
+    data = write_data(tmp_path / "data")
+    (tmp_path / "data" / "images" / "red-0.png").write_bytes(b"not an image")
+    source = open_source(SourceConfig(path=str(data)))
+    cache = EmbeddingCache.open(write_cache(source, tmp_path / "cache"))
+    report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES)
+    assert report.counts["left_out"] == 1 and report.counts["images"] == 11
+    assert "red-0.png" in str(report.pairs.broken[0])
+    assert not any(caption.text == "red-0" for caption in report.pairs.captions)
+    with pytest.raises(ValueError, match=r"no image of .* can be used: .*no caption of kinds \('tall',\)"):
+        evaluate_retrieval(tiny_dual(), source, cache, IMAGES, RetrievalConfig(kinds=("tall",)))
+
+
+def test_during_training_the_model_comes_back_as_it_was(opened):
+    dual = tiny_dual().train()
+    dual.tower.eval()
+    before = {name: module.training for name, module in dual.named_modules()}
+    metrics = RetrievalDuringTraining(dual, *opened, IMAGES, RetrievalConfig(group="colour"))()
+    assert {name: module.training for name, module in dual.named_modules()} == before
+    assert 0 <= metrics["i2t_r1"] <= 1 and all(parameter.grad is None for parameter in dual.parameters())
+
+
+def test_an_unknown_group_field_lists_the_known_ones(opened):
+    with pytest.raises(ValueError, match=r"'red-0.png' has no field 'shape' in its JSON; it has: .*colour"):
+        evaluate_retrieval(tiny_dual(), *opened, IMAGES, RetrievalConfig(group="shape"))
+
+
+def test_limit_takes_the_first_images(opened):
+    pairs = embed_pairs(tiny_dual(), *opened, IMAGES, limit=4, quiet=True)
+    assert pairs.keys == ["red-0.png", "red-20.png", "red-40.png", "green-0.png"]
+
+
+def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, capsys):
+    data, cache, tower = world
+    out = tmp_path / "scores.json"
+    words = [
+        str(tower),
+        "--data",
+        str(data),
+        "--cache",
+        str(cache),
+        "--group",
+        "colour",
+        "--control",
+        "--json",
+        str(out),
+    ]
+    assert cli(["evaluate", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "long:en" in printed and "shuffled" in printed and f"wrote {out}" in printed
+    scores = ScoreFile.read(out)
+    assert scores.benchmark == "retrieval:pairs.jsonl"
+    assert scores.counts["images"] == 12 and scores.provenance["group"] == "colour"
+    assert 0 <= scores.metrics["long:en/i2t_r1"] <= 1
+    assert {item["side"] for item in scores.items} == {"i2t", "t2i"}
+
+
+def test_the_command_refuses_what_does_not_fit(world, tmp_path, capsys):
+    data, cache, tower = world
+    source = open_source(SourceConfig(path=str(data)))
+    other = write_cache(source, tmp_path / "other", teacher(pooling="last"))
+    assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "pooling 'last', yours 'mean'" in error and "--any-teacher" in error
+    assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other), "--any-teacher"]) == 0
+    assert cli(["evaluate", str(tower), "--data", str(data)]) == 2
+    assert "llm2clip embed" in capsys.readouterr().err
+    assert cli(["evaluate", str(tmp_path / "nowhere"), "--data", str(data)]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    changed = write_data(tmp_path / "changed")
+    text = changed.read_text(encoding="utf-8").replace("a red square", "a crimson square")
+    changed.write_text(text, encoding="utf-8")
+    assert cli(["evaluate", str(tower), "--data", str(changed), "--cache", str(cache)]) == 2
+    assert "pairs" in capsys.readouterr().err
+
+
+def test_the_configuration_says_each_option_plainly():
+    config = parse(
+        ["tower", "--data=x.jsonl", "--kinds", "long", "short", "--ties", "optimistic", "--data.language", "de"]
+    )
+    assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
+    assert config.retrieval.kinds == ("long", "short") and config.retrieval.ties == "optimistic"
+
+
+def test_two_processes_give_the_same_as_one(world, tmp_path):
+    data, cache, tower = world
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch", "5", "--json"]
+    assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "llm2clip_plugin.evaluate.command", *words, str(tmp_path / "2.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    alone, together = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    assert together["metrics"] == pytest.approx(alone["metrics"])
+    assert [item["id"] for item in together["items"]] == [item["id"] for item in alone["items"]]
