@@ -269,6 +269,11 @@ def _with_projection(tower: torch.nn.Module, parsed: Parsed, *, source: str) -> 
     adapter = parsed.adapter
     if parsed.projection is None and adapter is None and parsed.logit_scale is None:
         return tower
+    if parsed.projection is not None and parsed.projection.shape[-1] != tower.config.hidden_size:
+        shape, inputs = tuple(parsed.projection.shape), tower.config.hidden_size
+        raise ContractError(
+            f"{source}: the visual projection is {shape}, expected (joint width, {inputs}): transposed?"
+        )
     width = tower.config.hidden_size if parsed.projection is None else parsed.projection.shape[0]
     if adapter is not None and adapter.joint_width != width:
         raise ContractError(f"{source}: image features are {width} wide, the text adapter gives {adapter.joint_width}")

@@ -1,0 +1,350 @@
+"""Checkpoints that people have: the same features as the reference, every tensor accounted for, damage refused."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision import checkpoints, importers
+from llm2clip_plugin.vision.adapter_match import candidate_prefixes, match_adapter
+from llm2clip_plugin.vision.importers import import_tower
+
+from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
+
+CHECKPOINT = REFERENCE / "C_checkpoint"
+RELEASE = REFERENCE / "F_release_directory"
+EVA_FILES = ["checkpoint.pt", "checkpoint_training_layout.pt", "checkpoint.safetensors"]
+TOLERANCE, LOGITS = 2e-5, 1e-4  # the goldens' own
+
+
+@pytest.mark.parametrize("file", EVA_FILES)
+def test_whole_eva02_checkpoint(file, tmp_path, capsys):
+    argv = [str(CHECKPOINT / file), "--output", str(tmp_path / "tower"), "--config", str(CHECKPOINT / "config.json")]
+    assert importers.main(argv) == 0
+    assert "text.text_adaptor.0.fn.0.weight -> text_adapter.blocks.0.up.weight" in capsys.readouterr().out
+    golden, dual = read(CHECKPOINT), load_dual_encoder(tmp_path / "tower")
+    with torch.no_grad():
+        image, text = dual.encode_image(golden["pixels"]), dual.encode_text(golden["text_input"])
+    assert largest_difference(image, golden["image_embeddings_normalized"]) < TOLERANCE
+    assert largest_difference(text, golden["text_embeddings_normalized"]) < TOLERANCE
+    assert largest_difference(dual.logit_scale.squeeze(), golden["logit_scale_exp"]) < TOLERANCE
+    assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+
+
+def test_eva02_checkpoint_needs_no_config(tmp_path):
+    told, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "told", config=CHECKPOINT / "config.json")
+    found, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "found")
+    assert (found.weights_sha256, found.adapter_sha256) == (told.weights_sha256, told.adapter_sha256)
+    assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "told" / "config.json").read_text()
+
+
+def test_clip_release(tmp_path):
+    card, report = import_tower(RELEASE, tmp_path / "tower")
+    assert (card.family, card.joint_width, card.dual["llm_width"]) == ("clip", 20, 30)
+    assert any("text_adapter.adaptor.5.weight -> text_adapter.projection.weight" in line for line in report)
+    golden, dual = read(RELEASE), load_dual_encoder(tmp_path / "tower")
+    with torch.no_grad():
+        image, text = dual.encode_image(golden["pixels"]), dual.encode_text(golden["text_input"])
+        output = load_tower(tmp_path / "tower")(pixel_values=golden["pixels"], output_hidden_states=True)
+    assert largest_difference(image, golden["image_embeds_normalized"]) < TOLERANCE
+    assert largest_difference(text, golden["text_embeds_normalized"]) < TOLERANCE
+    assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+    for i, state in enumerate(output.hidden_states):
+        assert largest_difference(state, golden[f"vision_hidden_states_{i:02d}"]) < TOLERANCE
+
+
+def test_clip_release_as_a_pickle(tmp_path):
+    (tmp_path / "release").mkdir()
+    shutil.copy(RELEASE / "config.json", tmp_path / "release")
+    torch.save(read(RELEASE, "model.safetensors"), tmp_path / "release" / "pytorch_model.bin")
+    one, _ = import_tower(tmp_path / "release", tmp_path / "one")
+    two, _ = import_tower(RELEASE, tmp_path / "two")
+    assert (one.weights_sha256, one.adapter_sha256) == (two.weights_sha256, two.adapter_sha256)
+
+
+def test_release_in_shards(tmp_path):
+    (tmp_path / "release").mkdir()
+    shutil.copy(RELEASE / "config.json", tmp_path / "release")
+    state = read(RELEASE, "model.safetensors")
+    halves = {"a.safetensors": dict(list(state.items())[::2]), "b.safetensors": dict(list(state.items())[1::2])}
+    for name, half in halves.items():
+        save_file(half, tmp_path / "release" / name)
+    index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
+    (tmp_path / "release" / "model.safetensors.index.json").write_text(json.dumps(index))
+    one, _ = import_tower(tmp_path / "release", tmp_path / "one")
+    assert one.adapter_sha256 == import_tower(RELEASE, tmp_path / "two")[0].adapter_sha256
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_siglip_release_by_structure(prefix, tmp_path):
+    """Key names of the siglip2 release are not public: another nesting of the adapter must do as well."""
+    source = TRANSFORMERS_TOWERS / "siglip_full"
+    state = {k: v for k, v in read(source, "model.safetensors").items() if not k.startswith("text_model.")}
+    width, joint = 20, 24
+    for i in range(2):
+        part = f"text_proj.net.{i}."
+        state |= {f"{part}norm.weight": torch.rand(width), f"{part}norm.bias": torch.rand(width)}
+        state |= {f"{part}ff.0.weight": torch.randn(3 * width, width), f"{part}ff.0.bias": torch.rand(3 * width)}
+        state |= {f"{part}ff.2.weight": torch.randn(width, 3 * width), f"{part}ff.2.bias": torch.rand(width)}
+    state |= {"text_proj.net.2.weight": torch.rand(width), "text_proj.net.2.bias": torch.rand(width)}
+    state |= {"text_proj.net.3.weight": torch.randn(joint, width)}
+    (tmp_path / "release").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "release")
+    save_file({prefix + key: value for key, value in state.items()}, tmp_path / "release" / "model.safetensors")
+    card, report = import_tower(tmp_path / "release", tmp_path / "tower")
+    assert (card.dual["adapter_blocks"], card.dual["adapter_expansion"], card.dual["projection"]) == (2, 3, "none")
+    assert any("no bias: zeros stand for it" in line for line in report)
+    dual, golden = load_dual_encoder(tmp_path / "tower"), read(source)
+    x = torch.nn.functional.normalize(torch.randn(4, width), dim=-1)
+    expected = x
+    for i in range(2):
+        g = {
+            key: state[f"text_proj.net.{i}.{key}"]
+            for key in ("norm.weight", "norm.bias", "ff.0.weight", "ff.0.bias", "ff.2.weight", "ff.2.bias")
+        }
+        h = torch.nn.functional.layer_norm(expected, (width,), g["norm.weight"], g["norm.bias"])
+        h = torch.nn.functional.gelu(h @ g["ff.0.weight"].T + g["ff.0.bias"])
+        expected = expected + h @ g["ff.2.weight"].T + g["ff.2.bias"]
+    expected = torch.nn.functional.layer_norm(
+        expected, (width,), state["text_proj.net.2.weight"], state["text_proj.net.2.bias"]
+    )
+    expected = torch.nn.functional.normalize(expected @ state["text_proj.net.3.weight"].T, dim=-1)
+    with torch.no_grad():
+        assert largest_difference(dual.encode_text(x * 7), expected) < TOLERANCE
+        pooled = torch.nn.functional.normalize(golden["pooler_output"], dim=-1)
+        assert largest_difference(dual.encode_image(golden["pixels"]), pooled) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_vision", "clip_full", "siglip_vision", "siglip_full", "dinov2", "dinov2_swiglu"]
+)
+def test_plain_hugging_face_models(name, tmp_path):
+    import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
+    golden, tower = read(TRANSFORMERS_TOWERS / name), load_tower(tmp_path / "tower")
+    with torch.no_grad():
+        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
+    assert (
+        largest_difference(output.hidden_states[-2], golden[f"hidden_states_{len(output.hidden_states) - 2:02d}"])
+        < TOLERANCE
+    )
+    assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
+    original = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
+    written = read(tmp_path / "tower", "model.safetensors")
+    assert written and all(torch.equal(value, original[key]) for key, value in written.items())
+
+
+def test_a_file_takes_its_config_from_the_option(tmp_path):
+    source = TRANSFORMERS_TOWERS / "clip_vision"
+    one, _ = import_tower(source / "model.safetensors", tmp_path / "one", config=source / "config.json")
+    assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
+    with pytest.raises(ValueError, match=r"needs its config.json, beside it or as --config"):
+        import_tower(source / "model.safetensors", tmp_path / "three")
+
+
+SOURCES = {
+    "eva02": (CHECKPOINT / "checkpoint.safetensors", CHECKPOINT / "config.json"),
+    "release": (RELEASE, None),
+    "siglip": (TRANSFORMERS_TOWERS / "siglip_full", None),
+    "dinov2": (TRANSFORMERS_TOWERS / "dinov2", None),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_import_export_import_is_identical(name, tmp_path):
+    from llm2clip_plugin.vision.export import main as export_main
+
+    source, config = SOURCES[name]
+    import_tower(source, tmp_path / "one", config=config)
+    assert export_main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
+    assert importers.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
+    first = TowerCard.read(tmp_path / "one" / "llm2clip.json")
+    for again in ("two", "three"):
+        assert TowerCard.read(tmp_path / again / "llm2clip.json") == first
+        assert (tmp_path / again / "model.safetensors").read_bytes() == (
+            tmp_path / "one" / "model.safetensors"
+        ).read_bytes()
+
+
+def test_own_directory_resized_on_import(tmp_path):
+    import_tower(RELEASE, tmp_path / "one")
+    card, _ = import_tower(tmp_path / "one", tmp_path / "two", image_size=42)
+    assert (card.image_size, card.training["resized_from"]) == (42, 28)
+    assert load_dual_encoder(tmp_path / "two").encode_image(torch.randn(1, 3, 42, 42)).shape == (1, 20)
+
+
+# one tensor of every role in each layout
+DAMAGED = {
+    "eva02": [
+        "visual.blocks.1.mlp.w1.weight",
+        "visual.blocks.0.attn.inner_attn_ln.bias",
+        "visual.pos_embed",
+        "visual.head.weight",
+        "text.text_adaptor.2.fn.0.weight",
+        "text.text_adaptor.4.weight",
+        "logit_scale",
+    ],
+    "release": [
+        "vision_model.encoder.layers.1.mlp.fc1.weight",
+        "vision_model.post_layernorm.weight",
+        "visual_projection.weight",
+        "text_adapter.adaptor.3.fn.3.weight",
+        "text_adapter.adaptor.5.weight",
+    ],
+}
+
+
+def damaged(state: dict, key: str, how: str) -> dict:
+    state = dict(state)
+    value = state.pop(key)
+    if how == "renamed":
+        head, _, tail = key.rpartition(".")
+        state[f"{head}_x.{tail}" if head else f"{tail}_x"] = value
+    if how == "transposed":
+        state[key] = value.transpose(0, 1).contiguous()
+    return state
+
+
+def damages() -> list[tuple[str, str, str]]:
+    """Layout, tensor, damage; a square or a vector can be transposed without a trace, so those are left out."""
+    cases = []
+    for layout, keys in DAMAGED.items():
+        source = SOURCES[layout][0]
+        state = load_file(source / "model.safetensors" if source.is_dir() else source)
+        for key in keys:
+            oblong = state[key].dim() > 1 and state[key].shape[0] != state[key].shape[1]
+            cases += [(layout, key, how) for how in ["missing", "renamed", *(["transposed"] if oblong else [])]]
+    return cases
+
+
+@pytest.mark.parametrize("layout, key, how", damages())
+def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
+    source, config = SOURCES[layout]
+    folder = source if source.is_dir() else source.parent
+    file = "model.safetensors" if source.is_dir() else source.name
+    state = read(folder, file)
+    (tmp_path / "damaged").mkdir()
+    if source.is_dir():
+        shutil.copy(source / "config.json", tmp_path / "damaged")
+    save_file(damaged(state, key, how), tmp_path / "damaged" / file)
+    place = tmp_path / "damaged" if source.is_dir() else tmp_path / "damaged" / file
+    with pytest.raises(ContractError) as refusal:
+        import_tower(place, tmp_path / "tower", config=config)
+    assert re.search(r"lacks|no place|don't fit|missing|misshapen|rows|expected", str(refusal.value))
+    assert not (tmp_path / "tower").exists() and not list(tmp_path.glob(".import-*"))
+
+
+@pytest.mark.parametrize("file", EVA_FILES)
+def test_truncated_files_are_refused(file, tmp_path):
+    whole = (CHECKPOINT / file).read_bytes()
+    for part in (len(whole) // 2, 100):
+        (tmp_path / file).write_bytes(whole[:part])
+        with pytest.raises(ContractError, match="is not a whole"):
+            import_tower(tmp_path / file, tmp_path / "tower")
+    assert not (tmp_path / "tower").exists()
+
+
+class Trap:
+    """A pickle of this writes a file when it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "ran"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", ["zip", "bare"])
+def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
+    trap = tmp_path / "ran.txt"
+    if protocol == "zip":
+        torch.save({"logit_scale": torch.zeros(()), "x": Trap(trap)}, tmp_path / "checkpoint.pt")
+    else:
+        (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps({"x": Trap(trap)}))
+    with pytest.raises(ContractError, match=r"was refused, nothing in it was run"):
+        import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Trap(trap)))
+    assert trap.exists()  # the trap does work
+
+
+def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
+    monkeypatch.setattr(checkpoints.torch, "__version__", "2.1.2+cu121")
+    with pytest.raises(ContractError, match="CVE-2025-32434"):
+        checkpoints.read_tensors(CHECKPOINT / "checkpoint.pt")
+
+
+def test_other_files_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1), "b": 3}, tmp_path / "mixed.pt")
+    torch.save(torch.zeros(1), tmp_path / "one.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    (tmp_path / "notes.txt").write_text("x")
+    for name, message in [
+        ("mixed.pt", "not tensors: \\['b'\\]"),
+        ("one.pt", "expected a dict of tensors"),
+        ("empty.pt", "holds no tensors"),
+        ("notes.txt", "no checkpoint that can be read"),
+    ]:
+        with pytest.raises(ContractError, match=message):
+            import_tower(tmp_path / name, tmp_path / "tower")
+    with pytest.raises(ContractError, match=r"several checkpoints, name one: empty.pt"):
+        import_tower(tmp_path, tmp_path / "tower")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        import_tower(tmp_path / "none", tmp_path / "tower")
+
+
+def test_rotary_tables_of_another_architecture_are_refused(tmp_path):
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config["vision_cfg"]["pt_hw_seq_len"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"freqs_cos .* is not what grid 5, pt_hw_seq_len 16"):
+        import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "tower", config=tmp_path / "config.json")
+
+
+def test_adapter_structure():
+    state = read(CHECKPOINT, "checkpoint.safetensors")
+    assert "text.text_adaptor." in candidate_prefixes(state)
+    found = match_adapter(state, "text.text_adaptor.")
+    assert (found.llm_width, found.joint_width, found.blocks, found.expansion) == (26, 24, 4, 2)
+    assert match_adapter(state, "visual.blocks.") is None
+    # expansion 1: both Linears are square, the order of their names decides
+    square = {
+        f"a.0.fn.{i}.{kind}": torch.full((4, 4) if kind == "weight" else (4,), float(i))
+        for i in (0, 3)
+        for kind in ("weight", "bias")
+    }
+    square |= {f"a.{i}.{kind}": torch.zeros(4) for i in (1,) for kind in ("weight", "bias")}
+    square |= {f"a.0.ln.{kind}": torch.zeros(4) for kind in ("weight", "bias")} | {"a.2.weight": torch.zeros(3, 4)}
+    found = match_adapter(square, "a.")
+    assert (
+        found.expansion == 1
+        and found.state["blocks.0.up.weight"][0, 0] == 0
+        and found.state["blocks.0.down.bias"][0] == 3
+    )
+
+
+def test_preprocessor_of_the_source_survives(tmp_path):
+    shutil.copytree(RELEASE, tmp_path / "release")
+    own = {"image_mean": [0.4, 0.5, 0.6], "resample": 2, "size": {"shortest_edge": 30}, "crop_size": 30}
+    (tmp_path / "release" / "preprocessor_config.json").write_text(json.dumps(own))
+    import_tower(tmp_path / "release", tmp_path / "tower")
+    written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
+    assert written["image_mean"] == [0.4, 0.5, 0.6] and written["resample"] == 2
+    assert written["size"] == {"shortest_edge": 28}
+
+
+def test_text_towers_are_left_out_by_name_alone(tmp_path):
+    """A tensor that belongs to nothing known is refused even beside a text tower that is left out."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_full", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({**state, "extra.weight": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ContractError, match=r"1 of \d+ tensors have no place in a hub-clip model: \['extra.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "tower")
