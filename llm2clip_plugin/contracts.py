@@ -40,8 +40,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.touch()
+    mode = aside.stat().st_mode
     try:
         yield aside
+        os.chmod(aside, mode)  # safetensors leaves its files readable by their owner alone
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,0 +1,175 @@
+"""CaptionEncoder: captions in, embeddings out; the same for a caption whatever else is in its batch.
+
+Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from llm2clip_plugin.contracts import ContractError, TeacherIdentity
+from llm2clip_plugin.progress import track
+from llm2clip_plugin.text.files import adapter_sha256, local_folder, weights_sha256
+from llm2clip_plugin.text.model import CaptionModel, load_backbone
+from llm2clip_plugin.text.settings import EncoderConfig, apply_card, find_card
+from llm2clip_plugin.text.tokens import (
+    collate,
+    frame_of,
+    length_batches,
+    literal_template,
+    tokenize,
+    tokenizer_identity,
+)
+
+CPU_TOKENS = 4096  # tokens of a batch, padding included
+GPU_TOKENS = 65536
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # "auto" is measured
+
+
+def default_device() -> torch.device:
+    """This process's accelerator if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32 or bfloat16 as a fifth of a second of matmuls tells.
+
+    CPUs differ by a factor of ten in bfloat16, both ways, and their flags don't say which.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    rates = {dtype: matmul_rate(dtype, width) for dtype in (torch.float32, torch.bfloat16)}
+    return max(rates, key=lambda dtype: rates[dtype])
+
+
+def matmul_rate(dtype: torch.dtype, width: int, seconds: float = 0.1) -> float:
+    """Products a second of (256, width) @ (width, width) on the CPU."""
+    left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+    product = torch.mm(left, right)  # the first call picks a kernel
+    started, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds:
+        torch.mm(left, right, out=product)
+        count += 1
+    return count / passed
+
+
+class CaptionEncoder:
+    """A frozen decoder LLM that embeds captions.
+
+    ``width``: W; ``config``: the settings in force, card applied, template literal; ``count_truncated``: captions that
+    ``encode`` has cut to ``max_tokens`` so far.
+    Tolerance of an embedding against the same caption alone: 1e-5 of its norm in float32, 2e-2 in bfloat16.
+    """
+
+    def __init__(self, config: EncoderConfig, device: torch.device | str | None = None) -> None:
+        self.device = torch.device(device) if device is not None else default_device()
+        self.folder = local_folder(config.llm, config.revision)
+        adapter = Path(config.adapter) if config.adapter else None
+        self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
+        card = find_card(config.adapter) if adapter else find_card(str(self.folder))
+        config = apply_card(config, card, config.adapter or config.llm)
+        self._weights_sha256 = weights_sha256(self.folder)
+        if card is not None and card.base_sha256 not in ("", self._weights_sha256):
+            raise ContractError(
+                f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., {config.llm} "
+                f"has {self._weights_sha256[:12]}...; give the LLM that it was trained on"
+            )
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        template = literal_template(self.tokenizer, config.chat_template)
+        self.config = replace_template(config, template)
+        self.frame = frame_of(self.tokenizer, template, config.prompt)
+        self.query_frame = frame_of(self.tokenizer, template, config.query_prompt)
+        self.dtype = DTYPES.get(config.compute_dtype) or fastest_dtype(self.device)
+        llm = load_backbone(self.folder, config, self.dtype, self.device)
+        self.width: int = llm.config.get_text_config().hidden_size
+        self.model = CaptionModel(self._with_adapter(llm, adapter), config.pooling).eval()
+        self.model.requires_grad_(False)
+        self.count_truncated = 0
+
+    def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None) -> torch.nn.Module:
+        """The LLM with its adapter; merged where that loses nothing (float32)."""
+        if adapter is None:
+            return llm
+        from llm2clip_plugin.text.adapter import attach_adapter, merge
+
+        wrapped = attach_adapter(llm, adapter)
+        return merge(wrapped) if self.dtype == torch.float32 and not self.config.load_in_4bit else wrapped
+
+    @property
+    def pad_id(self) -> int:
+        """Padding token; any will do, it is masked."""
+        return self.tokenizer.pad_token_id or 0
+
+    def identity(self) -> TeacherIdentity:
+        """Everything that decides an embedding: what caches and towers are tied to."""
+        config = self.config
+        return TeacherIdentity(
+            llm=config.llm,
+            revision=config.revision,
+            weights_sha256=self._weights_sha256,
+            adapter_sha256=self._adapter_sha256,
+            attention=config.attention,
+            pooling=config.pooling,
+            layer=config.layer,
+            prompt=config.prompt,
+            chat_template=config.chat_template,
+            max_tokens=config.max_tokens,
+            width=self.width,
+            include_bos=config.include_bos,
+            tokenizer=tokenizer_identity(self.tokenizer),
+            quantization="nf4" if config.load_in_4bit else "",
+        )
+
+    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+        """Token ids of each caption with template and prompt (or query prompt), cut to ``max_tokens``."""
+        frame = self.query_frame if query else self.frame
+        rows, cut = tokenize(self.tokenizer, frame, captions, self.config.max_tokens)
+        self.count_truncated += cut
+        return rows
+
+    @torch.inference_mode()
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:
+        """(B, W) float32 on the CPU, of token rows as one batch padded on ``side``."""
+        frame = self.query_frame if query else self.frame
+        batch = collate(rows, frame, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
+        return self.model(batch.to(self.device)).cpu()
+
+    def encode(
+        self,
+        captions: Sequence[str],
+        *,
+        tokens_per_batch: int = 0,
+        progress: str = "",
+        query: bool = False,
+    ) -> torch.Tensor:
+        """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
+
+        tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
+        progress: label of a bar on stderr; "" for none. query: put the query prompt before, not the prompt.
+        Captions are sorted by length, and equal ones are embedded once. Raises ValueError for a blank caption.
+        """
+        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+        embeddings_UW = torch.empty(len(distinct), self.width)
+        stream = self._stream(list(distinct), tokens_per_batch, query)
+        if progress:
+            stream = track(stream, total=len(distinct), label=progress, unit="captions")
+        for index, row_W in stream:
+            embeddings_UW[index] = row_W
+        return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+
+    def _stream(self, captions: list[str], tokens_per_batch: int, query: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """Index and embedding of each caption, longest first."""
+        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        rows = self.tokenize(captions, query=query)
+        for indices in length_batches([len(ids) for ids in rows], budget):
+            yield from zip(indices, self.embed_tokens([rows[index] for index in indices], query=query), strict=True)
+
+
+def replace_template(config: EncoderConfig, template: str) -> EncoderConfig:
+    """The configuration with its chat template written out."""
+    return EncoderConfig(**{**vars(config), "chat_template": template})

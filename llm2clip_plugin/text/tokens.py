@@ -1,0 +1,147 @@
+"""Captions to tokens: template and prompt around each, captions cut to the maximum, batches by token budget.
+
+Shape letters: B captions of a batch, T tokens of its longest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llm2clip_plugin.text.settings import CAPTION
+
+PROBE = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # what a tokenizer's identity is taken over
+TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template writes the day's date; an embedding must not depend on the day
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens around every caption: [bos] head caption tail."""
+
+    head: tuple[int, ...]  # before the caption, BOS included
+    tail: tuple[int, ...]  # after it
+    lead: str  # white space that belongs to the caption's first word, as in "Query: " + caption
+    has_bos: bool  # whether head starts with the beginning-of-text token
+
+    @property
+    def size(self) -> int:
+        """Tokens besides the caption's."""
+        return len(self.head) + len(self.tail)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tokens, and which of them are pooled."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) int64, 1 on tokens
+    position_ids: torch.Tensor  # (B, T) int64, each caption counted from 0 whatever the padding side
+    pool_mask: torch.Tensor  # (B, T) bool, on the tokens that are pooled
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def literal_template(tokenizer, chat_template: str) -> str:
+    """The chat template as a text with {caption} in it; "" for none. Raises ValueError if the tokenizer has none."""
+    if chat_template != "user":
+        return chat_template
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"chat_template is 'user', but the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            f"write it out, as in '<|user|>{CAPTION}<|end|>', or leave it empty"
+        )
+    turn = [{"role": "user", "content": CAPTION}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
+    if text.count(CAPTION) != 1:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} does not hold the text once: {text!r}")
+    return text
+
+
+def frame_of(tokenizer, template: str, prompt: str) -> Frame:
+    """The tokens around a caption, from a literal template ("" for none) and a prompt.
+
+    Without a template the tokenizer's own special tokens go around; a template brings its own end, and gets the
+    tokenizer's beginning if it doesn't start with it. White space at the end of the prompt is tokenized with the
+    caption, as it would be in running text.
+    """
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+    begin, end = dressed[:start], dressed[start + len(bare) :]
+    before, _, after = template.partition(CAPTION)
+    if template and begin and before.startswith(tokenizer.decode(begin)):
+        begin = []  # the template writes it itself
+    text = before + prompt
+    lead = text[len(text.rstrip(" ")) :]
+    head = begin + tokenizer(text[: len(text) - len(lead)], add_special_tokens=False)["input_ids"]
+    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
+    has_bos = bool(head) and tokenizer.bos_token_id is not None and head[0] == tokenizer.bos_token_id
+    return Frame(tuple(head), tuple(tail), lead, has_bos)
+
+
+def tokenize(tokenizer, frame: Frame, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
+    """Token ids of each framed caption, and how many captions were cut to ``max_tokens``.
+
+    A caption that spells a special token ("</s>") is read as plain text. Raises ValueError for a blank caption, and if
+    the frame alone fills ``max_tokens``.
+    """
+    room = max_tokens - frame.size
+    if room < 1:
+        raise ValueError(
+            f"prompt and template take {frame.size} tokens, max_tokens is {max_tokens}; raise it or shorten them"
+        )
+    for index, caption in enumerate(captions):
+        if not caption.strip():
+            raise ValueError(f"caption {index} of {len(captions)} is blank: nothing to embed")
+    if not captions:
+        return [], 0
+    texts = [frame.lead + caption for caption in captions]
+    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    rows = [[*frame.head, *ids[:room], *frame.tail] for ids in found]
+    return rows, sum(len(ids) > room for ids in found)
+
+
+def collate(
+    rows: Sequence[Sequence[int]], frame: Frame, *, pad_id: int, include_bos: bool, side: str = "right"
+) -> Batch:
+    """Pad rows of token ids to one (B, T) batch on ``side``; head tokens are left out of the pooling, BOS as asked."""
+    longest = max(map(len, rows))
+    shape = (len(rows), longest)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    pool_mask = torch.zeros(shape, dtype=torch.bool)
+    for index, ids in enumerate(rows):
+        start = 0 if side == "right" else longest - len(ids)
+        stop = start + len(ids)
+        input_ids[index, start:stop] = torch.tensor(ids)
+        attention_mask[index, start:stop] = 1
+        position_ids[index, start:stop] = torch.arange(len(ids))
+        pool_mask[index, start + len(frame.head) : stop] = True
+        if frame.has_bos and include_bos:
+            pool_mask[index, start] = True
+    return Batch(input_ids, attention_mask, position_ids, pool_mask)
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each of at most ``tokens_per_batch`` tokens with its padding.
+
+    Longest first: memory is short at once or never, and the time left is not too hopeful.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        count = max(1, tokens_per_batch // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def tokenizer_identity(tokenizer) -> str:
+    """16 hexadecimal characters: what the tokenizer makes of a fixed text, so a re-saved file keeps its identity."""
+    ids = tokenizer(PROBE)["input_ids"]
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

@@ -1,0 +1,205 @@
+"""``llm2clip embed``: whole caches, shared by ranks, resumed, verified, and its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import CacheManifest, ContractError
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.records import Caption
+from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
+from llm2clip_plugin.text.embed import embed_source, parse, share
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+
+WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
+
+
+def write_tars(folder: Path, shards: int, samples: int) -> SourceConfig:
+    """WebDataset tars with a short and a long caption each; the images are never read here."""
+    import io
+    import tarfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for i in range(samples):
+                number = shard * samples + i
+                words = [*WORDS[number % 7 : number % 7 + 1 + number % 5], str(number)]
+                captions = {"caption": " ".join(words), "long_caption": " ".join(WORDS + words)}
+                for suffix, data in (("png", b"no picture"), ("json", json.dumps(captions).encode())):
+                    member = tarfile.TarInfo(f"{number:06}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return SourceConfig(path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def teacher(llama: Path) -> CaptionEncoder:
+    return CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device="cpu")
+
+
+def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    source = open_source(write_tars(tmp_path / "data", 3, 8))
+    manifest, tally = embed_source(source, teacher, tmp_path / "cache", quiet=True)
+    assert manifest is not None and manifest.complete and manifest.captions == tally.captions == 48
+    cache = EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=teacher.identity().fingerprint)
+    cache.check(source)
+    for number in (0, 9, 23):
+        _, captions = source.captions(number)
+        alone = torch.cat([teacher.encode([caption.text]) for caption in captions])
+        stored = cache.rows(*source.locate(number), captions)
+        assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999  # float16's 11 bits
+
+
+def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    source = open_source(write_tars(tmp_path / "data", 5, 4))
+    whole, _ = embed_source(source, teacher, tmp_path / "one", quiet=True)
+    first, tally0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
+    assert first is None
+    with pytest.raises(ContractError, match="incomplete"):
+        EmbeddingCache.open(tmp_path / "two")
+    second, tally1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
+    assert second == whole and tally0.shards + tally1.shards == 5
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
+    shards = [Shard(f"{i}", size, 0) for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])]
+    shares = [share(shards, rank, world) for rank in range(world)]
+    assert sorted(shard.name for part in shares for shard in part) == sorted(shard.name for shard in shards)
+    loads = [sum(shard.size for shard in part) for part in shares]
+    assert max(loads) <= sum(loads) / world + 900
+
+
+def test_second_run_embeds_only_what_is_not_whole(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    source = open_source(write_tars(tmp_path / "data", 4, 4))
+    embed_source(source, teacher, tmp_path / "cache", quiet=True)
+    files = sorted((tmp_path / "cache").glob("*.safetensors"))
+    before = {path.name: path.read_bytes() for path in files}
+    files[0].unlink()
+    files[1].write_bytes(before[files[1].name][:-7])
+    manifest, tally = embed_source(source, teacher, tmp_path / "cache", quiet=True)
+    assert (tally.shards, tally.skipped) == (2, 2) and manifest is not None
+    assert {path.name: path.read_bytes() for path in files} == before
+
+
+def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_tars(folder, 2, 4)
+    embed_source(open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True)
+    write_tars(tmp_path / "other", 1, 5)
+    (tmp_path / "other" / "00000.tar").replace(folder / "00001.tar")
+    changed = open_source(SourceConfig(path=str(folder)))
+    with pytest.raises(ContractError, match=r"5 samples in .* 4 when it was embedded"):
+        EmbeddingCache.open(tmp_path / "cache").check(changed)
+    _, tally = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
+    assert (tally.shards, tally.skipped) == (1, 1)
+    EmbeddingCache.open(tmp_path / "cache").check(changed)
+
+
+def test_splits_of_one_folder_share_a_cache(teacher: CaptionEncoder, tmp_path: Path) -> None:
+    write_tars(tmp_path / "data", 3, 2)
+    for pattern in ("00000.tar", "0000[12].tar"):
+        manifest, _ = embed_source(
+            open_source(SourceConfig(path=str(tmp_path / "data" / pattern))), teacher, tmp_path / "cache", quiet=True
+        )
+    assert manifest is not None and sorted(manifest.shards) == ["00000", "00001", "00002"]
+    EmbeddingCache.open(tmp_path / "cache").check(open_source(SourceConfig(path=str(tmp_path / "data"))))
+
+
+def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [
+        {"id": "long", "image": "0.png", "caption": "boat " * 10_000},
+        {"id": "empty", "image": "1.png", "caption": "  "},
+        {"id": "plain", "image": "2.png", "caption": "a boat"},
+    ]
+    (data / "pairs.jsonl").write_text("\n".join([*map(json.dumps, rows), "{no JSON"]))
+    command = ["embed", str(data / "pairs.jsonl"), "--llm", str(llama), "--max-tokens", "32", "--dtype", "int8"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "1 captions were longer than 32 tokens and were cut" in said
+    assert "1 samples have no caption" in said
+    assert "1 samples have unreadable captions" in said and "'line 4'" in said
+    (directory,) = data.glob("embeddings-*")
+    assert CacheManifest.read(directory / "manifest.json").shards["pairs"]["truncated"] == 1
+    assert EmbeddingCache.open(directory).rows("pairs", 2, [Caption("a boat")]).shape == (1, 32)
+    assert main([*command, "--verify"]) == 0
+    assert "is whole: 1 shards, 2 captions, 32 wide, int8" in capsys.readouterr().out
+
+
+def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_path: Path, capsys) -> None:
+    write_tars(tmp_path / "data", 2, 3)
+    command = ["embed", str(tmp_path / "data"), "--llm", str(llama), "--cache", str(tmp_path / "cache")]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--pooling", "last", "--verify"]) == 2
+    assert "belongs to another teacher: pooling 'mean', yours 'last'" in capsys.readouterr().err
+    assert main([*command, "--pooling", "last"]) == 2
+    assert "choose another --cache" in capsys.readouterr().err
+    path = tmp_path / "cache" / "00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 255
+    path.write_bytes(data)
+    assert main([*command, "--verify"]) == 2
+    assert "00001.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([str(tmp_path), "--llm", str(llama), "--poolin", "mean"])
+    assert "--poolin" in capsys.readouterr().err
+    assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
+    assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2
+    capsys.readouterr()
+
+
+def embed_command(data: Path, llm: Path, cache: Path) -> list[str]:
+    return [sys.executable, "-m", "llm2clip_plugin.cli", "embed", str(data), "--llm", str(llm), "--cache", str(cache)]
+
+
+def launch(command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> None:
+    """Ranks killed once some shards are there; the second start ends with the cache of an undisturbed run."""
+    source = open_source(write_tars(tmp_path / "data", 24, 12))
+    command = embed_command(tmp_path / "data", llama, tmp_path / "cache")
+    command += ["--compute-dtype", "float32"]
+    ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "cache").glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in ranks:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = len(list((tmp_path / "cache").glob("*.safetensors")))
+    assert done >= 3
+    if done < 24:
+        with pytest.raises(ContractError, match="incomplete"):
+            EmbeddingCache.open(tmp_path / "cache")
+    ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    teacher = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device="cpu")
+    undisturbed, _ = embed_source(source, teacher, tmp_path / "undisturbed", quiet=True)
+    assert undisturbed is not None
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    cache.check(source)
+    cache.verify()
+    assert cache.manifest == undisturbed
