@@ -19,7 +19,7 @@ import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, differences, has_text
-from llm2clip_plugin.data.records import BrokenSample, Caption, caption_hash
+from llm2clip_plugin.data.records import Caption, caption_hash
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, open_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -49,8 +49,7 @@ class Tally:
     skipped: int = 0  # found whole
     captions: int = 0  # embedded now, distinct within their sample
     truncated: int = 0  # longer than max_tokens, and cut
-    broken: list[str] = field(default_factory=list)  # samples whose captions can't be read
-    empty: int = 0  # samples without a caption
+    empty: list[str] = field(default_factory=list)  # keys of samples without a caption that can be read
     seconds: float = 0.0
 
     def lines(self, max_tokens: int) -> list[str]:
@@ -64,10 +63,8 @@ class Tally:
         if self.truncated:
             out.append(f"{self.truncated} captions were longer than {max_tokens} tokens and were cut (--max-tokens)")
         if self.empty:
-            out.append(f"{self.empty} samples have no caption; `llm2clip data check` names them")
-        if self.broken:
-            named = "; ".join(self.broken[:3])
-            out.append(f"{len(self.broken)} samples have unreadable captions and got no embedding: {named}")
+            named = ", ".join(self.empty[:3])
+            out.append(f"{len(self.empty)} samples have no readable caption ({named} ...); see `llm2clip data check`")
         return out
 
 
@@ -97,13 +94,9 @@ def shard_captions(source: Source, shard: Shard, tally: Tally) -> tuple[list[str
     keys: list[str] = []
     captions: list[tuple[Caption, ...]] = []
     for number in range(shard.start, shard.start + shard.size):
-        try:
-            key, of_sample = source.captions(number)
-        except BrokenSample as error:
-            key, of_sample = error.key, ()
-            tally.broken.append(str(error))
-        else:
-            tally.empty += not any(map(has_text, of_sample))
+        key, of_sample = source.captions(number)
+        if not any(map(has_text, of_sample)):
+            tally.empty.append(key)
         keys.append(key)
         captions.append(of_sample)
     return keys, captions
