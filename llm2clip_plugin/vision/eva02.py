@@ -117,7 +117,7 @@ class Eva02Embeddings(nn.Module):
                 "load_tower(..., image_size=N) interpolates the positions"
             )
         patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
-        cls_B1H = self.cls_token.expand(len(patches_BTH), -1, -1)
+        cls_B1H = self.cls_token.expand(patches_BTH.shape[0], -1, -1)
         return torch.cat((cls_B1H, patches_BTH), dim=1) + self.position_embedding
 
 

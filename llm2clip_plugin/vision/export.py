@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights, whole_directory
+from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard, sha256_weights, whole_directory
 from llm2clip_plugin.vision.dual import ADAPTER_FILE, DualEncoder, beside_tower_state, load_dual
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.towers import (
     PREPROCESSOR_FILE,
     family_of,
+    fetch_directory,
     load_tower,
     preprocessor_config,
     resized_from,
@@ -145,13 +146,18 @@ def write_preprocessor(directory: Path, preprocessor: dict[str, Any]) -> None:
     (directory / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
 
 
-def probe_features(model: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
+def probe_images(tower: nn.Module, *, count: int = 2) -> Tensor:
+    """Made-up images, always the same, (count, 3, S, S) of the tower's dtype and device."""
+    size = tower.config.image_size
+    pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return pixels.to(device=tower.device, dtype=tower.dtype)
+
+
+def probe_features(model: nn.Module) -> dict[str, Tensor]:
     """Everything that a tower or dual encoder computes, for two made-up images and three made-up embeddings."""
     dual = model if isinstance(model, DualEncoder) else None
     tower = dual.tower if dual is not None else model
-    generator = torch.Generator().manual_seed(seed)
-    size = tower.config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=generator).to(device=tower.device, dtype=tower.dtype)
+    pixels = probe_images(tower)
     with torch.no_grad():
         output = tower(pixel_values=pixels, output_hidden_states=True)
         found = {f"hidden_states[{i}]": state for i, state in enumerate(output.hidden_states)}
@@ -161,6 +167,7 @@ def probe_features(model: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
         if dual is not None:
             found["encode_image"] = dual.encode_image(pixels)
             if dual.text_adapter is not None:
+                generator = torch.Generator().manual_seed(0)
                 embeddings = torch.randn(3, dual.config.llm_width, generator=generator).to(tower.device)
                 found["encode_text"] = dual.encode_text(embeddings)
     return found
@@ -198,28 +205,21 @@ def check_written(model: nn.Module, directory: Path) -> float:
     return compare_features(probe_features(model), probe_features(again), where=str(directory))
 
 
-def main(argv: list[str]) -> int:
-    """``llm2clip export SOURCE --output DIR``: check a tower directory and write it anew."""
-    parser = argparse.ArgumentParser(prog="llm2clip export", description="Write a tower directory anew, checked.")
-    parser.add_argument("source", help="tower directory or Hub id")
-    parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    options = parser.parse_args(argv)
-    card = reexport(options.source, options.output, replace=options.overwrite)
-    print(
-        f"{options.output}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
-    )
-    return 0
+def check_card(directory: Path) -> TowerCard:
+    """The card of a tower directory, its hashes compared with the files; ContractError says both."""
+    card = TowerCard.read(directory / TowerCard.FILE)
+    for file, expected in ((WEIGHTS_FILE, card.weights_sha256), (ADAPTER_FILE, card.adapter_sha256)):
+        if expected and (found := sha256_weights(directory / file)) != expected:
+            raise ContractError(
+                f"{directory / file} has hash {found}, its card says {expected}; export or copy it again"
+            )
+    return card
 
 
 def reexport(source: str | os.PathLike[str], output: str | os.PathLike[str], *, replace: bool = False) -> TowerCard:
     """A tower directory written again by this release: same weights, same card but for the versions."""
-    from llm2clip_plugin.vision.towers import fetch_directory
-
     directory = fetch_directory(source)
-    card = TowerCard.read(directory / TowerCard.FILE)
-    if (found := sha256_weights(directory / WEIGHTS_FILE)) != card.weights_sha256:
-        raise ContractError(f"{directory / WEIGHTS_FILE} has hash {found}, its card says {card.weights_sha256}")
+    card = check_card(directory)
     model = load_dual(directory)[0] if card.joint_width else load_tower(directory)
     return export_tower(
         model,
@@ -231,3 +231,42 @@ def reexport(source: str | os.PathLike[str], output: str | os.PathLike[str], *, 
         preprocessor=preprocessor_config(directory),
         replace=replace,
     )
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push owner/name]``."""
+    from llm2clip_plugin.vision.formats import FORMATS, convert, push_to_hub
+    from llm2clip_plugin.vision.runs import export_run
+
+    parser = argparse.ArgumentParser(
+        prog="llm2clip export",
+        description="Write a run, or a tower directory, as a tower directory or in another format.",
+    )
+    parser.add_argument("source", help="folder of a training run, tower directory, or Hub id")
+    parser.add_argument("--output", required=True, help="directory to write")
+    parser.add_argument(
+        "--format", default="tower", choices=["tower", *FORMATS], help="what to write (tower directory)"
+    )
+    parser.add_argument("--ema", action="store_true", help="a run's moving averages instead of its weights")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the written tower directory to the Hub, too")
+    parser.add_argument("--public", action="store_true", help="the uploaded repository is public")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
+    options = parser.parse_args(argv)
+    is_run = (Path(options.source) / RunRecord.FILE).is_file()
+    if options.format != "tower" and (is_run or options.push):
+        raise ValueError(
+            f"--format {options.format} converts a tower directory, without --push: export as a tower first"
+        )
+    if options.format != "tower":
+        print(f"{convert(options.source, options.output, options.format, replace=options.overwrite)}: read back equal")
+        return 0
+    if is_run:
+        card = export_run(options.source, options.output, averages=options.ema, replace=options.overwrite)
+    else:
+        card = reexport(options.source, options.output, replace=options.overwrite)
+    print(
+        f"{options.output}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
+    )
+    if options.push:
+        print(push_to_hub(options.output, options.push, private=not options.public))
+    return 0

@@ -1,0 +1,223 @@
+"""Layouts of checkpoints: what a state dict holds, every tensor given a place or a reason to be left out.
+
+| layout                                            | told by                                  | read by         |
+|---------------------------------------------------|------------------------------------------|-----------------|
+| HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type      | parse_hub       |
+| LLM2CLIP-EVA02-*.pt, EVA-CLIP, timm's EVA02       | visual.blocks.*, visual.trunk.*.fc1_g    | parse_eva       |
+| OpenCLIP CLIP                                     | visual.transformer.resblocks.*           | parse_open_clip |
+| OpenCLIP SigLIP                                   | visual.trunk.attn_pool.*                 | parse_open_clip |
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision import eva_names, open_clip_names
+from llm2clip_plugin.vision.adapter_match import AdapterMatch, candidate_prefixes, match_adapter
+from llm2clip_plugin.vision.checkpoints import read_tensors, weight_files
+from llm2clip_plugin.vision.towers import family_of_type, read_json
+
+OWN_TEXT = "the model's own text tower; the LLM takes its place"
+OWN_TEXT_NAMES = (
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "attn_mask",
+)
+DERIVED = "computed anew from the configuration (checked against it)"
+
+
+@dataclass
+class Parsed:
+    """A checkpoint taken apart: what the tower gets, what goes beside it, what is left out and why."""
+
+    format: str
+    config: dict[str, Any]  # config.json of the vision model
+    tower: dict[str, Tensor]  # under the hub's names
+    names: dict[str, str]  # our name -> the source's name (joined by + where two became one)
+    projection: Tensor | None = None  # (D, H)
+    projection_bias: Tensor | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+    adapter: AdapterMatch | None = None
+    left_out: dict[str, str] = field(default_factory=dict)  # the source's name -> reason
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
+    """Take a checkpoint apart; ``config`` is the JSON object that the user gave, if any."""
+    state: dict[str, Tensor] = {}
+    for file in [place] if place.is_file() else weight_files(place):
+        state |= read_tensors(file)
+    beside = place if place.is_dir() else None
+    preprocessor: dict[str, Any] = {}
+    if beside is not None and config is None:
+        if (beside / "open_clip_config.json").is_file():
+            config = read_json(beside / "open_clip_config.json")
+        elif (beside / "config.json").is_file():
+            config = read_json(beside / "config.json")
+    if beside is not None and (beside / "preprocessor_config.json").is_file():
+        preprocessor = read_json(beside / "preprocessor_config.json")
+    if config is not None and "model_cfg" in config:  # OpenCLIP's file on the hub
+        chosen = config.get("preprocess_cfg", {})
+        preprocessor = {f"image_{key}": chosen[key] for key in ("mean", "std") if key in chosen}
+        config = config["model_cfg"]
+    if open_clip_names.is_timm_eva(state):
+        state = open_clip_names.timm_eva_as_eva(state)
+    if eva_names.is_eva(state):
+        parsed = parse_eva(state, config)
+    elif open_clip_names.is_clip(state) or open_clip_names.is_siglip(state):
+        parsed = parse_open_clip(state, config)
+    elif config is not None and "model_type" in config:
+        parsed = parse_hub(state, config)
+    else:
+        raise ValueError(
+            f"{place}: by its tensors neither EVA-CLIP nor OpenCLIP ({', '.join(sorted(state)[:3])}, ...); "
+            "a Hugging Face model needs its config.json, beside it or as --config"
+        )
+    parsed.preprocessor = preprocessor
+    _account(parsed, state, where=str(place))
+    return parsed
+
+
+def parse_eva(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed:
+    """EVA-CLIP's layout: ``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
+    if config is not None and "vision_cfg" not in config:
+        raise ValueError(f"the configuration of an EVA-CLIP tower has vision_cfg; this one has {sorted(config)}")
+    tower_config = (
+        eva_names.config_from_tensors(state) if config is None else eva_names.config_from_fields(config["vision_cfg"])
+    )
+    tower_config.architectures = ["Eva02VisionModel"]
+    tower, names = eva_names.tower_state(state, tower_config)
+    parsed = Parsed("eva-clip", json.loads(tower_config.to_json_string(use_diff=False)), tower, names)
+    parsed.left_out.update(dict.fromkeys(eva_names.check_rope_tables(state, tower_config), DERIVED))
+    parsed.projection = _take(parsed, state, "visual.head.weight")
+    parsed.projection_bias = _take(parsed, state, "visual.head.bias")
+    own_text = tuple(f"text.{name}" for name in (*OWN_TEXT_NAMES, "cls_emb", "proj."))
+    _take_text_side(parsed, state, own_text=own_text)
+    _require(state, "visual.head.weight", "visual.head.bias", *_scale_if_text(parsed))
+    return parsed
+
+
+def parse_open_clip(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed:
+    """OpenCLIP's layout: CLIP (``visual.transformer``) or SigLIP (``visual.trunk``), with any text side."""
+    if open_clip_names.is_clip(state):
+        fields = open_clip_names.clip_config(state, config)
+        parsed = Parsed("open_clip", fields, *open_clip_names.clip_state(state))
+        projection = _take(parsed, state, "visual.proj")  # (H, D): OpenCLIP multiplies from the right
+        parsed.projection = None if projection is None else projection.T.contiguous()
+    else:
+        fields = open_clip_names.siglip_config(state, config)
+        parsed = Parsed("open_clip-siglip", fields, *open_clip_names.siglip_state(state))
+        parsed.projection = _take(parsed, state, "visual.head.proj.weight")
+    own_text = (*OWN_TEXT_NAMES, *(f"text.{name}" for name in (*OWN_TEXT_NAMES, "cls_emb", "proj.")))
+    _take_text_side(parsed, state, own_text=own_text)
+    _require(state, *_scale_if_text(parsed))
+    return parsed
+
+
+def _scale_if_text(parsed: Parsed) -> tuple[str, ...]:
+    """A checkpoint with any text side has a logit scale."""
+    return ("logit_scale",) if parsed.adapter is not None or OWN_TEXT in parsed.left_out.values() else ()
+
+
+def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
+    """Hugging Face's layout: a vision model alone, a whole model, or a release with a text adapter beside."""
+    family = family_of_type(str(config["model_type"]), where="config.json")
+    vision = family.vision_class().config_class.from_dict(config.get("vision_config", config))
+    vision.architectures = [family.vision_class().__name__]
+    fields = json.loads(vision.to_json_string(use_diff=False))
+    anchor = f"{family.file_prefix}embeddings."
+    outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default="")
+    start = outer + family.file_prefix
+    inside = (
+        [key for key in state if key.startswith(start)]
+        if start
+        else [key for key in state if not key.startswith(family.beside_tower)]
+    )
+    names = {key.removeprefix(outer): key for key in inside if not key.endswith("embeddings.position_ids")}
+    tower = {ours: state[theirs] for ours, theirs in names.items()}
+    parsed = Parsed(f"hub-{family.name}", fields, tower, names)
+    for key in inside:
+        if key.endswith("embeddings.position_ids"):
+            parsed.left_out[key] = "a counter, no weight"
+    parsed.projection = _take(parsed, state, f"{outer}visual_projection.weight")
+    parsed.projection_bias = _take(parsed, state, f"{outer}visual_projection.bias")
+    _take_text_side(parsed, state, own_text=("text_model.", "text_projection.", "classifier."))
+    if family.name == "clip" and parsed.adapter is not None:
+        _require(state, f"{outer}visual_projection.weight")
+    return parsed
+
+
+def _require(state: dict[str, Tensor], *names: str) -> None:
+    """ContractError for tensors that every checkpoint of a layout has."""
+    if missing := [name for name in names if name not in state]:
+        raise ContractError(f"the checkpoint lacks {missing}, which every one of its layout has")
+
+
+def _take(parsed: Parsed, state: dict[str, Tensor], name: str) -> Tensor | None:
+    """A tensor that goes beside the tower, noted as used; None if the source lacks it."""
+    if name not in state:
+        return None
+    parsed.names[f"beside:{name}"] = name
+    return state[name]
+
+
+def _take_text_side(parsed: Parsed, state: dict[str, Tensor], *, own_text: tuple[str, ...]) -> None:
+    """Logit scale and bias, and the adapter by structure; then whatever lies under ``own_text`` is left out."""
+    used = {old for names in parsed.names.values() for old in names.split("+")} | set(parsed.left_out)
+    for name in [key for key in state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
+        setattr(parsed, name.split(".")[-1], _take(parsed, state, name))
+        used.add(name)
+    rest = [key for key in state if key not in used]
+    found = [match for prefix in candidate_prefixes(rest) if (match := match_adapter(state, prefix)) is not None]
+    if len(found) > 1:
+        raise ContractError(f"several text adapters: {[next(iter(match.names.values())) for match in found]}")
+    if found:
+        parsed.adapter = found[0]
+        used |= set(found[0].names.values())
+    for key in rest:
+        if key not in used and key.startswith(own_text):
+            parsed.left_out[key] = OWN_TEXT
+
+
+def _account(parsed: Parsed, state: dict[str, Tensor], *, where: str) -> None:
+    """ContractError if a tensor of the source has neither a place nor a reason to be left out."""
+    used = {old for names in parsed.names.values() for old in names.split("+")} | set(parsed.left_out)
+    if parsed.adapter is not None:
+        used |= set(parsed.adapter.names.values())
+    if unused := sorted(set(state) - used):
+        raise ContractError(
+            f"{where}: {len(unused)} of {len(state)} tensors have no place in a {parsed.format} model: {unused[:10]}; "
+            "a renamed tensor, or an architecture that --config doesn't describe"
+        )
+
+
+def report(parsed: Parsed) -> list[str]:
+    """What was matched and what was left out, for people."""
+    lines = [f"read as {parsed.format}: {len(parsed.tower)} tensors of the tower"]
+    if parsed.projection is not None:
+        lines.append(
+            f"projection {tuple(parsed.projection.shape)}{'' if parsed.projection_bias is None else ' with bias'}"
+        )
+    if (adapter := parsed.adapter) is not None:
+        lines.append(
+            f"text adapter matched by structure: {adapter.blocks} blocks of {adapter.llm_width} x {adapter.expansion}, "
+            f"then {adapter.llm_width} -> {adapter.joint_width}"
+        )
+        lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
+        lines += [f"  {note}" for note in adapter.notes]
+        if parsed.logit_scale is None:
+            lines.append("no logit_scale in the source: CLIP's initial 1 / 0.07 stands for it")
+    for reason in sorted(set(parsed.left_out.values())):
+        names = [name for name, why in parsed.left_out.items() if why == reason]
+        lines.append(f"left out, {reason}: {len(names)} tensors ({', '.join(sorted(names)[:3])} ...)")
+    return lines

@@ -1,0 +1,274 @@
+"""Other people's formats, opened by the libraries that they are for."""
+
+import base64
+import http.server
+import importlib.util
+import json
+import math
+import shutil
+import threading
+
+import pytest
+import torch
+
+from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard
+from llm2clip_plugin.vision import export, formats
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.importers import import_tower
+from llm2clip_plugin.vision.towers import load_tower
+
+from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
+
+CHECKPOINT, RELEASE = REFERENCE / "C_checkpoint", REFERENCE / "F_release_directory"
+
+
+@pytest.fixture
+def eva(tmp_path):
+    import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "eva")
+    return tmp_path / "eva"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    import_tower(RELEASE, tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_clip_with_projection(clip, tmp_path):
+    from transformers import CLIPVisionModelWithProjection
+
+    assert export.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]) == 0
+    model, info = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    golden = read(RELEASE)
+    with torch.no_grad():
+        embeds = model(pixel_values=golden["pixels"]).image_embeds
+    assert largest_difference(embeds, golden["image_embeds"]) < 2e-5
+
+
+def test_eva_checkpoint_comes_back_tensor_for_tensor(eva, tmp_path):
+    formats.convert(eva, tmp_path / "out", "openclip")
+    written, original = (
+        read(tmp_path / "out", "open_clip_model.safetensors"),
+        read(CHECKPOINT, "checkpoint.safetensors"),
+    )
+    assert written.keys() == original.keys()
+    for name in original:
+        assert torch.allclose(written[name], original[name], atol=1e-6 if "rope" in name else 0), name
+    card, _ = import_tower(tmp_path / "out", tmp_path / "again")
+    first = TowerCard.read(eva / "llm2clip.json")
+    assert (card.weights_sha256, card.adapter_sha256) == (first.weights_sha256, first.adapter_sha256)
+
+
+def test_clip_release_to_open_clip_and_back(clip, tmp_path):
+    formats.convert(clip, tmp_path / "out", "openclip")
+    card, _ = import_tower(tmp_path / "out", tmp_path / "again")
+    first = TowerCard.read(clip / "llm2clip.json")
+    assert (card.weights_sha256, card.adapter_sha256) == (first.weights_sha256, first.adapter_sha256)
+
+
+def test_open_clip_itself_opens_the_clip_tower(clip, tmp_path):
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not part of LLaVA's environment")
+    formats.convert(clip, tmp_path / "out", "openclip")
+    fields = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]
+    visual = open_clip.model._build_vision_tower(fields["embed_dim"], fields["vision_cfg"], fields["quick_gelu"]).eval()
+    state = read(tmp_path / "out", "open_clip_model.safetensors")
+    visual.load_state_dict({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")})
+    golden = read(RELEASE)
+    with torch.no_grad():
+        assert largest_difference(visual(golden["pixels"]), golden["image_embeds"]) < 2e-5
+
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in formats.ONNX_PACKAGES), reason="ONNX is not installed"
+)
+
+
+@needs_onnx
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["eva", "siglip"])
+def test_onnx_at_another_batch_size(name, tmp_path, request):
+    import onnxruntime
+
+    if name == "siglip":
+        import_tower(TRANSFORMERS_TOWERS / "siglip_vision", tmp_path / "tower")
+    source = tmp_path / "tower" if name == "siglip" else request.getfixturevalue("eva")
+    formats.convert(source, tmp_path / "out", "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / formats.ONNX_FILE))
+    size = TowerCard.read(source / "llm2clip.json").image_size
+    pixels = torch.randn(5, 3, size, size)
+    found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+    with torch.no_grad():
+        if name == "eva":
+            expected = load_dual(source)[0].encode_image(pixels)
+        else:
+            expected = load_tower(source)(pixel_values=pixels).pooler_output
+    assert largest_difference(found, expected) < 2e-5
+
+
+def test_onnx_without_its_packages_says_what_to_install(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "ONNX_PACKAGES", ("onnx_of_another_world",))
+    with pytest.raises(ValueError, match="pip install onnx_of_another_world"):
+        formats.convert(clip, tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def dual_with(**options) -> DualEncoder:
+    tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
+    return DualEncoder(tower, DualConfig(**{"joint_width": 8, "llm_width": 12, **options}))
+
+
+@pytest.mark.parametrize(
+    "options, format_name, message",
+    [
+        ({"pool": "mean"}, "clip", "this has pool 'mean'"),
+        ({"projection_norm": True}, "openclip", "projection_norm True"),
+        ({"projection_bias": True}, "clip", "projection without bias"),
+        ({"projection_bias": True}, "openclip", "projection without bias"),
+        ({"input_scale": "sqrt_width"}, "openclip", "input_scale 'sqrt_width'"),
+        ({"adapter": "linear"}, "openclip", "the paper's adapter"),
+        ({}, "gguf", "unknown format 'gguf'; known: tower, clip, openclip, onnx"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(options, format_name, message, tmp_path):
+    export_tower(dual_with(**options), tmp_path / "tower", origin="x")
+    with pytest.raises(ValueError, match=message):
+        formats.convert(tmp_path / "tower", tmp_path / "out", format_name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_families_and_towers_alone_are_refused(tmp_path):
+    export_tower(load_tower(TRANSFORMERS_TOWERS / "clip_vision"), tmp_path / "alone", origin="x")
+    with pytest.raises(ValueError, match="this directory has a tower alone"):
+        formats.convert(tmp_path / "alone", tmp_path / "out", "clip")
+    tower = load_tower(TRANSFORMERS_TOWERS / "dinov2")
+    export_tower(DualEncoder(tower, DualConfig(joint_width=8)), tmp_path / "dino", origin="x")
+    with pytest.raises(ValueError, match="holds clip towers, this is a dinov2"):
+        formats.convert(tmp_path / "dino", tmp_path / "out", "clip")
+
+
+def write_run(folder, dual, *, averages=False) -> None:
+    """What training leaves: run.json, and a checkpoint by the module's own names."""
+    from safetensors.torch import save_file
+
+    checkpoint = folder / "checkpoints" / "step-00000007"
+    checkpoint.mkdir(parents=True)
+    state = {name: value.clone() for name, value in dual.state_dict().items()}
+    save_file(state, checkpoint / "model.safetensors")
+    if averages:
+        save_file({"logit_scale": torch.tensor([math.log(50)])}, checkpoint / "ema.safetensors")
+    (folder / "checkpoints" / "latest").write_text(checkpoint.name + "\n")
+    config = {
+        "tower": {"path": str(TRANSFORMERS_TOWERS / "clip_vision"), "image_size": 42},
+        "dual": {"joint_width": 8, "llm_width": 0, "pool": "mean"},
+    }
+    record = RunRecord(config=config, config_hash="h", teacher={"llm": "x", "width": 12}, step=7, samples=70)
+    record.write(folder / RunRecord.FILE)
+
+
+def test_a_run_is_exported(tmp_path):
+    tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision", image_size=42)
+    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12, pool="mean"))
+    for parameter in dual.parameters():
+        parameter.data += 0.01
+    write_run(tmp_path / "run", dual, averages=True)
+    assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower")]) == 0
+    again, card = load_dual(tmp_path / "tower")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in dual.state_dict().items())
+    assert card.training == {"steps": 7, "samples": 70, "config_hash": "h", "resized_from": 28}
+    assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "ema"), "--ema"]) == 0
+    assert math.isclose(load_dual(tmp_path / "ema")[0].scale.item(), 50, rel_tol=1e-5)
+
+
+def test_runs_that_cannot_be_exported(tmp_path):
+    dual = dual_with(pool="mean")
+    write_run(tmp_path / "run", dual)  # at 28 px, while the configuration says 42
+    with pytest.raises(FileNotFoundError, match="keeps no moving averages"):
+        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower"), "--ema"])
+    with pytest.raises(ContractError, match=r"misshapen .*position"):
+        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower")])
+    (tmp_path / "run" / "checkpoints" / "latest").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* yet"):
+        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower")])
+    with pytest.raises(ValueError, match="export as a tower first"):
+        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower"), "--format", "onnx"])
+
+
+class TinyHub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hub's interface that an upload of small files uses."""
+
+    files: dict
+    calls: list
+
+    def do_POST(self):
+        self.calls.append((self.path, self.headers.get("authorization")))
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.headers.get("transfer-encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        if self.path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+        elif "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            answer = {
+                "commitUrl": f"{self.address()}/o/n/commit/1",
+                "commitOid": "1",
+                "pullRequestUrl": None,
+                "success": True,
+            }
+        else:
+            answer = {"url": f"{self.address()}/o/n", "name": "o/n", "id": "1"}
+        self._answer(answer)
+
+    def do_GET(self):
+        self._answer({"id": "o/n", "siblings": [], "sha": "0"})
+
+    def _answer(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    handler = type("Handler", (TinyHub,), {"files": {}, "calls": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_push_sends_every_file_of_the_directory(clip, hub):
+    handler, address = hub
+    assert formats.push_to_hub(clip, "o/n") == f"{address}/o/n/commit/1"
+    assert handler.files == {path.name: path.read_bytes() for path in clip.iterdir()}
+    assert b"SHA-256" in handler.files["README.md"]
+
+
+def test_push_refuses_weights_that_are_not_the_cards(clip, eva, hub):
+    handler, _ = hub
+    shutil.copy(eva / "model.safetensors", clip / "model.safetensors")
+    with pytest.raises(ContractError, match="its card says"):
+        formats.push_to_hub(clip, "o/n")
+    assert not handler.files and not handler.calls
