@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import tyro
 
 from llm2clip_plugin import __version__
@@ -19,6 +15,7 @@ from llm2clip_plugin.contracts import ContractError, ScoreFile, TeacherIdentity,
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval
 from llm2clip_plugin.vision.dual import load_dual_encoder
@@ -29,7 +26,8 @@ from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
 class EvaluateConfig:
     """Retrieval recall of a tower. Usage: llm2clip evaluate TOWER_DIR --data PATH [--cache DIR] [options].
 
-    Under torchrun or the deepspeed launcher all ranks share the work.
+    Under torchrun or the deepspeed launcher all ranks share the work. Benchmarks by name (flickr30k, coco, docci,
+    sugarcrepe ...): llm2clip evaluate TOWER_DIR --suite paper --root DIR; see llm2clip evaluate --suite all --help.
     """
 
     tower: str  # tower directory or Hub id, with a text adapter
@@ -46,6 +44,10 @@ class EvaluateConfig:
 
 def main(argv: list[str]) -> int:
     """Parse, measure, print; rank 0 alone prints and writes."""
+    if any(word == "--suite" or word.startswith("--suite=") for word in argv):
+        from llm2clip_plugin.evaluate.suites.command import main as suites
+
+        return suites(argv)
     config = parse(argv)
     with process_group() as (rank, world):
         report = evaluate_directory(config, all_ranks=world > 1)
@@ -124,33 +126,6 @@ def score_file(config: EvaluateConfig, report: RetrievalReport) -> ScoreFile:
         },
         notes=[f"left out: {error}" for error in report.pairs.broken],
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """The named device, or this process's accelerator, or the CPU."""
-    if name:
-        return torch.device(name)
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-@contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """(rank, world) of the launcher's processes, joined for as long as the block lasts; (0, 1) for one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":  # for launchers that want a module: torchrun -m llm2clip_plugin.evaluate.command TOWER ...

@@ -19,6 +19,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.evaluation import EvalPairs, eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.records import BrokenSample, Caption
+from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.evaluate.pairing import row_digests
 from llm2clip_plugin.progress import track
 
@@ -126,7 +127,7 @@ def _images(encoders: nn.Module, share: EvalPairs, size: int, all_ranks: bool, s
     """This rank's share of the images through the tower, then everybody's."""
     device = next(encoders.parameters()).device
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
-    calls = max(_gather_objects(len(share), all_ranks))
+    calls = max(gather_objects(len(share), all_ranks))
     mine, batches = _Images([], [], [], [], []), iter(share)
     for _ in track(range(calls), total=calls, label="images", unit="batches") if show else range(calls):
         batch = next(batches, None)
@@ -138,7 +139,7 @@ def _images(encoders: nn.Module, share: EvalPairs, size: int, all_ranks: bool, s
         mine.keys += batch["keys"]
         mine.meta += batch["meta"]
     mine.broken = share.broken
-    every = _gather_objects(mine, all_ranks)
+    every = gather_objects(mine, all_ranks)
     return _Images(
         [index for part in every for index in part.index],
         [key for part in every for key in part.keys],
@@ -184,7 +185,7 @@ def encode_texts(encoders: nn.Module, teacher_UW: Tensor, all_ranks: bool = Fals
         vectors = encoders.encode_text(rows.to(device)).float().cpu()
         if number < len(batches):
             done[number] = vectors
-    every = {number: rows for part in _gather_objects(done, all_ranks) for number, rows in part.items()}
+    every = {number: rows for part in gather_objects(done, all_ranks) for number, rows in part.items()}
     return torch.cat([every[number] for number in range(len(batches))])
 
 
@@ -199,12 +200,3 @@ def evaluating(dual: nn.Module) -> Iterator[Any]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _gather_objects(value: Any, all_ranks: bool) -> list[Any]:
-    """The value of every rank, in their order."""
-    if not all_ranks:
-        return [value]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every

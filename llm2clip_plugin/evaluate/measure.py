@@ -148,7 +148,8 @@ def report_retrieval(pairs: EmbeddedPairs, config: RetrievalConfig, *, all_ranks
     def ranked(image_label_N: Tensor, captions: Tensor) -> Retrieval:
         return retrieve(pairs.image_ND, pairs.text_MD, image_label_N, label_M, captions=captions, all_ranks=all_ranks)
 
-    once_M = _distinct_captions(pairs, label_M)
+    every_M = torch.ones(len(label_M), dtype=torch.bool)
+    once_M = _distinct_captions(pairs, label_M) if config.group else every_M
     parts = {WHOLE: ranked(label_N, once_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
     distinct = list(dict.fromkeys(names))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows
@@ -91,6 +92,31 @@ def tiny_dual():
     return DualEncoder(tower, DualConfig(joint_width=16, llm_width=WIDTH, adapter_blocks=1)).eval()
 
 
-def write_tower(directory: Path) -> Path:
-    export_tower(tiny_dual(), directory, origin="tiny", teacher=vars(teacher()))
+def write_tower(directory: Path, identity=None) -> Path:
+    export_tower(tiny_dual(), directory, origin="tiny", teacher=vars(identity or teacher()))
     return directory
+
+
+def write_llm(folder: Path, seed: int = 0) -> Path:
+    """A random two-block Llama of the teacher's width, with a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<bos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>").save_pretrained(folder)
+    return folder

@@ -1,0 +1,241 @@
+"""The named benchmarks: each layout read, what is missing said, the paper's tables, SugarCrepe's rule, resume."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate_world import COLOURS, square, write_llm, write_tower
+
+from llm2clip_plugin.cli import main as cli
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
+from llm2clip_plugin.data.records import Caption
+from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
+from llm2clip_plugin.evaluate.suites.readers import first_items
+from llm2clip_plugin.evaluate.suites.registry import SETS, chosen, suites
+from llm2clip_plugin.evaluate.suites.run import right_against_wrong
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+
+NAMES = list(COLOURS)
+
+
+def images(folder: Path, names) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(square(NAMES[number % 4], 10 * number))
+
+
+def text(path: Path, body) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(body if isinstance(body, str) else json.dumps(body, ensure_ascii=False), encoding="utf-8")
+
+
+def karpathy(names, split_of, **extra):
+    return {
+        "images": [
+            {
+                "filename": name,
+                "split": split_of(number),
+                "sentences": [{"raw": f"caption {n} of {name} "} for n in range(6)],
+                **extra,
+            }
+            for number, name in enumerate(names)
+        ]
+    }
+
+
+def write_suites(root: Path) -> None:
+    """Three or four images of every benchmark, in the layout that its authors publish."""
+    jpgs = [f"{number}.jpg" for number in range(5)]
+    images(root / "flickr30k" / "flickr30k-images", jpgs)
+    test = karpathy(jpgs, lambda number: "test" if number else "train")
+    text(root / "flickr30k" / "dataset_flickr30k.json", test)
+    coco_names = [f"COCO_val2014_{number:012d}.jpg" for number in range(4)]
+    images(root / "coco" / "val2014", coco_names)
+    text(root / "coco" / "dataset_coco.json", karpathy(coco_names, lambda _: "test", filepath="val2014"))
+    sam = [f"sam/images/sa_{number}.jpg" for number in range(3)]
+    images(root / "sharegpt4v-1k" / "data", sam)
+    items = [{"image": name, "conversations": [{"value": "?"}, {"value": f"Long\ntext {name}"}]} for name in sam]
+    text(root / "sharegpt4v-1k" / "share-captioner_coco_lcs_sam_1246k_1107.json", items)
+    images(root / "urban-1k" / "image", ["1.jpg", "2.jpg", "10.jpg"])
+    for stem in ("1", "2", "10"):
+        text(root / "urban-1k" / "caption" / f"{stem}.txt", f"A street, number {stem}.\nIt is long.")
+    images(root / "docci" / "images", ["test_0.jpg", "test_1.jpg", "train_0.jpg"])
+    rows = [
+        {"example_id": name, "split": name[:-2], "image_file": f"{name}.jpg", "description": f"All about {name}."}
+        for name in ("test_0", "test_1", "train_0")
+    ]
+    text(root / "docci" / "docci_descriptions.jsonlines", "".join(json.dumps(row) + "\n" for row in rows))
+    text(
+        root / "flickr30k-cn" / "flickr30k_cn_test.txt",
+        "image,caption\n1.jpg,一个女孩,在跳舞\n1.jpg,女孩\n2.jpg,一只狗\n3.jpg,一只猫\n",
+    )
+    text(root / "coco-cn" / "coco-cn_test.txt", "COCO_val2014_000000000001\nCOCO_train2014_000000000002\n")
+    text(
+        root / "coco-cn" / "imageid.human-written-caption.txt",
+        "COCO_val2014_000000000001#0\t红色\nCOCO_val2014_000000000001#1\t全是红色\n"
+        "COCO_train2014_000000000002#0\t蓝色\nCOCO_train2014_000000000009#0\t别的\n",
+    )
+    images(root / "coco-cn" / "train2014", ["COCO_train2014_000000000002.jpg"])
+    images(root / "xm3600" / "images", ["a.jpg", "b.jpg", "c.jpg"])
+    lines = [
+        {
+            "image/key": key,
+            "image/locale": "de",
+            "de": {"caption": [f"Bild {key}", f"noch {key}"]},
+            "te": {"caption": [f"{key} చిత్రం"]},
+        }
+        for key in "abc"
+    ]
+    text(root / "xm3600" / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    images(root / "coco" / "val2017", ["000000000001.jpg", "000000000002.jpg"])
+    for group in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att"):
+        body = {
+            str(number): {
+                "filename": f"00000000000{1 + number // 4}.jpg",
+                "caption": f"right {group} {number}",
+                "negative_caption": f"wrong {group} {number}",
+            }
+            for number in (0, 4)  # the published files skip numbers
+        }
+        text(root / "sugarcrepe" / f"{group}.json", body)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """(root of the suites, tower directory, its teacher)."""
+    folder = tmp_path_factory.mktemp("suites")
+    write_suites(folder / "root")
+    llm = write_llm(folder / "llm")
+    identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
+    return folder / "root", write_tower(folder / "tower", identity), llm
+
+
+def test_every_layout_is_read(setting):
+    root, _, _ = setting
+    sources = {name: suite.open(root) for name, suite in suites().items()}
+    count = {name: (len(source), sum(len(row.captions) for row in source.rows)) for name, source in sources.items()}
+    assert count == {
+        "flickr30k": (4, 20),
+        "coco": (4, 20),
+        "sharegpt4v-1k": (3, 3),
+        "urban-1k": (3, 3),
+        "docci": (2, 2),
+        "flickr30k-cn": (3, 4),
+        "coco-cn": (2, 3),
+        "xm3600": (3, 9),
+        "sugarcrepe": (2, 28),
+    }
+    assert all(row.image.is_file() for source in sources.values() for row in source.rows)
+    assert sources["sharegpt4v-1k"].rows[0].captions == (Caption("Long text sam/images/sa_0.jpg", "long"),)
+    assert [row.key for row in sources["urban-1k"].rows] == ["1", "2", "10"]
+    assert sources["flickr30k-cn"].rows[0].captions[0] == Caption("一个女孩,在跳舞", "short", "zh")
+    assert {caption.language for caption in sources["xm3600"].rows[0].captions} == {"de", "te"}
+    assert sources["sugarcrepe"].rows[0].captions[:2] == (
+        Caption("right replace_obj 0", "replace_obj/0/right"),
+        Caption("wrong replace_obj 0", "replace_obj/0/wrong"),
+    )
+
+
+def test_the_other_spelling_of_flickr_cn_is_read_too(tmp_path):
+    images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
+    text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", "7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n")
+    (row,) = suites()["flickr30k-cn"].open(tmp_path).rows
+    assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
+
+
+def test_a_huge_array_is_read_no_further_than_needed(tmp_path):
+    path = tmp_path / "big.json"
+    items = [{"number": number, "text": "]}," * number} for number in range(50)]
+    path.write_text(" [\n" + " ,\n".join(json.dumps(item) for item in items[:40]) + ", {cut short", encoding="utf-8")
+    assert first_items(path, 40, block=7) == items[:40]
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps(items), encoding="utf-8")
+    assert first_items(whole, 1000) == items
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="not a JSON array"):
+        first_items(path, 3)
+
+
+def test_what_is_missing_is_said_with_where_it_is_to_be_had(tmp_path, setting, capsys):
+    _, tower, _ = setting
+    for name, suite in suites().items():
+        lines = suite.missing(tmp_path)
+        assert len(lines) == len(suite.needs)
+        assert all(str(tmp_path / name) in line and ("http" in line or "get it from" in line) for line in lines)
+    assert cli(["evaluate", str(tower), "--suite", "docci", "--root", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
+    with pytest.raises(ValueError, match="unknown suite 'cocoo'; known: paper, all, flickr30k"):
+        chosen("cocoo")
+    assert [suite.name for suite in chosen("coco,paper")][:2] == ["coco", "flickr30k"]
+    assert {suite.name for suite in chosen("all")} == set(suites()) > set(SETS["paper"])
+
+
+def test_a_file_of_another_layout_is_named(tmp_path):
+    images(tmp_path / "docci" / "images", ["x.jpg"])
+    text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": "test", "image_file": "x.jpg"}\n')
+    with pytest.raises(ValueError, match=r"docci_descriptions.jsonlines is not laid out as expected: KeyError"):
+        suites()["docci"].open(tmp_path)
+    text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": \n')
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        suites()["docci"].open(tmp_path)
+
+
+def test_the_paper_suite_prints_both_and_goes_on_where_it_stopped(setting, capsys):
+    root, tower, llm = setting
+    words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--root", str(root), "--resamples", "50"]
+    assert cli([*words, "--teacher.llm", str(llm)]) == 0
+    printed = capsys.readouterr().out
+    assert "91.2 / 82.1" in printed and "paper, review" in printed and "measured" in printed
+    assert "4 images, the published test set has 1000" in printed
+    output = root / f"scores-{TowerCard.read(tower / TowerCard.FILE).weights_sha256[:12]}"
+    scores = {name: ScoreFile.read(output / f"{name}.scores.json") for name in suites()}
+    xm = scores["xm3600"].metrics
+    assert xm["i2t_r1"] == pytest.approx((xm["short:de/i2t_r1"] + xm["short:te/i2t_r1"]) / 2)
+    assert "all/i2t_r1" in xm
+    assert set(scores["sugarcrepe"].metrics) >= {"swap_obj", "add_att", "mean"}
+    assert scores["coco"].benchmark == "retrieval:coco" and scores["coco"].model == str(tower)
+    before = (output / "coco.scores.json").stat().st_mtime_ns
+    changed = output / "docci.scores.json"
+    dataclasses.replace(scores["docci"], provenance={}).write(changed)
+    llm.rename(llm.with_name("gone"))  # captions are cached: the LLM is not needed again
+    try:
+        assert cli(words) == 0
+    finally:
+        llm.with_name("gone").rename(llm)
+    assert (output / "coco.scores.json").stat().st_mtime_ns == before
+    assert ScoreFile.read(changed).provenance == scores["docci"].provenance
+
+
+def test_another_llm_than_the_teacher_is_refused(setting, tmp_path, capsys):
+    _, tower, _ = setting
+    write_suites(tmp_path / "root")
+    other = write_llm(tmp_path / "other", seed=1)
+    words = ["evaluate", str(tower), "--suite", "docci", "--root", str(tmp_path / "root"), "--teacher.llm", str(other)]
+    assert cli(words) == 2
+    assert "is not the tower's teacher" in capsys.readouterr().err
+    assert not list((tmp_path / "root" / "docci").rglob(CacheManifest.FILE))
+
+
+def test_right_against_wrong_counts_a_tie_as_half():
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text_vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
+    kinds = ["swap/1/right", "swap/1/wrong", "add/7/right", "add/7/wrong", "add/8/right", "add/8/wrong"]
+    pairs = EmbeddedPairs(
+        image_ND=image,
+        text_MD=text_vectors,
+        owner_M=torch.tensor([0, 0, 0, 0, 1, 1]),
+        captions=[Caption(kind, kind) for kind in kinds],
+        keys=["x", "y"],
+        meta=[{}, {}],
+        broken=[],
+    )
+    scores = right_against_wrong(pairs)
+    assert scores.metrics == {"swap": 1.0, "add": 0.25, "mean": 0.625}
+    assert {item["id"]: item["score"] for item in scores.items} == {"swap/1": 1.0, "add/7": 0.0, "add/8": 0.5}
+    assert {item["cluster"] for item in scores.items} == {"x", "y"}
