@@ -16,10 +16,9 @@ FORMATS = ("auto", "webdataset", "jsonl", "llava")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Where captioned images lie and how to read them."""
+class ReadConfig:
+    """How captioned images are read."""
 
-    path: str  # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of these
     format: str = "auto"  # auto | webdataset | jsonl | llava
     images: str = ""  # folder or URL that the images of a .jsonl or LLaVA's .json lie in; "" is the file's own folder
     fields: tuple[str, ...] = DEFAULT_FIELDS  # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
@@ -28,21 +27,33 @@ class SourceConfig:
     key_field: str = "id"  # field of a .jsonl that is the sample's key; the image's name where it is missing
     kinds: tuple[str, ...] = ()  # train with these kinds of captions alone; empty: all
     languages: tuple[str, ...] = ()  # train with captions of these languages alone; empty: all
-    weight: float = 1.0  # how often a sample comes up, against a sample of a source of weight 1
     shuffle_window: int = 0  # shards shuffled together, for slow disks and shard caches; 0: the whole source
     cache_folder: str = ""  # downloaded shards and spare indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
     cache_gb: float = 0.0  # downloaded shards kept at most, 10^9 bytes; 0: all
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("a data source needs a path")
         if self.format not in FORMATS:
             raise ValueError(f"unknown data format {self.format!r}; known: {', '.join(FORMATS)}")
-        if not self.weight > 0:
-            raise ValueError(f"weight of {self.path} is {self.weight}; expected a number above 0")
         if self.shuffle_window < 0 or self.cache_gb < 0:
             raise ValueError(f"shuffle_window {self.shuffle_window} and cache_gb {self.cache_gb} can't be negative")
         parse_fields(self.fields, self.language)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(ReadConfig):
+    """Where captioned images lie and how to read them."""
+
+    path: str  # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of these
+    weight: float = 1.0  # how often a sample comes up, against a sample of a source of weight 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError("a data source needs a path")
+        if self.path.startswith("file://"):
+            raise ValueError(f"give the path of a local source without file://, got {self.path}")
+        if not self.weight > 0:
+            raise ValueError(f"weight of {self.path} is {self.weight}; expected a number above 0")
 
     @property
     def downloads(self) -> Downloads:

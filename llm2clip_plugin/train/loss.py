@@ -17,9 +17,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from llm2clip_plugin.train.ranks import gather_rows, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.ranks import Group, gather_rows, rank, sum_over_ranks, world_size
 
 LossKind = Literal["infonce", "sigmoid"]
 EXCLUDED = -1e9  # logit of a pair that counts neither as positive nor as negative; finite, so no inf - inf
@@ -52,7 +51,7 @@ def contrastive_loss(
     caption_ids: Tensor | None = None,
     image_ids: Tensor | None = None,
     block: int = 0,
-    group: ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     """Symmetric InfoNCE of this rank's b pairs against all N (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
@@ -84,7 +83,7 @@ def sigmoid_loss(
     caption_ids: Tensor | None = None,
     image_ids: Tensor | None = None,
     block: int = 0,
-    group: ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     """SigLIP's pairwise loss (Zhai et al. 2023, arXiv 2303.15343, algorithm 1) of this rank's images and all texts.
 
@@ -112,7 +111,7 @@ class _Batch:
         text_bD: Tensor,
         ids_kb: Tensor | None,
         block: int,
-        group: ProcessGroup | None,
+        group: Group,
     ) -> None:
         if image_bD.shape != text_bD.shape or image_bD.ndim != 2:
             raise ValueError(f"images {tuple(image_bD.shape)} and texts {tuple(text_bD.shape)} must both be (b, D)")

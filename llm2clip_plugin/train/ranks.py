@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,14 +16,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def world_size(group: ProcessGroup | None = None) -> int:
+class Alone(Enum):
+    """In the place of a process group: this rank by itself, whatever other ranks there are."""
+
+    ALONE = "alone"
+
+
+ALONE = Alone.ALONE
+Group = ProcessGroup | Alone | None  # None: all ranks
+
+
+def world_size(group: Group = None) -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    return 1 if group is ALONE or not dist.is_initialized() else dist.get_world_size(group)
 
 
-def rank(group: ProcessGroup | None = None) -> int:
+def rank(group: Group = None) -> int:
     """This process's number; 0 without a process group."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+    return 0 if group is ALONE or not dist.is_initialized() else dist.get_rank(group)
 
 
 def free_port() -> int:
@@ -43,7 +54,7 @@ def set_single_process_environment() -> bool:
     return True
 
 
-def gather_rows(local: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def gather_rows(local: Tensor, group: Group = None) -> Tensor:
     """(b, ...) on each rank -> (world x b, ...), in order of rank, without gradient. Every rank must hold b rows."""
     local = local.detach().contiguous()
     if world_size(group) == 1:
@@ -53,14 +64,14 @@ def gather_rows(local: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return torch.cat(parts)
 
 
-def sum_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
     """Sum in place over ranks, and return it."""
     if world_size(group) > 1:
         dist.all_reduce(value, group=group)
     return value
 
 
-def any_rank(flag: bool, device: torch.device, group: ProcessGroup | None = None) -> bool:
+def any_rank(flag: bool, device: torch.device, group: Group = None) -> bool:
     """True on every rank if ``flag`` is true on one of them."""
     if world_size(group) == 1:
         return flag
@@ -69,7 +80,7 @@ def any_rank(flag: bool, device: torch.device, group: ProcessGroup | None = None
     return bool(value.item())
 
 
-def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+def gather_objects(value: Any, group: Group = None) -> list[Any]:
     """One small Python value a rank, in order of rank, on every rank."""
     if world_size(group) == 1:
         return [value]
@@ -78,7 +89,7 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     return values
 
 
-def broadcast_object(value: Any, group: ProcessGroup | None = None) -> Any:
+def broadcast_object(value: Any, group: Group = None) -> Any:
     """Rank 0's value on every rank."""
     if world_size(group) == 1:
         return value

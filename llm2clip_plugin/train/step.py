@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loss import LossConfig, contrastive_loss, sigmoid_loss
-from llm2clip_plugin.train.ranks import gather_objects, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.ranks import Group, gather_objects, rank, sum_over_ranks, world_size
 
 MAX_LOG_SCALE = math.log(100)  # the logit scale's bound, as CLIP's
 NAMED_KEYS = 8  # keys of a rank that an error lists
@@ -79,23 +79,24 @@ class Scaled(nn.Module):
         return image_mD.float(), text_mD.float(), scale.float() * 1, bias.float() * 1
 
 
-def loss_terms(config: LossConfig) -> dict[str, tuple[float, Term]]:
-    """The named, weighted terms of a configuration."""
+def loss_terms(config: LossConfig, *, group: Group = None) -> dict[str, tuple[float, Term]]:
+    """The named, weighted terms of a configuration, over the batch of a group of ranks."""
 
     def infonce(x: Features) -> Tensor:
-        return contrastive_loss(x.image_bD, x.text_bD, x.log_scale.exp(), **_shared(x, config))
+        return contrastive_loss(x.image_bD, x.text_bD, x.log_scale.exp(), **_shared(x, config, group))
 
     def sigmoid(x: Features) -> Tensor:
-        return sigmoid_loss(x.image_bD, x.text_bD, x.log_scale.exp(), x.bias, **_shared(x, config))
+        return sigmoid_loss(x.image_bD, x.text_bD, x.log_scale.exp(), x.bias, **_shared(x, config, group))
 
     return {config.kind: (config.weight, {"infonce": infonce, "sigmoid": sigmoid}[config.kind])}
 
 
-def _shared(x: Features, config: LossConfig) -> dict[str, Any]:
+def _shared(x: Features, config: LossConfig, group: Group) -> dict[str, Any]:
     return {
         "caption_ids": x.caption_ids if config.mask_same_caption else None,
         "image_ids": x.image_ids if config.mask_same_image else None,
         "block": config.block,
+        "group": group,
     }
 
 
@@ -103,7 +104,7 @@ class Step:
     """One optimizer step over this rank's rows of a global batch.
 
     ``batch``: pixel_values (b, 3, S, S), embeddings (b, W), caption_ids and image_ids (b,), keys (b), and
-    ``position``, the number of samples that the run had consumed before this batch.
+    ``position``, the number of samples that the run has consumed after this batch.
     """
 
     def __init__(self, engine: Engine, terms: dict[str, tuple[float, Term]], *, seed: int, noisy: bool) -> None:
@@ -204,7 +205,7 @@ class Step:
         )
         terms = ", ".join(f"{name} {value}" for name, value in values.items())
         return (
-            f"the loss is not finite at sample {batch['position']} ({terms}). {about}: {named}. "
+            f"the loss is not finite in the batch that ends at sample {batch['position']} ({terms}). {about}: {named}. "
             "Nothing was updated and the last checkpoint stays; lower the learning rate, or look at these samples"
         )
 
@@ -224,7 +225,7 @@ class Step:
         size = rows // self.engine.accumulation
         if size * self.engine.accumulation != rows:
             raise ValueError(f"{rows} rows on this rank are not {self.engine.accumulation} equal micro-batches")
-        first = batch["position"] + rank() * rows
+        first = batch["position"] - (world_size() - rank()) * rows
         return [
             {
                 "pixel_values": batch["pixel_values"][start : start + size],

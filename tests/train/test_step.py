@@ -104,7 +104,7 @@ def test_the_loss_falls(one: dict[str, Any]):
 
 @pytest.mark.parametrize("name", ["cached", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
 def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
-    """Sums in another order: 1e-6 a step in the loss; AdamW turns tiny gradients into whole steps, so weights get 1e-4."""
+    """Sums in another order: 1e-6 a step in the loss. AdamW makes whole steps of tiny gradients: 1e-4 in weights."""
     same(one[name], one["plain"], 1e-5)
     for key, weight in one["plain"]["weights"].items():
         torch.testing.assert_close(one[name]["weights"][key], weight, atol=1e-4, rtol=1e-3)

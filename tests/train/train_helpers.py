@@ -80,7 +80,7 @@ def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> d
     local = rows // world
     mine = slice(rank * local, (rank + 1) * local)
     keys = [f"sample-{int(i)}" for i in ids[mine]]
-    return {**{k: v[mine] for k, v in batch.items()}, "keys": keys, "position": rows * step}
+    return {**{k: v[mine] for k, v in batch.items()}, "keys": keys, "position": rows * (step + 1)}
 
 
 def tiny_engine(

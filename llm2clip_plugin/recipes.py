@@ -1,0 +1,108 @@
+"""Named runs, each a function that returns a whole configuration; the command line overrides single fields.
+
+Published settings: LLM2CLIP's own training configurations (arXiv 2411.04997): AdamW, lr 1e-5 on both sides,
+weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, global batch 4096 = 8 x 512, joint width
+1280 for the large towers, a short and a long caption drawn evenly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from llm2clip_plugin.config import DataConfig, RunConfig
+from llm2clip_plugin.data.base import ReadConfig
+from llm2clip_plugin.data.images import AugmentConfig
+from llm2clip_plugin.evaluate.measure import RetrievalConfig
+from llm2clip_plugin.train.heads import HeadsConfig
+from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.train.model import TowerConfig
+from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.vision.dual import DualConfig
+
+EMOJI = Path(__file__).parent / "data" / "emoji"
+
+
+def quickstart() -> RunConfig:
+    """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two CPU cores.
+
+    Say --tower.path (the quickstart makes one) and --data.cache.
+    """
+    return RunConfig(
+        output_dir="runs/quickstart",
+        data=DataConfig(
+            path=(str(EMOJI / "train-*.tar"),),
+            read=ReadConfig(languages=("en",)),
+            augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
+        ),
+        tower=TowerConfig(image_size=56),  # 4 x 4 patches
+        dual=DualConfig(
+            joint_width=384,
+            pool="cls_mean",
+            projection_norm=True,
+            input_scale="sqrt_width",
+            input_noise=0.5,
+        ),
+        optim=OptimConfig(lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0),
+        heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
+        train=TrainConfig(global_batch=128, max_steps=60, save_minutes=2.0, save_total_limit=1),
+        evaluation=RetrievalConfig(languages=("en",)),
+    )
+
+
+def openai_l14_336() -> RunConfig:
+    """OpenAI's CLIP ViT-L/14 at 336 px, which LLaVA 1.5 uses, with the paper's settings."""
+    return _paper("openai/clip-vit-large-patch14-336", joint_width=1280)
+
+
+def openai_l14_224() -> RunConfig:
+    """OpenAI's CLIP ViT-L/14 at 224 px."""
+    return _paper("openai/clip-vit-large-patch14", joint_width=1280)
+
+
+def openai_b16() -> RunConfig:
+    """OpenAI's CLIP ViT-B/16."""
+    return _paper("openai/clip-vit-base-patch16", joint_width=1280)
+
+
+def siglip2_so400m_224() -> RunConfig:
+    """SigLIP 2 so400m/14 at 224 px; its own pooled output is what the projection reads."""
+    return _paper("google/siglip2-so400m-patch14-224", joint_width=1152)
+
+
+def _paper(tower: str, *, joint_width: int) -> RunConfig:
+    """The published stage-2 settings over a tower; data and caches are the user's."""
+    return RunConfig(
+        output_dir=f"runs/{tower.rpartition('/')[2]}",
+        tower=TowerConfig(path=tower),
+        dual=DualConfig(joint_width=joint_width),
+        optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
+        train=TrainConfig(
+            global_batch=4096,
+            num_train_epochs=4,
+            precision="bf16",
+            gradient_checkpointing=True,
+            dataloader_num_workers=8,
+            save_steps=1000,
+            eval_steps=1000,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function
+    for function in (quickstart, openai_l14_336, openai_l14_224, openai_b16, siglip2_so400m_224)
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The recipe of that name; ValueError lists the known ones."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The same run, so many steps long."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=steps))

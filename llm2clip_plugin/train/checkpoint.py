@@ -1,0 +1,185 @@
+"""Checkpoints: written whole, kept to a number, found again by the same command.
+
+    checkpoints/
+      latest                 name of the newest whole checkpoint, written last
+      step-00000120/
+        model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
+        optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
+        ema.safetensors        moving averages, where they are kept
+        state.json             TrainState: step, samples, updates, loss scale, config and its hash
+
+Nothing depends on the ranks, the ZeRO stage or the precision that wrote it. There is no state of a random
+generator: every draw of a run is a function of its seed and of a place in its order of samples (step.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError, VersionedRecord, whole_directory, whole_file
+from llm2clip_plugin.train.ranks import broadcast_object, rank
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+RESUME_AUTO, RESUME_NEVER = "auto", "never"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState(VersionedRecord):
+    """``state.json``: where a run stands."""
+
+    KIND: ClassVar[str] = "llm2clip-train-state"
+    FILE: ClassVar[str] = "state.json"
+
+    step: int  # optimizer steps done
+    samples: int  # image-caption pairs consumed over all ranks: the position in the data
+    config: dict[str, Any]
+    config_hash: str
+    seed: int
+    updates: int = 0  # of AdamW; fewer than steps where fp16 overflowed
+    scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
+    world_size: int = 1  # ranks that wrote it; any number can go on
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    seconds: float = 0.0  # of training so far
+
+
+class HasState(Protocol):
+    """What is written: the engine's side and the moving average's."""
+
+    def weights(self, *, keep: bool) -> dict[str, Tensor]: ...
+
+    def moments(self, *, keep: bool) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checkpoint in memory."""
+
+    path: Path
+    state: TrainState
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    averages: dict[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_folder: Path, *, keep: int) -> None:
+        self.folder = run_folder / FOLDER
+        self.keep = keep
+
+    def save(self, state: TrainState, engine: HasState, averages: dict[str, Tensor]) -> Path:
+        """Write a checkpoint; every rank calls, rank 0 writes. Raises OSError on every rank if it can't."""
+        mine = rank() == 0
+        weights, moments = engine.weights(keep=mine), engine.moments(keep=mine)
+        target = self.folder / f"step-{state.step:08d}"
+        failure = None
+        if mine:
+            try:
+                self._write(target, state, weights, moments, averages)
+            except OSError as error:
+                failure = f"cannot write the checkpoint {target}: {error}"
+        failure = broadcast_object(failure)
+        if failure:
+            raise OSError(failure)
+        return target
+
+    def _write(
+        self,
+        target: Path,
+        state: TrainState,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        averages: dict[str, Tensor],
+    ) -> None:
+        with whole_directory(target, replace=True) as aside:
+            save_file(contiguous(weights), aside / "model.safetensors")
+            save_file(contiguous(moments), aside / "optimizer.safetensors")
+            if averages:
+                save_file(contiguous(averages), aside / "ema.safetensors")
+            state.write(aside / TrainState.FILE)
+        with whole_file(self.folder / LATEST) as aside:
+            aside.write_text(target.name + "\n", encoding="utf-8")
+        self._prune(target)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove all but the newest ``keep`` checkpoints, and what a killed run left half written."""
+        for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        older = [path for path in sorted(self.folder.glob("step-*")) if path != newest]
+        for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
+            shutil.rmtree(path)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, None if there is none."""
+        pointer = self.folder / LATEST
+        if not pointer.is_file():
+            return None
+        path = self.folder / pointer.read_text(encoding="utf-8").strip()
+        if not (path / TrainState.FILE).is_file():
+            raise FileNotFoundError(
+                f"{pointer} names {path.name}, which is not there; whole ones: {self.names()}. "
+                f"Say which with --resume {self.folder}/NAME, or take {pointer} away to start anew"
+            )
+        return path
+
+    def names(self) -> list[str]:
+        """Names of the checkpoints that are there."""
+        return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that ``resume`` means: auto (newest of this run, if any), never, or a path.
+
+        Raises FileNotFoundError for a path without a checkpoint, FileExistsError for ``never`` over checkpoints.
+        """
+        if resume == RESUME_AUTO:
+            return self.latest()
+        if resume == RESUME_NEVER:
+            if self.names():
+                raise FileExistsError(
+                    f"{self.folder} holds {self.names()}; --resume never would overwrite them: choose another "
+                    "--output_dir, or remove the folder"
+                )
+            return None
+        path = Path(resume)
+        if (path / TrainState.FILE).is_file():
+            return path
+        inside = Checkpoints(path, keep=0)
+        newest = inside.latest() if path.is_dir() else None
+        if newest is None:
+            here = f"; this run has {self.names()}" if self.names() else ""
+            raise FileNotFoundError(f"--resume {resume}: no checkpoint there (no {TrainState.FILE}){here}")
+        return newest
+
+
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def load(path: Path) -> Loaded:
+    """Read a checkpoint. Raises FileNotFoundError or ContractError naming the file that is missing or damaged."""
+    state = TrainState.read(path / TrainState.FILE)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in ("model", "optimizer", "ema"):
+        file = path / f"{name}.safetensors"
+        if not file.is_file():
+            if name == "ema":
+                tensors[name] = {}
+                continue
+            raise FileNotFoundError(f"the checkpoint {path} lacks {file.name}; resume from another one")
+        try:
+            tensors[name] = load_file(file)
+        except SafetensorError as error:
+            raise ContractError(f"{file} is damaged ({error}); resume from another checkpoint") from error
+    return Loaded(
+        path=path, state=state, weights=tensors["model"], moments=tensors["optimizer"], averages=tensors["ema"]
+    )

@@ -1,0 +1,210 @@
+"""An optional first phase: fit projection and text adapter on the frozen tower's features.
+
+New heads pull a pretrained tower about before they know anything. Here every training image goes through the
+frozen tower once, without augmentation, and the heads are fitted to these features at a batch and learning rate
+of their own, which costs a fraction of training the tower.
+
+The images are encoded in the same blocks whatever the number of ranks, and rank 0 alone fits, so the result does
+not depend on the ranks.
+
+Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip_plugin.data.base import Source
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.records import caption_id
+from llm2clip_plugin.progress import track
+from llm2clip_plugin.train.loss import LossConfig
+from llm2clip_plugin.train.optim import is_vector
+from llm2clip_plugin.train.ranks import ALONE, gather_objects, rank, world_size
+from llm2clip_plugin.train.step import MAX_LOG_SCALE, Features, loss_terms, place_seed
+from llm2clip_plugin.vision.dual import DualEncoder
+
+IMAGES = 64  # images a forward pass of the frozen tower
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """The first phase."""
+
+    steps: int = 0  # updates of the heads alone; 0: no first phase
+    batch: int = 256  # image-caption pairs an update
+    lr: float = 1e-3  # AdamW, constant
+    weight_decay: float = 0.05  # not on norms, biases, logit scale
+    max_images: int = 100_000  # images used, evenly over each source; their features are kept in memory
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 2 or self.max_images < 2:
+            raise ValueError(
+                f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFeatures:
+    """What the frozen tower makes of the training images, beside the teacher's embeddings of all captions."""
+
+    pooled_IP: Tensor
+    embedding_MW: Tensor
+    caption_ids_M: Tensor
+    first_I: Tensor  # an image's first caption
+    count_I: Tensor  # and how many it has
+
+
+def fit_heads(
+    model: DualEncoder,
+    sources: Sequence[Source],
+    caches: Sequence[EmbeddingCache],
+    images: ImageConfig,
+    config: HeadsConfig,
+    loss: LossConfig,
+    *,
+    device: torch.device,
+    seed: int,
+) -> float:
+    """Fit the heads in place, on every rank alike; returns the last loss."""
+    model.to(device)
+    features = frozen_features(model, sources, caches, images, config.max_images, device)
+    value = _fit(model, features, config, loss, device, seed) if rank() == 0 else 0.0
+    for _, parameter in head_parameters(model):
+        if world_size() > 1:
+            dist.broadcast(parameter.data, src=0)
+    return value
+
+
+def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
+    """Everything that trains beside the tower."""
+    return [(n, p) for n, p in model.named_parameters() if not n.startswith("tower.") and p.requires_grad]
+
+
+@torch.no_grad()
+def frozen_features(
+    model: DualEncoder,
+    sources: Sequence[Source],
+    caches: Sequence[EmbeddingCache],
+    images: ImageConfig,
+    max_images: int,
+    device: torch.device,
+) -> FrozenFeatures:
+    """Encode blocks of images, shared over the ranks, and gather them in order."""
+    model.eval()
+    blocks = [
+        (number, indices)
+        for number, source in enumerate(sources)
+        for indices in _blocks(len(source), max(2, max_images // len(sources)))
+    ]
+    mine = blocks[rank() :: world_size()]
+    found: dict[int, list[tuple[Tensor, ...]]] = {}
+    label, numbers = "features of the frozen tower", range(rank(), len(blocks), world_size())
+    shown = zip(numbers, mine, strict=True)
+    for number, (s, indices) in track(shown, total=len(mine), label=label, unit="blocks") if rank() == 0 else shown:
+        config = sources[s].config
+        pairs = eval_pairs(
+            sources[s],
+            caches[s],
+            images,
+            batch=IMAGES,
+            kinds=config.kinds,
+            languages=config.languages,
+            indices=indices,
+        )
+        found[number] = [_encode(model, batch, device) for batch in pairs]
+    model.train()
+    merged: dict[int, list[tuple[Tensor, ...]]] = {}
+    for part in gather_objects(found):
+        merged |= part
+    columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
+    pooled, embedding, ids, counts = (torch.cat(column) for column in columns)
+    return FrozenFeatures(
+        pooled_IP=pooled,
+        embedding_MW=embedding,
+        caption_ids_M=ids,
+        first_I=counts.cumsum(0) - counts,
+        count_I=counts,
+    )
+
+
+def _blocks(length: int, limit: int) -> list[list[int]]:
+    """Samples 0 .. length-1, or ``limit`` of them evenly spaced, in blocks of IMAGES."""
+    used = min(length, limit)
+    chosen = [number * length // used for number in range(used)]
+    return [chosen[start : start + IMAGES] for start in range(0, used, IMAGES)]
+
+
+def _encode(model: DualEncoder, batch: dict, device: torch.device) -> tuple[Tensor, ...]:
+    """Pooled features, embeddings, caption ids, and the number of captions of each image."""
+    pooled = model.pool(batch["pixel_values"].to(device)).float().cpu()
+    ids = torch.tensor([caption_id(caption.text) for caption in batch["captions"]])
+    counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
+    return pooled, batch["embeddings"], ids, counts
+
+
+def _fit(
+    model: DualEncoder,
+    features: FrozenFeatures,
+    config: HeadsConfig,
+    loss_config: LossConfig,
+    device: torch.device,
+    seed: int,
+) -> float:
+    """AdamW over the heads; images without replacement, one caption each, pass after pass."""
+    parameters = head_parameters(model)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for _, p in parameters if not is_vector(p)], "weight_decay": config.weight_decay},
+            {"params": [p for _, p in parameters if is_vector(p)], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(0.9, 0.98),
+    )
+    terms = loss_terms(loss_config, group=ALONE)
+    generator = torch.Generator().manual_seed(place_seed(seed, -1))
+    queue = torch.empty(0, dtype=torch.int64)
+    size = min(config.batch, len(features.count_I))
+    value = 0.0
+    for _ in track(range(config.steps), total=config.steps, label="heads", unit="steps"):
+        if len(queue) < size:
+            queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
+        chosen, queue = queue[:size], queue[size:]
+        batch = _features(model, features, chosen, generator, device)
+        loss = torch.stack([weight * term(batch) for weight, term in terms.values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        value = float(loss.detach())
+    return value
+
+
+def _features(
+    model: DualEncoder, features: FrozenFeatures, chosen_B: Tensor, generator: torch.Generator, device: torch.device
+) -> Features:
+    """The heads' output for some images and a random caption of each."""
+    draw_B = torch.rand(len(chosen_B), generator=generator)
+    caption_B = features.first_I[chosen_B] + (draw_B * features.count_I[chosen_B]).long()
+    embedding_BW = features.embedding_MW[caption_B].float().to(device)
+    noise_BW = torch.randn(embedding_BW.shape, generator=generator).to(device)
+    pooled_BP = features.pooled_IP[chosen_B].to(device)
+    image_BD = F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1)
+    bias = torch.zeros(1, device=device) if model.logit_bias is None else model.logit_bias
+    return Features(
+        image_bD=image_BD,
+        text_bD=model.encode_text(embedding_BW, noise_BW),
+        log_scale=model.logit_scale,
+        bias=bias,
+        caption_ids=features.caption_ids_M[caption_B].to(device),
+        image_ids=chosen_B.to(device),
+    )

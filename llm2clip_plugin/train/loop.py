@@ -1,0 +1,228 @@
+"""The training loop: steps, learning rate, checkpoints, evaluation, signals. It knows no model and no data set."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, get_args
+
+import torch
+
+from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
+from llm2clip_plugin.train.deepspeed_config import Precision
+from llm2clip_plugin.train.ema import MovingAverage
+from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
+from llm2clip_plugin.train.progress import MetricsFile, Progress, peak_memory
+from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.step import Batch, NonFiniteLossError
+
+StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
+Evaluate = Callable[[], dict[str, float]]
+Monitor = Literal["tensorboard", "wandb", "csv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how large, how often."""
+
+    global_batch: int = 4096  # image-caption pairs an optimizer step, over all ranks; also the negatives
+    micro_batch: int = 0  # pairs a forward pass on one rank; smaller than its share: gradient caching. 0: the share
+    num_train_epochs: float = 4.0  # passes over the data; used where max_steps is 0
+    max_steps: int = 0  # optimizer steps; 0: by num_train_epochs
+    precision: Precision = "fp32"  # fp32 | bf16 | fp16 (weights in it, AdamW in fp32)
+    seed: int = 0  # of the data's order, augmentation, noise, initial heads
+    gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
+    torch_compile: bool = False  # torch.compile the tower
+    ema_decay: float = 0.0  # moving average of the weights, exported beside them; 0: none
+    save_steps: int = 0  # steps between checkpoints; 0: by time alone
+    save_minutes: float = 15.0  # minutes between checkpoints; 0: by steps alone
+    save_total_limit: int = 2  # checkpoints kept; 0: all
+    eval_steps: int = 0  # steps between evaluations on the held-out split; 0: at the end alone
+    logging_steps: int = 1  # steps between lines of metrics.jsonl
+    report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
+    dataloader_num_workers: int = 0  # processes a rank that decode images
+    max_broken: float = 0.01  # share of broken samples over which the run stops
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"unknown train.precision {self.precision!r}; known: {', '.join(get_args(Precision))}")
+        if unknown := sorted(set(self.report_to) - set(get_args(Monitor))):
+            raise ValueError(f"unknown train.report_to {unknown}; known: {', '.join(get_args(Monitor))}")
+        if self.global_batch < 2 or self.micro_batch < 0:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} must be >= 2, micro_batch {self.micro_batch} >= 0"
+            )
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError("train.max_steps and train.num_train_epochs are both 0: nothing to train")
+        if not 0 <= self.ema_decay < 1 or not 0 <= self.max_broken <= 1:
+            raise ValueError(
+                f"train.ema_decay {self.ema_decay} must be in [0, 1), max_broken {self.max_broken} in [0, 1]"
+            )
+        for name in ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "dataloader_num_workers"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")
+        if self.logging_steps < 1:
+            raise ValueError(f"train.logging_steps {self.logging_steps} must be at least 1")
+
+    def rows(self, world: int) -> tuple[int, int, int]:
+        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError says what would fit."""
+        local, rest = divmod(self.global_batch, world)
+        micro = self.micro_batch or local
+        if rest or local % micro:
+            unit = world * (self.micro_batch or 1)
+            fits = max(unit, self.global_batch // unit * unit)
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not a multiple of {world} ranks x train.micro_batch "
+                f"{self.micro_batch or local}; try --train.global-batch {fits}"
+            )
+        return local, micro, local // micro
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps of the run over ``samples`` samples."""
+        return self.max_steps or max(1, round(self.num_train_epochs * samples / self.global_batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopParts:
+    """What the loop works with."""
+
+    step: StepFunction
+    batches: Iterator[Batch]
+    engine: Engine
+    average: MovingAverage | None
+    checkpoints: Checkpoints
+    evaluate: Evaluate | None  # every rank calls it
+    train: TrainConfig
+    optim: OptimConfig
+    total_steps: int
+    run_folder: Path
+    state: TrainState  # where the run stands now
+
+
+def run_loop(parts: LoopParts) -> TrainState:
+    """Train to the end, or to the first SIGTERM or SIGINT; returns where the run stands, which is saved.
+
+    Raises NonFiniteLossError on every rank, before the update; the last checkpoint stays as it is.
+    """
+    first = rank() == 0
+    metrics = MetricsFile(parts.run_folder / "metrics.jsonl", from_step=parts.state.step) if first else None
+    progress = Progress(parts.total_steps, start=parts.state.step, show=first)
+    with progress, catch_signals() as signals:
+        try:
+            return _steps(parts, progress, metrics, signals)
+        except NonFiniteLossError as error:
+            if metrics is not None:
+                metrics.write({"step": parts.state.step, "event": "stopped", "reason": str(error)})
+            raise
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None, signals: list[int]) -> TrainState:
+    state, saved = parts.state, time.monotonic()
+    while state.step < parts.total_steps:
+        started = time.perf_counter()
+        batch = next(parts.batches)
+        waited = time.perf_counter() - started
+        state, values = _one_step(parts, state, batch)
+        seconds = time.perf_counter() - started
+        values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
+        done = state.step == parts.total_steps
+        stop, minutes_over = _agree(parts, bool(signals), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved)
+        state = _replace(state, seconds=state.seconds + seconds)
+        if not stop and parts.evaluate and (done or _every(parts.train.eval_steps, state.step)):
+            scores = parts.evaluate()
+            state = _replace(state, metrics=scores)
+            values |= scores
+        _tell(parts, state, seconds, values, progress, metrics, always=done or stop)
+        if done or stop or minutes_over or _every(parts.train.save_steps, state.step):
+            save(parts, state)
+            saved = time.monotonic()
+        if stop:
+            name = signal.Signals(signals[0]).name if signals else "a signal on another rank"
+            progress.note(
+                f"{name}: saved step {state.step} of {parts.total_steps}; the same command goes on from there"
+            )
+            break
+    return state
+
+
+def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
+    """Learning rate, update, moving average."""
+    factor = lr_factor(state.step, parts.total_steps, parts.optim)
+    set_lr(parts.engine.groups, factor)
+    loss, values = parts.step(batch)
+    if parts.average is not None:
+        parts.average.update()
+    values = {"loss": loss, **values, "lr": parts.optim.lr * factor}
+    if parts.engine.grad_norm is not None:
+        values["grad_norm"] = parts.engine.grad_norm
+    if parts.train.precision == "fp16":
+        values["skipped"] = parts.engine.skipped
+    values["peak_gib"] = peak_memory(parts.engine.device)
+    return _replace(state, step=state.step + 1, samples=batch["position"]), values
+
+
+def _agree(parts: LoopParts, stop: bool, save: bool) -> tuple[bool, bool]:
+    """Both flags as all ranks see them: what one wants, all do."""
+    if world_size() == 1:
+        return stop, save
+    flags = sum_over_ranks(torch.tensor([float(stop), float(save)], device=parts.engine.device)).tolist()
+    return flags[0] > 0, flags[1] > 0
+
+
+def _tell(
+    parts: LoopParts,
+    state: TrainState,
+    seconds: float,
+    values: dict[str, float],
+    progress: Progress,
+    metrics: MetricsFile | None,
+    *,
+    always: bool,
+) -> None:
+    """Bar, metrics.jsonl, monitors."""
+    progress.advance(state.step, parts.train.global_batch, seconds, values)
+    if metrics is not None and (always or _every(parts.train.logging_steps, state.step) or "i2t_r1" in values):
+        metrics.write({"step": state.step, "samples": state.samples, **values})
+        parts.engine.report(values, state.samples)
+
+
+def save(parts: LoopParts, state: TrainState) -> Path:
+    """Write a checkpoint of the run as it stands."""
+    averages = parts.average.values(keep=rank() == 0) if parts.average is not None else {}
+    scaler = parts.engine.scaler_state()
+    return parts.checkpoints.save(_replace(state, **scaler, world_size=world_size()), parts.engine, averages)
+
+
+def _every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0
+
+
+def _replace(state: TrainState, **changes: Any) -> TrainState:
+    return TrainState(**{**vars(state), **changes})
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts as usual."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

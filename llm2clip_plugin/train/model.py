@@ -1,0 +1,81 @@
+"""The dual encoder as training sees it: built, partly frozen, and its parameters with their learning rates."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """The vision tower to start from, and how much of it trains."""
+
+    path: str = ""  # tower directory, Hugging Face directory or Hub id
+    image_size: int = 0  # pixels a side; positions are interpolated once. 0: the tower's own
+    freeze: bool = False  # train the heads alone
+    freeze_first_blocks: int = 0  # leave the embeddings and so many first blocks as they are
+
+    def __post_init__(self) -> None:
+        if self.freeze and self.freeze_first_blocks:
+            raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks at 0")
+
+
+def with_llm_width(config: DualConfig, width: int) -> DualConfig:
+    """``config`` for a cache of that width; ValueError if it was made for another one."""
+    if config.llm_width not in (0, width):
+        raise ValueError(
+            f"dual.llm_width is {config.llm_width}, the embedding cache is {width} wide; "
+            "leave it at 0, or use the cache of the LLM that it was made for"
+        )
+    return dataclasses.replace(config, llm_width=width)
+
+
+def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:
+    """Load the tower, add heads that ``seed`` initialises, freeze what the configuration says."""
+    if not tower.path:
+        raise ValueError("no tower to train: say --tower.path (a directory or a Hub id)")
+    vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
+    torch.manual_seed(seed)
+    model = DualEncoder(vision, dual)
+    if tower.freeze:
+        freeze_tower(vision)
+    elif tower.freeze_first_blocks:
+        freeze_tower(vision, first_blocks=tower.freeze_first_blocks)
+    return model.train()
+
+
+def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]:
+    """Every parameter that trains, with its peak learning rate and whether it decays.
+
+    Depth 0 are the embeddings, 1 to L the blocks, L + 1 whatever stands behind them in the tower (final norm,
+    pooling head), at the full rate as the heads are. Tables of positions don't decay, the patch convolution does.
+    """
+    blocks = tower_blocks(model.tower)
+    depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
+    embeddings = {id(p) for p in tower_embeddings_parameters(model.tower)}
+    depth |= dict.fromkeys(embeddings, 0)
+    top = len(blocks) + 1
+    trained = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("tower."):
+            lr = config.lr * config.layer_decay ** (top - depth.get(id(parameter), top))
+        else:
+            lr = config.head_lr or config.lr
+        table = id(parameter) in embeddings and parameter.ndim != 4
+        decay = not is_vector(parameter) and not table
+        trained.append(Trained(name=name, parameter=parameter, lr=lr, decay=decay))
+    return trained
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that train."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,102 @@
+"""A tiny tower, captioned images in shards, and the cache of a made-up teacher: what a real run reads, in small."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.base import SourceConfig
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows
+from llm2clip_plugin.data.sources import open_source
+
+WIDTH = 24  # of the teacher's embeddings
+SHARDS, SAMPLES = 2, 24
+COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+def make_tower(folder: Path, kind: str = "clip") -> Path:
+    """Two layers, 32 wide, 16 pixels, random weights."""
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    if kind == "dinov2":
+        from transformers import Dinov2Config, Dinov2Model
+
+        Dinov2Model(Dinov2Config(mlp_ratio=2, **common)).save_pretrained(folder)
+    else:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, **common)).save_pretrained(folder)
+    return folder
+
+
+def make_shards(folder: Path) -> Path:
+    """Pictures of a coloured half with a number of dark rows, each with a short and a long caption."""
+    folder.mkdir(parents=True)
+    names = list(COLOURS)
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(SAMPLES):
+                colour, rows = names[number % 4], number // 4 + 6 * shard
+                pixels = np.full((24, 24, 3), 255, np.uint8)
+                pixels[:, 12:] = COLOURS[colour]
+                pixels[: 2 * rows] //= 2
+                body = io.BytesIO()
+                Image.fromarray(pixels).save(body, "PNG")
+                caption = {"caption": f"{colour} {rows}", "long_caption": f"a {colour} half, {rows} dark rows"}
+                for suffix, data in (("png", body.getvalue()), ("json", json.dumps(caption).encode())):
+                    member = tarfile.TarInfo(f"{shard}-{number:03d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def embed(text: str) -> torch.Tensor:
+    """A made-up embedding: a sum of one random vector a word."""
+    total = torch.zeros(WIDTH)
+    for word in text.replace(",", "").split():
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:6], "big")
+        total += torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+    return total
+
+
+def make_cache(data: Path, *, llm: str = "made-up") -> Path:
+    """The cache of ``data``, in its default place."""
+    identity = TeacherIdentity(
+        llm=llm,
+        revision="",
+        weights_sha256=hashlib.sha256(llm.encode()).hexdigest(),
+        adapter_sha256="",
+        attention="bidirectional",
+        pooling="mean",
+        layer=-1,
+        prompt="",
+        chat_template="",
+        max_tokens=512,
+        width=WIDTH,
+    )
+    source = open_source(SourceConfig(path=str(data)))
+    directory = data / f"embeddings-{identity.fingerprint[:12]}"
+    writer = CacheWriter(directory, identity, "float16")
+    for shard in source.shards:
+        pairs = [source.captions(shard.start + i) for i in range(shard.size)]
+        captions = [captions for _, captions in pairs]
+        rows = caption_rows(captions)
+        texts = [caption.text for group in captions for caption in group]
+        writer.write_shard(shard.name, [key for key, _ in pairs], rows, torch.stack([embed(text) for text in texts]))
+    writer.finish([shard.name for shard in source.shards])
+    return directory
+
+
+def make_all(folder: Path, kind: str = "clip") -> Path:
+    """Tower, shards and cache below ``folder``."""
+    make_tower(folder / "tower", kind)
+    make_cache(make_shards(folder / "data"))
+    return folder
