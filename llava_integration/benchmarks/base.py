@@ -63,6 +63,7 @@ class Statistic:
     sums: np.ndarray
     value: Callable[[np.ndarray], np.ndarray]
     strata: np.ndarray | None = None
+    counted: np.ndarray | None = None  # (questions,) booleans: which of them the number is about; None: all
 
     def full(self) -> float:
         """The number on all questions, each once."""
@@ -85,6 +86,7 @@ class Benchmark:
     score: Callable[[Path, Answers, Options], Scored]
     statistic: Callable[[Sequence[Item]], Statistic]
     submission: Callable[[Path, Answers, Path], None] | None = None  # writes the file that its server takes
+    item_fields: tuple[str, ...] = ()  # what the statistic needs besides score; without it scores are averaged
     image_bytes: Callable[[Path, Item], bytes | None] | None = None  # where images are not files
     needs: str = ""  # "a judge": cannot be scored from the answers alone
 
@@ -112,6 +114,22 @@ def benchmark(name: str) -> Benchmark:
     return importlib.import_module(f"{__package__}.{MODULES[name]}").BENCHMARK
 
 
+def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:
+    """Statistic, title, unit and a note for a score file's items.
+
+    A benchmark that isn't known, or items without what its composite needs, get the plain mean of their scores.
+    """
+    chosen = benchmark(name) if name in MODULES else None
+    lacking = [field for field in chosen.item_fields if any(field not in item for item in items)] if chosen else []
+    if chosen and not lacking:
+        return chosen.statistic(items), chosen.title, chosen.unit, ""
+    scores = [float(item["score"]) for item in items]
+    note = f"items lack {', '.join(lacking)}: mean score instead of {chosen.headline}" if chosen else ""
+    percent = all(0 <= score <= 1 for score in scores)
+    title = chosen.title if chosen else name
+    return mean_statistic(scores, scale=100.0 if percent else 1.0), title, "%" if percent else "score", note
+
+
 def mean(values: Sequence[float]) -> float:
     """Plain mean in the order given, as the official scripts add; 0.0 of nothing."""
     return float(sum(values)) / len(values) if values else 0.0
@@ -121,7 +139,7 @@ def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = Non
     """The statistic ``scale x mean``, over the questions that count."""
     weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
     sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
-    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]))
+    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

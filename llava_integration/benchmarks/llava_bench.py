@@ -138,6 +138,7 @@ BENCHMARK = Benchmark(
     folders=("llava-bench-in-the-wild", "llava_bench"),
     questions=("questions.jsonl",),
     image_folders=("images", ""),
+    item_fields=("mark_model", "mark_reference"),
     tasks=("llava_in_the_wild",),
     score=score,
     statistic=statistic,

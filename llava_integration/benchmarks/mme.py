@@ -239,7 +239,12 @@ def _sums(items: Sequence[Item], categories: Sequence[str]) -> Statistic:
         return 100 * (accuracy + whole).sum(axis=-1)
 
     names = sorted({item["category"] for item in items})
-    return Statistic(sums, value, strata=np.array([names.index(item["category"]) for item in items]))
+    return Statistic(
+        sums,
+        value,
+        strata=np.array([names.index(item["category"]) for item in items]),
+        counted=sums[:, 1::4].any(axis=1),
+    )
 
 
 def statistic(items: Sequence[Item]) -> Statistic:
@@ -255,6 +260,7 @@ BENCHMARK = Benchmark(
     folders=("MME", "mme"),
     questions=("llava_mme.jsonl", "llava_mme*.jsonl"),
     image_folders=("MME_Benchmark_release_version", ""),
+    item_fields=("category", "cluster"),
     tasks=("mme",),
     score=score,
     statistic=statistic,

@@ -125,7 +125,7 @@ def numbers(items: Sequence[Item]) -> dict[str, float]:
 
 def statistic(items: Sequence[Item]) -> Statistic:
     """Mean mark of the graded questions, percent."""
-    return mean_statistic([item["score"] for item in items], [not item["missing"] for item in items])
+    return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
 
 
 BENCHMARK = Benchmark(

@@ -278,7 +278,7 @@ def statistic(items: Sequence[Item]) -> Statistic:
     categories = sorted({item["category"] for item in items})
     sums = np.zeros((len(items), 3 * len(categories)))
     for row, item in enumerate(items):
-        if not item["missing"]:
+        if not item.get("missing"):
             column = 3 * categories.index(item["category"])
             sums[row, column] = item["parsed"] == "yes" and item["label"] == "yes"  # true positives
             sums[row, column + 1] = item["parsed"] == "yes"  # predicted
@@ -300,6 +300,7 @@ BENCHMARK = Benchmark(
     folders=("pope",),
     questions=("llava_pope_test.jsonl", "llava_pope*.jsonl"),
     image_folders=("val2014", "images", ""),
+    item_fields=("category", "parsed", "label"),
     tasks=("pope", "pope_full"),
     score=score,
     statistic=statistic,

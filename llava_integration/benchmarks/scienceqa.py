@@ -162,7 +162,7 @@ def numbers(items: Sequence[Item], options: Options, logged: bool) -> dict[str, 
 
 def statistic(items: Sequence[Item]) -> Statistic:
     """IMG accuracy, percent; over all questions where none has an image."""
-    pictured = [bool(item["is_multimodal"]) for item in items]
+    pictured = [bool(item.get("is_multimodal", True)) for item in items]
     return mean_statistic([item["score"] for item in items], pictured if any(pictured) else None)
 
 

@@ -152,7 +152,7 @@ def score_one(own: Question, official: Question, answer: Answer | None, numbers:
 
 def statistic(items: Sequence[Item]) -> Statistic:
     """Mean accuracy over the answered questions, percent."""
-    return mean_statistic([item["score"] for item in items], [not item["missing"] for item in items])
+    return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
 
 
 BENCHMARK = Benchmark(

@@ -30,7 +30,7 @@ def written(tmp_path, text, encoding="utf-8"):
 def test_answers_of_another_benchmark(name, other, tmp_path):
     """Also where the ids coincide: POPE's 1, 2, 3 are VizWiz's too."""
     if name != other:
-        with pytest.raises(ValueError, match="no question of|asks other questions"):
+        with pytest.raises(ValueError, match=r"no question of|asks other questions"):
             command(name, answers(other, "model-a"), tmp_path, "--allow-missing")
 
 
@@ -115,7 +115,7 @@ def test_answers_that_are_no_text(tmp_path):
 
 
 def test_data_folder_of_another_benchmark_or_release(tmp_path):
-    with pytest.raises(FileNotFoundError, match="testdev_balanced_questions.json"):
+    with pytest.raises(FileNotFoundError, match=r"testdev_balanced_questions.json"):
         main(["gqa", "--data", str(ROOT / "pope"), "--answers", str(answers("gqa", "model-a"))])
     with pytest.raises(FileNotFoundError, match="no folder"):
         main(["gqa", "--data", str(tmp_path / "x"), "--answers", str(answers("gqa", "model-a"))])
@@ -125,7 +125,7 @@ def test_data_folder_of_another_benchmark_or_release(tmp_path):
 
 def test_scienceqa_without_images(tmp_path):
     text = "".join(lines_of("scienceqa")).replace("<image>", "")
-    with pytest.raises(ValueError, match="no prompt in .* has <image>"):
+    with pytest.raises(ValueError, match=r"no prompt in .* has <image>"):
         command("scienceqa", written(tmp_path, text), tmp_path)
 
 

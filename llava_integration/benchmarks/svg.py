@@ -1,0 +1,167 @@
+"""Three plots as inline SVG: forest of differences, radar of scores, bars by category. No script, readable on paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from llava_integration.benchmarks.comparison import Comparison, Row
+from llava_integration.benchmarks.tables import number
+
+COLOURS = ("#5b6472", "#c2410c", "#1d6fb8", "#2e7d32", "#7b3fa0", "#a16207")  # base first
+FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
+WIDTH = 860
+
+
+def colour(place: int) -> str:
+    """A side's colour."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def text(x: float, y: float, content: str, anchor: str = "start", extra: str = "") -> str:
+    """A text element; the content is escaped."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{escape(content)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1, extra: str = "") -> str:
+    """A line element."""
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{stroke}" stroke-width="{width}" {extra}/>'
+
+
+def figure(width: float, height: float, parts: Sequence[str], label: str, name: str) -> str:
+    """An SVG element that scales with the page and has a name for screen readers."""
+    return (
+        f'<svg id="{name}" role="img" aria-label="{escape(label, quote=True)}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    )
+
+
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Round numbers within [low, high]."""
+    span = (high - low) or 1.0
+    step = 10 ** math.floor(math.log10(span / about))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= about)
+    return [place * step for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def forest(comparison: Comparison) -> str:
+    """Differences with their intervals, a line a benchmark and side; right of 0 the new tower is better."""
+    rows = comparison.rows
+    sizes = [FULL_MME if row.unit == "points" else 1.0 for row in rows]
+    lows = [row.result.low / size for row, size in zip(rows, sizes, strict=True)]
+    highs = [row.result.high / size for row, size in zip(rows, sizes, strict=True)]
+    low, high = min(*lows, 0.0, *highs), max(*highs, 0.0, *lows)
+    margin = 0.06 * (high - low or 1.0)
+    low, high = low - margin, high + margin
+    left, right, top, step = 200.0, WIDTH - 190.0, 34.0, 30.0
+    bottom = top + step * len(rows)
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    parts = [text(left, 16, "base better", extra='class="dim"'), text(right, 16, "new better", "end", 'class="dim"')]
+    for tick in ticks(low, high):
+        parts += [
+            line(x(tick), top - 8, x(tick), bottom, "var(--grid)"),
+            text(x(tick), bottom + 18, f"{tick:g}", "middle"),
+        ]
+    parts.append(line(x(0), top - 8, x(0), bottom, "var(--ink)", 1.5))
+    for place, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        y, result = top + step * (place + 0.5), row.result
+        paint = colour(comparison.names.index(row.new))
+        sure = row.verdict != "no difference shown"
+        name = row.title if len(comparison.names) == 2 else f"{row.title} · {row.new}"
+        label = (
+            f"{number(result.difference, row.unit, signed=True)} "
+            f"[{number(result.low, row.unit, signed=True)}, {number(result.high, row.unit, signed=True)}]"
+        )
+        hint = f"{name}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
+        parts += [
+            f'<g class="forest-row"><title>{escape(hint)}</title>',
+            text(left - 12, y + 4, name if len(name) < 32 else name[:30] + "…", "end"),
+            line(x(result.low / size), y, x(result.high / size), y, paint, 2.5),
+            f'<circle cx="{x(result.difference / size):.1f}" cy="{y:.1f}" r="5" stroke="{paint}" stroke-width="2.5" '
+            f'fill="{paint if sure else "var(--paper)"}"/>',
+            text(right + 12, y + 4, label, extra='class="number"'),
+            "</g>",
+        ]
+    unit = "percentage points" + (" (MME: percent of its 2000)" if any(row.unit == "points" for row in rows) else "")
+    parts.append(text((left + right) / 2, bottom + 38, f"new minus base, {unit}", "middle", 'class="dim"'))
+    return figure(WIDTH, bottom + 48, parts, "Differences with intervals", "forest")
+
+
+def radar(comparison: Comparison) -> str:
+    """Scores of every side, each axis in shares of its best; "" with fewer than three benchmarks."""
+    names = [name for name in comparison.titles if len(comparison.scores[name]) == len(comparison.names)]
+    if len(names) < 3:
+        return ""
+    best = {name: max(comparison.scores[name].values()) or 1.0 for name in names}
+    shares = {
+        side: [max(0.0, comparison.scores[name][side] / best[name]) for name in names] for side in comparison.names
+    }
+    worst = min(min(values) for values in shares.values())
+    floor = max(0.0, min(0.8, math.floor((worst - 0.05) * 10) / 10))
+    across, middle, radius = 300.0, 230.0, 175.0
+
+    def point(place: int, share: float) -> tuple[float, float]:
+        angle = 2 * math.pi * place / len(names) - math.pi / 2
+        reach = radius * max(0.0, share - floor) / (1 - floor)
+        return across + reach * math.cos(angle), middle + reach * math.sin(angle)
+
+    parts = []
+    for share in (floor + (1 - floor) * part / 4 for part in (1, 2, 3, 4)):
+        corners = " ".join("{:.1f},{:.1f}".format(*point(place, share)) for place in range(len(names)))
+        parts.append(f'<polygon points="{corners}" fill="none" stroke="var(--grid)"/>')
+    for place, name in enumerate(names):
+        parts.append(line(across, middle, *point(place, 1.0), "var(--grid)"))
+        x, y = point(place, 1 + 0.13 * (1 - floor))
+        anchor = "middle" if abs(x - across) < 20 else "start" if x > across else "end"
+        parts.append(text(x, y + 4, comparison.titles[name], anchor))
+    for order, side in enumerate(comparison.names):
+        corners = " ".join("{:.1f},{:.1f}".format(*point(place, share)) for place, share in enumerate(shares[side]))
+        parts.append(
+            f'<polygon class="side" points="{corners}" fill="{colour(order)}" fill-opacity="0.08" '
+            f'stroke="{colour(order)}" stroke-width="2"><title>{escape(side)}</title></polygon>'
+        )
+    parts += legend(comparison.names, 600, 60)
+    note = f"outer ring: best side; centre: {floor:.0%} of it"
+    parts.append(text(600, 60 + 24 * len(comparison.names) + 10, note, extra='class="dim"'))
+    return figure(WIDTH, 2 * middle, parts, "Scores of all sides, relative to the best", "radar")
+
+
+def legend(names: Sequence[str], x: float, y: float) -> list[str]:
+    """Coloured names, one below another."""
+    parts = []
+    for order, name in enumerate(names):
+        parts.append(f'<rect x="{x}" y="{y + 24 * order - 10:.0f}" width="14" height="12" fill="{colour(order)}"/>')
+        parts.append(text(x + 22, y + 24 * order, name if len(name) < 42 else name[:40] + "…"))
+    return parts
+
+
+def bars(comparison: Comparison, row: Row, most: int = 20) -> str:
+    """Mean score of base and new in each category of a benchmark, the largest categories."""
+    shown = list(row.categories.items())[:most]
+    if not shown:
+        return ""
+    percent = all(0 <= value <= 1 for old, now, _ in row.categories.values() for value in (old, now))
+    scale = 100.0 if percent else 1.0
+    top_value = 1.0 if percent else max(max(old, now) for _, (old, now, _) in shown) or 1.0
+    left, right, step = 250.0, WIDTH - 130.0, 34.0
+    parts = []
+    for place, (name, (old, now, count)) in enumerate(shown):
+        y = 8 + step * place
+        parts.append(text(left - 12, y + 18, name if len(name) < 38 else name[:36] + "…", "end"))
+        for offset, value, order in ((2, old, 0), (15, now, comparison.names.index(row.new))):
+            length = max(0.0, value / top_value) * (right - left)
+            box = f'x="{left}" y="{y + offset:.0f}" width="{length:.1f}" height="11"'
+            parts.append(
+                f'<rect class="bar" {box} fill="{colour(order)}">'
+                f"<title>{escape(f'{name}: {scale * value:.1f}, {count} questions')}</title></rect>"
+            )
+        parts.append(text(right + 10, y + 18, f"{scale * (now - old):+.1f}  (n {count})", extra='class="number"'))
+    height = 8 + step * len(shown) + 8
+    return figure(
+        WIDTH, height, parts, f"{row.title} by category", f"bars-{row.benchmark}-{comparison.names.index(row.new)}"
+    )

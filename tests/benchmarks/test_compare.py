@@ -1,0 +1,201 @@
+"""`llm2clip compare`: pairing by id, runs as seeds, Holm, wins, notes, every output; bad input refused."""
+
+import json
+
+import numpy as np
+import pytest
+from golden_mllm import MODELS, ROOT, answers
+
+from llava_integration.benchmarks.compare import main
+from llava_integration.benchmarks.comparison import build
+from llava_integration.benchmarks.score import main as score
+from llava_integration.benchmarks.sides import load_side, load_sides
+from llm2clip_plugin.contracts import ContractError, ScoreFile
+
+NAMES = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Score files of both golden models, a folder each."""
+    folder = tmp_path_factory.mktemp("scores")
+    for model in MODELS:
+        for name in NAMES:
+            score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
+                   "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
+    return folder
+
+
+def simulated(folder, name, scores, clusters=None, benchmark="gqa", model="", **more):
+    items = [
+        {"id": number, "score": value, "cluster": (clusters or range(len(scores)))[number], **more}
+        for number, value in enumerate(scores)
+    ]
+    record = ScoreFile(benchmark=benchmark, metrics={}, items=items, model=model or name)
+    return record.write(folder / f"{name}.scores.json")
+
+
+def test_golden_models(scored, tmp_path, capsys):
+    """B is better on nearly every number; every output is written and says the same."""
+    main([str(scored / "model-a"), str(scored / "model-b"), "--out", str(tmp_path), "--resamples", "1000"])
+    shown = capsys.readouterr().out
+    data = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    rows = {row["benchmark"]: row for row in data["rows"]}
+    assert list(rows) == list(NAMES)
+    for name, row in rows.items():
+        record = ScoreFile.read(scored / "model-b" / f"{name}.scores.json")
+        assert row["difference"] == pytest.approx(row["new_score"] - row["base_score"])
+        assert row["low"] <= row["difference"] <= row["high"] and row["interval"] == [row["low"], row["high"]]
+        assert row["p_holm"] >= row["p"] and row["wins"] + row["losses"] + row["ties"] == row["questions"]
+        assert data["scores"][name]["model-b"] == pytest.approx(row["new_score"]), record.metrics
+    assert rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875) and rows["gqa"]["verdict"] == "better"
+    assert rows["mme"]["base_score"] == pytest.approx(1181.4285714) and rows["mme"]["images"] == 54
+    assert rows["pope"]["images"] == 17 and rows["scienceqa"]["questions"] < 165  # IMG alone
+    assert rows["scienceqa"]["verdict"] == "no difference shown"
+    for text in (shown, (tmp_path / "compare.md").read_text(), (tmp_path / "compare.tex").read_text()):
+        assert "+23.1" in text and "LLaVA-1.5 7B (official)" in text
+    assert "4 times in 5" in shown and "2 of 145 questions of vqav2 have no answer" in shown
+    markdown = (tmp_path / "compare.md").read_text().splitlines()
+    table = [line for line in markdown if line.startswith("|")]
+    assert len({line.count("|") - line.count("\\|") for line in table[:11]}) == 1  # as many cells in each row
+    tex = (tmp_path / "compare.tex").read_text()
+    lines = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert all(line.count(" & ") == len(NAMES) for line in lines) and r"\textbf{75.00}" in tex
+
+
+def test_identical_files_show_nothing(scored, tmp_path):
+    main([str(scored / "model-a"), str(scored / "model-a"), "--json", str(tmp_path / "x.json"), "--resamples", "200"])
+    for row in json.loads((tmp_path / "x.json").read_text())["rows"]:
+        assert (row["difference"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
+        assert (row["p"], row["p_holm"], row["wins"], row["losses"]) == (1.0, 1.0, 0, 0)
+        assert row["verdict"] == "no difference shown"
+
+
+def test_same_seed_same_numbers(scored, tmp_path):
+    for name in ("one", "two"):
+        main([str(scored / "model-a" / "pope.scores.json"), str(scored / "model-b" / "pope.scores.json"),
+              "--json", str(tmp_path / name), "--resamples", "500", "--seed", "3"])  # fmt: skip
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+
+
+def test_composites_are_resampled_as_composites(scored):
+    """The bootstrap of MME and POPE recomputes the published number, here by scoring resampled images naively."""
+    from llava_integration.benchmarks import mme, pope
+    from llava_integration.benchmarks.base import benchmark
+
+    rng = np.random.default_rng(0)
+    numbers = {
+        "mme": lambda items: mme.numbers(items, "parsed")["perception"],
+        "pope": lambda items: 100 * pope.numbers(items, "parsed")["average_over_categories.f1"],
+    }
+    for name, number in numbers.items():
+        items = ScoreFile.read(scored / "model-b" / f"{name}.scores.json").items
+        statistic = benchmark(name).statistic(items)
+        images = sorted({item["cluster"] for item in items})
+        for _ in range(10):
+            counts = dict(zip(images, rng.integers(1, 3, len(images)), strict=True))  # 1 or 2 of each image
+            weights = np.array([counts[item["cluster"]] for item in items], dtype=float)
+            copies = [
+                {**item, "cluster": f"{item['cluster']}#{copy}"}
+                for item in items
+                for copy in range(counts[item["cluster"]])
+            ]
+            assert float(statistic.value(weights @ statistic.sums)) == pytest.approx(number(copies))
+
+
+def test_order_of_items_does_not_matter(scored, tmp_path):
+    record = ScoreFile.read(scored / "model-b" / "gqa.scores.json")
+    turned = ScoreFile(**{**vars(record), "items": record.items[::-1]}).write(tmp_path / "turned.scores.json")
+    straight, other = (
+        build(load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"]), resamples=200).rows[0]
+        for path in (scored / "model-b" / "gqa.scores.json", turned)
+    )
+    assert straight == other
+
+
+def test_runs_below_a_folder_are_seeds(tmp_path):
+    rng = np.random.default_rng(1)
+    chance = rng.uniform(0.3, 0.7, 200)
+    for side, gain in (("base", 0.0), ("new", 0.2)):
+        for seed in range(3):
+            simulated(tmp_path / side, f"seed{seed}", (rng.random(200) < chance + gain).astype(float).tolist())
+    row = build(load_sides([tmp_path / "base", tmp_path / "new"], []), resamples=500).rows[0]
+    assert row.runs == (3, 3) and row.result.spread_base > 0 and row.p_mcnemar is None
+    assert row.result.test == "t over images and runs" and row.result.low > 0
+    mean = np.mean(
+        [100 * np.mean([item["score"] for item in r.items]) for r in load_side(tmp_path / "new").runs["gqa"]]
+    )
+    assert row.result.new == pytest.approx(mean)
+
+
+def test_a_copy_of_a_run_is_no_second_run(tmp_path):
+    simulated(tmp_path / "base", "one", [0, 1, 0, 1])
+    simulated(tmp_path / "base", "two", [0, 1, 0, 1])
+    side = load_side(tmp_path / "base")
+    assert len(side.runs["gqa"]) == 1 and "not counted as another run" in side.notes[0]
+
+
+def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
+    """A score file of one's own needs id, score and cluster alone; a composite without its fields says so."""
+    for benchmark in ("mine", "pope"):
+        base = simulated(tmp_path, f"base-{benchmark}", [0, 1, 0, 1] * 10, benchmark=benchmark)
+        new = simulated(tmp_path, f"new-{benchmark}", [0, 1, 1, 1] * 10, benchmark=benchmark)
+        row = build(load_sides([base, new], []), resamples=200).rows[0]
+        assert (row.result.base, row.result.new) == (50.0, 75.0)
+        assert any("mean score instead of" in note for note in row.notes) == (benchmark == "pope")
+
+
+def test_power_line(tmp_path):
+    base = simulated(tmp_path, "base", [0, 1] * 50)
+    new = simulated(tmp_path, "new", [1, 1] + [0, 1] * 49)
+    row = build(load_sides([base, new], []), resamples=500).rows[0]
+    assert "100 questions on 100 images" in row.power_line() and "takes" in row.power_line()
+
+
+def test_three_sides(scored, tmp_path):
+    """Each NEW against BASE, Holm within the pair, names told apart."""
+    other = tmp_path / "model-b"
+    other.mkdir()
+    for path in (scored / "model-b").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    main([str(scored / "model-a"), str(scored / "model-b"), str(other), "--out", str(tmp_path / "out"),
+          "--resamples", "200"])  # fmt: skip
+    data = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert len(data["rows"]) == 18 and len(set(data["names"])) == 3
+    assert "new side" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_other_questions_are_refused(tmp_path):
+    base = simulated(tmp_path, "base", [0, 1] * 20)
+    shifted = ScoreFile(
+        benchmark="gqa", metrics={}, items=[{"id": n + 20, "score": 1, "cluster": n} for n in range(40)]
+    ).write(tmp_path / "new.scores.json")
+    with pytest.raises(ContractError, match=r"share 20 questions of 40, 40.*same --data"):
+        main([str(base), str(shifted)])
+    other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
+    with pytest.raises(ContractError, match="has the truth"):
+        main([str(simulated(tmp_path, "truth-a", [0, 1], truth="no")), str(other)])
+
+
+def test_what_cannot_be_compared(tmp_path):
+    base = simulated(tmp_path, "base", [0, 1])
+    with pytest.raises(ValueError, match="have no benchmark in common"):
+        main([str(base), str(simulated(tmp_path, "other", [0, 1], benchmark="mme2"))])
+    with pytest.raises(FileNotFoundError, match="no score file or folder"):
+        main([str(base), str(tmp_path / "absent")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no score files"):
+        main([str(base), str(tmp_path / "empty")])
+    twice = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}, {"id": 1, "score": 0}])
+    with pytest.raises(ContractError, match="holds item 1 twice"):
+        main([str(base), str(twice.write(tmp_path / "twice.scores.json"))])
+    bare = ScoreFile(benchmark="gqa", metrics={"x": 1.0}, items=[])
+    with pytest.raises(ContractError, match="holds no items"):
+        main([str(base), str(bare.write(tmp_path / "bare.scores.json"))])
+    (tmp_path / "broken.scores.json").write_text("{")
+    with pytest.raises(ContractError, match="not valid JSON"):
+        main([str(base), str(tmp_path / "broken.scores.json")])
+    with pytest.raises(ValueError, match="--names"):
+        main([str(base), str(base), "--names", "one"])
+    with pytest.raises(ValueError, match="--resamples"):
+        main([str(base), str(base), "--resamples", "3"])

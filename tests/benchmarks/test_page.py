@@ -1,0 +1,146 @@
+"""The report in a real browser: plots drawn, sorting and filters work, nothing fetched, markup in answers is text."""
+
+import html
+import json
+import random
+
+import chromium
+import pytest
+from golden_mllm import MODELS, ROOT, answers
+from PIL import Image
+
+from llava_integration.benchmarks.compare import main as compare
+from llava_integration.benchmarks.score import main as score
+from llm2clip_plugin.contracts import ScoreFile
+
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Three benchmarks of both models, with pictures for GQA's and a hostile answer; returns the page's path."""
+    folder = tmp_path_factory.mktemp("report")
+    data = folder / "eval" / "gqa"
+    (data / "data" / "images").mkdir(parents=True)
+    questions = json.loads((ROOT / "gqa" / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8"))
+    (data / "data" / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    for number, entry in enumerate(questions.values()):
+        if number % 2:  # half of the pictures are there
+            size = (random.Random(number).randint(40, 900), 300)
+            Image.new("RGB", size, (number % 255, 80, 120)).save(data / "data" / "images" / f"{entry['imageId']}.jpg")
+    for model in MODELS:
+        rows = [json.loads(line) for line in answers("gqa", model).read_text(encoding="utf-8").splitlines()]
+        if model == "model-a":
+            rows[0]["text"] = HOSTILE  # was right, so the question is one where they disagree
+        path = folder / f"{model}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        score(["gqa", "--data", str(data), "--answers", str(path), "--json", str(folder / model / "gqa.scores.json"),
+               "--model", model])  # fmt: skip
+        for name in ("pope", "mme"):
+            score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
+                   "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
+    compare([str(folder / "model-a"), str(folder / "model-b"), "--out", str(folder / "out"), "--resamples", "300"])
+    return folder / "out" / "compare.html"
+
+
+def test_page_needs_nothing_from_elsewhere(report):
+    text = report.read_text(encoding="utf-8")
+    outside = [
+        word for word in ("http://", "https://", "//cdn") if word in text.replace("http://www.w3.org/2000/svg", "")
+    ]
+    assert outside == [] and "src=" not in text.replace("picture.src =", "").split('id="data"')[0]
+    policy = html.unescape(text.split('Content-Security-Policy" content="')[1].split('"')[0])
+    assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
+    assert HOSTILE not in text and "\\u003cimg src=x" in text  # escaped inside the data, never markup
+
+
+def test_page_embeds_small_pictures(report):
+    data = embedded(report)
+    pictured = [question for question in data["questions"] if question["image"]]
+    assert pictured and all(data["images"][question["image"]].startswith("data:image/jpeg") for question in pictured)
+    assert max(map(len, data["images"].values())) < 30_000
+    text = report.read_text(encoding="utf-8")
+    assert "pictures of gqa were not found" in text and "pictures of pope were not found" in text
+
+
+def embedded(report):
+    text = report.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium here: apt-get install chromium, then this test runs")
+def test_page_in_chromium(report):
+    data = embedded(report)
+    with chromium.Chromium() as browser:
+        browser.open(report.as_uri())
+        run = browser.run
+        # plots: every row of the forest has a mark within the drawing, the radar a shape a side, bars have length
+        assert run("document.querySelectorAll('#forest .forest-row circle').length") == 3
+        assert run("[...document.querySelectorAll('#forest circle')].every(c => c.getBoundingClientRect().width > 2)")
+        assert run("document.querySelectorAll('#radar polygon.side').length") == 2
+        assert run(
+            "[...document.querySelectorAll('details[open] rect.bar')].some(b => b.getBoundingClientRect().width > 20)"
+        )
+        # the hostile answer is text, in the card and nowhere as an element
+        run("document.getElementById('filter-text').value = 'onerror'; " + INPUT)
+        assert run("document.querySelectorAll('.card').length") == 1
+        assert HOSTILE in run("document.querySelector('.card').textContent")
+        assert run("document.querySelectorAll('.card .answer img, .card script, .card b b').length") == 0
+        # filters: by benchmark, by outcome; the counts are the data's
+        run("document.getElementById('filter-text').value = ''")
+        run("document.getElementById('filter-benchmark').value = 'GQA'; " + INPUT)
+        count = sum(question["benchmark"] == "GQA" for question in data["questions"])
+        assert run("document.getElementById('shown').textContent").startswith(f"{count} of {len(data['questions'])}")
+        run("document.getElementById('filter-outcome').value = 'base'; " + INPUT)
+        lost = [q for q in data["questions"] if q["benchmark"] == "GQA" and q["scores"][0] > q["scores"][1]]
+        assert run("document.getElementById('shown').textContent").startswith(f"{len(lost)} of")
+        assert run("[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth > 0)")
+        assert run("document.querySelectorAll('.card img').length") > 0
+        # sorting the table by difference, both ways
+        column = "[...document.querySelectorAll('#differences tbody tr')].map(r => Number(r.cells[3].dataset.value))"
+        button = "document.querySelectorAll('#differences th button')[3].click(); "
+        falling = run(button + column)
+        assert falling == sorted(falling, reverse=True) and run(button + column) == falling[::-1]
+        # pages
+        run("document.getElementById('controls').reset(); " + INPUT)
+        first = run("document.querySelector('.card').textContent")
+        run("document.getElementById('next').click()")
+        assert run("document.querySelector('.card').textContent") != first
+        assert run("document.title") != "owned"
+        assert browser.errors == []
+        assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
+        assert [url for url in browser.requests if url.startswith("file:")] == [report.as_uri()]
+        # and if markup did get in, the policy would not run it
+        run(
+            "const s = document.createElement('script'); s.textContent = 'document.title = \"owned\"';"
+            "document.body.append(s)"
+        )
+        assert run("document.title") != "owned" and any("Content Security Policy" in error for error in browser.errors)
+
+
+INPUT = "document.getElementById('controls').dispatchEvent(new Event('input'))"
+
+
+def test_hostile_names_and_ids_stay_text(tmp_path):
+    """Markup in a model's name, a category, an id or a question reaches neither HTML nor the script element's end."""
+    for name, value in (("base", 1), ("new", 0)):
+        items = [
+            {"id": f"{HOSTILE}{n}", "score": (n + value) % 2, "cluster": "x", "category": f"{HOSTILE}{n % 2}",
+             "question": HOSTILE, "answer": HOSTILE, "truth": HOSTILE}
+            for n in range(6)
+        ]  # fmt: skip
+        record = ScoreFile(benchmark="simulated<b>", metrics={}, items=items, model=HOSTILE + name)
+        record.write(tmp_path / f"{name}.scores.json")
+    out = tmp_path / "x.html"
+    compare(
+        [
+            str(tmp_path / "base.scores.json"),
+            str(tmp_path / "new.scores.json"),
+            "--html",
+            str(out),
+            "--resamples",
+            "100",
+        ]
+    )
+    text = out.read_text(encoding="utf-8")
+    assert "<img" not in text and "<b>red" not in text and text.count("<script") == 2

@@ -1,0 +1,185 @@
+"""The intervals cover what they claim, tests keep their level, and equal files show no difference."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llava_integration.benchmarks.base import Statistic, mean_statistic, ratio
+from llava_integration.benchmarks.statistics import (
+    Paired,
+    compare,
+    holm,
+    mcnemar_p,
+    pair,
+    t_cdf,
+    t_quantile,
+    weights,
+)
+
+SIMULATIONS = 1000  # standard error of a coverage of 95 %: 0.7 %
+RESAMPLES = 400
+
+
+def simulate(rng, images, questions, spread, gain=0.08):
+    """Right and wrong answers of two models; questions of an image share its difficulty and its gain.
+
+    Expected accuracies are .5 and .5 + gain exactly: the spread within images is symmetric and nothing is clipped.
+    """
+    difficulty = rng.uniform(-spread, spread, size=(images, 1))
+    better = gain + rng.uniform(-spread, spread, size=(images, 1)) / 2
+    base = rng.random((images, questions)) < 0.5 + difficulty
+    new = rng.random((images, questions)) < 0.5 + difficulty + better
+    names = np.repeat(np.arange(images), questions).astype(str).tolist()
+    return base.ravel().astype(float), new.ravel().astype(float), names
+
+
+@pytest.mark.parametrize(
+    ("images", "questions", "spread"),
+    [(200, 1, 0.2), (60, 5, 0.25), (40, 12, 0.25)],
+    ids=["one question an image", "five", "twelve"],
+)
+def test_intervals_cover_the_known_difference(images, questions, spread):
+    """93 to 97 % of the 95 % intervals hold the true difference of 8 points."""
+    rng = np.random.default_rng(20251125)
+    covered = 0
+    for number in range(SIMULATIONS):
+        base, new, names = simulate(rng, images, questions, spread)
+        paired = pair([mean_statistic(base)], [mean_statistic(new)], names)
+        result = compare(paired, resamples=RESAMPLES, seed=number)
+        covered += result.low <= 8.0 <= result.high
+    assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+def test_ignoring_images_would_not_cover():
+    """The clustered simulation is one on which questions taken as independent fail: so the test above can fail."""
+    rng = np.random.default_rng(7)
+    covered = 0
+    for number in range(200):
+        base, new, names = simulate(rng, 40, 12, 0.25)
+        paired = pair([mean_statistic(base)], [mean_statistic(new)], [str(place) for place in range(len(names))])
+        result = compare(paired, resamples=300, seed=number)
+        covered += result.low <= 8.0 <= result.high
+    assert covered / 200 < 0.92
+
+
+def f1_statistic(said, truth):
+    sums = np.stack([said * truth, said, truth], axis=1)
+    return Statistic(sums, lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2]))
+
+
+def test_composites_are_covered_too():
+    """F1, which is no mean of questions: yes-rates on present objects .7 -> .8, on absent ones .3 -> .25."""
+    rng = np.random.default_rng(3)
+    true = 100 * (2 * 0.8 / (0.8 + 0.25 + 1) - 2 * 0.7 / (0.7 + 0.3 + 1))
+    covered = 0
+    for number in range(SIMULATIONS):
+        truth = np.tile([1.0, 0.0], 150)
+        chance = rng.random(300)
+        base, new = chance < np.where(truth == 1, 0.7, 0.3), chance < np.where(truth == 1, 0.8, 0.25)
+        names = np.repeat(np.arange(50), 6).astype(str).tolist()
+        paired = pair([f1_statistic(base * 1.0, truth)], [f1_statistic(new * 1.0, truth)], names)
+        result = compare(paired, resamples=RESAMPLES, seed=number)
+        covered += result.low <= true <= result.high
+    assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+def test_intervals_over_runs_cover():
+    """Three seeds a side that move the accuracy by +-3 points: their variance is in the interval."""
+    rng = np.random.default_rng(11)
+    covered = blind = 0
+    for number in range(300):
+        difficulty = rng.uniform(0.3, 0.6, size=150)
+        sides = []
+        for gain in (0.0, 0.08):
+            moved = [np.clip(difficulty + gain + rng.normal(0, 0.03), 0, 1) for _ in range(3)]
+            sides.append([mean_statistic((rng.random(150) < chance).astype(float)) for chance in moved])
+        names = [str(place) for place in range(150)]
+        result = compare(pair(*sides, names), resamples=300, seed=number)
+        alone = compare(pair(sides[0][:1], sides[1][:1], names), resamples=300, seed=number)
+        covered += result.low <= 8.0 <= result.high
+        blind += alone.low <= 8.0 <= alone.high
+        assert result.spread_base > 0 and result.test == "t over images and runs"
+    assert 0.93 <= covered / 300 <= 0.985  # few degrees of freedom: a little wide
+    assert blind / 300 < covered / 300  # one seed a side knows nothing of seeds
+
+
+def test_equal_files_give_zero_and_no_win():
+    scores = np.random.default_rng(0).random(100)
+    result = compare(pair([mean_statistic(scores)], [mean_statistic(scores)], [str(n) for n in range(100)]))
+    assert (result.difference, result.low, result.high, result.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_permutation_keeps_its_level():
+    """Without a difference p is below .05 about 5 % of the time, clustered."""
+    rng = np.random.default_rng(5)
+    found = 0
+    for number in range(400):
+        base, new, names = simulate(rng, 40, 4, 0.2, gain=0.0)
+        paired = pair([mean_statistic(base)], [mean_statistic(new)], names)
+        found += compare(paired, resamples=300, seed=number).p < 0.05
+    assert 0.025 <= found / 400 <= 0.075
+
+
+def test_detectable_difference_is_found_four_times_in_five():
+    rng = np.random.default_rng(9)
+    base, new, names = simulate(rng, 200, 1, 0.2)
+    size = compare(pair([mean_statistic(base)], [mean_statistic(new)], names)).detectable
+    found = 0
+    for number in range(300):
+        base, new, names = simulate(rng, 200, 1, 0.2, gain=size / 100)
+        result = compare(pair([mean_statistic(base)], [mean_statistic(new)], names), resamples=300, seed=number)
+        found += not result.low <= 0 <= result.high
+    assert 0.72 <= found / 300 <= 0.88
+
+
+def test_weights_are_whole_draws_within_strata():
+    strata = np.array([0, 0, 0, 1, 1, 2])
+    drawn = np.concatenate(list(weights(strata, 2000, np.random.default_rng(0))))
+    assert drawn.shape == (2000, 6)
+    for stratum, size in ((0, 3), (1, 2), (2, 1)):
+        assert (drawn[:, strata == stratum].sum(axis=1) == size).all()
+    assert drawn.mean(axis=0) == pytest.approx(np.ones(6), abs=0.06)
+
+
+def test_bootstrap_is_the_naive_loop():
+    """Weights times sums give what copying the drawn images' questions gives."""
+    rng = np.random.default_rng(2)
+    base, _, names = simulate(rng, 12, 3, 0.2)
+    said, truth = base, (rng.random(36) < 0.5).astype(float)
+    statistic = f1_statistic(said, truth)
+    paired = pair([statistic], [statistic], names)
+    order = sorted(set(names))
+    for block in weights(paired.strata, 20, np.random.default_rng(4)):
+        for weight in block:
+            rows = [r for c, n in enumerate(weight) for _ in range(int(n)) for r in range(36) if names[r] == order[c]]
+            naive = 200 * (said[rows] * truth[rows]).sum() / (said[rows].sum() + truth[rows].sum())
+            assert float(paired.statistic.value(weight @ paired.base[0])) == pytest.approx(naive)
+
+
+def test_mcnemar_against_its_definition():
+    """Twice the smaller binomial tail: 5 against 15 of 20."""
+    tail = sum(math.comb(20, k) for k in range(6)) / 2**20
+    assert mcnemar_p(5, 15) == mcnemar_p(15, 5) == pytest.approx(2 * tail)
+    assert mcnemar_p(0, 0) == 1.0 and mcnemar_p(10, 10) == 1.0
+    assert mcnemar_p(4000, 4400) == pytest.approx(1.3e-5, rel=0.05)  # no overflow
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (30, 2.0423), (199, 1.9720), (1000, 1.96234)]
+)
+def test_student(freedom, quantile):
+    """Tables of Student's distribution at 97.5 %."""
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=6e-4)
+    assert t_cdf(quantile, freedom) == pytest.approx(0.975, abs=2e-5)
+    assert t_quantile(0.975, 10**6) == pytest.approx(1.959964, abs=1e-6)
+
+
+def test_one_image_gives_an_empty_interval_not_a_crash():
+    paired = Paired(np.ones((1, 1, 2)), np.ones((1, 1, 2)), mean_statistic([1.0]), np.zeros(1, dtype=int))
+    assert compare(paired, resamples=100).difference == 0
