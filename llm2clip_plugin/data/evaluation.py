@@ -60,7 +60,8 @@ class EvalDataset(Dataset):
             key = sample.key
             captions = tuple(caption for caption in sample.captions if self._wanted(caption))
             if not captions:
-                raise BrokenSample(shard, key, f"no caption of kinds {self.kinds} and languages {self.languages}")
+                wanted = f" of the kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
+                raise BrokenSample(shard, key, f"no caption{wanted}")
             pixels = self.transform.pixels(sample.image)
         except BrokenImage as error:
             return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))

@@ -254,9 +254,8 @@ def random_crop(size: tuple[int, int], augment: AugmentConfig, rng: random.Rando
 
 def _corner_colour(image: Image.Image) -> tuple[int, ...]:
     """Mean of the four corners: what a turned image shows beyond its own border."""
-    right, bottom = image.width - 1, image.height - 1
-    corners = [image.getpixel(place) for place in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
-    return tuple(int(value) for value in np.mean(corners, axis=0).round())
+    corners = np.asarray(image)[[0, 0, -1, -1], [0, -1, 0, -1]]  # (4, 3)
+    return tuple(int(value) for value in corners.mean(axis=0).round())
 
 
 class EvalTransform:

@@ -16,19 +16,23 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from llm2clip_plugin.contracts import canonical_json, whole_file
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 LARGEST_RANGE = 32 << 20  # bytes asked for at once
 SMALLEST_RANGE = 64 << 10  # bytes; what is still asked for when every longer answer was cut off
+COPY_TIME = 0  # modification time of a copy: the same whenever a shard comes again, so that its index stays valid
+SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # what may be thrown out of the folder
 IDENTITY = {"size", "etag", "last-modified", "lastmodified", "mtime", "content-md5", "md5hash", "generation", "oid"}
 
 
@@ -123,10 +127,23 @@ class Downloads:
             with _locked(target.with_name(target.name + ".lock")):
                 if not target.exists():  # another process may have been faster
                     self._download(url, target)
-                    self._evict(keep=target)
-        else:
-            os.utime(target)  # mark as used
+            self._evict(keep=target)
+        try:
+            os.utime(target, ns=(time.time_ns(), COPY_TIME))  # mark as used
+        except FileNotFoundError:
+            return self.fetch(url)  # another process has just thrown it out
         return target
+
+    def use(self, url: str, action: Callable[[Path], Result]) -> Result:
+        """``action`` on the local copy of ``url``, fetched again if another process throws it out."""
+        for attempt in itertools.count():
+            path = self.fetch(url)
+            try:
+                return action(path)
+            except FileNotFoundError:
+                if attempt == self.tries or path.exists():
+                    raise
+        raise AssertionError("count() does not end")
 
     def read(self, url: str) -> bytes:
         """The bytes at ``url`` without keeping a copy: for single images."""
@@ -178,7 +195,7 @@ class Downloads:
                 file.write(data)
                 failures, span = 0, min(LARGEST_RANGE, span * 2)
 
-    def _persist(self, action: Any, url: str) -> Any:
+    def _persist(self, action: Callable[[], Any], url: str) -> Any:
         """``action()``, tried again after network errors."""
         for failures in itertools.count(1):
             try:
@@ -203,16 +220,15 @@ class Downloads:
         """Remove the files used longest ago until the folder fits ``limit_bytes``; open ones stay readable."""
         if not self.limit_bytes:
             return
-        own = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)(?<!\.index)(?<!\.partial)(?<!\.json)(?<!\.jsonl)")
-        files = [path for path in self.folder.iterdir() if own.fullmatch(path.name)]
-        by_age = sorted(files, key=lambda path: path.stat().st_mtime)
-        size = sum(path.stat().st_size for path in by_age)
-        for path in by_age:
-            if size <= self.limit_bytes:
-                return
-            if path != keep:
-                size -= path.stat().st_size
-                path.unlink(missing_ok=True)
+        with _locked(self.folder / ".evict.lock"):
+            found = [(path.stat(), path) for path in self.folder.iterdir() if SHARD.fullmatch(path.name)]
+            size = sum(status.st_size for status, _ in found)
+            for status, path in sorted(found, key=lambda entry: entry[0].st_atime_ns):
+                if size <= self.limit_bytes:
+                    return
+                if path != keep:
+                    size -= status.st_size
+                    path.unlink()
 
 
 def _read_note(path: Path) -> str:

@@ -1,195 +1,29 @@
-"""Where each sample lies in a tar: one pass over the headers, kept in a small file that is read by memory map.
-
-The index holds, for every sample, the offset and size of its image, text and JSON. Member names are only
-compared and cut into key and extension; none is ever used as a path.
-"""
+"""The index of a tar: where the image, text and JSON of each sample lie, kept in a small file read by memory map."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from llm2clip_plugin.contracts import whole_file
+from llm2clip_plugin.data.tar_scan import Entry, group_samples, scan_tar
 
-BLOCK = 512  # bytes; tar headers and contents start on multiples of it
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORMAT = {"kind": "llm2clip-tar-index", "format_version": 1}
-COLUMNS = (
-    "image_offset",
-    "image_size",
-    "text_offset",
-    "text_size",
-    "json_offset",
-    "json_size",
-    "key_offset",
-    "key_size",
-)
-ABSENT = -1  # offset of a member that the sample does not have
-
-
-class Member(NamedTuple):
-    """One regular file of a tar."""
-
-    name: str
-    offset: int  # of its contents, bytes
-    size: int  # bytes
-
-
-class Entry(NamedTuple):
-    """One sample: (offset, size) of each part, offset ABSENT where there is none."""
-
-    key: str
-    image: tuple[int, int]
-    text: tuple[int, int]
-    json: tuple[int, int]
-
-
-class BrokenShard(ValueError):  # noqa: N818
-    """A tar that can't be read to its end: which one, where, and what to do."""
-
-
-def scan_tar(path: str | os.PathLike[str]) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar (ustar, GNU and pax) from its headers alone.
-
-    Raises BrokenShard for a compressed file, a header whose checksum is wrong, a member cut short,
-    or a missing end mark (a writer that was killed at a member's border).
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise BrokenShard(f"{path} is empty; write the shard again or remove it")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            yield from _scan(view, size, str(path))
-
-
-def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
-    offset, long_name, pax = 0, "", {}
-    while offset + BLOCK <= size:
-        header = view[offset : offset + BLOCK]
-        if header.count(0) == BLOCK:
-            return
-        _verify(header, offset, path)
-        length, kind = _number(header[124:136]), header[156:157]
-        if b"size" in pax:
-            length = int(pax[b"size"])
-        start = offset + BLOCK
-        if start + length > size:
-            name = long_name or _name(header)
-            raise BrokenShard(
-                f"{path} is cut short: {name!r} should end at byte {start + length}, the file has {size}; "
-                "download or write the shard again, or remove it"
-            )
-        if kind in (b"L", b"x", b"g"):  # not files: a long name, or pax records, for the next header
-            body = view[start : start + length]
-            if kind == b"L":
-                long_name = body.rstrip(b"\0").decode("utf-8", "replace")
-            elif kind == b"x":
-                pax = _pax_records(body)
-        else:
-            if kind in (b"0", b"\0", b"7"):
-                name = pax[b"path"].decode("utf-8", "replace") if b"path" in pax else long_name or _name(header)
-                yield Member(name, start, length)
-            long_name, pax = "", {}
-        offset = start + -(-length // BLOCK) * BLOCK
-    raise BrokenShard(
-        f"{path} has no end mark after byte {offset}: its writer was stopped or the copy is cut short; "
-        "write or copy it again, or remove it"
-    )
-
-
-def _verify(header: bytes, offset: int, path: str) -> None:
-    """Raise BrokenShard unless the header's checksum is right: the sum of its bytes, its own field read as spaces."""
-    field = header[148:156]
-    try:
-        expected = _number(field)
-    except ValueError:
-        expected = -1
-    if sum(header) - sum(field) + 8 * 32 != expected:
-        gzip = header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd"
-        hint = (
-            "it is compressed: unpack it to a plain .tar" if gzip else "not a tar, or damaged: write or copy it again"
-        )
-        raise BrokenShard(f"{path}: no tar header at byte {offset}; {hint}")
-
-
-def _number(field: bytes) -> int:
-    """A tar number: octal text, or base 256 if the first bit is set."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":  # GNU writes "ustar  " and uses the prefix field for other things
-        prefix = header[345:500].split(b"\0", 1)[0]
-        if prefix:
-            name = prefix + b"/" + name
-    return name.decode("utf-8", "replace")
-
-
-def _pax_records(body: bytes) -> dict[bytes, bytes]:
-    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; LENGTH counts the whole record."""
-    records: dict[bytes, bytes] = {}
-    while body and body[0] != 0:
-        length_text, _, _ = body.partition(b" ")
-        length = int(length_text)
-        key, _, value = body[len(length_text) + 1 : length - 1].partition(b"=")
-        records[key] = value
-        body = body[length:]
-    return records
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension as WebDataset cuts them: at the first dot of the last component."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def group_samples(members: Iterator[Member]) -> list[Entry]:
-    """Join the members that share a key into samples, in order of first appearance.
-
-    A key that comes back with a part it already has begins another sample of the same key, so nothing
-    is lost or overwritten; ``data check`` reports it. Hidden files (macOS's ``._x.jpg``) and parts other
-    than an image, .txt and .json are ignored.
-    """
-    samples: list[dict[str, tuple[int, int]]] = []
-    keys: list[str] = []
-    latest: dict[str, int] = {}
-    for member in members:
-        key, extension = split_name(member.name)
-        part = "image" if extension in IMAGE_EXTENSIONS else extension
-        if key.rpartition("/")[2] == "" or not extension:
-            continue  # a hidden file, or a name without an extension
-        number = latest.get(key)
-        if number is None or part in samples[number]:
-            number = latest[key] = len(samples)
-            samples.append({})
-            keys.append(key)
-        samples[number][part] = (member.offset, member.size)
-    none = (ABSENT, 0)
-    return [
-        Entry(key, parts.get("image", none), parts.get("txt", none), parts.get("json", none))
-        for key, parts in zip(keys, samples, strict=True)
-        if parts.keys() & {"image", "txt", "json"}
-    ]
+COLUMNS = 8  # offset and size of image, text, JSON and key
 
 
 @dataclass
 class TarIndex:
     """The samples of one tar: a memory-mapped table, eight numbers a sample, and the keys."""
 
-    table: np.ndarray  # (samples, 8) int64, columns as in COLUMNS
+    table: np.ndarray  # (samples, 8) int64: offset and size of image, text, JSON, key
     keys: np.ndarray  # (bytes,) uint8: all keys, UTF-8, one after another
+    tar_size: int  # bytes of the tar that was indexed
 
     def __len__(self) -> int:
         return len(self.table)
@@ -200,37 +34,51 @@ class TarIndex:
         return Entry(name, (image, image_size), (text, text_size), (json_offset, json_size))
 
 
-def open_index(tar: str | os.PathLike[str], spare_folder: Path) -> TarIndex:
-    """The index of ``tar``: read from its file if that still fits the tar's size and time, else built and kept.
+def open_index(tar: Path, spare_folder: Path) -> TarIndex:
+    """The index of ``tar``, built and kept first if ``find_index`` has none.
 
     It is kept beside the tar as ``.NAME.index``, or in ``spare_folder`` where the tar's folder can't be written.
+    Raises BrokenShard.
     """
-    path = Path(tar)
-    status = path.stat()
-    stamp = {"tar_size": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
-    spare = spare_folder / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}-{path.name}.index"
-    beside = path.with_name(f".{path.name}.index")
-    for candidate in (beside, spare):
-        index = _load(candidate, stamp)
-        if index is not None:
-            return index
-    entries = group_samples(scan_tar(path))
-    target = beside
+    index = find_index(tar, spare_folder)
+    if index is not None:
+        return index
+    stamp = _stamp(tar)
+    entries = group_samples(scan_tar(tar))
+    target, spare = _places(tar, spare_folder)
     try:
-        _save(beside, entries, stamp)
+        _save(target, entries, stamp)
     except OSError:  # a read-only folder or file system
         target = spare
-        _save(spare, entries, stamp)
+        _save(target, entries, stamp)
     index = _load(target, stamp)
     assert index is not None, f"{target} does not read back"
     return index
+
+
+def find_index(tar: Path, spare_folder: Path) -> TarIndex | None:
+    """The index of ``tar`` if there is one that fits its size and time; of a tar that is not there, any."""
+    stamp = _stamp(tar) if tar.exists() else {}
+    found = (_load(place, stamp) for place in _places(tar, spare_folder))
+    return next((index for index in found if index is not None), None)
+
+
+def _stamp(tar: Path) -> dict[str, int]:
+    status = tar.stat()
+    return {"tar_size": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
+
+
+def _places(tar: Path, spare_folder: Path) -> tuple[Path, Path]:
+    """Where the index of ``tar`` may be: beside it, and in the spare folder."""
+    digest = hashlib.sha256(os.path.abspath(tar).encode()).hexdigest()[:16]
+    return tar.with_name(f".{tar.name}.index"), spare_folder / f".{digest}-{tar.name}.index"
 
 
 def _save(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
     """One line of JSON padded to a multiple of 8 bytes, the table, the keys."""
     names = [entry.key.encode() for entry in entries]
     sizes = np.array([len(name) for name in names], dtype=np.int64)
-    table = np.zeros((len(entries), len(COLUMNS)), dtype="<i8")
+    table = np.zeros((len(entries), COLUMNS), dtype="<i8")
     if entries:
         table[:, :6] = [[*entry.image, *entry.text, *entry.json] for entry in entries]
         table[:, 6] = np.cumsum(sizes) - sizes
@@ -253,11 +101,11 @@ def _load(path: Path, stamp: dict[str, int]) -> TarIndex | None:
     if not isinstance(head, dict) or any(head.get(name) != value for name, value in {**FORMAT, **stamp}.items()):
         return None
     samples, key_bytes = head["samples"], head["key_bytes"]
-    keys_start = len(line) + samples * len(COLUMNS) * 8
+    keys_start = len(line) + samples * COLUMNS * 8
     if path.stat().st_size != keys_start + key_bytes:
         return None
     if samples == 0:
-        return TarIndex(np.zeros((0, len(COLUMNS)), dtype="<i8"), np.zeros(0, dtype=np.uint8))
-    table = np.memmap(path, dtype="<i8", mode="r", offset=len(line), shape=(samples, len(COLUMNS)))
+        return TarIndex(np.zeros((0, COLUMNS), dtype="<i8"), np.zeros(0, dtype=np.uint8), head["tar_size"])
+    table = np.memmap(path, dtype="<i8", mode="r", offset=len(line), shape=(samples, COLUMNS))
     keys = np.memmap(path, dtype=np.uint8, mode="r", offset=keys_start, shape=(key_bytes,))
-    return TarIndex(table, keys)
+    return TarIndex(table, keys, head["tar_size"])

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.base import RawSample, Shard, Source, SourceConfig
 from llm2clip_plugin.data.records import BrokenSample
-from llm2clip_plugin.data.remote import expand_braces, is_url, list_urls
-from llm2clip_plugin.data.tar_index import ABSENT, BrokenShard, TarIndex, open_index
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.shards import list_tars, open_tar, prepare_tars, use_tar
+from llm2clip_plugin.data.tar_index import TarIndex
+from llm2clip_plugin.data.tar_scan import ABSENT, BrokenShard
 
 OPEN_FILES = 64  # tars held open by one process
-
-
-def list_tars(path: str) -> list[tuple[str, str]]:
-    """(shard name, path or URL) of each tar behind ``path``, by name.
-
-    A shard's name is its path below the part of ``path`` that has no wildcard, without ``.tar``.
-    Raises FileNotFoundError if there is none.
-    """
-    if is_url(path):
-        tars = list_urls(path, ".tar")
-    elif os.path.isdir(path):
-        tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
-    else:
-        tars = [found for one in expand_braces(path) for found in (sorted(glob.glob(one, recursive=True)) or [one])]
-    if not tars:
-        raise FileNotFoundError(f"no .tar files in {path}")
-    folders = [tar.rpartition("/")[0] for tar in tars]
-    base = path.rstrip("/") if os.path.isdir(path) else _common_folder(folders)
-    names = [tar[len(base) :].lstrip("/").removesuffix(".tar") for tar in tars]
-    if len(set(names)) < len(names):
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{path} names the shards {doubled} more than once")
-    return list(zip(names, tars, strict=True))
-
-
-def _common_folder(folders: list[str]) -> str:
-    """The longest folder that all ``folders`` begin with, by whole components."""
-    parts = [folder.split("/") for folder in folders]
-    same = 0
-    while all(len(part) > same for part in parts) and len({part[same] for part in parts}) == 1:
-        same += 1
-    return "/".join(parts[0][:same])
 
 
 class TarSource(Source):
@@ -61,10 +29,11 @@ class TarSource(Source):
         self._downloads = config.downloads
         self._tars = list_tars(config.path)
         self._indexes: list[TarIndex] = []
+        prepare_tars([tar for _, tar in self._tars], self._downloads)
         shards, good, start = [], [], 0
-        for name, tar in _tracked(self._tars):
+        for name, tar in self._tars:
             try:
-                index = open_index(self._local(tar), self._downloads.folder)
+                index = open_tar(self._downloads, tar)
             except (BrokenShard, FileNotFoundError) as error:
                 if broken_shards is None:
                     raise
@@ -110,19 +79,11 @@ class TarSource(Source):
             raise BrokenSample(self.shards[shard].name, entry.key, "no .jpg, .png or .webp in the tar")
         return self._read(shard, *entry.image)
 
-    def _local(self, tar: str) -> Path:
-        if is_url(tar):
-            return self._downloads.fetch(tar)
-        if not os.path.isfile(tar):
-            raise FileNotFoundError(f"no shard at {tar}")
-        return Path(tar)
-
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         """``size`` bytes of a tar; by position, so that forked workers may share a descriptor."""
         descriptor = self._handles.get(shard)
         if descriptor is None:
-            descriptor = os.open(self._local(self._tars[shard][1]), os.O_RDONLY)
-            self._handles[shard] = descriptor
+            descriptor = self._handles[shard] = self._open(shard)
             if len(self._handles) > OPEN_FILES:
                 os.close(self._handles.popitem(last=False)[1])
         else:
@@ -133,11 +94,15 @@ class TarSource(Source):
             raise ValueError(f"shard {name!r} shrank while it was read: {len(data)} of {size} bytes at {offset}")
         return data
 
-
-def _tracked(tars: list[tuple[str, str]]) -> Any:
-    """Progress where opening may take long: downloads, or many indexes to build."""
-    if len(tars) < 16 and not any(is_url(tar) for _, tar in tars):
-        return tars
-    from llm2clip_plugin.progress import track
-
-    return track(tars, total=len(tars), label="open shards", unit="shards")
+    def _open(self, shard: int) -> int:
+        """A descriptor of the tar, which must have the size that was indexed."""
+        tar, expected = self._tars[shard][1], self._indexes[shard].tar_size
+        descriptor = use_tar(self._downloads, tar, lambda path: os.open(path, os.O_RDONLY))
+        size = os.fstat(descriptor).st_size
+        if size != expected:
+            os.close(descriptor)
+            raise ValueError(
+                f"{tar} has {size} bytes, {expected} when it was indexed: it was replaced; start again"
+                + (f" after removing {self._downloads.local_path(tar)} and its index" if is_url(tar) else "")
+            )
+        return descriptor

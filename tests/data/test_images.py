@@ -63,7 +63,7 @@ def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict
 
 
 def test_palettes_and_transparency_are_read_as_llava_does() -> None:
-    """LLaVA hands its processor ``image.convert("RGB")``; a processor of transformers 5 alone would put white behind."""
+    """LLaVA hands its processor ``image.convert("RGB")``; transformers 5 by itself would put white behind."""
     processor = hf_processors()["clip"]()
     transform = EvalTransform(ImageConfig.from_preprocessor(processor.to_dict()))
     rgba = picture(0).convert("RGBA")

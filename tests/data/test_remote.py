@@ -160,3 +160,41 @@ def test_a_table_with_images_over_http(tmp_path: Path) -> None:
         assert source[0].image == jpeg(1)
         with pytest.raises(ValueError, match=r"no image 'none\.jpg'"):
             source[1]
+
+
+def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
+    """Shards are fetched, thrown out and fetched again, in the loader's own processes; an index outlives its shard."""
+    from llm2clip_plugin.data.images import ImageConfig
+    from llm2clip_plugin.data.loader import PairDataset, make_loader
+
+    folder = write_shards(tmp_path / "data", [4] * 4)
+    files = {f"/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
+    one = max(len(data) for data in files.values())
+    server = DroppingServer(files, drop_after=2_000, drops=3)
+    with serving(server) as address:
+        config = SourceConfig(
+            path=f"{address}/{{00000..00003}}.tar",
+            cache_folder=str(tmp_path / "cache"),
+            cache_gb=2.5 * one / 1e9,
+            shuffle_window=2,
+        )
+        source = open_source(config)
+        kept = [path for path in (tmp_path / "cache").glob("*.tar") if not path.name.startswith(".")]
+        assert len(kept) == 2
+        before = server.sent
+        assert open_source(config).shards == source.shards and server.sent == before
+        loader = make_loader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2)
+        batches = [batch for batch, _ in zip(loader, range(4), strict=False)]
+        assert sorted(key for batch in batches[:2] for key in batch["keys"]) == [f"{i:09d}" for i in range(16)]
+        assert server.sent > before
+
+
+def test_a_shard_replaced_at_its_url_is_noticed(tmp_path: Path) -> None:
+    files = {"/00000.tar": (write_shards(tmp_path / "a", [3]) / "00000.tar").read_bytes()}
+    with serving(DroppingServer(files)) as address:
+        config = SourceConfig(path=f"{address}/00000.tar", cache_folder=str(tmp_path / "cache"))
+        local = open_source(config).config.downloads.local_path(config.path)
+        local.unlink()
+        files["/00000.tar"] = (write_shards(tmp_path / "b", [12]) / "00000.tar").read_bytes()
+        with pytest.raises(ValueError, match=r"bytes, \d+ when it was indexed: it was replaced"):
+            open_source(config)[0]

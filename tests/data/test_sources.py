@@ -195,6 +195,8 @@ def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
         open_source(config(tmp_path / "x.csv"))
     with pytest.raises(ValueError, match="known: auto, webdataset, jsonl, llava"):
         config(tmp_path, format="parquet")
+    with pytest.raises(ValueError, match="without file://"):
+        config("file:///data/x.tar")
     with pytest.raises(ValueError, match="weight"):
         config(tmp_path, weight=0.0)
     (tmp_path / "x.jsonl").write_text("{}\n")
@@ -203,3 +205,23 @@ def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
     (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(ValueError, match="one object a line"):
         open_source(config(tmp_path / "lines.json"))
+
+
+def test_many_shards_are_indexed_by_processes_and_errors_come_in_order(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1] * 20)
+    assert len(open_source(config(tmp_path))) == 20
+    assert len(list(tmp_path.glob(".*.index"))) == 20
+    other = write_shards(tmp_path / "other", [1] * 20)
+    for name in ("00003", "00007"):
+        (other / f"{name}.tar").write_bytes((other / f"{name}.tar").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"00003\.tar is cut short"):
+        open_source(config(other))
+    broken: dict[str, str] = {}
+    assert len(open_source(config(other), broken)) == 18 and list(broken) == ["00003", "00007"]
+
+
+def test_a_shard_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
+    source = open_source(config(write_shards(tmp_path, [3])))
+    write_shards(tmp_path, [12])
+    with pytest.raises(ValueError, match="it was replaced"):
+        source[0]

@@ -7,7 +7,8 @@ import pytest
 from data_world import write_tar
 
 from llm2clip_plugin.data import tar_index
-from llm2clip_plugin.data.tar_index import ABSENT, BrokenShard, group_samples, open_index, scan_tar
+from llm2clip_plugin.data.tar_index import open_index
+from llm2clip_plugin.data.tar_scan import ABSENT, BrokenShard, group_samples, scan_tar
 
 LONG = "folder/" * 20 + "a" * 120  # past ustar's 100 and 155 characters
 NAMES = ["a.txt", "folder/b.jpg", "ünïcode.json", "folder/" * 14 + "in-the-prefix.txt", LONG + ".txt"]
@@ -132,7 +133,7 @@ def test_the_index_goes_elsewhere_where_the_folder_is_read_only(
     monkeypatch.setattr(tar_index, "whole_file", refuse)
     assert open_index(path, tmp_path / "spare")[0].key == "1"
     assert [file.name for file in (tmp_path / "data").iterdir()] == ["x.tar"]
-    assert len(list((tmp_path / "spare").glob("*.index"))) == 1
+    assert len(list((tmp_path / "spare").glob(".*.index"))) == 1
     assert open_index(path, tmp_path / "spare")[0].key == "1"
 
 

@@ -1,0 +1,164 @@
+"""The members of a tar, from its headers alone, and the samples that they make up.
+
+Member names are only compared and cut into key and extension; none is ever used as a path.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BLOCK = 512  # bytes; tar headers and contents start on multiples of it
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+ABSENT = -1  # offset of a member that the sample does not have
+
+
+class Member(NamedTuple):
+    """One regular file of a tar."""
+
+    name: str
+    offset: int  # of its contents, bytes
+    size: int  # bytes
+
+
+class Entry(NamedTuple):
+    """One sample: (offset, size) of each part, offset ABSENT where there is none."""
+
+    key: str
+    image: tuple[int, int]
+    text: tuple[int, int]
+    json: tuple[int, int]
+
+
+class BrokenShard(ValueError):  # noqa: N818
+    """A tar that can't be read to its end: which one, where, and what to do."""
+
+
+def scan_tar(path: str | os.PathLike[str]) -> Iterator[Member]:
+    """Yield the regular files of an uncompressed tar (ustar, GNU and pax) from its headers alone.
+
+    Raises BrokenShard for a compressed file, a header whose checksum is wrong, a member cut short,
+    or a missing end mark (a writer that was killed at a member's border).
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise BrokenShard(f"{path} is empty; write the shard again or remove it")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            yield from _scan(view, size, str(path))
+
+
+def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
+    offset, long_name, pax = 0, "", {}
+    while offset + BLOCK <= size:
+        header = view[offset : offset + BLOCK]
+        if header.count(0) == BLOCK:
+            return
+        _verify(header, offset, path)
+        length, kind = _number(header[124:136]), header[156:157]
+        if b"size" in pax:
+            length = int(pax[b"size"])
+        start = offset + BLOCK
+        if start + length > size:
+            name = long_name or _name(header)
+            raise BrokenShard(
+                f"{path} is cut short: {name!r} should end at byte {start + length}, the file has {size}; "
+                "download or write the shard again, or remove it"
+            )
+        if kind in (b"L", b"x", b"g"):  # not files: a long name, or pax records, for the next header
+            body = view[start : start + length]
+            if kind == b"L":
+                long_name = body.rstrip(b"\0").decode("utf-8", "replace")
+            elif kind == b"x":
+                pax = _pax_records(body)
+        else:
+            if kind in (b"0", b"\0", b"7"):
+                name = pax[b"path"].decode("utf-8", "replace") if b"path" in pax else long_name or _name(header)
+                yield Member(name, start, length)
+            long_name, pax = "", {}
+        offset = start + -(-length // BLOCK) * BLOCK
+    raise BrokenShard(
+        f"{path} has no end mark after byte {offset}: its writer was stopped or the copy is cut short; "
+        "write or copy it again, or remove it"
+    )
+
+
+def _verify(header: bytes, offset: int, path: str) -> None:
+    """Raise BrokenShard unless the header's checksum is right: the sum of its bytes, its own field read as spaces."""
+    field = header[148:156]
+    try:
+        expected = _number(field)
+    except ValueError:
+        expected = -1
+    if sum(header) - sum(field) + 8 * 32 != expected:
+        gzip = header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd"
+        hint = (
+            "it is compressed: unpack it to a plain .tar" if gzip else "not a tar, or damaged: write or copy it again"
+        )
+        raise BrokenShard(f"{path}: no tar header at byte {offset}; {hint}")
+
+
+def _number(field: bytes) -> int:
+    """A tar number: octal text, or base 256 if the first bit is set."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0":  # GNU writes "ustar  " and uses the prefix field for other things
+        prefix = header[345:500].split(b"\0", 1)[0]
+        if prefix:
+            name = prefix + b"/" + name
+    return name.decode("utf-8", "replace")
+
+
+def _pax_records(body: bytes) -> dict[bytes, bytes]:
+    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; LENGTH counts the whole record."""
+    records: dict[bytes, bytes] = {}
+    while body and body[0] != 0:
+        length_text, _, _ = body.partition(b" ")
+        length = int(length_text)
+        key, _, value = body[len(length_text) + 1 : length - 1].partition(b"=")
+        records[key] = value
+        body = body[length:]
+    return records
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and lower-case extension as WebDataset cuts them: at the first dot of the last component."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def group_samples(members: Iterator[Member]) -> list[Entry]:
+    """Join the members that share a key into samples, in order of first appearance.
+
+    A key that comes back with a part it already has begins another sample of the same key, so nothing
+    is lost or overwritten; ``data check`` reports it. Hidden files (macOS's ``._x.jpg``) and parts other
+    than an image, .txt and .json are ignored.
+    """
+    samples: list[dict[str, tuple[int, int]]] = []
+    keys: list[str] = []
+    latest: dict[str, int] = {}
+    for member in members:
+        key, extension = split_name(member.name)
+        part = "image" if extension in IMAGE_EXTENSIONS else extension
+        if key.rpartition("/")[2] == "" or not extension:
+            continue  # a hidden file, or a name without an extension
+        number = latest.get(key)
+        if number is None or part in samples[number]:
+            number = latest[key] = len(samples)
+            samples.append({})
+            keys.append(key)
+        samples[number][part] = (member.offset, member.size)
+    none = (ABSENT, 0)
+    return [
+        Entry(key, parts.get("image", none), parts.get("txt", none), parts.get("json", none))
+        for key, parts in zip(keys, samples, strict=True)
+        if parts.keys() & {"image", "txt", "json"}
+    ]
