@@ -1,9 +1,10 @@
 """Start-up hook: watches for LLaVA's modules and hands each to ``register`` right after it has run.
 
-A ``.pth`` line imports this module at the start of every Python process of the environment, so it
-imports nothing but ``sys`` and ``os`` and must never raise. It reaches ``python -m llava.train.train``,
-a script path under the DeepSpeed launcher and a notebook that imports only ``llava``.
-``LLM2CLIP_LLAVA_HOOK=0`` switches it off.
+``llm2clip_llava.pth`` in site-packages puts a watcher of six lines on ``sys.meta_path`` of every Python process of
+the environment; this module is imported when the first of LLaVA's model modules is. So it reaches ``python -m
+llava.train.train``, a script path under the DeepSpeed launcher and a notebook that imports only ``llava``, and a
+process without LLaVA pays for the six lines alone. Nothing here may raise: ``llava.model`` swallows import errors, and
+the user would see "cannot import name LlavaLlamaForCausalLM". ``LLM2CLIP_LLAVA_HOOK=0`` switches it off.
 """
 
 import os
@@ -15,22 +16,28 @@ WATCHED = (
     "llava.model.llava_arch",  # writes into the configuration which tower a model is trained with
     "llava.model.builder",  # knows the checkpoint's folder, where a bundled tower lies
 )
+WATCHER = "LLM2CLIPWatcher"  # name of the watcher's class, here and in the .pth file
 
 
-class Watcher:
-    """A finder that answers for WATCHED alone, with whatever spec the other finders have for it."""
+class LLM2CLIPWatcher:
+    """The watcher of the ``.pth`` file, for processes that don't read it."""
 
-    def find_spec(self, fullname, path=None, target=None):
-        """The spec that an import without this finder would get, its loader told to call ``register``."""
-        if fullname not in WATCHED:
-            return None
-        for finder in sys.meta_path:
-            find = None if isinstance(finder, Watcher) else getattr(finder, "find_spec", None)
-            spec = find(fullname, path, target) if find else None
-            if spec is not None:
-                watch(spec)
-                return spec
+    def find_spec(self, name, path=None, target=None):
+        """As any finder's."""
+        return find_spec(name, path, target)
+
+
+def find_spec(name, path=None, target=None):
+    """For WATCHED alone: the spec that the other finders have for it, its loader told to call ``register``."""
+    if name not in WATCHED or os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return None
+    for finder in sys.meta_path:
+        find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)
+        spec = find(name, path, target) if find else None
+        if spec is not None:
+            watch(spec)
+            return spec
+    return None
 
 
 def watch(spec):
@@ -56,7 +63,7 @@ def complete(module):
         from llava_integration import register
 
         register.complete(module)
-    except Exception as error:  # raising here would surface as "cannot import name LlavaLlamaForCausalLM"
+    except Exception as error:
         report(error)
 
 
@@ -65,11 +72,17 @@ def report(error):
     print(f"llm2clip: --vision_tower llm2clip is unknown in this process: {error!r}", file=sys.stderr)
 
 
+def watching():
+    """Whether a watcher is at work in this process."""
+    return os.environ.get("LLM2CLIP_LLAVA_HOOK") != "0" and any(type(f).__name__ == WATCHER for f in sys.meta_path)
+
+
 def install():
-    """Start to watch, once a process; modules of LLaVA that are loaded already are completed at once."""
-    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0" or any(isinstance(finder, Watcher) for finder in sys.meta_path):
+    """Start to watch where the ``.pth`` file was not read; modules of LLaVA that are loaded are completed at once."""
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return
-    sys.meta_path.insert(0, Watcher())
+    if not watching():
+        sys.meta_path.insert(0, LLM2CLIPWatcher())
     for name in WATCHED:
         if name in sys.modules:
             complete(sys.modules[name])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from llava_integration import commands, names
-from llava_integration.boot import Watcher
+from llava_integration import boot, commands, names
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.doctor import Finding, numbers
 
@@ -52,7 +50,7 @@ def check_transformers() -> Finding:
 
 def check_hook() -> Finding:
     """Every process of this environment knows ``--vision_tower llm2clip``."""
-    if any(isinstance(finder, Watcher) for finder in sys.meta_path):
+    if boot.watching():
         return Finding(subject="start-up hook", state="ok", found="watching")
     if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return Finding(subject="start-up hook", state="warn", found="LLM2CLIP_LLAVA_HOOK=0", mend="unset it")

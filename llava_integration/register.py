@@ -12,6 +12,8 @@ from typing import Any
 from llava_integration import names, provenance
 from llm2clip_plugin.contracts import ContractError
 
+OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")  # LLaVA reads them, its argument parser lacks them
+
 
 def complete(module: ModuleType) -> None:
     """Wrap the function of ``module`` that has to know our towers, also where other modules bound it already."""
@@ -22,7 +24,10 @@ def complete(module: ModuleType) -> None:
     else:
         owner, name, wrap = module, "build_vision_tower", knowing_our_names
     original = getattr(owner, name)
-    wrapper = functools.wraps(original)(wrap(original))
+    if original.__module__ == __name__:
+        return
+    wrapper = wrap(original)
+    functools.update_wrapper(wrapper, original, assigned=("__name__", "__qualname__", "__doc__"))
     setattr(owner, name, wrapper)
     for loaded_name, loaded in list(sys.modules.items()):
         if loaded_name.split(".")[0] == "llava" and getattr(loaded, name, None) is original:
@@ -65,7 +70,8 @@ def settings_from_environment(config: Any) -> None:
         return
     if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
         config.s2, config.s2_scales = True, scales
-    if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1":
+    # Pretrain trains the projector alone and saves nothing else, so there is no trained tower to come back.
+    if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not config.tune_mm_mlp_adapter:
         config.unfreeze_mm_vision_tower = True
 
 
@@ -75,17 +81,16 @@ def recording(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
         before = self.get_vision_tower()
         refuse_another_name(before, model_args.vision_tower)
-        for option in ("s2", "s2_scales", "unfreeze_mm_vision_tower"):  # from the base model's config.json
+        if not names.is_ours(model_args.vision_tower):
+            return original(self, model_args, fsdp=fsdp)
+        for option in OWN_OPTIONS:  # from the base model's config.json
             if before is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
         original(self, model_args, fsdp=fsdp)
         tower = self.get_vision_tower()
-        if not names.is_ours(model_args.vision_tower):
-            return
-        setattr(
-            self.config, provenance.KEY, provenance.record_of(tower.place, tower.vision_tower_name, tower.hidden_size)
-        )
-        for option in ("s2", "s2_scales", "unfreeze_mm_vision_tower"):
+        record = provenance.record_of(tower.place, model_args.vision_tower, tower.hidden_size)
+        setattr(self.config, provenance.KEY, record)
+        for option in OWN_OPTIONS:
             if hasattr(model_args, option):
                 setattr(self.config, option, getattr(model_args, option))
 

@@ -1,0 +1,226 @@
+"""Answers in batches, over ranks, after a kill: the same as LLaVA's own program gives one by one."""
+
+import base64
+import json
+import os
+import sys
+
+import pytest
+
+from llava_integration import answers, evaluate, questions
+from llm2clip_plugin.contracts import ContractError
+
+
+@pytest.fixture(scope="session")
+def checkpoint(world):
+    """A finetuned tiny LLaVA whose answers differ in length and word."""
+    folder = world.root / "llava-answers"
+    options = ("--max_steps", "40", "--learning_rate", "5e-3")
+    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *options)
+    return folder
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def texts(path):
+    return [(row["question_id"], row["prompt"], row["text"]) for row in read(path)]
+
+
+def words(world, checkpoint, output, *more):
+    """The command's words."""
+    return [
+        *("--model-path", checkpoint, "--question-file", world.questions, "--image-folder", world.images),
+        *("--answers-file", output, "--max_new_tokens", "12", "--workers", "0", *more),
+    ]
+
+
+@pytest.fixture
+def run(world, checkpoint, monkeypatch, capsys):
+    """Run the command in this process; returns what it printed."""
+
+    def run(output, *more):
+        assert evaluate.main([str(word) for word in words(world, checkpoint, output, *more)]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def theirs(world, checkpoint):
+    """The answers of LLaVA's own model_vqa_loader."""
+    output = world.root / "theirs" / "answers.jsonl"
+    arguments = words(world, checkpoint, output, "--conv-mode", "vicuna_v1", "--temperature", "0")
+    arguments = arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
+    world.python("-m", "llava.eval.model_vqa_loader", *arguments)
+    return output
+
+
+def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
+    """At batch 1, in LLaVA's precision: field by field, but for the random id."""
+    run(tmp_path / "answers.jsonl")
+    for ours, own in zip(read(tmp_path / "answers.jsonl"), read(theirs), strict=True):
+        assert set(ours) == set(own)
+        assert {key: ours[key] for key in ours if key != "answer_id"} == {
+            key: own[key] for key in own if key != "answer_id"
+        }
+
+
+def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
+    """Prompts of two lengths and answers that end at different tokens share a batch; float32, so ties don't flip."""
+    for size in (1, 5):
+        run(tmp_path / f"by-{size}.jsonl", "--batch-size", size, "--dtype", "float32")
+    one = texts(tmp_path / "by-1.jsonl")
+    assert texts(tmp_path / "by-5.jsonl") == one
+    assert len({text for *_, text in one}) > 1, "a model that always says the same shows nothing"
+
+
+def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, checkpoint):
+    output = tmp_path / "answers.jsonl"
+    book = answers.AnswerBook.write
+    calls = []
+
+    def killed(self, found):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(len(found))
+        book(self, found)
+
+    monkeypatch.setattr(answers.AnswerBook, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([str(word) for word in words(world, checkpoint, output, "--batch-size", "2")])
+    assert not output.exists()
+    (torn,) = (output.with_name("answers.jsonl.partial")).glob("*.jsonl")
+    torn.write_text(torn.read_text()[:-30])  # the last line was on its way to the disk
+    monkeypatch.setattr(answers.AnswerBook, "write", lambda self, found: (calls.append(len(found)), book(self, found)))
+    calls.clear()
+    run(output, "--batch-size", "2")
+    assert sum(calls) == 12 - 5
+    assert texts(output) == texts(theirs)
+    assert not output.with_name("answers.jsonl.partial").exists()
+    assert "is complete" in run(output, "--batch-size", "2")
+
+
+def test_ranks_share_the_questions(theirs, run, tmp_path, monkeypatch):
+    output = tmp_path / "answers.jsonl"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    told = []
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        told.append(run(output))
+    assert ["other ranks go on" in line for line in told] == [True, True, False]
+    assert texts(output) == texts(theirs)
+
+
+def test_two_processes_at_once(world, checkpoint, theirs, tmp_path):
+    """Under torchrun, as on a node."""
+    output = tmp_path / "answers.jsonl"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    world.run(*launcher, "-m", "llava_integration.evaluate", *words(world, checkpoint, output, "--batch-size", "3"))
+    assert texts(output) == texts(theirs)
+
+
+def test_other_settings_are_not_mixed_in(run, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    run(output)
+    with pytest.raises(ContractError, match=r"max_new_tokens 12 -> 3"):
+        run(output, "--max_new_tokens", "3")
+    run(output, "--max_new_tokens", "3", "--overwrite")
+    (tmp_path / "foreign.jsonl").write_text("{}\n")
+    with pytest.raises(ContractError, match="another program"):
+        run(tmp_path / "foreign.jsonl")
+
+
+def test_chunks_are_llavas(world):
+    from llava.eval.model_vqa_loader import get_chunk
+
+    asked = questions.read_questions(world.questions)
+    for chunks in (1, 5, 7):
+        for index in range(chunks):
+            if index * -(-12 // chunks) < 12:
+                assert evaluate.chunk(asked, chunks, index) == get_chunk(asked, chunks, index)
+    assert evaluate.chunk(asked, 5, 4) == []
+    with pytest.raises(ValueError, match="0 to 4"):
+        evaluate.chunk(asked, 5, 5)
+
+
+def test_science_questions_with_and_without_image(world, run, tmp_path, checkpoint):
+    """ScienceQA's file: text-only questions share a run with pictured ones, as in LLaVA's model_vqa_science."""
+    name = next(world.images.iterdir()).name
+    rows = [
+        {
+            "id": "7",
+            "image": name,
+            "conversations": [{"from": "human", "value": "<image>\nWhich colour?\nA. red\nB. no"}],
+        },
+        {"id": "8", "conversations": [{"from": "human", "value": "Say a colour."}]},
+        {"id": "9", "conversations": [{"from": "human", "value": "Say a longer colour, if you please."}]},
+    ]
+    file = tmp_path / "science.json"
+    file.write_text(json.dumps(rows))
+    options = ("--question-file", file, "--single-pred-prompt", "--dtype", "float32")
+    run(tmp_path / "one.jsonl", *options)
+    run(tmp_path / "three.jsonl", *options, "--batch-size", "3")
+    assert texts(tmp_path / "one.jsonl") == texts(tmp_path / "three.jsonl")
+    suffix = "\nAnswer with the option's letter from the given choices directly."
+    prompts = [prompt for _, prompt, _ in texts(tmp_path / "one.jsonl")]
+    assert prompts[:2] == [f"<image>\nWhich colour?\nA. red\nB. no{suffix}", f"Say a colour.{suffix}"]
+
+
+def test_table_questions_rotate(world, run, tmp_path):
+    """MMBench's file: rounds, hints, options and letters as LLaVA's model_vqa_mmbench writes them."""
+    image = base64.b64encode(next(world.images.iterdir()).read_bytes()).decode()
+    file = tmp_path / "bench.tsv"
+    head = "index\tquestion\thint\tA\tB\tC\tD\timage"
+    file.write_text(f"{head}\n3\tWhich?\tnan\tred\tblue\tgreen\t\t{image}\n4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n")
+    options = ("--question-file", file, "--all-rounds", "--single-pred-prompt", "--lang", "cn", "--batch-size", "4")
+    run(tmp_path / "answers.jsonl", *options)
+    rows = read(tmp_path / "answers.jsonl")
+    assert [(row["question_id"], row["round_id"], row["option_char"]) for row in rows] == [
+        (3, 0, ["A", "B", "C"]),
+        (3, 1, ["B", "C", "A"]),
+        (3, 2, ["C", "A", "B"]),
+        (4, 0, ["A", "B"]),
+        (4, 1, ["B", "A"]),
+    ]
+    assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red" and rows[1]["options"] == ["blue", "green", "red"]
+    assert rows[4]["prompt"] == "Look.\nIs it?\nA. no\nB. yes"
+    asked = questions.read_questions(file, directly=True, all_rounds=True, lang="cn")
+    assert asked[0].text.endswith("C. green\n请直接回答选项字母。")
+
+
+def test_what_can_be_wrong_is_said(world, run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no question file"):
+        run(tmp_path / "a.jsonl", "--question-file", tmp_path / "none.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question_id": 1, "text": "x", "image": "nowhere.png"}\n{"question_id": 2}\n')
+    with pytest.raises(ValueError, match=r"broken.jsonl, line 2: .*'text'"):
+        run(tmp_path / "b.jsonl", "--question-file", broken)
+    broken.write_text(broken.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"question 1: cannot read .*nowhere.png"):
+        run(tmp_path / "c.jsonl", "--question-file", broken)
+    with pytest.raises(ValueError, match=r"known: .*vicuna_v1"):
+        run(tmp_path / "d.jsonl", "--conv-mode", "nobody")
+
+
+@pytest.mark.parametrize(
+    "environment, device, visible, expected",
+    [
+        ({}, "auto", None, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "auto", "1", (3, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}, "auto", "6", (3, 4)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}, "cuda", "2", (5, 8)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "CUDA_VISIBLE_DEVICES": "7"}, "auto", "7", (5, 8)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "cpu", "", (1, 2)),
+    ],
+)
+def test_each_rank_sees_its_own_gpu(monkeypatch, environment, device, visible, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert evaluate.choose_device(device) == expected
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible

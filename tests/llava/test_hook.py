@@ -1,0 +1,119 @@
+"""The start-up hook: what it reaches, what it leaves alone, what it costs."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import llava_integration
+
+PTH = Path(llava_integration.__file__).with_name("llm2clip_llava.pth")
+KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
+
+
+def test_a_process_that_imports_only_llava_knows_the_tower(world):
+    assert world.python("-c", KNOWS).strip().endswith("True")
+
+
+def test_switched_off(world):
+    assert world.python("-c", KNOWS, LLM2CLIP_LLAVA_HOOK="0").strip().endswith("False")
+
+
+def test_all_three_places_are_completed(world):
+    code = (
+        "import llava.model.builder as m, llava.model.llava_arch as a, llava.model.multimodal_encoder.builder as b;"
+        "print([hasattr(f, '__wrapped__') for f in (m.load_pretrained_model, b.build_vision_tower,"
+        " a.LlavaMetaModel.initialize_vision_modules, a.build_vision_tower)])"
+    )
+    assert "[True, True, True, True]" in world.python("-c", code)
+
+
+def test_modules_loaded_before_the_hook_are_rebound(world):
+    code = (
+        "import llava.eval.model_vqa as user, llava.model.llava_arch as a;"
+        "from llava_integration import boot;"
+        "import os; del os.environ['LLM2CLIP_LLAVA_HOOK']; boot.install(); boot.install();"
+        "print(hasattr(user.load_pretrained_model, '__wrapped__'), hasattr(a.build_vision_tower, '__wrapped__'),"
+        " hasattr(a.build_vision_tower.__wrapped__, '__wrapped__'))"
+    )
+    assert "True True False" in world.python("-c", code, LLM2CLIP_LLAVA_HOOK="0")
+
+
+def test_other_import_hooks_go_on_working(world):
+    code = """
+import sys
+from importlib.machinery import PathFinder
+seen = []
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        if name == "llava.model.multimodal_encoder.builder":
+            seen.append(name)
+            return PathFinder.find_spec(name, path, target)
+{place}
+from llava.model.llava_arch import build_vision_tower as b
+import llava.model.multimodal_encoder.builder as builder
+print(len(seen), hasattr(b, "__wrapped__"), builder.__spec__.name, builder.__file__)
+"""
+    for place in ("sys.meta_path.append(Spy())", "sys.meta_path.insert(1, Spy())"):
+        told = world.python("-c", code.format(place=place)).strip().splitlines()[-1]
+        calls, known, name, file = told.split()
+        assert known == "True" and name == "llava.model.multimodal_encoder.builder" and file.endswith("builder.py")
+        assert calls == ("0" if "append" in place else "1")
+
+
+def test_a_failing_addition_leaves_llava_whole_and_says_why(world):
+    code = (
+        "import llava_integration.register as r\n"
+        "def fails(module): raise RuntimeError('broken on purpose')\n"
+        "r.complete = fails\n"
+        "from llava.model import LlavaLlamaForCausalLM\n"
+        "print(LlavaLlamaForCausalLM.__name__)"
+    )
+    told = world.python("-c", code)
+    assert told.strip().endswith("LlavaLlamaForCausalLM") and "broken on purpose" in told
+
+
+def test_it_costs_less_than_a_millisecond(world):
+    """Running the .pth line, and a thousand imports that ask the watcher in vain; the best of seven."""
+    code = (
+        "import sys, time\n"
+        "line, best = open(sys.argv[1]).read(), [9.0, 9.0]\n"
+        "for _ in range(7):\n"
+        "    start = time.perf_counter(); exec(line); ran = time.perf_counter()\n"
+        "    for _ in range(1000): sys.meta_path[0].find_spec('some.module')\n"
+        "    best = [min(best[0], ran - start), min(best[1], time.perf_counter() - ran)]\n"
+        "print(*best)"
+    )
+    line, asked = map(float, world.python("-c", code, PTH, PYTHONPATH="").split())
+    assert line < 1e-3 and asked < 1e-2
+
+
+def test_start_up_imports_nothing(world):
+    code = "import sys; print([m for m in sys.modules if 'llm2clip' in m or 'llava' in m or m == 'torch'])"
+    assert world.python("-c", code, PYTHONPATH="").strip() == "[]"  # the tests' own sitecustomize imports torch
+
+
+@pytest.mark.parametrize("target", ["module", "script"])
+def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
+    script = tmp_path / "only_llava.py"
+    script.write_text(f"import sys\n{KNOWS}\nprint(__name__, sys.argv[1:])\n")
+    paths = [str(tmp_path), str(Path(llava_integration.__file__).parents[1]), sysconfig.get_paths()["purelib"]]
+    words = ["-S", "-m", "llava_integration.launch", "--local_rank=1"]
+    words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
+    told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
+    assert told[-2:] == ["True", "__main__ ['--local_rank=1', '--bf16', 'True']"]
+    assert world.python("-S", "-c", KNOWS, PYTHONPATH=":".join(paths)).strip().endswith("False")
+
+
+def test_launch_without_a_target_says_how(world):
+    assert "usage: python -m llava_integration.launch" in world.python("-m", "llava_integration.launch", fails=True)
+
+
+def test_other_names_are_left_to_llava(world):
+    code = (
+        "from types import SimpleNamespace as N\n"
+        "from llava.model.llava_arch import build_vision_tower as b\n"
+        "import sys; b(N(mm_vision_tower=sys.argv[1], mm_vision_select_layer=-2), delay_load=True)"
+    )
+    for name in ("llm2clipx", "my-llm2clip", "LLM2CLIP", "llm2clip/x"):
+        assert f"Unknown vision tower: {name}" in world.python("-c", code, name, fails=True)

@@ -1,0 +1,238 @@
+"""A checkpoint and its tower part ways: copied, bundled, replaced, deleted, unreachable, of another width."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+from llava_integration import bundle, commands, provenance, register
+from llava_integration.names import TowerNotFoundError
+from llm2clip_plugin.cli import main as llm2clip
+from llm2clip_plugin.contracts import ContractError, TowerCard
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def hash_of(tower):
+    return TowerCard.read(tower / TowerCard.FILE).weights_sha256
+
+
+def train(world, name, folder):
+    """What LLaVA's training does with a tower, without the steps: builds, initialises, saves."""
+    model = LlavaLlamaForCausalLM(LlavaConfig.from_pretrained(world.llm))
+    arguments = SimpleNamespace(
+        vision_tower=name,
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type="flat",
+        mm_projector_type="linear",
+        tune_mm_mlp_adapter=False,
+    )
+    model.get_model().initialize_vision_modules(arguments)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    """As load_pretrained_model does for a full checkpoint; returns the tower."""
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, low_cpu_mem_usage=True)
+    model.get_vision_tower().load_model()
+    return model.get_vision_tower()
+
+
+@pytest.fixture
+def mine(world, tmp_path):
+    """A tower directory that a test may move, and a checkpoint trained with it by its path."""
+    tower = tmp_path / "towers" / "mine"
+    shutil.copytree(world.towers["clip"], tower)
+    return tower, train(world, f"llm2clip:{tower}", tmp_path / "llava-mine")
+
+
+def test_found_as_named(mine):
+    tower, checkpoint = mine
+    assert load(checkpoint).place.directory == tower
+
+
+def test_moved_without_its_tower(mine, tmp_path):
+    """The message says which tower, where it was looked for, and both ways out."""
+    tower, checkpoint = mine
+    moved = shutil.move(checkpoint, tmp_path / "elsewhere")
+    shutil.rmtree(tower)
+    with pytest.raises(TowerNotFoundError) as error:
+        load(moved)
+    told = str(error.value)
+    assert json.loads((moved / "config.json").read_text())["llm2clip_tower"]["weights_sha256"] in told
+    for part in (str(tower), f"{moved}/vision_tower", "llm2clip use PATH", f"llm2clip llava bundle {moved}"):
+        assert part in told
+
+
+def test_bundled_it_travels(mine, tmp_path, capsys):
+    tower, checkpoint = mine
+    assert llm2clip(["llava", "bundle", str(checkpoint)]) == 0
+    assert hash_of(tower) in capsys.readouterr().out
+    assert llm2clip(["llava", "bundle", str(checkpoint)]) == 0  # again: nothing to do
+    moved = shutil.move(checkpoint, tmp_path / "elsewhere")
+    features = load(moved)(torch.ones(1, 3, 28, 28))
+    shutil.rmtree(tower)
+    found = load(moved)
+    assert found.place.directory == moved / "vision_tower" and found.place.origin == str(tower)
+    assert torch.equal(found(torch.ones(1, 3, 28, 28)), features)
+    assert f"is taken from {moved / 'vision_tower'}" in capsys.readouterr().out
+
+
+def test_found_in_the_registry_by_its_hash(mine, world):
+    tower, checkpoint = mine
+    shutil.rmtree(tower)
+    commands.main_use([str(world.towers["other"])])
+    commands.main_use([str(world.towers["clip"])])  # the same weights, elsewhere
+    commands.main_use([str(world.towers["siglip"])])
+    assert load(checkpoint).place.directory == world.towers["clip"]
+
+
+def test_another_tower_under_the_name_is_refused(mine, world):
+    tower, checkpoint = mine
+    wanted = hash_of(tower)
+    shutil.rmtree(tower)
+    shutil.copytree(world.towers["other"], tower)
+    with pytest.raises(ContractError) as error:
+        load(checkpoint)
+    told = str(error.value)
+    assert wanted in told and hash_of(world.towers["other"]) in told and "llm2clip llava bundle" in told
+
+
+def test_another_choice_for_the_bare_name_is_refused(world, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    shutil.copytree(world.towers["clip"], mine)
+    monkeypatch.setenv("LLM2CLIP_TOWER", str(mine))
+    checkpoint = train(world, "llm2clip", tmp_path / "llava-bare")
+    monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["other"]))
+    assert load(checkpoint).place.directory == mine  # where it was, it still is
+    shutil.rmtree(mine)
+    with pytest.raises(ContractError, match=hash_of(world.towers["other"])):
+        load(checkpoint)
+    bundle.bundle(checkpoint, tower=str(world.towers["clip"]))
+    assert load(checkpoint).place.directory == checkpoint / "vision_tower"
+
+
+def test_nothing_chosen_for_the_bare_name(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["clip"]))
+    checkpoint = train(world, "llm2clip", tmp_path / "llava-bare")
+    monkeypatch.delenv("LLM2CLIP_TOWER")
+    assert load(checkpoint).place.directory == world.towers["clip"]
+
+
+def test_hub_unreachable(world, tmp_path, monkeypatch):
+    """A tower from the Hub, no network now: the error names it; a bundle loads without asking."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    checkpoint = train(world, f"llm2clip:{world.towers['clip']}", tmp_path / "llava-hub")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["mm_vision_tower"] = "llm2clip:someone/some-tower@v1"
+    config["llm2clip_tower"]["origin"] = "someone/some-tower@v1"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TowerNotFoundError, match=r"(?s)the Hub could not give it.*llm2clip llava bundle"):
+        load(checkpoint)
+    bundle.bundle(checkpoint, tower=str(world.towers["clip"]))
+    assert load(checkpoint).place.directory == checkpoint / "vision_tower"
+
+
+def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
+    _, checkpoint = mine
+    with pytest.raises(ContractError, match=hash_of(world.towers["other"])):
+        bundle.bundle(checkpoint, tower=str(world.towers["other"]))
+    assert not (checkpoint / "vision_tower").exists()
+    (checkpoint / "vision_tower").mkdir()
+    (checkpoint / "vision_tower" / "something").write_text("of another program")
+    with pytest.raises(FileExistsError):
+        bundle.bundle(checkpoint)
+    bundle.bundle(checkpoint, overwrite=True)
+    assert hash_of(checkpoint / "vision_tower") == hash_of(world.towers["clip"])
+    assert llm2clip(["llava", "bundle", str(tmp_path)]) == 2
+    theirs = train(world, f"llm2clip:{world.towers['clip']}", tmp_path / "llava-theirs")
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip-vit-large-patch14"}))
+    with pytest.raises(ContractError, match="none of this package's"):
+        bundle.bundle(theirs)
+
+
+def test_a_damaged_bundle_is_said(mine):
+    tower, checkpoint = mine
+    target = bundle.bundle(checkpoint)
+    weights = (target / "model.safetensors").read_bytes()
+    (target / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x01\x02\x03")
+    shutil.rmtree(tower)
+    with pytest.raises(ContractError, match="changed or copied in part"):
+        load(checkpoint)
+
+
+def test_a_checkpoint_of_before_gets_its_record(mine):
+    _, checkpoint = mine
+    config = json.loads((checkpoint / "config.json").read_text())
+    record = config.pop("llm2clip_tower")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    bundle.bundle(checkpoint)
+    assert json.loads((checkpoint / "config.json").read_text())["llm2clip_tower"] == record
+
+
+def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
+    """Their configuration reaches the tower with the base model's path, so load_pretrained_model says theirs."""
+    tower, checkpoint = mine
+    bundle.bundle(checkpoint)
+    shutil.rmtree(tower)
+    config = SimpleNamespace(**json.loads((checkpoint / "config.json").read_text()))
+    config._name_or_path = "the/base-model"
+    with pytest.raises(TowerNotFoundError):
+        register.build(config.mm_vision_tower, config, delay_load=True)
+    with provenance.loading(str(checkpoint)):
+        found = register.build(config.mm_vision_tower, config, delay_load=True)
+    assert found.place.directory == checkpoint / "vision_tower"
+
+
+def test_another_width_is_said_before_the_projector_fails(mine, world):
+    _, checkpoint = mine
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["llm2clip_tower"]  # as trained by LLaVA's own tower under a name that now means ours
+    config["mm_vision_tower"] = str(world.towers["wide"])
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"takes features of width 32, the tower .* gives 48"):
+        load(checkpoint)
+
+
+def test_a_projector_of_another_width_is_said(world, tmp_path):
+    projector = tmp_path / "mm_projector.bin"
+    torch.save({"model.mm_projector.0.weight": torch.zeros(32, 32)}, projector)
+    arguments = SimpleNamespace(
+        vision_tower=str(world.towers["wide"]),
+        mm_vision_select_layer=-2,
+        pretrain_mm_mlp_adapter=str(projector),
+        tune_mm_mlp_adapter=False,
+    )
+    with pytest.raises(ContractError, match=rf"{projector} takes features of width 32, the tower .* gives 48"):
+        register.build(arguments.vision_tower, arguments)
+
+
+def test_a_model_keeps_its_tower_or_says_so(mine, world):
+    """LLaVA would go on with the tower that the base model has and write the new name into the checkpoint."""
+    tower, checkpoint = mine
+    model = LlavaLlamaForCausalLM.from_pretrained(checkpoint)
+    arguments = SimpleNamespace(
+        vision_tower=f"llm2clip:{world.towers['other']}",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type="flat",
+        mm_projector_type="linear",
+    )
+    with pytest.raises(ContractError, match=f"already has the vision tower 'llm2clip:{tower}'"):
+        model.get_model().initialize_vision_modules(arguments)
+    arguments.vision_tower = "openai/clip-vit-large-patch14-336"
+    with pytest.raises(ContractError, match="already has the vision tower"):
+        model.get_model().initialize_vision_modules(arguments)
+    arguments.vision_tower = str(world.towers["clip"])  # the same weights by another name
+    model.get_model().initialize_vision_modules(arguments)
+    assert model.config.llm2clip_tower["name"] == str(world.towers["clip"])

@@ -1,0 +1,183 @@
+"""LLaVA's own stages, unmodified, with ``--vision_tower llm2clip``: training, loading, losses equal to its own tower's."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llm2clip_plugin.contracts import TowerCard
+
+# A process that imports llava alone: loads each checkpoint as LLaVA's programs do and answers a question.
+GENERATE = """
+import sys, json, torch
+from PIL import Image
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+image = Image.open(sys.argv[1]).convert("RGB")
+for path, base in json.loads(sys.argv[2]):
+    name = get_model_name_from_path(path)
+    tokenizer, model, processor, _ = load_pretrained_model(path, base, name)
+    tower = model.get_vision_tower()
+    ids = tokenizer_image_token("<image>\\nWhich colour?", tokenizer, return_tensors="pt")[None]
+    pixels = process_images([image], processor, model.config).to(model.dtype)
+    output = model.generate(ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=4)
+    print(json.dumps([name, type(tower).__name__, tower.vision_tower_name, list(output.shape)]))
+"""
+
+
+def projector(folder):
+    return ("--pretrain_mm_mlp_adapter", str(folder / "mm_projector.bin"))
+
+
+@pytest.fixture(scope="session")
+def trained(world):
+    """Pretrain, finetune and LoRA finetune by ``llm2clip``, in one process each; folder by name, losses by name."""
+    chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
+    folders = {kind: world.root / f"llava-tiny-{kind}" for kind in ("pretrain", "finetune", "lora")}
+    losses = {"pretrain": world.stage("pretrain", "llm2clip", folders["pretrain"], **chosen)}
+    for kind in ("finetune", "lora"):
+        losses[kind] = world.stage(kind, "llm2clip", folders[kind], *projector(folders["pretrain"]), **chosen)
+    return folders, losses
+
+
+def weights(folder):
+    """Every tensor of a saved model, by name."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+    return found
+
+
+def test_every_stage_trains(trained):
+    folders, losses = trained
+    for kind, values in losses.items():
+        assert len(values) == 3 and all(0 < value < 20 for value in values), (kind, values)
+    assert (folders["pretrain"] / "mm_projector.bin").is_file() and (folders["lora"] / "adapter_config.json").is_file()
+
+
+def test_the_checkpoint_remembers_its_tower(world, trained):
+    card = TowerCard.read(world.towers["clip"] / TowerCard.FILE)
+    for folder in trained[0].values():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["mm_vision_tower"] == "llm2clip"
+        assert config["llm2clip_tower"] == {
+            "weights_sha256": card.weights_sha256,
+            "origin": str(world.towers["clip"].resolve()),
+            "name": "llm2clip",
+            "family": "clip",
+            "image_size": 28,
+            "mm_hidden_size": 32,
+        }
+
+
+def test_lora_leaves_the_tower_alone(trained):
+    adapter = weights(trained[0]["lora"])
+    assert adapter and not any("vision_tower" in name for name in adapter)
+
+
+def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
+    folders, _ = trained
+    checkpoints = [
+        (str(folders["finetune"]), None),
+        (str(folders["lora"]), str(world.llm)),
+        (str(folders["pretrain"]), str(world.llm)),
+    ]
+    image = next(world.images.iterdir())
+    told = world.python("-c", GENERATE, image, json.dumps(checkpoints), LLM2CLIP_TOWER=str(world.towers["clip"]))
+    rows = [json.loads(line) for line in told.splitlines() if line.startswith('["llava')]
+    assert [row[:3] for row in rows] == [
+        [folders[kind].name, "LLM2CLIPVisionTower", "llm2clip"] for kind in ("finetune", "lora", "pretrain")
+    ]
+    assert all(row[3][0] == 1 and 1 <= row[3][1] <= 5 for row in rows)  # a start token and four more at most
+
+
+def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
+    """The same finetune by LLaVA's CLIPVisionTower on the same directory, our hook off: nothing differs by a bit."""
+    folders, losses = trained
+    theirs = tmp_path / "llava-theirs"
+    found = world.stage(
+        "finetune", str(world.towers["clip"]), theirs, *projector(folders["pretrain"]), LLM2CLIP_LLAVA_HOOK="0"
+    )
+    assert found == losses["finetune"]
+    ours, own = weights(folders["finetune"]), weights(theirs)
+    # We don't keep the block above the selected state.
+    assert {name for name in own if name not in ours} == {name for name in own if ".encoder.layers.2." in name}
+    assert len(ours) > 40 and all(torch.equal(tensor, own[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deepspeed_launcher_with_two_ranks(world, trained, tmp_path, zero):
+    """ZeRO-2 and ZeRO-3, by the script's path under the launcher: the losses of LLaVA's own tower, then a load."""
+    pretrained = projector(trained[0]["pretrain"])
+    chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
+    ours, theirs = tmp_path / "llava-ours", tmp_path / "llava-theirs"
+    losses = world.stage("finetune", "llm2clip", ours, *pretrained, ranks=2, zero=zero, **chosen)
+    own = world.stage(
+        "finetune",
+        str(world.towers["clip"]),
+        theirs,
+        *pretrained,
+        ranks=2,
+        zero=zero,
+        LLM2CLIP_LLAVA_HOOK="0",
+    )
+    assert losses == own and len(losses) == 3
+    saved = weights(ours)
+    assert all(torch.equal(tensor, weights(theirs)[name]) for name, tensor in saved.items())
+    original = weights(world.towers["clip"])
+    for name, tensor in original.items():
+        if ".encoder.layers.2." not in name:  # gathered whole out of the ranks' parts, and untouched by training
+            assert torch.equal(saved[f"model.vision_tower.vision_tower.{name}"], tensor.bfloat16()), name
+    image = next(world.images.iterdir())
+    told = world.python("-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen)
+    assert '"llava-ours", "LLM2CLIPVisionTower"' in told
+
+
+@pytest.mark.parametrize("backbone", ["siglip", "dinov2"])
+def test_other_backbones_train_and_answer(world, tmp_path, backbone):
+    output = tmp_path / f"llava-{backbone}"
+    losses = world.stage("finetune", f"llm2clip:{world.towers[backbone]}", output)
+    assert len(losses) == 3
+    told = world.python("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
+    assert f'"llm2clip:{world.towers[backbone]}"' in told
+
+
+@pytest.mark.parametrize("kind", ["finetune", "lora"])
+def test_a_trained_tower_comes_back(world, tmp_path, kind):
+    """Unfrozen, the tower trains with LLaVA, its weights are kept and are what the load gives."""
+    output = tmp_path / f"llava-unfrozen-{kind}"
+    world.stage(kind, f"llm2clip:{world.towers['clip']}", output, LLM2CLIP_UNFREEZE_TOWER="1")
+    assert json.loads((output / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+    prefix = "model.vision_tower."
+    if kind == "finetune":
+        kept = {name.removeprefix(prefix): t for name, t in weights(output).items() if name.startswith(prefix)}
+    else:
+        state = torch.load(output / "non_lora_trainables.bin", weights_only=True)
+        kept = {name.partition(prefix)[2]: tensor for name, tensor in state.items() if prefix in name}
+    before = {f"vision_tower.{name}": tensor for name, tensor in weights(world.towers["clip"]).items()}
+    name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(kept[name].float(), before[name].bfloat16().float()), "the tower did not train"
+    code = (
+        "import sys, torch\n"
+        "from llava.model.builder import load_pretrained_model\n"
+        "_, model, _, _ = load_pretrained_model(sys.argv[1], sys.argv[2] or None, sys.argv[3])\n"
+        "torch.save({k: v.float() for k, v in model.get_vision_tower().state_dict().items()}, sys.argv[4])"
+    )
+    base = "" if kind == "finetune" else world.llm
+    world.python("-c", code, output, base, output.name, tmp_path / "loaded.pt")
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    assert set(loaded) == set(kept)
+    for name, tensor in kept.items():
+        # LLaVA loads in float16: 2^-11 of a value, 2^-25 of the smallest ones.
+        torch.testing.assert_close(loaded[name], tensor.float(), rtol=2**-11, atol=2**-25)
+
+
+def test_s2_trains_and_its_scales_come_back(world, tmp_path):
+    output = tmp_path / "llava-s2"
+    world.stage("finetune", f"llm2clip:{world.towers['clip']}", output, LLM2CLIP_S2_SCALES="28,56")
+    config = json.loads((output / "config.json").read_text())
+    assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "28,56", 64)
+    told = world.python("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
+    assert "MultiscaleVisionTower" in told

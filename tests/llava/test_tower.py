@@ -1,0 +1,210 @@
+"""The surface of a tower, for every backbone, against LLaVA's own CLIPVisionTower and the plain Hugging Face model."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from llava.mm_utils import process_images
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from PIL import Image
+
+from llava_integration.multiscale import MultiscaleVisionTower
+from llava_integration.tower import device_of_map
+from llm2clip_plugin.vision.towers import load_tower
+
+pytestmark = pytest.mark.usefixtures("home")
+BACKBONES = ("clip", "siglip", "dinov2")
+
+
+def arguments(tower, layer=-2, feature="patch", **more):
+    """What LLaVA passes: its model arguments."""
+    return SimpleNamespace(
+        vision_tower=str(tower), mm_vision_select_layer=layer, mm_vision_select_feature=feature, **more
+    )
+
+
+def pixels(count=3, size=28, dtype=torch.float32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("layer", [-2, -1, -4, 0, 1])
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bit_for_bit_as_llavas_own_tower(world, layer, feature, dtype):
+    args = arguments(f"llm2clip:{world.towers['clip']}", layer, feature)
+    ours, theirs = build_vision_tower(args), CLIPVisionTower(str(world.towers["clip"]), args)
+    for tower in (ours, theirs):
+        tower.to(dtype=dtype)
+    images = pixels()
+    assert torch.equal(ours(images), theirs(images))
+    assert ours(images).dtype == torch.float32 == theirs(images).dtype
+    assert all(torch.equal(a, b) for a, b in zip(ours(list(images)), theirs(list(images)), strict=True))
+    for name in ("hidden_size", "num_patches", "num_patches_per_side", "dtype", "device"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert torch.equal(ours.dummy_feature, theirs.dummy_feature)
+
+
+def test_images_are_prepared_as_by_llavas_own_tower(world):
+    args = arguments(world.towers["clip"])
+    ours, theirs = build_vision_tower(args).image_processor, CLIPVisionTower(args.vision_tower, args).image_processor
+    image = Image.open(next(world.images.iterdir()))
+    for config in (SimpleNamespace(image_aspect_ratio="pad"), SimpleNamespace()):
+        assert torch.equal(process_images([image], ours, config), process_images([image], theirs, config))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("layer", [-2, -1, 1])
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_one_meaning_of_layer_and_feature_for_every_backbone(world, backbone, layer, feature):
+    tower = build_vision_tower(arguments(world.towers[backbone], layer, feature))
+    plain = load_tower(world.towers[backbone])
+    with torch.no_grad():
+        states = plain(pixel_values=pixels(), output_hidden_states=True).hidden_states[layer]
+    cls = 0 if backbone == "siglip" else 1
+    assert states.shape[1] == 4 + cls
+    assert torch.equal(tower(pixels()), states[:, cls:] if feature == "patch" else states)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_surface(world, backbone):
+    tower = build_vision_tower(arguments(world.towers[backbone]))
+    features = tower(pixels(dtype=torch.float16))
+    assert features.shape == (3, tower.num_patches, tower.hidden_size) == (3, 4, 32)
+    assert features.dtype == torch.float16 and tower.dtype == torch.float32 and not features.requires_grad
+    assert tower.num_patches_per_side**2 == tower.num_patches
+    assert (tower.config.image_size, tower.config.patch_size) == (28, 14)
+    assert tower.dummy_feature.shape == (1, 32) and tower.is_loaded
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    assert not any("mm_projector" in name for name, _ in tower.named_parameters())
+    processor, image = tower.image_processor, Image.new("RGB", (50, 40))
+    assert processor.preprocess(image, return_tensors="pt")["pixel_values"][0].shape == (3, 28, 28)
+    assert processor([image, image], return_tensors="pt")["pixel_values"].shape == (2, 3, 28, 28)
+    assert processor.crop_size["height"] == processor.crop_size["width"] == processor.size["shortest_edge"] == 28
+    assert len(processor.image_mean) == 3
+    before = tower.vision_tower
+    tower.load_model()
+    assert tower.vision_tower is before
+    assert len(tower(list(pixels()))) == 3 and tower(list(pixels()))[0].shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_delay_load_knows_widths_before_weights_are_read(world, tmp_path, backbone):
+    copy = tmp_path / "tower"
+    shutil.copytree(world.towers[backbone], copy)
+    (copy / "model.safetensors").unlink()
+    tower = build_vision_tower(arguments(copy), delay_load=True)
+    assert not tower.is_loaded and list(tower.parameters()) == []
+    assert (tower.hidden_size, tower.num_patches, tower.num_patches_per_side) == (32, 4, 2)
+    assert (tower.config.image_size, tower.config.patch_size, tower.config.hidden_size) == (28, 14, 32)
+    assert tower.dummy_feature.shape == (1, 32)
+    shutil.copy(world.towers[backbone] / "model.safetensors", copy)
+    tower.load_model(device_map="auto")
+    assert tower.is_loaded and tower(pixels()).shape == (3, 4, 32)
+
+
+def test_blocks_above_the_selected_state_are_dropped(world):
+    assert len(build_vision_tower(arguments(world.towers["clip"])).vision_tower.vision_model.encoder.layers) == 2
+    assert len(build_vision_tower(arguments(world.towers["clip"], -1)).vision_tower.vision_model.encoder.layers) == 3
+
+
+def test_what_can_be_asked_wrongly(world):
+    with pytest.raises(ValueError, match="-4 to 3"):
+        build_vision_tower(arguments(world.towers["clip"], 7))
+    with pytest.raises(ValueError, match="known: patch, cls_patch"):
+        build_vision_tower(arguments(world.towers["clip"], feature="cls"))
+    with pytest.raises(ValueError, match="28,56,84"):
+        build_vision_tower(arguments(world.towers["clip"], s2=True, s2_scales="336,672"))
+    with pytest.raises(ValueError, match="one device"):
+        device_of_map({"vision_tower": 0, "lm_head": 1})
+
+
+def test_damaged_weights_are_refused(world, tmp_path):
+    copy = tmp_path / "tower"
+    shutil.copytree(world.towers["clip"], copy)
+    shutil.copy(world.towers["other"] / "model.safetensors", copy)
+    card = json.loads((copy / "llm2clip.json").read_text())
+    with pytest.raises(ValueError, match=card["weights_sha256"]):
+        build_vision_tower(arguments(copy))
+
+
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_gradient_only_when_unfrozen(world, unfrozen):
+    tower = build_vision_tower(arguments(world.towers["clip"], unfreeze_mm_vision_tower=unfrozen))
+    features = tower(pixels())
+    assert features.requires_grad == unfrozen
+    if unfrozen:
+        features.sum().backward()
+        layers = tower.vision_tower.vision_model.encoder.layers
+        assert all(parameter.grad is not None for parameter in layers.parameters())
+        with torch.no_grad():
+            assert not tower(pixels()).requires_grad
+
+
+def test_unfrozen_tower_exists_before_the_checkpoint_is_read(world):
+    tower = build_vision_tower(arguments(world.towers["clip"], unfreeze_mm_vision_tower=True), delay_load=True)
+    assert tower.is_loaded and all(parameter.requires_grad for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("count, size", [(1, 56), (2, 84)])
+def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
+    """Against a plain loop over tiles: the same numbers up to the rounding of batched matrix products."""
+    args = arguments(world.towers[backbone], s2=True, s2_scales="56,28")
+    tower, single = build_vision_tower(args), build_vision_tower(arguments(world.towers[backbone]))
+    assert isinstance(tower, MultiscaleVisionTower) and tower.hidden_size == 64 and tower.num_patches == 4
+    images = pixels(count, size)
+    found = tower(images)
+    assert found.shape == (count, 4, 64)
+    small = torch.nn.functional.interpolate(images, size=(28, 28), mode="bicubic")
+    large = torch.nn.functional.interpolate(images, size=(56, 56), mode="bicubic")
+    coarse = single(small)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        tile = single(large[:, :, 28 * row : 28 * row + 28, 28 * column : 28 * column + 28])
+        # A tile of 2 x 2 patches is averaged into the one patch of the coarse grid that it covers.
+        expected = torch.cat([coarse[:, 2 * row + column], tile.mean(dim=1)], dim=-1)
+        torch.testing.assert_close(found[:, 2 * row + column], expected, rtol=1e-5, atol=1e-5)
+    assert tower.image_processor.crop_size == {"height": 56, "width": 56}
+    assert tower.image_processor(Image.new("RGB", (9, 9)), return_tensors="pt")["pixel_values"].shape[-1] == 56
+    assert [one.shape for one in tower(list(images))] == [(1, 4, 64)] * count
+
+
+@pytest.mark.parametrize("merge, aspect", [("flat", "anyres"), ("spatial", "anyres"), ("spatial_unpad", "anyres")])
+def test_anyres(world, merge, aspect):
+    """LLaVA's own model cuts, encodes and merges: the tower gives it the numbers that its own tower gives."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    found = {}
+    for name in (f"llm2clip:{world.towers['clip']}", "their own"):
+        torch.manual_seed(0)
+        config = LlavaConfig.from_pretrained(world.llm)
+        for key, value in {
+            "mm_vision_tower": f"llm2clip:{world.towers['clip']}",
+            "mm_vision_select_layer": -2,
+            "mm_hidden_size": 32,
+            "mm_projector_type": "linear",
+            "mm_patch_merge_type": merge,
+            "image_aspect_ratio": aspect,
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        }.items():
+            setattr(config, key, value)
+        model = LlavaLlamaForCausalLM(config)
+        if hasattr(model.model, "image_newline"):
+            torch.nn.init.zeros_(model.model.image_newline)
+        tower = model.get_vision_tower()
+        tower.load_model()
+        if name == "their own":
+            model.model.vision_tower = tower = CLIPVisionTower(
+                str(world.towers["clip"]), arguments(world.towers["clip"])
+            )
+        images = [Image.new("RGB", (60, 30), "red"), Image.new("RGB", (20, 50), "blue")]
+        tiles = [process_images([image], tower.image_processor, config)[0] for image in images]
+        ids = torch.tensor([[1, 5, -200, 6], [1, -200, 7, 8]])
+        embeddings = model.prepare_inputs_labels_for_multimodal(
+            ids, None, None, None, None, tiles, [image.size for image in images]
+        )[4]
+        found[name] = embeddings
+    ours, theirs = found.values()
+    assert ours.shape == theirs.shape and torch.equal(ours, theirs)
