@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answers
+from llm2clip_plugin.contracts import sha256_file, sha256_text
 
 Item = dict[str, Any]
 
@@ -83,6 +84,8 @@ class Benchmark:
     questions: tuple[str, ...]  # glob patterns of LLaVA's question file, below the folder
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     tasks: tuple[str, ...] = ()  # lmms-eval's names of it
+    annotations: tuple[str, ...]  # glob patterns of the files that it is scored with
+    load: Callable[[Path], list[Question]]  # raises FileNotFoundError where those are not there
     score: Callable[[Path, Answers, Options], Scored]
     statistic: Callable[[Sequence[Item]], Statistic]
     submission: Callable[[Path, Answers, Path], None] | None = None  # writes the file that its server takes
@@ -165,6 +168,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         else:
             flat[f"{prefix}{key}"] = float(value)
     return flat
+
+
+def data_digest(chosen: Benchmark, folder: Path) -> str:
+    """One SHA-256 over the names and contents of a benchmark's annotation files."""
+    paths = sorted({path for pattern in chosen.annotations for path in folder.glob(pattern) if path.is_file()})
+    return sha256_text("".join(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in paths))
 
 
 def need_file(folder: Path, *patterns: str, benchmark_name: str, where: str) -> Path:

@@ -221,6 +221,8 @@ def questions_in_common(name: str, base: Side, new: Side) -> tuple[list[str], li
                 )
     notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; left out"]
     layouts = {record.provenance.get("layout", "") for record in records} - {"", "submission", "judge"}
+    if len({record.provenance.get("data_sha256", "") for record in records} - {""}) > 1:
+        notes.append("the sides were scored with different annotation files (the questions in common agree)")
     if len(layouts) > 1:
         notes.append("one side was evaluated by lmms-eval, the other by LLaVA's scripts: their prompts differ")
     return order, notes

@@ -106,6 +106,12 @@ def logged_key(row: Row) -> str | None:
     return None
 
 
+def loader(name: str, patterns: tuple[str, ...]) -> Callable[[Path], list[Question]]:
+    """The loading function of one language's table."""
+    where = "https://github.com/open-compass/MMBench"
+    return lambda folder: load(need_file(folder, *patterns, benchmark_name=name, where=where))
+
+
 def scorer(name: str, patterns: tuple[str, ...]) -> Callable[[Path, Answers, Options], Scored]:
     """The scoring function of one language's table."""
 
@@ -287,6 +293,8 @@ BENCHMARK = Benchmark(
     folders=("mmbench",),
     questions=PATTERNS,
     tasks=("mmbench_en_dev", "mmbench_en_dev_static", "mmbench_en_dev_lite", "mmbench_en"),
+    annotations=PATTERNS,
+    load=loader("mmbench", PATTERNS),
     score=scorer("mmbench", PATTERNS),
     statistic=statistic,
     submission=submitter(PATTERNS),

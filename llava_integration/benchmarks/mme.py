@@ -262,6 +262,8 @@ BENCHMARK = Benchmark(
     image_folders=("MME_Benchmark_release_version", ""),
     item_fields=("category", "cluster"),
     tasks=("mme",),
+    annotations=("MME_Benchmark_release_version/**/*.txt",),
+    load=load,
     score=score,
     statistic=statistic,
 )

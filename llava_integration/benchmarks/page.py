@@ -196,12 +196,17 @@ def disagreements(row: Row, sides: Sequence[Side], pictures: Pictures, most: int
     old, now = (
         {str(item["id"]): item for item in side.runs[row.benchmark][0].items} for side in (sides[0], sides[place])
     )
-    both = [(old[key], now[key]) for key in old if key in now]
+    both = [(old[key], now[key]) for key in old if key in now and counts_for_headline(old[key], now[key])]
     won = [pair for pair in both if pair[1]["score"] > pair[0]["score"]]
     lost = [pair for pair in both if pair[1]["score"] < pair[0]["score"]]
     half = max(most // 2, most - len(won) if len(lost) > most // 2 else 0)
     chosen = [*spread(lost, min(half, len(lost))), *spread(won, most - min(half, len(lost)))]
     return [_question(row, place, base, new, pictures, (len(won), len(lost))) for base, new in chosen]
+
+
+def counts_for_headline(base: dict, new: dict) -> bool:
+    """Not ScienceQA's questions without an image: they say nothing about towers."""
+    return bool(base.get("is_multimodal", True) or new.get("is_multimodal", True))
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:

@@ -302,6 +302,8 @@ BENCHMARK = Benchmark(
     image_folders=("val2014", "images", ""),
     item_fields=("category", "parsed", "label"),
     tasks=("pope", "pope_full"),
+    annotations=("coco/coco_pope_*.json", "llava_pope*.jsonl"),
+    load=load,
     score=score,
     statistic=statistic,
 )

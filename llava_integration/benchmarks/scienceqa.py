@@ -174,6 +174,8 @@ BENCHMARK = Benchmark(
     questions=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     tasks=("scienceqa_img", "scienceqa"),
+    annotations=("problems.json", "pid_splits.json"),
+    load=load,
     score=score,
     statistic=statistic,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answers, read_answers
-from llava_integration.benchmarks.base import MODULES, Benchmark, Options, benchmark
+from llava_integration.benchmarks.base import MODULES, Benchmark, Options, benchmark, data_digest
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 
 
@@ -59,16 +59,17 @@ def score_answers(name: str, data: Path, answers: Answers, options: Options, *, 
         items=scored.items,
         counts=scored.counts,
         model=model or answers.model,
-        provenance=provenance(data, answers),
+        provenance=provenance(chosen, data, answers),
         notes=notes,
     )
 
 
-def provenance(data: Path, answers: Answers) -> dict:
+def provenance(chosen: Benchmark, data: Path, answers: Answers) -> dict:
     """Where a score comes from: files with their hashes, layout, versions."""
     files = {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {}
     return {
         "data": str(data.resolve()),
+        "data_sha256": data_digest(chosen, data),
         "answers": str(answers.path),
         "answers_sha256": files,
         "layout": answers.layout,

@@ -163,6 +163,8 @@ BENCHMARK = Benchmark(
     questions=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
     tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
+    annotations=("TextVQA*val*.json",),
+    load=load,
     score=score,
     statistic=statistic,
 )

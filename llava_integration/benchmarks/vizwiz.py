@@ -23,6 +23,7 @@ from llava_integration.benchmarks.base import (
     mean,
     mean_statistic,
     need_file,
+    optional_file,
 )
 from llava_integration.benchmarks.match import match
 from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, m4c_accuracy, vqa_api_accuracy
@@ -30,7 +31,7 @@ from llm2clip_plugin.contracts import whole_file
 
 
 def load(folder: Path) -> list[Question]:
-    """Questions of val.json; their ids are those of LLaVA's question file, which has the same images."""
+    """Questions of val.json; their ids are those of LLaVA's question file of val, else their places in val.json."""
     annotations = need_file(
         folder,
         "val.json",
@@ -40,30 +41,21 @@ def load(folder: Path) -> list[Question]:
         "split are with the server alone: use --submission FILE",
     )
     entries = read_json(annotations)
-    asked = {row["image"]: row["question_id"] for row in _question_file(folder)}
-    if unknown := [entry["image"] for entry in entries if entry["image"] not in asked]:
-        raise ValueError(
-            f"{len(unknown)} images of {annotations} ({unknown[0]} ...) are not in LLaVA's question file of {folder}: "
-            "the question file of val is needed (question_id, image, text a line)"
-        )
+    path = optional_file(folder, "llava_val*.jsonl")
+    asked = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
+    if path and (unknown := [entry["image"] for entry in entries if entry["image"] not in asked]):
+        raise ValueError(f"{len(unknown)} images of {annotations} ({unknown[0]} ...) are not in {path}: another split?")
     return [
         Question(
-            id=asked[entry["image"]],
+            id=asked.get(entry["image"], place),
             text=entry["question"],
             cluster=entry["image"],
             truth=[answer["answer"] for answer in entry["answers"]],
             image=entry["image"],
             category=entry.get("answer_type", ""),
         )
-        for entry in entries
+        for place, entry in enumerate(entries)
     ]
-
-
-def _question_file(folder: Path) -> list[dict]:
-    path = need_file(
-        folder, *BENCHMARK.questions, benchmark_name="vizwiz", where="LLaVA's questions: question_id, image, text"
-    )
-    return read_jsonl(path)
 
 
 def score(folder: Path, answers: Answers, options: Options) -> Scored:
@@ -124,7 +116,8 @@ def statistic(items: Sequence[Item]) -> Statistic:
 def submission(folder: Path, answers: Answers, output: Path) -> None:
     """The file for the server; its converter wants an answer to every question."""
     texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
-    rows = _question_file(folder)
+    where = "LLaVA's questions, in its eval.zip: question_id, image, text"
+    rows = read_jsonl(need_file(folder, *BENCHMARK.questions, benchmark_name="vizwiz", where=where))
     if missing := [row["question_id"] for row in rows if str(row["question_id"]) not in texts]:
         raise ValueError(
             f"{len(missing)} questions have no answer in {answers.path}, first {missing[0]}; the server wants all"
@@ -143,6 +136,8 @@ BENCHMARK = Benchmark(
     questions=("llava_val*.jsonl", "llava_test*.jsonl"),
     image_folders=("val", "test", "images", ""),
     tasks=("vizwiz_vqa_val", "vizwiz_vqa_val_lite"),
+    annotations=("val.json",),
+    load=load,
     score=score,
     statistic=statistic,
     submission=submission,
