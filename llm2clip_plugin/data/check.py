@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from llm2clip_plugin.data.base import Source, SourceConfig
 from llm2clip_plugin.data.check_report import as_text, build_report
 from llm2clip_plugin.data.images import BrokenImage, load, open_header
 from llm2clip_plugin.data.records import BrokenSample, caption_id
-from llm2clip_plugin.data.sampler import hash_words
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.progress import track
 
@@ -31,7 +31,11 @@ class CheckConfig(SourceConfig):
     Ends with 1 if training on it would stop, else 0.
     """
 
-    path: tyro.conf.Positional[str]  # folder of tars, a .tar, train-*.tar, a .jsonl, LLaVA's .json, or a URL of these
+    path: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")
+    ]  # folder of tars, .tar, .jsonl, .json or URL
+    weight: tyro.conf.Suppress[float] = 1.0
+    shuffle_window: tyro.conf.Suppress[int] = 0
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "" counts words
     max_tokens: int = 512  # tokens (or words): longer captions are counted, the teacher cuts them
     small_side: int = 32  # pixels: images with a shorter side are counted
@@ -51,8 +55,8 @@ class Reading:
     empty_captions: int = 0
     replaced_characters: int = 0  # captions with U+FFFD: bytes that were no UTF-8
     captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
-    caption_ids: list[tuple[int, int, int]] = field(default_factory=list)  # (id, sample's number, tokens)
-    key_hashes: list[tuple[int, int]] = field(default_factory=list)  # (hash, sample's number)
+    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 3) int64: id, sample's number, tokens
+    key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample's number
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
     sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
     image_bytes: int = 0
@@ -65,8 +69,8 @@ class Reading:
         self.image_bytes += other.image_bytes
         self.broken += other.broken
         self.without_captions += other.without_captions
-        self.caption_ids += other.caption_ids
-        self.key_hashes += other.key_hashes
+        self.caption_rows += other.caption_rows
+        self.key_rows += other.key_rows
         self.sides += other.sides
         self.captions += other.captions
         self.formats += other.formats
@@ -146,36 +150,44 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
 def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int], numbers: range) -> Reading:
     """Read some samples of a source, their images decoded in full."""
     reading = Reading(samples=len(numbers))
+    caption_rows, key_rows = [], []
     for number in numbers:
-        _read_captions(source, config, count, number, reading)
-        shard, _ = source.locate(number)
-        key = ""
-        try:
-            key = source.raw(number).key
-            data = source.image(number)
-            image = open_header(data)
-            kind, size = image.format or "?", image.size
-            load(image)
-        except BrokenSample as error:
-            reading.broken.append({"shard": shard, "key": error.key, "reason": error.reason})
-        except BrokenImage as error:
-            reading.broken.append({"shard": shard, "key": key, "reason": str(error)})
-        else:
-            reading.formats[kind] += 1
-            reading.sides.append(size)
-            reading.image_bytes += len(data)
+        key, captions = source.captions(number)
+        key_rows.append((caption_id(key), number))
+        caption_rows += [(caption_id(caption.text), number, count(caption.text)) for caption in captions]
+        _note_captions(source, config, number, reading)
+        _note_image(source, number, reading)
+    reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 3))
+    reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
     return reading
 
 
-def _read_captions(
-    source: Source, config: CheckConfig, count: Callable[[str], int], number: int, reading: Reading
-) -> None:
+def _note_image(source: Source, number: int, reading: Reading) -> None:
+    """Decode one image in full."""
+    shard, _ = source.locate(number)
+    key = ""
+    try:
+        key = source.raw(number).key
+        data = source.image(number)
+        image = open_header(data)
+        kind, size = image.format or "?", image.size
+        load(image)
+    except BrokenSample as error:
+        reading.broken.append({"shard": shard, "key": error.key, "reason": error.reason})
+    except BrokenImage as error:
+        reading.broken.append({"shard": shard, "key": key, "reason": str(error)})
+    else:
+        reading.formats[kind] += 1
+        reading.sides.append(size)
+        reading.image_bytes += len(data)
+
+
+def _note_captions(source: Source, config: CheckConfig, number: int, reading: Reading) -> None:
+    """Count one sample's captions, the empty and missing ones too."""
     shard, _ = source.locate(number)
     key, captions = source.captions(number)
-    reading.key_hashes.append((_signed(hash_words(key)), number))
     for caption in captions:
         reading.captions[caption.kind, caption.language] += 1
-        reading.caption_ids.append((caption_id(caption.text), number, count(caption.text)))
         reading.replaced_characters += "\ufffd" in caption.text
     try:
         reading.empty_captions += source.empty_captions(number)
@@ -184,7 +196,3 @@ def _read_captions(
     if not config.usable(captions):
         reason = "no caption" if not captions else "no caption of the wanted kinds and languages"
         reading.without_captions.append({"shard": shard, "key": key, "reason": reason})
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value

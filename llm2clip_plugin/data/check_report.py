@@ -22,7 +22,8 @@ def build_report(
     """Everything that was found, in plain JSON types."""
     bad = {(one["shard"], one["key"]) for one in reading.broken + reading.without_captions}
     share = len(bad) / reading.samples if reading.samples else 1.0
-    captions = np.array(reading.caption_ids, dtype=np.int64).reshape(-1, 3)
+    captions = np.concatenate([np.zeros((0, 3), dtype=np.int64), *reading.caption_rows])
+    keys = np.concatenate([np.zeros((0, 2), dtype=np.int64), *reading.key_rows])
     by_kind, by_language = Counter(), Counter()
     for (kind, language), number in reading.captions.items():
         by_kind[kind] += number
@@ -43,7 +44,7 @@ def build_report(
         "empty_captions": reading.empty_captions,
         "captions_with_invalid_utf8": reading.replaced_characters,
         "duplicate_captions": _doubled_captions(source, captions, config.show),
-        "duplicate_keys": _doubled_keys(source, reading.key_hashes, config.show),
+        "duplicate_keys": _doubled_keys(source, keys, config.show),
         "caption_lengths": _lengths(config, source, captions),
         "images": _images(config, reading),
     }
@@ -69,14 +70,13 @@ def _text_of(source: Source, number: int, wanted: int) -> str:
     return next(caption.text for caption in source.captions(number)[1] if caption_id(caption.text) == wanted)
 
 
-def _doubled_keys(source: Source, key_hashes: list[tuple[int, int]], show: int) -> dict[str, Any]:
+def _doubled_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:
     """Keys that more than one sample has, in whichever shard."""
-    pairs = np.array(key_hashes, dtype=np.int64).reshape(-1, 2)
-    hashes, counts = np.unique(pairs[:, 0], return_counts=True)
+    hashes, counts = np.unique(keys[:, 0], return_counts=True)
     doubled = hashes[counts > 1]
     most = []
     for value in doubled[:show]:
-        numbers = pairs[pairs[:, 0] == value, 1].tolist()
+        numbers = keys[keys[:, 0] == value, 1].tolist()
         shards = sorted({source.locate(number)[0] for number in numbers})
         most.append({"key": source.captions(numbers[0])[0], "samples": len(numbers), "shards": shards[:show]})
     return {"keys": len(doubled), "samples": int(counts[counts > 1].sum()), "examples": most}

@@ -85,6 +85,14 @@ def test_batches_do_not_depend_on_workers(dataset: PairDataset) -> None:
         assert list(rows(batches(dataset, 6, local_batch=8, workers=workers))) == alone
 
 
+def test_a_data_set_is_sent_to_a_fresh_process_whole(dataset: PairDataset) -> None:
+    """As DataLoader does where processes are not forked."""
+    import pickle
+
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert list(rows(batches(copy, 2, local_batch=8))) == list(rows(batches(dataset, 2, local_batch=8)))
+
+
 def test_resume_at_any_position_and_any_number_of_ranks(dataset: PairDataset) -> None:
     undisturbed = list(rows(batches(dataset, 8, local_batch=12)))
     resumed = list(rows(batches(dataset, 5, local_batch=12, position=36)))

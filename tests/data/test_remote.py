@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,32 @@ def test_what_came_is_kept_when_it_gives_up_and_used_next_time(tmp_path: Path, m
         server.drops, server.requests = 0, []
         assert downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
         assert server.requests[0][1].startswith("bytes=100000-")
+
+
+def fetch_slowly(arguments: tuple[Path, str]) -> None:
+    remote.LARGEST_RANGE = 1000
+    downloads(arguments[0]).fetch(arguments[1])
+
+
+def test_a_killed_download_goes_on_where_it_was(tmp_path: Path) -> None:
+    """SIGKILL in the middle: nothing bears the final name, no lock stays, and what had come is not asked for again."""
+    server = DroppingServer({"/a.tar": BODY})
+    with serving(server) as address:
+        process = multiprocessing.get_context("spawn").Process(
+            target=fetch_slowly, args=[(tmp_path, f"{address}/a.tar")]
+        )
+        process.start()
+        while server.sent < 20_000:
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        there = downloads(tmp_path).local_path(f"{address}/a.tar")
+        assert not there.exists()
+        kept = there.with_name(there.name + ".partial").stat().st_size
+        server.requests = []
+        assert downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
+        assert server.requests == [("/a.tar", f"bytes={kept}-{len(BODY) - 1}")]
 
 
 def test_a_partial_download_of_an_older_file_starts_again(tmp_path: Path) -> None:
