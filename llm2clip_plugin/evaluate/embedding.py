@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm2clip_plugin.data.base import Source
 from llm2clip_plugin.data.cache import EmbeddingCache
@@ -22,7 +22,9 @@ from llm2clip_plugin.data.records import BrokenSample, Caption
 from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.evaluate.pairing import row_digests
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 
+Dual = DualEncoder | LoadedDualEncoder  # encode_image and encode_text into one space
 TEXT_BATCH = 512  # captions in one call of the text adapter
 
 
@@ -59,7 +61,7 @@ class EmbeddedPairs:
 
 
 def embed_pairs(
-    dual: nn.Module,
+    dual: Dual,
     source: Source,
     cache: EmbeddingCache,
     images: ImageConfig,
@@ -74,7 +76,6 @@ def embed_pairs(
 ) -> EmbeddedPairs:
     """Every image of ``source`` (or the first ``limit``) and its captions of these kinds and languages; () is all.
 
-    ``dual``: a module with ``encode_image`` and ``encode_text``, as `DualEncoder` and `load_dual_encoder` give.
     A caption goes through the text adapter once, whichever images have it, so that equal captions stay equal.
     ``all_ranks``: every rank of the default process group calls this; the work is shared, each gets everything.
     A sample that is broken or has no such caption is left out and named in ``broken``.
@@ -123,7 +124,7 @@ class _Images:
     vectors: list[Tensor]  # (b, D) each
 
 
-def _images(encoders: nn.Module, share: EvalPairs, size: int, all_ranks: bool, show: bool) -> _Images:
+def _images(encoders: Dual, share: EvalPairs, size: int, all_ranks: bool, show: bool) -> _Images:
     """This rank's share of the images through the tower, then everybody's."""
     device = next(encoders.parameters()).device
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
@@ -172,7 +173,7 @@ def _captions(
     return torch.stack(rows), torch.tensor(place), torch.tensor(owner), captions
 
 
-def encode_texts(encoders: nn.Module, teacher_UW: Tensor, all_ranks: bool = False) -> Tensor:
+def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) -> Tensor:
     """(U, D) float32 on the CPU; the batches are the same on any number of ranks, so the bits are too."""
     device = next(encoders.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
@@ -190,7 +191,7 @@ def encode_texts(encoders: nn.Module, teacher_UW: Tensor, all_ranks: bool = Fals
 
 
 @contextmanager
-def evaluating(dual: nn.Module) -> Iterator[Any]:
+def evaluating(dual: Dual) -> Iterator[Dual]:
     """The module in eval mode without gradients; afterwards every part is in the mode that it was in."""
     modes = {module: module.training for module in dual.modules()}
     dual.eval()

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm2clip_plugin.data.base import Source
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.records import Caption
 from llm2clip_plugin.evaluate.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.embedding import Dual, EmbeddedPairs, embed_pairs
 from llm2clip_plugin.evaluate.ranks import TieRule
 from llm2clip_plugin.evaluate.retrieval import KS, Retrieval, retrieve, shuffled
 
@@ -109,7 +109,7 @@ def _sides(part: Retrieval):
 
 
 def evaluate_retrieval(
-    dual: nn.Module,
+    dual: Dual,
     source: Source,
     cache: EmbeddingCache,
     images: ImageConfig,
@@ -181,7 +181,7 @@ def _distinct_captions(pairs: EmbeddedPairs, label_M: Tensor) -> Tensor:
 class RetrievalDuringTraining:
     """The loop's ``evaluate``: called on every rank, gives the metrics."""
 
-    dual: nn.Module
+    dual: Dual
     source: Source
     cache: EmbeddingCache
     images: ImageConfig

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 
-from torch import nn
-
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.embedding import Dual, EmbeddedPairs, embed_pairs
 from llm2clip_plugin.evaluate.listing import ListedSource
 from llm2clip_plugin.evaluate.measure import WHOLE, RetrievalConfig, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites.registry import Suite
@@ -19,7 +17,7 @@ from llm2clip_plugin.evaluate.suites.registry import Suite
 def run_suite(
     suite: Suite,
     source: ListedSource,
-    dual: nn.Module,
+    dual: Dual,
     cache: EmbeddingCache,
     images: ImageConfig,
     config: RetrievalConfig,

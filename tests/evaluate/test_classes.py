@@ -1,0 +1,234 @@
+"""Zero-shot classification, kNN and linear probe, from each layout of labelled images."""
+
+import io
+import json
+import math
+import tarfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from evaluate_world import COLOURS, WIDTH, square, tiny_dual, write_data, write_llm, write_tower
+
+from llm2clip_plugin.cli import main as cli
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.evaluate.classes import open_labelled, read_class_names, read_templates
+from llm2clip_plugin.evaluate.features import ImageFeatures, image_features
+from llm2clip_plugin.evaluate.probe import fit_logistic, knn, linear_probe, predict
+from llm2clip_plugin.evaluate.zeroshot import class_vectors, classification_scores, prompt_source
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+
+IMAGES = ImageConfig(size=32)
+CPU = torch.device("cpu")
+
+
+def write_folders(folder, shades=(0, 20, 40)):
+    for colour in COLOURS:
+        (folder / f"the_{colour}").mkdir(parents=True)
+        for shade in shades:
+            (folder / f"the_{colour}" / f"{shade}.png").write_bytes(square(colour, shade))
+    return folder
+
+
+def write_tars(folder, *, label=str):
+    (folder / "test").mkdir(parents=True)
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for number, colour in enumerate(COLOURS):
+            for shade in (0, 30):
+                for ending, data in (("png", square(colour, shade)), ("cls", label(number).encode())):
+                    info = tarfile.TarInfo(f"s{number}{shade}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    (folder / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c} thing.\nall of it is {c}\n")
+    return folder / "test"
+
+
+def colour_of(pixels):
+    mean = (pixels.mean((2, 3)) * torch.tensor(IMAGES.std) + torch.tensor(IMAGES.mean)) * 255
+    return torch.cdist(mean, torch.tensor(list(COLOURS.values())).float()).argmin(1)
+
+
+def features(feature, label, clusters=None):
+    keys = [str(number) for number in range(len(label))]
+    return ImageFeatures(feature_ND=feature, label_N=label, keys=keys, clusters=clusters or keys, broken=[])
+
+
+def test_each_layout_gives_the_same_images_and_labels(tmp_path):
+    folders = open_labelled(str(write_folders(tmp_path / "folders")))
+    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders) == 12
+    assert read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
+    tars = write_tars(tmp_path / "wds")
+    from_tars = open_labelled(str(tars))
+    assert from_tars.labels == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
+    assert read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
+    from_field = open_labelled(str(write_data(tmp_path / "data")), "colour", "colour")
+    assert from_field.classes == sorted(COLOURS) and set(from_field.clusters) == set(COLOURS)
+    for images in (folders, from_tars, from_field):
+        found = image_features(lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5)
+        told = [list(COLOURS)[int(place)] for place in found.feature_ND.argmax(1)]
+        names = list(COLOURS) if images is from_tars else [name.removeprefix("the_") for name in images.classes]
+        assert told == [names[int(label)] for label in found.label_N]
+
+
+def test_names_by_class_or_in_order_or_as_json(tmp_path):
+    classes = ["n01", "n02"]
+    (tmp_path / "mapped.txt").write_text("n02\tcar\nn01\tten pence\nn03\tnothing\n")
+    assert read_class_names(str(tmp_path / "mapped.txt"), str(tmp_path), classes) == ["ten pence", "car"]
+    (tmp_path / "names.json").write_text('{"n01": "a", "n02": "b"}')
+    assert read_class_names(str(tmp_path / "names.json"), str(tmp_path), classes) == ["a", "b"]
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    with pytest.raises(ValueError, match=r"three.txt has 3 names, the data has 2 classes"):
+        read_class_names(str(tmp_path / "three.txt"), str(tmp_path), classes)
+    (tmp_path / "lacking.txt").write_text("n02\tcar\n")
+    with pytest.raises(ValueError, match=r"names no class 'n01' \(1 of 2"):
+        read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
+    (tmp_path / "templates.txt").write_text("a photo\n")
+    with pytest.raises(ValueError, match=r"'a photo' has no \{c\}"):
+        read_templates(str(tmp_path / "templates.txt"), str(tmp_path))
+
+
+def test_what_is_no_labelled_data_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no labelled images at"):
+        open_labelled(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither a folder a class, nor tars"):
+        open_labelled(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"s00.cls holds 'dog', expected the number"):
+        open_labelled(str(write_tars(tmp_path / "words", label=lambda _: "dog")))
+    with pytest.raises(ValueError, match="has no field 'shape'; it has"):
+        open_labelled(str(write_data(tmp_path / "data")), "shape")
+
+
+def test_broken_images_are_left_out_and_named(tmp_path):
+    write_folders(tmp_path / "folders")
+    (tmp_path / "folders" / "the_red" / "0.png").write_bytes(b"nothing")
+    images = open_labelled(str(tmp_path / "folders"))
+    found = image_features(lambda pixels: pixels.mean((2, 3)), images, IMAGES, CPU)
+    assert len(found.keys) == 11 and [error.key for error in found.broken] == ["the_red/0.png"]
+    assert found.label_N.tolist().count(2) == 2
+
+
+class PromptCache:
+    """A cache that makes a prompt's embedding up from its words."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def rows(self, shard, number, captions, *, key):
+        return torch.stack([self.table[caption.text] for caption in captions])
+
+
+def test_a_class_is_the_mean_of_its_normalised_prompts(tmp_path):
+    dual = tiny_dual()
+    table = {text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)}
+    prompts = prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
+    found = class_vectors(dual, prompts, PromptCache(table))
+    with torch.no_grad():
+        for place, name in enumerate("xy"):
+            both = dual.encode_text(torch.stack([table[f"a {name}"], table[f"b {name}"]]))
+            assert torch.allclose(found[place], F.normalize(both.mean(0), dim=0), atol=1e-6)
+    assert prompt_source(["x", "z"], ["a {c}"], str(tmp_path)).name != prompts.name
+
+
+def test_accuracy_counts_each_class_the_same_in_the_mean_over_classes():
+    classes = torch.eye(6)
+    label = torch.tensor([0, 0, 0, 1, 2])
+    image = torch.eye(6)[torch.tensor([0, 0, 0, 2, 2])] + 0.1 * torch.eye(6)[label]
+    scores = classification_scores(features(image, label), classes, "abcdef")
+    assert scores.metrics["acc1"] == pytest.approx(4 / 5)
+    assert scores.metrics["acc5"] == 1.0
+    assert scores.metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
+    assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1] and scores.items[3]["part"] == "b"
+    blind = classification_scores(features(torch.ones(5, 6), label), classes, "abcdef")
+    assert blind.metrics["acc1"] == pytest.approx(1 / 6)
+    assert "acc5" not in classification_scores(features(image[:, :3], label), classes[:3, :3], "abc").metrics
+
+
+def test_zero_shot_from_the_command_line(tmp_path, capsys):
+    llm = write_llm(tmp_path / "llm")
+    identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
+    tower, data = write_tower(tmp_path / "tower", identity), write_tars(tmp_path / "wds")
+    out, table = tmp_path / "scores.json", tmp_path / "clip.json"
+    words = [
+        "evaluate",
+        "zeroshot",
+        str(tower),
+        "--data",
+        str(data),
+        "--json",
+        str(out),
+        "--clip-benchmark",
+        str(table),
+    ]
+    assert cli(words) == 0, capsys.readouterr().err
+    assert "8 images, 4 classes" in capsys.readouterr().out
+    scores, body = ScoreFile.read(out), json.loads(table.read_text())
+    assert scores.metrics["acc1"] == body["metrics"]["acc1"] == sum(item["score"] for item in scores.items) / 8
+    assert body["task"] == "zeroshot_classification" and body["metrics"]["acc5"] is None
+    llm.rename(tmp_path / "gone")  # the prompts are cached
+    assert cli(words) == 0
+
+
+def test_knn_equals_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    train = features(torch.randn(60, 8, generator=generator), torch.randint(0, 5, (60,), generator=generator))
+    test = torch.randn(33, 8, generator=generator)
+    expected = []
+    for row in test:
+        similarity = [float(F.cosine_similarity(row, other, dim=0)) for other in train.feature_ND]
+        nearest = sorted(range(60), key=lambda i: -similarity[i])[:7]
+        votes = [0.0] * 5
+        for i in nearest:
+            votes[int(train.label_N[i])] += math.exp(similarity[i] / 0.07)
+        expected.append(votes.index(max(votes)))
+    assert knn(train, test, 7, 0.07).tolist() == expected
+    assert len(knn(train, test, 1000, 0.07)) == 33
+
+
+def test_the_linear_probe_is_at_the_optimum_and_generalises():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 3, (300,), generator=generator)
+    centre = torch.randn(3, 10, generator=generator)
+    feature = centre[label] + torch.randn(300, 10, generator=generator)
+    weight = fit_logistic(feature, label, 3, 0.01).requires_grad_()
+    padded = F.pad(feature, (0, 1), value=1.0)
+    (F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()).backward()
+    assert float(weight.grad.abs().max()) < 1e-4
+    told = linear_probe(features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:])
+    bayes = predict(weight.detach(), feature[200:])
+    assert float((told == label[200:]).float().mean()) >= float((bayes == label[200:]).float().mean()) - 0.05
+    shuffled = label[torch.randperm(300, generator=generator)]
+    blind = linear_probe(features(feature[:200], shuffled[:200]), feature[200:])
+    assert float((blind == shuffled[200:]).float().mean()) < 0.5
+
+
+def test_probe_from_the_command_line(tmp_path, capsys):
+    tower = write_tower(tmp_path / "tower")
+    train, test = write_folders(tmp_path / "train", (0, 5, 10)), write_folders(tmp_path / "test", (15,))
+    (test / "the_purple").mkdir()
+    (test / "the_purple" / "1.png").write_bytes(square("red", 100))
+    out = tmp_path / "scores.json"
+    words = [
+        "evaluate",
+        "probe",
+        str(tower),
+        "--train",
+        str(train),
+        "--test",
+        str(test),
+        "--k",
+        "3",
+        "--json",
+        str(out),
+    ]
+    assert cli(words) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "knn" in printed and "linear" in printed and "the_purple" in printed
+    scores = ScoreFile.read(out)
+    assert scores.counts == {"images": 5, "left_out": 0, "unseen_classes": 1}
+    assert scores.metrics["knn"] <= 4 / 5 and scores.metrics["linear"] <= 4 / 5  # the unseen class is always wrong
+    assert scores.metrics["knn"] >= 3 / 5  # flat colours: even a random tower tells them apart
