@@ -229,9 +229,7 @@ def evaluation(
         return None
 
     def evaluate() -> dict[str, float]:
-        dual.eval()
         report = evaluate_retrieval(dual, source, cache, images, config.evaluation, all_ranks=True, quiet=True)
-        dual.train()
         return report.metrics()
 
     return evaluate

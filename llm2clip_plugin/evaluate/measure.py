@@ -118,7 +118,8 @@ def evaluate_retrieval(
     all_ranks: bool = False,
     quiet: bool = False,
 ) -> RetrievalReport:
-    """Measure a dual encoder's retrieval on a data set whose captions are in the cache.
+    """Measure a dual encoder's retrieval on a data set whose captions are in the cache; in training as well:
+    afterwards every part of the model is in the mode (train, eval) that it was in.
 
     ``all_ranks``: every rank of the default process group calls this, the work is shared, each gets the report.
     Raises ValueError if no image can be used or a field named in the configuration is missing.
@@ -175,20 +176,3 @@ def _distinct_captions(pairs: EmbeddedPairs, label_M: Tensor) -> Tensor:
         keep.append(identity not in seen)
         seen.add(identity)
     return torch.tensor(keep)
-
-
-@dataclass(frozen=True)
-class RetrievalDuringTraining:
-    """The loop's ``evaluate``: called on every rank, gives the metrics."""
-
-    dual: Dual
-    source: Source
-    cache: EmbeddingCache
-    images: ImageConfig
-    config: RetrievalConfig = field(default_factory=RetrievalConfig)
-    all_ranks: bool = False
-
-    def __call__(self) -> dict[str, float]:
-        """Flat metrics, as `RetrievalReport.metrics`."""
-        arguments = (self.dual, self.source, self.cache, self.images, self.config)
-        return evaluate_retrieval(*arguments, all_ranks=self.all_ranks, quiet=True).metrics()

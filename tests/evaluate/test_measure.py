@@ -17,7 +17,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.command import parse
 from llm2clip_plugin.evaluate.embedding import embed_pairs
-from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalDuringTraining, evaluate_retrieval
+from llm2clip_plugin.evaluate.measure import RetrievalConfig, evaluate_retrieval
 from llm2clip_plugin.evaluate.retrieval import recall
 
 IMAGES = ImageConfig(size=32)
@@ -144,7 +144,7 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
     dual = tiny_dual().train()
     dual.tower.eval()
     before = {name: module.training for name, module in dual.named_modules()}
-    metrics = RetrievalDuringTraining(dual, *opened, IMAGES, RetrievalConfig(group="colour"))()
+    metrics = evaluate_retrieval(dual, *opened, IMAGES, RetrievalConfig(group="colour")).metrics()
     assert {name: module.training for name, module in dual.named_modules()} == before
     assert 0 <= metrics["i2t_r1"] <= 1 and all(parameter.grad is None for parameter in dual.parameters())
 
