@@ -7,8 +7,8 @@ also with another number of ranks; no rank waits for another.
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class AnswerBook:
             self.settings_file.unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         self.compare_settings()
-        self.partial_file = self.partial / f"{os.uname().nodename}-{os.getpid()}.jsonl"
+        self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
 
     def compare_settings(self) -> None:
         """Write the settings, or hold this run to those that its predecessor wrote."""

@@ -11,7 +11,7 @@ from llava_integration import boot, commands, names
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.doctor import Finding, numbers
 
-OLDEST, NEWEST = (4, 37, 0), (4, 37, 99)  # transformers versions in which LLaVA 1.5 both trains and generates
+OLDEST, NEWEST = (4, 36, 2), (4, 37, 99)  # transformers in which LLaVA 1.5 both trains and generates
 
 
 def check_llava() -> Iterator[Finding]:
@@ -36,7 +36,7 @@ def check_wheel() -> Finding:
 
 
 def check_transformers() -> Finding:
-    """LLaVA generates with 4.37 alone; training goes on to 4.46."""
+    """LLaVA 1.5 fails to generate from 4.38 on, and to train after 4.46."""
     try:
         found = version("transformers")
     except PackageNotFoundError:

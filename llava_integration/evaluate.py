@@ -199,10 +199,9 @@ class Answerer:
             arguments["images"] = torch.stack(images) if alike else images
             arguments["image_sizes"] = [size for *_, size in batch]
         options = self.options
+        arguments["do_sample"] = options.temperature > 0
         if options.temperature > 0:
-            arguments |= {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-        else:
-            arguments |= {"do_sample": False, "temperature": None, "top_p": None}
+            arguments |= {"temperature": options.temperature, "top_p": options.top_p}
         with torch.inference_mode():
             output = self.model.generate(
                 ids.to(device),

@@ -1,4 +1,4 @@
-"""LLaVA's own stages, unmodified, with ``--vision_tower llm2clip``: training, loading, losses equal to its own tower's."""
+"""LLaVA's own stages with ``--vision_tower llm2clip``: training, loading, losses equal to its own tower's."""
 
 import json
 
