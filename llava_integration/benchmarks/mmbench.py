@@ -117,9 +117,7 @@ def scorer(name: str, patterns: tuple[str, ...]) -> Callable[[Path, Answers, Opt
 
     def score(folder: Path, answers: Answers, options: Options) -> Scored:
         """Circular accuracy by both rules, by category."""
-        questions = load(
-            need_file(folder, *patterns, benchmark_name=name, where="https://github.com/open-compass/MMBench")
-        )
+        questions = loader(name, patterns)(folder)
         matched = match(
             questions,
             answers,

@@ -1,0 +1,120 @@
+"""``llm2clip bench-mllm`` with a real (tiny) LLaVA: finds what is there, evaluates, scores, goes on after failures."""
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_integration.benchmarks.answers import read_jsonl
+from llm2clip_plugin.contracts import ScoreFile, TowerCard
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "mllm"
+QUICK = ("--device", "cpu", "--batch-size", "8", "--dtype", "float32", "--", "--max-new-tokens", "4", "--workers", "0")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world):
+    folder = world.root / "llava-bench"
+    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder)
+    return folder
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 24), (len(path.name) * 7 % 255, 90, 160)).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    """An evaluation folder: POPE, VQAv2 val and MMBench whole, GQA with a picture missing, VizWiz test, MM-Vet."""
+    root = tmp_path / "eval"
+    questions = [row for row in read_jsonl(GOLDEN / "pope" / "llava_pope_test.jsonl") if row["question_id"] % 13 == 0]
+    write_lines(root / "pope" / "llava_pope_test.jsonl", questions)
+    shutil.copytree(GOLDEN / "pope" / "coco", root / "pope" / "coco")
+    vqav2 = root / "vqav2"
+    vqav2.mkdir()
+    shutil.copy(GOLDEN / "vqav2" / "v2_mscoco_val2014_annotations.json", vqav2)
+    body = json.loads((GOLDEN / "vqav2" / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    body["questions"] = body["questions"][:12]
+    (vqav2 / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(body))
+    for row in questions:
+        picture(root / "pope" / "val2014" / row["image"])
+    for entry in body["questions"]:
+        picture(vqav2 / "val2014" / f"COCO_val2014_{entry['image_id']:012d}.jpg")
+    table = (GOLDEN / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (root / "mmbench").mkdir()
+    encoded = table[1].split("\t")[table[0].split("\t").index("image")]  # one pixel, which LLaVA's processor refuses
+    bigger = base64.b64encode(picture(tmp_path / "mmbench.png").read_bytes()).decode()
+    text = "".join(table[:16]).replace(encoded, bigger)
+    (root / "mmbench" / "mmbench_dev_20230712.tsv").write_text(text, encoding="utf-8")
+    gqa = list(read_jsonl(GOLDEN / "gqa" / "llava_gqa_testdev_balanced.jsonl"))
+    write_lines(root / "gqa" / "llava_gqa_testdev_balanced.jsonl", gqa[:10])
+    whole = json.loads((GOLDEN / "gqa" / "data" / "testdev_balanced_questions.json").read_text())
+    (root / "gqa" / "data").mkdir()
+    some = {row["question_id"]: whole[row["question_id"]] for row in gqa[:10]}
+    (root / "gqa" / "data" / "testdev_balanced_questions.json").write_text(json.dumps(some))
+    for row in gqa[:9]:
+        picture(root / "gqa" / "data" / "images" / row["image"])
+    asked = [
+        {"question_id": n, "image": f"VizWiz_test_{n}.jpg", "text": "What is it?", "category": "default"}
+        for n in range(3)
+    ]
+    write_lines(root / "vizwiz" / "llava_test.jsonl", asked)
+    for number in range(3):
+        picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg")
+    (root / "scienceqa").mkdir()
+    return root
+
+
+@pytest.mark.slow
+def test_bench_runs_what_is_there_and_goes_on_after_a_failure(world, checkpoint, root, tmp_path):
+    output = tmp_path / "out"
+    command = ("-m", "llava_integration.benchmarks.bench", "--model-path", checkpoint, "--data", root)
+    command += ("--output", output)
+    told = world.python(*command, *QUICK, fails=True)
+    outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
+    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["vqav2", "pope", "mmbench"], told
+    assert outcomes["gqa"]["status"] == "failed" and "lmms" not in outcomes["gqa"]["detail"]
+    assert outcomes["vizwiz"]["status"] == "answered" and "its server scores" in outcomes["vizwiz"]["detail"]
+    for name in ("scienceqa", "mme", "seedbench", "mmvet", "llava_bench", "textvqa", "mmbench_cn"):
+        assert outcomes[name]["status"] == "no files" and outcomes[name]["detail"], name
+    assert len(json.loads((output / "submissions" / "vizwiz.json").read_text())) == 3
+
+    record = ScoreFile.read(output / "scores" / "pope.scores.json")
+    assert record.counts["questions"] == len(record.items) > 15 and record.counts["missing"] == 0
+    card = TowerCard.read(world.towers["clip"] / TowerCard.FILE)
+    assert record.provenance["tower_sha256"] == card.weights_sha256
+    assert {"checkpoint", "data_sha256", "question_file_sha256", "command", "versions", "llm"} <= set(record.provenance)
+    assert "torch" in record.provenance["versions"]
+
+    written = {name: (output / "answers" / f"{name}.jsonl").stat().st_mtime_ns for name in ("pope", "vqav2", "mmbench")}
+    last = read_jsonl(root / "gqa" / "llava_gqa_testdev_balanced.jsonl")[-1]
+    picture(root / "gqa" / "data" / "images" / last["image"])
+    told = world.python(*command, *QUICK)
+    outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
+    assert outcomes["gqa"]["status"] == "scored", told
+    assert written == {name: (output / "answers" / f"{name}.jsonl").stat().st_mtime_ns for name in written}
+    assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"
+
+    scores, report = output / "scores", tmp_path / "report"
+    world.python("-m", "llava_integration.benchmarks.compare", scores, scores, "--out", report, "--resamples", "100")
+    assert (report / "compare.html").stat().st_size > 20_000
+
+
+def test_plan_and_nothing_to_run(world, root, tmp_path):
+    start = ("-m", "llava_integration.benchmarks.bench", "--model-path", "x", "--output", tmp_path / "out")
+    told = world.python(*start, "--data", root, "--plan")
+    assert "pope" in told and "will run" in told and "no folder MME or mme" in told
+    told = world.python(*start, "--data", root, "--benchmarks", "mme", fails=True)
+    assert "no benchmark has its files" in told
+    told = world.python(*start, "--data", root, "--benchmarks", "mmee", fails=True)
+    assert "unknown benchmark 'mmee'" in told
