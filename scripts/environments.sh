@@ -34,6 +34,10 @@ make_environment() {
     echo "$stamp" >"$folder/made-for"
 }
 
+# extensions_of FOLDER: DeepSpeed's compiled extensions belong to its version, and the two environments have two versions;
+# in the shared default folder one would load what the other built ("deepspeed_shm_comm has no attribute ...").
+extensions_of() { export TORCH_EXTENSIONS_DIR="$ROOT/$1/torch-extensions"; }
+
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
 install_train() { "$2/bin/python" -m pip install -q -e "$ROOT[$1]"; }

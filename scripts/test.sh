@@ -9,6 +9,7 @@ cd "$ROOT"
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 train_environment .venv train,dev
+extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 llava_environment .venv-llava
 
@@ -17,4 +18,5 @@ llava_environment .venv-llava
 .venv/bin/pyright
 .venv/bin/python -m pytest --ignore=tests/llava --durations=15
 # What LLaVA's environment loads is tested there too: the vision side, the scoring rules, and LLaVA itself.
+extensions_of .venv-llava
 .venv-llava/bin/python -m pytest tests/llava tests/vision tests/benchmarks --durations=15
