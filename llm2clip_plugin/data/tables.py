@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Iterable
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llm2clip_plugin.data.remote import is_url
 
 
 class TableSource(Source):
-    """One shard: a row is a sample. Rows are kept as bytes and parsed when they are asked for."""
+    """One shard: a row is a sample. Rows stay bytes, shared by forked workers, and are parsed when asked for."""
 
     def __init__(self, config: SourceConfig, kind: str) -> None:
         self.kind = kind
@@ -24,8 +25,7 @@ class TableSource(Source):
         path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
         if not path.is_file():
             raise FileNotFoundError(f"no {kind} file at {path}")
-        lines = _llava_lines(path) if kind == "llava" else _jsonl_lines(path)
-        self._lines, self._blob = _pack(lines)
+        self._lines, self._rows = _llava_rows(path) if kind == "llava" else _jsonl_rows(path)
         if not len(self._lines):
             raise ValueError(f"{config.path} holds no samples")
         self._images = config.images or config.path.rpartition("/")[0] or "."
@@ -39,8 +39,8 @@ class TableSource(Source):
 
     def raw(self, number: int) -> RawSample:
         row, line = self._row(number)
-        image = str(row.get(self.config.image_field, ""))
-        key = str(row.get(self.config.key_field, "") or image or f"line {line}")
+        given, image = row.get(self.config.key_field), row.get(self.config.image_field)
+        key = str(given) if given not in (None, "") else str(image or f"line {line}")
         values = dict(row)
         if self.kind == "llava":
             try:
@@ -71,7 +71,7 @@ class TableSource(Source):
         self.place(number)
         start, stop, line = self._lines[number].tolist()
         try:
-            row = json.loads(self._blob[start:stop])
+            row = json.loads(self._rows[start:stop])
         except ValueError as error:
             raise BrokenSample(self.shards[0].name, f"line {line}", f"not JSON: {error}") from error
         if not isinstance(row, dict):
@@ -87,31 +87,33 @@ def first_answer(row: dict[str, Any]) -> str:
     return ""
 
 
-def _jsonl_lines(path: Path) -> Iterable[tuple[int, bytes]]:
-    """(line number from 1, bytes) of each line that isn't blank."""
+def _jsonl_rows(path: Path) -> tuple[np.ndarray, bytes | mmap.mmap]:
+    """(start, stop, line number from 1) of each line that isn't blank, and the file, mapped."""
+    spans, start = array("q"), 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, line
+                spans.extend((start, start + len(line), number))
+            start += len(line)
+        rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
+    return np.array(spans, dtype=np.int64).reshape(-1, 3), rows
 
 
-def _llava_lines(path: Path) -> Iterable[tuple[int, bytes]]:
-    """(item number from 0, JSON) of each item with an image; items of text alone hold no image-caption pair."""
+def _llava_rows(path: Path) -> tuple[np.ndarray, bytes]:
+    """(start, stop, item number from 0) of each item with an image, and the items as JSON, one after another.
+
+    Items of text alone hold no image-caption pair.
+    """
     try:
         items = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); a file of one object a line is named .jsonl") from error
     if not isinstance(items, list):
         raise ValueError(f"{path} holds a {type(items).__name__}; LLaVA's format is a list of conversations")
+    spans, rows = array("q"), bytearray()
     for number, item in enumerate(items):
         if not isinstance(item, dict) or item.get("image"):
-            yield number, json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def _pack(lines: Iterable[tuple[int, bytes]]) -> tuple[np.ndarray, bytes]:
-    """(start, stop, line number) of each row in one run of bytes, which forked workers share."""
-    blob, spans = bytearray(), []
-    for number, line in lines:
-        spans.append((len(blob), len(blob) + len(line), number))
-        blob += line
-    return np.array(spans, dtype=np.int64).reshape(-1, 3), bytes(blob)
+            row = json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            spans.extend((len(rows), len(rows) + len(row), number))
+            rows += row
+    return np.array(spans, dtype=np.int64).reshape(-1, 3), bytes(rows)

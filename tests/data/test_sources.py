@@ -120,13 +120,15 @@ def test_jsonl_with_an_image_folder(tmp_path: Path) -> None:
     rows = [
         {"id": "one", "image": "sub/a.jpg", "caption": "short", "long_caption": "long"},
         {"image": "sub/a.jpg", "caption": ["x", "y"]},
+        {"id": 0, "image": "sub/a.jpg", "caption": "z"},
     ]
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     source = open_source(config(file, images=str(tmp_path / "images")))
-    assert [(shard.name, shard.size) for shard in source.shards] == [("data", 2)]
+    assert [(shard.name, shard.size) for shard in source.shards] == [("data", 3)]
     assert source[0].captions == (Caption("short"), Caption("long", "long")) and source[0].image == jpeg(0)
     assert source[1].key == "sub/a.jpg" and source[1].captions == (Caption("x"), Caption("y"))
+    assert source[2].key == "0"
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
 
 
