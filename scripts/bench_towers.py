@@ -1,0 +1,170 @@
+"""EVA02 and CLIP towers against timm's on the same weights: images a second, and memory with gradient checkpointing.
+
+    python scripts/bench_towers.py [--towers eva02-b16 clip-b16] [--batch 4] [--rounds 5]
+
+Both models get the same weights and images and must give the same features before they are timed; the timed
+passes alternate, and the median of the rounds counts. Memory is the growth of a fresh process's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
+from llm2clip_plugin.vision.eva_names import eva_state
+from llm2clip_plugin.vision.open_clip_names import open_clip_state
+
+EVA = {"rope_pretrained_grid": 16}
+CLIP = {"hidden_act": "quick_gelu"}
+B16 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+L14 = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+TOWERS = {  # name -> (ours, timm's)
+    "eva02-b16": ({**EVA, **B16, "intermediate_size": 2048}, "eva02_base_patch16_clip_224"),
+    "eva02-l14": ({**EVA, **L14, "intermediate_size": 2730}, "eva02_large_patch14_clip_224"),
+    "clip-b16": ({**CLIP, **B16, "intermediate_size": 3072}, "vit_base_patch16_clip_quickgelu_224"),
+    "clip-l14": ({**CLIP, **L14, "intermediate_size": 4096}, "vit_large_patch14_clip_quickgelu_224"),
+}
+
+
+def our_tower(name: str) -> nn.Module:
+    """The tower in this package (EVA02) or in transformers (CLIP), random weights."""
+    fields = TOWERS[name][0]
+    torch.manual_seed(0)
+    if name.startswith("eva02"):
+        return Eva02VisionModel(Eva02Config(**fields))
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(**fields))
+
+
+def timm_tower(name: str, ours: nn.Module) -> nn.Module:
+    """timm's model with the weights of ours."""
+    import timm
+
+    model = timm.create_model(TOWERS[name][1], pretrained=False, num_classes=0)
+    if name.startswith("eva02"):
+        state = {k: v for k, v in eva_state(ours.state_dict(), ours.config).items() if "rope" not in k}
+        state = timm.models.eva.checkpoint_filter_fn(state, model)
+        left = model.load_state_dict(state, strict=False)
+        assert not left.unexpected_keys and all("k_bias" in key for key in left.missing_keys), left
+        return model
+    from llm2clip_plugin.vision.towers import core_of
+
+    state = open_clip_state({f"vision_model.{k}": v for k, v in core_of(ours).state_dict().items()}, None)
+    state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)
+    model.load_state_dict(state)
+    return model
+
+
+def passes(model: nn.Module, pixels: Tensor, *, is_timm: bool) -> tuple:
+    """A forward pass in eval mode, and a training step's forward and backward."""
+
+    def forward() -> Tensor:
+        return model(pixels) if is_timm else model(pixel_values=pixels).pooler_output
+
+    def evaluate() -> None:
+        model.eval()
+        with torch.no_grad():
+            forward()
+
+    def train() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        forward().square().mean().backward()
+
+    return evaluate, train
+
+
+def compare_speed(name: str, *, batch: int, rounds: int) -> dict[str, float]:
+    """Images a second of both, and their ratio, for forward and for forward with backward."""
+    ours = our_tower(name)
+    theirs = timm_tower(name, ours)
+    size = TOWERS[name][0]["image_size"]
+    pixels = torch.randn(batch, 3, size, size)
+    with torch.no_grad():
+        difference = (ours.eval()(pixel_values=pixels).pooler_output - theirs.eval()(pixels)).abs().max().item()
+    assert difference < 1e-3, f"{name}: features differ by {difference}"
+    found = {"difference": difference}
+    pairs = zip(
+        ("forward", "train"), passes(ours, pixels, is_timm=False), passes(theirs, pixels, is_timm=True), strict=True
+    )
+    for kind, mine, other in pairs:
+        seconds: tuple[list[float], list[float]] = ([], [])
+        mine(), other()  # warm up
+        for _ in range(rounds):
+            for times, run in zip(seconds, (mine, other), strict=True):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+        ratios = [b / a for a, b in zip(*seconds, strict=True)]
+        found[f"{kind} ours"] = batch / statistics.median(seconds[0])
+        found[f"{kind} timm"] = batch / statistics.median(seconds[1])
+        found[f"{kind} ratio"] = statistics.median(ratios)
+    return found
+
+
+def measure_memory(name: str, batch: int, threads: int, checkpointing: bool, answer) -> None:
+    """In a fresh process: how far the peak of memory grows in one forward and backward pass, in MiB."""
+    torch.set_num_threads(threads)
+    ours = our_tower(name).train()
+    if checkpointing:
+        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    size = TOWERS[name][0]["image_size"]
+    pixels = torch.randn(batch, 3, size, size)
+    before = peak_mebibytes(reset=True)
+    ours(pixel_values=pixels).pooler_output.square().mean().backward()
+    answer.put(peak_mebibytes() - before)
+
+
+def peak_mebibytes(*, reset: bool = False) -> float:
+    """The process's peak of resident memory (Linux), counted anew from the present use if asked."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def memory(name: str, *, batch: int, threads: int) -> dict[str, float]:
+    """Peak memory of a training pass with and without gradient checkpointing."""
+    context, found = multiprocessing.get_context("spawn"), {}
+    for checkpointing in (False, True):
+        answer = context.Queue()
+        process = context.Process(target=measure_memory, args=(name, batch, threads, checkpointing, answer))
+        process.start()
+        found["checkpointed MiB" if checkpointing else "plain MiB"] = answer.get()
+        process.join()
+    return found
+
+
+def main() -> None:
+    """Print a table, and one JSON line for machines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--towers", nargs="+", default=["eva02-b16", "clip-b16"], choices=list(TOWERS))
+    parser.add_argument("--batch", type=int, default=4, help="images a pass")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating timed passes of each model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = {}
+    for name in options.towers:
+        speed = compare_speed(name, batch=options.batch, rounds=options.rounds)
+        results[name] = {**speed, **memory(name, batch=options.batch, threads=options.threads)}
+        print(f"{name}, batch {options.batch}, {options.threads} threads")
+        for kind in ("forward", "train"):
+            ours, theirs, ratio = (speed[f"{kind} {part}"] for part in ("ours", "timm", "ratio"))
+            print(f"  {kind:8} {ours:7.2f} images/s, timm {theirs:7.2f}, {ratio:.2f}x")
+        row = results[name]
+        print(f"  memory of a training pass {row['plain MiB']:.0f} MiB, checkpointed {row['checkpointed MiB']:.0f} MiB")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
