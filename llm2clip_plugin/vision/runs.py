@@ -33,6 +33,7 @@ def export_run(
         if not (checkpoint / "ema.safetensors").is_file():
             raise FileNotFoundError(f"{checkpoint} keeps no moving averages: the run's ema_decay is 0")
         state |= load_file(checkpoint / "ema.safetensors")
+    state = {name.removeprefix("dual."): value for name, value in state.items()}  # a run trains Scaled(dual)
     expected = {name: value.shape for name, value in dual.state_dict().items()}
     found = {name: value.shape for name, value in state.items()}
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
