@@ -40,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def start_ranks() -> torch.device:
     """Join the process group (of one, without a launcher); returns this rank's device."""
     set_single_process_environment()
-    quiet_deepspeed()
+    prepare_deepspeed()
     backend = deepspeed.get_accelerator().communication_backend_name()
     deepspeed.init_distributed("gloo" if backend == "ccl" else backend)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -50,8 +50,13 @@ def start_ranks() -> torch.device:
     return torch.device("cpu")
 
 
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's informational lines off the terminal, where the progress bar stands."""
+def prepare_deepspeed() -> None:
+    """Keep DeepSpeed's informational lines off the terminal, and its shared-memory extension unbuilt.
+
+    That C++ extension serves tensor-parallel inference on CPUs alone, yet is compiled for a minute at first use,
+    needs a compiler, and a build that was killed leaves a lock that every later run waits for.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if os.environ.get("LLM2CLIP_DEEPSPEED_LOG") != "1":
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -64,7 +69,15 @@ class Engine:
     micro-batches and averaged over the ranks.
     """
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], adam: dict[str, Any], config: dict[str, Any]):
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        adam: dict[str, Any],
+        config: dict[str, Any],
+        *,
+        keep_frozen: bool = True,  # checkpoints hold what is frozen too; not an LLM's weights, which have files
+    ) -> None:
         self.stage = zero_stage(config)
         if torch.cuda.is_available() and offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -74,13 +87,14 @@ class Engine:
             # torch's own AdamW needs no C++ build, which takes minutes at first use
             optimizer = torch.optim.AdamW(groups, **adam)
         self.module = module
-        quiet_deepspeed()
+        prepare_deepspeed()
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
             self.device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        self.keep_frozen = keep_frozen
+        self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
         self._local_norm: float | None = None
         if self.stage == 3 and self.device.type == "cpu":
             _wait_for_every_gather()
@@ -154,7 +168,7 @@ class Engine:
             with self.gathered([parameter]):
                 if keep:
                     values[name] = parameter.detach().to("cpu", torch.float32, copy=True)
-        if keep:
+        if keep and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
             values |= {n: b.detach().to("cpu", copy=True) for n, b in self.module.named_buffers() if n in persistent}
         return values

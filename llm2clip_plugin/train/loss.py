@@ -98,8 +98,8 @@ def sigmoid_loss(
 
 def _stack_ids(*ids: Tensor | None) -> Tensor | None:
     """(k, b) int64 of the ids that are given, or None."""
-    given = [item for item in ids if item is not None]
-    return torch.stack(given) if given else None
+    given = [item.reshape(-1, item.shape[-1]) for item in ids if item is not None]
+    return torch.cat(given) if given else None
 
 
 class _Batch:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -100,20 +101,34 @@ def _shared(x: Features, config: LossConfig, group: Group) -> dict[str, Any]:
     }
 
 
-class Step:
-    """One optimizer step over this rank's rows of a global batch.
+class ContrastiveStep(ABC):
+    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are.
 
-    ``batch``: pixel_values (b, 3, S, S), embeddings (b, W), caption_ids and image_ids (b,), keys (b), and
-    ``position``, the number of samples that the run has consumed after this batch.
+    ``batch``: caption_ids and image_ids (b,), keys (b), ``position``, the number of samples that the run has consumed
+    after this batch, and what the subclass encodes.
     """
 
-    def __init__(self, engine: Engine, terms: dict[str, tuple[float, Term]], *, seed: int, noisy: bool) -> None:
+    def __init__(self, engine: Engine, terms: dict[str, tuple[float, Term]], *, seed: int) -> None:
         self.engine = engine
         self.terms = terms
         self.seed = seed
-        self.noisy = noisy  # whether the text side wants noise
-        self.dual: nn.Module = engine.module.dual  # type: ignore[assignment]
-        self.dtype = next(p.dtype for p in self.dual.parameters() if p.is_floating_point())
+
+    @abstractmethod
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch where the module is."""
+
+    @abstractmethod
+    def _part(self, batch: Batch, rows: slice) -> Batch:
+        """What a micro-batch of these rows encodes."""
+
+    @abstractmethod
+    def _forward(self, micro: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalised features of both sides (m, ..., D), log scale (1,), bias (1,); ``micro["first"]`` is the place
+        of the first row."""
+
+    @abstractmethod
+    def _after_update(self) -> None:
+        """What holds the parameters within bounds."""
 
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
@@ -129,7 +144,7 @@ class Step:
             self.engine.step()
         else:
             values = self._cached_step(batch, micro_batches)
-        self.engine.clamp(self.dual.logit_scale, 0.0, MAX_LOG_SCALE)  # type: ignore[arg-type]
+        self._after_update()
         return values.pop("loss"), values
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
@@ -156,18 +171,7 @@ class Step:
     def _encode(self, micro: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Forward pass of one micro-batch; the same random draws each time it is called for it."""
         torch.manual_seed(place_seed(self.seed, micro["first"]))
-        noise = self._noise(micro) if self.noisy else None
-        return self.engine(micro["pixel_values"], micro["embeddings"], noise)
-
-    def _noise(self, micro: Batch) -> Tensor:
-        """(m, W) standard normal values, each row a function of (seed, place of its sample)."""
-        rows, width = micro["embeddings"].shape
-        noise_mW = torch.empty(rows, width)
-        generator = torch.Generator()
-        for i in range(rows):
-            generator.manual_seed(place_seed(self.seed + 1, micro["first"] + i))
-            noise_mW[i].normal_(generator=generator)
-        return noise_mW.to(micro["embeddings"].device)
+        return self._forward(micro)
 
     def _loss(self, outputs: tuple[Tensor, Tensor, Tensor, Tensor], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """This rank's weighted sum of terms, and their means over ranks."""
@@ -193,8 +197,8 @@ class Step:
 
     def _describe(self, values: dict[str, float], outputs: tuple[Tensor, ...], batch: Batch) -> str:
         """Which samples of which rank: those with non-finite features if there are any, else the whole batch."""
-        bad_b = ~(torch.isfinite(outputs[0]).all(1) & torch.isfinite(outputs[1]).all(1))
-        keys = [key for key, bad in zip(batch["keys"], bad_b.tolist(), strict=True) if bad]
+        finite_b = torch.isfinite(outputs[0]).flatten(1).all(1) & torch.isfinite(outputs[1]).flatten(1).all(1)
+        keys = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
         told = {"bad": keys[:NAMED_KEYS], "bad_count": len(keys), "all": batch["keys"][:NAMED_KEYS]}
         ranks = gather_objects(told)
         which = "bad" if any(item["bad"] for item in ranks) else "all"
@@ -209,6 +213,26 @@ class Step:
             "Nothing was updated and the last checkpoint stays; lower the learning rate, or look at these samples"
         )
 
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """``accumulation`` equal parts of this rank's rows, each with the place of its first sample."""
+        rows = len(batch["keys"])
+        size = rows // self.engine.accumulation
+        if size * self.engine.accumulation != rows:
+            raise ValueError(f"{rows} rows on this rank are not {self.engine.accumulation} equal micro-batches")
+        first = batch["position"] - (world_size() - rank()) * rows
+        starts = range(0, rows, size)
+        return [{**self._part(batch, slice(start, start + size)), "first": first + start} for start in starts]
+
+
+class Step(ContrastiveStep):
+    """A step of the tower: pixel_values (b, 3, S, S) against embeddings (b, W)."""
+
+    def __init__(self, engine: Engine, terms: dict[str, tuple[float, Term]], *, seed: int, noisy: bool) -> None:
+        super().__init__(engine, terms, seed=seed)
+        self.noisy = noisy  # whether the text side wants noise
+        self.dual: nn.Module = engine.module.dual  # type: ignore[assignment]
+        self.dtype = next(p.dtype for p in self.dual.parameters() if p.is_floating_point())
+
     def _on_device(self, batch: Batch) -> Batch:
         """Pixels in the module's dtype; embeddings stay fp32, the adapter normalises them first."""
         device = self.engine.device
@@ -219,21 +243,25 @@ class Step:
         moved["pixel_values"] = moved["pixel_values"].to(self.dtype)
         return moved
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """``accumulation`` equal parts of this rank's rows, each with the place of its first sample."""
-        rows = len(batch["pixel_values"])
-        size = rows // self.engine.accumulation
-        if size * self.engine.accumulation != rows:
-            raise ValueError(f"{rows} rows on this rank are not {self.engine.accumulation} equal micro-batches")
-        first = batch["position"] - (world_size() - rank()) * rows
-        return [
-            {
-                "pixel_values": batch["pixel_values"][start : start + size],
-                "embeddings": batch["embeddings"][start : start + size],
-                "first": first + start,
-            }
-            for start in range(0, rows, size)
-        ]
+    def _part(self, batch: Batch, rows: slice) -> Batch:
+        return {"pixel_values": batch["pixel_values"][rows], "embeddings": batch["embeddings"][rows]}
+
+    def _forward(self, micro: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        noise = self._noise(micro) if self.noisy else None
+        return self.engine(micro["pixel_values"], micro["embeddings"], noise)
+
+    def _noise(self, micro: Batch) -> Tensor:
+        """(m, W) standard normal values, each row a function of (seed, place of its sample)."""
+        rows, width = micro["embeddings"].shape
+        noise_mW = torch.empty(rows, width)
+        generator = torch.Generator()
+        for i in range(rows):
+            generator.manual_seed(place_seed(self.seed + 1, micro["first"] + i))
+            noise_mW[i].normal_(generator=generator)
+        return noise_mW.to(micro["embeddings"].device)
+
+    def _after_update(self) -> None:
+        self.engine.clamp(self.dual.logit_scale, 0.0, MAX_LOG_SCALE)  # type: ignore[arg-type]
 
 
 def place_seed(seed: int, place: int) -> int:
