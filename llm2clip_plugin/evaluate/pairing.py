@@ -27,6 +27,7 @@ from torch import Tensor
 from llm2clip_plugin.evaluate.ranks import QueryRanks
 
 TILE = 512  # rows and columns of a tile: 1 MiB of scores, which stays in cache
+KEPT = 64  # tiles with right pairs that are kept from the first pass, not computed again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +47,18 @@ class Side:
     def build(cls, row_ND: Tensor, label_N: Tensor) -> Side:
         """Order the rows by label, keep each once; ``label_N`` counts from 0."""
         device, total = row_ND.device, len(row_ND)
-        order_N = torch.argsort(label_N, stable=True)
         row_ND = row_ND.float()
-        digests = row_digests(row_ND)
-        first: dict[bytes, int] = {}
-        place = torch.tensor([first.setdefault(digests[i], len(first)) for i in order_N.tolist()], device=device)
-        place_N = torch.empty_like(place).scatter_(0, order_N, place)
+        order_N = torch.argsort(label_N, stable=True)
+        number_N = distinct_numbers(row_ND, order_N)
+        place_N = torch.empty_like(number_N).scatter_(0, order_N, number_N)
         position_N = torch.arange(total, device=device)
-        kept_U = torch.full((len(first),), total, device=device).scatter_reduce(0, place_N, position_N, "amin")
+        distinct = int(number_N.max()) + 1
+        kept_U = torch.full((distinct,), total, device=device).scatter_reduce(0, place_N, position_N, "amin")
         labels = int(label_N.max()) + 1
         query, query_of_N, copies = torch.unique(place_N * labels + label_N, return_inverse=True, return_counts=True)
         return cls(
-            row_UD=row_ND[kept_U],
-            copies_U=torch.bincount(place_N, minlength=len(first)).float(),
+            row_UD=row_ND if torch.equal(kept_U, position_N) else row_ND[kept_U],
+            copies_U=torch.bincount(place_N, minlength=distinct).float(),
             query_row_Q=query // labels,
             query_label_Q=query % labels,
             query_copies_Q=copies,
@@ -147,7 +147,7 @@ def rank_both(
 
     The score is the dot product, in fp32 whatever the inputs, autocast and TF32 are; rows are right for each other
     when their labels (int) are equal. A query without a right item gets ``right_equal`` 0. Memory beyond the inputs:
-    a copy of them, a few tiles, and the right pairs.
+    a copy of them, some tiles, and the right pairs.
 
     ``all_ranks``: every rank of the default process group calls this with the same arrays; the tiles are shared out,
     and each rank gets all results. The tiles are the same on any number of ranks, and so are the results.
@@ -186,6 +186,7 @@ class _Grid:
         number, order = torch.sort(number)
         self.pairs = pair_first[order], pair_second[order]
         self.starts = torch.searchsorted(number, torch.arange(self.total + 1, device=number.device)).tolist()
+        self.kept: dict[int, Tensor] = {}
 
     def numbers(self) -> Iterator[int]:
         """This rank's tiles."""
@@ -196,8 +197,9 @@ class _Grid:
         row, column = number // self.across * self.tile, number % self.across * self.tile
         rows = slice(row, min(row + self.tile, len(self.first.row_UD)))
         columns = slice(column, min(column + self.tile, len(self.second.row_UD)))
-        score_rc = self.first.row_UD[rows] @ self.second.row_UD[columns].T
-        if score_P is not None:
+        kept = self.kept.pop(number, None)
+        score_rc = self.first.row_UD[rows] @ self.second.row_UD[columns].T if kept is None else kept
+        if score_P is not None and kept is None:
             part, row_p, column_p = self.inside(number, rows, columns)
             score_rc[row_p, column_p] = score_P[part]
         return rows, columns, score_rc
@@ -217,6 +219,8 @@ class _Grid:
                 rows, columns, score_rc = self.scores(number)
                 part, row_p, column_p = self.inside(number, rows, columns)
                 score_P[part] = score_rc[row_p, column_p]
+                if len(self.kept) < KEPT:
+                    self.kept[number] = score_rc
         if self.all_ranks:
             dist.all_reduce(score_P)  # every other rank has zeros there
         return score_P
@@ -231,6 +235,20 @@ def _right_pairs(label_Q: Tensor, other_label_R: Tensor) -> tuple[Tensor, Tensor
     end_Q = count_Q.cumsum(0)
     offset_P = torch.arange(len(query_P), device=label_Q.device) - (end_Q - count_Q)[query_P]
     return query_P, order_R[start_Q[query_P] + offset_P]
+
+
+def distinct_numbers(row_ND: Tensor, order_N: Tensor) -> Tensor:
+    """(N,) for the rows in ``order_N``: the number of each among the distinct ones, in order of first appearance."""
+    rough_N = (row_ND + 0.0).view(torch.int32).sum(1)  # of the bits: exact in any order, equal for equal rows
+    _, group_N, count = torch.unique(rough_N, return_inverse=True, return_counts=True)
+    maybe_N = count[group_N] > 1
+    if not bool(maybe_N.any()):
+        return torch.arange(len(row_ND), device=row_ND.device)
+    positions = torch.nonzero(maybe_N).flatten()
+    digest = dict(zip(positions.tolist(), row_digests(row_ND[positions]), strict=True))
+    first: dict[bytes | int, int] = {}
+    numbers = [first.setdefault(digest.get(position, position), len(first)) for position in order_N.tolist()]
+    return torch.tensor(numbers, device=row_ND.device)
 
 
 def row_digests(row_ND: Tensor) -> list[bytes]:
