@@ -61,10 +61,11 @@ def check_packages(extra: str) -> Iterator[Finding]:
     except PackageNotFoundError:
         yield Finding(subject="llm2clip-plugin", state="fail", found="not installed", mend='pip install -e ".[train]"')
         return
-    for line in lines:
-        name, least, needed_by = requirement_parts(line)
-        if needed_by not in ("", extra):
-            continue
+    needed: dict[str, str] = {}  # name -> the least version that the core or the extra takes
+    for name, least, needed_by in map(requirement_parts, lines):
+        if needed_by in ("", extra):
+            needed[name] = max(needed.get(name, ""), least, key=numbers)
+    for name, least in needed.items():
         mend = f'pip install "{name}>={least}"' if least else f"pip install {name}"
         try:
             found = version(name)
