@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import llm2clip_plugin
 from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard, sha256_weights, whole_directory
 from llm2clip_plugin.vision.dual import ADAPTER_FILE, DualEncoder, beside_tower_state, load_dual
+from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.towers import (
     PREPROCESSOR_FILE,
@@ -54,8 +55,10 @@ def export_tower(
     ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict.
     ``training``: steps, samples, data ...; ``resized_from`` is added where positions were interpolated.
     ``preprocessor``: by default the family's; its sizes are set to the tower's image size.
+    LoRA layers are merged into a copy; the model itself stays as it is.
     Raises FileExistsError (directory in use), ContractError (what was written doesn't read back the same).
     """
+    model = merged(model)
     dual = model if isinstance(model, DualEncoder) else None
     tower = dual.tower if dual is not None else model
     modes = {module: module.training for module in model.modules()}

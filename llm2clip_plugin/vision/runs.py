@@ -8,6 +8,7 @@ from pathlib import Path
 from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import WEIGHTS_FILE, export_tower
+from llm2clip_plugin.vision.lora import add_lora
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 
@@ -62,4 +63,7 @@ def build_run_dual(record: RunRecord, *, where: Path) -> DualEncoder:
             f"{where / RunRecord.FILE} has no tower and dual in its configuration: no run of train-tower"
         )
     config = DualConfig(**{**dual, "llm_width": dual.get("llm_width") or record.teacher["width"]})
-    return DualEncoder(load_tower(tower["path"], image_size=tower.get("image_size") or None), config)
+    model = DualEncoder(load_tower(tower["path"], image_size=tower.get("image_size") or None), config)
+    if tower.get("lora_rank"):
+        add_lora(model.tower, rank=tower["lora_rank"], alpha=tower["lora_alpha"])
+    return model
