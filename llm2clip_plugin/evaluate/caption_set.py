@@ -67,7 +67,9 @@ def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[
     ]
     empty = [row.name for row in rows if not row.pairs]
     if empty:
-        raise ValueError(f"{config.captions}: no image has two captions {', '.join(empty)}; there are {kinds_of(source)}")
+        raise ValueError(
+            f"{config.captions}: no image has two captions {', '.join(empty)}; there are {kinds_of(source)}"
+        )
     if config.across:
         home = (config.across_kind, config.home)
         found = [
@@ -181,9 +183,7 @@ def main(argv: list[str]) -> int:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--captions")
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[EvaluateCaptionsConfig], args=words, prog="llm2clip evaluate captions"
-    )
+    config = tyro.cli(tyro.conf.OmitArgPrefixes[EvaluateCaptionsConfig], args=words, prog="llm2clip evaluate captions")
     if not config.measure.captions:
         raise ValueError("no captions are named: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
     encoder = CaptionEncoder(config.encoder)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.base import Source
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.text.embed import default_cache, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -38,13 +39,15 @@ class Teacher:
         """
         if directory is None:
             directory = default_cache(source.path, self.fingerprint)
-        if (cache := self._whole(source, directory)) is None:
+        cache = self._whole(source, directory)
+        if any(gather_objects(cache is None, all_ranks)):  # decided together: a fast rank may have finished its share
             rank, world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
             embed_source(source, self.encoder, directory, self.dtype, rank, world, quiet=rank != 0)
             if all_ranks:
                 dist.barrier()
             cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
             cache.check(source)
+        assert cache is not None
         if self.llm_width and cache.width != self.llm_width:
             raise ContractError(f"{directory} is {cache.width} wide, the tower's adapter takes {self.llm_width}")
         return cache
