@@ -163,7 +163,7 @@ def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], ou
     """The command line of lmms-eval, which fetches its own questions and pictures."""
     model = f"pretrained={args.model_path},conv_template={args.conv_mode}"
     if args.device != "auto":
-        model += f",device={args.device}"
+        model += f",device={args.device}" + ",device_map=auto" * (args.device == "cpu")
     start = [sys.executable, "-m"]
     if args.gpus > 1:
         start += ["accelerate.commands.launch", "--num_processes", str(args.gpus), "-m"]

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     sides = load_sides([args.base, *args.new], args.names)
 
     def progress(tasks: list) -> Iterable:
-        return tqdm(tasks, desc="comparing", unit="benchmark", disable=len(tasks) < 2)
+        return tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
 
     comparison = build(
         sides,

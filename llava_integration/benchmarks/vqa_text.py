@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(
     ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -21,6 +22,8 @@ FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOPS_AT_MOST = 32  # re.UNICODE, passed where the count belongs
 DIGIT_COMMA = re.compile(r"\d,\d")
 DIGIT_COMMAS = re.compile(r"(?<=\d),+(?=\d)")  # M4C's: one or more commas
+
+CACHED = 1 << 16  # texts: human answers are few words, ten times over
 
 # The contraction table maps each word below without one of its apostrophes to the word.
 _CONTRACTED = """
@@ -72,11 +75,13 @@ def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=CACHED)
 def vqa_api(text: str) -> str:
     """The VQA API's normal form, of a text that went through ``one_line``."""
     return digits_and_articles(strip_punctuation(text))
 
 
+@lru_cache(maxsize=CACHED)
 def m4c(text: str) -> str:
     """The M4C normal form: commas and question marks go first, and ``'s`` becomes a word."""
     split = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
