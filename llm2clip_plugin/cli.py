@@ -18,16 +18,21 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "read a data set once and report what is in it and what is broken",
     ),
     "finetune-llm": (
-        "llm2clip_plugin.text.finetune",
+        "llm2clip_plugin.llm_stage",
         "main",
         "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)",
     ),
     "embed": ("llm2clip_plugin.text.embed", "main", "stage 1.5: cache the teacher's caption embeddings"),
     "train-tower": ("llm2clip_plugin.tower_command", "main", "stage 2: train the vision tower against the cache"),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.caption_set", "main", "how well an LLM tells captions apart"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "classification by the classes' names alone"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "kNN and linear probe on a tower's features"),
-    "export": ("llm2clip_plugin.vision.export", "main", "write a trained run as a tower directory"),
+    "export": (
+        "llm2clip_plugin.export_command",
+        "main",
+        "write a trained run as a tower directory, or in other formats",
+    ),
     "import": ("llm2clip_plugin.vision.importers", "main", "turn an existing vision checkpoint into a tower directory"),
     "use": ("llava_integration.commands", "main_use", "choose the tower that --vision_tower llm2clip means"),
     "towers": ("llava_integration.commands", "main_towers", "the towers that are known: where, hash, widths, patches"),
@@ -52,6 +57,9 @@ EPILOGUE = "`llm2clip COMMAND --help` explains a command. LLM2CLIP_TRACEBACK=1 s
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status (2 for what the user can mend)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    words = [
+        word for word in words if not word.startswith("--local_rank=")
+    ]  # the DeepSpeed launcher's; in LOCAL_RANK too
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
+from llm2clip_plugin.vision.lora import add_lora
 from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
 
 
@@ -21,8 +22,13 @@ class TowerConfig:
     image_size: int = 0  # pixels a side; positions are interpolated once. 0: the tower's own
     freeze: bool = False  # train the heads alone
     freeze_first_blocks: int = 0  # leave the embeddings and so many first blocks as they are
+    keep_heads: bool = False  # go on from the tower directory's own projection, text adapter and logit scale
+    lora_rank: int = 0  # train low-rank updates of the blocks' Linears instead of the tower (PEFT); 0: no
+    lora_alpha: float = 32.0  # an update counts alpha / rank times
 
     def __post_init__(self) -> None:
+        if self.lora_rank and (self.freeze or self.freeze_first_blocks):
+            raise ValueError("tower.lora_rank rests the tower's own weights; leave tower.freeze* as they are")
         if self.freeze and self.freeze_first_blocks:
             raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks at 0")
 
@@ -38,12 +44,16 @@ def with_llm_width(config: DualConfig, width: int) -> DualConfig:
 
 
 def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:
-    """Load the tower, add heads that ``seed`` initialises, freeze what the configuration says."""
+    """Load the tower, add heads that ``seed`` initialises (or the directory's), freeze what the configuration says."""
     if not tower.path:
         raise ValueError("no tower to train: say --tower.path (a directory or a Hub id)")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
+    if tower.keep_heads:
+        load_heads(model, tower.path)
+    if tower.lora_rank:
+        add_lora(vision, rank=tower.lora_rank, alpha=tower.lora_alpha)
     if tower.freeze:
         freeze_tower(vision)
     elif tower.freeze_first_blocks:

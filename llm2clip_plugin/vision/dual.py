@@ -188,21 +188,30 @@ def dual_config_from_card(card: TowerCard, *, where: Path) -> DualConfig:
     return DualConfig(**card.dual)
 
 
-def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
-    """The dual encoder of a tower directory, to train further or to export, and its card.
+def read_dual_card(directory: Path) -> TowerCard:
+    """The card of a directory that holds more than a tower; ValueError if it doesn't."""
+    card = TowerCard.read(directory / TowerCard.FILE)
+    if not card.joint_width:
+        raise ValueError(f"{directory} holds a tower alone, without a projection; load_tower opens it")
+    return card
 
-    Raises FileNotFoundError without a card, ValueError if the directory holds a tower alone, ContractError if
-    the adapter's tensors don't fit the card.
+
+def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
+    """Everything beside the tower (projection, text adapter, logit scale) from a tower directory, in place.
+
+    Raises ValueError if the directory holds a tower alone, or if its heads are of another kind than ``dual``'s, naming
+    each setting with both values; ContractError if its tensors don't fit its card.
     """
     from safetensors.torch import load_file
 
     directory = fetch_directory(source)
-    card = TowerCard.read(directory / TowerCard.FILE)
-    if not card.joint_width:
-        raise ValueError(f"{directory} holds a tower alone, without a projection; load_tower opens it")
-    dual = DualEncoder(
-        load_tower(directory, dtype=dtype), dual_config_from_card(card, where=directory / TowerCard.FILE)
-    )
+    theirs = dual_config_from_card(read_dual_card(directory), where=directory / TowerCard.FILE)
+    harmless = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
+    if theirs.logit_bias_init is not None and dual.config.logit_bias_init is not None:
+        harmless["logit_bias_init"] = dual.config.logit_bias_init
+    ours, theirs = dataclasses.asdict(dual.config), dataclasses.asdict(theirs) | harmless
+    if different := [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(f"the heads in {directory} have {'; '.join(different)}: set dual.* to the directory's")
     state = load_file(directory / ADAPTER_FILE)
     expected = {name: tuple(value.shape) for name, value in beside_tower_state(dual).items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
@@ -210,6 +219,20 @@ def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
         wrong = sorted(set(found.items()) ^ set(expected.items()))
         raise ContractError(f"{directory / ADAPTER_FILE} doesn't fit {TowerCard.FILE}: {wrong}")
     dual.load_state_dict(state, strict=False)  # every tensor beside the tower's, as just checked
+
+
+def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
+    """The dual encoder of a tower directory, to train further or to export, and its card.
+
+    Raises FileNotFoundError without a card, ValueError if the directory holds a tower alone, ContractError if
+    the adapter's tensors don't fit the card.
+    """
+    directory = fetch_directory(source)
+    card = read_dual_card(directory)
+    dual = DualEncoder(
+        load_tower(directory, dtype=dtype), dual_config_from_card(card, where=directory / TowerCard.FILE)
+    )
+    load_heads(dual, directory)
     return dual.to(dtype).eval(), card
 
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard, sha256_weights, whole_directory
+from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights, whole_directory
 from llm2clip_plugin.vision.dual import ADAPTER_FILE, DualEncoder, beside_tower_state, load_dual
 from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
@@ -234,42 +233,3 @@ def reexport(source: str | os.PathLike[str], output: str | os.PathLike[str], *, 
         preprocessor=preprocessor_config(directory),
         replace=replace,
     )
-
-
-def main(argv: list[str]) -> int:
-    """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push owner/name]``."""
-    from llm2clip_plugin.vision.formats import FORMATS, convert, push_to_hub
-    from llm2clip_plugin.vision.runs import export_run
-
-    parser = argparse.ArgumentParser(
-        prog="llm2clip export",
-        description="Write a run, or a tower directory, as a tower directory or in another format.",
-    )
-    parser.add_argument("source", help="folder of a training run, tower directory, or Hub id")
-    parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument(
-        "--format", default="tower", choices=["tower", *FORMATS], help="what to write (tower directory)"
-    )
-    parser.add_argument("--ema", action="store_true", help="a run's moving averages instead of its weights")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the written tower directory to the Hub, too")
-    parser.add_argument("--public", action="store_true", help="the uploaded repository is public")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    options = parser.parse_args(argv)
-    is_run = (Path(options.source) / RunRecord.FILE).is_file()
-    if options.format != "tower" and (is_run or options.push):
-        raise ValueError(
-            f"--format {options.format} converts a tower directory, without --push: export as a tower first"
-        )
-    if options.format != "tower":
-        print(f"{convert(options.source, options.output, options.format, replace=options.overwrite)}: read back equal")
-        return 0
-    if is_run:
-        card = export_run(options.source, options.output, averages=options.ema, replace=options.overwrite)
-    else:
-        card = reexport(options.source, options.output, replace=options.overwrite)
-    print(
-        f"{options.output}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
-    )
-    if options.push:
-        print(push_to_hub(options.output, options.push, private=not options.public))
-    return 0

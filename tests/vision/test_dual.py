@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, beside_tower_state, load_heads
+from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TRANSFORMERS_TOWERS, read
@@ -92,3 +93,14 @@ def test_half_precision_towers_give_float32_features():
     model = dual("dinov2").to(torch.bfloat16)
     image, text = model(read(TRANSFORMERS_TOWERS / "dinov2")["pixels"], torch.randn(3, 12))
     assert image.dtype == text.dtype == torch.float32
+
+
+def test_heads_of_a_directory_go_on(tmp_path):
+    first = dual("clip_vision", pool="mean", input_noise=0.5)
+    first.logit_scale.data.fill_(3.0)
+    export_tower(first, tmp_path / "tower", origin="x")
+    again = dual("clip_vision", pool="mean")  # another noise is no other head
+    load_heads(again, tmp_path / "tower")
+    assert all(torch.equal(value, beside_tower_state(first)[name]) for name, value in beside_tower_state(again).items())
+    with pytest.raises(ValueError, match="have pool 'mean', not 'cls'; adapter_blocks 4, not 2: set dual"):
+        load_heads(dual("clip_vision", pool="cls", adapter_blocks=2), tmp_path / "tower")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin import load_dual_encoder
+from llm2clip_plugin import export_command, load_dual_encoder
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.vision import export, importers
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
@@ -97,7 +97,7 @@ def test_dual_encoder_comes_back(name, tmp_path):
 
 def test_export_of_an_export_is_identical(tmp_path):
     export_tower(tiny_dual("dinov2", 36), tmp_path / "one", origin="a/b", training={"steps": 3})
-    assert export.main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
+    assert export_command.main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
     assert importers.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
     first = (tmp_path / "one" / "llm2clip.json").read_text()
     for name in ("two", "three"):
@@ -168,4 +168,4 @@ def test_a_tower_alone_has_no_dual_encoder(tmp_path):
     assert card.joint_width == 0 and not (tmp_path / "tower" / "text_adapter.safetensors").exists()
     with pytest.raises(ValueError, match="holds a tower alone"):
         load_dual(tmp_path / "tower")
-    assert export.main([str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0
+    assert export_command.main([str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0

@@ -4,15 +4,15 @@ import base64
 import http.server
 import importlib.util
 import json
-import math
 import shutil
 import threading
 
 import pytest
 import torch
 
-from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard
-from llm2clip_plugin.vision import export, formats
+from llm2clip_plugin import export_command
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision import formats
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.importers import import_tower
@@ -38,7 +38,7 @@ def clip(tmp_path):
 def test_clip_with_projection(clip, tmp_path):
     from transformers import CLIPVisionModelWithProjection
 
-    assert export.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]) == 0
+    assert export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]) == 0
     model, info = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     golden = read(RELEASE)
@@ -148,51 +148,11 @@ def test_families_and_towers_alone_are_refused(tmp_path):
         formats.convert(tmp_path / "dino", tmp_path / "out", "clip")
 
 
-def write_run(folder, dual, *, averages=False) -> None:
-    """What training leaves: run.json, and a checkpoint by the module's own names."""
-    from safetensors.torch import save_file
-
-    checkpoint = folder / "checkpoints" / "step-00000007"
-    checkpoint.mkdir(parents=True)
-    state = {name: value.clone() for name, value in dual.state_dict().items()}
-    save_file(state, checkpoint / "model.safetensors")
-    if averages:
-        save_file({"logit_scale": torch.tensor([math.log(50)])}, checkpoint / "ema.safetensors")
-    (folder / "checkpoints" / "latest").write_text(checkpoint.name + "\n")
-    config = {
-        "tower": {"path": str(TRANSFORMERS_TOWERS / "clip_vision"), "image_size": 42},
-        "dual": {"joint_width": 8, "llm_width": 0, "pool": "mean"},
-    }
-    record = RunRecord(config=config, config_hash="h", teacher={"llm": "x", "width": 12}, step=7, samples=70)
-    record.write(folder / RunRecord.FILE)
-
-
-def test_a_run_is_exported(tmp_path):
-    tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision", image_size=42)
-    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12, pool="mean"))
-    for parameter in dual.parameters():
-        parameter.data += 0.01
-    write_run(tmp_path / "run", dual, averages=True)
-    assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower")]) == 0
-    again, card = load_dual(tmp_path / "tower")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in dual.state_dict().items())
-    assert card.training == {"steps": 7, "samples": 70, "config_hash": "h", "resized_from": 28}
-    assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "ema"), "--ema"]) == 0
-    assert math.isclose(load_dual(tmp_path / "ema")[0].scale.item(), 50, rel_tol=1e-5)
-
-
-def test_runs_that_cannot_be_exported(tmp_path):
-    dual = dual_with(pool="mean")
-    write_run(tmp_path / "run", dual)  # at 28 px, while the configuration says 42
-    with pytest.raises(FileNotFoundError, match="keeps no moving averages"):
-        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower"), "--ema"])
-    with pytest.raises(ContractError, match=r"misshapen .*position"):
-        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower")])
-    (tmp_path / "run" / "checkpoints" / "latest").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* yet"):
-        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower")])
-    with pytest.raises(ValueError, match="export as a tower first"):
-        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "tower"), "--format", "onnx"])
+def test_what_only_a_run_has_is_refused_for_a_tower(clip, tmp_path):
+    with pytest.raises(ValueError, match="--ema and --checkpoint choose from a run"):
+        export_command.main([str(clip), "--output", str(tmp_path / "out"), "--ema"])
+    with pytest.raises(ValueError, match="export the run as a tower first"):
+        export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip", "--push", "o/n"])
 
 
 class TinyHub(http.server.BaseHTTPRequestHandler):

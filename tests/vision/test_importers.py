@@ -158,7 +158,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_import_export_import_is_identical(name, tmp_path):
-    from llm2clip_plugin.vision.export import main as export_main
+    from llm2clip_plugin.export_command import main as export_main
 
     source, config = SOURCES[name]
     import_tower(source, tmp_path / "one", config=config)
