@@ -186,6 +186,7 @@ def _fit(
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
         value = float(loss.detach())
+    optimizer.zero_grad()  # what is left here would be added to the first step's gradient
     return value
 
 
