@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -126,7 +125,3 @@ def score_file(config: EvaluateConfig, report: RetrievalReport) -> ScoreFile:
         },
         notes=[f"left out: {error}" for error in report.pairs.broken],
     )
-
-
-if __name__ == "__main__":  # for launchers that want a module: torchrun -m llm2clip_plugin.evaluate.command TOWER ...
-    sys.exit(main(sys.argv[1:]))

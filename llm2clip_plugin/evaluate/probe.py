@@ -5,7 +5,6 @@ Shapes: N images of a side, D width of a feature, C classes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -194,7 +193,3 @@ def show(config: ProbeConfig, scores: ScoreFile) -> None:
         print(note)
     if config.json:
         print(f"wrote {scores.write(config.json)}")
-
-
-if __name__ == "__main__":  # torchrun -m llm2clip_plugin.evaluate.probe TOWER ...
-    sys.exit(main(sys.argv[1:]))

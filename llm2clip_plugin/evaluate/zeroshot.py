@@ -6,7 +6,6 @@ Shapes: N images, C classes, P prompts of a class, D joint width, W width of a t
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +173,3 @@ def show(config: ZeroShotConfig, scores: ScoreFile) -> None:
         with whole_file(config.clip_benchmark) as aside:
             aside.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
         print(f"wrote {config.clip_benchmark}")
-
-
-if __name__ == "__main__":  # torchrun -m llm2clip_plugin.evaluate.zeroshot TOWER ...
-    sys.exit(main(sys.argv[1:]))

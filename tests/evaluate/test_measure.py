@@ -217,7 +217,7 @@ def test_two_processes_give_the_same_as_one(world, tmp_path):
     words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch", "5", "--json"]
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "llm2clip_plugin.evaluate.command", *words, str(tmp_path / "2.json")]
+    command = [*launcher, "-m", "llm2clip_plugin.cli", "evaluate", *words, str(tmp_path / "2.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     alone, together = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
