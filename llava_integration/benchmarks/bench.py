@@ -139,6 +139,8 @@ def make_answers(task: Task, args: argparse.Namespace, extra: list[str]) -> tupl
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise EngineError(f"{args.engine} ended with status {done.returncode}; its last lines say why")
+    if not output.exists():  # lmms-eval ends with status 0 after an error
+        raise EngineError(f"{args.engine} ended without writing {output}; its last lines say why")
     return output, command
 
 

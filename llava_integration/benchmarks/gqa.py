@@ -12,6 +12,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_integration.benchmarks.answers import Answer, Answers, read_json
 from llava_integration.benchmarks.base import (
@@ -131,7 +132,7 @@ def numbers(items: Sequence[Item]) -> dict[str, float]:
     """The official script's numbers: percent, and the counts of each part."""
     query = [item for item in items if item["category"] == "query"]
     binary = [item for item in items if item["category"] != "query"]
-    tree = {
+    tree: dict[str, Any] = {
         "accuracy_percent": 100 * mean([item["score"] for item in items]),
         "binary_percent": 100 * mean([item["score"] for item in binary]),
         "open_percent": 100 * mean([item["score"] for item in query]),

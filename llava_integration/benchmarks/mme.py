@@ -243,7 +243,7 @@ def _sums(items: Sequence[Item], categories: Sequence[str]) -> Statistic:
         sums,
         value,
         strata=np.array([names.index(item["category"]) for item in items]),
-        counted=sums[:, 1::4].any(axis=1),
+        counted=sums[:, 1::4].sum(axis=1) > 0,
     )
 
 
