@@ -54,6 +54,8 @@ class World:
             "LLM2CLIP_HOME": str(self.root / "llm2clip-home"),
             "HF_HUB_OFFLINE": "1",
             "DS_ACCELERATOR": "cpu",
+            # Of this environment alone: two environments that share the folder build it anew at each turn.
+            "TORCH_EXTENSIONS_DIR": os.path.join(sys.prefix, "torch_extensions"),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",

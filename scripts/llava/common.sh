@@ -1,0 +1,106 @@
+# What pretrain.sh, finetune.sh and finetune_lora.sh share: options, batch arithmetic, launcher. Sourced by them.
+# Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# read_options ARGUMENTS...: sets the variables; what stands behind -- is kept in EXTRA for LLaVA.
+read_options() {
+    EXTRA=()
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --) shift; EXTRA=("$@"); break ;;
+            -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+            --dry-run) DRY_RUN=1 ;;
+            --model | --data | --images | --tower | --projector | --output | --hostfile | --gpus | --port | --deepspeed | --global-batch | --per-device | --python)
+                [ $# -gt 1 ] || fail "$1 needs a value"
+                local name=${1#--}
+                name=${name//-/_}
+                printf -v "${name^^}" '%s' "$2"
+                shift ;;
+            *) fail "unknown option $1; LLaVA's own options go behind --" ;;
+        esac
+        shift
+    done
+    PYTHON=${PYTHON:-python}
+    TOWER=${TOWER:-llm2clip}
+    command -v "$PYTHON" >/dev/null || fail "no $PYTHON found; activate LLaVA's environment, or set PYTHON"
+}
+
+need() { # need NAME...: these variables have been given
+    local name
+    for name in "$@"; do
+        [ -n "${!name:-}" ] || fail "--$(echo "${name,,}" | tr _ -) (or $name=...) is not given; see $0 --help"
+    done
+}
+
+need_file() { [ -e "$1" ] || fail "there is no $1"; }
+
+# measure: what is here. Sets LLAVA (its package), SCRIPT (to train with), GPUS (a node), NODES, CUDA (0 or 1), REPORT_TO.
+measure() {
+    local found
+    found=$("$PYTHON" - <<'PYTHON'
+from importlib.util import find_spec
+import torch
+
+llava = find_spec("llava")
+print(llava.submodule_search_locations[0] if llava else "")
+print("train_mem.py" if find_spec("flash_attn") else "train.py")
+print(torch.cuda.device_count())
+print("wandb" if find_spec("wandb") else "none")
+PYTHON
+    ) || fail "$PYTHON cannot import torch; activate LLaVA's environment, or set PYTHON"
+    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; } <<<"$found"
+    [ -n "$LLAVA" ] || fail "LLaVA is not installed for $PYTHON; pip install --no-deps llava-torch==1.2.2.post1"
+    SCRIPT=$LLAVA/train/$SCRIPT
+    CUDA=$((SEEN > 0))
+    GPUS=${GPUS:-$((SEEN > 0 ? SEEN : 1))}
+    REPORT_TO=${REPORT_TO:-$LOGGER}
+    PORT=${PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+    if [ -n "${HOSTFILE:-}" ]; then
+        need_file "$HOSTFILE"
+        WORLD=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
+        [ "$WORLD" -gt 0 ] || fail "$HOSTFILE has no line like: node-1 slots=8"
+        carried_by_deepspeed
+    else
+        WORLD=$((GPUS * ${SLURM_JOB_NUM_NODES:-1}))
+    fi
+}
+
+# DeepSpeed takes only some variables to the other nodes, and those of ~/.deepspeed_env.
+carried_by_deepspeed() {
+    local name
+    for name in LLM2CLIP_TOWER LLM2CLIP_S2_SCALES LLM2CLIP_UNFREEZE_TOWER; do
+        [ -z "${!name:-}" ] || grep -qs "^$name=" ~/.deepspeed_env .deepspeed_env ||
+            fail "$name would not reach the other nodes; put $name=${!name} into ~/.deepspeed_env"
+    done
+}
+
+# accumulation: steps that make ranks x per device up to the batch of LLaVA's recipe, so that it never depends on the hardware.
+accumulation() {
+    local once=$((WORLD * PER_DEVICE))
+    [ $((GLOBAL_BATCH % once)) -eq 0 ] ||
+        fail "--global-batch $GLOBAL_BATCH is no multiple of $WORLD ranks x --per-device $PER_DEVICE = $once; choose another --per-device"
+    echo $((GLOBAL_BATCH / once))
+}
+
+# launch LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last, so it wins.
+launch() {
+    local launcher words=()
+    if [ "$CUDA" = 1 ]; then words+=(--tf32 True); else export DS_ACCELERATOR=cpu; fi
+    launcher=$(dirname "$(command -v "$PYTHON")")/deepspeed
+    [ -x "$launcher" ] || launcher=deepspeed
+    if [ -n "${HOSTFILE:-}" ]; then
+        launcher="$launcher --hostfile $HOSTFILE --master_port $PORT"
+    elif [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
+        local head
+        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        launcher="srun --ntasks $SLURM_JOB_NUM_NODES --ntasks-per-node 1 $PYTHON -m torch.distributed.run --nnodes $SLURM_JOB_NUM_NODES
+            --nproc_per_node $GPUS --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $head:$((20000 + SLURM_JOB_ID % 20000))"
+    else
+        launcher="$launcher --num_gpus $GPUS --master_port $PORT"
+    fi
+    # shellcheck disable=SC2206 # launchers are words on purpose
+    words=($launcher "$SCRIPT" --deepspeed "$DEEPSPEED" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
+    echo "${words[*]}" >&2
+    [ -n "${DRY_RUN:-}" ] || exec "${words[@]}"
+}

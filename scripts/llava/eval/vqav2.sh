@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# VQAv2: test-dev makes the file for the evaluation server, val (its annotations in DATA/vqav2) is scored here.
+#
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+bench vqav2 "$@"

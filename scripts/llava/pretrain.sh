@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# LLaVA 1.5, stage 1: the projector learns to read the tower. LLaVA's own command; only the tower's name is ours.
+#
+#   scripts/llava/pretrain.sh --model lmsys/vicuna-7b-v1.5 --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain/images \
+#       --output checkpoints/llava-7b-pretrain [--tower llm2clip:PATH] [-- MORE OPTIONS OF LLAVA]
+#
+#   --model         language model (folder or Hub id)      --tower         default llm2clip: see `llm2clip use`
+#   --data          LLaVA's pretraining JSON                --images        its image folder
+#   --output        where mm_projector.bin goes             --deepspeed     ZeRO configuration (default: zero2.json here)
+#   --gpus          of this node (default: all)             --hostfile      several nodes, as DeepSpeed's
+#   --global-batch  256, whatever the number of GPUs        --per-device    samples a GPU takes at once (32)
+#   --python        LLaVA's environment (default: python)   --dry-run       only print the command
+#
+# Each is also an environment variable: MODEL, DATA, TOWER, GLOBAL_BATCH ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
+set -euo pipefail
+HERE=$(cd "$(dirname "$0")" && pwd)
+. "$HERE/common.sh"
+
+read_options "$@"
+need MODEL DATA IMAGES OUTPUT
+need_file "$DATA"
+need_file "$IMAGES"
+DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
+GLOBAL_BATCH=${GLOBAL_BATCH:-256} PER_DEVICE=${PER_DEVICE:-32}
+measure
+ACCUMULATION=$(accumulation)
+launch \
+    --model_name_or_path "$MODEL" \
+    --version plain \
+    --data_path "$DATA" \
+    --image_folder "$IMAGES" \
+    --vision_tower "$TOWER" \
+    --mm_projector_type mlp2x_gelu \
+    --tune_mm_mlp_adapter True \
+    --mm_vision_select_layer -2 \
+    --mm_use_im_start_end False \
+    --mm_use_im_patch_token False \
+    --bf16 True \
+    --output_dir "$OUTPUT" \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size "$PER_DEVICE" \
+    --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps "$ACCUMULATION" \
+    --evaluation_strategy no \
+    --save_strategy steps \
+    --save_steps 24000 \
+    --save_total_limit 1 \
+    --learning_rate 1e-3 \
+    --weight_decay 0. \
+    --warmup_ratio 0.03 \
+    --lr_scheduler_type cosine \
+    --logging_steps 1 \
+    --model_max_length 2048 \
+    --gradient_checkpointing True \
+    --dataloader_num_workers 4 \
+    --lazy_preprocess True

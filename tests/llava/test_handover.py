@@ -1,0 +1,83 @@
+"""From the training environment to LLaVA's: a tower exported there (transformers 5) gives the same features here (4.37).
+
+The training environment's Python is ``.venv/bin/python``, as scripts/test.sh makes it, or LLM2CLIP_TRAIN_PYTHON.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+TRAIN_PYTHON = Path(os.environ.get("LLM2CLIP_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python"))
+BACKBONES = ("clip", "siglip", "dinov2")
+
+# Runs in the training environment: random towers that are dual encoders too, as stage 2 leaves them.
+EXPORT = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig,
+                          SiglipVisionModel)
+from llm2clip_plugin.vision.export import export_tower
+common = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=42, patch_size=14)
+made = {
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, hidden_act="quick_gelu", **common)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **common)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **common)),
+}
+pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+for seed, (name, make) in enumerate(made.items()):
+    torch.manual_seed(seed)
+    tower = make().eval()
+    folder = Path(sys.argv[1]) / name
+    export_tower(tower, folder, origin="made for tests")
+    with torch.no_grad():
+        states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+    save_file({f"{i}": state.contiguous() for i, state in enumerate(states)}, Path(sys.argv[1]) / f"{name}.safetensors")
+import transformers
+print(transformers.__version__)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    if not TRAIN_PYTHON.exists():
+        pytest.skip(f"no training environment at {TRAIN_PYTHON}; scripts/test.sh makes it")
+    folder = tmp_path_factory.mktemp("exported")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [str(TRAIN_PYTHON), "-c", EXPORT, str(folder)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.strip().splitlines()[-1].split(".")[0]) >= 5
+    return folder
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("layer", [0, -2, -1])
+def test_same_hidden_states(exported, home, backbone, layer):
+    args = SimpleNamespace(
+        vision_tower=str(exported / backbone), mm_vision_select_layer=layer, mm_vision_select_feature="cls_patch"
+    )
+    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    there = load_file(exported / f"{backbone}.safetensors")
+    expected = there[str(layer % len(there))]
+    # Two versions of the attention kernels in float32: measured differences stay below 2e-6.
+    torch.testing.assert_close(build_vision_tower(args)(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_llavas_own_tower_takes_the_clip_directory(exported):
+    """Without our package too: the key names are the hub's."""
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    args = SimpleNamespace(mm_vision_select_layer=-2)
+    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    there = load_file(exported / "clip.safetensors")
+    features = CLIPVisionTower(str(exported / "clip"), args)(pixels)
+    torch.testing.assert_close(features, there[str(len(there) - 2)][:, 1:], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,122 @@
+"""The scripts a user starts: LLaVA's own command with our tower's name, on one node, several nodes, Slurm."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+# From LLaVA 1.5's own scripts: what must not differ but for the batch that each GPU takes.
+RECIPE = {
+    "pretrain": "--version plain --tune_mm_mlp_adapter True --learning_rate 1e-3 --mm_projector_type mlp2x_gelu",
+    "finetune": "--version v1 --image_aspect_ratio pad --group_by_modality_length True --learning_rate 2e-5",
+    "finetune_lora": "--version v1 --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 "
+    "--learning_rate 2e-4",
+}
+COMMON = (
+    "--mm_vision_select_layer -2 --bf16 True --warmup_ratio 0.03 --lr_scheduler_type cosine --model_max_length 2048"
+)
+
+
+def script(world, name, *words, fails=False, **environment):
+    """Run a script in LLaVA's environment; returns what it printed."""
+    return world.run("bash", SCRIPTS / name, *words, fails=fails, PYTHON=sys.executable, **environment)
+
+
+def given(world, tmp_path, stage):
+    """The options that every stage needs."""
+    (tmp_path / "mm_projector.bin").write_bytes(b"")
+    data = world.pretrain_data if stage == "pretrain" else world.finetune_data
+    words = ["--model", world.llm, "--data", data, "--images", world.images, "--output", tmp_path / "llava"]
+    return words if stage == "pretrain" else [*words, "--projector", tmp_path / "mm_projector.bin"]
+
+
+@pytest.mark.parametrize("stage", list(RECIPE))
+def test_the_command_is_llavas(world, tmp_path, stage):
+    told = script(world, f"llava/{stage}.sh", *given(world, tmp_path, stage), "--dry-run", "--", "--max_steps", "3")
+    options = told.split()
+    pairs = set(itertools.pairwise(options))
+    for recipe in (RECIPE[stage], COMMON):
+        words = recipe.split()
+        assert set(zip(words[::2], words[1::2], strict=True)) <= pairs
+    assert ("--vision_tower", "llm2clip") in pairs and told.strip().endswith("--max_steps 3")
+    assert options[0].endswith("deepspeed") and "/llava/train/train" in told
+
+
+def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
+    words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
+    one = script(world, "llava/pretrain.sh", *words, "--gpus", "2")
+    assert "--num_gpus 2" in one and "--gradient_accumulation_steps 4 " in one  # 2 x 32 x 4 = 256
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
+    several = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, PER_DEVICE="8")
+    assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several  # 16 x 8 x 2
+    told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
+    assert "256 is no multiple of 3 ranks x --per-device 32 = 96" in told
+    carried = {"LLM2CLIP_TOWER": "/some/tower", "HOME": str(tmp_path)}
+    told = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, **carried)
+    assert "LLM2CLIP_TOWER=/some/tower into ~/.deepspeed_env" in told
+
+
+def test_slurm(world, tmp_path):
+    """With the commands of Slurm played by stand-ins: what would be started on the nodes."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\necho node-7\necho node-8\n")
+    (programs / "srun").write_text('#!/bin/sh\necho srun "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    job = {
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "123",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[7-8]",
+        "SLURM_GPUS_ON_NODE": "4",
+        "PYTHON": sys.executable,
+    }
+    here = SCRIPTS.parent
+
+    def submitted(*words):
+        environment = world.environment(**job)
+        return subprocess.run(["bash", *map(str, words)], cwd=here, env=environment, capture_output=True, text=True)
+
+    done = submitted("scripts/slurm/llava.sbatch", "pretrain", *given(world, tmp_path, "pretrain"))
+    for part in (
+        "--nnodes 2",
+        "--nproc_per_node 4",
+        "--rdzv_endpoint node-7:20123",
+        "--gradient_accumulation_steps 1 ",
+    ):
+        assert part in done.stdout, done.stdout + done.stderr
+    done = submitted("scripts/slurm/torchrun.sbatch", "scripts/train_tower.py", "--help")
+    assert "torch.distributed.run --nnodes 2 --nproc_per_node 4" in done.stdout
+    done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
+    assert done.stdout.strip() == f"srun {sys.executable} -m llava_integration.evaluate --batch-size 4"
+
+
+def test_what_is_missing_is_said(world, tmp_path):
+    assert "--model (or MODEL=...) is not given" in script(world, "llava/pretrain.sh", fails=True)
+    words = given(world, tmp_path, "finetune")
+    words[words.index("--data") + 1] = tmp_path / "none.json"
+    assert f"there is no {tmp_path / 'none.json'}" in script(world, "llava/finetune.sh", *words, fails=True)
+    assert "unknown option --modle" in script(world, "llava/finetune.sh", "--modle", "x", fails=True)
+    assert "--projector" in script(world, "llava/finetune.sh", "--help")
+    assert "BATCH_SIZE" in script(world, "llava/eval/gqa.sh", "--help")
+
+
+def test_pretrain_runs(world, tmp_path):
+    """The whole script on this machine, under DeepSpeed's launcher."""
+    words = [*given(world, tmp_path, "pretrain"), "--per-device", "4", "--global-batch", "8", "--gpus", "1"]
+    quick = "--max_steps 2 --model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
+    tower = str(world.towers["clip"])
+    script(world, "llava/pretrain.sh", *words, "--", *quick, LLM2CLIP_TOWER=tower, REPORT_TO="none")
+    assert (tmp_path / "llava" / "mm_projector.bin").is_file()
+
+
+def test_every_benchmark_has_its_script():
+    from llava_integration.benchmarks.base import MODULES
+
+    lines = {path.read_text().splitlines()[-1] for path in (SCRIPTS / "llava" / "eval").glob("*.sh")}
+    assert {f'bench {name} "$@"' for name in MODULES} <= lines
