@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_integration.benchmarks.retrieval import expand
 from llm2clip_plugin.contracts import ContractError, ScoreFile
 
 
@@ -37,6 +38,7 @@ def load_side(path: Path, name: str = "") -> Side:
     notes = []
     for found, record in records:
         _check(found, record)
+    for found, record in [(found, part) for found, whole in records for part in expand(whole)]:
         earlier = runs.setdefault(record.benchmark, [])
         if any(record.items == other.items for other in earlier):
             notes.append(

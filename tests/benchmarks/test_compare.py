@@ -145,6 +145,29 @@ def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
         assert any("mean score instead of" in note for note in row.notes) == (benchmark == "pope")
 
 
+def test_retrieval_files_become_rows_by_direction(tmp_path):
+    """The score files of `llm2clip evaluate`: R@1 and R@10 both ways, parts by themselves."""
+    for name, hit in (("base", 0.0), ("new", 1.0)):
+        items = [
+            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n), "score": hit * (n % 2),
+             "r1": hit * (n % 2), "r10": 1.0}
+            for part in ("all", "long:en") for side in ("i2t", "t2i") for n in range(20)
+        ]  # fmt: skip
+        ScoreFile(benchmark="retrieval:emoji", metrics={}, items=items, model=name).write(
+            tmp_path / f"{name}.scores.json"
+        )
+    rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
+    assert {row.title: row.result.difference for row in rows} == {
+        "emoji image→text R@1": 50.0,
+        "emoji image→text R@10": 0.0,
+        "emoji text→image R@1": 50.0,
+        "emoji text→image R@10": 0.0,
+        "emoji long:en image→text R@1": 50.0,
+        "emoji long:en text→image R@1": 50.0,
+    }
+    assert all(row.questions == 20 for row in rows)
+
+
 def test_power_line(tmp_path):
     base = simulated(tmp_path, "base", [0, 1] * 50)
     new = simulated(tmp_path, "new", [1, 1] + [0, 1] * 49)
