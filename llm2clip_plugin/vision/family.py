@@ -30,4 +30,5 @@ class Family:
     never_trained: tuple[str, ...] = ()  # parameters that no forward pass of a tower reads
     mean: tuple[float, float, float] = OPENAI_MEAN  # preprocessor, where the source has none
     std: tuple[float, float, float] = OPENAI_STD
+    needs: str = ""  # a requirement beyond the package's own, for the model card
     beside_tower: tuple[str, ...] = ()  # prefixes of a whole model's tensors that are not the tower's

@@ -136,7 +136,13 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     vision.architectures = [family.vision_class().__name__]
     fields = json.loads(vision.to_json_string(use_diff=False))
     anchor = f"{family.file_prefix}embeddings."
-    outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default="")
+    outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default=None)
+    if outer is None and family.file_prefix and "embeddings.patch_embedding.weight" in state:
+        # transformers 5 saves a model that it made itself (not loaded) without the hub's prefix
+        parsed = parse_hub({family.file_prefix + key: value for key, value in state.items()}, config)
+        parsed.names = {ours: theirs.removeprefix(family.file_prefix) for ours, theirs in parsed.names.items()}
+        return parsed
+    outer = outer or ""
     start = outer + family.file_prefix
     inside = (
         [key for key in state if key.startswith(start)]

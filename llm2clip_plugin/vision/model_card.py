@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.vision.families import families
 
 
 def _table(rows: list[tuple[str, str]], head: tuple[str, str]) -> list[str]:
@@ -23,6 +24,8 @@ def model_card(card: TowerCard) -> str:
         rows.append(("positions interpolated from", f"{card.training['resized_from']} px"))
     if card.joint_width:
         rows.append(("joint space", f"{card.joint_width} wide"))
+    if needs := families()[card.family].needs:
+        rows.append(("needs beside this package", f"`pip install '{needs}'`"))
     if card.teacher:
         rows.append(("teacher LLM", f"`{card.teacher.get('llm', '')}`, {card.teacher.get('width', '?')} wide"))
     rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))

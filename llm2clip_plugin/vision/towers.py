@@ -23,6 +23,8 @@ from llm2clip_plugin.vision.family import Family
 from llm2clip_plugin.vision.positions import resize_positions
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+TIMM_PREFIX = "timm:"
+KEPT_OF_PREPROCESSOR = ("image_mean", "image_std", "resample")  # what a source's own file decides
 
 
 def family_named(name: str) -> Family:
@@ -92,14 +94,26 @@ def load_tower(
     image_size: int | None = None,
     revision: str | None = None,
 ) -> nn.Module:
-    """A vision model from a tower directory, a plain Hugging Face directory or a Hub id, in eval mode.
+    """A vision model from a tower directory, a plain Hugging Face directory, a Hub id or ``timm:NAME``, in eval mode.
 
     ``dtype`` is always said: transformers 4 reads half-precision files as float32, transformers 5 does not.
     ``image_size`` other than the directory's own resizes the positions once (see ``resize_tower``).
     Raises FileNotFoundError (nothing there), ValueError (unknown family), ContractError (weights that
     don't fit the config: a missing, unknown or misshapen tensor is named).
     """
-    directory = fetch_directory(source, revision=revision)
+    if str(source).startswith(TIMM_PREFIX):
+        from llm2clip_plugin.vision.timm_tower import timm_tower
+
+        tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
+    else:
+        tower = _load_directory(fetch_directory(source, revision=revision), dtype)
+    if image_size is not None and image_size != tower.config.image_size:
+        tower = resize_tower(tower, image_size)
+    return tower
+
+
+def _load_directory(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The tower in a directory, every tensor of its file used and none missing."""
     config = read_json(directory / "config.json")
     family = family_of_type(str(config.get("model_type")), where=str(directory / "config.json"))
     try:
@@ -112,9 +126,16 @@ def load_tower(
             f"the weights in {directory} don't fit its config.json: missing {sorted(info['missing_keys'])}, "
             f"unknown {unknown}, misshapen {sorted(info['mismatched_keys'])}"
         )
-    if image_size is not None and image_size != tower.config.image_size:
-        tower = resize_tower(tower, image_size)
+    tower.own_preprocessor = own_preprocessor(directory)
     return tower
+
+
+def own_preprocessor(directory: Path) -> dict[str, Any]:
+    """What a directory's own preprocessor_config.json says of mean, deviation and resampling; {} without one."""
+    if not (directory / PREPROCESSOR_FILE).is_file():
+        return {}
+    body = read_json(directory / PREPROCESSOR_FILE)
+    return {name: body[name] for name in KEPT_OF_PREPROCESSOR if name in body}
 
 
 def resize_tower(tower: nn.Module, image_size: int) -> nn.Module:
@@ -130,14 +151,17 @@ def resize_tower(tower: nn.Module, image_size: int) -> nn.Module:
     old_size, config.image_size = config.image_size, image_size
     config.resized_from = resized_from(tower) or old_size
     state = tower.state_dict()
-    if family.positions:
-        name = core_prefix(tower) + family.positions
+    name = core_prefix(tower) + family.positions
+    if family.positions and name in state:  # some timm models have no table
+        rows = config.to_dict().get("position_class_rows", int(family.has_cls))
         old_grid, new_grid = old_size // config.patch_size, image_size // config.patch_size
-        state[name] = resize_positions(
-            state[name], class_rows=int(family.has_cls), old_grid=old_grid, new_grid=new_grid
-        )
+        state[name] = resize_positions(state[name], class_rows=rows, old_grid=old_grid, new_grid=new_grid)
     resized = type(tower)(config).to(device=tower.device, dtype=tower.dtype)
-    resized.load_state_dict(state)
+    try:
+        resized.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{config.model_type} cannot be resized by its table of positions alone: {error}") from error
+    resized.own_preprocessor = tower.own_preprocessor if hasattr(tower, "own_preprocessor") else {}
     return resized.train(tower.training)
 
 
@@ -199,17 +223,16 @@ def preprocessor_config(source: nn.Module | str | os.PathLike[str], *, image_siz
     Mean, deviation and resampling come from the directory's own file, else from the family; the crop is the tower's
     image size. SigLIP's and DINOv2's own files lack ``crop_size`` or crop another size than the positions have.
     """
-    own: dict[str, Any] = {}
     if isinstance(source, nn.Module):
-        family, size = family_of(source), source.config.image_size
+        family, config = family_of(source), source.config
+        own = source.own_preprocessor if hasattr(source, "own_preprocessor") else {}
     else:
         directory = fetch_directory(source)
-        config = read_json(directory / "config.json")
-        family = family_of_type(str(config.get("model_type")), where=str(directory / "config.json"))
-        size = image_size or load_config(directory, family).image_size
-        if (directory / PREPROCESSOR_FILE).is_file():
-            own = read_json(directory / PREPROCESSOR_FILE)
-    size = image_size or size
+        model_type = str(read_json(directory / "config.json").get("model_type"))
+        family = family_of_type(model_type, where=str(directory / "config.json"))
+        config, own = load_config(directory, family), own_preprocessor(directory)
+    size = image_size or config.image_size
+    chosen = {name: value for name, value in config.to_dict().items() if name in KEPT_OF_PREPROCESSOR and value} | own
     return {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
@@ -217,10 +240,10 @@ def preprocessor_config(source: nn.Module | str | os.PathLike[str], *, image_siz
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(own.get("image_mean", family.mean)),
+        "image_mean": list(chosen.get("image_mean", family.mean)),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(own.get("image_std", family.std)),
-        "resample": own.get("resample", 3),  # PIL's bicubic
+        "image_std": list(chosen.get("image_std", family.std)),
+        "resample": chosen.get("resample", 3),  # PIL's bicubic
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }

@@ -1,0 +1,50 @@
+"""DINOv3 (transformers 5): rotary positions at any grid; its register tokens are left out of the states."""
+
+from __future__ import annotations
+
+import functools
+
+from llm2clip_plugin.vision.family import IMAGENET_MEAN, IMAGENET_STD, Family
+
+
+@functools.lru_cache(maxsize=1)
+def _vision_class() -> type:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(f"DINOv3 needs transformers 5 or newer, this is {transformers.__version__}")
+
+    class DINOv3ViTModel(transformers.DINOv3ViTModel):  # the hub's class name, which config.json keeps
+        """DINOv3 whose states are the class token and the patches."""
+
+        def forward(self, pixel_values, output_hidden_states=None):
+            """As DINOv3ViTModel, the registers between class token and patches taken out."""
+            output = super().forward(pixel_values, output_hidden_states=bool(output_hidden_states))
+            patches = 1 + self.config.num_register_tokens
+
+            def without(state):
+                return state[:, [0, *range(patches, state.shape[1])]]
+
+            output.last_hidden_state = without(output.last_hidden_state)
+            if output_hidden_states:
+                output.hidden_states = tuple(without(state) for state in output.hidden_states)
+            return output
+
+    return DINOv3ViTModel
+
+
+FAMILY = Family(
+    name="dinov3",
+    model_types=("dinov3_vit",),
+    vision_class=_vision_class,
+    has_cls=True,
+    positions="",
+    blocks="model.layer",
+    embeddings=("embeddings",),
+    final_norm="norm",
+    last_state_is_normed=True,
+    never_trained=("embeddings.mask_token",),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    needs="transformers>=5",
+)

@@ -1,0 +1,164 @@
+"""Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer.
+
+Prefix tokens (class, registers) differ from model to model, so the states hold the patches alone; the pooled
+output is the model's own pooling. Shapes: B images, N patches, P prefix tokens, H width.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+OLDEST_TIMM = (1, 0)
+
+
+class TimmConfig(PretrainedConfig):
+    """Which timm model, and what the package needs to know of it."""
+
+    model_type = "llm2clip_timm"
+
+    def __init__(
+        self,
+        timm_name: str = "vit_base_patch16_224",
+        image_size: int = 224,  # pixels
+        patch_size: int = 16,  # pixels
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        prefix_tokens: int = 1,  # in front of the patches; not in the states
+        position_class_rows: int = 1,  # rows of the position table that are not patches'
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs,  # Hugging Face's own fields of config.json
+    ) -> None:
+        self.timm_name = timm_name
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.prefix_tokens = prefix_tokens
+        self.position_class_rows = position_class_rows
+        self.image_mean = image_mean
+        self.image_std = image_std
+        super().__init__(**kwargs)
+
+
+def timm_module():
+    """timm itself; ValueError if it is missing or too old."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("this tower is a timm model: pip install 'timm>=1.0'") from error
+    if tuple(int(part) for part in timm.__version__.split(".")[:2]) < OLDEST_TIMM:
+        raise ValueError(f"this tower is a timm model and needs timm 1.0 or newer, this is {timm.__version__}")
+    return timm
+
+
+def make_timm(name: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
+    """The timm model without its classifier; ValueError for an unknown name, near ones listed."""
+    timm = timm_module()
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
+        raise ValueError(f"timm {timm.__version__} knows no model {name!r}; some that it knows: {near}")
+    size = {} if image_size is None else {"img_size": image_size}
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+
+
+class TimmTower(PreTrainedModel):
+    """A timm vision transformer with the states and outputs of a tower."""
+
+    config_class = TimmConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "timm"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: TimmConfig) -> None:
+        super().__init__(config)
+        self.model = make_timm(config.timm_name, config.image_size, pretrained=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, directory: str | os.PathLike[str], *, torch_dtype: torch.dtype, output_loading_info: bool = False
+    ) -> TimmTower | tuple[TimmTower, dict]:
+        """The tower of a directory. Not Hugging Face's: that builds models without memory, and timm's rotary tables,
+        which no file holds, would stay empty. RuntimeError for a tensor of another shape."""
+        from safetensors.torch import load_file
+
+        tower = cls(TimmConfig.from_pretrained(directory))
+        left = tower.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=False)
+        info = {"missing_keys": left.missing_keys, "unexpected_keys": left.unexpected_keys, "mismatched_keys": []}
+        tower = tower.to(torch_dtype).eval()
+        return (tower, info) if output_loading_info else tower
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """timm has initialised its own."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute each block in the backward pass; timm's own checkpointing, which is not reentrant."""
+        self.model.set_grad_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.model.set_grad_checkpointing(False)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states when asked."""
+        states: list[Tensor] = []
+        handles = []
+        if output_hidden_states:
+            blocks = self.model.blocks
+            handles = [block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for block in blocks]
+            handles.append(blocks[-1].register_forward_hook(lambda _, __, output: states.append(output)))
+        try:
+            tokens = self.model.forward_features(pixel_values)
+        finally:
+            for handle in handles:
+                handle.remove()
+        skip = self.config.prefix_tokens
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=tokens[:, skip:],
+            pooler_output=self.model.forward_head(tokens, pre_logits=True),
+            hidden_states=tuple(state[:, skip:] for state in states) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+def timm_tower(name: str, *, pretrained: bool = True) -> TimmTower:
+    """A tower from a timm name at its native size, with timm's pretrained weights.
+
+    Raises ValueError if the model is no plain vision transformer: one list of blocks, square patches in a square grid.
+    """
+    model = make_timm(name, None, pretrained=pretrained)
+    parts = dict(model.named_children())
+    if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"timm's {name} is no plain vision transformer (patch_embed, blocks, num_prefix_tokens)")
+    (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
+    if height != width or rows != columns:
+        raise ValueError(
+            f"timm's {name}: patches of {height} x {width}, a grid of {rows} x {columns}; both must be square"
+        )
+    table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
+    config = TimmConfig(
+        timm_name=name,
+        image_size=rows * height,
+        patch_size=height,
+        hidden_size=model.num_features,
+        num_hidden_layers=len(model.blocks),
+        prefix_tokens=model.num_prefix_tokens,
+        position_class_rows=table,
+        image_mean=list(model.pretrained_cfg["mean"]),
+        image_std=list(model.pretrained_cfg["std"]),
+    )
+    tower = TimmTower(config)
+    tower.model.load_state_dict(model.state_dict())
+    return tower.eval()

@@ -1,0 +1,176 @@
+"""timm models by name, and DINOv3: tiny ones, in the training environment."""
+
+import pytest
+import torch
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.vision import towers
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.importers import import_tower
+from llm2clip_plugin.vision.towers import (
+    family_of_type,
+    preprocessor_config,
+    resize_tower,
+    tower_blocks,
+    tower_embeddings_parameters,
+)
+
+from .conftest import largest_difference
+
+TIMM_MODELS = [
+    "vit_tiny_patch16_224",  # a class token
+    "vit_wee_patch16_reg1_gap_256",  # a register, and a table without its row
+    "vit_base_patch16_siglip_224",  # no prefix, attention pooling
+    "eva02_tiny_patch14_224",  # rotary positions, which no file holds
+]
+
+
+@pytest.fixture(scope="module")
+def timm():
+    return pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
+
+
+def tiny_timm(timm, name):
+    """The model of that name cut to two blocks, so that the tests stay short."""
+    from llm2clip_plugin.vision import timm_tower
+
+    kept = timm_tower.make_timm
+    sizes = {"depth": 2, "embed_dim": 64, "num_heads": 4}
+
+    def small(name, image_size, *, pretrained):
+        size = {} if image_size is None else {"img_size": image_size}
+        return timm.create_model(name, pretrained=False, num_classes=0, **sizes, **size)
+
+    timm_tower.make_timm = small
+    try:
+        yield timm_tower.timm_tower(name, pretrained=False)
+    finally:
+        timm_tower.make_timm = kept
+
+
+@pytest.fixture(params=TIMM_MODELS)
+def tower(timm, request):
+    yield from tiny_timm(timm, request.param)
+
+
+def test_states_and_outputs_of_a_timm_tower(tower):
+    size = tower.config.image_size
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        output = tower(pixel_values=pixels, output_hidden_states=True)
+        assert tower(pixel_values=pixels).hidden_states is None
+        assert torch.equal(output.pooler_output, tower.model(pixels))
+    patches = (size // tower.config.patch_size) ** 2
+    assert len(output.hidden_states) == 3 == len(tower_blocks(tower)) + 1
+    assert {state.shape for state in (*output.hidden_states, output.last_hidden_state)} == {(2, patches, 64)}
+    seen = []
+    tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        tower(pixel_values=pixels)
+    assert torch.equal(output.hidden_states[-2], seen[0][:, tower.config.prefix_tokens :])
+
+
+def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
+    size = tower.config.image_size
+    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12)).train()
+    tower.gradient_checkpointing_enable()
+    image, text = dual(torch.randn(2, 3, size, size), torch.randn(2, 12))
+    (image @ text.T).sum().backward()
+    assert all(p.grad is not None for p in tower_blocks(tower).parameters())
+    assert all(p.grad is not None for p in tower_embeddings_parameters(tower))
+    card = export_tower(dual, tmp_path / "tower", origin="timm:x")
+    assert (card.family, card.has_cls, card.num_patches) == ("timm", False, (size // tower.config.patch_size) ** 2)
+    assert "timm>=1.0" in (tmp_path / "tower" / "README.md").read_text()
+    pixels = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        found = load_dual_encoder(tmp_path / "tower").encode_image(pixels)
+        assert largest_difference(found, dual.eval().encode_image(pixels)) < 1e-5
+    assert preprocessor_config(tmp_path / "tower")["image_mean"] == tower.config.image_mean
+
+
+def test_timm_tower_at_another_size(tower):
+    size = tower.config.patch_size * 7
+    larger = resize_tower(tower, size)
+    with torch.no_grad():
+        assert larger(pixel_values=torch.randn(1, 3, size, size)).last_hidden_state.shape == (1, 49, 64)
+    assert larger.config.resized_from == tower.config.image_size
+
+
+def test_timm_names(timm, monkeypatch):
+    from llm2clip_plugin.vision import timm_tower
+
+    with pytest.raises(ValueError, match=r"knows no model 'vit_huge_patch7_9'; some that it knows: .*vit_"):
+        load_tower("timm:vit_huge_patch7_9")
+    with pytest.raises(ValueError, match="resnet18 is no plain vision transformer"):
+        timm_tower.timm_tower("resnet18", pretrained=False)
+    monkeypatch.setattr(timm, "__version__", "0.6.13")
+    with pytest.raises(ValueError, match=r"needs timm 1.0 or newer, this is 0.6.13"):
+        timm_tower.timm_module()
+
+
+def test_timm_by_name_and_size(timm, monkeypatch):
+    from llm2clip_plugin.vision import timm_tower
+
+    named = timm_tower.timm_tower
+    monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests
+    tower = load_tower("timm:vit_tiny_patch16_224", image_size=32, dtype=torch.bfloat16)
+    assert (tower.config.image_size, tower.dtype) == (32, torch.bfloat16)
+    assert towers.family_of(tower).name == "timm"
+
+
+def test_dinov3(tmp_path):
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        with pytest.raises(ValueError, match="DINOv3 needs transformers 5"):
+            family_of_type("dinov3_vit", where="x").vision_class()
+        return
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_register_tokens=3,
+    )
+    plain = transformers.DINOv3ViTModel(config).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    import_tower(tmp_path / "plain", tmp_path / "tower")
+    tower = load_tower(tmp_path / "tower")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = (m(pixel_values=pixels, output_hidden_states=True) for m in (tower, plain))
+        again = transformers.DINOv3ViTModel.from_pretrained(tmp_path / "tower")(pixel_values=pixels)
+    assert found.last_hidden_state.shape == (2, 17, 32) and len(found.hidden_states) == 3
+    for mine, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(mine[:, 0], theirs[:, 0]) and torch.equal(mine[:, 1:], theirs[:, 4:])
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    assert torch.equal(again.pooler_output, expected.pooler_output)
+    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12, pool="cls_mean")).train()
+    dual.encode_image(pixels).sum().backward()
+    assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert (
+            load_tower(tmp_path / "tower", image_size=48)(
+                pixel_values=torch.randn(1, 3, 48, 48)
+            ).last_hidden_state.shape[1]
+            == 37
+        )
+
+
+def test_models_saved_without_the_hubs_prefix_are_imported(tmp_path):
+    """transformers 5 writes a CLIP that it made itself without ``vision_model.``, which 4.37 then can't read."""
+    from safetensors.torch import load_file, save_file
+
+    from .conftest import TRANSFORMERS_TOWERS, read
+
+    for name in ("clip_vision", "siglip_vision"):
+        (tmp_path / name).mkdir()
+        state = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
+        bare = {key.removeprefix("vision_model."): value for key, value in state.items()}
+        save_file(bare, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_bytes((TRANSFORMERS_TOWERS / name / "config.json").read_bytes())
+        import_tower(tmp_path / name, tmp_path / f"{name}-tower")
+        assert load_file(tmp_path / f"{name}-tower" / "model.safetensors").keys() == state.keys()
