@@ -239,7 +239,8 @@ def _right_pairs(label_Q: Tensor, other_label_R: Tensor) -> tuple[Tensor, Tensor
 
 def distinct_numbers(row_ND: Tensor, order_N: Tensor) -> Tensor:
     """(N,) for the rows in ``order_N``: the number of each among the distinct ones, in order of first appearance."""
-    rough_N = (row_ND + 0.0).view(torch.int32).sum(1)  # of the bits: exact in any order, equal for equal rows
+    parts = row_ND.split(TILE)  # +0.0 makes -0.0 a 0.0, in a copy
+    rough_N = torch.cat([(part + 0.0).view(torch.int32).sum(1) for part in parts])  # sums of the bits: exact
     _, group_N, count = torch.unique(rough_N, return_inverse=True, return_counts=True)
     maybe_N = count[group_N] > 1
     if not bool(maybe_N.any()):
