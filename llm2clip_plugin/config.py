@@ -41,6 +41,7 @@ HARMLESS = (
     "data.read.cache_folder",
     "data.read.cache_gb",
     "loss.block",
+    "contrast.length_groups",
     "train.save_steps",
     "train.save_minutes",
     "train.save_total_limit",
@@ -133,7 +134,9 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """As JSON gives it back, numbers as floats: 4 and 4.0 are one setting."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
@@ -152,10 +155,8 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
     known = dict(flat(now)) | dict(flat(saved))
     for name in allowed:
         if not any(field_ == name or field_.startswith(f"{name}.") for field_ in known):
-            near = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(
-                f"allow_changed: no field {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
-            )
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"allow_changed: no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     old, new = dict(flat_essentials(saved, allowed)), dict(flat_essentials(now, allowed))
     changed = [
         f"{name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} now"

@@ -47,8 +47,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
         )
     set_peft_model_state_dict(wrapped, kept)
     for name, parameter in wrapped.named_parameters():
-        if ".lora_" in name and not trainable:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(trainable and ".lora_" in name)
     return wrapped
 
 

@@ -66,7 +66,9 @@ class CaptionEncoder:
     Tolerance of an embedding against the same caption alone: 1e-5 of its norm in float32, 2e-2 in bfloat16.
     """
 
-    def __init__(self, config: EncoderConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, config: EncoderConfig, device: torch.device | str | None = None, *, trainable_adapter: bool = False
+    ) -> None:
         self.device = torch.device(device) if device is not None else default_device()
         self.folder = local_folder(config.llm, config.revision)
         adapter = Path(config.adapter) if config.adapter else None
@@ -86,19 +88,21 @@ class CaptionEncoder:
         self.query_frame = frame_of(self.tokenizer, template, config.query_prompt)
         self.dtype = DTYPES.get(config.compute_dtype) or fastest_dtype(self.device)
         llm = load_backbone(self.folder, config, self.dtype, self.device)
+        llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
-        self.model = CaptionModel(self._with_adapter(llm, adapter), config.pooling).eval()
-        self.model.requires_grad_(False)
+        wrapped = self._with_adapter(llm, adapter, trainable_adapter)
+        self.model = CaptionModel(wrapped, config.pooling).eval()
         self.count_truncated = 0
 
-    def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None) -> torch.nn.Module:
-        """The LLM with its adapter; merged where that loses nothing (float32)."""
+    def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
+        """The LLM with its adapter; merged where that loses nothing (float32) and the adapter doesn't train."""
         if adapter is None:
             return llm
         from llm2clip_plugin.text.adapter import attach_adapter, merge
 
-        wrapped = attach_adapter(llm, adapter)
-        return merge(wrapped) if self.dtype == torch.float32 and not self.config.load_in_4bit else wrapped
+        wrapped = attach_adapter(llm, adapter, trainable=trainable)
+        mergeable = self.dtype == torch.float32 and not self.config.load_in_4bit and not trainable
+        return merge(wrapped) if mergeable else wrapped
 
     @property
     def pad_id(self) -> int:
@@ -132,11 +136,12 @@ class CaptionEncoder:
         self.count_truncated += cut
         return rows
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:
         """(B, W) float32 on the CPU, of token rows as one batch padded on ``side``."""
         frame = self.query_frame if query else self.frame
-        batch = collate(rows, frame, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
+        frames = [frame] * len(rows)
+        batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
         return self.model(batch.to(self.device)).cpu()
 
     def encode(

@@ -107,16 +107,19 @@ def tokenize(tokenizer, frame: Frame, captions: Sequence[str], max_tokens: int) 
 
 
 def collate(
-    rows: Sequence[Sequence[int]], frame: Frame, *, pad_id: int, include_bos: bool, side: str = "right"
+    rows: Sequence[Sequence[int]], frames: Sequence[Frame], *, pad_id: int, include_bos: bool, side: str = "right"
 ) -> Batch:
-    """Pad rows of token ids to one (B, T) batch on ``side``; head tokens are left out of the pooling, BOS as asked."""
+    """Pad rows of token ids, each with its frame, to one (B, T) batch on ``side``.
+
+    Head tokens are left out of the pooling, BOS as asked.
+    """
     longest = max(map(len, rows))
     shape = (len(rows), longest)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     pool_mask = torch.zeros(shape, dtype=torch.bool)
-    for index, ids in enumerate(rows):
+    for index, (ids, frame) in enumerate(zip(rows, frames, strict=True)):
         start = 0 if side == "right" else longest - len(ids)
         stop = start + len(ids)
         input_ids[index, start:stop] = torch.tensor(ids)

@@ -99,3 +99,9 @@ def any_llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama."""
     return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def make_llm():
+    """``save_tiny_llm``, for tests that need another one."""
+    return save_tiny_llm

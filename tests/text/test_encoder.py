@@ -12,7 +12,6 @@ from llm2clip_plugin.contracts import ContractError, EncoderCard
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.files import weights_sha256
 from llm2clip_plugin.text.settings import EncoderConfig
-from tests.text.conftest import save_tiny_llm
 
 CAPTIONS = [
     "a red bicycle",
@@ -113,14 +112,14 @@ def test_chat_template_is_written_out(llama: Path) -> None:
         EncoderConfig(chat_template="<user>")
 
 
-def test_template_that_the_tokenizer_lacks(tmp_path: Path) -> None:
-    llm = save_tiny_llm(tmp_path / "plain", "llama", template=False)
+def test_template_that_the_tokenizer_lacks(make_llm, tmp_path: Path) -> None:
+    llm = make_llm(tmp_path / "plain", "llama", template=False)
     with pytest.raises(ValueError, match="has no chat template; write it out"):
         encoder(llm, chat_template="user")
 
 
-def test_tokenizer_that_ends_with_eos_pools_it_last(tmp_path: Path) -> None:
-    teacher = encoder(save_tiny_llm(tmp_path / "eos", "llama", eos=True), pooling="last")
+def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:
+    teacher = encoder(make_llm(tmp_path / "eos", "llama", eos=True), pooling="last")
     (row,) = teacher.tokenize(["a boat"])
     assert row[0] == 1 and row[-1] == 2
     ids = torch.tensor([row])
@@ -152,7 +151,7 @@ def test_blank_caption_and_overlong_prompt_are_refused(llama: Path) -> None:
         encoder(llama, max_tokens=8, prompt="Instruct: find the picture. Query: ").encode(["a"])
 
 
-def test_identity_follows_everything_that_changes_an_embedding(llama: Path, tmp_path: Path) -> None:
+def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:
     base = encoder(llama).identity()
     changes = [
         {"attention": "causal"},
@@ -164,10 +163,10 @@ def test_identity_follows_everything_that_changes_an_embedding(llama: Path, tmp_
         {"include_bos": False},
     ]
     prints = {encoder(llama, **change).identity().fingerprint for change in changes}
-    prints |= {base.fingerprint, encoder(save_tiny_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint}
-    prints.add(encoder(save_tiny_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint)
+    prints |= {base.fingerprint, encoder(make_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint}
+    prints.add(encoder(make_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint)
     assert len(prints) == len(changes) + 3
-    moved = save_tiny_llm(tmp_path / "moved", "llama")
+    moved = make_llm(tmp_path / "moved", "llama")
     assert encoder(moved).identity().fingerprint == base.fingerprint  # the same LLM in another folder
 
 
@@ -189,8 +188,8 @@ def test_bfloat16_is_close_to_float32_and_to_itself_in_a_batch(llama: Path) -> N
     assert close(rough.embed_tokens(rows, side="left"), alone, tolerance=2e-2)  # 8 bits of mantissa: 4e-3 a rounding
 
 
-def test_card_settings_hold(llama: Path, tmp_path: Path) -> None:
-    merged = save_tiny_llm(tmp_path / "merged", "llama")
+def test_card_settings_hold(make_llm, llama: Path, tmp_path: Path) -> None:
+    merged = make_llm(tmp_path / "merged", "llama")
     card = EncoderCard(
         base="tiny",
         base_sha256=weights_sha256(merged),

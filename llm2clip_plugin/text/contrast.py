@@ -1,0 +1,195 @@
+"""Caption-contrastive training of an LLM on the tower's step: the two sides of a pair are texts.
+
+Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all ranks, R texts of a micro-batch,
+G texts of one length group, T tokens, W embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.model import CaptionModel
+from llm2clip_plugin.text.pairs import Pair
+from llm2clip_plugin.text.tokens import Batch as TokenBatch
+from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.loss import EXCLUDED, contrastive_loss
+from llm2clip_plugin.train.ranks import gather_rows, rank, world_size
+from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, Features, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastConfig:
+    """The loss of caption-contrastive training."""
+
+    scale: float = 50.0  # logit scale (1 / temperature): the paper's; where it starts if it is learned
+    learn_scale: bool = False  # learn the logit scale, up to 100
+    # a micro-batch's texts are padded in so many groups of like length; same result, less padding
+    length_groups: int = 4
+    mask_same: bool = True  # pairs that share a text or an image are no negatives of each other
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 100:
+            raise ValueError(f"scale is {self.scale}; expected a number above 0, at most 100")
+        if self.length_groups < 1:
+            raise ValueError(f"length_groups is {self.length_groups}; expected 1 or more")
+
+
+class PairModule(nn.Module):
+    """An LLM's pooled embeddings of several groups of texts, and the logit scale."""
+
+    def __init__(self, model: CaptionModel, config: ContrastConfig) -> None:
+        super().__init__()
+        self.model = model
+        # shape (1,): DeepSpeed refuses parameters without an axis
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Token batches of G texts each, four tensors a batch -> (R, W) embeddings of length 1, log scale (1,)."""
+        groups = [TokenBatch(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+        embeddings_RW = torch.cat([self.model(group) for group in groups])
+        return F.normalize(embeddings_RW, dim=1), self.logit_scale.float() * 1
+
+
+class CaptionStep(ContrastiveStep):
+    """A step of the LLM: ``batch["pairs"]`` holds this rank's b pairs.
+
+    The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives behind them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        terms: dict[str, tuple[float, Term]],
+        encoder: CaptionEncoder,
+        config: ContrastConfig,
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__(engine, terms, seed=seed)
+        self.encoder = encoder
+        self.config = config
+        self.module: PairModule = engine.module  # type: ignore[assignment]
+
+    def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
+        loss, values = super().__call__(batch)
+        return loss, {**values, "masked_per_row": masked_per_row(batch) if self.config.mask_same else 0.0}
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+    def _part(self, batch: Batch, rows: slice) -> Batch:
+        return {"pairs": batch["pairs"][rows]}
+
+    def _forward(self, micro: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pairs: Sequence[Pair] = micro["pairs"]
+        queries = self.encoder.tokenize([pair.query for pair in pairs], query=True)
+        others = self.encoder.tokenize([pair.positive for pair in pairs])
+        if pairs[0].negative:
+            others += self.encoder.tokenize([pair.negative for pair in pairs])
+        frames = [self.encoder.query_frame] * len(queries) + [self.encoder.frame] * len(others)
+        rows = [*queries, *others]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        tensors: list[Tensor] = []
+        for part in equal_parts(order, self.config.length_groups):
+            group = collate(
+                [rows[index] for index in part],
+                [frames[index] for index in part],
+                pad_id=self.encoder.pad_id,
+                include_bos=self.encoder.config.include_bos,
+            )
+            tensors += vars(group.to(self.engine.device)).values()
+        sorted_RW, log_scale = self.engine(*tensors)
+        features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
+        query_mW = features_RW[: len(pairs)]
+        others_mkW = features_RW[len(pairs) :].unflatten(0, (-1, len(pairs))).transpose(0, 1)
+        return query_mW, others_mkW, log_scale, torch.zeros_like(log_scale)
+
+    def _after_update(self) -> None:
+        if self.config.learn_scale:
+            self.engine.clamp(self.module.logit_scale, 0.0, MAX_LOG_SCALE)
+
+
+def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """At most ``parts`` runs of ``items``, as equal as can be. Their number depends on the count alone, so that all
+    ranks run the module equally often, as ZeRO-3 needs."""
+    size = -(-len(items) // parts)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def caption_terms(config: ContrastConfig) -> dict[str, tuple[float, Term]]:
+    """The one term of the loss: symmetric InfoNCE, with hard negatives where the batch has them."""
+
+    def infonce(x: Features) -> Tensor:
+        texts, images = (x.caption_ids, x.image_ids) if config.mask_same else (None, None)
+        query, positive, scale = x.image_bD, x.text_bD[:, 0], x.log_scale.exp()
+        if x.text_bD.shape[1] == 1:
+            return contrastive_loss(query, positive, scale, caption_ids=texts, image_ids=images)
+        negative = x.text_bD[:, 1]
+        return hard_negative_loss(query, positive, negative, scale, caption_ids=texts, image_ids=images)
+
+    return {"infonce": (1.0, infonce)}
+
+
+def hard_negative_loss(
+    query_bW: Tensor,
+    positive_bW: Tensor,
+    negative_bW: Tensor,
+    scale: Tensor,
+    *,
+    caption_ids: Tensor | None = None,
+    image_ids: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE where each query also has the hard negatives of all N pairs against it (Wang et al. 2022, E5).
+
+    loss_r = 1/(2b) sum_i [ log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i ]
+           + 1/(2b) sum_i [ log sum_j e^(s p_i.q_j) - s p_i.q_i ],   i over this rank's pairs, j over all ranks'.
+
+    query, positive, negative: (b, W) of length 1; scale: (1,); ids as in ``contrastive_loss``: pairs that share one
+    are left out of the sums over positives. The mean over ranks is the loss of the whole batch, and an engine that
+    averages gradients gets that loss's gradient. Not for batches whose (b, 3 N) logits are too large to hold.
+    """
+    b, first = len(query_bW), rank() * len(query_bW)
+    s = scale.float()
+    all_NW = [gather_with_gradient(features) for features in (query_bW, positive_bW, negative_bW)]
+    excluded_bN = same_ids(caption_ids, image_ids, first)
+    there_bN = (s * query_bW.float() @ all_NW[1].float().T).masked_fill(excluded_bN, EXCLUDED)
+    hard_bN = s * query_bW.float() @ all_NW[2].float().T
+    back_bN = (s * positive_bW.float() @ all_NW[0].float().T).masked_fill(excluded_bN, EXCLUDED)
+    target_b = torch.arange(first, first + b, device=query_bW.device)
+    return 0.5 * (F.cross_entropy(torch.cat([there_bN, hard_bN], 1), target_b) + F.cross_entropy(back_bN, target_b))
+
+
+def gather_with_gradient(local: Tensor) -> Tensor:
+    """(b, W) on each rank -> (N, W), with gradient into every rank's rows."""
+    if world_size() == 1:
+        return local
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(local.contiguous()))
+
+
+def same_ids(caption_ids: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor:
+    """(b, N) bool: off-diagonal pairs that share an id; (1, 1) False without ids."""
+    given = [ids.reshape(-1, ids.shape[-1]) for ids in (caption_ids, image_ids) if ids is not None]
+    if not given:
+        return torch.zeros(1, 1, dtype=torch.bool)
+    ids_kb = torch.cat(given)
+    ids_kN = gather_rows(ids_kb.T.contiguous()).T
+    same_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
+    same_bN.diagonal(first)[: same_bN.shape[0]].fill_(False)
+    return same_bN
+
+
+def masked_per_row(batch: Batch) -> float:
+    """Pairs of this rank that share a text or an image with a pair, a pair on average: false negatives otherwise."""
+    ids_kb = torch.cat([batch["caption_ids"].reshape(-1, len(batch["keys"])), batch["image_ids"][None]])
+    same_bb = (ids_kb[:, :, None] == ids_kb[:, None, :]).any(0)
+    return (float(same_bb.sum()) - len(same_bb)) / len(same_bb)

@@ -1,0 +1,396 @@
+"""Pairs of texts for caption-contrastive training: two captions of one image, or rows of a text-pair file.
+
+A batch is drawn from one source alone and, of a caption set, with one kind of pair (short against long, say), so
+that a batch's negatives are alike. What comes when is a function of (seed, samples consumed), as in data.sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip_plugin.data.base import ReadConfig, Source, SourceConfig
+from llm2clip_plugin.data.records import BrokenSample, Caption, caption_id
+from llm2clip_plugin.data.sampler import Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.sources import open_source
+
+PAIR_FORMATS = ("auto", "captions", "pairs", "text")
+SUBSTITUTES = 100  # samples tried in the place of one that has no pair of the batch's kind
+LOOK_AT = 5000  # samples read before training, to tell a wrong configuration from a right one
+NO_GROUP = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """What to train on, and which two texts make a pair."""
+
+    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with a text a line
+    weights: tuple[float, ...] = ()  # how often a sample of each comes up; empty: all alike
+    pair_format: str = "auto"  # auto | captions | pairs | text (each text with itself: unsupervised SimCSE by dropout)
+    # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
+    pair_kinds: tuple[str, ...] = ("short:long",)
+    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are lists with commas; so many items are drawn
+    group: str = NO_GROUP  # field of a sample's JSON: samples that share it are no negatives of each other
+    query_field: str = "query"  # of text-pair files
+    positive_field: str = "positive"  # of text-pair files; a text or a list of which the first is taken
+    negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
+    read: ReadConfig = field(default_factory=ReadConfig)  # how caption sets are read
+
+    def __post_init__(self) -> None:
+        if self.pair_format not in PAIR_FORMATS:
+            raise ValueError(f"unknown pair_format {self.pair_format!r}; known: {', '.join(PAIR_FORMATS)}")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; give one each, or none")
+        if any(not weight > 0 for weight in self.weights):
+            raise ValueError(f"weights {self.weights} must all be above 0")
+        parse_kinds(self.pair_kinds)
+        parse_lists(self.lists)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts that mean the same thing, and perhaps one that only seems to."""
+
+    key: str
+    query: str
+    positive: str
+    negative: str = ""
+    group: str = ""  # pairs of one group are no negatives of each other
+
+
+@dataclass(frozen=True)
+class PairKind:
+    """Which caption is the query and which the positive, and how often."""
+
+    query: str
+    positive: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.query}:{self.positive}"
+
+
+def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
+    """Read ``short:long`` or ``short:keywords=0.8``; raises ValueError for another form."""
+    found = []
+    for text in specifications:
+        kinds, _, weight = text.partition("=")
+        query, colon, positive = kinds.partition(":")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            number = -1.0
+        if not (query and colon and positive and number > 0):
+            raise ValueError(f"pair kind {text!r} is not QUERY:POSITIVE or QUERY:POSITIVE=WEIGHT, as in short:long=0.5")
+        found.append(PairKind(query, positive, number))
+    if not found:
+        raise ValueError("no kinds of pairs are configured; give at least one, as in short:long")
+    return tuple(found)
+
+
+def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Read ``keywords=2:6``: kind -> least and most items drawn; raises ValueError for another form."""
+    found = {}
+    for text in specifications:
+        kind, _, bounds = text.partition("=")
+        low, _, high = bounds.partition(":")
+        if not (kind and low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
+            raise ValueError(f"list {text!r} is not KIND=LOW:HIGH, as in keywords=2:6")
+        found[kind] = (int(low), int(high))
+    return found
+
+
+class PairSource(ABC):
+    """Samples of which pairs are made."""
+
+    def __init__(self, path: str, kinds: tuple[PairKind, ...]) -> None:
+        self.path = path
+        self.kinds = kinds
+
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Samples of each shard."""
+
+    @abstractmethod
+    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
+        """The pair of one sample, chosen by ``rng``; None if it has no pair of this kind."""
+
+    def __len__(self) -> int:
+        return sum(self.sizes())
+
+
+class CaptionPairs(PairSource):
+    """Two captions of one image."""
+
+    def __init__(self, source: Source, config: PairsConfig) -> None:
+        super().__init__(source.path, parse_kinds(config.pair_kinds))
+        self.source = source
+        self.lists = parse_lists(config.lists)
+        self.group = config.group
+
+    def sizes(self) -> list[int]:
+        return [shard.size for shard in self.source.shards]
+
+    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
+        key, captions = self.source.captions(number)
+        captions = self.source.config.usable(captions)
+        query = self._text(captions, kind.query, rng, "")
+        positive = self._text(captions, kind.query if kind.positive == "same" else kind.positive, rng, query)
+        if not query or not positive:
+            return None
+        return Pair(key, query, positive, group=self._group(number))
+
+    def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
+        """One caption of a kind that isn't ``other``; "" if there is none."""
+        texts = [caption.text for caption in captions if caption.kind == kind and caption.text != other]
+        if not texts:
+            return ""
+        text = rng.choice(texts)
+        if kind not in self.lists:
+            return text
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        low, high = self.lists[kind]
+        rng.shuffle(items)
+        return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
+
+    def _group(self, number: int) -> str:
+        """The sample's group, from its own JSON."""
+        if self.group == NO_GROUP:
+            return ""
+        try:
+            meta = self.source.raw(number).meta
+        except BrokenSample:
+            return ""
+        return str(meta.get(self.group, ""))
+
+
+class TextPairs(PairSource):
+    """Rows of a JSON Lines file: query, positive, and perhaps a hard negative."""
+
+    def __init__(self, path: Path, config: PairsConfig) -> None:
+        super().__init__(str(path), (PairKind("query", "positive"),))
+        self.fields = (config.query_field, config.positive_field, config.negative_field)
+        self.rows = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+        if not self.rows:
+            raise ValueError(f"{path} holds no rows")
+        with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
+        if any(with_negative) and not all(with_negative):
+            line = self.rows[with_negative.index(False)][0]
+            raise ValueError(
+                f"{path}, line {line}: no {self.fields[2]!r}, though other lines have one; "
+                "give it in all lines or in none"
+            )
+
+    def sizes(self) -> list[int]:
+        return [len(self.rows)]
+
+    def read(self, index: int) -> Pair:
+        """A row. Raises ValueError naming the file, the line and the field."""
+        line, data = self.rows[index]
+        try:
+            row = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, line {line}: not JSON ({error})") from error
+        texts = [first_text(row.get(name)) if isinstance(row, dict) else "" for name in self.fields]
+        for name, text in zip(self.fields[:2], texts[:2], strict=True):
+            if not text:
+                has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(f"{self.path}, line {line}: no text in field {name!r}; the line has {has}")
+        return Pair(str(line), *texts)
+
+    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
+        return self.read(number)
+
+
+class PlainTexts(PairSource):
+    """A text a line, paired with itself: dropout makes the two embeddings differ (Gao et al. 2021, SimCSE)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), (PairKind("text", "text"),))
+        self.texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not self.texts:
+            raise ValueError(f"{path} holds no text")
+
+    def sizes(self) -> list[int]:
+        return [len(self.texts)]
+
+    def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
+        return Pair(str(number), self.texts[number], self.texts[number])
+
+
+def first_text(value: Any) -> str:
+    """A text, or the first of a list of texts; "" for anything else."""
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    return value.strip() if isinstance(value, str) else ""
+
+
+def open_pairs(config: PairsConfig) -> list[PairSource]:
+    """Every data set of the configuration. Raises FileNotFoundError, or ValueError naming what is wrong with which."""
+    if not config.data:
+        raise ValueError("no data to train on; name captions or text pairs: llm2clip finetune-llm DATA ...")
+    return [_open(path, config) for path in config.data]
+
+
+def _open(path: str, config: PairsConfig) -> PairSource:
+    kind = config.pair_format if config.pair_format != "auto" else _detect(path, config)
+    if kind == "captions":
+        return CaptionPairs(open_source(SourceConfig(path=path, **vars(config.read))), config)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no text pairs at {path}")
+    return TextPairs(Path(path), config) if kind == "pairs" else PlainTexts(Path(path))
+
+
+def _detect(path: str, config: PairsConfig) -> str:
+    """text for .txt, pairs for a .jsonl whose first row has the query field, else captions."""
+    if path.endswith(".txt"):
+        return "text"
+    if path.endswith(".jsonl") and Path(path).is_file():
+        with open(path, encoding="utf-8") as file:
+            first = next((line for line in file if line.strip()), "{}")
+        try:
+            row = json.loads(first)
+        except ValueError:
+            return "captions"
+        return "pairs" if isinstance(row, dict) and config.query_field in row else "captions"
+    return "captions"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at a source's first samples shows."""
+
+    path: str
+    samples: int
+    usable: dict[str, int]  # kind of pair -> samples that have one
+    repeated: float  # share of pairs whose positive or query is also another sample's: false negatives, if not masked
+
+    def lines(self) -> Iterator[str]:
+        """For the report before training."""
+        for kind, usable in self.usable.items():
+            yield f"{self.path}: {usable} of {self.samples} samples looked at have a pair {kind}"
+        if self.repeated:
+            yield f"{self.path}: {self.repeated:.1%} of the pairs share a text with another sample; they are masked"
+
+
+def survey(source: PairSource, config: PairsConfig) -> Survey:
+    """Look at the first samples of a source. Raises ValueError if a kind of pair is not to be had from any of them."""
+    looked = min(len(source), LOOK_AT)
+    usable: dict[str, int] = {}
+    texts: Counter[str] = Counter()
+    pairs: list[Pair] = []
+    for kind in source.kinds:
+        found = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(looked)]
+        kept = [pair for pair in found if pair is not None]
+        usable[str(kind)] = len(kept)
+        if not kept:
+            raise ValueError(_nothing_usable(source, kind, looked))
+        if kind == source.kinds[0]:
+            pairs = kept
+    for pair in pairs:
+        texts.update({pair.query, pair.positive})
+    repeated = sum(texts[pair.query] > 1 or texts[pair.positive] > 1 for pair in pairs) / len(pairs)
+    return Survey(source.path, looked, usable, repeated)
+
+
+def _nothing_usable(source: PairSource, kind: PairKind, looked: int) -> str:
+    """Why no sample has such a pair: what kinds of captions there are."""
+    there: Counter[str] = Counter()
+    if isinstance(source, CaptionPairs):
+        for number in range(looked):
+            there.update({caption.kind for caption in source.source.captions(number)[1]})
+    seen = ", ".join(f"{name} ({count})" for name, count in there.most_common()) or "none"
+    return (
+        f"{source.path}: none of the first {looked} samples has two different captions {kind}; kinds of captions there "
+        f"(samples that have them): {seen}. Say which fields are captions with --fields and which kinds make a pair "
+        "with --pair-kinds"
+    )
+
+
+class PairBatches:
+    """Global batches in order: ``batch(position)`` gives this rank's rows of the one that starts there."""
+
+    def __init__(
+        self,
+        sources: Sequence[PairSource],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.sources = list(sources)
+        self.seed = seed
+        self.global_batch = global_batch
+        self.rank, self.world = rank, world
+        self.shares = [w * len(s) for s, w in zip(sources, weights or [1.0] * len(sources), strict=True)]
+        self.orders = [
+            Mixture([source.sizes()], [1.0], hash_words("pairs", seed, number)) for number, source in enumerate(sources)
+        ]
+        self._sources_so_far: list[int] = []  # source of each global batch from the start of training
+        small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
+        if small:
+            raise ValueError(
+                f"global_batch is {global_batch}, but {', '.join(small)} has fewer samples; a batch comes from one "
+                "source: lower it"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.start(0)
+
+    def start(self, position: int) -> Iterator[dict[str, Any]]:
+        """This rank's batches from ``position`` (samples consumed) on, without end."""
+        while True:
+            yield self.batch(position)
+            position += self.global_batch
+
+    def batch(self, position: int) -> dict[str, Any]:
+        """``pairs``, ``keys``, ``caption_ids`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
+        step, rest = divmod(position, self.global_batch)
+        assert rest == 0, f"position {position} is not at a batch's start"
+        number = self._source_of(step)
+        source = self.sources[number]
+        earlier = self._sources_so_far[:step].count(number)
+        kind = self._choose(source.kinds, [kind.weight for kind in source.kinds], "kind", step)
+        start, count = rank_rows(earlier * self.global_batch, self.rank, self.global_batch // self.world)
+        draws = self.orders[number].batch_indices(start, count)
+        pairs = [self._pair(number, draw.index, draw.epoch, kind) for draw in draws]
+        images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
+        texts = [[caption_id(pair.positive) for pair in pairs], [caption_id(pair.query) for pair in pairs]]
+        return {
+            "pairs": pairs,
+            "keys": [pair.key for pair in pairs],
+            "caption_ids": torch.tensor(texts, dtype=torch.int64),
+            "image_ids": torch.tensor(images, dtype=torch.int64),
+            "position": position + self.global_batch,
+        }
+
+    def _pair(self, number: int, index: int, epoch: int, kind: PairKind) -> Pair:
+        """The pair of a draw; a sample without one is replaced by the next that has one."""
+        source = self.sources[number]
+        for offset in range(min(SUBSTITUTES, len(source))):
+            chosen = (index + offset) % len(source)
+            pair = source.pair(chosen, kind, sample_rng(self.seed, epoch, number, chosen))
+            if pair is not None:
+                return pair
+        raise ValueError(f"{source.path}: {SUBSTITUTES} samples from number {index} on have no pair {kind}")
+
+    def _source_of(self, step: int) -> int:
+        """The source of a global batch: drawn by weight x size, the same on every rank."""
+        while len(self._sources_so_far) <= step:
+            drawn = self._choose(range(len(self.sources)), self.shares, "source", len(self._sources_so_far))
+            self._sources_so_far.append(drawn)
+        return self._sources_so_far[step]
+
+    def _choose(self, items: Sequence[Any], weights: Sequence[float], what: str, step: int) -> Any:
+        rng = random.Random(hash_words(what, self.seed, step))
+        return rng.choices(list(items), list(weights))[0]

@@ -1,0 +1,347 @@
+"""Caption-contrastive training on the tower's loop: ranks, micro-batches, kills and reloads change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
+from llm2clip_plugin.llm_stage import FinetuneConfig, card_of, finetune_llm, parse, trained_module
+from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts, hard_negative_loss
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.lora import LoraSettings, save_adapter
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.checkpoint import TrainState
+from llm2clip_plugin.train.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in rain".split()
+STEPS = 4
+# fp32 sums in another order, through AdamW, over a few steps of a rate that changes the loss by tenths
+SAME = 2e-5
+
+
+def write_captions(path: Path, count: int = 48) -> Path:
+    """Names of one to three words and long captions that hold them."""
+    rows = []
+    for i in range(count):
+        name = f"{WORDS[i % 16]} {WORDS[i * 7 % 16]} {i % 12}"
+        rows.append(
+            {"id": f"k{i}", "image": "x.png", "caption": name, "long_caption": " ".join([*WORDS[: i % 16], name])}
+        )
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_captions(tmp_path_factory.mktemp("captions") / "caps.jsonl")
+
+
+def options(captions: Path, llm: Path, output: Path, *more: str) -> list[str]:
+    """A short run at a rate that moves the loss; dropout 0, so that micro-batches can be compared."""
+    return [
+        *(str(captions), "--llm", str(llm), "--compute-dtype", "float32", "--output-dir", str(output)),
+        *("--global-batch", "16", "--max-steps", str(STEPS), "--lr", "3e-3", "--warmup-steps", "0"),
+        *("--dropout", "0", "--scale", "20", "--query-prompt", "Instruct: find the picture. Query: ", *more),
+    ]
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def plain(captions: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, one batch, one length group: what all other ways must equal."""
+    output = tmp_path_factory.mktemp("plain")
+    assert finetune_llm(parse(options(captions, llama, output, "--length-groups", "1"))) == output / "adapter"
+    return output
+
+
+def start_rank(rank: int, world: int, port: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(world)},
+    }
+    command = [sys.executable, str(ROOT / "scripts/finetune_llm.py"), *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def run_ranks(world: int, arguments: list[str]) -> None:
+    port = free_port()
+    ranks = [start_rank(rank, world, port, arguments) for rank in range(world)]
+    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world, errors[0][-3000:]
+
+
+def test_loss_falls(plain: Path) -> None:
+    found = losses(plain)
+    assert found[-1] < found[0] - 0.2
+    record = RunRecord.read(plain / "run.json")
+    assert record.finished and record.step == STEPS and record.samples == 16 * STEPS
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--micro-batch", "4"), ("--micro-batch", "8", "--length-groups", "3"), ("--gradient-checkpointing",)],
+    ids=["micro-batches", "length groups", "gradient checkpointing"],
+)
+def test_how_a_batch_is_cut_changes_nothing(plain: Path, captions: Path, llama: Path, tmp_path: Path, more) -> None:
+    finetune_llm(parse(options(captions, llama, tmp_path, *more)))
+    assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
+
+
+def test_two_ranks_killed_and_gone_on_with_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+    """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0: the same losses."""
+    arguments = options(captions, llama, tmp_path, "--save-steps", "1")
+    port = free_port()
+    zero2 = ["--deepspeed", str(ROOT / "scripts/zero2.json")]
+    ranks = [start_rank(rank, 2, port, [*arguments, *zero2]) for rank in range(2)]
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "checkpoints/latest").is_file() and time.monotonic() < deadline:
+        assert all(process.poll() in (None, 0) for process in ranks), ranks[0].communicate()[1].decode()[-3000:]
+        time.sleep(0.02)
+    for process in ranks:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = TrainState.read(next(iter((tmp_path / "checkpoints").glob("step-*/state.json"))))
+    assert done.world_size == 2 and done.step >= 1
+    assert finetune_llm(parse(arguments)) is not None
+    assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_are_one(plain: Path, captions: Path, llama: Path, tmp_path: Path, stage: int) -> None:
+    more = ("--deepspeed", str(ROOT / f"scripts/zero{stage}.json"), "--micro-batch", "4")
+    run_ranks(2, options(captions, llama, tmp_path, *more))
+    assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
+
+
+def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
+    plain: Path, captions: Path, llama: Path
+) -> None:
+    (checkpoint,) = (plain / "checkpoints").glob("step-*")
+    assert (checkpoint / "model.safetensors").stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 there, 0\.001 now"):
+        finetune_llm(parse([*options(captions, llama, plain), "--lr", "1e-3"]))
+
+
+def moved(encoder: CaptionEncoder, config: FinetuneConfig, seed: int = 0):
+    """The encoder with an adapter that has been moved off its start (where LoRA adds nothing)."""
+    module = trained_module(encoder, config)
+    torch.manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    encoder.model.eval()
+    return module
+
+
+def write_moved(llm: Path, folder: Path, *, dtype: str = "float32", **settings) -> tuple[CaptionEncoder, Path]:
+    """An encoder with a moved adapter, and that adapter's folder."""
+    encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype, **settings)
+    config = FinetuneConfig(encoder=encoding, lora=LoraSettings(dropout=0.0))
+    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
+    moved(encoder, config)
+    trained = {name: p.detach().clone() for name, p in encoder.model.llm.named_parameters() if p.requires_grad}
+    state = TrainState(step=1, samples=1, config={}, config_hash="", seed=0)
+    save_adapter(encoder.model.llm, trained, card_of(encoder, config, state), folder)
+    return encoder, folder
+
+
+TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain " * 2, "x", "猫"]
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_adapter_reloaded_is_the_adapter_trained_and_brings_its_settings(
+    any_llm: Path, tmp_path: Path, layer: int
+) -> None:
+    """Reloaded in float32 it is merged, so this also says that merged weights give the adapter's embeddings."""
+    settings = {"pooling": "last", "attention": "causal", "layer": layer, "chat_template": "user", "max_tokens": 48}
+    trained, folder = write_moved(any_llm, tmp_path / "adapter", **settings)
+    reloaded = CaptionEncoder(EncoderConfig(llm=str(any_llm), adapter=str(folder), compute_dtype="float32"), "cpu")
+    assert reloaded.config.chat_template == "<bos><user>\n{caption}<end>"
+    assert {name: vars(reloaded.config)[name] for name in settings if name != "chat_template"} == {
+        name: value for name, value in settings.items() if name != "chat_template"
+    }
+    left, right = reloaded.encode(TEXTS), trained.encode(TEXTS)
+    assert torch.allclose(left, right, atol=2e-5 * float(right.norm(dim=1).max()))
+    raw = CaptionEncoder(EncoderConfig(llm=str(any_llm), compute_dtype="float32", **settings), "cpu")
+    assert not torch.allclose(raw.encode(TEXTS), right, atol=1e-2)
+    assert raw.identity().fingerprint != reloaded.identity().fingerprint
+    with pytest.raises(ContractError, match=r"max_tokens is 32, but .* was trained with 48"):
+        CaptionEncoder(EncoderConfig(llm=str(any_llm), adapter=str(folder), max_tokens=32), "cpu")
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["float32", "4-bit"])
+def test_embedding_is_its_own_after_lora(llama40: Path, load_in_4bit: bool) -> None:
+    """Width 40: bitsandbytes' packed CPU kernel refuses it in evaluation mode."""
+    encoding = EncoderConfig(llm=str(llama40), compute_dtype="float32", load_in_4bit=load_in_4bit)
+    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
+    moved(encoder, FinetuneConfig(encoder=encoding))
+    rows = encoder.tokenize(TEXTS)
+    alone = torch.cat([encoder.embed_tokens([row]) for row in rows])
+    for side in ("left", "right"):
+        together = encoder.embed_tokens(rows, side=side)
+        assert ((together - alone).norm(dim=1) < 1e-5 * alone.norm(dim=1)).all()
+    assert (encoder.identity().quantization == "nf4") is load_in_4bit
+
+
+@pytest.fixture(scope="session")
+def llama40(make_llm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llm(tmp_path_factory.mktemp("llm") / "llama40", "llama", width=40)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["float32", "4-bit"])
+def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) -> None:
+    encoding = EncoderConfig(llm=str(llama40), compute_dtype="float32", load_in_4bit=load_in_4bit)
+    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
+    module = moved(encoder, FinetuneConfig(encoder=encoding)).train()
+    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    layers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    layers += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert names == {
+        f"model.llm.base_model.model.layers.{block}.{layer}.lora_{side}.default.weight"
+        for block in (0, 1)
+        for layer in layers
+        for side in "AB"
+    }
+    tokens = torch.tensor(encoder.tokenize(["two dogs"]))
+    ones = torch.ones_like(tokens)
+    embeddings, _ = module(tokens, ones, torch.arange(tokens.shape[1])[None], ones.bool())
+    embeddings.pow(3).sum().backward()
+    assert {name for name, parameter in module.named_parameters() if parameter.grad is not None} == names
+    assert all(float(parameter.grad.abs().sum()) > 0 for name, parameter in module.named_parameters() if name in names)
+
+
+def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    more = ("--load-in-4bit", "--gradient-checkpointing", "--captions", str(captions), "--lr", "1e-2")
+    adapter = finetune_llm(parse(options(captions, llama40, output, *more)))
+    assert losses(output)[-1] < losses(output)[0] - 0.2
+    assert EncoderCard.read(adapter / EncoderCard.FILE).training["quantization"] == "nf4"
+    scores = RunRecord.read(output / "run.json").metrics
+    command = ["evaluate", "captions", str(captions), "--llm", str(llama40), "--adapter", str(adapter)]
+    assert main([*command, "--load-in-4bit", "--compute-dtype", "float32", "--json", str(tmp_path / "s.json")]) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["metrics"]["short->long/cra"] == pytest.approx(scores["short->long"], abs=1e-6)
+    assert len(found["items"]) == found["counts"]["short->long"] > 40  # equal pairs of texts count once
+
+
+def test_hard_negatives(llama: Path, tmp_path: Path) -> None:
+    """The loss is the formula's, and cutting the batch changes nothing."""
+    torch.manual_seed(0)
+    query, positive, negative = (F.normalize(torch.randn(6, 8), dim=1) for _ in range(3))
+    s = torch.tensor([20.0])
+    total = 0.0
+    for i in range(6):
+        there = [float((s * query[i] @ positive[j]).exp()) for j in range(6) if j != 4 or i not in (3,)]
+        hard = [float((s * query[i] @ negative[j]).exp()) for j in range(6)]
+        back = [float((s * positive[i] @ query[j]).exp()) for j in range(6) if j != 4 or i not in (3,)]
+        if i == 4:  # 3 and 4 share a text
+            there.pop(3), back.pop(3)
+        pair = float((s * query[i] @ positive[i]).exp())
+        total -= 0.5 * (torch.log(torch.tensor(pair / sum(there + hard))) + torch.log(torch.tensor(pair / sum(back))))
+    ids = torch.tensor([0, 1, 2, 3, 3, 5])
+    found = float(hard_negative_loss(query, positive, negative, s, caption_ids=ids))
+    assert found == pytest.approx(float(total) / 6, 1e-5)
+
+    words = [f"{WORDS[i % 16]} {i}" for i in range(33)]
+    rows = [{"query": words[i], "positive": f"the {words[i]}", "negative": words[i + 1]} for i in range(32)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, more in (("whole", ()), ("cut", ("--micro-batch", "4"))):
+        finetune_llm(parse(options(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more)))
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
+
+
+def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(f"{WORDS[i % 16]} {WORDS[i * 5 % 16]} {i}" for i in range(32)))
+    arguments = options(tmp_path / "texts.txt", llama, tmp_path / "run", "--learn-scale")
+    with pytest.raises(ValueError, match=r"differs by dropout alone, and lora\.dropout is 0"):
+        finetune_llm(parse(arguments))
+    finetune_llm(parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
+
+
+def test_going_on_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+    arguments = options(captions, llama, tmp_path)
+    words = arguments.index("--query-prompt")
+    finetune_llm(parse([*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]))
+    assert losses(tmp_path)[0] < losses(plain)[0] - 0.1
+    assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith("Instruct")
+
+
+def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None:
+    _, adapter = write_moved(llama, tmp_path / "adapter")
+    other = make_llm(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(ContractError, match=r"was trained on .* give the LLM that it was trained on"):
+        CaptionEncoder(EncoderConfig(llm=str(other), adapter=str(adapter)), "cpu")
+    (adapter / EncoderCard.FILE).unlink()
+    wide = make_llm(tmp_path / "wide", "llama", width=64)
+    with pytest.raises(ContractError, match=r"adapter of another model .* of another shape"):
+        CaptionEncoder(EncoderConfig(llm=str(wide), adapter=str(adapter)), "cpu")
+    phi = make_llm(tmp_path / "phi3", "phi3")
+    with pytest.raises(ContractError, match=r"adapter of another model|does not fit"):
+        CaptionEncoder(EncoderConfig(llm=str(phi), adapter=str(adapter)), "cpu")
+    with pytest.raises(FileNotFoundError, match=r"is no PEFT adapter: adapter_config\.json is missing"):
+        CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(tmp_path)), "cpu")
+
+
+def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
+    zero3 = ("--load-in-4bit", "--deepspeed", str(ROOT / "scripts/zero3.json"))
+    for more, said in (
+        (("--targets", "query"), "unknown LoRA targets ['query']; this LLM's linear layers are: down_proj"),
+        (zero3, "ZeRO-3 can't cut up 4-bit weights"),
+        (("--precision", "bf16"), "would turn the LLM's float32 weights into it"),
+        (("--max-tokens", "8"), "prompt and template take"),
+        (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
+        (("--global-batch", "64"), "has fewer samples"),
+        (("--resume", str(tmp_path)), "no checkpoint there"),
+    ):
+        assert main([*base, *more]) == 2, more
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_lora_variants_train(llama: Path, captions: Path, tmp_path: Path) -> None:
+    more = ("--dora", "--rslora", "--targets", "q_proj", "v_proj", "--max-steps", "1")
+    adapter = finetune_llm(parse(options(captions, llama, tmp_path, *more)))
+    assert adapter is not None
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    assert saved["use_dora"] and saved["use_rslora"] and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+    reloaded = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
+    assert torch.isfinite(reloaded.encode(["a dog"])).all()
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_equal_parts(count: int) -> None:
+    parts = equal_parts(list(range(count)), 4)
+    assert [item for part in parts for item in part] == list(range(count)) and len(parts) <= 4
+
+
+def test_settings() -> None:
+    with pytest.raises(ValueError, match="scale is 0"):
+        ContrastConfig(scale=0)
+    with pytest.raises(ValueError, match="r 0 and alpha"):
+        LoraSettings(r=0)
+    assert dataclasses.asdict(parse(["a", "b", "--llm", "x"]))["pairs"]["data"] == ("a", "b")

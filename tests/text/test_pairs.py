@@ -1,0 +1,201 @@
+"""What is drawn as a pair, in what order, and what is refused before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip_plugin.data.sampler import sample_rng
+from llm2clip_plugin.text.pairs import PairBatches, PairsConfig, open_pairs, parse_kinds, parse_lists, survey
+
+NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
+
+
+def write_captions(folder: Path, count: int = 32, name: str = "caps") -> Path:
+    """Images with a name, a long caption, a list of keywords, and a family of four."""
+    rows = [
+        {
+            "id": f"k{i}",
+            "image": f"{i}.png",
+            "family": f"f{i // 4}",
+            "captions": [
+                {"text": f"{NAMES[i % 8]} {i}", "kind": "short"},
+                {"text": f"a picture of a {NAMES[i % 8]} number {i}", "kind": "long"},
+                {"text": f"one{i}, two{i}, three{i}, four{i}, five{i}", "kind": "keywords"},
+            ],
+        }
+        for i in range(count)
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8, seed: int = 0) -> PairBatches:
+    return PairBatches(open_pairs(config), config.weights, seed=seed, global_batch=size, rank=rank, world=world)
+
+
+def test_every_sample_comes_once_an_epoch_with_the_kinds_asked_for(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    loader = batches(PairsConfig(data=(str(path),), pair_kinds=("short:long",)))
+    pairs = [pair for position in range(0, 32, 8) for pair in loader.batch(position)["pairs"]]
+    assert sorted(pair.key for pair in pairs) == sorted(f"k{i}" for i in range(32))
+    assert all(
+        pair.positive.startswith("a picture of a") and pair.query in pair.positive.replace("number ", "")
+        for pair in pairs
+    )
+    assert [pair.key for pair in pairs] != [f"k{i}" for i in range(32)]
+    later = [pair.key for position in range(32, 64, 8) for pair in loader.batch(position)["pairs"]]
+    assert sorted(later) == sorted(pair.key for pair in pairs) and later != [pair.key for pair in pairs]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    data = (str(write_captions(tmp_path)), str(write_captions(other, 16)))
+    config = PairsConfig(data=data, pair_kinds=("short:long", "short:keywords=3"), lists=("keywords=2:4",))
+    one = batches(config)
+    many = [batches(config, rank=rank, world=world) for rank in range(world)]
+    for position in range(0, 80, 8):
+        whole = one.batch(position)
+        parts = [loader.batch(position) for loader in many]
+        assert [pair for part in parts for pair in part["pairs"]] == whole["pairs"]
+        for name in ("caption_ids", "image_ids"):
+            assert torch.equal(torch.cat([part[name] for part in parts], dim=-1), whole[name])
+
+
+def test_any_position_can_be_asked_first(tmp_path: Path) -> None:
+    config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:long", "short:keywords"))
+    straight = [batch["pairs"] for batch, _ in zip(batches(config).start(0), range(9), strict=False)]
+    assert batches(config).batch(7 * 8)["pairs"] == straight[7]
+
+
+def test_a_batch_has_one_source_and_one_kind(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    data = (str(write_captions(tmp_path)), str(write_captions(other, 16)))
+    config = PairsConfig(data=data, weights=(1.0, 3.0), pair_kinds=("short:long", "short:keywords=3"))
+    loader = batches(config)
+    kinds, sources = [], []
+    for step in range(200):
+        pairs = loader.batch(step * 8)["pairs"]
+        long = {pair.positive.startswith("a picture") for pair in pairs}
+        assert len(long) == 1
+        kinds.append(long.pop())
+        sources.append(loader._source_of(step))
+    assert 0.15 < sum(kinds) / 200 < 0.35  # one in four
+    assert 0.45 < sum(sources) / 200 < 0.75  # 3 x 16 against 1 x 32: three in five
+
+
+def test_lists_give_some_of_their_items(tmp_path: Path) -> None:
+    config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:keywords",), lists=("keywords=2:4",))
+    pairs = batches(config, size=32).batch(0)["pairs"]
+    counts = {len(pair.positive.split(", ")) for pair in pairs}
+    assert counts == {2, 3, 4}
+    first = [pair.positive.split(", ")[0] for pair in pairs]
+    assert len({text.rstrip("0123456789") for text in first}) > 2  # in any order
+
+
+def test_group_and_equal_texts_have_equal_ids(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    batch = batches(PairsConfig(data=(str(path),), group="family"), size=32).batch(0)
+    assert len(set(batch["image_ids"].tolist())) == 8
+    assert len(set(batches(PairsConfig(data=(str(path),)), size=32).batch(0)["image_ids"].tolist())) == 32
+    rows = [{"query": "a", "positive": "b"}, {"query": "c", "positive": "b"}, {"query": "a", "positive": "d"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    batch = batches(PairsConfig(data=(str(tmp_path / "pairs.jsonl"),)), size=3).batch(0)
+    positives, queries = batch["caption_ids"].tolist()
+    assert len(set(positives)) == 2 and len(set(queries)) == 2
+
+
+def test_two_captions_of_one_kind(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "image": "x.png", "captions": [f"cat {i}", f"puss {i}", f"tom {i}"]} for i in range(8)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = batches(PairsConfig(data=(str(tmp_path / "c.jsonl"),), pair_kinds=("short:same",))).batch(0)["pairs"]
+    assert all(pair.query != pair.positive and pair.query.split()[1] == pair.positive.split()[1] for pair in pairs)
+
+
+def test_sample_without_the_kind_is_replaced_alike_on_all_ranks(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::2]:
+        row["captions"] = row["captions"][:1]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = PairsConfig(data=(str(path),))
+    whole = batches(config).batch(8)["pairs"]
+    halves = [pair for rank in (0, 1) for pair in batches(config, rank=rank, world=2).batch(8)["pairs"]]
+    assert halves == whole and all(int(pair.key[1:]) % 2 for pair in whole)
+
+
+def test_text_pairs_with_hard_negatives_and_plain_texts(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "pos": [f"p{i}", "other"], "neg": f"n{i}"} for i in range(8)]
+    (tmp_path / "e5.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = PairsConfig(data=(str(tmp_path / "e5.jsonl"),), positive_field="pos", negative_field="neg")
+    for pair in batches(config).batch(0)["pairs"]:
+        assert (pair.query[1:], pair.query[1:]) == (pair.positive[1:], pair.negative[1:])
+    (tmp_path / "texts.txt").write_text("\n".join(f"text {i}" for i in range(8)) + "\n\n")
+    pairs = batches(PairsConfig(data=(str(tmp_path / "texts.txt"),))).batch(0)["pairs"]
+    assert all(pair.query == pair.positive for pair in pairs) and len({pair.query for pair in pairs}) == 8
+
+
+def test_survey_counts_false_negatives(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "positive": f"p{i // 2}"} for i in range(8)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = PairsConfig(data=(str(tmp_path / "p.jsonl"),))
+    found = survey(open_pairs(config)[0], config)
+    assert found.repeated == 1.0 and "100.0% of the pairs share a text" in "\n".join(found.lines())
+
+
+@pytest.mark.parametrize(
+    ("captions", "found"),
+    [
+        ([["only one"]] * 4, r"kinds of captions there \(samples that have them\): short \(4\)"),
+        ([[" ", ""]] * 4, r"samples that have them\): none"),
+        (
+            [[{"text": "same", "kind": "short"}, {"text": "same", "kind": "long"}]] * 4,
+            r"two different captions short:long",
+        ),
+    ],
+)
+def test_data_without_pairs_is_refused_before_training(tmp_path: Path, captions: list, found: str) -> None:
+    rows = [{"id": str(i), "image": "x.png", "captions": texts} for i, texts in enumerate(captions)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = PairsConfig(data=(str(tmp_path / "c.jsonl"),))
+    with pytest.raises(ValueError, match=found):
+        survey(open_pairs(config)[0], config)
+
+
+def test_wrong_files_and_settings(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "answer": "b"}\n')
+    config = PairsConfig(data=(str(bad),))
+    with pytest.raises(
+        ValueError, match=r"bad\.jsonl, line 2: no text in field 'positive'; the line has query, answer"
+    ):
+        survey(open_pairs(config)[0], config)
+    bad.write_text('{"query": "a", "positive": "b", "negative": "c"}\n{"query": "a", "positive": "b"}\n')
+    with pytest.raises(ValueError, match="line 2: no 'negative', though other lines have one"):
+        open_pairs(config)
+    with pytest.raises(FileNotFoundError):
+        open_pairs(PairsConfig(data=(str(tmp_path / "none.txt"),)))
+    with pytest.raises(ValueError, match="fewer samples; a batch comes from one source"):
+        batches(PairsConfig(data=(str(write_captions(tmp_path, 4)),)))
+    for wrong in ("short", "short:long=0", "short:long=x", ":long"):
+        with pytest.raises(ValueError, match="is not QUERY:POSITIVE"):
+            parse_kinds([wrong])
+    with pytest.raises(ValueError, match="is not KIND=LOW:HIGH"):
+        parse_lists(["keywords=6:2"])
+    with pytest.raises(ValueError, match="no data to train on"):
+        open_pairs(PairsConfig())
+
+
+def test_choice_of_captions_changes_from_pass_to_pass(tmp_path: Path) -> None:
+    config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:keywords",), lists=("keywords=2:4",))
+    source = open_pairs(config)[0]
+    kind = source.kinds[0]
+    drawn = {source.pair(3, kind, sample_rng(0, epoch, 0, 3)) for epoch in range(6)}
+    assert len(drawn) > 2
