@@ -185,7 +185,8 @@ def _from_rows(
 
 
 def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    """A text as it is, but for halves of surrogate pairs, which no UTF-8 file can hold; None for anything else."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
 
 
 def _llava_row(row: Row, line: int) -> Answer:

@@ -39,9 +39,7 @@ def load(folder: Path) -> list[Question]:
     """The balanced questions, in the file's order."""
     path = need_file(
         folder,
-        "data/testdev_balanced_questions.json",
-        "testdev_balanced_questions.json",
-        "data/questions1.2/testdev_balanced_questions.json",
+        *BENCHMARK.annotations,
         benchmark_name="gqa",
         where="questions1.2.zip at https://cs.stanford.edu/people/dorarad/gqa/download.html, into data/",
     )
@@ -192,7 +190,11 @@ BENCHMARK = Benchmark(
     questions=("llava_gqa*.jsonl",),
     image_folders=("data/images", "images", ""),
     tasks=("gqa", "gqa_lite"),
-    annotations=("**/testdev_balanced_questions.json",),
+    annotations=(
+        "data/testdev_balanced_questions.json",
+        "testdev_balanced_questions.json",
+        "data/questions1.2/testdev_balanced_questions.json",
+    ),
     load=load,
     score=score,
     statistic=statistic,

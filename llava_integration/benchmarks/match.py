@@ -44,8 +44,9 @@ def match(
     that names its question. Rows that don't are found by doc_id, then by the question's text.
     """
     places = {question_key(question): place for place, question in enumerate(questions)}
+    ambiguous: list[Answer] = []
     if answers.layout == "lmms_eval":
-        targets = _match_log(questions, answers, places, logged_key)
+        targets = _match_log(questions, answers, places, logged_key, ambiguous)
     else:
         targets = [places.get(key) if (key := answer_key(answer)) is not None else None for answer in answers.rows]
     found: list[Answer | None] = [None] * len(questions)
@@ -67,6 +68,12 @@ def match(
         "unparsable": answers.unparsable + textless,
         "empty": sum(answer is not None and not (answer.text or "").strip() for answer in found),
     }
+    if len(ambiguous) > options.allow * len(answers.rows):
+        raise ValueError(
+            f"{len(ambiguous)} rows of {answers.path} name no question, and several of {name} have their text (line "
+            f"{ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log's documents are in another order than --data, "
+            "so they can't be joined; score with the annotations that lmms-eval used, or evaluate with LLaVA's questions"
+        )
     _refuse_other_benchmark(questions, answers, found, foreign, name, options)
     refuse_faults(counts, answers, options, name)
     return Matched(answers=tuple(found), counts=counts, notes=describe_faults(counts, answers, name))
@@ -77,8 +84,12 @@ def _match_log(
     answers: Answers,
     places: dict[Key, int],
     logged_key: Callable[[Row], Key | None] | None,
+    ambiguous: list[Answer],
 ) -> list[int | None]:
-    """Places of lmms-eval rows: by the id that the row holds, by doc_id, by the question's text."""
+    """Places of lmms-eval rows: by the id that the row holds, by doc_id, by the question's text.
+
+    ``ambiguous`` takes the rows whose text several questions share and whose doc_id is none of theirs.
+    """
     texts = [squeeze(question.text) for question in questions]
     by_text: dict[str, list[int]] = {}
     for place, text in enumerate(texts):
@@ -93,9 +104,12 @@ def _match_log(
         if place is None and isinstance(number, int) and 0 <= number < len(questions) and texts[number] in prompt:
             place = number
         if place is None:
-            # the k-th row with this question's text is the k-th such question; only repeated questions are ambiguous
-            known = next((text for text in _heads(prompt) if text in by_text), None)
-            place = next((p for p in by_text[known] if p not in taken), None) if known else None
+            known = next((text for text in _heads(prompt) if text in by_text), "")
+            free = [p for p in by_text.get(known, []) if p not in taken]
+            alike = [p for p in free if questions[p].truth == answer.row.get("target")] or free
+            place = alike[0] if alike else None
+            if len(alike) > 1:
+                ambiguous.append(answer)
         if place is not None:
             taken.add(place)
         targets.append(place)

@@ -108,6 +108,7 @@ if (control("controls")) {
   const unique = (values) => [...new Set(values)].filter(Boolean);
   fill("benchmark", unique(data.questions.map((question) => question.benchmark)).map((name) => [name, name]));
   fill("pair", unique(data.questions.map((question) => question.pair)).map((n) => [n, data.names[n]]));
+  control("filter-pair").parentElement.hidden = data.names.length < 3;
   fill("outcome", [["new", "new better"], ["base", "base better"]]);
   fill("category", unique(data.questions.map((question) => question.category)).sort().map((name) => [name, name]));
   control("controls").addEventListener("input", () => { page = 0; show(); });

@@ -184,6 +184,8 @@ def _browser(comparison: Comparison, questions: Sequence[dict]) -> str:
 
 def _notes(comparison: Comparison, pictures: Pictures) -> str:
     lines = [*tables.method_lines(comparison), *comparison.notes]
+    if any(max(row.runs) > 1 for row in comparison.rows):
+        lines.append("Of several runs, the browser shows the answers of the first.")
     lines += [f"{row.title}, {row.new}: {note}" for row in comparison.rows for note in row.notes]
     lines += [f"{row.title}, {row.new}: McNemar p {tables.p_value(row.p_mcnemar)} (images in common ignored)"
               for row in comparison.rows if row.p_mcnemar is not None]  # fmt: skip

@@ -98,7 +98,7 @@ def question_file(chosen: Benchmark, folder: Path, scratch: Path, scored: bool) 
 
 def vqav2_rows(folder: Path) -> list[dict]:
     """VQAv2 val as LLaVA asks it."""
-    path = optional_file(folder, "*OpenEnded*questions*.json")
+    path = optional_file(folder, "*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.json")
     entries = read_json(path)["questions"] if path else []
     return [
         {

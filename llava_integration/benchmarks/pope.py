@@ -125,7 +125,8 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
     if options.corrected:
         corrected = numbers([{**item, "missing": False} for item in items], "parsed_corrected")
         metrics.update({f"corrected_{key}": value for key, value in corrected.items()})
-    return Scored(metrics=metrics, items=items, counts=matched.counts, notes=notes)
+    neither = sum(item["parsed_corrected"] == "other" for item in items)
+    return Scored(metrics=metrics, items=items, counts={**matched.counts, "neither": neither}, notes=notes)
 
 
 def score_one(question: Question, answer: Answer | None) -> Item:

@@ -99,7 +99,8 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         for name, part in parts(items).items():
             if part:
                 metrics[f"corrected_{name}_accuracy_percent"] = 100 * mean([item["score_corrected"] for item in part])
-    return Scored(metrics=metrics, items=items, counts=matched.counts, notes=matched.notes)
+    unread = sum(not item["missing"] and not parse_corrected(item["answer"]) for item in items)
+    return Scored(metrics=metrics, items=items, counts={**matched.counts, "no_letter": unread}, notes=matched.notes)
 
 
 def parts(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_integration.benchmarks.answers import Answer, Answers, read_json, read_jsonl
+from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
 from llava_integration.benchmarks.base import (
     Benchmark,
     Item,
@@ -58,6 +58,12 @@ def load(folder: Path) -> list[Question]:
     ]
 
 
+def logged_key(row: Row) -> str | None:
+    """The image's name in an lmms-eval row."""
+    entry = row.get("submission")
+    return Path(str(entry["image"])).stem if isinstance(entry, dict) and "image" in entry else None
+
+
 def score(folder: Path, answers: Answers, options: Options) -> Scored:
     """Accuracy by lmms-eval's rule and by the VQA API's on LLaVA's submission."""
     questions = load(folder)
@@ -66,8 +72,9 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="vizwiz",
-        question_key=lambda question: question.image if answers.layout == "submission" else str(question.id),
-        answer_key=lambda answer: str(answer.id),
+        question_key=lambda question: str(question.id) if answers.layout == "llava" else Path(question.image).stem,
+        answer_key=lambda answer: str(answer.id) if answers.layout == "llava" else Path(str(answer.id)).stem,
+        logged_key=logged_key,
     )
     items = [score_one(question, answer) for question, answer in zip(questions, matched.answers, strict=True)]
     types = by_group(items, "category", "score_vqa_api")

@@ -39,13 +39,18 @@ def load(folder: Path) -> list[Question]:
     """
     annotations = need_file(
         folder,
+        "*val2014_annotations*.json",
         "*annotations*.json",
         benchmark_name="vqav2",
         where="val2014's are at https://visualqa.org/download.html; for test-dev use --submission FILE and the server "
         "https://eval.ai/web/challenges/challenge-page/830",
     )
     asked = need_file(
-        folder, "*OpenEnded*questions*.json", benchmark_name="vqav2", where="https://visualqa.org/download.html"
+        folder,
+        "*OpenEnded*val2014_questions*.json",
+        "*OpenEnded*questions*.json",
+        benchmark_name="vqav2",
+        where="https://visualqa.org/download.html",
     )
     truths = {entry["question_id"]: entry for entry in read_json(annotations)["annotations"]}
     images = question_images(folder)

@@ -1,0 +1,146 @@
+"""What the golden files leave out: LLaVA-Bench and MM-Vet with a judge's file, MMBench-CN, logs in another order."""
+
+import json
+import zipfile
+from xml.etree import ElementTree
+
+import pytest
+from golden_mllm import ROOT, answers
+
+from llava_integration.benchmarks.answers import read_answers
+from llava_integration.benchmarks.base import Options, benchmark
+from llava_integration.benchmarks.score import main, score_answers
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def llava_bench(tmp_path):
+    """Four questions, the model's answers, and reviews of which the last failed."""
+    folder = tmp_path / "llava-bench-in-the-wild"
+    kinds = ["conv", "conv", "detail", "complex"]
+    asked = [
+        {"question_id": n, "image": f"00{n // 2}.jpg", "text": f"What is {n}?", "category": kinds[n]} for n in range(4)
+    ]
+    write_lines(folder / "questions.jsonl", asked)
+    spoken = [{"question_id": n, "prompt": f"What is {n}?", "text": f"It is {n}.", "model_id": "m"} for n in range(4)]
+    said = write_lines(tmp_path / "answers.jsonl", spoken)
+    marks = [[8.0, 4.0], [9.0, 7.0], [10.0, 10.0], [-1, -1]]
+    reviews = write_lines(tmp_path / "reviews.jsonl", [
+        {"id": n + 1, "question_id": n, "category": f"llava_bench_{kind}", "content": "8 4", "tuple": pair}
+        for n, (kind, pair) in enumerate(zip(kinds, marks, strict=True))
+    ])  # fmt: skip
+    return folder, said, reviews
+
+
+def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
+    """Means over reviews, the failed one averaged in: reference 26/4 = 6.5, model 20/4 = 5, relative 76.9."""
+    folder, said, reviews = llava_bench
+    record = score_answers("llava_bench", folder, read_answers(said), Options(corrected=True, reviews=reviews))
+    assert record.metrics["all"] == 76.9
+    assert (record.metrics["all.reference"], record.metrics["all.model"]) == (65.0, 50.0)
+    assert record.metrics["llava_bench_conv"] == round(5.5 / 8.5 * 100, 1)
+    assert record.metrics["corrected_all"] == round(7 / 9 * 100, 1)
+    assert record.counts["failed_reviews"] == 1 and record.items[1]["answer"] == "It is 1."
+    assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(100 * 20 / 26)
+    alone = score_answers("llava_bench", folder, read_answers(reviews), Options())  # the reviews as --answers
+    assert alone.metrics["all"] == record.metrics["all"]
+
+
+def test_answers_are_no_reviews(llava_bench):
+    folder, said, _ = llava_bench
+    with pytest.raises(ValueError, match="holds no marks"):
+        score_answers("llava_bench", folder, read_answers(said), Options(reviews=said))
+
+
+def test_mmvet_over_runs_and_capabilities(tmp_path):
+    """Marks of two runs: totals 100 x (1 + .5 + 0)/3 and 100 x (.8 + .5 + .2)/3, both 50."""
+    folder = tmp_path / "mm-vet"
+    folder.mkdir()
+    entries = {f"v1_{n}": {"imagename": f"v1_{n}.png", "question": f"q{n}", "answer": "a", "capability": caps}
+               for n, caps in enumerate([["rec"], ["rec", "ocr"], ["math"]])}  # fmt: skip
+    (folder / "mm-vet.json").write_text(json.dumps(entries))
+    grades = tmp_path / "grade.json"
+    grades.write_text(json.dumps({
+        "v1_0": {"model": ["g"], "content": ["1"], "score": [1.0, 0.8]},
+        "v1_1": {"model": ["g"], "content": ["1"], "score": [0.5, 0.5]},
+        "v1_2": {"model": ["g"], "content": ["1"], "score": [0.0, 0.2]},
+    }))  # fmt: skip
+    said = write_lines(tmp_path / "a.jsonl", [{"question_id": n, "prompt": f"q{n}", "text": f"t{n}"} for n in range(3)])
+    record = score_answers("mmvet", folder, read_answers(said), Options(reviews=grades))
+    assert record.metrics["total"] == pytest.approx(50.0)
+    assert record.metrics["capability.rec"] == pytest.approx(100 * (0.9 + 0.5) / 2)
+    assert record.metrics["capability.math"] == pytest.approx(10.0)
+    assert (record.metrics["runs"], record.metrics["std_over_runs"]) == (2.0, pytest.approx(0.0, abs=1e-9))
+    assert [item["answer"] for item in record.items] == ["t0", "t1", "t2"]
+
+
+def test_mmbench_cn_is_scored_by_the_same_rule(tmp_path):
+    """The same table under the Chinese name, beside the English one as LLaVA keeps it: the same numbers."""
+    text = (ROOT / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8")
+    (tmp_path / "mmbench_dev_cn_20231003.tsv").write_text(text, encoding="utf-8")
+    (tmp_path / "mmbench_dev_20230712.tsv").write_text(text.replace("\tdev", "\tother"), encoding="utf-8")
+    read = read_answers(answers("mmbench", "model-a"))
+    chinese = score_answers("mmbench_cn", tmp_path, read, Options())
+    assert chinese.metrics == score_answers("mmbench", ROOT / "mmbench", read, Options()).metrics
+    assert {item["split"] for item in chinese.items} == {"dev"}
+
+
+def test_mmbench_spreadsheet_for_the_server(tmp_path):
+    """The .xlsx holds the rows of the official converter."""
+    output = tmp_path / "upload.xlsx"
+    main(["mmbench", "--data", str(ROOT / "mmbench"), "--answers", str(answers("mmbench", "model-b")),
+          "--submission", str(output)])  # fmt: skip
+    official = ROOT / "mmbench" / "answers_upload" / "mmbench_dev_20230712" / "model-b.jsonl"
+    rows = [json.loads(line) for line in official.read_text(encoding="utf-8").splitlines()]
+    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    with zipfile.ZipFile(output) as archive:
+        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
+    table = []
+    for row in sheet.iter(f"{space}row"):
+        cells = {}
+        for cell in row:
+            column = cell.get("r").rstrip("0123456789")
+            number = cell.find(f"{space}v")
+            cells[column] = int(number.text) if number is not None else cell.find(f".//{space}t").text
+        table.append(cells)
+    header = table[0]
+    read = [{name: cells.get(column) for column, name in header.items()} for cells in table[1:]]
+    assert read == [{name: row.get(name) for name in header.values()} for row in rows]
+
+
+def test_log_in_another_order_is_joined_or_refused(tmp_path):
+    """gqa rows name no question: shuffled documents are joined by text where it is unique, refused where it is not."""
+    source = next((ROOT / "lmms_eval" / "synthetic__model-a").glob("*_samples_gqa.jsonl"))
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    whole = {
+        item["id"]: item["score"] for item in score_answers("gqa", ROOT / "gqa", read_answers(source), Options()).items
+    }
+    texts = [row["input"] for row in rows]
+    unique = [row for row in rows if texts.count(row["input"]) == 1]
+    assert len(unique) > 20
+    for number, row in enumerate(reversed(unique)):
+        row["doc_id"] = number
+    turned = write_lines(tmp_path / "x_samples_gqa.jsonl", unique[::-1])
+    record = score_answers("gqa", ROOT / "gqa", read_answers(turned), Options(allow=1.0))
+    answered = [item for item in record.items if not item["missing"]]
+    assert len(answered) == len(unique) and all(whole[item["id"]] == item["score"] for item in answered)
+    same = [
+        {**row, "doc_id": 1000 + n, "input": rows[0]["input"], "target": "none of them"} for n, row in enumerate(rows)
+    ]
+    assert texts.count(rows[0]["input"]) > 1
+    with pytest.raises(ValueError, match=r"name no question, and several|are to no question"):
+        score_answers("gqa", ROOT / "gqa", read_answers(write_lines(tmp_path / "y_samples_gqa.jsonl", same)), Options())
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_written(tmp_path):
+    lines = answers("gqa", "model-a").read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[0])
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps({**row, "text": "red \ud83d"}), *lines[1:]]), encoding="utf-8")
+    main(["gqa", "--data", str(ROOT / "gqa"), "--answers", str(path), "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["items"][0]["answer"].startswith("red ")
