@@ -27,10 +27,12 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
-from llm2clip_plugin.train.ranks import set_single_process_environment
+from llm2clip_plugin.train.ranks import rank, set_single_process_environment, world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -235,7 +237,17 @@ class Engine:
 
     def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
         """Put a whole master or moment back, each rank its part."""
-        if self.stage > 0 and key is None:
+        if self.stage == 3:
+            # safe_set_full_* run past the end of a parameter whose elements are no multiple of the ranks
+            size = parameter.ds_tensor.numel()
+            padded = value.new_zeros(size * world_size())
+            padded[: value.numel()] = value.flatten()
+            mine = padded.narrow(0, size * rank(), size)
+            if key is None:
+                safe_set_local_fp32_param(parameter, mine)
+            else:
+                safe_set_local_optimizer_state(parameter, mine, key)
+        elif self.stage > 0 and key is None:
             safe_set_full_fp32_param(parameter, value)
         elif self.stage > 0:
             safe_set_full_optimizer_state(parameter, value, str(key))

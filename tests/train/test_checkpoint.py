@@ -1,0 +1,163 @@
+"""Checkpoints: a run goes on bit by bit, or under another ZeRO stage, precision and number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState, load
+from llm2clip_plugin.train.optim import set_lr
+
+WAYS: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "bf16 zero1": {"stage": 1, "precision": "bf16"},
+    "bf16 zero3": {"stage": 3, "precision": "bf16"},
+    "fp16 zero2": {"stage": 2, "precision": "fp16"},
+}
+FACTORS = [1.0, 0.8, 0.6, 0.4]  # a schedule, so that learning rates must come back too
+
+
+def steps(engine: Any, step: Any, numbers: range, rank: int, world: int) -> list[float]:
+    losses = []
+    for i in numbers:
+        set_lr(engine.groups, FACTORS[i])
+        losses.append(step(tiny_batch(i, rank=rank, world=world))[0])
+    return losses
+
+
+def train_and_save(rank: int, world: int, folder: str) -> dict[str, list[float]]:
+    """Two steps, a checkpoint, two more: for each way."""
+    allow_fp16()
+    losses = {}
+    for name, options in WAYS.items():
+        engine = tiny_engine(micro=16, world=world, **options)
+        step = tiny_step(engine)
+        steps(engine, step, range(2), rank, world)
+        state = TrainState(step=2, samples=64, config={}, config_hash="", seed=5, **engine.scaler_state())
+        Checkpoints(Path(folder) / name, keep=1).save(state, engine, {})
+        losses[name] = steps(engine, step, range(2, 4), rank, world)
+    return losses
+
+
+def go_on(rank: int, world: int, folder: str, pairs: list[tuple[str, str]]) -> dict[str, list[float]]:
+    """The last two steps from a checkpoint written one way, under another."""
+    allow_fp16()
+    losses = {}
+    for written, under in pairs:
+        path = Checkpoints(Path(folder) / written, keep=1).latest()
+        assert path is not None
+        loaded = load(path)
+        engine = tiny_engine(micro=16, world=world, weights=loaded.weights, **WAYS[under])
+        engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
+        assert engine.updates == 2
+        losses[f"{written} > {under}"] = steps(engine, tiny_step(engine), range(2, 4), rank, world)
+    return losses
+
+
+def allow_fp16() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True  # torch computes fp16 on any CPU
+
+
+ON_ONE = [(name, name) for name in WAYS] + [("zero3", "zero1"), ("zero0", "zero3"), ("bf16 zero3", "bf16 zero1")]
+ON_TWO = [(name, name) for name in WAYS] + [("zero2", "zero3"), ("zero3", "zero0")]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, run_ranks(train_and_save, 2, str(folder))[0]
+
+
+def test_the_same_ranks_go_on_bit_by_bit(saved: tuple[Path, dict[str, list[float]]]):
+    folder, losses = saved
+    resumed = run_ranks(go_on, 2, str(folder), ON_TWO)[0]
+    for written, under in ON_TWO:
+        tolerance = 0.0 if written == under else 1e-5
+        assert resumed[f"{written} > {under}"] == pytest.approx(losses[written], abs=tolerance), (written, under)
+
+
+def test_another_number_of_ranks_goes_on_too(saved: tuple[Path, dict[str, list[float]]]):
+    """fp32 sums in another order: 1e-5; bf16 and fp16 round features and gradients: hundredths."""
+    folder, losses = saved
+    resumed = run_ranks(go_on, 1, str(folder), ON_ONE)[0]
+    for written, under in ON_ONE:
+        tolerance = 1e-5 if "16" not in written else 0.03
+        assert resumed[f"{written} > {under}"] == pytest.approx(losses[written], abs=tolerance), (written, under)
+
+
+def test_masters_keep_the_digits_that_bf16_loses(saved: tuple[Path, dict[str, list[float]]]):
+    folder, _ = saved
+    path = Checkpoints(folder / "bf16 zero1", keep=1).latest()
+    assert path is not None
+    weights = load_file(path / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert any((value != value.bfloat16().float()).any() for value in weights.values())
+
+
+class Engineless:
+    """Weights and moments without an engine."""
+
+    def weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        return {"w": torch.ones(3)} if keep else {}
+
+    def moments(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        return {"w.exp_avg": torch.zeros(3)} if keep else {}
+
+
+def state(step: int) -> TrainState:
+    return TrainState(step=step, samples=8 * step, config={}, config_hash="", seed=0)
+
+
+def test_kept_to_a_number_and_leftovers_of_a_kill_are_removed(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(state(step), Engineless(), {})
+    assert checkpoints.names() == ["step-00000002", "step-00000003"]
+    (checkpoints.folder / ".step-00000004.abc.tmp").mkdir()  # as a kill while writing leaves it
+    assert checkpoints.latest() == checkpoints.folder / "step-00000003"
+    checkpoints.save(state(4), Engineless(), {"w": torch.zeros(3)})
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert load(checkpoints.folder / "step-00000004").averages["w"].tolist() == [0.0] * 3
+
+
+def test_resume_of_something_that_is_not_there_is_an_error(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    assert checkpoints.find("auto") is None and checkpoints.find("never") is None
+    with pytest.raises(FileNotFoundError, match=r"--resume /nowhere: no checkpoint there"):
+        checkpoints.find("/nowhere")
+    checkpoints.save(state(1), Engineless(), {})
+    with pytest.raises(FileNotFoundError, match=r"this run has \['step-00000001'\]"):
+        checkpoints.find(str(tmp_path))
+    assert checkpoints.find(str(tmp_path / "run")) == checkpoints.find("auto")
+    with pytest.raises(FileExistsError, match="never would overwrite"):
+        checkpoints.find("never")
+    (checkpoints.folder / "latest").write_text("step-00000009\n")
+    with pytest.raises(FileNotFoundError, match=r"step-00000009, which is not there"):
+        checkpoints.find("auto")
+
+
+def test_damage_is_named(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = checkpoints.save(state(1), Engineless(), {})
+    model = path / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-4])
+    with pytest.raises(ContractError, match=r"model.safetensors is damaged"):
+        load(path)
+    model.unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors"):
+        load(path)
+    (path / "state.json").write_text(json.dumps({"kind": "something"}))
+    with pytest.raises(ContractError, match="something"):
+        load(path)

@@ -1,0 +1,219 @@
+"""The door: misspelt options, contradictions, DeepSpeed's JSON, changed settings on resume, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_plugin import recipes
+from llm2clip_plugin.config import RunConfig, from_plain, refuse_changes
+from llm2clip_plugin.recipes import RECIPES, recipe
+from llm2clip_plugin.tower_command import override, read_command, translate
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
+from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.train.optim import OptimConfig, lr_factor
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+PLAN = EnginePlan(
+    global_batch=512,
+    micro_batch=64,
+    accumulation=4,
+    precision="bf16",
+    max_grad_norm=5.0,
+    lr=1e-5,
+    betas=(0.9, 0.98),
+    eps=1e-8,
+    weight_decay=0.05,
+    schedule="cosine",
+    warmup_steps=10,
+    total_steps=100,
+    hidden_size=1024,
+)
+LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "bf16": {"enabled": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def test_auto_values_are_filled():
+    config = complete(LLAVA_ZERO3_OFFLOAD, PLAN)
+    assert config["train_batch_size"] == 512 and config["train_micro_batch_size_per_gpu"] == 64
+    assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 5.0
+    assert config["bf16"] == {"enabled": True} and config["fp16"]["enabled"] is False
+    zero = config["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 1024**2 and zero["stage3_param_persistence_threshold"] == 10240
+    assert "optimizer" not in config and config["zero_force_ds_cpu_optimizer"] is False
+    assert "auto" not in json.dumps(config)
+    assert LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"  # the user's own is left alone
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"train_batch_size": 256}, r"train_batch_size is 256 there, the run's is 512 \(--train.global-batch\)"),
+        ({"fp16": {"enabled": True}}, r"fp16.enabled is True there, the run's is False"),
+        ({"optimizer": {"type": "Lamb"}}, r"optimizer.type is 'Lamb'"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, r"lr is 0.001 there, the run's is 1e-05"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, r"'WarmupLR' \(constant\), the run's is 'cosine'"),
+        ({"aio": {"block_size": "auto"}}, r'no value is known for the "auto" of aio.block_size'),
+    ],
+)
+def test_contradictions_are_refused_with_both_values(user: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        complete(user, PLAN, where="zero.json")
+
+
+def test_equal_values_and_a_fitting_scheduler_are_taken():
+    user = {"train_batch_size": 512, "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": "auto"}}}
+    assert "scheduler" not in complete(user, PLAN)
+    assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see deepspeed_config
+    assert complete({}, dataclasses.replace(PLAN, precision="fp32"))["zero_optimization"]["stage"] == 0
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("zero*.json")), ids=lambda path: path.name)
+def test_our_own_files_are_complete(path: Path):
+    config = complete(read_deepspeed_json(str(path)), PLAN)
+    assert "auto" not in json.dumps(config)
+    assert str(config["zero_optimization"]["stage"]) in path.name.replace("zero0", "zero1")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no DeepSpeed configuration at /nowhere\.json"):
+        read_deepspeed_json("/nowhere.json")
+    (tmp_path / "x.json").write_text("{,")
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+        read_deepspeed_json(str(tmp_path / "x.json"))
+
+
+def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
+        from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
+    with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):
+        from_plain(RunConfig, {"train": {"global_bach": 1}}, where="x.json")
+    with pytest.raises(ValueError, match=r"train.global_batch is '8', expected <class 'int'>"):
+        from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
+    with pytest.raises(SystemExit) as stopped:
+        read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
+    assert stopped.value.code == 2
+    assert "--train.global-batch" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: quickstart"):
+        read_command(["--recipe", "quickstrat"])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["tyro", "without tyro"])
+def test_the_command_line_overrides_a_recipe(plain: bool, monkeypatch: pytest.MonkeyPatch):
+    if plain:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    argv = ["--local_rank=1", "--recipe", "quickstart", "--deepspeed", "scripts/zero1.json", "--optim.lr", "2e-4"]
+    argv += [
+        "--output_dir=runs/x",
+        "--data_path",
+        "a",
+        "b",
+        "--learning_rate",
+        "3e-4",
+        "--gradient_checkpointing",
+        "True",
+    ]
+    argv += [
+        "--bf16",
+        "True",
+        "--vision_tower",
+        "t",
+        "--per_device_train_batch_size",
+        "4",
+        "--report_to",
+        "tensorboard",
+    ]
+    argv += ["--dual.projection-norm", "False"]
+    config = read_command(argv)
+    assert config.optim.lr == 3e-4 and config.deepspeed == "scripts/zero1.json" and config.output_dir == "runs/x"
+    assert config.data.path == ("a", "b") and config.tower.path == "t" and config.train.micro_batch == 4
+    assert config.train.gradient_checkpointing and config.train.precision == "bf16"
+    assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
+    assert config.heads == recipes.quickstart().heads
+
+
+def test_without_tyro_a_misspelt_option_is_refused_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"unknown option 'optim.lrr'"):
+        override(recipes.quickstart(), ["--optim.lrr", "1"])
+
+
+def test_names_of_llava_s_scripts():
+    assert translate(["--bf16", "False", "--fp16=True"]) == ["--train.precision", "fp16"]
+    assert translate(["--torch_compile", "False"]) == ["--train.no-torch_compile"]
+    assert translate(["--learning_rate", "1e-4"]) == ["--optim.lr", "1e-4"]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipes_survive_json(name: str):
+    config = recipe(name)
+    again = from_plain(RunConfig, json.loads(json.dumps(dataclasses.asdict(config))), where=name)
+    assert again == config and again.hash == config.hash
+
+
+def test_the_hash_sees_what_is_learned_alone():
+    config = recipes.quickstart()
+    moved = dataclasses.replace(config, output_dir="elsewhere", deepspeed="zero3.json", resume="never")
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3))
+    assert moved.hash == config.hash != other.hash
+
+
+def test_changed_settings_are_named_and_can_be_allowed():
+    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
+    now = dataclasses.asdict(recipes.quickstart())
+    refuse_changes(saved, {**now, "output_dir": "x"}, (), where="run")
+    now["optim"]["lr"] = 1e-3
+    with pytest.raises(ValueError, match=r"optim.lr: 0.0004 there, 0.001 now(.|\n)*--allow-changed optim.lr"):
+        refuse_changes(saved, now, (), where="run")
+    refuse_changes(saved, now, ("optim.lr",), where="run")
+    refuse_changes(saved, now, ("optim",), where="run")
+    with pytest.raises(ValueError, match=r"no field 'optim.lrr'; did you mean 'optim.lr'"):
+        refuse_changes(saved, now, ("optim.lrr",), where="run")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimConfig(schedule="cosin"), "unknown optim.schedule 'cosin'; known: cosine, linear, constant"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(lr=-1), "optim.lr -1 must lie between"),
+        (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "give one of them"),
+        (lambda: TrainConfig(precision="fp8"), "unknown train.precision 'fp8'; known: fp32, bf16, fp16"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(report_to=("mlflow",)), "unknown train.report_to"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(max_steps=0, num_train_epochs=0), "nothing to train"),
+        (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --train.global-batch 64"),
+        (lambda: RunConfig().validate(), "no data to train on: say --data.path"),
+    ],
+)
+def test_the_door_refuses_with_values(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_schedules():
+    cosine = OptimConfig(warmup_steps=2, min_lr_ratio=0.1)
+    factors = [lr_factor(step, 12, cosine) for step in range(13)]
+    assert factors[:3] == [0.5, 1.0, 1.0] and factors[7] == pytest.approx(0.55) and factors[12] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(factors[1:]))
+    assert lr_factor(9, 10, OptimConfig(schedule="constant")) == 1.0
+    assert lr_factor(5, 10, OptimConfig(schedule="linear")) == 0.5
+    assert OptimConfig(warmup_ratio=0.25).warmup(40) == 10
