@@ -70,9 +70,9 @@ def match(
     }
     if len(ambiguous) > options.allow * len(answers.rows):
         raise ValueError(
-            f"{len(ambiguous)} rows of {answers.path} name no question, and several of {name} have their text (line "
-            f"{ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log's documents are in another order than --data, "
-            "so they can't be joined; score with the annotations that lmms-eval used, or evaluate with LLaVA's questions"
+            f"{len(ambiguous)} rows of {answers.path} name no question, and several of {name} have their text "
+            f"(line {ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log is in another order than --data, so "
+            "they can't be joined; score with the annotations that lmms-eval used, or evaluate with LLaVA's questions"
         )
     _refuse_other_benchmark(questions, answers, found, foreign, name, options)
     refuse_faults(counts, answers, options, name)

@@ -46,7 +46,7 @@ def plain(question: str) -> str:
 
 
 def load(folder: Path) -> list[Question]:
-    """The questions of all subtasks found, in the tool's order; two a file."""
+    """The questions of all subtasks found, in the tool's order and LLaVA's within a subtask; two a file."""
     root = folder / "MME_Benchmark_release_version"
     if not root.is_dir():
         raise FileNotFoundError(
@@ -58,7 +58,8 @@ def load(folder: Path) -> list[Question]:
     for category in (*PERCEPTION, *COGNITION):
         inner = root / category / "questions_answers_YN"
         source = inner if inner.is_dir() else root / category
-        for path in sorted(source.glob("*.txt")):
+        order = {stem: place for place, (known, stem) in enumerate(images) if known == category}
+        for path in sorted(source.glob("*.txt"), key=lambda path: (order.get(path.stem, len(images)), path.name)):
             questions += _pair(path, category, images)
     if not questions:
         raise FileNotFoundError(f"{root} holds none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
@@ -169,6 +170,7 @@ def score_one(question: Question, answer: Answer | None) -> Item:
         "category": question.category,
         "file": question.extra["file"],
         "nth": question.extra["nth"],
+        "question_id": question.image,
         "gt": question.truth,
         "parsed": parse(text),
         "parsed_lmms_eval": parse_lmms_eval(text),
