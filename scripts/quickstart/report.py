@@ -156,8 +156,10 @@ def choose_queries(pairs: EmbeddedPairs) -> list[int]:
     for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
         place.setdefault((caption.kind, caption.language, concepts[owner]), number)
     languages = sorted({language for _, language, _ in place} - {"en"})
-    chosen, left = [], in_random_order(set(concepts), "page")
+    order = in_random_order(set(concepts), "page")
+    chosen, left = [], list(order)
     for kind, language in [("long", "en"), ("short", "en"), *(("short", language) for language in languages)]:
+        left = left or list(order)  # fewer concepts than captions: begin again
         concept = next(concept for concept in left if (kind, language, concept) in place)
         left.remove(concept)
         chosen.append(place[kind, language, concept])

@@ -1,0 +1,126 @@
+"""The quickstart's report over real directories: tiny towers, random embeddings, a subset of the built-in set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import models
+import pytest
+import report
+import shards
+import torch
+from scores import TESTS
+
+from llm2clip_plugin.contracts import ContractError, TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows
+from llm2clip_plugin.data.records import caption_id
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.towers import load_tower
+
+WIDTH, CONCEPTS = 16, 9
+IDENTITY = TeacherIdentity(
+    llm="random",
+    revision="",
+    weights_sha256="0",
+    adapter_sha256="",
+    attention="causal",
+    pooling="mean",
+    layer=-1,
+    prompt="",
+    chat_template="",
+    max_tokens=8,
+    width=WIDTH,
+)
+
+
+def write_cache(data, directory, identity=IDENTITY) -> None:
+    """A whole cache whose embeddings are random, each caption's decided by its text."""
+    source = open_source(SourceConfig(path=str(data)))
+    writer = CacheWriter(directory, identity)
+    for shard in source.shards:
+        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
+        rows = caption_rows(captions for _, captions in samples)
+        texts = [caption.text for _, captions in samples for caption in captions]
+        assert len(texts) == len(rows)
+        vectors = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(abs(caption_id(text)))) for text in texts]
+        writer.write_shard(shard.name, [key for key, _ in samples], rows, torch.stack(vectors))
+    writer.finish()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data/, and towers: two seeds of "raw" and a control, none of them trained."""
+    folder = tmp_path_factory.mktemp("quickstart-report")
+    shards.prepare(folder / "data", (5, 4, CONCEPTS))
+    write_cache(folder / "data" / "all", folder / "data" / "cache" / "raw")
+    models.build_tiny_tower(folder / "tiny", 28)
+    for name, seed in (("raw", 0), ("raw", 1), ("shuffled", 1)):
+        torch.manual_seed(seed)
+        dual = DualEncoder(load_tower(folder / "tiny"), DualConfig(joint_width=8, llm_width=WIDTH, pool="cls"))
+        teacher = dataclasses.asdict(IDENTITY)
+        export_tower(dual, folder / "out" / "towers" / f"{name}-seed{seed}", origin="tiny", teacher=teacher)
+    return folder
+
+
+def test_report_measures_every_tower_on_every_test(folder) -> None:
+    found = report.make_report(folder / "data", folder / "out", ["a <note>"])
+    body = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    assert {name: list(seeds) for name, seeds in body["towers"].items()} == {
+        "raw": ["seed0", "seed1"],
+        "shuffled": ["seed1"],
+    }
+    rows = list(TESTS) if (folder / "data/all/test-openmoji.tar").is_file() else list(TESTS)[:3]
+    assert set(rows) <= set(body["chance"])
+    # a concept's caption is in the pool once, so image -> caption is one among so many concepts
+    assert body["chance"]["test families, names"]["i2t_r1"] == pytest.approx(1 / CONCEPTS)
+    assert len(body["towers"]["raw"]["seed0"]["languages"]) == 11
+    for scores in body["towers"]["raw"].values():
+        assert all(0 <= value <= 1 for test in body["chance"] for value in scores[test].values())
+    # the same weights under two names give the same numbers
+    assert body["towers"]["raw"]["seed1"] == body["towers"]["shuffled"]["seed1"]
+
+    page = (folder / "out" / "index.html").read_text(encoding="utf-8")
+    assert page.count('<div class="query">') == 13  # a long caption, a name, a name in eleven languages
+    assert page.count("data:image/png;base64,") == 13 * report.PICTURES
+    assert "a &lt;note&gt;" in page
+    assert found.tables[0].head == ["retrieval", "LLM as it is (2 seeds)", "control: wrong pictures (1 seed)", "chance"]
+    assert " ± " in found.tables[0].rows[0][1] and " ± " not in found.tables[0].rows[0][2]
+
+
+def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> None:
+    (tmp_path / "towers").mkdir()
+    for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
+        (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
+    (line,) = report.failures(report.make_report(folder / "data", tmp_path, []))
+    assert line.startswith("R@10 of 'LLM as it is' is")
+
+
+def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder) -> None:
+    caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
+    tower = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches)
+    pairs, source = tower.pairs, sets["test"]
+    query = report.choose_queries(pairs)[1]
+    pictures = report.best_pictures(pairs, source, query)
+    scores = pairs.image_ND @ pairs.text_MD[query]
+    order = scores.argsort(descending=True)[: len(pictures)].tolist()
+    assert [p.png for p in pictures] == [source[place].image for place in order]
+    wanted = pairs.meta[int(pairs.owner_M[query])]["concept"]
+    assert [p.right for p in pictures] == [pairs.meta[place]["concept"] == wanted for place in order]
+
+
+def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
+    other = dataclasses.replace(IDENTITY, weights_sha256="1")
+    write_cache(folder / "data" / "all", tmp_path / "raw", other)
+    sets = report.open_sets(folder / "data" / "all")
+    with pytest.raises(ContractError, match=other.fingerprint):
+        report.measure(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
+
+
+def test_what_is_missing_is_said(folder, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no embedding caches"):
+        report.make_report(tmp_path, folder / "out", [])
+    with pytest.raises(FileNotFoundError, match="no exported towers"):
+        report.make_report(folder / "data", tmp_path, [])
