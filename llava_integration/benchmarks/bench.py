@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -136,12 +137,27 @@ def make_answers(task: Task, args: argparse.Namespace, extra: list[str]) -> tupl
         output = args.output / "answers" / f"{task.chosen.name}.jsonl"
         command = evaluate_command(task, args, extra, output)
     print(" ".join(command), flush=True)
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise EngineError(f"{args.engine} ended with status {done.returncode}; its last lines say why")
-    if not output.exists():  # lmms-eval ends with status 0 after an error
-        raise EngineError(f"{args.engine} ended without writing {output}; its last lines say why")
+    log = args.output / "logs" / f"{task.chosen.name}.log"
+    status, last = run_logged(command, log)
+    if status or not output.exists():  # lmms-eval ends with status 0 after an error
+        raise EngineError(
+            f"{args.engine} ended with status {status} and no answers, saying {last!r}; all of it is in {log}"
+        )
     return output, command
+
+
+def run_logged(command: list[str], log: Path) -> tuple[int, str]:
+    """Run a command whose output goes to the terminal and into a file; returns its status and last line."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail = b""
+    with log.open("ab") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        while chunk := os.read(process.stdout.fileno(), 1 << 16):
+            os.write(2, chunk)
+            file.write(chunk)
+            tail = (tail + chunk)[-4000:]
+    lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+    return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
 
 
 def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
