@@ -1,0 +1,251 @@
+"""Whole runs of the command: under the DeepSpeed launcher, killed and started again, stopped, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_data import make_all
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.train.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_all(tmp_path_factory.mktemp("tiny"))
+
+
+def options(tiny: Path, run: Path, *more: str) -> list[str]:
+    """A short run with everything that must come back: heads, noise, layer decay, schedule, moving average."""
+    return [
+        *("--recipe", "quickstart", "--tower.path", str(tiny / "tower"), "--tower.image-size", "16"),
+        *("--data_path", str(tiny / "data"), "--output_dir", str(run), "--max_steps", str(STEPS)),
+        *("--train.global-batch", "16", "--heads.steps", "3", "--heads.batch", "16", "--train.ema-decay", "0.9"),
+        *("--train.save-minutes", "0", "--save_steps", "2", "--evaluation.group", "", *more),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a rank, and the package of this checkout."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
+
+
+def start(argv: list[str], world: int) -> list[subprocess.Popen[bytes]]:
+    """The script in ``world`` processes, as a launcher starts it."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "scripts/train_tower.py", f"--local_rank={rank}", *argv],
+            cwd=ROOT,
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(world)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    return [process.wait(timeout=900) for process in processes]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds; a line that a kill cut short is left out."""
+    path = run / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
+    """SIGKILL on both ranks at random moments, some before the first checkpoint; the last start has one rank."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    zero = ["--deepspeed", "scripts/zero1.json"]
+    assert finish(start(options(tiny, straight, *zero), 2)) == [0, 0]
+    expected = losses(straight)
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    chance = random.Random(0)
+    for number in range(5):
+        processes = start(options(tiny, killed, *zero), 2)
+        goal = min(STEPS - 2, 1 + 2 * number + chance.randrange(2))  # at least so many steps in the file
+        deadline = time.monotonic() + 900
+        while max(losses(killed), default=0) < goal and time.monotonic() < deadline:
+            assert processes[0].poll() is None, "ended before it was killed"
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.1)
+        for process in processes:
+            process.kill()
+        finish(processes)
+        assert max(losses(killed)) >= goal
+    assert finish(start(options(tiny, killed, *zero), 1)) == [0]
+    assert losses(killed) == pytest.approx(expected, abs=1e-5)
+    first, second = (load_dual_encoder(run / "tower") for run in (straight, killed))
+    for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, one, atol=2e-4, rtol=1e-3, msg=name)
+    assert (killed / "tower-ema" / TowerCard.FILE).is_file()
+
+
+@pytest.mark.slow
+def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
+    """`deepspeed --num_gpus 2` with ZeRO-3: SIGTERM saves, exit 0; the same command ends with an exported tower."""
+    run = tmp_path / "run"
+    validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
+    command += options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "1000")
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 900
+    while not losses(run) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = [int(pid) for pid in _ranks_of(process.pid)]
+    assert len(ranks) == 2
+    for pid in ranks:
+        os.kill(pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=900)
+    assert process.returncode == 0
+    stopped = RunRecord.read(run / RunRecord.FILE)
+    assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < STEPS
+    assert not (run / "tower").exists()
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    ended = RunRecord.read(run / RunRecord.FILE)
+    assert ended.finished and ended.step == STEPS and ended.samples == 16 * STEPS
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert {"i2t_r1", "t2i_r10"} <= set(lines(run)[-1])
+    assert load_tower(run / "tower").config.image_size == 16
+    card = TowerCard.read(run / "tower" / TowerCard.FILE)
+    assert card.training["steps"] == STEPS and card.metrics["i2t_r1"] == lines(run)[-1]["i2t_r1"]
+    assert list((run / "monitor").rglob("*loss*.csv"))
+
+
+def _ranks_of(pid: int) -> list[str]:
+    """The training processes below a launcher."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
+    below = {str(pid)}
+    for _ in range(3):
+        below |= {row[0] for row in rows if row[1] in below}
+    return [row[0] for row in rows if row[0] in below and "--local_rank" in row[2]]
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "missing resume path": (["--resume", "/nowhere"], "--resume /nowhere: no checkpoint there"),
+    "changed setting": (["--optim.lr", "1e-3"], "optim.lr: 0.0004 there, 0.001 now"),
+    "another teacher": (["--data.validation-cache", "OTHER"], "expected fingerprint"),
+    "no cache": (["--data.cache", "/nowhere"], "/nowhere"),
+    "no tower": (["--tower.path", "/nowhere"], "/nowhere"),
+    "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size is 99 there, the run's is 16"),
+    "batch that does not fit": (["--train.micro-batch", "5"], "not a multiple of"),
+    "another embedding width": (["--dual.llm-width", "99"], "dual.llm_width is 99, the embedding cache is 24 wide"),
+    "sigmoid without a bias": (["--loss.kind", "sigmoid"], "set --dual.logit-bias-init"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A short run, then each refused command on its folder, then a run whose weights got a NaN; one process."""
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "bad.json").write_text(json.dumps({"train_batch_size": 99}))
+    places = {"BAD_JSON": str(folder / "bad.json"), "OTHER": str(folder / "other")}
+    commands = {"good": options(tiny, folder / "run", "--max_steps", "2")}
+    for name, (more, _) in REFUSED.items():
+        more = [places.get(word, word) for word in more]
+        commands[name] = options(
+            tiny, folder / "run", "--max_steps", "2", "--data.validation", str(tiny / "data"), *more
+        )
+    commands["dry run"] = options(tiny, folder / "dry", "--dry-run")
+    commands["before"] = options(tiny, folder / "nan", "--max_steps", "2")
+    commands["non-finite"] = options(tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    subprocess.run(
+        [sys.executable, str(script), str(tiny), json.dumps(commands), str(folder / "results.json"), places["OTHER"]],
+        check=True,
+        cwd=ROOT,
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)])),
+        capture_output=True,
+    )
+    return {"folder": folder, **json.loads((folder / "results.json").read_text())}
+
+
+SCRIPT = """
+import contextlib, io, json, shutil, sys
+from pathlib import Path
+import torch
+from llm2clip_plugin.cli import run
+from safetensors.torch import load_file, save_file
+from llm2clip_plugin.train import step as step_module
+import tiny_data
+
+tiny, commands, out, other = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+made = tiny_data.make_cache(tiny / "data", llm="another")
+shutil.move(made, other)
+results = {}
+for name, argv in commands.items():
+    told, printed = io.StringIO(), io.StringIO()
+    if name == "non-finite":
+        weights = next((Path(out).parent / "nan" / "checkpoints").glob("*/model.safetensors"))
+        tensors = load_file(weights)
+        tensors["dual.visual_projection.weight"][0, 0] = float("nan")
+        save_file(tensors, weights)
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(printed):
+        try:
+            status = run("train-tower", argv)
+        except step_module.NonFiniteLossError as error:
+            status, told = "non-finite", io.StringIO(str(error))
+    results[name] = {"status": status, "error": told.getvalue(), "out": printed.getvalue()}
+Path(out).write_text(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_a_user_can_mend_is_one_clear_line(refusals: dict[str, Any], name: str):
+    assert refusals["good"]["status"] == 0, refusals["good"]
+    result = refusals[name]
+    assert result["status"] == 2, result
+    assert "error: " in result["error"] and REFUSED[name][1] in result["error"]
+
+
+def test_dry_run_tells_and_writes_nothing(refusals: dict[str, Any]):
+    told = refusals["dry run"]["out"]
+    assert refusals["dry run"]["status"] == 0 and not (refusals["folder"] / "dry").exists()
+    assert f"steps: {STEPS} of 16 pairs" in told and '"train_batch_size": 16' in told
+    assert "parameters that train: " in told and "memory a rank" in told
+
+
+def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(refusals: dict[str, Any]):
+    result, run = refusals["non-finite"], refusals["folder"] / "nan"
+    assert refusals["before"]["status"] == 0 and result["status"] == "non-finite"
+    assert "the loss is not finite" in result["error"] and "16 samples have non-finite features" in result["error"]
+    assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])  # the samples' keys
+    assert lines(run)[-1] == {"step": 2, "event": "stopped", "reason": result["error"]}
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
+    assert not RunRecord.read(run / RunRecord.FILE).finished
