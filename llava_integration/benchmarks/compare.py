@@ -94,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         references=not args.no_references,
         progress=progress,
     )
-    print(tables.terminal(comparison))
     options = PageOptions(images=args.images, with_images=not args.no_images, questions=args.questions)
-    write(comparison, sides, outputs(args), options)
+    write(comparison, sides, outputs(args), options)  # first, so that `| head` doesn't stop it
+    print(tables.terminal(comparison))
     return 0
 
 

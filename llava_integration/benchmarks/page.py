@@ -101,7 +101,7 @@ def _verdicts(comparison: Comparison) -> list[str]:
         said = [f"{verdict} on {', '.join(titles)}" for verdict, titles in groups.items() if titles]
         rest = len(rows) - sum(map(len, groups.values()))
         said += [f"no difference shown on {rest} of {len(rows)}"] if rest else []
-        sentences.append(f'<p class="verdict"><b>{escape(name)}</b> is {escape("; ".join(said))}.</p>')
+        sentences.append(f'<p class="verdict"><b>{escape(name)}</b>: {escape("; ".join(said))}.</p>')
     return sentences
 
 

@@ -110,10 +110,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     options = Options(allow=args.allow, corrected=args.corrected, reviews=args.reviews)
     record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
-    print(describe(chosen, record))
-    if args.json:
+    if args.json:  # first, so that `| head` doesn't stop it
         record.write(args.json)
         print(f"wrote {args.json}", file=sys.stderr)
+    print(describe(chosen, record))
     return 0
 
 

@@ -55,13 +55,18 @@ def forest(comparison: Comparison) -> str:
     low, high = min(*lows, 0.0, *highs), max(*highs, 0.0, *lows)
     margin = 0.06 * (high - low or 1.0)
     low, high = low - margin, high + margin
-    left, right, top, step = 200.0, WIDTH - 190.0, 34.0, 30.0
+    several = len(comparison.names) > 2
+    left, right, top, step = 220.0, WIDTH - 190.0, 34.0 + 24.0 * several * len(comparison.names[1:]), 30.0
     bottom = top + step * len(rows)
 
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
-    parts = [text(left, 16, "base better", extra='class="dim"'), text(right, 16, "new better", "end", 'class="dim"')]
+    parts = [
+        text(left, top - 18, "base better", extra='class="dim"'),
+        text(right, top - 18, "new better", "end", 'class="dim"'),
+        *(legend(comparison.names[1:], left, 16, first=1) if several else []),
+    ]
     for tick in ticks(low, high):
         parts += [
             line(x(tick), top - 8, x(tick), bottom, "var(--grid)"),
@@ -72,15 +77,15 @@ def forest(comparison: Comparison) -> str:
         y, result = top + step * (place + 0.5), row.result
         paint = colour(comparison.names.index(row.new))
         sure = row.verdict != "no difference shown"
-        name = row.title if len(comparison.names) == 2 else f"{row.title} · {row.new}"
+        name = row.title
         label = (
             f"{number(result.difference, row.unit, signed=True)} "
             f"[{number(result.low, row.unit, signed=True)}, {number(result.high, row.unit, signed=True)}]"
         )
-        hint = f"{name}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
+        hint = f"{name}, {row.new}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
         parts += [
             f'<g class="forest-row"><title>{escape(hint)}</title>',
-            text(left - 12, y + 4, name if len(name) < 32 else name[:30] + "…", "end"),
+            text(left - 12, y + 4, name if len(name) < 36 else name[:34] + "…", "end"),
             line(x(result.low / size), y, x(result.high / size), y, paint, 2.5),
             f'<circle cx="{x(result.difference / size):.1f}" cy="{y:.1f}" r="5" stroke="{paint}" stroke-width="2.5" '
             f'fill="{paint if sure else "var(--paper)"}"/>',
@@ -131,11 +136,12 @@ def radar(comparison: Comparison) -> str:
     return figure(WIDTH, 2 * middle, parts, "Scores of all sides, relative to the best", "radar")
 
 
-def legend(names: Sequence[str], x: float, y: float) -> list[str]:
-    """Coloured names, one below another."""
+def legend(names: Sequence[str], x: float, y: float, first: int = 0) -> list[str]:
+    """Coloured names, one below another; ``first`` is the place of the first among the sides."""
     parts = []
     for order, name in enumerate(names):
-        parts.append(f'<rect x="{x}" y="{y + 24 * order - 10:.0f}" width="14" height="12" fill="{colour(order)}"/>')
+        paint = colour(order + first)
+        parts.append(f'<rect x="{x}" y="{y + 24 * order - 10:.0f}" width="14" height="12" fill="{paint}"/>')
         parts.append(text(x + 22, y + 24 * order, name if len(name) < 42 else name[:40] + "…"))
     return parts
 

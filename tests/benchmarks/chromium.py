@@ -99,7 +99,8 @@ class Chromium:
 
     def open(self, url: str) -> None:
         """Load a page and wait until it is there."""
-        self.call("Page.navigate", url=url)
+        answer = self.call("Page.navigate", url=url)
+        assert "errorText" not in answer, f"{url}: {answer['errorText']}"
         deadline = time.monotonic() + 60
         while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
             assert time.monotonic() < deadline, f"{url} does not load"

@@ -36,7 +36,7 @@ def simulate(rng, images, questions, spread, gain=0.08):
 
 @pytest.mark.parametrize(
     ("images", "questions", "spread"),
-    [(200, 1, 0.2), (60, 5, 0.25), (40, 12, 0.25)],
+    [(120, 1, 0.2), (60, 5, 0.25), (40, 12, 0.25)],
     ids=["one question an image", "five", "twelve"],
 )
 def test_intervals_cover_the_known_difference(images, questions, spread):
