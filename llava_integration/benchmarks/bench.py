@@ -78,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         raise FileNotFoundError(f"no benchmark has its files in {args.data}: see the reasons above")
     if args.plan:
         return 0
+    if args.engine == "llava" and find_spec("llava") is None:
+        raise ValueError(
+            "LLaVA is not installed in this environment; run bench-mllm in LLaVA's (see `llm2clip doctor`)"
+        )
     outcomes = [run_one(task, args, extra) for task in tasks]
     print("\n" + describe(outcomes))
     with whole_file(args.output / "bench.json") as aside:
