@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -38,6 +39,16 @@ def process_group() -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), world
     finally:
         dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> None:
+    """Sum ``values`` over the default group, in place, also where NCCL wants them on the GPU."""
+    if values.device.type == "cpu" and dist.get_backend() == "nccl":
+        there = values.cuda()
+        dist.all_reduce(there)
+        values.copy_(there)
+    else:
+        dist.all_reduce(values)
 
 
 def gather_objects(value: Value, all_ranks: bool) -> list[Value]:

@@ -138,16 +138,19 @@ def evaluate_retrieval(
         all_ranks=all_ranks,
         quiet=quiet,
     )
-    return report_retrieval(pairs, config, all_ranks=all_ranks)
+    return report_retrieval(pairs, config, all_ranks=all_ranks, device=next(dual.parameters()).device)
 
 
-def report_retrieval(pairs: EmbeddedPairs, config: RetrievalConfig, *, all_ranks: bool = False) -> RetrievalReport:
-    """The same for what is embedded already."""
+def report_retrieval(
+    pairs: EmbeddedPairs, config: RetrievalConfig, *, all_ranks: bool = False, device: torch.device | str = "cpu"
+) -> RetrievalReport:
+    """The same for what is embedded already; ``device`` ranks."""
+    image_ND, text_MD = pairs.image_ND.to(device), pairs.text_MD.to(device)
     label_N = pairs.image_labels(config.group)
     label_M = label_N[pairs.owner_M]
 
     def ranked(image_label_N: Tensor, captions: Tensor) -> Retrieval:
-        return retrieve(pairs.image_ND, pairs.text_MD, image_label_N, label_M, captions=captions, all_ranks=all_ranks)
+        return retrieve(image_ND, text_MD, image_label_N, label_M, captions=captions, all_ranks=all_ranks)
 
     every_M = torch.ones(len(label_M), dtype=torch.bool)
     once_M = _distinct_captions(pairs, label_M) if config.group else every_M

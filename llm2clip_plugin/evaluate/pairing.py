@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm2clip_plugin.evaluate.distributed import sum_over_ranks
 from llm2clip_plugin.evaluate.ranks import QueryRanks
 
 TILE = 512  # rows and columns of a tile: 1 MiB of scores, which stays in cache
@@ -124,13 +125,13 @@ class _Tally:
             self.counts_3Q[2].scatter_add_(0, query, before)
 
     def ranks(self, side: Side) -> QueryRanks:
-        """The counts, one for each of the side's N rows."""
+        """The counts, one for each of the side's N rows, on the CPU."""
         higher_Q, equal_Q, before_Q = self.counts_3Q
         return QueryRanks(
-            higher_Q=higher_Q[side.query_of_N],
-            wrong_equal_Q=(equal_Q - self.right_equal_Q)[side.query_of_N],
-            right_equal_Q=self.right_equal_Q[side.query_of_N],
-            equal_before_Q=before_Q[side.query_of_N],
+            higher_Q=higher_Q[side.query_of_N].cpu(),
+            wrong_equal_Q=(equal_Q - self.right_equal_Q)[side.query_of_N].cpu(),
+            right_equal_Q=self.right_equal_Q[side.query_of_N].cpu(),
+            equal_before_Q=before_Q[side.query_of_N].cpu(),
         )
 
 
@@ -145,9 +146,9 @@ def rank_both(
 ) -> tuple[QueryRanks, QueryRanks]:
     """Ranks of each first row's best right item among the second rows, and the other way round.
 
-    The score is the dot product, in fp32 whatever the inputs, autocast and TF32 are; rows are right for each other
-    when their labels (int) are equal. A query without a right item gets ``right_equal`` 0. Memory beyond the inputs:
-    a copy of them, some tiles, and the right pairs.
+    The score is the dot product, on the embeddings' device, in fp32 whatever inputs, autocast and TF32 are; rows are
+    right for each other when their labels (int) are equal. A query without a right item gets ``right_equal`` 0. Memory
+    beyond the inputs: a copy of them, some tiles, and the right pairs.
 
     ``all_ranks``: every rank of the default process group calls this with the same arrays; the tiles are shared out,
     and each rank gets all results. The tiles are the same on any number of ranks, and so are the results.
@@ -155,7 +156,8 @@ def rank_both(
     Raises ValueError for shapes that don't fit, nothing to rank, or a non-finite embedding.
     """
     _check(first_ND, second_MD, first_label_N, second_label_M)
-    _, label = torch.unique(torch.cat([first_label_N, second_label_M]), return_inverse=True)
+    _, label = torch.unique(torch.cat([first_label_N.cpu(), second_label_M.cpu()]), return_inverse=True)
+    label = label.to(first_ND.device)
     with torch.no_grad(), full_precision(first_ND.device):
         first = Side.build(first_ND, label[: len(first_ND)])
         second = Side.build(second_MD, label[len(first_ND) :])
@@ -169,7 +171,7 @@ def rank_both(
             there.add(score_rc, first, rows, second, columns)
             back.add(score_rc.T, second, columns, first, rows)
         for tally in (there, back) if all_ranks else ():
-            dist.all_reduce(tally.counts_3Q)
+            sum_over_ranks(tally.counts_3Q)
     return there.ranks(first), back.ranks(second)
 
 
@@ -222,7 +224,7 @@ class _Grid:
                 if len(self.kept) < KEPT:
                     self.kept[number] = score_rc
         if self.all_ranks:
-            dist.all_reduce(score_P)  # every other rank has zeros there
+            sum_over_ranks(score_P)  # every other rank has zeros there
         return score_P
 
 
@@ -246,9 +248,11 @@ def distinct_numbers(row_ND: Tensor, order_N: Tensor) -> Tensor:
     if not bool(maybe_N.any()):
         return torch.arange(len(row_ND), device=row_ND.device)
     positions = torch.nonzero(maybe_N).flatten()
-    digest = dict(zip(positions.tolist(), row_digests(row_ND[positions]), strict=True))
+    identity: list[bytes | int] = list(range(len(row_ND)))
+    for position, digest in zip(positions.tolist(), row_digests(row_ND[positions]), strict=True):
+        identity[position] = digest
     first: dict[bytes | int, int] = {}
-    numbers = [first.setdefault(digest.get(position, position), len(first)) for position in order_N.tolist()]
+    numbers = [first.setdefault(identity[position], len(first)) for position in order_N.tolist()]
     return torch.tensor(numbers, device=row_ND.device)
 
 
@@ -260,6 +264,8 @@ def row_digests(row_ND: Tensor) -> list[bytes]:
 
 def _check(first_ND: Tensor, second_MD: Tensor, first_label_N: Tensor, second_label_M: Tensor) -> None:
     """Refuse what would give a wrong number instead of an error."""
+    if first_ND.device != second_MD.device:
+        raise ValueError(f"embeddings lie on {first_ND.device} and {second_MD.device}; move them to one device")
     if first_ND.ndim != 2 or second_MD.ndim != 2 or first_ND.shape[1] != second_MD.shape[1]:
         raise ValueError(f"embeddings {tuple(first_ND.shape)} and {tuple(second_MD.shape)} must be (N, D) and (M, D)")
     if first_label_N.shape != first_ND.shape[:1] or second_label_M.shape != second_MD.shape[:1]:

@@ -66,7 +66,8 @@ def recall(
 
     Raises ValueError for an image without a caption, an owner outside the images, non-finite embeddings.
     """
-    label_N = torch.arange(len(image_ND), device=image_ND.device) if group_N is None else group_N
+    label_N = torch.arange(len(image_ND)) if group_N is None else group_N.cpu()
+    owner_M = owner_M.cpu()
     if len(owner_M) and (int(owner_M.min()) < 0 or int(owner_M.max()) >= len(image_ND)):
         raise ValueError(
             f"captions name images {int(owner_M.min())} to {int(owner_M.max())}, there are {len(image_ND)}"
@@ -93,10 +94,13 @@ def retrieve(
     ``captions``: positions or a mask of the captions that count (one kind, one language); all without it.
     An image that has no right caption among them stays in the pool of t2i, but is no query of i2t.
     """
-    caption_index = torch.arange(len(text_MD), device=text_MD.device)
+    image_label_N, caption_label_M = image_label_N.cpu(), caption_label_M.cpu()
+    caption_index = torch.arange(len(text_MD))
     if captions is not None:
-        caption_index = caption_index[captions]
-    image, text = (F.normalize(vectors.float(), dim=1) for vectors in (image_ND, text_MD[caption_index]))
+        caption_index = caption_index[captions.cpu()]
+    image, text = (
+        F.normalize(vectors.float(), dim=1) for vectors in (image_ND, text_MD[caption_index.to(text_MD.device)])
+    )
     caption_label = caption_label_M[caption_index]
     i2t, t2i = rank_both(image, text, image_label_N, caption_label, tile=block, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.right_equal_Q).flatten()
@@ -118,7 +122,7 @@ def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
     label = torch.unique(label_N)
     if len(label) < 2:
         raise ValueError("the shuffled control needs images of at least two groups")
-    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed)).to(label_N.device)
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed)).to(label.device)
     following = torch.empty_like(label)
     following[order] = label[order.roll(-1)]  # one cycle through all groups, so none keeps its own
     return following[torch.searchsorted(label, label_N)]
