@@ -24,7 +24,7 @@ class TowerConfig:
     freeze_first_blocks: int = 0  # leave the embeddings and so many first blocks as they are
     keep_heads: bool = False  # go on from the tower directory's own projection, text adapter and logit scale
     lora_rank: int = 0  # train low-rank updates of the blocks' Linears instead of the tower (PEFT); 0: no
-    lora_alpha: float = 32.0  # an update counts alpha / rank times
+    lora_alpha: int = 32  # an update counts alpha / rank times
 
     def __post_init__(self) -> None:
         if self.lora_rank and (self.freeze or self.freeze_first_blocks):

@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.vision.adapter import TextAdapter
+from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.towers import core_prefix, family_of, fetch_directory, final_norm, load_tower
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
@@ -52,7 +54,10 @@ class DualEncoder(nn.Module):
     ``scale`` is the factor itself. Parameters that no gradient can reach with this pooling are frozen.
     """
 
-    def __init__(self, tower: nn.Module, config: DualConfig) -> None:
+    tower: Tower
+    visual_projection: Any  # nn.Linear, or nn.Identity
+
+    def __init__(self, tower: Tower, config: DualConfig) -> None:
         super().__init__()
         check_dual_config(config, has_cls=family_of(tower).has_cls)
         self.tower = tower

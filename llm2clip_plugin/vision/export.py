@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import llm2clip_plugin
 from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights, whole_directory
 from llm2clip_plugin.vision.dual import ADAPTER_FILE, DualEncoder, beside_tower_state, load_dual
+from llm2clip_plugin.vision.family import Tower, tower_in
 from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.towers import (
@@ -59,7 +60,7 @@ def export_tower(
     """
     model = merged(model)
     dual = model if isinstance(model, DualEncoder) else None
-    tower = dual.tower if dual is not None else model
+    tower = tower_in(model)
     modes = {module: module.training for module in model.modules()}
     with whole_directory(directory, replace=replace) as aside:
         save_tower(tower, aside)
@@ -87,7 +88,7 @@ def export_tower(
     return card
 
 
-def tower_facts(tower: nn.Module) -> dict[str, Any]:
+def tower_facts(tower: Tower) -> dict[str, Any]:
     """The fields of a TowerCard that the tower's own configuration decides."""
     family, config = family_of(tower), tower.config
     return {
@@ -111,7 +112,7 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def save_tower(tower: nn.Module, directory: Path) -> None:
+def save_tower(tower: Tower, directory: Path) -> None:
     """config.json and one model.safetensors, key names as on the hub whatever transformers' version."""
     from safetensors.torch import load_file, save_file
 
@@ -148,7 +149,7 @@ def write_preprocessor(directory: Path, preprocessor: dict[str, Any]) -> None:
     (directory / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
 
 
-def probe_images(tower: nn.Module, *, count: int = 2) -> Tensor:
+def probe_images(tower: Tower, *, count: int = 2) -> Tensor:
     """Made-up images, always the same, (count, 3, S, S) of the tower's dtype and device."""
     size = tower.config.image_size
     pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -158,7 +159,7 @@ def probe_images(tower: nn.Module, *, count: int = 2) -> Tensor:
 def probe_features(model: nn.Module) -> dict[str, Tensor]:
     """Everything that a tower or dual encoder computes, for two made-up images and three made-up embeddings."""
     dual = model if isinstance(model, DualEncoder) else None
-    tower = dual.tower if dual is not None else model
+    tower = tower_in(model)
     pixels = probe_images(tower)
     with torch.no_grad():
         output = tower(pixel_values=pixels, output_hidden_states=True)
@@ -195,7 +196,7 @@ def compare_features(expected: dict[str, Tensor], found: dict[str, Tensor], *, w
 def check_written(model: nn.Module, directory: Path) -> float:
     """Reload a tower directory and compare every weight (bit by bit) and every feature with ``model``'s."""
     dual = model if isinstance(model, DualEncoder) else None
-    tower = dual.tower if dual is not None else model
+    tower = tower_in(model)
     again = load_dual(directory, dtype=tower.dtype)[0] if dual is not None else load_tower(directory, dtype=tower.dtype)
     again = again.to(tower.device).eval()
     before, after = model.state_dict(), again.state_dict()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
 
 # channel means and deviations of pixels in [0, 1], as the families were pretrained
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -18,7 +21,7 @@ class Family:
 
     name: str  # key in the registry and in the TowerCard
     model_types: tuple[str, ...]  # `model_type` in config.json, of a vision model and of a whole model
-    vision_class: Callable[[], type]  # the Hugging Face class; imported only when it is needed
+    vision_class: Callable[[], Any]  # the Hugging Face class; imported only when it is needed
     has_cls: bool  # a class token in front of the patches
     file_prefix: str = ""  # what the hub puts before the core's names in a file
     positions: str  # the position table, relative to the core; "" if the family has none
@@ -32,3 +35,8 @@ class Family:
     std: tuple[float, float, float] = OPENAI_STD
     needs: str = ""  # a requirement beyond the package's own, for the model card
     beside_tower: tuple[str, ...] = ()  # prefixes of a whole model's tensors that are not the tower's
+
+
+def tower_in(model: Any) -> Tower:
+    """The tower of a dual encoder, or the model itself if it is one."""
+    return model.tower if "tower" in dict(model.named_children()) else model

@@ -24,6 +24,7 @@ from llm2clip_plugin.contracts import TowerCard, whole_directory
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.eva_names import eva_state
 from llm2clip_plugin.vision.export import WEIGHTS_FILE, check_card, compare_features, probe_images, save_tower
+from llm2clip_plugin.vision.family import tower_in
 from llm2clip_plugin.vision.open_clip_names import open_clip_state
 from llm2clip_plugin.vision.towers import PREPROCESSOR_FILE, family_of, fetch_directory, load_tower
 
@@ -83,7 +84,7 @@ def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     config |= {"projection_dim": dual.config.joint_width, "architectures": ["CLIPVisionModelWithProjection"]}
     _write_json(directory / "config.json", config)
     _write_json(directory / PREPROCESSOR_FILE, preprocessor)
-    again = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
+    again: Any = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
     pixels = probe_images(dual.tower)
     with torch.no_grad():
         found = F.normalize(again(pixel_values=pixels).image_embeds.float(), dim=-1)
@@ -176,7 +177,7 @@ def _check_by_import(dual: DualEncoder, directory: Path) -> None:
     from llm2clip_plugin.vision.importers import dual_of
     from llm2clip_plugin.vision.layouts import parse
 
-    again = dual_of(parse(directory, None), source=str(directory), beside=directory)
+    again: Any = dual_of(parse(directory, None), source=str(directory), beside=directory)
     pixels = probe_images(dual.tower)
     expected, found = {"encode_image": dual.encode_image(pixels)}, {"encode_image": again.encode_image(pixels)}
     if dual.text_adapter is not None:
@@ -190,7 +191,7 @@ class _ImageEncoder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if isinstance(self.model, DualEncoder):
@@ -205,7 +206,7 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     import onnxruntime
 
     encoder = _ImageEncoder(model).float().eval()
-    tower = model.tower if isinstance(model, DualEncoder) else model
+    tower = tower_in(model)
     pixels = probe_images(tower, count=3)
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
     torch.onnx.export(

@@ -18,6 +18,7 @@ from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.vision.checkpoints import PICKLE_SUFFIXES
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, beside_tower_state, load_dual
 from llm2clip_plugin.vision.export import export_tower, reexport
+from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.layouts import Parsed, parse, report
 from llm2clip_plugin.vision.towers import fetch_directory, load_tower, preprocessor_config, read_json, resize_tower
 
@@ -62,7 +63,7 @@ def dual_of(parsed: Parsed, *, source: str, beside: Path, image_size: int | None
     return _with_projection(tower, parsed, source=source)
 
 
-def _build_tower(parsed: Parsed, *, source: str, image_size: int | None, beside: Path) -> torch.nn.Module:
+def _build_tower(parsed: Parsed, *, source: str, image_size: int | None, beside: Path) -> Tower:
     """A tower from parsed tensors, through the same strict loading as any tower directory."""
     from safetensors.torch import save_file
 
@@ -77,7 +78,7 @@ def _build_tower(parsed: Parsed, *, source: str, image_size: int | None, beside:
             raise ContractError(str(error).replace(folder, source)) from error
 
 
-def _with_projection(tower: torch.nn.Module, parsed: Parsed, *, source: str) -> torch.nn.Module:
+def _with_projection(tower: Tower, parsed: Parsed, *, source: str) -> torch.nn.Module:
     """The tower with what lies beside it; the tower alone if there is neither projection, adapter nor scale."""
     adapter = parsed.adapter
     if parsed.projection is None and adapter is None and parsed.logit_scale is None:

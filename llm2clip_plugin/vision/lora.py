@@ -9,6 +9,7 @@ import copy
 
 from torch import nn
 
+from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
 
@@ -17,7 +18,7 @@ def has_lora(model: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
-def add_lora(tower: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> None:
     """Put LoRA layers into every Linear of the tower's blocks, in place; all else of the tower is frozen.
 
     The update of a weight is ``alpha / rank * B @ A`` with B zero at first: the tower computes what it did.

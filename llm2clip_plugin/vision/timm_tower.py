@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,13 @@ def timm_module():
     return timm
 
 
-def make_timm(name: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
+def make_timm(name: str, image_size: int | None, *, pretrained: bool) -> Any:
     """The timm model without its classifier; ValueError for an unknown name, near ones listed."""
     timm = timm_module()
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(f"timm {timm.__version__} knows no model {name!r}; some that it knows: {near}")
-    size = {} if image_size is None else {"img_size": image_size}
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
 
 
@@ -78,7 +79,7 @@ class TimmTower(PreTrainedModel):
 
     def __init__(self, config: TimmConfig) -> None:
         super().__init__(config)
-        self.model = make_timm(config.timm_name, config.image_size, pretrained=False)
+        self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False)
         self.post_init()
 
     @classmethod
@@ -89,7 +90,7 @@ class TimmTower(PreTrainedModel):
         which no file holds, would stay empty. RuntimeError for a tensor of another shape."""
         from safetensors.torch import load_file
 
-        tower = cls(TimmConfig.from_pretrained(directory))
+        tower: Any = cls(TimmConfig.from_pretrained(directory))
         left = tower.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=False)
         info = {"missing_keys": left.missing_keys, "unexpected_keys": left.unexpected_keys, "mismatched_keys": []}
         tower = tower.to(torch_dtype).eval()
@@ -133,7 +134,7 @@ class TimmTower(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-def timm_tower(name: str, *, pretrained: bool = True) -> TimmTower:
+def timm_tower(name: str, *, pretrained: bool = True) -> Any:
     """A tower from a timm name at its native size, with timm's pretrained weights.
 
     Raises ValueError if the model is no plain vision transformer: one list of blocks, square patches in a square grid.

@@ -19,7 +19,7 @@ from torch import nn
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.family import Family, Tower
 from llm2clip_plugin.vision.positions import resize_positions
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -43,7 +43,7 @@ def family_of_type(model_type: str, *, where: str) -> Family:
     raise ValueError(f"{where} has model_type {model_type!r}, which is no known tower; known: {', '.join(known)}")
 
 
-def family_of(tower: nn.Module) -> Family:
+def family_of(tower: Tower) -> Family:
     """The family of a loaded tower."""
     return family_of_type(tower.config.model_type, where=type(tower).__name__)
 
@@ -93,7 +93,7 @@ def load_tower(
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     revision: str | None = None,
-) -> nn.Module:
+) -> Tower:
     """A vision model from a tower directory, a plain Hugging Face directory, a Hub id or ``timm:NAME``, in eval mode.
 
     ``dtype`` is always said: transformers 4 reads half-precision files as float32, transformers 5 does not.
@@ -112,7 +112,7 @@ def load_tower(
     return tower
 
 
-def _load_directory(directory: Path, dtype: torch.dtype) -> nn.Module:
+def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, every tensor of its file used and none missing."""
     config = read_json(directory / "config.json")
     family = family_of_type(str(config.get("model_type")), where=str(directory / "config.json"))
@@ -138,7 +138,7 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     return {name: body[name] for name in KEPT_OF_PREPROCESSOR if name in body}
 
 
-def resize_tower(tower: nn.Module, image_size: int) -> nn.Module:
+def resize_tower(tower: Tower, image_size: int) -> Tower:
     """The same tower for another image size: a new model, positions interpolated, all else copied.
 
     ``config.resized_from`` keeps the size that the positions were learned at, so it reaches the card.
@@ -165,27 +165,27 @@ def resize_tower(tower: nn.Module, image_size: int) -> nn.Module:
     return resized.train(tower.training)
 
 
-def resized_from(tower: nn.Module) -> int:
+def resized_from(tower: Tower) -> int:
     """The image size that the tower's positions were learned at, if it was resized since; else 0."""
     return tower.config.to_dict().get("resized_from", 0)
 
 
-def core_prefix(tower: nn.Module) -> str:
+def core_prefix(tower: Tower) -> str:
     """``"vision_model."`` where transformers wraps the tower (4.x CLIP and SigLIP), else ``""``."""
     return "vision_model." if "vision_model" in dict(tower.named_children()) else ""
 
 
-def core_of(tower: nn.Module) -> nn.Module:
+def core_of(tower: Tower) -> Any:
     """The module that holds embeddings, blocks and final norm."""
     return tower.get_submodule(core_prefix(tower).rstrip("."))
 
 
-def tower_blocks(tower: nn.Module) -> nn.ModuleList:
+def tower_blocks(tower: Tower) -> nn.ModuleList:
     """The transformer blocks, first to last: for layer-wise decay and freezing."""
     return core_of(tower).get_submodule(family_of(tower).blocks)
 
 
-def tower_embeddings_parameters(tower: nn.Module) -> list[nn.Parameter]:
+def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
     """The parameters below the first block (patch projection, positions, class token, a norm before the blocks)."""
     below = tuple(core_prefix(tower) + name for name in family_of(tower).embeddings)
     return [
@@ -195,12 +195,12 @@ def tower_embeddings_parameters(tower: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def final_norm(tower: nn.Module) -> nn.Module:
+def final_norm(tower: Tower) -> nn.Module:
     """The norm behind the last block."""
     return core_of(tower).get_submodule(family_of(tower).final_norm)
 
 
-def freeze_tower(tower: nn.Module, *, first_blocks: int | None = None) -> None:
+def freeze_tower(tower: Tower, *, first_blocks: int | None = None) -> None:
     """Stop gradients for the whole tower, or for its embeddings and its first blocks.
 
     Raises ValueError if the tower has fewer blocks.
@@ -217,15 +217,16 @@ def freeze_tower(tower: nn.Module, *, first_blocks: int | None = None) -> None:
         block.requires_grad_(False)
 
 
-def preprocessor_config(source: nn.Module | str | os.PathLike[str], *, image_size: int | None = None) -> dict[str, Any]:
+def preprocessor_config(source: Tower | str | os.PathLike[str], *, image_size: int | None = None) -> dict[str, Any]:
     """The image preprocessing of a tower, in the form of CLIPImageProcessor, which LLaVA needs.
 
     Mean, deviation and resampling come from the directory's own file, else from the family; the crop is the tower's
     image size. SigLIP's and DINOv2's own files lack ``crop_size`` or crop another size than the positions have.
     """
     if isinstance(source, nn.Module):
-        family, config = family_of(source), source.config
-        own = source.own_preprocessor if hasattr(source, "own_preprocessor") else {}
+        tower: Tower = source
+        family, config = family_of(tower), tower.config
+        own = tower.own_preprocessor if hasattr(tower, "own_preprocessor") else {}
     else:
         directory = fetch_directory(source)
         model_type = str(read_json(directory / "config.json").get("model_type"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from llm2clip_plugin.vision.family import IMAGENET_MEAN, IMAGENET_STD, Family
 
@@ -19,7 +20,7 @@ def _vision_class() -> type:
 
         def forward(self, pixel_values, output_hidden_states=None):
             """As DINOv3ViTModel, the registers between class token and patches taken out."""
-            output = super().forward(pixel_values, output_hidden_states=bool(output_hidden_states))
+            output: Any = super().forward(pixel_values, output_hidden_states=bool(output_hidden_states))
             patches = 1 + self.config.num_register_tokens
 
             def without(state):
