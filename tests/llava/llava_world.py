@@ -26,6 +26,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
@@ -55,7 +56,9 @@ class World:
             "HF_HUB_OFFLINE": "1",
             "DS_ACCELERATOR": "cpu",
             # Of this environment alone: two environments that share the folder build it anew at each turn.
-            "TORCH_EXTENSIONS_DIR": os.path.join(sys.prefix, "torch_extensions"),
+            "TORCH_EXTENSIONS_DIR": os.environ.get(
+                "TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch-extensions")
+            ),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
@@ -63,14 +66,15 @@ class World:
             **more,
         }
 
-    def run(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
-        """Run a command of this environment; returns stdout and stderr together, in an empty folder of its own."""
+    def run(self, *words: str | Path, fails: bool = False, typed: str = "", **environment: str) -> str:
+        """Run a command of this environment in a folder of its own; returns stdout and stderr together."""
         here = self.root / "here"
         here.mkdir(exist_ok=True)
         done = subprocess.run(
             [str(word) for word in words],
             env=self.environment(**environment),
             cwd=here,
+            input=typed,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -80,9 +84,9 @@ class World:
         assert (done.returncode != 0) == fails, done.stdout
         return done.stdout
 
-    def python(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
-        """Run this environment's Python."""
-        return self.run(sys.executable, *words, fails=fails, **environment)
+    def python(self, *words: str | Path, fails: bool = False, typed: str = "", **environment: str) -> str:
+        """Run this environment's Python; ``typed`` is what it reads from its standard input."""
+        return self.run(sys.executable, *words, fails=fails, typed=typed, **environment)
 
     def stage(
         self, kind: str, tower: str, output: Path, *options: str, ranks: int = 0, zero: int = 2, **environment: str
@@ -154,7 +158,7 @@ def make_world(root: Path) -> World:
         pretrain_data=root / "pretrain.json",
         finetune_data=root / "finetune.json",
         questions=root / "questions.jsonl",
-        towers={name: root / "towers" / name for name in ("clip", "other", "wide", "siglip", "dinov2")},
+        towers={name: root / "towers" / name for name in ("clip", "other", "wide", "siglip", "dinov2", "eva02")},
     )
     names = make_images(world.images)
     make_data(world, names)
@@ -236,7 +240,7 @@ def make_llm(world: World) -> None:
 
 
 def make_towers(towers: dict[str, Path]) -> None:
-    """Tower directories: two CLIPs of one shape, a wider one, a SigLIP (no class token), a DINOv2."""
+    """Tower directories: two CLIPs of one shape, a wider one, a SigLIP (no class token), a DINOv2, an EVA02."""
     for seed, (name, directory) in enumerate(towers.items()):
         torch.manual_seed(seed)
         export_tower(make_tower(name), directory, origin=f"made for tests: {name}")
@@ -254,6 +258,8 @@ def make_tower(name: str) -> torch.nn.Module:
     }
     if name == "siglip":
         return SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **common)).eval()
+    if name == "eva02":
+        return Eva02VisionModel(Eva02Config(intermediate_size=64, **common)).eval()
     if name == "dinov2":
         return Dinov2Model(Dinov2Config(mlp_ratio=2, **common)).eval()
     return CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, hidden_act="quick_gelu", **common)).eval()

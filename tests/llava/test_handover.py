@@ -1,4 +1,4 @@
-"""From the training environment to LLaVA's: a tower exported there (transformers 5) gives the same features here (4.37).
+"""From the training environment to LLaVA's: a tower exported by transformers 5 gives the same features in 4.37.
 
 The training environment's Python is ``.venv/bin/python``, as scripts/test.sh makes it, or LLM2CLIP_TRAIN_PYTHON.
 """

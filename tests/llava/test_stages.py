@@ -93,6 +93,15 @@ def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
     assert all(row[3][0] == 1 and 1 <= row[3][1] <= 5 for row in rows)  # a start token and four more at most
 
 
+def test_the_command_line_conversation(world, trained):
+    """``llava.serve.cli`` answers one line and ends with the input."""
+    words = ["--model-path", trained[0]["finetune"], "--image-file", next(world.images.iterdir()), "--device", "cpu"]
+    words += ["--max-new-tokens", "4", "--temperature", "0"]
+    chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
+    told = world.python("-m", "llava.serve.cli", *words, typed="Which colour?\n", **chosen)
+    assert "Human: exit..." in told and "Assistant:" in told
+
+
 def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
     """The same finetune by LLaVA's CLIPVisionTower on the same directory, our hook off: nothing differs by a bit."""
     folders, losses = trained

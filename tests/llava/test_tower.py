@@ -16,7 +16,7 @@ from llava_integration.tower import device_of_map
 from llm2clip_plugin.vision.towers import load_tower
 
 pytestmark = pytest.mark.usefixtures("home")
-BACKBONES = ("clip", "siglip", "dinov2")
+BACKBONES = ("clip", "siglip", "dinov2", "eva02")
 
 
 def arguments(tower, layer=-2, feature="patch", **more):
