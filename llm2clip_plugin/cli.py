@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)",
     ),
+    "export-llm": ("llm2clip_plugin.text.export", "main", "a tuned LLM as merged weights or for sentence-transformers"),
     "embed": ("llm2clip_plugin.text.embed", "main", "stage 1.5: cache the teacher's caption embeddings"),
     "train-tower": ("llm2clip_plugin.tower_command", "main", "stage 2: train the vision tower against the cache"),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.text.files import adapter_sha256, local_folder, weights_sha256
-from llm2clip_plugin.text.model import CaptionModel, load_backbone
-from llm2clip_plugin.text.settings import EncoderConfig, apply_card, find_card
+from llm2clip_plugin.text.foreign import apply_sentence_transformers, is_sentence_transformers
+from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
+from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
     collate,
     frame_of,
@@ -74,7 +75,9 @@ class CaptionEncoder:
         adapter = Path(config.adapter) if config.adapter else None
         self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
         card = find_card(config.adapter) if adapter else find_card(str(self.folder))
-        config = apply_card(config, card, config.adapter or config.llm)
+        config = apply_card(apply_preset(config), card, config.adapter or config.llm)
+        if card is None and is_sentence_transformers(self.folder):
+            config = apply_sentence_transformers(config, self.folder)
         self._weights_sha256 = weights_sha256(self.folder)
         if card is not None and card.base_sha256 not in ("", self._weights_sha256):
             raise ContractError(
@@ -91,7 +94,7 @@ class CaptionEncoder:
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
-        self.model = CaptionModel(wrapped, config.pooling).eval()
+        self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
         self.count_truncated = 0
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from llm2clip_plugin.text.foreign import is_sentence_transformers
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.text.tokens import Batch
 
@@ -31,21 +32,22 @@ def pool(hidden_BTH: torch.Tensor, pool_mask_BT: torch.Tensor, kind: str) -> tor
 
 
 class CaptionModel(nn.Module):
-    """A decoder LLM without its head, pooled. ``forward(batch)`` is differentiable; training and embedding share it."""
+    """A decoder LLM without its head, pooled. ``forward(batch)`` is differentiable; training and embedding share it.
 
-    def __init__(self, llm: nn.Module, pooling: str) -> None:
+    ``decoder`` False: a sentence-transformers encoder, which counts positions its own way, from the first column.
+    """
+
+    def __init__(self, llm: nn.Module, pooling: str, *, decoder: bool = True) -> None:
         super().__init__()
         self.llm = llm
         self.pooling = pooling
+        self.decoder = decoder
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """(B, W) float32 embeddings, not normalised."""
-        hidden_BTH = self.llm(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        own = {"position_ids": batch.position_ids, "use_cache": False} if self.decoder else {}
+        outputs = self.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **own)
+        hidden_BTH = outputs.last_hidden_state
         return pool(hidden_BTH, batch.pool_mask, self.pooling)
 
 
@@ -70,15 +72,24 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
         raise ValueError(f"{folder} lacks {len(wrong)} weights of a {type(model).__name__}: {', '.join(wrong[:5])} ...")
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
-    if not {"layers", "embed_tokens", "norm"} <= {name for name, _ in model.named_children()}:
+    if is_decoder(model):
+        keep_layers(model, config.layer)
+    elif not is_sentence_transformers(folder) or config.layer != -1 or config.adapter:
         kind = type(model).__name__
-        raise ValueError(f"{folder} is a {kind}; expected a decoder LLM such as Llama, Qwen, Mistral or Gemma")
-    keep_layers(model, config.layer)
+        raise ValueError(
+            f"{folder} is a {kind}; expected a decoder LLM such as Llama, Qwen, Mistral or Gemma, or a "
+            "sentence-transformers folder (last layer, no adapter)"
+        )
     if config.load_in_4bit:
         mend_4bit_on_cpu(model)
         return model.eval()
     nn.Module.to(model, device)
     return model.eval()
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether a model is built as Hugging Face's decoders are."""
+    return {"layers", "embed_tokens", "norm"} <= {name for name, _ in model.named_children()}
 
 
 @contextmanager
@@ -112,7 +123,7 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
 
 def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
     """Rotary embeddings that change with the longest sequence of a batch would make embeddings depend on the batch."""
-    scaling = text_config.rope_parameters or {}
+    scaling = vars(text_config).get("rope_parameters") or {}
     for rope in (scaling, *(value for value in scaling.values() if isinstance(value, dict))):
         if rope.get("rope_type") in ("longrope", "dynamic"):
             limit = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard
 
@@ -14,11 +15,26 @@ COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 CAPTION = "{caption}"  # its place in a chat template
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and ...-Llama-3.2-1B-...: LLM2Vec's reading of a Llama 3
+    # Instruct: one user turn, mean over the caption's tokens and the end of the turn, an instruction left out
+    "llm2clip-llama3": {
+        "attention": "bidirectional",
+        "pooling": "mean",
+        "chat_template": "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>",
+        "include_bos": False,
+    },
+    # LLM2Vec's adapters and checkpoints of base models
+    "llm2vec": {"attention": "bidirectional", "pooling": "mean", "include_bos": False},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """An LLM as caption encoder. Where the adapter (or the LLM's folder) has a card, the card's settings hold."""
 
     llm: str = ""  # path or Hub id of a decoder LLM
+    preset: str = ""  # settings of a known kind of checkpoint without a card: llm2clip-llama3, llm2vec; "" for none
     revision: str = ""  # commit, tag or branch on the Hub; "" for the default
     adapter: str = ""  # folder of a PEFT adapter; "" for none
     attention: str = "bidirectional"  # bidirectional | causal
@@ -33,6 +49,8 @@ class EncoderConfig:
     load_in_4bit: bool = False  # NF4 with double quantisation through bitsandbytes
 
     def __post_init__(self) -> None:
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         for name, known in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("compute_dtype", COMPUTE_DTYPES)):
             if (value := vars(self)[name]) not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -63,16 +81,31 @@ def find_card(folder: str) -> EncoderCard | None:
 
 
 def apply_card(config: EncoderConfig, card: EncoderCard | None, where: str) -> EncoderConfig:
-    """The configuration with the card's settings.
-
-    A setting that was changed from its default and is not the card's is refused: an adapter embeds as it was trained.
-    Raises ContractError with both values.
-    """
+    """The configuration with the card's settings, which an adapter was trained with; ContractError if it has others."""
     if card is None:
         return config
+    return apply_settings(config, {name: vars(card)[name] for name in CARD_SETTINGS}, f"{where} was trained with")
+
+
+def apply_preset(config: EncoderConfig) -> EncoderConfig:
+    """The configuration with its preset's settings; ContractError for a setting that contradicts it."""
+    if not config.preset:
+        return config
+    return apply_settings(
+        config, {"preset": "", **PRESETS[config.preset]}, f"preset {config.preset} means", ("preset",)
+    )
+
+
+def apply_settings(
+    config: EncoderConfig, settings: dict[str, Any], because: str, free: tuple[str, ...] = ()
+) -> EncoderConfig:
+    """The configuration with ``settings``.
+
+    One that was changed from its default and is another here is refused: an LLM embeds as it was trained. ``free``
+    settings are replaced without asking. Raises ContractError with both values and the reason.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(EncoderConfig)}
-    for name in CARD_SETTINGS:
-        given, carried = vars(config)[name], vars(card)[name]
-        if given not in (defaults[name], carried):
-            raise ContractError(f"{name} is {given!r}, but {where} was trained with {carried!r}; leave {name} out")
-    return dataclasses.replace(config, **{name: vars(card)[name] for name in CARD_SETTINGS})
+    for name, value in settings.items():
+        if name not in free and (given := vars(config)[name]) not in (defaults[name], value):
+            raise ContractError(f"{name} is {given!r}, but {because} {value!r}; leave {name} out")
+    return dataclasses.replace(config, **settings)

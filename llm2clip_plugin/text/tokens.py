@@ -80,7 +80,7 @@ def frame_of(tokenizer, template: str, prompt: str) -> Frame:
     lead = text[len(text.rstrip(" ")) :]
     head = begin + tokenizer(text[: len(text) - len(lead)], add_special_tokens=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
-    has_bos = bool(head) and tokenizer.bos_token_id is not None and head[0] == tokenizer.bos_token_id
+    has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     return Frame(tuple(head), tuple(tail), lead, has_bos)
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from text_helpers import moved, write_moved
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
-from llm2clip_plugin.llm_stage import FinetuneConfig, card_of, finetune_llm, parse, trained_module
+from llm2clip_plugin.llm_stage import FinetuneConfig, finetune_llm, parse
 from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts, hard_negative_loss
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.lora import LoraSettings, save_adapter
+from llm2clip_plugin.text.lora import LoraSettings
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.ranks import free_port
@@ -142,29 +143,6 @@ def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 there, 0\.001 now"):
         finetune_llm(parse([*options(captions, llama, plain), "--lr", "1e-3"]))
-
-
-def moved(encoder: CaptionEncoder, config: FinetuneConfig, seed: int = 0):
-    """The encoder with an adapter that has been moved off its start (where LoRA adds nothing)."""
-    module = trained_module(encoder, config)
-    torch.manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    encoder.model.eval()
-    return module
-
-
-def write_moved(llm: Path, folder: Path, *, dtype: str = "float32", **settings) -> tuple[CaptionEncoder, Path]:
-    """An encoder with a moved adapter, and that adapter's folder."""
-    encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype, **settings)
-    config = FinetuneConfig(encoder=encoding, lora=LoraSettings(dropout=0.0))
-    encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
-    moved(encoder, config)
-    trained = {name: p.detach().clone() for name, p in encoder.model.llm.named_parameters() if p.requires_grad}
-    state = TrainState(step=1, samples=1, config={}, config_hash="", seed=0)
-    save_adapter(encoder.model.llm, trained, card_of(encoder, config, state), folder)
-    return encoder, folder
 
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain " * 2, "x", "猫"]

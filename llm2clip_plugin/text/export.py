@@ -1,0 +1,147 @@
+"""``llm2clip export-llm``: a tuned LLM as merged weights, or as a sentence-transformers directory, same embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from llm2clip_plugin.contracts import ContractError, EncoderCard, whole_directory
+from llm2clip_plugin.text.adapter import attach_adapter, merge
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.model import keep_layers, load_backbone
+from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
+
+CHECKED = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # embedded before and after
+# of an embedding's norm: the same float32 weights, summed in another order once
+TOLERANCE = 1e-4
+POOLING_MODES = {"mean": "mean", "last": "lasttoken"}  # ours -> sentence-transformers'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a tuned LLM out. Usage: llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR."""
+
+    output: str  # the folder to write
+    layout: Literal["merged", "sentence-transformers"] = "merged"  # merged: a Hugging Face folder with our card
+    overwrite: bool = False  # replace what is in the folder
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+def export_llm(config: ExportConfig) -> Path:
+    """Write the folder, reload it, compare embeddings, and only then put it in place.
+
+    Raises ValueError for settings that the layout can't carry, ContractError if the reloaded embeddings differ.
+    """
+    encoding = dataclasses.replace(config.encoder, compute_dtype="float32")
+    if encoding.load_in_4bit:
+        raise ValueError("4-bit weights can't take an adapter in; leave out load_in_4bit (the adapter stays the same)")
+    encoder = CaptionEncoder(encoding, "cpu")
+    if config.layout == "sentence-transformers":
+        refuse_for_sentence_transformers(encoder)
+    with whole_directory(config.output, replace=config.overwrite) as aside:
+        write_merged(encoder, aside)
+        if config.layout == "sentence-transformers":
+            write_sentence_transformers(encoder, aside)
+        reloaded = CaptionEncoder(EncoderConfig(llm=str(aside), compute_dtype="float32"), "cpu")
+        compare(encoder.encode(CHECKED), reloaded.encode(CHECKED), config.output)
+    return Path(config.output)
+
+
+def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
+    """Weights with the adapter added in, tokenizer, and the card; all blocks, also those above the pooled layer."""
+    whole = load_backbone(encoder.folder, dataclasses.replace(encoder.config, layer=-1), torch.float32, encoder.device)
+    merged_whole(whole, encoder.config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
+    EncoderCard(
+        base=encoder.config.llm,
+        base_sha256="",  # the weights beside it are the ones
+        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
+        training={"adapter_sha256": encoder.identity().adapter_sha256},
+    ).write(folder / EncoderCard.FILE)
+
+
+def merged_whole(model: PreTrainedModel, config: EncoderConfig) -> PreTrainedModel:
+    """The adapter merged into a model with all its blocks, though it may cover the lower ones alone."""
+    if not config.adapter:
+        return model
+    blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
+    keep_layers(model, config.layer)
+    merged = merge(attach_adapter(model, Path(config.adapter)))
+    lower = list(merged.get_submodule("layers"))  # type: ignore[call-overload]
+    merged.set_submodule("layers", nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
+    merged.set_submodule("norm", norm)
+    merged.config.num_hidden_layers = depth
+    return merged
+
+
+def refuse_for_sentence_transformers(encoder: CaptionEncoder) -> None:
+    """sentence-transformers pools the last layer, over all tokens or all but prompt and BOS, without a template."""
+    config, reasons = encoder.config, []
+    if config.chat_template:
+        reasons.append("a chat template")
+    if encoder.model.llm.config.num_hidden_layers and config.layer != -1:
+        reasons.append(f"layer {config.layer}")
+    prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
+    if config.pooling == "mean" and encoder.frame.has_bos and (config.include_bos is bool(prompts)):
+        reasons.append("BOS in the mean beside a prompt that isn't" if prompts else "BOS left out without a prompt")
+    if config.pooling == "mean" and encoder.frame.has_bos and len(prompts) == 1:
+        reasons.append("a prompt on one side alone, where BOS would count on the other")
+    if any(prompt.endswith(" ") for prompt in prompts):
+        reasons.append("a prompt that ends in a space (it takes the caption's first token for the prompt's)")
+    if reasons:
+        raise ValueError(f"sentence-transformers has no place for {' and '.join(reasons)}; use --layout merged")
+
+
+def write_sentence_transformers(encoder: CaptionEncoder, folder: Path) -> None:
+    """The modules that sentence-transformers builds: transformer, pooling."""
+    config = encoder.config
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    pooling = {
+        "word_embedding_dimension": encoder.width,
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+        "pooling_mode_lasttoken": config.pooling == "last",
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": False,
+        "include_prompt": False,
+    }
+    files = {
+        "modules.json": modules,
+        "sentence_bert_config.json": {"max_seq_length": config.max_tokens, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": config.query_prompt, "document": config.prompt},
+            "default_prompt_name": "document" if config.prompt else None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": pooling,
+    }
+    for name, body in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(before_NW: torch.Tensor, after_NW: torch.Tensor, where: str) -> None:
+    """Raise ContractError if embeddings differ by more than TOLERANCE of their norm."""
+    worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
+    if not worst < TOLERANCE:
+        raise ContractError(
+            f"{where}: reloaded embeddings differ by {worst:.2g} of their norm, at most {TOLERANCE} allowed"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR [--layout sentence-transformers]``."""
+    import tyro
+
+    config = tyro.cli(tyro.conf.OmitArgPrefixes[ExportConfig], args=argv, prog="llm2clip export-llm")
+    print(f"wrote {export_llm(config)}: reloaded, equal embeddings")
+    return 0

@@ -1,0 +1,91 @@
+"""Merged weights and sentence-transformers directories give the adapter's embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from text_helpers import write_moved
+from transformers import AutoModel, AutoTokenizer
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.export import ExportConfig, export_llm
+from llm2clip_plugin.text.settings import EncoderConfig
+
+TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"layer": 1, "pooling": "last", "chat_template": "user"}], ids=["plain", "all"]
+)
+def test_merged_is_the_adapter(any_llm: Path, tmp_path: Path, settings: dict) -> None:
+    _, adapter = write_moved(any_llm, tmp_path / "adapter", **settings)
+    command = ["export-llm", "--llm", str(any_llm), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    assert main(command) == 0
+    merged = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "merged"), compute_dtype="float32"), "cpu")
+    tuned = CaptionEncoder(EncoderConfig(llm=str(any_llm), adapter=str(adapter), compute_dtype="float32"), "cpu")
+    assert merged.config.pooling == tuned.config.pooling and merged.config.layer == tuned.config.layer
+    assert torch.allclose(merged.encode(TEXTS), tuned.encode(TEXTS), atol=1e-4)
+    assert main(command) == 2  # the folder is not empty
+
+
+def test_merged_folder_opens_as_a_plain_model(llama: Path, tmp_path: Path) -> None:
+    """Bidirectional attention is in its config.json: two lines of transformers give our embedding."""
+    _, adapter = write_moved(llama, tmp_path / "adapter")
+    encoding = EncoderConfig(llm=str(llama), adapter=str(adapter))
+    folder = export_llm(ExportConfig(output=str(tmp_path / "merged"), encoder=encoding))
+    model, tokenizer = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        hidden = model(**tokenizer(TEXTS[1], return_tensors="pt")).last_hidden_state
+    tuned = CaptionEncoder(dataclasses.replace(encoding, compute_dtype="float32"), "cpu")
+    assert torch.allclose(hidden.mean(dim=1), tuned.encode(TEXTS[1:2]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention": "causal", "pooling": "last"},
+        {"prompt": "Passage:\n", "query_prompt": "Query:\n", "include_bos": False},
+        {"max_tokens": 8},
+    ],
+    ids=["mean", "last", "prompts", "cut"],
+)
+def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, settings: dict) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    _, adapter = write_moved(llama, tmp_path / "adapter", **settings)
+    encoding = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32")
+    export_llm(ExportConfig(output=str(tmp_path / "st"), layout="sentence-transformers", encoder=encoding))
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "st"), device="cpu")
+    ours = CaptionEncoder(encoding, "cpu")
+    assert torch.allclose(torch.from_numpy(theirs.encode(TEXTS)), ours.encode(TEXTS), atol=1e-4)
+    queries = torch.from_numpy(theirs.encode(TEXTS, prompt_name="query"))
+    assert torch.allclose(queries, ours.encode(TEXTS, query=True), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"chat_template": "user"}, "a chat template"),
+        ({"layer": 1}, "layer 1"),
+        ({"include_bos": False}, "BOS left out without a prompt"),
+        ({"query_prompt": "Query:\n"}, "BOS in the mean beside a prompt"),
+        ({"prompt": "A: ", "query_prompt": "B: ", "include_bos": False}, "a prompt that ends in a space"),
+    ],
+)
+def test_what_sentence_transformers_cannot_carry(llama: Path, tmp_path: Path, settings: dict, said: str) -> None:
+    config = ExportConfig(
+        output=str(tmp_path / "st"), layout="sentence-transformers", encoder=EncoderConfig(llm=str(llama), **settings)
+    )
+    with pytest.raises(ValueError, match=said):
+        export_llm(config)
+    assert not (tmp_path / "st").exists()
+
+
+def test_four_bit_is_refused(llama: Path, tmp_path: Path) -> None:
+    config = ExportConfig(output=str(tmp_path / "m"), encoder=EncoderConfig(llm=str(llama), load_in_4bit=True))
+    with pytest.raises(ValueError, match="4-bit weights can't take an adapter in"):
+        export_llm(config)

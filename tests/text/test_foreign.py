@@ -1,0 +1,130 @@
+"""Teachers made elsewhere: LLM2Vec checkpoints and adapters, LLM2CLIP's released LLMs, sentence-transformers models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from text_helpers import write_moved
+from tokenizers import processors
+from transformers import AutoModel, BertConfig, BertModel
+
+from llm2clip_plugin.contracts import ContractError, EncoderCard
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+
+TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
+
+
+def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_path: Path) -> None:
+    """Their reading, step by step: user turn, bidirectional, mean over the caption's tokens and the end of the turn.
+
+    Their files name a class of their own with remote code, and the tensors lack the ``model.`` prefix.
+    """
+    folder = make_llm(tmp_path / "released", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): t.clone() for name, t in tensors.items() if name != "lm_head.weight"}
+    save_file(bare, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "architectures": ["LlamaEncoderModel"],
+        "auto_map": {"AutoModel": "modeling_llama_encoder.LlamaEncoderModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_llama_encoder.py").write_text("raise SystemExit('remote code was run')")
+    template = "<user>\n{caption}<end>"  # the tiny tokenizer's words for Llama 3's
+    found = CaptionEncoder(
+        EncoderConfig(llm=str(folder), compute_dtype="float32", chat_template=template, include_bos=False), "cpu"
+    )
+    tokenizer, model = found.tokenizer, AutoModel.from_pretrained(llama, dtype=torch.float32)
+    ids = tokenizer("<user>\na red bicycle<end>", return_tensors="pt")["input_ids"]
+    kept = len(tokenizer("a red bicycle<end>", add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), is_causal=False).last_hidden_state
+    assert torch.allclose(found.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5)
+
+
+def test_preset_of_released_llms(llama: Path) -> None:
+    config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
+    assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
+    assert not config.include_bos and config.preset == ""
+    with pytest.raises(ContractError, match="pooling is 'last', but preset llm2vec means 'mean'"):
+        CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
+    with pytest.raises(ValueError, match="unknown preset 'gpt'; known: llm2clip-llama3, llm2vec"):
+        EncoderConfig(preset="gpt")
+
+
+def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> None:
+    """LLM2Vec's adapters and most of the Hub's name the blocks one level deeper; there is no card."""
+    trained, folder = write_moved(llama, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    deeper = {name.replace("base_model.model.", "base_model.model.model."): t for name, t in tensors.items()}
+    save_file(deeper, str(folder / "adapter_model.safetensors"))
+    (folder / EncoderCard.FILE).unlink()
+    found = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(folder), compute_dtype="float32"), "cpu")
+    assert torch.allclose(found.encode(TEXTS), trained.encode(TEXTS), atol=1e-4)
+
+
+def write_bert(folder: Path, tokenizer, *, mode: str = "mean", more: tuple[str, ...] = ()) -> Path:
+    """A tiny sentence-transformers model of BERT's kind, with modules besides transformer and pooling."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=400, max_position_embeddings=64, initializer_range=0.2, **sizes)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.cls_token, tokenizer.sep_token = "<bos>", "<eos>"
+    tokenizer.save_pretrained(folder)
+    home = "sentence_transformers.models"
+    names = ["Transformer", "Pooling", *more]
+    kinds = [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"{home}.{name}"}
+        for i, name in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(kinds))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 24, "do_lower_case": False}))
+    (folder / "1_Pooling").mkdir()
+    modes = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "last": "lasttoken"}
+    pooling = {f"pooling_mode_{name}": kind == mode for kind, name in modes.items()}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+    return folder
+
+
+@pytest.fixture
+def tokenizer(llama: Path):
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(llama)
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return found
+
+
+def test_sentence_transformers_model_is_a_teacher(tokenizer, tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = write_bert(tmp_path / "bert", tokenizer)
+    ours = CaptionEncoder(EncoderConfig(llm=str(folder), compute_dtype="float32"), "cpu")
+    assert ours.config.max_tokens == 24 and ours.config.attention == "bidirectional"
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    long = [*TEXTS, "dog " * 60]
+    assert torch.allclose(ours.encode(long), torch.from_numpy(theirs.encode(long)), atol=1e-5)
+    assert ours.count_truncated == 2  # the last, and the one of 14 words
+    alone = torch.cat([ours.encode([text]) for text in long])
+    assert torch.allclose(ours.encode(long), alone, atol=1e-5)
+
+
+def test_what_cannot_be_reproduced_is_refused(tokenizer, tmp_path: Path) -> None:
+    by_cls = write_bert(tmp_path / "cls", tokenizer, mode="cls")
+    with pytest.raises(ContractError, match="mean and last token can be reproduced"):
+        CaptionEncoder(EncoderConfig(llm=str(by_cls)), "cpu")
+    dense = write_bert(tmp_path / "dense", tokenizer, more=("Dense",))
+    with pytest.raises(ContractError, match=r"\['Dense'\] can't be reproduced"):
+        CaptionEncoder(EncoderConfig(llm=str(dense)), "cpu")
+    mean = write_bert(tmp_path / "mean", tokenizer)
+    with pytest.raises(ContractError, match="pooling is 'last', but mean's own files say 'mean'"):
+        CaptionEncoder(EncoderConfig(llm=str(mean), pooling="last"), "cpu")
+    (mean / "modules.json").unlink()
+    with pytest.raises(ValueError, match="is a BertModel; expected a decoder LLM"):
+        CaptionEncoder(EncoderConfig(llm=str(mean)), "cpu")
