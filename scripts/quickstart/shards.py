@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """The quickstart's data folders, made from the built-in set.
 
-    scripts/quickstart/shards.py --output quickstart-output/data [--concepts 300 100 100]
+    scripts/quickstart/shards.py --output quickstart-output/data [--concepts 300 60 100] [--languages de zh]
 
 ``all/``        train, validation and test shards, and the unseen style (openmoji) of validation and test, drawn here
 ``shuffled/``   the training shards with the pictures of concepts exchanged: the control. Keys and captions stay, so
                 the teacher's cache of ``all/`` fits it.
 
-``--concepts`` keeps the first so many training, validation and test concepts, for a short run.
+``--concepts`` keeps the first so many training, validation and test concepts, ``--languages`` the names in English and
+these languages alone: for a short run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,26 @@ EMOJI = SCRIPTS.parent / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
 UNSEEN = "openmoji"
 Sample = tuple[str, bytes, dict[str, Any]]  # key, png, description
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What of the built-in set is used."""
+
+    concepts: tuple[int, ...] = ()  # training, validation and test concepts; (): all
+    languages: tuple[str, ...] = ()  # of names, beside English; (): all
+
+    def of(self, split: str, samples: list[Sample]) -> list[Sample]:
+        """The samples of a split's shard that belong to it, with the captions that do."""
+        if self.concepts:
+            samples = first_concepts(samples, self.concepts[SPLITS.index(split)])
+        if not self.languages:
+            return samples
+        kept = {"en", *self.languages}
+        return [
+            (key, png, {**about, "captions": [c for c in about["captions"] if c["language"] in kept]})
+            for key, png, about in samples
+        ]
 
 
 def read_tar(path: Path) -> list[Sample]:
@@ -90,15 +112,13 @@ def draw_unseen(folder: Path) -> str:
     return ""
 
 
-def make_all(folder: Path, concepts: tuple[int, int, int] | None) -> str:
+def make_all(folder: Path, part: Part) -> str:
     """Fill ``all/``; returns why the unseen style is missing, or ""."""
     with whole_directory(folder, replace=True) as aside:
         missing = draw_unseen(aside)
         paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(aside.glob("*.tar")))]
         for split, path in paths:
-            samples = read_tar(path)
-            count = len(samples) if concepts is None else concepts[SPLITS.index(split)]
-            write_tar(aside / path.name, first_concepts(samples, count))
+            write_tar(aside / path.name, part.of(split, read_tar(path)))
     return missing
 
 
@@ -109,15 +129,18 @@ def make_shuffled(everything: Path, folder: Path) -> None:
             write_tar(aside / path.name, exchange_pictures(read_tar(path)))
 
 
-def prepare(output: Path, concepts: tuple[int, int, int] | None = None) -> None:
-    """Make both folders, unless they are there for the same ``concepts``."""
-    recipe = {"concepts": concepts and list(concepts), "built_from": [path.stat().st_size for _, path in shipped()]}
+def prepare(output: Path, part: Part) -> None:
+    """Make both folders, unless they are there for the same part of the same set."""
+    recipe = {
+        **{name: list(values) for name, values in asdict(part).items()},
+        "built_from": [path.stat().st_size for _, path in shipped()],
+    }
     stamp = output / "made-for.json"
     whole = (output / "all" / f"test-{UNSEEN}.tar").is_file()
     if whole and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
         return
     stamp.unlink(missing_ok=True)
-    missing = make_all(output / "all", concepts)
+    missing = make_all(output / "all", part)
     make_shuffled(output / "all", output / "shuffled")
     if missing:
         print(f"note: {missing}", file=sys.stderr)
@@ -128,9 +151,10 @@ def main() -> None:
     """Command line; see the head of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument("--concepts", type=int, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"))
+    parser.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
+    parser.add_argument("--languages", nargs="+", default=[])
     options = parser.parse_args()
-    prepare(options.output, tuple(options.concepts) if options.concepts else None)
+    prepare(options.output, Part(concepts=tuple(options.concepts), languages=tuple(options.languages)))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def write_cache(data, directory, identity=IDENTITY) -> None:
 def folder(tmp_path_factory):
     """data/, and towers: two seeds of "raw" and a control, none of them trained."""
     folder = tmp_path_factory.mktemp("quickstart-report")
-    shards.prepare(folder / "data", (5, 4, CONCEPTS))
+    shards.prepare(folder / "data", shards.Part(concepts=(5, 4, CONCEPTS)))
     write_cache(folder / "data" / "all", folder / "data" / "cache" / "raw")
     models.build_tiny_tower(folder / "tiny", 28)
     for name, seed in (("raw", 0), ("raw", 1), ("shuffled", 1)):

