@@ -7,7 +7,6 @@ weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, glob
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,21 +65,36 @@ def openai_b16() -> RunConfig:
     return _paper("openai/clip-vit-base-patch16", joint_width=1280)
 
 
+def eva02_l14_336() -> RunConfig:
+    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then say --tower.path."""
+    return _paper("", joint_width=1280, name="eva02-l14-336")
+
+
+def eva02_l14_224() -> RunConfig:
+    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then say --tower.path."""
+    return _paper("", joint_width=1280, name="eva02-l14-224")
+
+
+def eva02_b16() -> RunConfig:
+    """EVA02-CLIP B/16: `llm2clip import` its .pt, then say --tower.path."""
+    return _paper("", joint_width=1280, name="eva02-b16")
+
+
 def siglip2_so400m_224() -> RunConfig:
     """SigLIP 2 so400m/14 at 224 px; its own pooled output is what the projection reads."""
     return _paper("google/siglip2-so400m-patch14-224", joint_width=1152)
 
 
-def _paper(tower: str, *, joint_width: int) -> RunConfig:
+def _paper(tower: str, *, joint_width: int, name: str = "") -> RunConfig:
     """The published stage-2 settings over a tower; data and caches are the user's."""
     return RunConfig(
-        output_dir=f"runs/{tower.rpartition('/')[2]}",
+        output_dir=f"runs/{name or tower.rpartition('/')[2]}",
         tower=TowerConfig(path=tower),
         dual=DualConfig(joint_width=joint_width),
         optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
         train=TrainConfig(
             global_batch=4096,
-            num_train_epochs=4,
+            num_train_epochs=4.0,
             precision="bf16",
             gradient_checkpointing=True,
             dataloader_num_workers=8,
@@ -92,7 +106,16 @@ def _paper(tower: str, *, joint_width: int) -> RunConfig:
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
-    for function in (quickstart, openai_l14_336, openai_l14_224, openai_b16, siglip2_so400m_224)
+    for function in (
+        quickstart,
+        openai_l14_336,
+        openai_l14_224,
+        openai_b16,
+        eva02_l14_336,
+        eva02_l14_224,
+        eva02_b16,
+        siglip2_so400m_224,
+    )
 }
 
 
@@ -101,8 +124,3 @@ def recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]()
-
-
-def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The same run, so many steps long."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=steps))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.evaluate.measure import evaluate_retrieval
-from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
+from llm2clip_plugin.train.checkpoint import FOLDER, RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine, start_ranks
@@ -264,10 +263,11 @@ def finish(config: RunConfig, state: TrainState, data: Data, total_steps: int) -
 
 
 def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool = False, replace: bool = False) -> Path:
-    """Write a run's checkpoint (the newest, unless ``checkpoint`` says which) as a tower directory."""
+    """Write a run's checkpoint (the newest, unless ``checkpoint`` names or points to one) as a tower directory."""
     record_ = RunRecord.read(run / RunRecord.FILE)
     config = from_plain(RunConfig, record_.config, where=str(run / RunRecord.FILE))
-    path = Checkpoints(run, keep=0).find(checkpoint or "auto")
+    inside = run / FOLDER / checkpoint
+    path = Checkpoints(run, keep=0).find(str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO)
     if path is None:
         raise FileNotFoundError(f"{run} holds no checkpoint yet")
     loaded = load(path)
@@ -293,8 +293,3 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
         replace=replace,
     )
     return output
-
-
-def remove_checkpoints(run: Path) -> None:
-    """Free the disk that a finished run's checkpoints take; the exported tower stays."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -115,7 +115,8 @@ class Engine:
         """After each micro-batch; the last one of a step updates the parameters."""
         if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
             grads = [p.grad for _, p in self.trained if p.grad is not None]
-            self._local_norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+            norms = [torch.linalg.vector_norm(grad) for grad in grads]
+            self._local_norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
         self.device_engine.step()
 
     @property

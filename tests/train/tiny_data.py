@@ -16,6 +16,7 @@ from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.base import SourceConfig
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows
 from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.vision.export import save_tower
 
 WIDTH = 24  # of the teacher's embeddings
 SHARDS, SAMPLES = 2, 24
@@ -29,11 +30,13 @@ def make_tower(folder: Path, kind: str = "clip") -> Path:
     if kind == "dinov2":
         from transformers import Dinov2Config, Dinov2Model
 
-        Dinov2Model(Dinov2Config(mlp_ratio=2, **common)).save_pretrained(folder)
+        tower = Dinov2Model(Dinov2Config(mlp_ratio=2, **common))
     else:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, **common)).save_pretrained(folder)
+        tower = CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, **common))
+    folder.mkdir(parents=True)
+    save_tower(tower, folder)  # the hub's names, which every version of transformers reads
     return folder
 
 

@@ -1,0 +1,239 @@
+"""Benchmark: a training step against a bare forward/backward/AdamW loop on the same tensors.
+
+    python scripts/bench_step.py --towers vit-s vit-b --batch 8 --rounds 5
+
+Both ways train the same dual encoder from the same weights; their steps alternate, and the median counts. Prints one
+JSON line a tower: seconds a step of each way, their ratio (bare / ours, 1 is equal), FLOP/s as a share of the
+measured peak of matrix products, and the share of the step spent waiting for data (512-pixel JPEGs from a shard,
+decoded by loader workers while the step runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.base import SourceConfig
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
+from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.loss import LossConfig
+from llm2clip_plugin.train.model import trained_parameters
+from llm2clip_plugin.train.optim import OptimConfig, parameter_groups
+from llm2clip_plugin.train.step import Scaled, Step, loss_terms
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+
+TOWERS = {
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
+    "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+WIDTH = 640  # of the teacher's embeddings
+OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
+
+
+def main() -> None:
+    """Measure each tower and print its line."""
+    options = parser().parse_args()
+    device = start_ranks()
+    peak = matmul_peak(device)
+    for name in options.towers:
+        print(json.dumps({"tower": name, **measure(name, options, device, peak)}), flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the benchmark."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--workers", type=int, default=1, help="loader processes of the data measurement")
+    return options
+
+
+def measure(name: str, options: argparse.Namespace, device: torch.device, peak: float) -> dict[str, Any]:
+    """Both ways by turns, then ours over a loader."""
+    dual = make_dual(name)
+    batch = make_batch(options.batch)
+    bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device)
+    ours, loss = our_step(dual, options.batch), []
+    seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+    for number in range(options.rounds + 1):
+        for way, step in (("bare", bare), ("ours", lambda: ours(batch)[0])):
+            start = time.perf_counter()
+            loss.append(float(step()))
+            if number:  # the first round loads kernels
+                seconds[way].append(time.perf_counter() - start)
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    best = {way: min(values) for way, values in seconds.items()}
+    return {
+        "batch": options.batch,
+        "bare_seconds": median["bare"],
+        "ours_seconds": median["ours"],
+        "ratio": median["bare"] / median["ours"],
+        "ratio_of_best": best["bare"] / best["ours"],
+        "flops": flops,
+        "flop_share_of_peak": flops / best["ours"] / peak,
+        "matmul_peak_gflops": peak / 1e9,
+        "wait_share": wait_share(ours, options),
+        "losses_agree": abs(loss[-2] - loss[-1]) < 1e-3,
+    }
+
+
+def make_dual(name: str) -> DualEncoder:
+    """A CLIP tower of patches of 16 at 224 pixels with random weights, and the paper's adapter."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **TOWERS[name]))
+    return DualEncoder(tower, DualConfig(joint_width=512, llm_width=WIDTH)).train()
+
+
+def make_batch(size: int) -> dict[str, Any]:
+    """Random pixels and embeddings, made once."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values": torch.randn(size, 3, 224, 224, generator=generator),
+        "embeddings": torch.randn(size, WIDTH, generator=generator),
+        "caption_ids": torch.arange(size),
+        "image_ids": torch.arange(size),
+        "keys": [str(i) for i in range(size)],
+        "position": size,
+    }
+
+
+def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device) -> tuple[Callable[[], float], float]:
+    """The obvious loop's step, and the floating point operations of its forward and backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    parameters = [p for p in dual.parameters() if p.requires_grad]
+    labels = torch.arange(len(batch["keys"]), device=device)
+
+    def forward_backward() -> Tensor:
+        image, text = dual(batch["pixel_values"].to(device), batch["embeddings"].to(device))
+        logits = dual.logit_scale.exp() * image @ text.T
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    def step() -> float:
+        loss = forward_backward()
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIM.max_grad_norm)
+        optimizer.step()
+        return loss.item()
+
+    with FlopCounterMode(display=False) as counter:
+        forward_backward()
+    return step, float(counter.get_total_flops())
+
+
+def our_step(dual: DualEncoder, size: int) -> Step:
+    """The step of a run of one rank under ZeRO-0."""
+    plan = EnginePlan(
+        global_batch=size,
+        micro_batch=size,
+        accumulation=1,
+        precision="fp32",
+        max_grad_norm=OPTIM.max_grad_norm,
+        lr=OPTIM.lr,
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+        weight_decay=OPTIM.weight_decay,
+        schedule=OPTIM.schedule,
+        warmup_steps=0,
+        total_steps=100,
+        hidden_size=dual.tower.config.hidden_size,
+    )
+    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
+    adam = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps}
+    engine = Engine(Scaled(dual), groups, adam, complete({}, plan))
+    return Step(engine, loss_terms(LossConfig()), seed=0, noisy=False)
+
+
+def wait_share(step: Step, options: argparse.Namespace) -> float:
+    """Share of the time of ``rounds`` steps spent waiting for the loader, after one step to start it."""
+    with tempfile.TemporaryDirectory() as folder:
+        waited, total, start = 0.0, 0.0, 0.0
+        batches = jpeg_batches(Path(folder), options)
+        for number in range(options.rounds + 1):
+            start = time.perf_counter()
+            batch = next(batches)
+            ready = time.perf_counter()
+            step(batch)
+            if number:
+                waited += ready - start
+                total += time.perf_counter() - start
+        return waited / total
+
+
+def jpeg_batches(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Batches over a shard of 512-pixel JPEGs with a cache of random embeddings."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(max(16, options.batch)):
+            smooth = generator.integers(0, 256, (32, 32, 3), np.uint8)
+            body = io.BytesIO()
+            Image.fromarray(smooth).resize((512, 512), Image.Resampling.BICUBIC).save(body, "JPEG", quality=90)
+            for suffix, data in (("jpg", body.getvalue()), ("txt", f"caption {number}".encode())):
+                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    source = open_source(SourceConfig(path=str(folder)))
+    identity = TeacherIdentity(
+        llm="random",
+        revision="",
+        weights_sha256="0" * 64,
+        adapter_sha256="",
+        attention="causal",
+        pooling="last",
+        layer=-1,
+        prompt="",
+        chat_template="",
+        max_tokens=64,
+        width=WIDTH,
+    )
+    writer = CacheWriter(folder / "cache", identity)
+    for shard in source.shards:
+        pairs = [source.captions(shard.start + i) for i in range(shard.size)]
+        rows = caption_rows([captions for _, captions in pairs])
+        writer.write_shard(shard.name, [key for key, _ in pairs], rows, torch.randn(len(rows), WIDTH))
+    writer.finish()
+    dataset = PairDataset([source], [EmbeddingCache.open(folder / "cache")], ImageConfig(size=224), seed=0)
+    return iter(make_loader(dataset, local_batch=options.batch, workers=options.workers))
+
+
+def matmul_peak(device: torch.device) -> float:
+    """FLOP/s of the best of some fp32 products of 2048 x 2048 matrices."""
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Parameter groups, freezing, the first phase, moving averages, and what a run writes about itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_data import WIDTH, make_all
+from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
+
+from llm2clip_plugin.data.base import SourceConfig
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.train.ema import MovingAverage
+from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
+from llm2clip_plugin.train.loss import LossConfig
+from llm2clip_plugin.train.model import TowerConfig, build_dual, trainable_names, trained_parameters, with_llm_width
+from llm2clip_plugin.train.optim import OptimConfig, parameter_groups, set_lr
+from llm2clip_plugin.train.progress import MetricsFile, Progress
+from llm2clip_plugin.vision.dual import DualConfig
+from llm2clip_plugin.vision.towers import preprocessor_config
+
+DUAL = DualConfig(joint_width=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
+
+
+@pytest.fixture(scope="module", params=["clip", "dinov2"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_all(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):
+    dual = build_dual(TowerConfig(path=str(tiny / "tower")), DUAL, seed=0)
+    trained = {item.name: item for item in trained_parameters(dual, OptimConfig(lr=1.0, head_lr=3.0, layer_decay=0.5))}
+    assert set(trained) == set(trainable_names(dual))
+    for name, item in trained.items():
+        block = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if not name.startswith("tower."):
+            expected = 3.0
+        elif "embeddings" in name or "pre_layrnorm" in name:
+            expected = 0.125  # depth 0 of 3: 0.5 ** 3
+        else:
+            expected = 1.0 if block is None else 0.5 ** (2 - block)
+        assert item.lr == expected, name
+        table = any(part in name for part in ("position", "cls_token", "class_embedding", "mask_token"))
+        assert item.decay == (item.parameter.ndim > 1 and not table), name
+    groups = parameter_groups(trained.values(), 0.05)
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    set_lr(groups, 0.5)
+    assert {group["lr"] for group in groups} == {1.5, 0.5, 0.25, 0.125, 0.0625}
+
+
+def test_freezing_is_visible(tiny: Path):
+    path = str(tiny / "tower")
+    frozen = trainable_names(build_dual(TowerConfig(path=path, freeze=True), DUAL, seed=0))
+    assert frozen and not [name for name in frozen if name.startswith("tower.")]
+    first = trainable_names(build_dual(TowerConfig(path=path, freeze_first_blocks=1), DUAL, seed=0))
+    assert not [name for name in first if (".0." in name and name.startswith("tower.")) or "embeddings" in name]
+    assert [name for name in first if ".1." in name and name.startswith("tower.")]
+    with pytest.raises(ValueError, match="freezes all blocks"):
+        TowerConfig(path=path, freeze=True, freeze_first_blocks=1)
+    with pytest.raises(ValueError, match="no tower to train"):
+        build_dual(TowerConfig(), DUAL, seed=0)
+    with pytest.raises(ValueError, match=r"dual.llm_width is 24, the embedding cache is 32 wide"):
+        with_llm_width(DUAL, 32)
+
+
+def fit(rank: int, world: int, folder: str, steps: int) -> dict[str, Any]:
+    """The first phase on a tiny set."""
+    tiny = Path(folder)
+    dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), DUAL, seed=0)
+    source = open_source(SourceConfig(path=str(tiny / "data")))
+    cache = EmbeddingCache.open(next((tiny / "data").glob("embeddings-*")))
+    images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
+    tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
+    config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01), torch.device("cpu")
+    loss = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1)
+    return {
+        "loss": loss,
+        "heads": {name: value.detach().clone() for name, value in head_parameters(dual)},
+        "tower untouched": all(torch.equal(tower[name], value) for name, value in dual.tower.state_dict().items()),
+        "gradients": [name for name, p in dual.named_parameters() if p.grad is not None],
+        "training": dual.training,
+    }
+
+
+def test_heads_learn_on_frozen_features_and_leave_nothing_behind(tiny: Path):
+    short, long = fit(0, 1, str(tiny), 1), fit(0, 1, str(tiny), 40)
+    assert long["loss"] < 0.7 * short["loss"] and math.isfinite(long["loss"])
+    assert long["tower untouched"] and long["gradients"] == [] and long["training"]
+
+
+def test_heads_do_not_depend_on_the_ranks(tiny: Path):
+    alone, ranks = fit(0, 1, str(tiny), 3), run_ranks(fit, 2, str(tiny), 3)
+    for name, value in alone["heads"].items():
+        torch.testing.assert_close(ranks[0]["heads"][name], value, atol=1e-5, rtol=1e-5)
+        assert torch.equal(ranks[1]["heads"][name], ranks[0]["heads"][name])
+
+
+def average(rank: int, world: int, stage: int) -> dict[str, Any]:
+    """A moving average through three steps, and the weights after each of them."""
+    engine = tiny_engine(stage=stage, micro=16, world=world)
+    step, mean = tiny_step(engine), MovingAverage(engine, 0.9)
+    weights = [engine.weights(keep=True)]
+    for i in range(3):
+        step(tiny_batch(i, rank=rank, world=world))
+        mean.update()
+        weights.append(engine.weights(keep=True))
+    return {"weights": weights, "mean": mean.values(keep=True), "held": len(mean.mine), "all": len(engine.trained)}
+
+
+def averages(rank: int, world: int) -> list[dict[str, Any]]:
+    return [average(rank, world, stage) for stage in (1, 3)]
+
+
+def test_the_moving_average_is_the_formula_and_cut_over_the_ranks():
+    for result in zip(*run_ranks(averages, 2), strict=True):
+        assert sum(part["held"] for part in result) == result[0]["all"] and result[0]["held"] < result[0]["all"]
+        first, *later = result[0]["weights"]
+        for name, value in result[1]["mean"].items():
+            expected = first[name]
+            for n, weights in enumerate(later, 1):
+                decay = min(0.9, (1 + n) / (10 + n))
+                expected = decay * expected + (1 - decay) * weights[name]
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, from_step=0)
+    for step in (1, 2, 3):
+        first.write({"step": step, "loss": 1.0 / step})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    second = MetricsFile(path, from_step=2)
+    second.write({"step": 3, "loss": 0.5})
+    second.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+def test_progress_tells_rate_recall_memory_and_the_time_left(capsys: pytest.CaptureFixture[str]):
+    with Progress(10, start=4, show=True) as progress:
+        progress.advance(5, 64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
+        assert progress.left() == pytest.approx(10.0)
+        progress.advance(10, 64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "step 5/10 loss 1.5  32 samples/s  3.25 GiB, 10 s left"
+    assert told[1] == "step 10/10 loss 1.5  32 samples/s  R@1 0.250/0.500  3.25 GiB, 0 s left"
