@@ -35,7 +35,7 @@ def quickstart() -> RunConfig:
             read=ReadConfig(kinds=("short", "long"), languages=("en",)),
             augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
         ),
-        tower=TowerConfig(image_size=56),  # 4 x 4 patches
+        tower=TowerConfig(image_size=56, freeze_first_blocks=6),  # 4 x 4 patches; half of the blocks train
         dual=DualConfig(
             joint_width=384,
             pool="cls_mean",
@@ -45,7 +45,7 @@ def quickstart() -> RunConfig:
         ),
         optim=OptimConfig(lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0),
         heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
-        train=TrainConfig(global_batch=128, max_steps=60, save_minutes=2.0, save_total_limit=1),
+        train=TrainConfig(global_batch=128, max_steps=120, save_minutes=2.0, save_total_limit=1),
         evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group="concept"),
     )
 

