@@ -25,7 +25,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     was trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
     """
     config = read_config(checkpoint)
-    name = config.get("mm_vision_tower")
+    name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
         raise ContractError(f"{checkpoint} was trained with the vision tower {name!r}, which is none of this package's")
     place = find(checkpoint, name, config, tower)

@@ -180,7 +180,7 @@ class Answerer:
                 model_config=self.model.config,
             )
             yield from DataLoader(
-                prepare,
+                prepare,  # pyright: ignore[reportArgumentType] - a map-style data set needs no base class
                 batch_size=self.options.batch_size,
                 num_workers=min(self.options.workers, len(indices)),
                 collate_fn=list,
@@ -194,7 +194,7 @@ class Answerer:
         ids, mask = padded([tokens for _, tokens, _, _ in batch])
         arguments: dict[str, Any] = {"attention_mask": mask.to(device)}
         if batch[0][2] is not None:
-            images = [pixels.to(device=device, dtype=self.model.dtype) for _, _, pixels, _ in batch]
+            images = [p.to(device=device, dtype=self.model.dtype) for _, _, p, _ in batch if p is not None]
             alike = all(image.shape == images[0].shape for image in images)
             arguments["images"] = torch.stack(images) if alike else images
             arguments["image_sizes"] = [size for *_, size in batch]

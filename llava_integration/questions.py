@@ -113,7 +113,7 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
                 if is_none(row.get(letter)):
                     break
                 options.append(row[letter])
-            letters = list(LETTERS[: len(options)])
+            letters: list[str] = list(LETTERS[: len(options)])
             for round_number in range(len(options) if all_rounds else 1):
                 questions.append(
                     table_question(row, options, letters, round_number, DIRECTLY[lang] if directly else "")

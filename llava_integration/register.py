@@ -38,7 +38,7 @@ def knowing_our_names(original: Callable[..., Any]) -> Callable[..., Any]:
     """LLaVA's ``build_vision_tower`` that answers for our names and leaves every other to ``original``."""
 
     def build_vision_tower(vision_tower_cfg: Any, **options: Any) -> Any:
-        name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+        name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
         if not names.is_ours(name):
             return original(vision_tower_cfg, **options)
         return build(name, vision_tower_cfg, **options)

@@ -86,7 +86,7 @@ def refuse_for_sentence_transformers(encoder: CaptionEncoder) -> None:
     config, reasons = encoder.config, []
     if config.chat_template:
         reasons.append("a chat template")
-    if encoder.model.llm.config.num_hidden_layers and config.layer != -1:
+    if config.layer != -1:
         reasons.append(f"layer {config.layer}")
     prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
     if config.pooling == "mean" and encoder.frame.has_bos and (config.include_bos is bool(prompts)):

@@ -43,7 +43,8 @@ def start_ranks() -> torch.device:
     """Join the process group (of one, without a launcher); returns this rank's device."""
     set_single_process_environment()
     prepare_deepspeed()
-    backend = deepspeed.get_accelerator().communication_backend_name()
+    accelerator: Any = deepspeed.get_accelerator()
+    backend = accelerator.communication_backend_name()
     deepspeed.init_distributed("gloo" if backend == "ccl" else backend)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -91,7 +92,8 @@ class Engine:
         self.module = module
         prepare_deepspeed()
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
-            self.device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.device_engine: Any = engine  # its optimizer is one of a dozen classes
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -240,7 +242,7 @@ class Engine:
         """Put a whole master or moment back, each rank its part."""
         if self.stage == 3:
             # safe_set_full_* run past the end of a parameter whose elements are no multiple of the ranks
-            size = parameter.ds_tensor.numel()
+            size = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
             padded = value.new_zeros(size * world_size())
             padded[: value.numel()] = value.flatten()
             mine = padded.narrow(0, size * rank(), size)

@@ -94,7 +94,7 @@ def broadcast_object(value: Any, group: Group = None) -> Any:
     if world_size(group) == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, src=0, group=group)  # pyright: ignore[reportArgumentType]
     return box[0]
 
 

@@ -66,7 +66,7 @@ class DualModule(Protocol):
 class Scaled(nn.Module):
     """A dual encoder whose forward pass also gives its logit scale and bias, which ZeRO-3 only gathers there."""
 
-    def __init__(self, dual: nn.Module) -> None:
+    def __init__(self, dual: Any) -> None:  # an nn.Module that is a Dual
         super().__init__()
         self.dual = dual
 
@@ -248,7 +248,7 @@ class Step(ContrastiveStep):
 
     def _forward(self, micro: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         noise = self._noise(micro) if self.noisy else None
-        return self.engine(micro["pixel_values"], micro["embeddings"], noise)
+        return self.engine(micro["pixel_values"], micro["embeddings"], noise)  # pyright: ignore[reportArgumentType]
 
     def _noise(self, micro: Batch) -> Tensor:
         """(m, W) standard normal values, each row a function of (seed, place of its sample)."""
