@@ -13,6 +13,10 @@ extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 llava_environment .venv-llava
 
+# The comparison's page is opened in a real browser, where there is one.
+command -v chromium >/dev/null || { [ "$(id -u)" = 0 ] && { apt-get install -y -qq chromium >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; }; } ||
+    echo "note: no Chromium here, the browser test of the report is skipped" >&2
+
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
@@ -20,3 +24,6 @@ llava_environment .venv-llava
 # What LLaVA's environment loads is tested there too: the vision side, the scoring rules, and LLaVA itself.
 extensions_of .venv-llava
 .venv-llava/bin/python -m pytest tests/llava tests/vision tests/benchmarks --durations=15
+
+# A user's first command, in little.
+scripts/quickstart.sh --smoke --output quickstart-output/test
