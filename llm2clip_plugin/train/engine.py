@@ -238,7 +238,7 @@ class Engine:
             return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         return parameter.data if key is None else self._base().state.get(parameter, {}).get(key)
 
-    def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+    def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
         """Put a whole master or moment back, each rank its part."""
         if self.stage == 3:
             # safe_set_full_* run past the end of a parameter whose elements are no multiple of the ranks

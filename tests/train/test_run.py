@@ -114,14 +114,15 @@ def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
-    """`deepspeed --num_gpus 2` with ZeRO-3: SIGTERM saves, exit 0; the same command ends with an exported tower."""
+    """`deepspeed --num_gpus 2` with ZeRO-3: SIGTERM saves, exit 0; it goes on to an end that exports the tower."""
     run = tmp_path / "run"
     validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
-    command += options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "1000")
+    command += options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "0")
+    long, port = ["--max_steps", "2000"], "--master_port"
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, *long], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     deadline = time.monotonic() + 900
     while not losses(run) and time.monotonic() < deadline:
@@ -133,16 +134,19 @@ def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
     _, told = process.communicate(timeout=900)
     assert process.returncode == 0
     stopped = RunRecord.read(run / RunRecord.FILE)
-    assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < STEPS
+    assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < 2000
     assert not (run / "tower").exists()
+    end = stopped.step + 2
+    command[command.index(port) + 1] = str(free_port())
+    command += ["--max_steps", str(end), "--allow-changed", "train.max_steps"]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
     ended = RunRecord.read(run / RunRecord.FILE)
-    assert ended.finished and ended.step == STEPS and ended.samples == 16 * STEPS
-    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert ended.finished and ended.step == end and ended.samples == 16 * end
+    assert sorted(losses(run)) == list(range(1, end + 1))
     assert {"i2t_r1", "t2i_r10"} <= set(lines(run)[-1])
     assert load_tower(run / "tower").config.image_size == 16
     card = TowerCard.read(run / "tower" / TowerCard.FILE)
-    assert card.training["steps"] == STEPS and card.metrics["i2t_r1"] == lines(run)[-1]["i2t_r1"]
+    assert card.training["steps"] == end and card.metrics["i2t_r1"] == lines(run)[-1]["i2t_r1"]
     assert list((run / "monitor").rglob("*loss*.csv"))
 
 
