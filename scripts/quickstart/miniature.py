@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""The LLaVA miniature's own parts: questions, a language model of nothing, scores. Runs in LLaVA's environment.
+
+    miniature.py data  --output DIR [--concepts N]     pictures, text, captions, questions
+    miniature.py llm   --output DIR                    a Llama of four layers and its tokenizer, random weights
+    miniature.py score NAME --output DIR               scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
+
+Questions: the group of an emoji (nine answers), and easy-vqa's about a coloured shape (thirteen answers). Held out are
+emoji of families that no stage has seen, and easy-vqa's test pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.contracts import ScoreFile, whole_directory
+
+ROOT = Path(__file__).resolve().parents[2]
+EMOJI = ROOT / "llm2clip_plugin" / "data" / "emoji"
+GROUP = "Which group does the emoji belong to?"
+SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
+
+
+def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """(key, PNG, description) of a split's pictures in every style."""
+    for shard in sorted(EMOJI.glob(f"{split}-*.tar")):
+        parts: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                body = tar.extractfile(member)
+                parts.setdefault(key, {})[suffix] = body.read() if body else b""
+        for key, found in parts.items():
+            yield key, found["png"], json.loads(found["json"])
+
+
+def easy_vqa(split: str, count: int) -> list[tuple[str, Path, str, str]]:
+    """(id, picture, question, answer) of ``count`` questions, drawn once and for all."""
+    import easy_vqa
+
+    folder = Path(easy_vqa.__file__).parent / "data" / split
+    questions = json.loads((folder / "questions.json").read_text())
+    drawn = random.Random(0).sample(range(len(questions)), min(count, len(questions)))
+    found = []
+    for place in sorted(drawn):
+        question, answer, image = questions[place]
+        found.append((f"shape-{place}", folder / "images" / f"{image}.png", question, answer))
+    return found
+
+
+def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
+    """One turn in LLaVA's form."""
+    asked = f"<image>\n{question}" if picture else question
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+
+
+def make_data(output: Path, concepts: int) -> None:
+    """Everything that the stages read, whole or not at all."""
+    kept = sorted({about["concept"] for _, _, about in emoji("train")})
+    kept = set(random.Random(0).sample(kept, min(concepts or len(kept), len(kept))))
+    share = len(kept) / 1068  # of the shapes too, so that a smoke run is short
+    with whole_directory(output, replace=True) as aside:
+        images = aside / "images"
+        images.mkdir()
+        text, captions, questions, asked = [], [], [], []
+        for key, png, about in emoji("train"):
+            if about["concept"] not in kept:
+                continue
+            (images / f"{key}.png").write_bytes(png)
+            names = {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
+            if about["style"] == "noto":  # the text knows no style
+                text.append(
+                    {"id": key, "conversations": talk(f"{GROUP} {names['short']}", about["group"], picture=False)}
+                )
+                told = talk(f"Describe it: {names['short']}", names["long"], picture=False)
+                text.append({"id": f"{key}-long", "conversations": told})
+            picture = {"id": key, "image": f"{key}.png"}
+            captions.append({**picture, "conversations": talk("What is it?", names["short"], picture=True)})
+            questions.append({**picture, "conversations": talk(GROUP, about["group"], picture=True)})
+        for number, (key, path, question, answer) in enumerate(easy_vqa("train", int(SHAPES_TRAIN * share))):
+            (images / f"train-{path.name}").write_bytes(path.read_bytes())
+            turn = talk(question, answer, picture=True)
+            questions.append({"id": key, "image": f"train-{path.name}", "conversations": turn})
+            if number % 10 == 0:  # the words of the questions and answers, without the pictures
+                text.append({"id": f"{key}-text", "conversations": talk(question, answer, picture=False)})
+        for number, (key, png, about) in enumerate(emoji("test")):
+            if number % 10 and share < 0.5:  # a smoke run asks one in ten
+                continue
+            (images / f"{key}.png").write_bytes(png)
+            row = {"question_id": key, "image": f"{key}.png", "text": GROUP, "answer": about["group"]}
+            asked.append({**row, "kind": "emoji group", "cluster": about["concept"]})
+        for key, path, question, answer in easy_vqa("test", SHAPES_TEST if share > 0.5 else SHAPES_TEST // 10):
+            (images / f"test-{path.name}").write_bytes(path.read_bytes())
+            row = {"question_id": key, "image": f"test-{path.name}", "text": question, "answer": answer}
+            asked.append({**row, "kind": "easy-vqa", "cluster": path.name})
+        for name, rows in (("text", text), ("captions", captions), ("finetune", questions)):
+            (aside / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
+        (aside / "questions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
+    print(f"{output}: {len(text)} texts, {len(captions)} captions, {len(questions)} questions, {len(asked)} held out")
+
+
+def make_llm(output: Path) -> None:
+    """A tokenizer of the texts' 1,500 commonest pieces and a Llama of 2.5 million weights that knows nothing."""
+    import sentencepiece
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+    lines = []
+    for name in ("text", "captions", "finetune"):
+        for row in json.loads((output / "data" / f"{name}.json").read_text()):
+            lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+    lines += ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:"] * 50
+    with whole_directory(output / "llm", replace=True) as aside:
+        (aside / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(aside / "lines.txt"),
+            model_prefix=str(aside / "tokenizer"),
+            vocab_size=1500,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes
+        tokenizer = LlamaTokenizer(str(aside / "tokenizer.model"), legacy=True)
+        tokenizer.save_pretrained(aside)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            max_position_embeddings=512,
+            pad_token_id=0,
+        )
+        LlamaForCausalLM(config).save_pretrained(aside)
+        for leftover in ("lines.txt", "tokenizer.vocab"):
+            (aside / leftover).unlink()
+
+
+def score(output: Path, name: str) -> None:
+    """Share of exact answers by kind of question; a file each in ``DIR/scores/NAME``."""
+    truth = [json.loads(line) for line in (output / "data" / "questions.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (output / f"{name}.answers.jsonl").read_text().splitlines()]
+    told = {answer["question_id"]: answer["text"] for answer in answers}
+    for kind in ("emoji group", "easy-vqa"):
+        rows = [row for row in truth if row["kind"] == kind]
+        items = [
+            {
+                "id": row["question_id"],
+                "cluster": row["cluster"],
+                "score": float(told[row["question_id"]].strip().lower() == row["answer"].lower()),
+                "question": row["text"],
+                "prediction": told[row["question_id"]],
+                "answer": row["answer"],
+            }
+            for row in rows
+        ]
+        accuracy = 100 * sum(item["score"] for item in items) / len(items)
+        commonest = max(sum(row["answer"] == answer for row in rows) for answer in {row["answer"] for row in rows})
+        record = ScoreFile(
+            benchmark=f"miniature: {kind}",
+            metrics={"accuracy": accuracy, "always_the_commonest": 100 * commonest / len(rows)},
+            items=items,
+            model=name,
+            notes=["a miniature: a language model of 2.5 million weights, trained here from scratch"],
+        )
+        record.write(output / "scores" / name / f"{kind.replace(' ', '-')}.scores.json")
+        print(
+            f"{name:>8}  {kind:12} {accuracy:5.1f} % of {len(items)} questions "
+            f"(always the commonest answer: {100 * commonest / len(rows):.1f} %)"
+        )
+
+
+def main() -> None:
+    """One of the three parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("data", "llm", "score"))
+    parser.add_argument("name", nargs="?", default="", help="of the side, for score")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
+    options = parser.parse_args()
+    if options.part == "data":
+        make_data(options.output / "data", options.concepts)
+    elif options.part == "llm":
+        make_llm(options.output)
+    else:
+        score(options.output, options.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# LLaVA in miniature: does a small LLaVA see better with the trained tower than with the same tower before?
+#
+#   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [--smoke]
+#
+# TOWER: a tower directory, or a plain Hugging Face vision directory (imported first). Unmodified LLaVA 1.5, three stages a
+# side, all but the tower the same: a Llama of 2.5 million weights learns words (once), then the projector to read the tower
+# from captions, then both to answer questions; then questions on unseen pictures. It is a miniature: it shows that the
+# whole path works and what two towers are worth to the same tiny reader, not what a 7B model would answer.
+# What is there whole is kept: the same command goes on where it was stopped.
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/../.." && pwd)
+BEFORE='' AFTER='' OUT='' CONCEPTS=0 TEXT_STEPS=300 CAPTION_STEPS=100 QUESTION_STEPS=300
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --before) BEFORE=$(realpath "$2"); shift ;;
+        --after) AFTER=$(realpath "$2"); shift ;;
+        --output) mkdir -p "$2"; OUT=$(realpath "$2"); shift ;;
+        --smoke) CONCEPTS=60 TEXT_STEPS=6 CAPTION_STEPS=4 QUESTION_STEPS=6 ;;
+        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        *) echo "error: unknown option $1" >&2; exit 2 ;;
+    esac
+    shift
+done
+for given in BEFORE AFTER OUT; do [ -n "${!given}" ] || { echo "error: --${given,,} is missing; see $0 --help" >&2; exit 2; }; done
+
+cd "$ROOT"
+if [ -z "${LLAVA_PYTHON:-}" ]; then # LLAVA_PYTHON: another Python with LLaVA and this package
+    . scripts/environments.sh
+    llava_environment .venv-llava
+    extensions_of .venv-llava
+    LLAVA_PYTHON=$ROOT/.venv-llava/bin/python
+fi
+"$LLAVA_PYTHON" -c 'import easy_vqa' 2>/dev/null || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
+say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
+
+# stage NAME OPTION...: one of LLaVA's stages into $OUT/NAME, unless it is there; the log beside it
+stage() {
+    local name=$1
+    shift
+    [ -f "$OUT/$name/trainer_state.json" ] && return
+    rm -rf "${OUT:?}/$name"
+    say "LLaVA stage: $name"
+    "$LLAVA_PYTHON" -m llava.train.train --output_dir "$OUT/$name" --image_folder "$OUT/data/images" --bf16 True \
+        --per_device_train_batch_size 32 --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
+        --logging_steps 5 --model_max_length 200 --lazy_preprocess True --report_to none --dataloader_num_workers 0 --seed 0 \
+        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
+        "$@" >"$OUT/$name.log" 2>&1 || { tail -n 20 "$OUT/$name.log" >&2; exit 1; }
+    sed -n "/'loss'/p" "$OUT/$name.log" | sed -n '1p;$p' >&2
+}
+
+say "data and language model"
+[ -d "$OUT/data" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py data --output "$OUT" --concepts "$CONCEPTS"
+[ -d "$OUT/llm" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py llm --output "$OUT"
+stage words --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json" --learning_rate 2e-3 --max_steps "$TEXT_STEPS"
+
+side() { # side NAME TOWER
+    local name=$1 tower=$2
+    if [ ! -f "$tower/llm2clip.json" ]; then
+        [ -d "$OUT/towers/$name" ] || "$LLAVA_PYTHON" -m llm2clip_plugin.cli import "$tower" --output "$OUT/towers/$name"
+        tower=$OUT/towers/$name
+    fi
+    stage "llava-$name-pretrain" --model_name_or_path "$OUT/words" --version plain --data_path "$OUT/data/captions.json" \
+        --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True --learning_rate 2e-3 --max_steps "$CAPTION_STEPS"
+    stage "llava-$name" --model_name_or_path "$OUT/words" --version v1 --data_path "$OUT/data/finetune.json" \
+        --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" \
+        --image_aspect_ratio pad --learning_rate 2e-3 --max_steps "$QUESTION_STEPS"
+    say "questions about unseen pictures: $name"
+    "$LLAVA_PYTHON" -m llava_integration.evaluate --model-path "$OUT/llava-$name" --question-file "$OUT/data/questions.jsonl" \
+        --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 32 --max_new_tokens 12 \
+        --dtype float32 --workers 0 2>"$OUT/$name.answers.log" || { tail -n 20 "$OUT/$name.answers.log" >&2; exit 1; }
+    "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "$name" --output "$OUT"
+}
+side before "$BEFORE"
+side after "$AFTER"
+
+say "comparison"
+"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --out "$OUT/compare" --no-references --no-images
+say "done: $OUT/compare/compare.md and compare.html. A miniature: a language model of 2.5 million weights trained here from scratch."
