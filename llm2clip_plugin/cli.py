@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "read a data set once and report what is in it and what is broken",
     ),
+    "pretrain-llm": ("llm2clip_plugin.llm_stage", "main_pretrain", "optional warm-up of an LLM: predict masked tokens"),
     "finetune-llm": (
         "llm2clip_plugin.llm_stage",
         "main",

@@ -20,12 +20,13 @@ from llm2clip_plugin.evaluate.caption_set import CaptionSetConfig, measure_capti
 from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, add_lora, save_adapter
+from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
 from llm2clip_plugin.text.pairs import PairBatches, PairsConfig, open_pairs, survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json, zero_stage
 from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.loop import LoopParts, TrainConfig, run_loop
+from llm2clip_plugin.train.loop import LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector, parameter_groups
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
 from llm2clip_plugin.vision.export import library_versions
@@ -59,12 +60,41 @@ class FinetuneConfig:
         return sha256_text(canonical_json(dataclasses.asdict(self)))
 
 
+StepMaker = Callable[[Engine], StepFunction]
+
+
 def finetune_llm(config: FinetuneConfig) -> Path | None:
-    """Train an adapter; returns its folder, None if the run was stopped before its end.
+    """Train an adapter to tell captions apart; returns its folder, None if the run was stopped before its end.
 
     The same call goes on from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can mend, NonFiniteLossError for a loss that is no number.
     """
+
+    def contrastive(encoder: CaptionEncoder) -> tuple[torch.nn.Module, StepMaker]:
+        terms, contrast = caption_terms(config.contrast), config.contrast
+        module = trained_module(encoder, config)
+        return module, lambda engine: CaptionStep(engine, terms, encoder, contrast, seed=config.train.seed)
+
+    return train_adapter(config, contrastive)
+
+
+def pretrain_llm(config: FinetuneConfig) -> Path | None:
+    """Train an adapter to predict masked tokens of the same texts; otherwise as ``finetune_llm``."""
+    if config.encoder.layer != -1:
+        raise ValueError(f"layer is {config.encoder.layer}; the LLM's head, which predicts tokens, sits on the last")
+
+    def masked(encoder: CaptionEncoder) -> tuple[torch.nn.Module, StepMaker]:
+        head = output_head(encoder)
+        module = MaskedModule(trained_module(encoder, config).model, head).train()
+        return module, lambda engine: MaskedStep(engine, encoder, seed=config.train.seed)
+
+    return train_adapter(config, masked)
+
+
+def train_adapter(
+    config: FinetuneConfig, assemble: Callable[[CaptionEncoder], tuple[torch.nn.Module, StepMaker]]
+) -> Path | None:
+    """Data, LLM, engine, loop, adapter; ``assemble`` says what is learned."""
     device = start_ranks()
     sources = open_pairs(config.pairs)
     surveys = [survey(source, config.pairs) for source in sources]
@@ -86,7 +116,7 @@ def finetune_llm(config: FinetuneConfig) -> Path | None:
     identity = {**dataclasses.asdict(config), "samples": samples}
     resumed = resume(checkpoints, config, identity)
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
-    module = trained_module(encoder, config)
+    module, make_step = assemble(encoder)
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if resumed is not None:
         for name, parameter in trained:
@@ -104,7 +134,7 @@ def finetune_llm(config: FinetuneConfig) -> Path | None:
     record(config, state)
     state = run_loop(
         LoopParts(
-            step=CaptionStep(engine, caption_terms(config.contrast), encoder, config.contrast, seed=config.train.seed),
+            step=make_step(engine),
             batches=batches.start(state.samples),
             engine=engine,
             average=None,
@@ -247,14 +277,14 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
     )
 
 
-def parse(argv: list[str]) -> FinetuneConfig:
+def parse(argv: list[str], prog: str = "llm2clip finetune-llm") -> FinetuneConfig:
     """The configuration from a command line; data sets may stand first, without ``--data``."""
     import tyro
 
     words = [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
     if words and not words[0].startswith("-"):
         words.insert(0, "--data")
-    return tyro.cli(tyro.conf.OmitArgPrefixes[FinetuneConfig], args=words, prog="llm2clip finetune-llm")
+    return tyro.cli(tyro.conf.OmitArgPrefixes[FinetuneConfig], args=words, prog=prog)
 
 
 def main(argv: list[str]) -> int:
@@ -262,4 +292,12 @@ def main(argv: list[str]) -> int:
     adapter = finetune_llm(parse(argv))
     if adapter is not None and os.environ.get("RANK", "0") == "0":
         print(f"adapter: {adapter}")
+    return 0
+
+
+def main_pretrain(argv: list[str]) -> int:
+    """``llm2clip pretrain-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
+    adapter = pretrain_llm(parse(argv, "llm2clip pretrain-llm"))
+    if adapter is not None and os.environ.get("RANK", "0") == "0":
+        print(f"adapter: {adapter}; merge it with llm2clip export-llm, then fine-tune what that wrote")
     return 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.text.files import ADAPTER_WEIGHTS
+from llm2clip_plugin.text.quiet import quiet_adapters
 
 # An adapter trained on the model with its language head names the blocks one level deeper.
 WITH_HEAD = re.compile(r"^base_model\.model\.model\.")
@@ -23,6 +24,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     Raises ContractError if the adapter doesn't fit: a tensor without a place, a place without a tensor, another shape.
     Tensors of blocks that the encoder has dropped (an earlier layer is pooled) are left out.
     """
+    quiet_adapters()
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(folder))

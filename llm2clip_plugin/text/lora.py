@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import EncoderCard, whole_directory
 from llm2clip_plugin.text.files import ADAPTER_WEIGHTS
+from llm2clip_plugin.text.quiet import quiet_adapters
 
 ALL_LINEAR = "all-linear"
 
@@ -36,6 +37,7 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
 
     Raises ValueError for target names that the LLM doesn't have, with those that it has.
     """
+    quiet_adapters()
     from peft import LoraConfig, PeftModel
 
     linear = sorted({name.rpartition(".")[2] for name, part in llm.named_modules() if is_linear(part)})

@@ -1,0 +1,140 @@
+"""Masked next-token prediction: an optional warm-up that gets a decoder used to seeing both ways.
+
+Of BehnamGhader et al. 2024 (LLM2Vec, arXiv 2404.05961, section 2.2): a fifth of the tokens is masked, and each is
+predicted from the state of the token *before* it, as the LLM's head was trained. The authors of LLM2CLIP say that it
+has little impact.
+
+Shape letters: m texts of a micro-batch, T tokens, K masked tokens, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.files import weight_files
+from llm2clip_plugin.text.model import CaptionModel
+from llm2clip_plugin.text.pairs import Pair
+from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.step import Batch, NonFiniteLossError, place_seed
+
+MASKED_SHARE = 0.2  # of the tokens
+MASK_WORD = "_"  # stands in for a masked token, as in LLM2Vec: decoders have no token for it
+UNMASKED = -100  # label of a token that is not predicted
+
+
+class MaskedModule(nn.Module):
+    """The LLM and its head; forward gives the summed loss of a micro-batch."""
+
+    def __init__(self, model: CaptionModel, head_VH: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.head_VH: Tensor
+        self.register_buffer("head_VH", head_VH, persistent=False)  # frozen, and in the LLM's own files
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """(m, T) four times, rows padded on the right -> () sum over masked tokens of their cross-entropy.
+
+        labels: the token that was there, UNMASKED elsewhere. Token t is predicted from state t - 1.
+        """
+        hidden_mTH = self.model.llm(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        places_mT = labels[:, 1:] != UNMASKED
+        logits_KV = (hidden_mTH[:, :-1][places_mT].to(self.head_VH.dtype) @ self.head_VH.T).float()
+        return F.cross_entropy(logits_KV, labels[:, 1:][places_mT], reduction="sum")
+
+
+class MaskedStep:
+    """One optimizer step: the texts of this rank's pairs, masked by (seed, place of the pair) alone."""
+
+    def __init__(self, engine: Engine, encoder: CaptionEncoder, *, seed: int) -> None:
+        self.engine = engine
+        self.encoder = encoder
+        self.seed = seed
+        self.mask_id = mask_token(encoder)
+
+    def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
+        """Update the parameters; returns the mean loss of a masked token. Raises NonFiniteLossError on every rank."""
+        pairs: list[Pair] = batch["pairs"]
+        first = batch["position"] - (world_size() - rank()) * len(pairs)
+        texts = [list(dict.fromkeys((pair.query, pair.positive))) for pair in pairs]
+        rows = [self.encoder.tokenize(of_pair) for of_pair in texts]
+        masks = [
+            [choose_masked(len(ids), place_seed(self.seed, 2 * (first + i) + j)) for j, ids in enumerate(of_pair)]
+            for i, of_pair in enumerate(rows)
+        ]
+        masked = torch.tensor([float(sum(len(mask) for of_pair in masks for mask in of_pair))])
+        total = float(sum_over_ranks(masked.to(self.engine.device)))
+        size = len(pairs) // self.engine.accumulation
+        loss = torch.zeros((), device=self.engine.device)
+        for start in range(0, len(pairs), size):
+            part = slice(start, start + size)
+            torch.manual_seed(place_seed(self.seed, first + start))  # dropout
+            summed = self.engine(*self._inputs(list(chain(*rows[part])), list(chain(*masks[part]))))
+            loss += summed.detach()
+            if not math.isfinite(float(sum_over_ranks(loss.clone()))):
+                raise NonFiniteLossError(
+                    f"the loss is not finite in the batch that ends at sample {batch['position']}; it began with "
+                    f"{', '.join(batch['keys'][:8])}. Nothing was updated; lower the learning rate"
+                )
+            # the engine takes the mean over ranks, and `total` counts the masked tokens of all
+            self.engine.backward(summed * (world_size() / total))
+            self.engine.step()
+        return float(sum_over_ranks(loss)) / total, {"masked_tokens": total}
+
+    def _inputs(self, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """The four tensors that MaskedModule takes."""
+        frames = [self.encoder.frame] * len(rows)
+        batch = collate(rows, frames, pad_id=self.encoder.pad_id, include_bos=True)
+        labels = torch.full_like(batch.input_ids, UNMASKED)
+        for index, places in enumerate(masks):
+            labels[index, list(places)] = batch.input_ids[index, list(places)]
+        masked = torch.where(labels == UNMASKED, batch.input_ids, self.mask_id)
+        inputs = (masked, batch.attention_mask, batch.position_ids, labels)
+        return tuple(tensor.to(self.engine.device) for tensor in inputs)
+
+
+def choose_masked(length: int, seed: int, share: float = MASKED_SHARE) -> list[int]:
+    """Places to mask in a row of ``length`` tokens: never the first, which nothing predicts; at least one if there is
+    another."""
+    if length < 2:
+        return []
+    draws = torch.rand(length - 1, generator=torch.Generator().manual_seed(seed))
+    chosen = (draws < share).nonzero()[:, 0].tolist() or [int(draws.argmin())]
+    return [place + 1 for place in chosen]
+
+
+def mask_token(encoder: CaptionEncoder) -> int:
+    """The tokenizer's mask token, or the one that it makes of "_"."""
+    if encoder.tokenizer.mask_token_id is not None:
+        return encoder.tokenizer.mask_token_id
+    return encoder.tokenizer(MASK_WORD, add_special_tokens=False)["input_ids"][-1]
+
+
+def output_head(encoder: CaptionEncoder) -> Tensor:
+    """(V, H) output embedding: ``lm_head`` of the LLM's files, or the input embedding where they are tied."""
+    found = find_tensor(encoder.folder, "lm_head.weight")
+    if found is None:
+        found = encoder.model.llm.get_input_embeddings().weight.detach().clone()  # type: ignore[operator]
+    return found.to(encoder.device, encoder.dtype)
+
+
+def find_tensor(folder: Path, name: str) -> Tensor | None:
+    """A tensor of a model folder's safetensors files, None if they don't have it."""
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():
+                    return file.get_tensor(name)
+    return None
