@@ -9,6 +9,8 @@ ranks. A sample that can't be used is named, counted and replaced by another tha
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ __all__ = ["GlobalBatches", "PairDataset", "PairLoader", "Row", "eval_pairs", "m
 log = logging.getLogger(__name__)
 
 SUBSTITUTES = 20  # samples tried in the place of a broken one
+GRACE = 60  # seconds that a loader process outlives SIGTERM
 SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
 
 
@@ -197,6 +200,18 @@ class PairLoader:
             )
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """In a loader process: go on loading for GRACE seconds after SIGTERM, and leave Ctrl-C to the main process.
+
+    A launcher sends SIGTERM, and a terminal SIGINT, to these processes too; torch's own handler would end them at once,
+    and with them the step after which the run means to save and stop. Not SIG_IGN: a process that never dies would be
+    waited for at exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+
+
 def make_loader(
     dataset: PairDataset,
     *,
@@ -222,5 +237,6 @@ def make_loader(
         collate_fn=Collate(dataset.transform.config),
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_run,
     )
     return PairLoader(loader, position, local_batch * world, len(dataset), max_broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -155,15 +156,21 @@ def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None, si
 
 
 def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
-    """Learning rate, update, moving average."""
+    """Learning rate, update, moving average; NonFiniteLossError for a loss or gradient that is no number."""
     factor = lr_factor(state.step, parts.total_steps, parts.optim)
     set_lr(parts.engine.groups, factor)
     loss, values = parts.step(batch)
     if parts.average is not None:
         parts.average.update()
     values = {"loss": loss, **values, "lr": parts.optim.lr * factor}
-    if parts.engine.grad_norm is not None:
-        values["grad_norm"] = parts.engine.grad_norm
+    norm = parts.engine.grad_norm
+    if norm is not None:
+        values["grad_norm"] = norm
+        if parts.train.precision != "fp16" and not 0 <= norm < math.inf:  # fp16 skips such an update by itself
+            raise NonFiniteLossError(
+                f"the gradient is not finite (norm {norm}) though the loss {loss:.4g} is, in the batch that ends at "
+                f"sample {batch['position']}; the last checkpoint stays. Lower the learning rate, or try fp32"
+            )
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped
     values["peak_gib"] = peak_memory(parts.engine.device)
