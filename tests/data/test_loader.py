@@ -1,4 +1,5 @@
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_batches_do_not_depend_on_workers(dataset: PairDataset) -> None:
     alone = list(rows(batches(dataset, 6, local_batch=8)))
     for workers in (1, 2):
         assert list(rows(batches(dataset, 6, local_batch=8, workers=workers))) == alone
+
+
+def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) -> None:
+    """A launcher or Slurm signals loader processes too; the run has to end its step, save, and stop them itself."""
+    expected = [batch["keys"] for batch in batches(dataset, 20, local_batch=8)]
+    stream = iter(make_loader(dataset, local_batch=8, workers=2))
+    found = [next(stream)["keys"]]
+    loaders = multiprocessing.active_children()
+    assert len(loaders) == 2
+    for process in loaders:
+        process.terminate()
+    found += [batch["keys"] for batch in islice(stream, 19)]  # more than were prefetched
+    assert found == expected
+    del stream
+    for process in loaders:
+        process.join(timeout=10)
+    assert not any(process.is_alive() for process in loaders)
 
 
 def test_a_data_set_is_sent_to_a_fresh_process_whole(dataset: PairDataset) -> None:
