@@ -21,7 +21,9 @@ from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision import eva_names, open_clip_names
 from llm2clip_plugin.vision.adapter_match import AdapterMatch, candidate_prefixes, match_adapter
 from llm2clip_plugin.vision.checkpoints import read_tensors, weight_files
-from llm2clip_plugin.vision.towers import family_of_type, read_json
+from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.towers import family_named, family_of_type, read_json
 
 OWN_TEXT = "the model's own text tower; the LLM takes its place"
 OWN_TEXT_NAMES = (
@@ -59,6 +61,7 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
         state |= read_tensors(file)
     beside = place if place.is_dir() else None
     preprocessor: dict[str, Any] = {}
+    found_there = config is None
     if beside is not None and config is None:
         if (beside / "open_clip_config.json").is_file():
             config = read_json(beside / "open_clip_config.json")
@@ -73,7 +76,9 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
     if open_clip_names.is_timm_eva(state):
         state = open_clip_names.timm_eva_as_eva(state)
     if eva_names.is_eva(state):
-        parsed = parse_eva(state, config)
+        # a config.json that merely lies beside may be of another kind; the tensors say enough without
+        described = config is not None and "vision_cfg" in config
+        parsed = parse_eva(state, config if described or not found_there else None)
     elif open_clip_names.is_clip(state) or open_clip_names.is_siglip(state):
         parsed = parse_open_clip(state, config)
     elif config is not None and "model_type" in config:
@@ -131,7 +136,7 @@ def _scale_if_text(parsed: Parsed) -> tuple[str, ...]:
 
 def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     """Hugging Face's layout: a vision model alone, a whole model, or a release with a text adapter beside."""
-    family = family_of_type(str(config["model_type"]), where="config.json")
+    family = hub_family(state, config)
     vision = family.vision_class().config_class.from_dict(config.get("vision_config", config))
     vision.architectures = [family.vision_class().__name__]
     fields = json.loads(vision.to_json_string(use_diff=False))
@@ -161,6 +166,23 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     if family.name == "clip" and parsed.adapter is not None:
         _require(state, f"{outer}visual_projection.weight")
     return parsed
+
+
+def hub_family(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
+    """The family of a Hugging Face model: by its own model_type, else by that of its vision part.
+
+    ``siglip2`` is the name of NaFlex models, which take images of any shape; with a convolution over square patches
+    the tensors are those of a fixed-resolution SigLIP, whatever the name. ValueError for anything else.
+    """
+    types = [config, config.get("vision_config", {})]
+    names = [str(part["model_type"]) for part in types if "model_type" in part]
+    patches = [value for key, value in state.items() if key.endswith("vision_model.embeddings.patch_embedding.weight")]
+    if any(name.startswith("siglip2") for name in names):
+        if not patches or patches[0].dim() != 4:
+            raise ValueError("this SigLIP2 takes images of any shape (NaFlex); import a fixed-resolution one")
+        return family_named("siglip")
+    known = [name for name in names if any(name in family.model_types for family in families().values())]
+    return family_of_type(known[0] if known else names[0], where="config.json")
 
 
 def _require(state: dict[str, Tensor], *names: str) -> None:

@@ -120,7 +120,9 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
         tower, info = family.vision_class().from_pretrained(directory, torch_dtype=dtype, output_loading_info=True)
     except RuntimeError as error:  # transformers raises it for tensors of another shape
         raise ContractError(f"the weights in {directory} don't fit its config.json: {error}") from error
-    unknown = sorted(key for key in info["unexpected_keys"] if not key.startswith(family.beside_tower))
+    # older files of the hub hold position_ids: a counter, no weight
+    strays = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
+    unknown = sorted(key for key in strays if not key.startswith(family.beside_tower))
     if info["missing_keys"] or unknown or info["mismatched_keys"]:
         raise ContractError(
             f"the weights in {directory} don't fit its config.json: missing {sorted(info['missing_keys'])}, "

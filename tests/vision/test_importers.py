@@ -281,6 +281,35 @@ def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
         checkpoints.read_tensors(CHECKPOINT / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("model_type", ["siglip2", "llm2clip_siglip"])
+def test_fixed_resolution_siglip_under_other_names(model_type, tmp_path):
+    """A release may name its model type as it likes: the vision part and the tensors decide."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "siglip_full", tmp_path / "release")
+    config = json.loads((tmp_path / "release" / "config.json").read_text())
+    config["model_type"] = model_type
+    (tmp_path / "release" / "config.json").write_text(json.dumps(config))
+    card, _ = import_tower(tmp_path / "release", tmp_path / "tower")
+    assert (
+        card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / "siglip_full", tmp_path / "plain")[0].weights_sha256
+    )
+    if model_type == "siglip2":
+        state = load_file(tmp_path / "release" / "model.safetensors")
+        name = "vision_model.embeddings.patch_embedding.weight"
+        save_file(state | {name: state[name].flatten(1)}, tmp_path / "release" / "model.safetensors")
+        with pytest.raises(ValueError, match="takes images of any shape"):
+            import_tower(tmp_path / "release", tmp_path / "other")
+
+
+def test_a_foreign_config_beside_an_eva_checkpoint_does_no_harm(tmp_path):
+    (tmp_path / "hub").mkdir()
+    shutil.copy(CHECKPOINT / "checkpoint.pt", tmp_path / "hub" / "LLM2CLIP-EVA02.pt")
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "clip"}')
+    card, _ = import_tower(tmp_path / "hub", tmp_path / "tower")
+    assert card.weights_sha256 == import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "plain")[0].weights_sha256
+    with pytest.raises(ValueError, match="the configuration of an EVA-CLIP tower has vision_cfg"):
+        import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "x", config=tmp_path / "hub" / "config.json")
+
+
 def test_other_files_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1), "b": 3}, tmp_path / "mixed.pt")
     torch.save(torch.zeros(1), tmp_path / "one.pt")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.importers import import_tower
 from llm2clip_plugin.vision.positions import resize_positions
 from llm2clip_plugin.vision.towers import (
     family_named,
@@ -188,6 +189,20 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
     save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ContractError, match=r"don't fit its config.json"):
         load_tower(tmp_path / "tower")
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "clip_full", "siglip_vision"])
+def test_old_files_hold_position_ids(tmp_path, name):
+    """openai/clip-vit-* on the hub have them; no version keeps them as a weight."""
+    shutil.copytree(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
+    state = load_file(tmp_path / "tower" / "model.safetensors")
+    rows = state["vision_model.embeddings.position_embedding.weight"].shape[0]
+    counter = {"vision_model.embeddings.position_ids": torch.arange(rows)[None]}
+    save_file(state | counter, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
+    load_tower(tmp_path / "tower")
+    card, report = import_tower(tmp_path / "tower", tmp_path / "imported")
+    assert any("a counter, no weight: 1 tensors" in line for line in report)
+    assert card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
 
 
 def test_every_family_file_is_in_the_registry():
