@@ -189,7 +189,7 @@ class Downloads:
                 raise
             except Exception as error:  # each protocol has its own network errors; all mean: try again
                 failures += 1
-                self._pause(failures, url, error, f"at byte {done} of {total}")
+                self._pause(failures, url, error, f" at byte {done} of {total}")
                 span = max(SMALLEST_RANGE, span // 4)
             else:
                 file.write(data)
@@ -200,13 +200,16 @@ class Downloads:
         for failures in itertools.count(1):
             try:
                 return action()
-            except (FileNotFoundError, PermissionError):
+            except PermissionError:
                 raise
             except Exception as error:  # as in _append
+                if isinstance(error, FileNotFoundError) and _said_missing(error):
+                    raise FileNotFoundError(f"no file at {url}") from error
                 self._pause(failures, url, error, "")
 
     def _pause(self, failures: int, url: str, error: Exception, where: str) -> None:
-        reason = f"{url} {where}: {type(error).__name__}: {error}"
+        told = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        reason = f"{url}{where}: {type(told).__name__}: {told}"
         if failures >= self.tries:
             raise ConnectionError(
                 f"gave up on {reason}; {failures} tries in a row failed. What came so far is kept: "
@@ -229,6 +232,19 @@ class Downloads:
                 if path != keep:
                     size -= status.st_size
                     path.unlink()
+
+
+def _said_missing(error: FileNotFoundError) -> bool:
+    """Whether the server said that there is no such file.
+
+    fsspec's HTTP turns any failure of its first question into FileNotFoundError, a refused connection too; the cause
+    tells. An answer of 4xx is final, but for "too slow" and "too often".
+    """
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError):
+        return True
+    status = vars(cause).get("status", 0)  # of aiohttp's ClientResponseError
+    return 400 <= status < 500 and status not in (408, 429)
 
 
 def _read_note(path: Path) -> str:

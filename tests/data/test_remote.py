@@ -120,10 +120,19 @@ def test_a_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_missing_file_and_protocol_are_said_at_once(tmp_path: Path) -> None:
     server = DroppingServer({})
-    with serving(server) as address, pytest.raises(FileNotFoundError):
+    with serving(server) as address, pytest.raises(FileNotFoundError, match=r"no file at http.*none\.tar"):
         downloads(tmp_path).fetch(f"{address}/none.tar")
     with pytest.raises(ValueError, match=r"can't open nosuch://x/a\.tar"):
         downloads(tmp_path).fetch("nosuch://x/a.tar")
+
+
+def test_a_server_that_is_away_is_asked_again(tmp_path: Path) -> None:
+    """fsspec calls a refused connection FileNotFoundError; it is no answer about the file."""
+    server = DroppingServer({"/a.tar": BODY})
+    with serving(server) as address:
+        pass
+    with pytest.raises(ConnectionError, match=r"gave up on http.*a\.tar: ClientConnector.*3 tries in a row failed"):
+        downloads(tmp_path, tries=3).fetch(f"{address}/a.tar")
 
 
 def test_old_downloads_make_room(tmp_path: Path) -> None:
