@@ -35,7 +35,7 @@ def quickstart() -> RunConfig:
             read=ReadConfig(kinds=("short", "long"), languages=("en",)),
             augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
         ),
-        tower=TowerConfig(image_size=56, freeze_first_blocks=6),  # 4 x 4 patches; half of the blocks train
+        tower=TowerConfig(image_size=56),  # 4 x 4 patches
         dual=DualConfig(
             joint_width=384,
             pool="cls_mean",

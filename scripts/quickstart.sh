@@ -34,9 +34,9 @@ done
 
 # what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
 case "$PRESET" in
-    default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 ;;
-    long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=160 ;;
-    smoke) SIZE=56 SUBSET="--concepts 300 60 100 --languages de zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 ;;
+    default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=6 ;;
+    long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=160 FREEZE=6 ;;
+    smoke) SIZE=56 SUBSET="--concepts 300 60 100 --languages de zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
@@ -75,7 +75,7 @@ fi
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
 LLM=$(field llm) TOWER=$(field tower) REAL=
-[ "$(field real)" = True ] || REAL=-tiny
+[ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; } # the tiny tower has two blocks
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
 [ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
@@ -121,7 +121,7 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
         --data.path "$shards" --data.cache "$DATA/cache/$cache" --data.read.kinds short long \
         --data.validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --data.validation-cache "$DATA/cache/$cache" \
         --evaluation.group concept --evaluation.kinds short long \
-        --tower.path "$TOWER" --tower.image-size "$SIZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
+        --tower.path "$TOWER" --tower.image-size "$SIZE" --tower.freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
         --seed "$seed" "$@"
     llm2clip export "$OUT/runs/$name" --output "$OUT/towers/$name"
 }
@@ -132,7 +132,7 @@ for teacher in $teachers; do
     done
 done
 # The control: heads on the frozen tower, every concept with another one's pictures. What it reaches is chance.
-train shuffled 0 "${teachers##* }" "$DATA/shuffled/train-*.tar" --tower.freeze --train.max-steps 1
+train shuffled 0 "${teachers##* }" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
 
 # ----------------------------------------------------------------------------------------------------------- report
 say "report"
