@@ -35,6 +35,7 @@ def options(tiny: Path, run: Path, *more: str) -> list[str]:
     return [
         *("--recipe", "quickstart", "--tower.path", str(tiny / "tower"), "--tower.image-size", "16"),
         *("--data_path", str(tiny / "data"), "--output_dir", str(run), "--max_steps", str(STEPS)),
+        *("--tower.freeze-first-blocks", "0"),
         *("--train.global-batch", "16", "--heads.steps", "3", "--heads.batch", "16", "--train.ema-decay", "0.9"),
         *("--train.save-minutes", "0", "--save_steps", "2", "--evaluation.group", "", *more),
     ]
@@ -125,8 +126,9 @@ def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
         [*command, *long], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     deadline = time.monotonic() + 900
-    while not losses(run) and time.monotonic() < deadline:
+    while not losses(run) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]
     ranks = [int(pid) for pid in _ranks_of(process.pid)]
     assert len(ranks) == 2
     for pid in ranks:
