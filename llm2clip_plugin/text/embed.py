@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, differences, has_text
+from llm2clip_plugin.data.cache import DTYPES, CacheWriter, EmbeddingCache, caption_rows, differences, has_text
 from llm2clip_plugin.data.records import Caption, caption_hash
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, open_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -39,6 +39,14 @@ class EmbedConfig:
     dtype: str = "float16"  # storage: float16, or int8 with a scale per row (half the size)
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0 chooses by device
     verify: bool = False  # write nothing: read every byte of the cache, compare it with the data, embed a sample again
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown cache dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.tokens_per_batch < 0:
+            raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
+        if not self.cache:
+            default_cache(self.source.path, "")  # refuses a URL before anything is downloaded
 
 
 @dataclass

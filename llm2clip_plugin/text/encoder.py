@@ -17,6 +17,7 @@ from llm2clip_plugin.progress import track
 from llm2clip_plugin.text.files import adapter_sha256, local_folder, weights_sha256
 from llm2clip_plugin.text.foreign import apply_sentence_transformers, is_sentence_transformers
 from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
+from llm2clip_plugin.text.post import load_post
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
     collate,
@@ -94,6 +95,8 @@ class CaptionEncoder:
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
+        self.post = load_post(adapter or self.folder, card)
+        self._post_sha256 = card.post_sha256 if card is not None else ""
         self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
         self.count_truncated = 0
 
@@ -130,6 +133,7 @@ class CaptionEncoder:
             include_bos=config.include_bos,
             tokenizer=tokenizer_identity(self.tokenizer),
             quantization="nf4" if config.load_in_4bit else "",
+            post=self._post_sha256,
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
@@ -145,7 +149,8 @@ class CaptionEncoder:
         frame = self.query_frame if query else self.frame
         frames = [frame] * len(rows)
         batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
-        return self.model(batch.to(self.device)).cpu()
+        embeddings_BW = self.model(batch.to(self.device)).cpu()
+        return embeddings_BW if self.post is None else self.post(embeddings_BW)
 
     def encode(
         self,

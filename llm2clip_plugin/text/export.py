@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, whole_directory
+from llm2clip_plugin.data.base import SourceConfig
+from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llm2clip_plugin.text.model import keep_layers, load_backbone
+from llm2clip_plugin.text.post import PostKind, fit_post
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 
 CHECKED = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # embedded before and after
@@ -29,7 +34,10 @@ class ExportConfig:
     """Write a tuned LLM out. Usage: llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR."""
 
     output: str  # the folder to write
-    layout: Literal["merged", "sentence-transformers"] = "merged"  # merged: a Hugging Face folder with our card
+    layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: a model folder with our card
+    post: PostKind = "none"  # fold in centring or whitening of the embeddings, fitted on --post-data
+    post_data: str = ""  # captioned images whose captions it is fitted on
+    post_captions: int = 20000  # different captions at most
     overwrite: bool = False  # replace what is in the folder
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
@@ -39,19 +47,58 @@ def export_llm(config: ExportConfig) -> Path:
 
     Raises ValueError for settings that the layout can't carry, ContractError if the reloaded embeddings differ.
     """
+    if (config.post == "none") is bool(config.post_data):
+        raise ValueError(f"post is {config.post!r} and post_data {config.post_data!r}; give both or neither")
+    if config.layout == "adapter" and not config.encoder.adapter:
+        raise ValueError("layout adapter copies an adapter, and none is named; give --adapter DIR")
     encoding = dataclasses.replace(config.encoder, compute_dtype="float32")
     if encoding.load_in_4bit:
         raise ValueError("4-bit weights can't take an adapter in; leave out load_in_4bit (the adapter stays the same)")
     encoder = CaptionEncoder(encoding, "cpu")
+    if config.post != "none":
+        encoder.post = fit_post(encoder.encode(texts_of(config), progress="captions"), config.post)
     if config.layout == "sentence-transformers":
         refuse_for_sentence_transformers(encoder)
     with whole_directory(config.output, replace=config.overwrite) as aside:
-        write_merged(encoder, aside)
+        reloading = EncoderConfig(llm=str(aside), compute_dtype="float32")
+        if config.layout == "adapter":
+            copy_adapter(encoder, aside)
+            reloading = EncoderConfig(llm=encoding.llm, adapter=str(aside), compute_dtype="float32")
+        else:
+            write_merged(encoder, aside)
         if config.layout == "sentence-transformers":
             write_sentence_transformers(encoder, aside)
-        reloaded = CaptionEncoder(EncoderConfig(llm=str(aside), compute_dtype="float32"), "cpu")
-        compare(encoder.encode(CHECKED), reloaded.encode(CHECKED), config.output)
+        compare(encoder.encode(CHECKED), CaptionEncoder(reloading, "cpu").encode(CHECKED), config.output)
     return Path(config.output)
+
+
+def texts_of(config: ExportConfig) -> list[str]:
+    """Different captions of the data, the first ones."""
+    source = open_source(SourceConfig(path=config.post_data))
+    found: dict[str, None] = {}
+    for number in range(len(source)):
+        found |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
+        if len(found) >= config.post_captions:
+            break
+    return list(found)[: config.post_captions]
+
+
+def write_card(encoder: CaptionEncoder, folder: Path, *, base_sha256: str) -> None:
+    """How the weights beside it embed, and centring or whitening where there is some."""
+    EncoderCard(
+        base=encoder.config.llm,
+        base_sha256=base_sha256,
+        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
+        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
+        training={"adapter_sha256": encoder.identity().adapter_sha256},
+    ).write(folder / EncoderCard.FILE)
+
+
+def copy_adapter(encoder: CaptionEncoder, folder: Path) -> None:
+    """The adapter's files with a new card."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copyfile(Path(encoder.config.adapter) / name, folder / name)
+    write_card(encoder, folder, base_sha256=encoder.identity().weights_sha256)
 
 
 def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
@@ -59,12 +106,7 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
     whole = load_backbone(encoder.folder, dataclasses.replace(encoder.config, layer=-1), torch.float32, encoder.device)
     merged_whole(whole, encoder.config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(encoder.folder).save_pretrained(folder)
-    EncoderCard(
-        base=encoder.config.llm,
-        base_sha256="",  # the weights beside it are the ones
-        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
-        training={"adapter_sha256": encoder.identity().adapter_sha256},
-    ).write(folder / EncoderCard.FILE)
+    write_card(encoder, folder, base_sha256="")  # the weights beside it are the ones
 
 
 def merged_whole(model: PreTrainedModel, config: EncoderConfig) -> PreTrainedModel:
@@ -84,6 +126,8 @@ def merged_whole(model: PreTrainedModel, config: EncoderConfig) -> PreTrainedMod
 def refuse_for_sentence_transformers(encoder: CaptionEncoder) -> None:
     """sentence-transformers pools the last layer, over all tokens or all but prompt and BOS, without a template."""
     config, reasons = encoder.config, []
+    if encoder.post is not None:
+        reasons.append("centring or whitening")
     if config.chat_template:
         reasons.append("a chat template")
     if config.layer != -1:

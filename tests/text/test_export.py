@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.export import ExportConfig, export_llm
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -89,3 +91,49 @@ def test_four_bit_is_refused(llama: Path, tmp_path: Path) -> None:
     config = ExportConfig(output=str(tmp_path / "m"), encoder=EncoderConfig(llm=str(llama), load_in_4bit=True))
     with pytest.raises(ValueError, match="4-bit weights can't take an adapter in"):
         export_llm(config)
+
+
+def write_captions(path: Path, count: int) -> Path:
+    words = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
+    texts = [" ".join(words[i % 11 : i % 11 + 1 + i % 5]) + f" {i}" for i in range(count)]
+    rows = [{"id": str(i), "image": "x", "caption": text} for i, text in enumerate(texts)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("post", ["centre", "whiten"])
+@pytest.mark.parametrize("layout", ["adapter", "merged"])
+def test_centring_and_whitening_travel_with_the_card(llama: Path, tmp_path: Path, post: str, layout: str) -> None:
+    _, adapter = write_moved(llama, tmp_path / "adapter")
+    data = write_captions(tmp_path / "c.jsonl", 100)
+    command = ["export-llm", "--llm", str(llama), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    assert main([*command, "--layout", layout, "--post", post, "--post-data", str(data)]) == 0
+    plain = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
+    where = (
+        {"llm": str(llama), "adapter": str(tmp_path / "out")} if layout == "adapter" else {"llm": str(tmp_path / "out")}
+    )
+    found = CaptionEncoder(EncoderConfig(**where, compute_dtype="float32"), "cpu")
+    texts = [json.loads(line)["caption"] for line in data.read_text().splitlines()]
+    before, after = plain.encode(texts), found.encode(texts)
+    assert after.mean(dim=0).abs().max() < 1e-3
+    if post == "centre":
+        assert torch.allclose(after, before - before.mean(dim=0), atol=1e-4)
+    else:
+        spread = torch.linalg.eigvalsh(torch.cov(after.T))
+        assert spread.max() < 1.01 and spread.median() > 0.3  # shrunk where captions hardly differ
+    assert found.identity().post and found.identity().fingerprint != plain.identity().fingerprint
+    (tmp_path / "out" / "llm2clip_post.safetensors").unlink()
+    with pytest.raises(ContractError, match="is missing: the card beside it asks for it"):
+        CaptionEncoder(EncoderConfig(**where), "cpu")
+
+
+def test_post_needs_data(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export-llm", "--llm", str(llama), "--output", str(tmp_path / "out"), "--post", "whiten"]
+    few = str(write_captions(tmp_path / "few.jsonl", 8))
+    for more, said in (
+        ([], "give both or neither"),
+        (["--post-data", few], "whiten needs 64 different captions at least, the data has 8"),
+        (["--post-data", few, "--layout", "adapter"], "none is named"),
+    ):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
