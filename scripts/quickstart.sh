@@ -48,7 +48,8 @@ extras=train
 if [ -f .venv/made-for ] && [[ $(cat .venv/made-for) == train,dev\ * ]]; then extras=train,dev; fi
 train_environment .venv "$extras"
 extensions_of .venv
-export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # bars of one second each
 
 # What the models and the unseen style are made from. Without one of them the path runs all the same, and says so.
 add() { # add NAME COMMAND...: install once
