@@ -1,8 +1,8 @@
 """The ``llm2clip`` command: a table of commands, each imported when it is called.
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None``
-in the module of its subject; what a user got wrong arrives here as ValueError, FileNotFoundError or
-FileExistsError and leaves as one ``error:`` line and exit status 2.
+in the module of its subject; what a user got wrong arrives here as ValueError, what the machine refused (files,
+rights, space, connections) as OSError, and leaves as one ``error:`` line and exit status 2.
 """
 
 import importlib
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
     if name is None:
-        print(f"error: unknown command {words[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        within = [known for known in COMMANDS if known.startswith(f"{words[0]} ")]  # of `data`, say
+        given = " ".join(words[:2]) if within else words[0]
+        print(f"error: unknown command {given!r}; known: {', '.join(within or COMMANDS)}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
 
@@ -82,7 +84,7 @@ def run(name: str, argv: list[str]) -> int:
     module, function, _ = COMMANDS[name]
     try:
         return getattr(importlib.import_module(module), function)(argv) or 0
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

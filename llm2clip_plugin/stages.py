@@ -16,6 +16,7 @@ from llm2clip_plugin.data.base import Source, SourceConfig
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.evaluate.measure import evaluate_retrieval
 from llm2clip_plugin.train.checkpoint import FOLDER, RESUME_AUTO, Checkpoints, Loaded, TrainState, load
@@ -126,6 +127,11 @@ def open_data(config: RunConfig) -> Data:
 
 def open_pair(config: SourceConfig, cache_path: str, teacher: str | None) -> tuple[Source, EmbeddingCache]:
     """A source and its cache, checked against each other and against the teacher's fingerprint."""
+    if is_url(config.path) and not cache_path:  # before anything is downloaded
+        raise ValueError(
+            f"{config.path} is not a local folder: say where its embedding cache is with --data.cache DIR "
+            "(--data.validation-cache DIR for the held-out split)"
+        )
     source = open_source(config)
     cache = EmbeddingCache.open(cache_path or default_cache(config.path), expect_fingerprint=teacher)
     cache.check(source)

@@ -31,9 +31,7 @@ class EvaluateConfig:
 
     tower: str  # tower directory or Hub id, with a text adapter
     data: SourceConfig  # captioned images
-    cache: str = (
-        ""  # folder of the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
-    )
+    cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
     retrieval: Annotated[RetrievalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RetrievalConfig)
     any_teacher: bool = False  # allow the cache of another teacher than the tower was trained against
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one

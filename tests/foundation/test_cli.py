@@ -21,6 +21,37 @@ def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]
     assert "unknown command 'trian-tower'; known: doctor, data check" in capsys.readouterr().err
 
 
+def test_half_a_command_lists_its_other_halves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "chekc"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'data chekc'; known: data check\n"
+
+
+def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    assert cli.main(["train-tower", "--config", str(tmp_path / "no"), "--recipe", ""]) == 2
+    (tmp_path / "folder.jsonl").mkdir()
+    assert cli.main(["data", "check", str(tmp_path / "folder.jsonl"), "--format", "jsonl"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["embed", "https://host/a.tar", "--llm", "x"], "say where the cache goes with --cache DIR"),
+        (["embed", "/data", "--llm", "x", "--dtype", "fp8"], "unknown cache dtype 'fp8'; known: float16, int8"),
+        (["train-tower", "--data.path", "https://host/a.tar"], "--data.cache DIR"),
+    ],
+)
+def test_what_cannot_work_is_said_before_it_costs_anything(
+    capsys: pytest.CaptureFixture[str], argv: list[str], told: str
+) -> None:
+    try:
+        status = cli.main(argv)
+    except SystemExit as ended:  # tyro's own
+        status = ended.code
+    out = " ".join("".join(capsys.readouterr()).replace("\u2502", " ").split())
+    assert status == 2 and told in out
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
