@@ -45,8 +45,6 @@ class EmbedConfig:
             raise ValueError(f"unknown cache dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
-        if not self.cache:
-            default_cache(self.source.path, "")  # refuses a URL before anything is downloaded
 
 
 @dataclass
@@ -232,6 +230,8 @@ def main(argv: list[str]) -> int:
     rank, world = rank_and_world()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not config.cache:
+        default_cache(config.source.path, "")  # refuses a URL before anything is downloaded
     source = open_source(config.source)
     encoder = CaptionEncoder(config.encoder)
     directory = Path(config.cache) if config.cache else default_cache(source.path, encoder.identity().fingerprint)

@@ -161,8 +161,9 @@ def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: py
         parse([str(tmp_path), "--llm", str(llama), "--poolin", "mean"])
     assert "--poolin" in capsys.readouterr().err
     assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
-    assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2
     capsys.readouterr()
+    assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2
+    assert "say where the cache goes with --cache DIR" in capsys.readouterr().err
 
 
 def embed_command(data: Path, llm: Path, cache: Path) -> list[str]:
