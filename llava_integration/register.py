@@ -71,7 +71,7 @@ def settings_from_environment(config: Any) -> None:
     if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
         config.s2, config.s2_scales = True, scales
     # Pretrain trains the projector alone and saves nothing else, so there is no trained tower to come back.
-    if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not config.tune_mm_mlp_adapter:
+    if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False):
         config.unfreeze_mm_vision_tower = True
 
 

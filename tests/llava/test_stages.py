@@ -118,39 +118,33 @@ def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_deepspeed_launcher_with_two_ranks(world, trained, tmp_path, zero):
-    """ZeRO-2 and ZeRO-3, by the script's path under the launcher: the losses of LLaVA's own tower, then a load."""
+    """ZeRO-2 and ZeRO-3, by the script's path under the launcher; the checkpoint holds the tower whole, and loads."""
     pretrained = projector(trained[0]["pretrain"])
     chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
-    ours, theirs = tmp_path / "llava-ours", tmp_path / "llava-theirs"
+    ours = tmp_path / "llava-ours"
     losses = world.stage("finetune", "llm2clip", ours, *pretrained, ranks=2, zero=zero, **chosen)
-    own = world.stage(
-        "finetune",
-        str(world.towers["clip"]),
-        theirs,
-        *pretrained,
-        ranks=2,
-        zero=zero,
-        LLM2CLIP_LLAVA_HOOK="0",
-    )
-    assert losses == own and len(losses) == 3
+    assert len(losses) == 3
     saved = weights(ours)
-    assert all(torch.equal(tensor, weights(theirs)[name]) for name, tensor in saved.items())
-    original = weights(world.towers["clip"])
-    for name, tensor in original.items():
-        if ".encoder.layers.2." not in name:  # gathered whole out of the ranks' parts, and untouched by training
+    for name, tensor in weights(world.towers["clip"]).items():
+        if ".encoder.layers.2." not in name:  # gathered out of the ranks' parts, and untouched by training
             assert torch.equal(saved[f"model.vision_tower.vision_tower.{name}"], tensor.bfloat16()), name
     image = next(world.images.iterdir())
     told = world.python("-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen)
     assert '"llava-ours", "LLM2CLIPVisionTower"' in told
+    if zero == 3:  # where other people's towers break: the same losses and weights as LLaVA's own tower gives
+        theirs, off = tmp_path / "llava-theirs", {"LLM2CLIP_LLAVA_HOOK": "0"}
+        path = str(world.towers["clip"])
+        assert losses == world.stage("finetune", path, theirs, *pretrained, ranks=2, zero=zero, **off)
+        own = weights(theirs)
+        assert all(torch.equal(tensor, own[name]) for name, tensor in saved.items())
 
 
-@pytest.mark.parametrize("backbone", ["siglip", "dinov2"])
-def test_other_backbones_train_and_answer(world, tmp_path, backbone):
-    output = tmp_path / f"llava-{backbone}"
-    losses = world.stage("finetune", f"llm2clip:{world.towers[backbone]}", output)
+def test_a_tower_without_class_token_trains_and_answers(world, tmp_path):
+    output = tmp_path / "llava-siglip"
+    losses = world.stage("finetune", f"llm2clip:{world.towers['siglip']}", output)
     assert len(losses) == 3
     told = world.python("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
-    assert f'"llm2clip:{world.towers[backbone]}"' in told
+    assert f'"llm2clip:{world.towers["siglip"]}"' in told
 
 
 @pytest.mark.parametrize("kind", ["finetune", "lora"])
