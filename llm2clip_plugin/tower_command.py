@@ -91,6 +91,9 @@ def translate(argv: list[str]) -> list[str]:
         truth = TRUTH.get(following.lower())
         if name in ("bf16", "fp16"):
             out += ["--train.precision", name] if truth is not False else []
+        elif name == "report_to" and following.lower() == "none":
+            out.append("--train.report_to")  # an empty list
+            truth = False
         elif name and truth is not None:
             place = ALIASES.get(name, name)
             section, _, leaf = place.rpartition(".")
@@ -153,7 +156,9 @@ def _place(body: Any, path: list[str], values: list[Any]) -> None:
     for name in path[:-1]:
         body = body[int(name)] if isinstance(body, list) else body.setdefault(name, {})
     name = path[-1]
-    if not values:
+    if not values and isinstance(body.get(name), list):
+        body[name] = []
+    elif not values:
         body[name.removeprefix("no_")] = not name.startswith("no_")
     else:
         body[name] = values if isinstance(body.get(name), list) else values[0]

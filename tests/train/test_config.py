@@ -156,11 +156,15 @@ def test_without_tyro_a_misspelt_option_is_refused_too(monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"unknown option 'optim.lrr'"):
         override(recipes.quickstart(), ["--optim.lrr", "1"])
+    silent = override(recipes.quickstart(), translate(["--report_to", "none", "--optim.lr", "0.5"]))
+    assert silent.train.report_to == () and silent.optim.lr == 0.5
 
 
 def test_names_of_llava_s_scripts():
     assert translate(["--bf16", "False", "--fp16=True"]) == ["--train.precision", "fp16"]
     assert translate(["--torch_compile", "False"]) == ["--train.no-torch_compile"]
+    silent = read_command(["--report_to", "none", "--seed", "7"])
+    assert silent.train.report_to == () and silent.train.seed == 7
     assert translate(["--learning_rate", "1e-4"]) == ["--optim.lr", "1e-4"]
 
 
