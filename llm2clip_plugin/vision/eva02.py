@@ -75,16 +75,18 @@ class Eva02Config(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def rope_tables(*, grid: int, pretrained_grid: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E), float32, on the CPU.
+def rope_tables(
+    *, grid: int, pretrained_grid: int, head_width: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E), float32.
 
     A patch at row r, column c has angle ``t * 10000 ** (-2j / (E/2))`` for j = 0 .. E/4 - 1 with t = r / grid *
     pretrained_grid in the first half of a head and the same of c in the second; each angle stands twice,
     for a pair of neighbouring channels.
     """
-    positions_G = torch.arange(grid, dtype=torch.float32) / grid * pretrained_grid
+    positions_G = torch.arange(grid, dtype=torch.float32, device=device) / grid * pretrained_grid
     axis = head_width // 2
-    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float32) / axis)
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float32, device=device) / axis)
     angles_GA = repeat(torch.outer(positions_G, frequencies), "g f -> g (f two)", two=2)
     rows = repeat(angles_GA, "h a -> (h w) a", w=grid)
     columns = repeat(angles_GA, "w a -> (h w) a", h=grid)
@@ -248,10 +250,11 @@ class Eva02VisionModel(PreTrainedModel):
             grid=config.image_size // config.patch_size,
             pretrained_grid=config.rope_pretrained_grid,
             head_width=config.hidden_size // config.num_attention_heads,
+            device=like.device,
         )
         sin[:, 0::2] *= -1
         cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
-        return cos.to(like), sin.to(like)
+        return cos.to(like.dtype), sin.to(like.dtype)
 
     def forward(
         self,

@@ -62,7 +62,7 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
             f"{path} is a file, not a tower directory; `llm2clip import` turns checkpoints into one"
         )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"no directory {name}, and it is not a Hub id (owner/name)")
+        raise FileNotFoundError(f"no file or directory {name}, and it is no Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:

@@ -95,6 +95,30 @@ def test_dual_encoder_comes_back(name, tmp_path):
     assert "some/llm" in text and "0.5000" in text and card.weights_sha256 in text
 
 
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
+def test_twenty_steps_are_in_what_comes_back(name, tmp_path):
+    dual = tiny_dual(name).train()
+    size, started = dual.tower.config.image_size, load_tower(TRANSFORMERS_TOWERS / name)
+    pixels, embeddings = torch.randn(8, 3, size, size), torch.randn(8, 12)
+    optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(20):
+        image, text = dual(pixels, embeddings)
+        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    export_tower(dual, tmp_path / "tower", origin=name)
+    with torch.no_grad():
+        trained = dual.eval().tower(pixel_values=pixels, output_hidden_states=True)
+        again = load_tower(tmp_path / "tower")(pixel_values=pixels, output_hidden_states=True)
+        before = started(pixel_values=pixels, output_hidden_states=True)
+    for mine, theirs, old in zip(again.hidden_states, trained.hidden_states, before.hidden_states, strict=True):
+        assert torch.equal(mine, theirs) and not torch.equal(mine, old)
+
+
 def test_export_of_an_export_is_identical(tmp_path):
     export_tower(tiny_dual("dinov2", 36), tmp_path / "one", origin="a/b", training={"steps": 3})
     assert export_command.main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
