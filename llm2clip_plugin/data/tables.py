@@ -15,6 +15,8 @@ from llm2clip_plugin.data.base import RawSample, Shard, Source, SourceConfig
 from llm2clip_plugin.data.records import BrokenSample
 from llm2clip_plugin.data.remote import is_url
 
+ROWS_PER_SHARD = 16384
+
 
 class TableSource(Source):
     """One shard: a row is a sample. Rows stay bytes, shared by forked workers, and are parsed when asked for."""
@@ -32,7 +34,7 @@ class TableSource(Source):
         if not is_url(self._images) and not os.path.isdir(self._images):
             raise FileNotFoundError(f"no image folder at {self._images}; say where the images of {config.path} lie")
         stem = config.path.rpartition("/")[2].rpartition(".")[0]
-        super().__init__(config, (Shard(stem, len(self._lines), 0),))
+        super().__init__(config, row_shards(stem, len(self._lines)))
 
     def __reduce__(self) -> tuple[type[TableSource], tuple[SourceConfig, str]]:
         return TableSource, (self.config, self.kind)
@@ -46,7 +48,8 @@ class TableSource(Source):
             try:
                 values["gpt"] = first_answer(row)
             except (KeyError, TypeError, AttributeError) as error:
-                raise BrokenSample(self.shards[0].name, key, f"its conversations can't be read: {error!r}") from error
+                shard = self.locate(number)[0]
+                raise BrokenSample(shard, key, f"its conversations can't be read: {error!r}") from error
         return RawSample(key, values, row)
 
     def image(self, number: int) -> bytes:
@@ -54,17 +57,17 @@ class TableSource(Source):
         name = raw.meta.get(self.config.image_field)
         if not isinstance(name, str) or not name:
             raise BrokenSample(
-                self.shards[0].name, raw.key, f"no field {self.config.image_field!r} that names an image"
+                self.locate(number)[0], raw.key, f"no field {self.config.image_field!r} that names an image"
             )
         if os.path.isabs(name) or ".." in name.split("/"):
-            raise BrokenSample(self.shards[0].name, raw.key, f"image {name!r} does not lie within {self._images}")
+            raise BrokenSample(self.locate(number)[0], raw.key, f"image {name!r} does not lie within {self._images}")
         try:
             if is_url(self._images):
                 return self._downloads.read(self._images.rstrip("/") + "/" + name)
             with open(os.path.join(self._images, name), "rb") as file:
                 return file.read()
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise BrokenSample(self.shards[0].name, raw.key, f"no image {name!r} in {self._images}") from error
+            raise BrokenSample(self.locate(number)[0], raw.key, f"no image {name!r} in {self._images}") from error
 
     def _row(self, number: int) -> tuple[dict[str, Any], int]:
         """The row, parsed, and the number of its line (from 1) or item (from 0)."""
@@ -73,10 +76,18 @@ class TableSource(Source):
         try:
             row = json.loads(self._rows[start:stop])
         except ValueError as error:
-            raise BrokenSample(self.shards[0].name, f"line {line}", f"not JSON: {error}") from error
+            raise BrokenSample(self.locate(number)[0], f"line {line}", f"not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise BrokenSample(self.shards[0].name, f"line {line}", f"a {type(row).__name__}, not an object")
+            raise BrokenSample(self.locate(number)[0], f"line {line}", f"a {type(row).__name__}, not an object")
         return row, line
+
+
+def row_shards(stem: str, rows: int) -> tuple[Shard, ...]:
+    """One shard, or several of a long file: ranks that embed share them, and a killed run loses one at most."""
+    if rows <= ROWS_PER_SHARD:
+        return (Shard(stem, rows, 0),)
+    starts = range(0, rows, ROWS_PER_SHARD)
+    return tuple(Shard(f"{stem}-{i:05}", min(ROWS_PER_SHARD, rows - start), start) for i, start in enumerate(starts))
 
 
 def first_answer(row: dict[str, Any]) -> str:

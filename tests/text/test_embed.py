@@ -15,6 +15,7 @@ import torch
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ContractError
+from llm2clip_plugin.data import tables
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.records import Caption
 from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
@@ -108,6 +109,27 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
     EmbeddingCache.open(tmp_path / "cache").check(changed)
 
 
+def test_long_file_of_rows_is_shared_too(
+    teacher: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ROWS_PER_SHARD", 4)
+    rows = [{"id": f"k{i}", "image": f"{i}.png", "caption": f"{WORDS[i]} {i}"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(SourceConfig(path=str(tmp_path / "pairs.jsonl")))
+    assert [(shard.name, shard.size) for shard in source.shards] == [
+        ("pairs-00000", 4),
+        ("pairs-00001", 4),
+        ("pairs-00002", 2),
+    ]
+    for rank in range(2):
+        manifest, _ = embed_source(source, teacher, tmp_path / "cache", rank=rank, world=2, quiet=True)
+    assert manifest is not None and len(manifest.shards) == 3
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    cache.check(source)
+    stored = cache.rows(*source.locate(9), source.captions(9)[1])
+    assert torch.nn.functional.cosine_similarity(stored, teacher.encode([f"{WORDS[9]} 9"])).min() > 0.9999
+
+
 def test_splits_of_one_folder_share_a_cache(teacher: CaptionEncoder, tmp_path: Path) -> None:
     write_tars(tmp_path / "data", 3, 2)
     for pattern in ("00000.tar", "0000[12].tar"):
@@ -182,7 +204,7 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
     command = embed_command(tmp_path / "data", llama, tmp_path / "cache")
     command += ["--compute-dtype", "float32"]
     ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list((tmp_path / "cache").glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in ranks:
@@ -194,7 +216,7 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
         with pytest.raises(ContractError, match="incomplete"):
             EmbeddingCache.open(tmp_path / "cache")
     ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     teacher = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device="cpu")
     undisturbed, _ = embed_source(source, teacher, tmp_path / "undisturbed", quiet=True)
