@@ -23,7 +23,8 @@ command -v chromium >/dev/null || { [ "$(id -u)" = 0 ] && { apt-get install -y -
 .venv/bin/python -m pytest --ignore=tests/llava --durations=15
 # What LLaVA's environment loads is tested there too: the vision side, the scoring rules, and LLaVA itself.
 extensions_of .venv-llava
-.venv-llava/bin/python -m pytest tests/llava tests/vision tests/benchmarks --durations=15
+.venv-llava/bin/python -m pytest tests/llava --durations=15
+.venv-llava/bin/python -m pytest tests/vision tests/benchmarks # apart: LLaVA switches torch's initialisation off
 
 # A user's first command, in little.
 scripts/quickstart.sh --smoke --output quickstart-output/test

@@ -17,7 +17,7 @@ from importlib.abc import MetaPathFinder
 
 class Absent(MetaPathFinder):  # what LLaVA does not pin itself, whatever is installed here
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tyro", "rich", "pydantic", "peft", "webdataset"):
+        if name.split(".")[0] in ("tyro", "rich", "webdataset"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())

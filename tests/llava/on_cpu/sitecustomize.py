@@ -14,3 +14,13 @@ if not torch.cuda.is_available():
         return tensor_to(self, *arguments, **options)
 
     torch.Tensor.to = to_cpu
+    gather = torch.distributed.all_gather_into_tensor
+
+    def gather_and_wait(*arguments, **options):
+        """DeepSpeed's ZeRO-3 waits for the last of several gathers alone, and gloo ends them in any order."""
+        handle = gather(*arguments, **options)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    torch.distributed.all_gather_into_tensor = gather_and_wait
