@@ -78,7 +78,7 @@ class World:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=400,
+            timeout=1200,
             check=False,
         )
         assert (done.returncode != 0) == fails, done.stdout
