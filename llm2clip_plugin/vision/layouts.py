@@ -76,8 +76,8 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
     if open_clip_names.is_timm_eva(state):
         state = open_clip_names.timm_eva_as_eva(state)
     if eva_names.is_eva(state):
-        # a config.json that merely lies beside may be of another kind; the tensors say enough without
-        described = config is not None and "vision_cfg" in config
+        # a config.json that merely lies beside may be of another kind, or name a timm model; the tensors say enough
+        described = config is not None and "width" in config.get("vision_cfg", {})
         parsed = parse_eva(state, config if described or not found_there else None)
     elif open_clip_names.is_clip(state) or open_clip_names.is_siglip(state):
         parsed = parse_open_clip(state, config)
@@ -95,8 +95,8 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
 
 def parse_eva(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed:
     """EVA-CLIP's layout: ``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
-    if config is not None and "vision_cfg" not in config:
-        raise ValueError(f"the configuration of an EVA-CLIP tower has vision_cfg; this one has {sorted(config)}")
+    if config is not None and "width" not in config.get("vision_cfg", {}):
+        raise ValueError(f"the configuration of an EVA-CLIP tower has vision_cfg.width; this one has {sorted(config)}")
     tower_config = (
         eva_names.config_from_tensors(state) if config is None else eva_names.config_from_fields(config["vision_cfg"])
     )

@@ -85,16 +85,18 @@ def is_siglip(state: dict[str, Tensor]) -> bool:
 
 
 def is_timm_eva(state: dict[str, Tensor]) -> bool:
-    """Whether this is an EVA02 under timm's names."""
-    return "visual.trunk.blocks.0.mlp.fc1_g.weight" in state
+    """Whether this is an EVA-CLIP tower under timm's names: SwiGLU, or a fused q, k, v with biases of its own."""
+    first = "visual.trunk.blocks.0."
+    return f"{first}mlp.fc1_g.weight" in state or f"{first}attn.q_bias" in state
 
 
 def timm_eva_as_eva(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """``visual.trunk.*`` of timm's EVA02 under the names of EVA-CLIP; other tensors as they are."""
+    swiglu = "visual.trunk.blocks.0.mlp.fc1_g.weight" in state
     found = {}
     for key, value in state.items():
         name = key.replace("visual.trunk.", "visual.", 1)
-        if match := re.fullmatch(r"(visual\.blocks\.\d+\.)(.+)", name):
+        if swiglu and (match := re.fullmatch(r"(visual\.blocks\.\d+\.)(.+)", name)):
             rest = match[2]
             for theirs, ours in TIMM_EVA.items():
                 if rest.startswith(theirs):

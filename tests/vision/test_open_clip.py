@@ -118,3 +118,22 @@ def test_eva02_under_timms_names(tmp_path):
     with torch.no_grad():
         embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
     assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
+
+
+def test_big_e_under_timms_names(tmp_path):
+    """timm keeps EVA-CLIP's names where q, k, v are fused; on the hub its config.json names a timm model."""
+    folder = REFERENCE / "A_vision_towers" / "eva02_bige14"
+    golden, state = read(folder), read(folder, "weights.safetensors")
+    trunk = {key.replace("visual.", "visual.trunk.", 1): value for key, value in state.items()}
+    save_file(trunk, tmp_path / "timm.safetensors")
+    import_tower(tmp_path / "timm.safetensors", tmp_path / "tower", config=folder / "config.json")
+    with torch.no_grad():
+        embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
+    assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
+    (tmp_path / "hub").mkdir()
+    save_file(
+        read(REFERENCE / "C_checkpoint", "checkpoint.safetensors"), tmp_path / "hub" / "open_clip_model.safetensors"
+    )
+    fields = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"timm_model_name": "eva02_large_patch14_clip_336"}}}
+    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(fields))
+    assert import_tower(tmp_path / "hub", tmp_path / "other")[0].family == "eva02"
