@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_data import make_all
@@ -129,7 +130,7 @@ def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
     while not losses(run) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[1]
-    ranks = [int(pid) for pid in _ranks_of(process.pid)]
+    ranks = _ranks_of(process.pid)
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGTERM)
@@ -152,14 +153,10 @@ def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
     assert list((run / "monitor").rglob("*loss*.csv"))
 
 
-def _ranks_of(pid: int) -> list[str]:
+def _ranks_of(pid: int) -> list[int]:
     """The training processes below a launcher."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    below = {str(pid)}
-    for _ in range(3):
-        below |= {row[0] for row in rows if row[1] in below}
-    return [row[0] for row in rows if row[0] in below and "--local_rank" in row[2]]
+    below = psutil.Process(pid).children(recursive=True)  # psutil comes with DeepSpeed
+    return [process.pid for process in below if any(word.startswith("--local_rank=") for word in process.cmdline())]
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
