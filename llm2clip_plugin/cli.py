@@ -84,6 +84,9 @@ def run(name: str, argv: list[str]) -> int:
     module, function, _ = COMMANDS[name]
     try:
         return getattr(importlib.import_module(module), function)(argv) or 0
+    except BrokenPipeError:  # `llm2clip ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell says SIGPIPE
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
@@ -93,7 +96,8 @@ def run(name: str, argv: list[str]) -> int:
         ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")
         if ours or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        print(f'error: {error}; `llm2clip {name}` needs: pip install "llm2clip-plugin[train]"', file=sys.stderr)
+        everything = 'pip install "llm2clip-plugin[train]"'
+        print(f"error: {error}; pip install {error.name}, or all of training: {everything}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
