@@ -148,11 +148,9 @@ class Answerer:
         import torch
         from llava.mm_utils import get_model_name_from_path
         from llava.model.builder import load_pretrained_model
-        from llava.utils import disable_torch_init
 
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here; pass --device cpu")
-        disable_torch_init()
         path = os.path.expanduser(options.model_path)
         self.options, self.name = options, get_model_name_from_path(path)
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(

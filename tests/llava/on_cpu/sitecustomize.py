@@ -1,6 +1,27 @@
 """On a machine without a GPU, what LLaVA does with CUDA unconditionally does nothing. For tests alone."""
 
+import functools
+
 import torch
+import torch.distributed
+
+
+def waits(collective):
+    """A collective of torch.distributed that is over when it returns.
+
+    DeepSpeed's ZeRO-3 starts several gathers and waits for the last one: right on a GPU, whose stream keeps the order,
+    but gloo finishes them in any order, so that parameters are used before they have arrived.
+    """
+
+    @functools.wraps(collective)
+    def waiting(*arguments, **options):
+        work = collective(*arguments, **options)
+        if work is not None:
+            work.wait()
+        return work
+
+    return waiting
+
 
 if not torch.cuda.is_available():
     torch.cuda.synchronize = lambda device=None: None  # the end of a full finetune under DeepSpeed
@@ -14,13 +35,13 @@ if not torch.cuda.is_available():
         return tensor_to(self, *arguments, **options)
 
     torch.Tensor.to = to_cpu
-    gather = torch.distributed.all_gather_into_tensor
-
-    def gather_and_wait(*arguments, **options):
-        """DeepSpeed's ZeRO-3 waits for the last of several gathers alone, and gloo ends them in any order."""
-        handle = gather(*arguments, **options)
-        if handle is not None:
-            handle.wait()
-        return handle
-
-    torch.distributed.all_gather_into_tensor = gather_and_wait
+    if torch.distributed.is_available():
+        for name in (
+            "all_gather",
+            "all_gather_into_tensor",
+            "reduce_scatter_tensor",
+            "all_reduce",
+            "reduce",
+            "broadcast",
+        ):
+            setattr(torch.distributed, name, waits(getattr(torch.distributed, name)))
