@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaVA in miniature: does a small LLaVA see better with the trained tower than with the same tower before?
 #
-#   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [--smoke]
+#   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [--smoke] [--steps TEXT CAPTIONS QUESTIONS]
 #
 # TOWER: a tower directory, or a plain Hugging Face vision directory (imported first). Unmodified LLaVA 1.5, three stages a
 # side, all but the tower the same: a Llama of 2.5 million weights learns words (once), then the projector to read the tower
@@ -17,6 +17,7 @@ while [ $# -gt 0 ]; do
         --after) AFTER=$(realpath "$2"); shift ;;
         --output) mkdir -p "$2"; OUT=$(realpath "$2"); shift ;;
         --smoke) CONCEPTS=60 TEXT_STEPS=6 CAPTION_STEPS=4 QUESTION_STEPS=6 ;;
+        --steps) TEXT_STEPS=$2 CAPTION_STEPS=$3 QUESTION_STEPS=$4; shift 3 ;;
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         *) echo "error: unknown option $1" >&2; exit 2 ;;
     esac
