@@ -21,7 +21,8 @@ from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModul
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, add_lora, save_adapter
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
-from llm2clip_plugin.text.pairs import PairBatches, PairsConfig, open_pairs, survey
+from llm2clip_plugin.text.pair_batches import PairBatches
+from llm2clip_plugin.text.pairs import PairsConfig, open_pairs, survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json, zero_stage

@@ -28,7 +28,8 @@ from llm2clip_plugin.llm_stage import FinetuneConfig, trained_module
 from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings
-from llm2clip_plugin.text.pairs import Pair, PairBatches, PairsConfig, open_pairs
+from llm2clip_plugin.text.pair_batches import PairBatches
+from llm2clip_plugin.text.pairs import Pair, PairsConfig, open_pairs
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.engine import Engine, start_ranks

@@ -20,9 +20,7 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -38,16 +36,12 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     whole_file,
 )
+from llm2clip_plugin.data.cache_shard import META, REDO, TENSORS, ShardFile, tensors_digest
 from llm2clip_plugin.data.records import Caption, caption_hash, caption_id
 
 DTYPES = ("float16", "int8")
 INT8_COSINE = 0.999  # the least that int8 may keep of a row's direction
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
-NUMPY_DTYPES = {"F16": np.float16, "I8": np.int8, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
-TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
-METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
-META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
-REDO = "run `llm2clip embed` again: it redoes only what is not whole"
 
 
 def hash_to_int(digest: str) -> int:
@@ -72,14 +66,6 @@ def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, str]]
 def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, str]]) -> str:
     """Identity of what a shard's rows belong to: changes with any key, caption or order."""
     return sha256_text(canonical_json([list(keys), [list(row) for row in rows]]))
-
-
-def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over the tensors' bytes in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
 
 
 def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,64 +225,6 @@ class CacheWriter:
         manifest = self._manifest(entries, complete=True)
         manifest.write(path)
         return manifest
-
-
-class ShardFile:
-    """One shard's file, its header read and its tensors mapped, not loaded.
-
-    Raises ContractError if the file is no whole cache shard.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if length > size - 8:
-                raise ContractError(f"{path} is cut short ({size} bytes); {REDO}")
-            try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ContractError(f"{path} is not a safetensors file ({error}); {REDO}") from error
-        self.meta: dict[str, str] = json.loads(header.pop("__metadata__", {}).get(META, "{}"))
-        self._start = 8 + length
-        self._entries: dict[str, dict] = header
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if self._start + end != size:
-            raise ContractError(f"{path} is cut short: {size} bytes, its header asks for {self._start + end}; {REDO}")
-        if not set(TENSORS) <= set(header) or not set(METADATA) <= set(self.meta):
-            raise ContractError(f"{path} is no shard of an embedding cache; {REDO}")
-        self.captions, self.width = header["embeddings"]["shape"]
-        self.samples = header["row_starts"]["shape"][0] - 1
-        self._maps: dict[str, np.ndarray] = {}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor of the file, mapped read-only."""
-        if name not in self._maps:
-            entry = self._entries[name]
-            shape, dtype = tuple(entry["shape"]), NUMPY_DTYPES[entry["dtype"]]
-            if 0 in shape:  # nothing to map
-                self._maps[name] = np.empty(shape, dtype)
-            else:
-                offset = self._start + entry["data_offsets"][0]
-                self._maps[name] = np.memmap(self.path, dtype, "r", offset, shape)
-        return self._maps[name]
-
-    def key(self, index: int) -> str:
-        """The key of a sample."""
-        start, stop = self["key_starts"][index : index + 2]
-        return bytes(self["keys"][start:stop]).decode()
-
-    def span(self, index: int) -> tuple[int, int]:
-        """First row of a sample, and the row after its last."""
-        start, stop = self["row_starts"][index : index + 2]
-        return int(start), int(stop)
-
-    def embeddings(self, rows: Sequence[int] | slice) -> torch.Tensor:
-        """(n, W) float32 of these rows."""
-        values = self["embeddings"][rows].astype(np.float32) * self["scales"][rows][:, None]
-        return torch.from_numpy(values)
 
 
 class EmbeddingCache:

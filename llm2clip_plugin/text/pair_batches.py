@@ -1,0 +1,96 @@
+"""Global batches of pairs in order: a function of (seed, samples consumed), cut by rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llm2clip_plugin.data.records import caption_id
+from llm2clip_plugin.data.sampler import Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.text.pairs import Pair, PairKind, PairSource
+
+SUBSTITUTES = 100  # samples tried in the place of one that has no pair of the batch's kind
+
+
+class PairBatches:
+    """Global batches in order: ``batch(position)`` gives this rank's rows of the one that starts there."""
+
+    def __init__(
+        self,
+        sources: Sequence[PairSource],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.sources = list(sources)
+        self.seed = seed
+        self.global_batch = global_batch
+        self.rank, self.world = rank, world
+        self.shares = [w * len(s) for s, w in zip(sources, weights or [1.0] * len(sources), strict=True)]
+        self.orders = [
+            Mixture([source.sizes()], [1.0], hash_words("pairs", seed, number)) for number, source in enumerate(sources)
+        ]
+        self._sources_so_far: list[int] = []  # source of each global batch from the start of training
+        small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
+        if small:
+            raise ValueError(
+                f"global_batch is {global_batch}, but {', '.join(small)} has fewer samples; a batch comes from one "
+                "source: lower it"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.start(0)
+
+    def start(self, position: int) -> Iterator[dict[str, Any]]:
+        """This rank's batches from ``position`` (samples consumed) on, without end."""
+        while True:
+            yield self.batch(position)
+            position += self.global_batch
+
+    def batch(self, position: int) -> dict[str, Any]:
+        """``pairs``, ``keys``, ``caption_ids`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
+        step, rest = divmod(position, self.global_batch)
+        assert rest == 0, f"position {position} is not at a batch's start"
+        number = self._source_of(step)
+        source = self.sources[number]
+        earlier = self._sources_so_far[:step].count(number)
+        kind = self._choose(source.kinds, [kind.weight for kind in source.kinds], "kind", step)
+        start, count = rank_rows(earlier * self.global_batch, self.rank, self.global_batch // self.world)
+        draws = self.orders[number].batch_indices(start, count)
+        pairs = [self._pair(number, draw.index, draw.epoch, kind) for draw in draws]
+        images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
+        texts = [[caption_id(pair.positive) for pair in pairs], [caption_id(pair.query) for pair in pairs]]
+        return {
+            "pairs": pairs,
+            "keys": [pair.key for pair in pairs],
+            "caption_ids": torch.tensor(texts, dtype=torch.int64),
+            "image_ids": torch.tensor(images, dtype=torch.int64),
+            "position": position + self.global_batch,
+        }
+
+    def _pair(self, number: int, index: int, epoch: int, kind: PairKind) -> Pair:
+        """The pair of a draw; a sample without one is replaced by the next that has one."""
+        source = self.sources[number]
+        for offset in range(min(SUBSTITUTES, len(source))):
+            chosen = (index + offset) % len(source)
+            pair = source.pair(chosen, kind, sample_rng(self.seed, epoch, number, chosen))
+            if pair is not None:
+                return pair
+        raise ValueError(f"{source.path}: {SUBSTITUTES} samples from number {index} on have no pair {kind}")
+
+    def _source_of(self, step: int) -> int:
+        """The source of a global batch: drawn by weight x size, the same on every rank."""
+        while len(self._sources_so_far) <= step:
+            drawn = self._choose(range(len(self.sources)), self.shares, "source", len(self._sources_so_far))
+            self._sources_so_far.append(drawn)
+        return self._sources_so_far[step]
+
+    def _choose(self, items: Sequence[Any], weights: Sequence[float], what: str, step: int) -> Any:
+        rng = random.Random(hash_words(what, self.seed, step))
+        return rng.choices(list(items), list(weights))[0]
