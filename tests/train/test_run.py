@@ -31,6 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_all(tmp_path_factory.mktemp("tiny"))
 
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def options(tiny: Path, run: Path, *more: str) -> list[str]:
     """A short run with everything that must come back: heads, noise, layer decay, schedule, moving average."""
     return [
@@ -43,9 +46,10 @@ def options(tiny: Path, run: Path, *more: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank, and the package of this checkout."""
+    """One thread a rank, the package of this checkout, and no place among the ranks of another test."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
+    ours = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
 
 
 def start(argv: list[str], world: int) -> list[subprocess.Popen[bytes]]:
