@@ -43,7 +43,9 @@ def quickstart() -> RunConfig:
             input_scale="sqrt_width",
             input_noise=0.5,
         ),
-        optim=OptimConfig(lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0),
+        optim=OptimConfig(
+            lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0, warmup_ratio=0.15
+        ),
         heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
         train=TrainConfig(global_batch=128, max_steps=120, save_minutes=2.0, save_total_limit=1),
         evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group="concept"),
