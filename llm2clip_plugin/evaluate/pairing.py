@@ -5,8 +5,8 @@ no top-k, no N x M matrix and no loop over rows; a tile of scores serves both di
 
 1. Rows with the same bits are kept once (`Side`), with the number of their copies: identical items then have one
    score, so that they tie exactly, whatever the matrix product does at the edges of a block.
-2. Right pairs are the queries of both sides with one label. Rows are ordered by label, so that right pairs fill few
-   tiles; these are computed first and give each query its best right score.
+2. Right pairs are the queries of both sides with one label. Rows are ordered by label, so that right pairs fill small
+   boxes of few tiles; these are computed first and give each query its best right score.
 3. All tiles are computed; what is above a query's best right score, or equal to it, is counted, times its copies.
 
 Shape letters: N rows of one side, U of them distinct, Q queries (distinct pairs of row and label), D width,
@@ -28,7 +28,6 @@ from llm2clip_plugin.evaluate.distributed import sum_over_ranks
 from llm2clip_plugin.evaluate.ranks import QueryRanks
 
 TILE = 512  # rows and columns of a tile: 1 MiB of scores, which stays in cache
-KEPT = 64  # tiles with right pairs that are kept from the first pass, not computed again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +147,8 @@ def rank_both(
 
     The score is the dot product, on the embeddings' device, in fp32 whatever inputs, autocast and TF32 are; rows are
     right for each other when their labels (int) are equal. A query without a right item gets ``right_equal`` 0. Memory
-    beyond the inputs: a copy of them, some tiles, and the right pairs.
+    beyond the inputs: some tiles, the right pairs, and a copy of a side that is not fp32, holds a row twice, or has
+    the rows of a label far apart.
 
     ``all_ranks``: every rank of the default process group calls this with the same arrays; the tiles are shared out,
     and each rank gets all results. The tiles are the same on any number of ranks, and so are the results.
@@ -188,41 +188,38 @@ class _Grid:
         number, order = torch.sort(number)
         self.pairs = pair_first[order], pair_second[order]
         self.starts = torch.searchsorted(number, torch.arange(self.total + 1, device=number.device)).tolist()
-        self.kept: dict[int, Tensor] = {}
 
     def numbers(self) -> Iterator[int]:
         """This rank's tiles."""
         return iter(range(self.rank, self.total, self.world))
 
-    def scores(self, number: int, score_P: Tensor | None = None) -> tuple[slice, slice, Tensor]:
+    def scores(self, number: int, score_P: Tensor) -> tuple[slice, slice, Tensor]:
         """A tile's rows, columns and scores; right pairs keep the bits of ``score_P``, to equal themselves."""
         row, column = number // self.across * self.tile, number % self.across * self.tile
         rows = slice(row, min(row + self.tile, len(self.first.row_UD)))
         columns = slice(column, min(column + self.tile, len(self.second.row_UD)))
-        kept = self.kept.pop(number, None)
-        score_rc = self.first.row_UD[rows] @ self.second.row_UD[columns].T if kept is None else kept
-        if score_P is not None and kept is None:
-            part, row_p, column_p = self.inside(number, rows, columns)
-            score_rc[row_p, column_p] = score_P[part]
+        score_rc = self.first.row_UD[rows] @ self.second.row_UD[columns].T
+        part, row_p, column_p = self.inside(number)
+        score_rc[row_p - row, column_p - column] = score_P[part]
         return rows, columns, score_rc
 
-    def inside(self, number: int, rows: slice, columns: slice) -> tuple[slice, Tensor, Tensor]:
-        """The right pairs of a tile: which of the P, and their places in it."""
+    def inside(self, number: int) -> tuple[slice, Tensor, Tensor]:
+        """The right pairs of a tile: which of the P, and their distinct rows of both sides."""
         part = slice(self.starts[number], self.starts[number + 1])
-        row_p = self.first.query_row_Q[self.pairs[0][part]] - rows.start
-        column_p = self.second.query_row_Q[self.pairs[1][part]] - columns.start
-        return part, row_p, column_p
+        row_p = self.first.query_row_Q[self.pairs[0][part]]
+        return part, row_p, self.second.query_row_Q[self.pairs[1][part]]
 
     def right_scores(self) -> Tensor:
-        """(P,) scores of all right pairs."""
+        """(P,) scores of all right pairs: of each tile, the box that holds its right pairs."""
         score_P = torch.zeros(len(self.pairs[0]), device=self.first.row_UD.device)
         for number in self.numbers():
-            if self.starts[number] < self.starts[number + 1]:
-                rows, columns, score_rc = self.scores(number)
-                part, row_p, column_p = self.inside(number, rows, columns)
-                score_P[part] = score_rc[row_p, column_p]
-                if len(self.kept) < KEPT:
-                    self.kept[number] = score_rc
+            part, row_p, column_p = self.inside(number)
+            if part.start < part.stop:
+                top, left = int(row_p.min()), int(column_p.min())
+                box_rc = (
+                    self.first.row_UD[top : int(row_p.max()) + 1] @ self.second.row_UD[left : int(column_p.max()) + 1].T
+                )
+                score_P[part] = box_rc[row_p - top, column_p - left]
         if self.all_ranks:
             sum_over_ranks(score_P)  # every other rank has zeros there
         return score_P

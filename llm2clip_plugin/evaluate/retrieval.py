@@ -19,6 +19,7 @@ from llm2clip_plugin.evaluate.pairing import TILE, rank_both
 from llm2clip_plugin.evaluate.ranks import QueryRanks, TieRule
 
 KS = (1, 5, 10)
+UNIT = 1e-6  # what fp32 leaves of 1 after a division by the norm, at some thousand dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,8 @@ def retrieve(
     caption_index = torch.arange(len(text_MD))
     if captions is not None:
         caption_index = caption_index[captions.cpu()]
-    image, text = (
-        F.normalize(vectors.float(), dim=1) for vectors in (image_ND, text_MD[caption_index.to(text_MD.device)])
-    )
+    chosen_MD = text_MD if captions is None else text_MD[caption_index.to(text_MD.device)]
+    image, text = unit_rows(image_ND), unit_rows(chosen_MD)
     caption_label = caption_label_M[caption_index]
     i2t, t2i = rank_both(image, text, image_label_N, caption_label, tile=block, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.right_equal_Q).flatten()
@@ -112,6 +112,13 @@ def retrieve(
         image_label_N=image_label_N,
         caption_label_Q=caption_label,
     )
+
+
+def unit_rows(vectors_ND: Tensor) -> Tensor:
+    """Rows of length 1 in fp32; the same tensor, without a copy, if they are so to fp32's precision."""
+    vectors_ND = vectors_ND.float()
+    away = (torch.linalg.vector_norm(vectors_ND, dim=1) - 1).abs()
+    return vectors_ND if bool((away <= UNIT).all()) else F.normalize(vectors_ND, dim=1)
 
 
 def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:

@@ -11,10 +11,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from llm2clip_plugin.evaluate import pairing
 from llm2clip_plugin.evaluate.captions import caption_retrieval_accuracy
 from llm2clip_plugin.evaluate.pairing import _Grid, rank_both
-from llm2clip_plugin.evaluate.retrieval import recall, retrieve, shuffled
+from llm2clip_plugin.evaluate.retrieval import recall, retrieve, shuffled, unit_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference" / "E_retrieval"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
@@ -141,23 +140,26 @@ def test_identical_items_tie_wherever_they_stand():
     assert ranks.equal_before_Q.tolist() == list(range(7))
 
 
-def test_a_query_is_never_below_itself_though_tiles_are_computed_twice(monkeypatch):
+def test_a_query_is_never_below_itself_though_right_pairs_are_computed_twice(monkeypatch):
     image, text, owner = golden("generic_150")
-    expected = recall(image, text, owner, block=50)
-    scores, calls = _Grid.scores, []
+    sides = F.normalize(image, dim=1), F.normalize(text, dim=1), torch.arange(len(image)), owner
+    expected = rank_both(*sides, tile=50)
+    plain = _Grid.right_scores
+    # a matrix product that differs in the last bits between the passes
+    monkeypatch.setattr(_Grid, "right_scores", lambda grid: plain(grid) * (1 + 3e-7))
+    for ours, before in zip(rank_both(*sides, tile=50), expected, strict=True):
+        assert all(torch.equal(value, vars(before)[name]) for name, value in vars(ours).items())
 
-    def other_bits(grid, number, score_P=None):  # a matrix product that differs in the last bits between the passes
-        calls.append(number)
-        rows, columns, score = scores(grid, number)
-        score *= 1 + 3e-7 * (len(calls) % 2)
-        part, row, column = grid.inside(number, rows, columns)
-        if score_P is not None:
-            score[row, column] = score_P[part]
-        return rows, columns, score
 
-    monkeypatch.setattr(_Grid, "scores", other_bits)
-    monkeypatch.setattr(pairing, "KEPT", 0)
-    assert recall(image, text, owner, block=50) == expected
+def test_rows_of_length_one_are_taken_as_they_are():
+    image, text, owner = golden("generic_150")
+    unit = F.normalize(image, dim=1)
+    assert unit_rows(unit) is unit
+    assert torch.equal(unit_rows(3 * image), F.normalize(3 * image, dim=1))
+    off = unit.clone()
+    off[7] *= 1.001
+    assert torch.equal(unit_rows(off), F.normalize(off, dim=1))
+    assert recall(5 * image, text.double(), owner) == pytest.approx(recall(unit, text, owner), abs=1e-9)
 
 
 def test_groups_make_every_caption_of_the_concept_right():
