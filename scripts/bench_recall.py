@@ -1,6 +1,6 @@
 """Recall@1/5/10 both ways on 5,000 images x 25,000 captions: time and peak memory against the reference's two ways.
 
-    python scripts/bench_recall.py [--images 5000] [--captions 25000] [--width 768] [--threads 2] [--batch 64] [--json OUT]
+    python scripts/bench_recall.py [--images 5000] [--captions 25000] [--threads 2] [--batch 64] [--json OUT]
 
 - tiles: `llm2clip_plugin.evaluate.retrieval.recall`
 - one-hot: what LLM2CLIP and CLIP_benchmark do with several captions an image: all scores and all right pairs as N x M
@@ -10,8 +10,8 @@
   direction and k a Python loop over the queries, each with its own product and top-k
 
 Each runs in a process of its own, so that its peak memory is its own; embeddings are made beforehand by seed and
-noise, so that recall is neither 0 nor 1. The three must agree. The row loop asks every `--every`-th query alone, and its
-time is multiplied by that.
+noise, so that recall is neither 0 nor 1. The three must agree. The row loop may ask every `--every`-th query alone; its
+time is then multiplied by that.
 """
 
 import argparse
@@ -135,9 +135,7 @@ def main() -> int:
         command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         row = rows[way] = json.loads(done.stdout)
-        print(
-            f"{way:9} {row['seconds']:8.2f} s, {row['cpu_seconds']:8.2f} CPU s, {row['peak_mib']:6.0f} MiB beside inputs"
-        )
+        print(f"{way:9} {row['seconds']:8.2f} s, {row['cpu_seconds']:8.2f} CPU s, {row['peak_mib']:6.0f} MiB beside")
     ours = rows[options.ways[0]]
     for way, row in list(rows.items())[1:]:
         ratios = ", ".join(f"{row[key] / ours[key]:.1f}x {key}" for key in ("seconds", "cpu_seconds", "peak_mib"))

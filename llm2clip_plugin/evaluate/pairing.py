@@ -103,8 +103,11 @@ class _Tally:
             counts_3Q=none_Q.repeat(3, 1),
         )
 
-    def add(self, score_rc: Tensor, side: Side, rows: slice, partner: Side, columns: slice) -> None:
-        """Count one tile: ``rows`` of ``side`` are the queries, ``columns`` of ``partner`` the items."""
+    def add(self, score_rc: Tensor, flag_rc: Tensor, side: Side, rows: slice, partner: Side, columns: slice) -> None:
+        """Count one tile: ``rows`` of ``side`` are the queries, ``columns`` of ``partner`` the items.
+
+        ``flag_rc`` is written over; fp32 ones and zeros are summed much faster than booleans.
+        """
         copies_c = partner.copies_U[columns]
         part = side.queries(rows.start, rows.stop)
         for start in range(part.start, part.stop, len(score_rc)):  # more queries than rows: a row under several labels
@@ -112,7 +115,7 @@ class _Tally:
             one_to_one = part.stop - part.start == len(score_rc)
             score_qc = score_rc if one_to_one else score_rc[side.query_row_Q[some] - rows.start]
             best_q1 = self.best_Q[some, None]
-            flag_qc = torch.empty_like(score_qc)  # fp32 ones and zeros: summed much faster than booleans
+            flag_qc = flag_rc[: len(score_qc)]
             higher_q = (torch.gt(score_qc, best_q1, out=flag_qc) @ copies_c).long()
             equal_q = (torch.ge(score_qc, best_q1, out=flag_qc) @ copies_c).long() - higher_q
             self.counts_3Q[0, some] += higher_q
@@ -167,9 +170,9 @@ def rank_both(
         there = _Tally.start(pair_first_P, score_P, len(first.query_row_Q), pair_second_P, second)
         back = _Tally.start(pair_second_P, score_P, len(second.query_row_Q), pair_first_P, first)
         for number in grid.numbers():
-            rows, columns, score_rc = grid.scores(number, score_P)
-            there.add(score_rc, first, rows, second, columns)
-            back.add(score_rc.T, second, columns, first, rows)
+            rows, columns, score_rc, flag_rc = grid.scores(number, score_P)
+            there.add(score_rc, flag_rc, first, rows, second, columns)
+            back.add(score_rc.T, flag_rc.T, second, columns, first, rows)
         for tally in (there, back) if all_ranks else ():
             sum_over_ranks(tally.counts_3Q)
     return there.ranks(first), back.ranks(second)
@@ -182,6 +185,8 @@ class _Grid:
         self.first, self.second, self.tile, self.all_ranks = first, second, tile, all_ranks
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
         self.across = -(-len(second.row_UD) // tile)
+        area = min(tile, len(first.row_UD)) * min(tile, len(second.row_UD))
+        self.tile_2A = torch.empty(2, area, device=first.row_UD.device)  # used again: fresh memory costs page faults
         self.total = -(-len(first.row_UD) // tile) * self.across
         pair_first, pair_second = _right_pairs(first.query_label_Q, second.query_label_Q)
         number = first.query_row_Q[pair_first] // tile * self.across + second.query_row_Q[pair_second] // tile
@@ -193,15 +198,20 @@ class _Grid:
         """This rank's tiles."""
         return iter(range(self.rank, self.total, self.world))
 
-    def scores(self, number: int, score_P: Tensor) -> tuple[slice, slice, Tensor]:
-        """A tile's rows, columns and scores; right pairs keep the bits of ``score_P``, to equal themselves."""
+    def scores(self, number: int, score_P: Tensor) -> tuple[slice, slice, Tensor, Tensor]:
+        """A tile's rows, columns, scores, and room for as many; all valid until the next call.
+
+        Right pairs keep the bits of ``score_P``, to equal themselves.
+        """
         row, column = number // self.across * self.tile, number % self.across * self.tile
         rows = slice(row, min(row + self.tile, len(self.first.row_UD)))
         columns = slice(column, min(column + self.tile, len(self.second.row_UD)))
-        score_rc = self.first.row_UD[rows] @ self.second.row_UD[columns].T
+        high, wide = rows.stop - row, columns.stop - column
+        score_rc, flag_rc = self.tile_2A[:, : high * wide].view(2, high, wide)
+        torch.mm(self.first.row_UD[rows], self.second.row_UD[columns].T, out=score_rc)
         part, row_p, column_p = self.inside(number)
         score_rc[row_p - row, column_p - column] = score_P[part]
-        return rows, columns, score_rc
+        return rows, columns, score_rc, flag_rc
 
     def inside(self, number: int) -> tuple[slice, Tensor, Tensor]:
         """The right pairs of a tile: which of the P, and their distinct rows of both sides."""
