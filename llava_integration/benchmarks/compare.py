@@ -39,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--seed", type=int, default=0, help="of the resampling")
     parse.add_argument("--no-references", action="store_true", help="leave out the published numbers")
     parse.add_argument(
-        "--images", type=Path, help="LLaVA's evaluation folders (playground/data/eval), or one benchmark's, for the "
-        "pictures in the page; default: the --data that the answers were scored with"
+        "--images", "--image-folder", type=Path, help="for the pictures in the page: LLaVA's evaluation folders "
+        "(playground/data/eval), one benchmark's, or the folder of a benchmark of your own; default: the folder that "
+        "the answers were scored with"
     )  # fmt: skip
     parse.add_argument("--no-images", action="store_true", help="no pictures in the page")
     parse.add_argument(

@@ -45,9 +45,10 @@ class Row:
 
     def power_line(self) -> str:
         """Which difference this many questions could have shown."""
+        unit = "points" if self.unit == "%" else self.unit
         found = (
             f"{self.questions} questions on {self.images} images: a true difference of {self.result.detectable:.2f} "
-            f"{self.unit} would be found 4 times in 5"
+            f"{unit} would be found 4 times in 5"
         )
         size = abs(self.result.difference)
         if 0 < size < self.result.detectable:

@@ -51,7 +51,7 @@ def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) ->
             _section("Differences", svg.forest(comparison) + _table(comparison)),
             _section("All scores", _scores(comparison)),
             _section("Shape", svg.radar(comparison)) if len(comparison.titles) >= 3 else "",
-            _section("By category", "".join(_categories(comparison, row) for row in comparison.rows if row.categories)),
+            _section("By category", _all_categories(comparison)),
             _section(
                 "What this many questions can show",
                 _list(f"{row.title}: {row.power_line()}" for row in comparison.rows),
@@ -97,7 +97,14 @@ def _verdicts(comparison: Comparison) -> list[str]:
     """One sentence for each pair of sides."""
     sentences = []
     for name, rows in tables.pairs(comparison):
-        groups = {verdict: [row.title for row in rows if row.verdict == verdict] for verdict in ("better", "worse")}
+        groups = {
+            verdict: [
+                f"{row.title} ({tables.number(row.result.difference, row.unit, signed=True)})"
+                for row in rows
+                if row.verdict == verdict
+            ]
+            for verdict in ("better", "worse")
+        }
         said = [f"{verdict} on {', '.join(titles)}" for verdict, titles in groups.items() if titles]
         rest = len(rows) - sum(map(len, groups.values()))
         said += [f"no difference shown on {rest} of {len(rows)}"] if rest else []
@@ -126,8 +133,10 @@ def _table(comparison: Comparison) -> str:
 
 
 def _scores(comparison: Comparison) -> str:
-    """Headline numbers of every side, and the published ones, marked."""
+    """Headline numbers of every side, and the published ones, marked; "" if the table of differences has them all."""
     names = list(comparison.titles)
+    if len(comparison.names) == 2 and len(names) == len(comparison.rows) and not comparison.references:
+        return ""
     heads = "".join(f'<th scope="col">{escape(comparison.titles[name])}</th>' for name in names)
     lines = []
     for place, side in enumerate(comparison.names):
@@ -137,15 +146,24 @@ def _scores(comparison: Comparison) -> str:
             else "<td></td>"
             for name in names
         )
-        lines.append(
-            f'<tr><th scope="row"><span class="dot" style="background:{svg.colour(place)}"></span>{escape(side)}</th>'
-            f"{cells}</tr>"
-        )
+        lines.append(f'<tr><th scope="row">{_named_dot(comparison, place)}</th>{cells}</tr>')
     for label, values in comparison.references.items():
         cells = "".join(f"<td>{values[name]:g}</td>" if name in values else "<td></td>" for name in names)
         lines.append(f'<tr class="reference"><th scope="row">{escape(label)} <small>published</small></th>{cells}</tr>')
     note = f"<p class=dim>Published rows: {escape(tables.NOTE)}.</p>" if comparison.references else ""
     return table("scores", f"<th></th>{heads}", lines) + note
+
+
+def _named_dot(comparison: Comparison, place: int) -> str:
+    """A side's name behind a square of its colour."""
+    return f'<span class="dot" style="background:{svg.colour(place)}"></span>{escape(comparison.names[place])}'
+
+
+def _all_categories(comparison: Comparison) -> str:
+    """Bars of every row, below the colours' names."""
+    rows = [_categories(comparison, row) for row in comparison.rows if row.categories]
+    sides = " ".join(f"<span>{_named_dot(comparison, place)}</span>" for place in range(len(comparison.names)))
+    return f'<p class="legend">{sides}</p>{"".join(rows)}' if rows else ""
 
 
 def _categories(comparison: Comparison, row: Row) -> str:
@@ -203,6 +221,8 @@ def disagreements(row: Row, sides: Sequence[Side], pictures: Pictures, most: int
     lost = [pair for pair in both if pair[1]["score"] < pair[0]["score"]]
     half = max(most // 2, most - len(won) if len(lost) > most // 2 else 0)
     chosen = [*spread(lost, min(half, len(lost))), *spread(won, most - min(half, len(lost)))]
+    order = {id(pair): number for number, pair in enumerate(both)}  # wins and losses mixed, as in the benchmark
+    chosen.sort(key=lambda pair: order[id(pair)])
     return [_question(row, place, base, new, pictures, (len(won), len(lost))) for base, new in chosen]
 
 

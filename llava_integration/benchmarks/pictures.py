@@ -1,4 +1,8 @@
-"""Pictures of a benchmark's questions, found beside its data and made small enough to travel inside the report."""
+"""Pictures of a benchmark's questions, found beside its data and made small enough to travel inside the report.
+
+A benchmark of the user's own (score files with a name that is not among ours) has its pictures below the folder that
+its score files name as ``provenance["data"]``, or below ``--images``; an item's ``image`` is a path from there.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,12 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_integration.benchmarks.base import MODULES, Benchmark, Item, benchmark
+from llava_integration.benchmarks.base import MODULES, Item, benchmark
 from llava_integration.benchmarks.sides import Side
 
 SIDE = 256  # pixels of the longer side in the page
 QUALITY = 70
+OWN = ("", "images")  # where the pictures of a benchmark of the user's own may be, below its folder
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -37,30 +42,31 @@ class Pictures:
 
     def key(self, name: str, item: Item) -> str:
         """The key of an item's picture, "" if there is none; encodes it when it is first asked for."""
-        if not self._enabled or not item.get("image") or name not in MODULES:
+        if not self._enabled or not item.get("image"):
             return ""
         key = f"{name}/{item['image']}"
         if key not in self.encoded:
-            encoded = encode(self._read(benchmark(name), item))
+            encoded = encode(self._read(name, item))
             if encoded is None:
                 self.missing[name] = self.missing.get(name, 0) + 1
                 return ""
             self.encoded[key] = encoded
         return key
 
-    def _read(self, chosen: Benchmark, item: Item) -> bytes | None:
-        for folder in self._folders[chosen.name]:
-            if chosen.image_bytes is not None:
-                if (found := chosen.image_bytes(folder, item)) is not None:
+    def _read(self, name: str, item: Item) -> bytes | None:
+        known = benchmark(name) if name in MODULES else None
+        for folder in self._folders[name]:
+            if known and known.image_bytes is not None:
+                if (found := known.image_bytes(folder, item)) is not None:
                     return found
-            elif (path := find(chosen, folder, str(item["image"]))) is not None:
+            elif (path := find(known.image_folders if known else OWN, folder, str(item["image"]))) is not None:
                 return path.read_bytes()
         return None
 
     def notes(self) -> list[str]:
         """Which pictures were not found."""
         return [
-            f"{count} pictures of {name} were not found; pass --images with LLaVA's evaluation folders to see them"
+            f"{count} pictures of {name} were not found; pass --images with their folder to see them"
             for name, count in sorted(self.missing.items())
         ]
 
@@ -73,10 +79,10 @@ def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list
     return [Path(folder) for folder in dict.fromkeys(filter(None, scored)) if Path(folder).is_dir()]
 
 
-def find(chosen: Benchmark, folder: Path, name: str) -> Path | None:
+def find(image_folders: Sequence[str], folder: Path, name: str) -> Path | None:
     """An image file of a benchmark, whatever its ending; never outside the folder, whatever the name."""
     inside = folder.resolve()
-    for below in chosen.image_folders:
+    for below in image_folders:
         base = folder / below / name
         for path in (base, *(base.with_suffix(ending) for ending in ENDINGS)):
             if path.is_file() and inside in path.resolve().parents:

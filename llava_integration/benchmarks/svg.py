@@ -9,19 +9,24 @@ from html import escape
 from llava_integration.benchmarks.comparison import Comparison, Row
 from llava_integration.benchmarks.tables import number
 
-COLOURS = ("#5b6472", "#c2410c", "#1d6fb8", "#2e7d32", "#7b3fa0", "#a16207")  # base first
+SIDES = 6  # colours of page.css, base first
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
 WIDTH = 860
 
 
 def colour(place: int) -> str:
-    """A side's colour."""
-    return COLOURS[place % len(COLOURS)]
+    """A side's colour, as page.css has it for light and dark."""
+    return f"var(--side-{place % SIDES})"
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", extra: str = "") -> str:
     """A text element; the content is escaped."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{escape(content)}</text>'
+
+
+def short(name: str, most: int) -> str:
+    """A name that fits beside a plot."""
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1, extra: str = "") -> str:
@@ -62,9 +67,10 @@ def forest(comparison: Comparison) -> str:
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
+    base, new = ("base", "new") if several else comparison.names
     parts = [
-        text(left, top - 18, "base better", extra='class="dim"'),
-        text(right, top - 18, "new better", "end", 'class="dim"'),
+        text(x(0) - 10, top - 18, f"← {short(base, 24)} better", "end", 'class="dim"'),
+        text(x(0) + 10, top - 18, f"{short(new, 24)} better →", extra='class="dim"'),
         *(legend(comparison.names[1:], left, 16, first=1) if several else []),
     ]
     for tick in ticks(low, high):
@@ -85,7 +91,7 @@ def forest(comparison: Comparison) -> str:
         hint = f"{name}, {row.new}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
         parts += [
             f'<g class="forest-row"><title>{escape(hint)}</title>',
-            text(left - 12, y + 4, name if len(name) < 36 else name[:34] + "…", "end"),
+            text(left - 12, y + 4, short(name, 30), "end"),
             line(x(result.low / size), y, x(result.high / size), y, paint, 2.5),
             f'<circle cx="{x(result.difference / size):.1f}" cy="{y:.1f}" r="5" stroke="{paint}" stroke-width="2.5" '
             f'fill="{paint if sure else "var(--paper)"}"/>',
@@ -142,7 +148,7 @@ def legend(names: Sequence[str], x: float, y: float, first: int = 0) -> list[str
     for order, name in enumerate(names):
         paint = colour(order + first)
         parts.append(f'<rect x="{x}" y="{y + 24 * order - 10:.0f}" width="14" height="12" fill="{paint}"/>')
-        parts.append(text(x + 22, y + 24 * order, name if len(name) < 42 else name[:40] + "…"))
+        parts.append(text(x + 22, y + 24 * order, short(name, 34)))
     return parts
 
 
@@ -154,11 +160,11 @@ def bars(comparison: Comparison, row: Row, most: int = 20) -> str:
     percent = all(0 <= value <= 1 for old, now, _ in row.categories.values() for value in (old, now))
     scale = 100.0 if percent else 1.0
     top_value = 1.0 if percent else max(max(old, now) for _, (old, now, _) in shown) or 1.0
-    left, right, step = 250.0, WIDTH - 130.0, 34.0
+    left, right, step = 250.0, WIDTH - 200.0, 34.0
     parts = []
     for place, (name, (old, now, count)) in enumerate(shown):
         y = 8 + step * place
-        parts.append(text(left - 12, y + 18, name if len(name) < 38 else name[:36] + "…", "end"))
+        parts.append(text(left - 12, y + 18, short(name, 36), "end"))
         for offset, value, order in ((2, old, 0), (15, now, comparison.names.index(row.new))):
             length = max(0.0, value / top_value) * (right - left)
             box = f'x="{left}" y="{y + offset:.0f}" width="{length:.1f}" height="11"'
@@ -166,7 +172,8 @@ def bars(comparison: Comparison, row: Row, most: int = 20) -> str:
                 f'<rect class="bar" {box} fill="{colour(order)}">'
                 f"<title>{escape(f'{name}: {scale * value:.1f}, {count} questions')}</title></rect>"
             )
-        parts.append(text(right + 10, y + 18, f"{scale * (now - old):+.1f}  (n {count})", extra='class="number"'))
+        step_text = f"{scale * old:.1f} → {scale * now:.1f} ({scale * (now - old):+.1f}), n {count}"
+        parts.append(text(right + 10, y + 18, step_text, extra='class="number"'))
     height = 8 + step * len(shown) + 8
     return figure(
         WIDTH, height, parts, f"{row.title} by category", f"bars-{row.benchmark}-{comparison.names.index(row.new)}"

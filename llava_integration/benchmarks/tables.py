@@ -56,9 +56,10 @@ def method_lines(comparison: Comparison) -> list[str]:
             "Where a side has several runs, their variance is in the interval, and p is Student's (±: s.d. of runs)."
         )
     if any(row.runs == (1, 1) for row in comparison.rows):
+        mme = any(row.benchmark == "mme" for row in comparison.rows)
         lines.append(
-            "One run a side: the interval covers the choice of questions, not the seed of training; MME alone moves by "
-            "about 20 points between identical runs."
+            "One run a side: the interval covers the choice of questions, not the seed of training"
+            + ("; MME moves by about 20 points between identical runs." if mme else ".")
         )
     return lines
 

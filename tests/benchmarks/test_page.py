@@ -10,6 +10,7 @@ from golden_mllm import MODELS, ROOT, answers
 from PIL import Image
 
 from llava_integration.benchmarks.compare import main as compare
+from llava_integration.benchmarks.pictures import find
 from llava_integration.benchmarks.score import main as score
 from llm2clip_plugin.contracts import ScoreFile
 
@@ -119,6 +120,50 @@ def test_page_in_chromium(report):
 
 
 INPUT = "document.getElementById('controls').dispatchEvent(new Event('input'))"
+
+
+def own_benchmark(folder, pictures, **provenance):
+    """Score files of two sides of a benchmark that is none of ours; every second question is won, the others lost."""
+    for name, gain in (("old", 0), ("new", 1)):
+        items = [
+            {"id": n, "score": float((n + gain) % 2), "cluster": str(n), "question": "which?", "answer": name,
+             "truth": "x", "image": f"{n}.png"}
+            for n in range(12)
+        ]  # fmt: skip
+        record = ScoreFile(benchmark="our own", metrics={}, items=items, model=name, provenance=provenance)
+        record.write(folder / name / "own.scores.json")
+    pictures.mkdir()
+    for n in range(12):
+        Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(pictures / f"{n}.png")
+    return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--html", str(folder / "x.html")]
+
+
+def test_a_benchmark_of_ones_own_has_its_pictures(tmp_path):
+    arguments = own_benchmark(tmp_path, tmp_path / "pictures", data=str(tmp_path / "pictures"))
+    compare(arguments)
+    questions = embedded(tmp_path / "x.html")["questions"]
+    assert len(questions) == 12 and all(question["image"] for question in questions)
+    compare([*arguments, "--no-images"])
+    assert not any(question["image"] for question in embedded(tmp_path / "x.html")["questions"])
+
+
+def test_pictures_are_found_by_option_and_never_outside(tmp_path):
+    arguments = own_benchmark(tmp_path, tmp_path / "pictures")
+    compare(arguments)
+    assert "12 pictures of our own were not found; pass --images" in (tmp_path / "x.html").read_text()
+    compare([*arguments, "--image-folder", str(tmp_path / "pictures")])
+    assert all(question["image"] for question in embedded(tmp_path / "x.html")["questions"])
+    assert find(("",), tmp_path / "pictures", "../old/own.scores.json") is None
+    with pytest.raises(FileNotFoundError, match="for --images"):
+        compare([*arguments, "--images", str(tmp_path / "nowhere")])
+
+
+def test_the_browser_begins_with_wins_and_losses_mixed(tmp_path):
+    compare(own_benchmark(tmp_path, tmp_path / "pictures"))
+    gains = [q["scores"][1] - q["scores"][0] for q in embedded(tmp_path / "x.html")["questions"]]
+    assert gains == [1.0, -1.0] * 6
+    text = (tmp_path / "x.html").read_text()
+    assert "← old better" in text and "new better →" in text and 'id="radar"' not in text
 
 
 def test_hostile_names_and_ids_stay_text(tmp_path):
