@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The LLaVA miniature's own parts: questions, a language model of nothing, scores. Runs in LLaVA's environment.
 
-    miniature.py data  --output DIR [--concepts N]     pictures, text, captions, questions
-    miniature.py llm   --output DIR                    a Llama of four layers and its tokenizer, random weights
-    miniature.py score NAME --output DIR               scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
+    miniature.py prepare --output DIR [--concepts N]   pictures, text, captions, questions; a Llama of four layers and
+                                                       its tokenizer, random weights
+    miniature.py score NAME... --output DIR            scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
 
-Questions: the group of an emoji (nine answers), and easy-vqa's about a coloured shape (thirteen answers). Held out are
-emoji of families that no stage has seen, and easy-vqa's test pictures.
+Questions: the group of an emoji (nine answers), and easy-vqa's about a coloured shape (thirteen answers, half of the
+questions yes or no). Held out are emoji of families that no stage has seen, and easy-vqa's test pictures.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import argparse
 import json
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import ScoreFile, whole_directory
+from llm2clip_plugin.contracts import ScoreFile, sha256_file, whole_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 EMOJI = ROOT / "llm2clip_plugin" / "data" / "emoji"
 GROUP = "Which group does the emoji belong to?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
+MINIATURE = "a miniature: a language model of 2.5 million weights, trained here from scratch"
 
 
 def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
@@ -41,17 +43,27 @@ def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
 
 
 def easy_vqa(split: str, count: int) -> list[tuple[str, Path, str, str]]:
-    """(id, picture, question, answer) of ``count`` questions, drawn once and for all."""
+    """(id, picture, question, answer) of ``count`` questions, drawn once and for all, every other one yes or no."""
     import easy_vqa
 
     folder = Path(easy_vqa.__file__).parent / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
-    drawn = random.Random(0).sample(range(len(questions)), min(count, len(questions)))
+    closed = [place for place, (_, answer, _) in enumerate(questions) if answer in ("yes", "no")]
+    others = [place for place, (_, answer, _) in enumerate(questions) if answer not in ("yes", "no")]
+    draw = random.Random(0)
+    drawn = draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)
     found = []
     for place in sorted(drawn):
         question, answer, image = questions[place]
         found.append((f"shape-{place}", folder / "images" / f"{image}.png", question, answer))
     return found
+
+
+def kind_of(answer: str) -> str:
+    """What one of easy-vqa's questions asks for."""
+    if answer in ("yes", "no"):
+        return "yes or no"
+    return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
 
 
 def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
@@ -93,42 +105,51 @@ def make_data(output: Path, concepts: int) -> None:
             if number % 10 and share < 0.5:  # a smoke run asks one in ten
                 continue
             (images / f"{key}.png").write_bytes(png)
-            row = {"question_id": key, "image": f"{key}.png", "text": GROUP, "answer": about["group"]}
-            asked.append({**row, "kind": "emoji group", "cluster": about["concept"]})
+            row = {"question_id": key, "image": f"{key}.png", "text": GROUP, "truth": about["group"]}
+            asked.append({**row, "kind": "emoji group", "cluster": about["concept"], "category": about["group"]})
         for key, path, question, answer in easy_vqa("test", SHAPES_TEST if share > 0.5 else SHAPES_TEST // 10):
             (images / f"test-{path.name}").write_bytes(path.read_bytes())
-            row = {"question_id": key, "image": f"test-{path.name}", "text": question, "answer": answer}
-            asked.append({**row, "kind": "easy-vqa", "cluster": path.name})
+            row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
+            asked.append({**row, "kind": "easy-vqa", "cluster": path.name, "category": kind_of(answer)})
         for name, rows in (("text", text), ("captions", captions), ("finetune", questions)):
             (aside / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
         (aside / "questions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
     print(f"{output}: {len(text)} texts, {len(captions)} captions, {len(questions)} questions, {len(asked)} held out")
 
 
-def make_llm(output: Path) -> None:
-    """A tokenizer of the texts' 1,500 commonest pieces and a Llama of 2.5 million weights that knows nothing."""
+def make_tokenizer(output: Path, folder: Path) -> Any:
+    """A tokenizer of the texts' 1,500 commonest pieces; LLaVA's system prompt is one of them, else half of a sample."""
     import sentencepiece
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+    from llava.conversation import conv_templates
+    from transformers import LlamaTokenizer
 
-    lines = []
+    prompt = conv_templates["v1"].system
+    lines = [f"{prompt} USER: ASSISTANT:"] * 50
     for name in ("text", "captions", "finetune"):
         for row in json.loads((output / "data" / f"{name}.json").read_text()):
             lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
-    lines += ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:"] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=1500,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=[prompt.replace(" ", "▁")],
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes
+    return LlamaTokenizer(str(folder / "tokenizer.model"), legacy=True)
+
+
+def make_llm(output: Path) -> None:
+    """The tokenizer, and a Llama of 2.5 million weights that knows nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with whole_directory(output / "llm", replace=True) as aside:
-        (aside / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(aside / "lines.txt"),
-            model_prefix=str(aside / "tokenizer"),
-            vocab_size=1500,
-            model_type="bpe",
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes
-        tokenizer = LlamaTokenizer(str(aside / "tokenizer.model"), legacy=True)
+        tokenizer = make_tokenizer(output, aside)
         tokenizer.save_pretrained(aside)
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -141,58 +162,60 @@ def make_llm(output: Path) -> None:
             pad_token_id=0,
         )
         LlamaForCausalLM(config).save_pretrained(aside)
-        for leftover in ("lines.txt", "tokenizer.vocab"):
-            (aside / leftover).unlink()
 
 
 def score(output: Path, name: str) -> None:
     """Share of exact answers by kind of question; a file each in ``DIR/scores/NAME``."""
-    truth = [json.loads(line) for line in (output / "data" / "questions.jsonl").read_text().splitlines()]
+    questions = output / "data" / "questions.jsonl"
+    asked = [json.loads(line) for line in questions.read_text().splitlines()]
     answers = [json.loads(line) for line in (output / f"{name}.answers.jsonl").read_text().splitlines()]
-    told = {answer["question_id"]: answer["text"] for answer in answers}
+    told = {answer["question_id"]: answer["text"].strip() for answer in answers}
     for kind in ("emoji group", "easy-vqa"):
-        rows = [row for row in truth if row["kind"] == kind]
+        rows = [row for row in asked if row["kind"] == kind]
         items = [
             {
                 "id": row["question_id"],
                 "cluster": row["cluster"],
-                "score": float(told[row["question_id"]].strip().lower() == row["answer"].lower()),
+                "score": float(told[row["question_id"]].lower() == row["truth"].lower()),
+                "category": row["category"],
                 "question": row["text"],
-                "prediction": told[row["question_id"]],
-                "answer": row["answer"],
+                "answer": told[row["question_id"]],
+                "truth": row["truth"],
+                "image": row["image"],
             }
             for row in rows
         ]
         accuracy = 100 * sum(item["score"] for item in items) / len(items)
-        commonest = max(sum(row["answer"] == answer for row in rows) for answer in {row["answer"] for row in rows})
+        commonest = 100 * max(Counter(row["truth"] for row in rows).values()) / len(rows)
         record = ScoreFile(
             benchmark=f"miniature: {kind}",
-            metrics={"accuracy": accuracy, "always_the_commonest": 100 * commonest / len(rows)},
+            metrics={"accuracy": accuracy, "always_the_commonest": commonest},
             items=items,
+            counts={"questions": len(items), "clusters": len({item["cluster"] for item in items})},
             model=name,
-            notes=["a miniature: a language model of 2.5 million weights, trained here from scratch"],
+            provenance={"data": str(output / "data" / "images"), "data_sha256": sha256_file(questions)},
+            notes=[MINIATURE, f"always the commonest answer: {commonest:.1f} %"],
         )
         record.write(output / "scores" / name / f"{kind.replace(' ', '-')}.scores.json")
         print(
             f"{name:>8}  {kind:12} {accuracy:5.1f} % of {len(items)} questions "
-            f"(always the commonest answer: {100 * commonest / len(rows):.1f} %)"
+            f"(always the commonest answer: {commonest:.1f} %)"
         )
 
 
 def main() -> None:
-    """One of the three parts."""
+    """One of the two parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("data", "llm", "score"))
-    parser.add_argument("name", nargs="?", default="", help="of the side, for score")
+    parser.add_argument("part", choices=("prepare", "score"))
+    parser.add_argument("names", nargs="*", help="of the sides, for score")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
     options = parser.parse_args()
-    if options.part == "data":
+    if options.part == "prepare":
         make_data(options.output / "data", options.concepts)
-    elif options.part == "llm":
         make_llm(options.output)
-    else:
-        score(options.output, options.name)
+    for name in options.names:
+        score(options.output, name)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 # side, all but the tower the same: a Llama of 2.5 million weights learns words (once), then the projector to read the tower
 # from captions, then both to answer questions; then questions on unseen pictures. It is a miniature: it shows that the
 # whole path works and what two towers are worth to the same tiny reader, not what a 7B model would answer.
-# What is there whole is kept: the same command goes on where it was stopped.
+# What is there whole is kept: the same command goes on where it was stopped. The two sides run beside each other.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-BEFORE='' AFTER='' OUT='' CONCEPTS=0 TEXT_STEPS=300 CAPTION_STEPS=100 QUESTION_STEPS=300
+BEFORE='' AFTER='' OUT='' CONCEPTS=0 TEXT_STEPS=100 CAPTION_STEPS=60 QUESTION_STEPS=240
 while [ $# -gt 0 ]; do
     case "$1" in
         --before) BEFORE=$(realpath "$2"); shift ;;
@@ -34,48 +34,63 @@ if [ -z "${LLAVA_PYTHON:-}" ]; then # LLAVA_PYTHON: another Python with LLaVA an
 fi
 "$LLAVA_PYTHON" -c 'import easy_vqa' 2>/dev/null || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # so small a model gains nothing from several
+CORES=$(nproc)
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
+failed() { tail -n 20 "$1" >&2; exit 1; }
+LOG_EVERY=$((QUESTION_STEPS > 20 ? 20 : 2)) # steps
 
-# stage NAME OPTION...: one of LLaVA's stages into $OUT/NAME, unless it is there; the log beside it
-stage() {
-    local name=$1
-    shift
-    [ -f "$OUT/$name/trainer_state.json" ] && return
-    rm -rf "${OUT:?}/$name"
-    say "LLaVA stage: $name"
-    "$LLAVA_PYTHON" -m llava.train.train --output_dir "$OUT/$name" --image_folder "$OUT/data/images" --bf16 True \
-        --per_device_train_batch_size 32 --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
-        --logging_steps 5 --model_max_length 200 --lazy_preprocess True --report_to none --dataloader_num_workers 0 --seed 0 \
-        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
-        "$@" >"$OUT/$name.log" 2>&1 || { tail -n 20 "$OUT/$name.log" >&2; exit 1; }
-    sed -n "/'loss'/p" "$OUT/$name.log" | sed -n '1p;$p' >&2
+losses() { # losses NAME STEPS: of LLaVA's log
+    local line step=0
+    while read -r line; do
+        if [[ $line =~ \'loss\':\ ([0-9.]+) ]]; then
+            step=$((step + LOG_EVERY))
+            echo "        $1: step $step of $2, loss ${BASH_REMATCH[1]}" >&2
+        fi
+    done
 }
 
-say "data and language model"
-[ -d "$OUT/data" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py data --output "$OUT" --concepts "$CONCEPTS"
-[ -d "$OUT/llm" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py llm --output "$OUT"
-stage words --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json" --learning_rate 2e-3 --max_steps "$TEXT_STEPS"
+# stage NAME STEPS OPTION...: one of LLaVA's stages into $OUT/NAME, unless it is there; its log beside it, its losses shown
+stage() {
+    local name=$1 steps=$2
+    shift 2
+    [ -f "$OUT/$name/trainer_state.json" ] && return
+    rm -rf "${OUT:?}/$name"
+    say "LLaVA stage: $name, $steps steps"
+    "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/$name" --image_folder "$OUT/data/images" --bf16 True \
+        --per_device_train_batch_size 32 --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
+        --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 200 --lazy_preprocess True --report_to none \
+        --dataloader_num_workers 0 --seed 0 --learning_rate 2e-3 --max_steps "$steps" \
+        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
+        "$@" 2>&1 | tee "$OUT/$name.log" | losses "$name" "$steps" || failed "$OUT/$name.log"
+}
+
+say "pictures, questions, a language model that knows nothing"
+[ -d "$OUT/llm" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS"
+OMP_NUM_THREADS=$CORES stage words "$TEXT_STEPS" --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json"
 
 side() { # side NAME TOWER
     local name=$1 tower=$2
     if [ ! -f "$tower/llm2clip.json" ]; then
-        [ -d "$OUT/towers/$name" ] || "$LLAVA_PYTHON" -m llm2clip_plugin.cli import "$tower" --output "$OUT/towers/$name"
+        [ -d "$OUT/towers/$name" ] || "$LLAVA_PYTHON" -m llm2clip_plugin.cli import "$tower" --output "$OUT/towers/$name" >/dev/null
         tower=$OUT/towers/$name
     fi
-    stage "llava-$name-pretrain" --model_name_or_path "$OUT/words" --version plain --data_path "$OUT/data/captions.json" \
-        --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True --learning_rate 2e-3 --max_steps "$CAPTION_STEPS"
-    stage "llava-$name" --model_name_or_path "$OUT/words" --version v1 --data_path "$OUT/data/finetune.json" \
-        --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" \
-        --image_aspect_ratio pad --learning_rate 2e-3 --max_steps "$QUESTION_STEPS"
+    stage "llava-$name-pretrain" "$CAPTION_STEPS" --model_name_or_path "$OUT/words" --version plain \
+        --data_path "$OUT/data/captions.json" --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True
+    stage "llava-$name" "$QUESTION_STEPS" --model_name_or_path "$OUT/words" --version v1 --data_path "$OUT/data/finetune.json" \
+        --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" --image_aspect_ratio pad
     say "questions about unseen pictures: $name"
     "$LLAVA_PYTHON" -m llava_integration.evaluate --model-path "$OUT/llava-$name" --question-file "$OUT/data/questions.jsonl" \
-        --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 32 --max_new_tokens 12 \
-        --dtype float32 --workers 0 2>"$OUT/$name.answers.log" || { tail -n 20 "$OUT/$name.answers.log" >&2; exit 1; }
-    "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "$name" --output "$OUT"
+        --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 64 --max_new_tokens 12 \
+        --dtype float32 --workers 0 2>"$OUT/$name.answers.log" || failed "$OUT/$name.answers.log"
 }
-side before "$BEFORE"
-side after "$AFTER"
+export OMP_NUM_THREADS=$((CORES > 1 ? CORES / 2 : 1))
+side before "$BEFORE" & first=$!
+side after "$AFTER" & second=$!
+wait "$first" && wait "$second" || { wait; exit 1; }
 
 say "comparison"
-"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --out "$OUT/compare" --no-references --no-images
-say "done: $OUT/compare/compare.md and compare.html. A miniature: a language model of 2.5 million weights trained here from scratch."
+"$LLAVA_PYTHON" scripts/quickstart/miniature.py score before after --output "$OUT"
+"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --out "$OUT/compare" --no-references
+say "done: $OUT/compare/compare.html shows the questions where the two disagree, with their pictures"
+echo "A miniature: a language model of 2.5 million weights, trained here from scratch, on pictures of 56 to 98 pixels." >&2
