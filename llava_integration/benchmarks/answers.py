@@ -189,10 +189,15 @@ def _text_or_none(value: Any) -> str | None:
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
 
 
+def _whole(identifier: Any) -> Any:
+    """An id as written, but 7.0 is 7: tables turn whole numbers into floats where one is missing."""
+    return int(identifier) if isinstance(identifier, float) and identifier.is_integer() else identifier
+
+
 def _llava_row(row: Row, line: int) -> Answer:
     prompt = row.get("prompt")
     return Answer(
-        id=row.get("question_id"),
+        id=_whole(row.get("question_id")),
         text=_text_or_none(row.get("text")),
         prompt=prompt if isinstance(prompt, str) else "",
         line=line,
@@ -203,7 +208,7 @@ def _llava_row(row: Row, line: int) -> Answer:
 def _submission_row(row: Row, line: int) -> Answer:
     keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
     text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-    return Answer(id=row[keys[0]] if keys else None, text=_text_or_none(text), prompt="", line=line, row=row)
+    return Answer(id=_whole(row[keys[0]]) if keys else None, text=_text_or_none(text), prompt="", line=line, row=row)
 
 
 def _judge_row(row: Row, line: int) -> Answer:

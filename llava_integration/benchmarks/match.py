@@ -12,6 +12,7 @@ from llava_integration.benchmarks.answers import Answer, Answers, Row
 from llava_integration.benchmarks.base import Options, Question
 
 Key = Hashable
+BY_PROMPT = ("mme", "textvqa")  # several questions of an image share the id that LLaVA gives them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def _refuse_other_benchmark(
         raise ValueError(
             f"{len(foreign)} of {len(answers.rows)} answers in {answers.path} are to no question of {name} "
             f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, "
-            f"prompt {example.prompt[:80]!r}). {_guess(answers)}Check BENCHMARK, --data and --answers; "
+            f"prompt {example.prompt[:80]!r}). {_guess(answers, name)}Check BENCHMARK, --data and --answers; "
             "if the data is a part of what was answered, pass --allow-missing"
         )
     asked = [(question, answer) for question, answer in answered if answer.prompt]
@@ -147,14 +148,16 @@ def _refuse_other_benchmark(
         question, answer = wrong[0]
         raise ValueError(
             f"{answers.path} has ids of {name}, but asks other questions: line {answer.line}, id {question.id!r}, "
-            f"prompt {answer.prompt[:80]!r}, while {name} asks {question.text[:80]!r}. {_guess(answers)}"
+            f"prompt {answer.prompt[:80]!r}, while {name} asks {question.text[:80]!r}. {_guess(answers, name)}"
             "Check BENCHMARK, --data and --answers"
         )
 
 
-def _guess(answers: Answers) -> str:
-    """Which benchmark the answers look like, from ids and prompts; "" if they tell nothing."""
+def _guess(answers: Answers, name: str) -> str:
+    """Which other benchmark the answers look like, or what they lack; "" if they tell nothing."""
     answer = answers.rows[0]
+    if name in BY_PROMPT and answers.layout == "llava" and not answer.prompt:
+        return f"The rows have no prompt, by which answers to {name} are joined. "
     signs = [
         ("mme", "/images/" in str(answer.id) or ("/" in str(answer.id) and "." in str(answer.id))),
         ("mmbench", "round_id" in answer.row or "option_char" in answer.row),
@@ -163,7 +166,7 @@ def _guess(answers: Answers) -> str:
         ("scienceqa or seedbench", "Answer with the option's letter" in answer.prompt),
         ("pope", answer.prompt.startswith("Is there a") and "in the image?" in answer.prompt),
     ]
-    names = [name for name, sign in signs if sign]
+    names = [other for other, sign in signs if sign and name not in other]
     return f"They look like answers to {names[0]}. " if names else ""
 
 

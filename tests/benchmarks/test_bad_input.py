@@ -123,6 +123,22 @@ def test_data_folder_of_another_benchmark_or_release(tmp_path):
         main(["gqq", "--data", ".", "--answers", "x"])
 
 
+def test_ids_that_a_table_made_floats_or_texts(tmp_path):
+    rows = [json.loads(line) for line in lines_of("vqav2")]
+    plain = command("vqav2", answers("vqav2", "model-a"), tmp_path)
+    for kind in (float, str):
+        text = "".join(json.dumps({**row, "question_id": kind(row["question_id"])}) + "\n" for row in rows)
+        assert command("vqav2", written(tmp_path, text), tmp_path)["metrics"] == plain["metrics"]
+
+
+@pytest.mark.parametrize("name", ["mme", "textvqa"])
+def test_rows_without_the_prompt_that_joins_them(name, tmp_path):
+    rows = [json.loads(line) for line in lines_of(name)]
+    text = "".join(json.dumps({key: row[key] for key in ("question_id", "text")}) + "\n" for row in rows)
+    with pytest.raises(ValueError, match=f"have no prompt, by which answers to {name} are joined"):
+        command(name, written(tmp_path, text), tmp_path)
+
+
 def test_scienceqa_without_images(tmp_path):
     text = "".join(lines_of("scienceqa")).replace("<image>", "")
     with pytest.raises(ValueError, match=r"no prompt in .* has <image>"):
