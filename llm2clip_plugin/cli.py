@@ -2,12 +2,15 @@
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None``
 in the module of its subject; what a user got wrong arrives here as ValueError, what the machine refused (files,
-rights, space, connections) as OSError, and leaves as one ``error:`` line and exit status 2.
+rights, space, connections) as OSError, and leaves as one ``error:`` line and exit status 2. A loss that is no number
+leaves as one line of rank 0 and exit status 1 on every rank.
 """
 
 import importlib
 import os
 import sys
+
+from llm2clip_plugin.train.errors import NonFiniteLossError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
@@ -92,6 +95,12 @@ def run(name: str, argv: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NonFiniteLossError as error:
+        if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":  # every rank has it
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except ModuleNotFoundError as error:
         ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")
         if ours or os.environ.get("LLM2CLIP_TRACEBACK") == "1":

@@ -25,8 +25,9 @@ from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
-from llm2clip_plugin.train.step import Batch, NonFiniteLossError, place_seed
+from llm2clip_plugin.train.step import NAMED_KEYS, Batch, place_seed
 
 MASKED_SHARE = 0.2  # of the tokens
 MASK_WORD = "_"  # stands in for a masked token, as in LLM2Vec: decoders have no token for it
@@ -86,7 +87,7 @@ class MaskedStep:
             if not math.isfinite(float(sum_over_ranks(loss.clone()))):
                 raise NonFiniteLossError(
                     f"the loss is not finite in the batch that ends at sample {batch['position']}; it began with "
-                    f"{', '.join(batch['keys'][:8])}. Nothing was updated; lower the learning rate"
+                    f"{', '.join(batch['keys'][:NAMED_KEYS])}. Nothing was updated; lower the learning rate"
                 )
             # the engine takes the mean over ranks, and `total` counts the masked tokens of all
             self.engine.backward(summed * (world_size() / total))

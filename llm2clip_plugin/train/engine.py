@@ -7,6 +7,7 @@ ZeRO-1, and DeepSpeed's universal checkpoints (whose ZeRO-3 load mixes up the gr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -45,12 +47,20 @@ def start_ranks() -> torch.device:
     prepare_deepspeed()
     accelerator: Any = deepspeed.get_accelerator()
     backend = accelerator.communication_backend_name()
+    if not dist.is_initialized():
+        atexit.register(_leave_ranks)
     deepspeed.init_distributed("gloo" if backend == "ccl" else backend)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def _leave_ranks() -> None:
+    """Close the process group before the interpreter goes: its threads, still there then, may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def prepare_deepspeed() -> None:

@@ -18,10 +18,11 @@ from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.deepspeed_config import Precision
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress, peak_memory
 from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
-from llm2clip_plugin.train.step import Batch, NonFiniteLossError
+from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -169,7 +170,8 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
         if parts.train.precision != "fp16" and not 0 <= norm < math.inf:  # fp16 skips such an update by itself
             raise NonFiniteLossError(
                 f"the gradient is not finite (norm {norm}) though the loss {loss:.4g} is, in the batch that ends at "
-                f"sample {batch['position']}; the last checkpoint stays. Lower the learning rate, or try fp32"
+                f"sample {batch['position']} and began with {', '.join(batch['keys'][:NAMED_KEYS])} on rank {rank()}; "
+                "the last checkpoint stays. Lower the learning rate, or try fp32"
             )
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.loss import LossConfig, contrastive_loss, sigmoid_loss
 from llm2clip_plugin.train.ranks import Group, gather_objects, rank, sum_over_ranks, world_size
 
@@ -33,10 +34,6 @@ MAX_LOG_SCALE = math.log(100)  # the logit scale's bound, as CLIP's
 NAMED_KEYS = 8  # keys of a rank that an error lists
 
 Batch = dict[str, Any]  # what data.loader yields
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is not a number; raised on all ranks, before the update."""
 
 
 @dataclass(frozen=True, kw_only=True)

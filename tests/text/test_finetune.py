@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from text_helpers import moved, write_moved
 
 from llm2clip_plugin.cli import main
@@ -299,6 +303,19 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
         assert main([*base, *more]) == 2, more
         assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_non_finite_loss_is_one_line(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "llm"
+    shutil.copytree(llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["finetune-llm", *options(captions, broken, tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"error: the loss is not finite .*16 samples have non-finite features: rank 0: k\d+, ", told)
+    assert told.count("error: ") == 1 and "Traceback" not in told
+    assert not (tmp_path / "run/adapter").exists()
 
 
 def test_lora_variants_train(llama: Path, captions: Path, tmp_path: Path) -> None:

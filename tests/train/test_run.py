@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_data import make_all
 
 from llm2clip_plugin import load_dual_encoder, load_tower
@@ -67,6 +70,13 @@ def start(argv: list[str], world: int) -> list[subprocess.Popen[bytes]]:
         )
         for rank in range(world)
     ]
+
+
+def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """``deepspeed --num_gpus 2 WORDS``, to its end."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = [launcher, "--num_gpus", "2", "--master_port", str(free_port()), *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
 def finish(processes: list[subprocess.Popen[bytes]]) -> list[int]:
@@ -209,7 +219,6 @@ from pathlib import Path
 import torch
 from llm2clip_plugin.cli import run
 from safetensors.torch import load_file, save_file
-from llm2clip_plugin.train import step as step_module
 import tiny_data
 
 tiny, commands, out, other = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -224,10 +233,7 @@ for name, argv in commands.items():
         tensors["dual.visual_projection.weight"][0, 0] = float("nan")
         save_file(tensors, weights)
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(printed):
-        try:
-            status = run("train-tower", argv)
-        except step_module.NonFiniteLossError as error:
-            status, told = "non-finite", io.StringIO(str(error))
+        status = run("train-tower", argv)
     results[name] = {"status": status, "error": told.getvalue(), "out": printed.getvalue()}
 Path(out).write_text(json.dumps(results))
 """
@@ -250,9 +256,29 @@ def test_dry_run_tells_and_writes_nothing(refusals: dict[str, Any]):
 
 def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(refusals: dict[str, Any]):
     result, run = refusals["non-finite"], refusals["folder"] / "nan"
-    assert refusals["before"]["status"] == 0 and result["status"] == "non-finite"
-    assert "the loss is not finite" in result["error"] and "16 samples have non-finite features" in result["error"]
+    assert refusals["before"]["status"] == 0 and result["status"] == 1
+    assert (
+        "error: the loss is not finite" in result["error"] and "16 samples have non-finite features" in result["error"]
+    )
     assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])  # the samples' keys
-    assert lines(run)[-1] == {"step": 2, "event": "stopped", "reason": result["error"]}
+    assert "Traceback" not in result["error"]
+    stopped = lines(run)[-1]
+    assert (stopped["step"], stopped["event"]) == (2, "stopped") and stopped["reason"] in result["error"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
     assert not RunRecord.read(run / RunRecord.FILE).finished
+
+
+def test_a_non_finite_loss_is_one_line_under_the_launcher(tiny: Path, tmp_path: Path):
+    """`deepspeed --num_gpus 2` on a tower whose weights hold a NaN: both ranks fail, one of them says why."""
+    broken = tmp_path / "tower"
+    shutil.copytree(tiny / "tower", broken)
+    weights = load_file(broken / "model.safetensors")
+    next(value for name, value in weights.items() if "patch_embedding" in name)[0, 0, 0, 0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    more = ("--tower.path", str(broken), "--heads.steps", "0", "--deepspeed", "scripts/zero2.json")
+    done = launch(["scripts/train_tower.py", *options(tiny, tmp_path / "run", *more)])
+    told = done.stdout + done.stderr
+    assert done.returncode == 1, told
+    assert told.count("error: ") == 1 and "Traceback" not in told, told
+    assert re.search(r"error: the loss is not finite .* rank 0: [01]-0\d\d, .* rank 1: [01]-0\d\d, ", told)
+    assert not (tmp_path / "run/checkpoints").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.step import NonFiniteLossError
+from llm2clip_plugin.train.errors import NonFiniteLossError
 
 STEPS = 4
 
