@@ -7,7 +7,9 @@ weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, glob
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip_plugin.config import DataConfig, RunConfig
@@ -47,51 +49,56 @@ def quickstart() -> RunConfig:
             lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0, warmup_ratio=0.15
         ),
         heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
-        train=TrainConfig(global_batch=128, max_steps=120, save_minutes=2.0, save_total_limit=1),
+        train=TrainConfig(global_batch=128, max_steps=100, save_minutes=2.0, save_total_limit=1),
         evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group="concept"),
     )
 
 
 def openai_l14_336() -> RunConfig:
     """OpenAI's CLIP ViT-L/14 at 336 px, which LLaVA 1.5 uses, with the paper's settings."""
-    return _paper("openai/clip-vit-large-patch14-336", joint_width=1280)
+    return _paper("openai-l14-336", TowerConfig(path="openai/clip-vit-large-patch14-336"))
 
 
 def openai_l14_224() -> RunConfig:
     """OpenAI's CLIP ViT-L/14 at 224 px."""
-    return _paper("openai/clip-vit-large-patch14", joint_width=1280)
+    return _paper("openai-l14-224", TowerConfig(path="openai/clip-vit-large-patch14"))
 
 
 def openai_b16() -> RunConfig:
     """OpenAI's CLIP ViT-B/16."""
-    return _paper("openai/clip-vit-base-patch16", joint_width=1280)
+    return _paper("openai-b16", TowerConfig(path="openai/clip-vit-base-patch16"))
 
 
 def eva02_l14_336() -> RunConfig:
     """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then say --tower.path."""
-    return _paper("", joint_width=1280, name="eva02-l14-336")
+    return _paper("eva02-l14-336", TowerConfig(architecture="eva02-l14-336"))
 
 
 def eva02_l14_224() -> RunConfig:
     """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then say --tower.path."""
-    return _paper("", joint_width=1280, name="eva02-l14-224")
+    return _paper("eva02-l14-224", TowerConfig(architecture="eva02-l14-224"))
 
 
 def eva02_b16() -> RunConfig:
     """EVA02-CLIP B/16: `llm2clip import` its .pt, then say --tower.path."""
-    return _paper("", joint_width=1280, name="eva02-b16")
+    return _paper("eva02-b16", TowerConfig(architecture="eva02-b16"))
+
+
+def eva02_bige14() -> RunConfig:
+    """EVA02-CLIP bigE/14 (4.3 G parameters) with the settings of the smaller ones; the paper did not train it."""
+    return _paper("eva02-bige14", TowerConfig(architecture="eva02-bige14"))
 
 
 def siglip2_so400m_224() -> RunConfig:
     """SigLIP 2 so400m/14 at 224 px; its own pooled output is what the projection reads."""
-    return _paper("google/siglip2-so400m-patch14-224", joint_width=1152)
+    return _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"), joint_width=1152)
 
 
-def _paper(tower: str, *, joint_width: int, name: str = "") -> RunConfig:
+def _paper(name: str, tower: TowerConfig, *, joint_width: int = 1280) -> RunConfig:
     """The published stage-2 settings over a tower; data and caches are the user's."""
     return RunConfig(
-        output_dir=f"runs/{name or tower.rpartition('/')[2]}",
-        tower=TowerConfig(path=tower),
+        output_dir=f"runs/{name}",
+        tower=tower,
         dual=DualConfig(joint_width=joint_width),
         optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
         train=TrainConfig(
@@ -106,6 +113,31 @@ def _paper(tower: str, *, joint_width: int, name: str = "") -> RunConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """An LLM of the paper: the one that stage 1 starts from, and the released one that has stage 1 behind it."""
+
+    base: str  # Hub id
+    released: str  # Hub id
+    preset: str  # how the released one reads a caption (llm2clip embed --preset)
+    width: int  # of an embedding: what a cache of it holds
+
+
+TEACHERS = {
+    "llama-1b": Teacher(
+        base="meta-llama/Llama-3.2-1B-Instruct",
+        released="microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
+        preset="llm2clip-llama3",
+        width=2048,
+    ),
+    "llama-8b": Teacher(
+        base="meta-llama/Meta-Llama-3-8B-Instruct",
+        released="microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+        preset="llm2clip-llama3",
+        width=4096,
+    ),
+}
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
     for function in (
@@ -116,13 +148,25 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         eva02_l14_336,
         eva02_l14_224,
         eva02_b16,
+        eva02_bige14,
         siglip2_so400m_224,
     )
 }
 
 
 def recipe(name: str) -> RunConfig:
-    """The recipe of that name; ValueError lists the known ones."""
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    """The recipe of that name; ``TOWER/TEACHER`` takes caches of that LLM alone. ValueError lists the known ones."""
+    tower, slash, llm = name.replace("-", "_").partition("/")
+    llm = llm.replace("_", "-")
+    if tower not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, each also as NAME/TEACHER")
+    config = RECIPES[tower]()
+    if not slash:
+        return config
+    if llm not in TEACHERS:
+        raise ValueError(f"unknown teacher {llm!r} in recipe {name!r}; known: {', '.join(TEACHERS)}")
+    return dataclasses.replace(
+        config,
+        output_dir=f"{config.output_dir}-{llm}",
+        dual=dataclasses.replace(config.dual, llm_width=TEACHERS[llm].width),
+    )
