@@ -141,11 +141,26 @@ def test_every_layout_is_read(setting):
     )
 
 
-def test_the_other_spelling_of_flickr_cn_is_read_too(tmp_path):
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n",
+        "7 一只狗\n7 狗\n",
+        "\ufeffimage,caption\n7.jpg,一只狗\n7.jpg,狗\n",
+    ],
+)
+def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
     images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
-    text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", "7.jpg#0#zhc\t一只狗\n7.jpg#1#zhc\t狗\n")
+    text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", lines)
     (row,) = suites()["flickr30k-cn"].open(tmp_path).rows
     assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
+
+
+def test_flickr_cn_in_no_known_spelling_is_named(tmp_path):
+    images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
+    text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", "image\tcaption\n")
+    with pytest.raises(ValueError, match=r"flickr30k_cna_test.txt is not laid out as expected"):
+        suites()["flickr30k-cn"].open(tmp_path)
 
 
 def test_a_huge_array_is_read_no_further_than_needed(tmp_path):

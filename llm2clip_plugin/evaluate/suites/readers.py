@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ CAPTIONS = 5  # of an image, in the Karpathy splits: the field leaves out the fe
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 SHAREGPT4V_ITEMS = 1000  # its first items are the benchmark (Long-CLIP holds them out of training)
 FLICKR_CN = ("flickr30k_cn_test.txt", "flickr30k_cna_test.txt")
+FLICKR_CN_LINE = re.compile(r"(\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*)")
 SUGARCREPE = {  # group -> file; the group of objects was called "ent" in early copies
     "replace_obj": ("replace_obj.json", "replace_ent.json"),
     "replace_att": ("replace_att.json",),
@@ -115,19 +117,15 @@ def xm3600(folder: Path) -> list[Row]:
 
 
 def flickr30k_cn(folder: Path) -> list[Row]:
-    """``flickr30k_cn_test.txt``: lines ``IMAGE.jpg,CAPTION`` or ``IMAGE.jpg#0#zhc<TAB>CAPTION``."""
+    """Lines ``IMAGE.jpg,CAPTION``, ``IMAGE.jpg#0#zhc<TAB>CAPTION``, or ``IMAGE CAPTION`` (Flickr30k-CNA)."""
     path = next(folder / name for name in FLICKR_CN if (folder / name).is_file())
     images = _first_folder(folder / "flickr30k-images", folder.parent / "flickr30k" / "flickr30k-images")
     captions: dict[str, list[str]] = {}
-    for line in path.read_text("utf-8").splitlines():
-        name, tab, text = line.partition("\t")
-        if not tab:
-            name, comma, text = line.partition(".jpg,")
-            if not comma:
-                continue  # a heading
-        stem = name.split("#")[0].strip().removesuffix(".jpg")
-        if text.strip():
-            captions.setdefault(stem, []).append(text.strip())
+    for line in path.read_text("utf-8-sig").splitlines():
+        if (found := FLICKR_CN_LINE.match(line)) and found[2].strip():  # else a heading
+            captions.setdefault(found[1], []).append(found[2].strip())
+    if not captions:
+        raise ValueError(f"{path} is not laid out as expected: no line begins with the number of an image")
     return [Row(stem, images / f"{stem}.jpg", _captions(texts, language="zh")) for stem, texts in captions.items()]
 
 
