@@ -101,6 +101,9 @@ class Engine:
             optimizer = torch.optim.AdamW(groups, **adam)
         self.module = module
         prepare_deepspeed()
+        # ZeRO-0's norm is taken in step() anyway; DeepSpeed's own clipping would take it a second time
+        self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
+        config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.device_engine: Any = engine  # its optimizer is one of a dozen classes
@@ -110,6 +113,8 @@ class Engine:
         self.keep_frozen = keep_frozen
         self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
         self._local_norm: float | None = None
+        if self.stage == 0 and world_size() == 1:
+            self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
         if self.stage == 3 and self.device.type == "cpu":
             _wait_for_every_gather()
 
@@ -129,6 +134,8 @@ class Engine:
             grads = [p.grad for _, p in self.trained if p.grad is not None]
             norms = [torch.linalg.vector_norm(grad) for grad in grads]
             self._local_norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+            if 0 < self._clip < self._local_norm:
+                torch._foreach_mul_(grads, self._clip / self._local_norm)
         self.device_engine.step()
 
     @property

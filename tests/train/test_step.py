@@ -99,7 +99,7 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> 
 def test_the_loss_falls(one: dict[str, Any]):
     losses = one["plain"]["losses"]
     assert losses[-1] < losses[0] - 0.3
-    assert all(norm > 0 for norm in one["plain"]["norms"])
+    assert min(one["plain"]["norms"]) > 0 and max(one["plain"]["norms"]) > 1  # so clipping is at work
 
 
 @pytest.mark.parametrize("name", ["cached", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
