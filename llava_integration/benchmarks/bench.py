@@ -154,7 +154,12 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
     """Run a command whose output goes to the terminal and into a file; returns its status and last line."""
     log.parent.mkdir(parents=True, exist_ok=True)
     tail = b""
-    with log.open("ab") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    # transformers otherwise warns with the names of all the tower's weights, which the tower itself loads
+    environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
         assert process.stdout is not None
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)

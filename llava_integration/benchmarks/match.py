@@ -199,5 +199,6 @@ def describe_faults(counts: dict[str, int], answers: Answers, name: str) -> list
         first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
         notes.append(f"{counts['unparsable']} lines hold no answer{first}")
     if counts["empty"]:
-        notes.append(f"{counts['empty']} answers are empty")
+        most = 2 * counts["empty"] > counts["answered"]
+        notes.append(f"{counts['empty']} answers are empty" + (": the evaluation went wrong?" if most else ""))
     return notes

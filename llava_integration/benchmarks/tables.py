@@ -77,7 +77,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
             cell.ljust(width) if place in (0, len(header) - 1) else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in [header, ["-" * width for width in widths], *rows]
+        for line in [header, ["-" * min(width, 40) for width in widths], *rows]
     ]
 
 
