@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_integration.benchmarks.answers import Answers
+from llava_integration.benchmarks.answers import Answer, Answers
 from llm2clip_plugin.contracts import sha256_file, sha256_text
 
 Item = dict[str, Any]
@@ -94,27 +94,46 @@ class Benchmark:
     needs: str = ""  # "a judge": cannot be scored from the answers alone
 
 
-MODULES = {
-    "vqav2": "vqav2",
-    "gqa": "gqa",
-    "vizwiz": "vizwiz",
-    "scienceqa": "scienceqa",
-    "textvqa": "textvqa",
-    "pope": "pope",
-    "mme": "mme",
-    "mmbench": "mmbench",
-    "mmbench_cn": "mmbench_cn",
-    "seedbench": "seedbench",
-    "llava_bench": "llava_bench",
-    "mmvet": "mmvet",
-}
+def text_of(answer: Answer | None) -> str:
+    """What was said; "" where nothing was."""
+    return answer.text or "" if answer else ""
+
+
+def shown(question: Question, answer: Answer | None) -> Item:
+    """The part of an item that every benchmark has: which question, its image, what was asked, said and true."""
+    return {
+        "id": question.id,
+        "cluster": question.cluster,
+        "answer": text_of(answer),
+        "missing": answer is None,
+        "truth": question.truth,
+        "question": question.text,
+        "category": question.category,
+        "image": question.image,
+    }
+
+
+MODULES = (
+    "vqav2",
+    "gqa",
+    "vizwiz",
+    "scienceqa",
+    "textvqa",
+    "pope",
+    "mme",
+    "mmbench",
+    "mmbench_cn",
+    "seedbench",
+    "llava_bench",
+    "mmvet",
+)
 
 
 def benchmark(name: str) -> Benchmark:
     """The benchmark of that name; ValueError lists the known ones."""
     if name not in MODULES:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(MODULES)}")
-    return importlib.import_module(f"{__package__}.{MODULES[name]}").BENCHMARK
+    return importlib.import_module(f"{__package__}.{name}").BENCHMARK
 
 
 def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:

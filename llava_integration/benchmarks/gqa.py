@@ -27,6 +27,8 @@ from llava_integration.benchmarks.base import (
     mean,
     mean_statistic,
     need_file,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match
 from llm2clip_plugin.contracts import whole_file
@@ -87,8 +89,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="gqa",
-        question_key=lambda question: str(question.id),
-        answer_key=lambda answer: str(answer.id),
     )
     submitted = answers.layout == "submission"
     items = [
@@ -105,24 +105,17 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
 
 def score_one(question: Question, answer: Answer | None, submitted: bool) -> Item:
     """One question's item; a missing answer is wrong (the official script refuses the file)."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     prediction = text if submitted else convert(text)
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": int(answer is not None and prediction == question.truth),
-        "cluster": question.cluster,
         "prediction": prediction,
         "score_lmms_eval": float(loose(text) == loose(question.truth)),
-        "answer": text,
-        "missing": answer is None,
-        "truth": question.truth,
-        "question": question.text,
-        "category": question.category,
         "semantic": question.extra["semantic"],
         "steps": question.extra["steps"],
         "words": question.extra["words"],
         "group": question.extra["group"],
-        "image": question.image,
     }
 
 

@@ -14,7 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, read_answers, read_jsonl
-from llava_integration.benchmarks.base import Benchmark, Item, Options, Question, Scored, Statistic, need_file, ratio
+from llava_integration.benchmarks.base import (
+    Benchmark,
+    Item,
+    Options,
+    Question,
+    Scored,
+    Statistic,
+    need_file,
+    ratio,
+    shown,
+    text_of,
+)
 from llava_integration.benchmarks.match import match
 
 
@@ -31,7 +42,7 @@ def load(folder: Path) -> list[Question]:
             id=row["question_id"],
             text=row["text"],
             cluster=row["image"],
-            truth=None,
+            truth="",
             image=row["image"],
             category=row.get("category", ""),
         )
@@ -48,8 +59,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         reviews,
         options,
         name="llava_bench",
-        question_key=lambda question: str(question.id),
-        answer_key=lambda answer: str(answer.id),
     )
     texts = {} if answers is reviews else {str(answer.id): answer.text or "" for answer in answers.rows}
     items = [score_one(question, review, texts) for question, review in zip(questions, matched.answers, strict=True)]
@@ -95,19 +104,14 @@ def score_one(question: Question, review: Answer | None, texts: dict[str, str]) 
     reference, model = _marks(review)
     category = str(review.row.get("category", question.category)) if review else question.category
     return {
-        "id": question.id,
+        **shown(question, review),
         "score": model / 10,
-        "cluster": question.cluster,
         "mark_reference": reference,
         "mark_model": model,
         "failed": review is not None and (reference < 0 or model < 0),
         "answer": texts.get(str(question.id), ""),
-        "review": review.text or "" if review else "",
-        "missing": review is None,
-        "truth": "",
-        "question": question.text,
+        "review": text_of(review),
         "category": category,
-        "image": question.image,
     }
 
 

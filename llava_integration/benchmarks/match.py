@@ -29,14 +29,19 @@ def squeeze(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def by_id(entry: Question | Answer) -> str:
+    """The id as a text: numbers in one file are often texts in the other."""
+    return str(entry.id)
+
+
 def match(
     questions: Sequence[Question],
     answers: Answers,
     options: Options,
     *,
     name: str,
-    question_key: Callable[[Question], Key],
-    answer_key: Callable[[Answer], Key | None],
+    question_key: Callable[[Question], Key] = by_id,
+    answer_key: Callable[[Answer], Key | None] = by_id,
     logged_key: Callable[[Row], Key | None] | None = None,
 ) -> Matched:
     """Join ``answers`` to ``questions``; ValueError if they are another benchmark's, or too few.

@@ -123,8 +123,6 @@ def scorer(name: str, patterns: tuple[str, ...]) -> Callable[[Path, Answers, Opt
             answers,
             options,
             name=name,
-            question_key=lambda question: str(question.id),
-            answer_key=lambda answer: str(answer.id),
             logged_key=logged_key,
         )
         rows = [score_row(question, answer) for question, answer in zip(questions, matched.answers, strict=True)]

@@ -26,6 +26,8 @@ from llava_integration.benchmarks.base import (
     flatten,
     optional_file,
     ratio,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match, squeeze
 
@@ -162,12 +164,10 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
 
 def score_one(question: Question, answer: Answer | None) -> Item:
     """One question's item; a missing answer is 'other', so wrong."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": int(parse(text) == question.truth),
-        "cluster": question.cluster,
-        "category": question.category,
         "file": question.extra["file"],
         "nth": question.extra["nth"],
         "question_id": question.image,
@@ -175,11 +175,6 @@ def score_one(question: Question, answer: Answer | None) -> Item:
         "parsed": parse(text),
         "parsed_lmms_eval": parse_lmms_eval(text),
         "parsed_corrected": parse_corrected(text),
-        "answer": text,
-        "missing": answer is None,
-        "truth": question.truth,
-        "question": question.text,
-        "image": question.image,
     }
 
 

@@ -23,6 +23,7 @@ from llava_integration.benchmarks.base import (
     mean,
     mean_statistic,
     need_file,
+    shown,
 )
 from llava_integration.benchmarks.match import match
 
@@ -96,17 +97,11 @@ def score_one(question: Question, grade: Answer | None, texts: dict[str, str]) -
     if grade and not runs:
         raise ValueError(f"{question.id} has no grades in the judge's file; let the evaluator finish")
     return {
-        "id": question.id,
+        **shown(question, grade),
         "score": mean(runs),
-        "cluster": question.cluster,
         "runs": runs,
         "capabilities": list(question.extra["capabilities"]),
         "answer": texts.get(_name(question.id), ""),
-        "missing": grade is None,
-        "truth": question.truth,
-        "question": question.text,
-        "category": question.category,
-        "image": question.image,
     }
 
 

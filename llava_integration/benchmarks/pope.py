@@ -27,6 +27,8 @@ from llava_integration.benchmarks.base import (
     mean,
     need_file,
     ratio,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match, squeeze
 
@@ -106,8 +108,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="pope",
-        question_key=lambda question: str(question.id),
-        answer_key=lambda answer: str(answer.id),
         logged_key=lambda row: row["llava_id"],
     )
     items = [score_one(question, answer) for question, answer in zip(questions, matched.answers, strict=True)]
@@ -131,22 +131,15 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
 
 def score_one(question: Question, answer: Answer | None) -> Item:
     """One question's item."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     parsed = parse(text) if answer else "missing"
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": int(parsed == question.truth),
-        "cluster": question.cluster,
-        "category": question.category,
         "parsed": parsed,
         "label": question.truth,
         "parsed_corrected": parse_corrected(text) if answer else "missing",
         "parsed_lmms_eval": parse_lmms_eval(text),
-        "answer": text,
-        "missing": answer is None,
-        "truth": question.truth,
-        "question": question.text,
-        "image": question.image,
     }
 
 

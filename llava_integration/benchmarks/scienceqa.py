@@ -23,6 +23,7 @@ from llava_integration.benchmarks.base import (
     mean,
     mean_statistic,
     need_file,
+    shown,
 )
 from llava_integration.benchmarks.match import Matched, match
 
@@ -89,8 +90,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="scienceqa",
-        question_key=lambda question: str(question.id),
-        answer_key=lambda answer: str(answer.id),
     )
     items = [score_one(question, answer, logged) for question, answer in zip(questions, matched.answers, strict=True)]
     if not any(item["is_multimodal"] for item in items):
@@ -115,23 +114,16 @@ def score_one(question: Question, answer: Answer | None, logged: bool) -> Item:
     choices = question.extra["choices"]
     index = LETTERS.index(letter) if letter in LETTERS[: len(choices)] else -1
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": int(index == LETTERS.index(question.truth)),
-        "cluster": question.cluster,
         "parsed": letter,
         "pred_idx": index,
         "is_multimodal": bool(question.image) if logged else bool(answer and "<image>" in answer.prompt),
         "has_image": bool(question.image),
         "score_corrected": int(answer is not None and parse_corrected(text) == question.truth),
         "score_lmms_eval": parse_lmms_eval(text, question.truth) if answer else 0.0,
-        "answer": text if answer else "",
-        "missing": answer is None,
-        "truth": question.truth,
         "ground_truth": question.truth,
-        "question": question.text,
         "choices": choices,
-        "category": question.category,
-        "image": question.image,
     }
 
 

@@ -25,6 +25,8 @@ from llava_integration.benchmarks.base import (
     mean,
     mean_statistic,
     need_file,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match
 from llm2clip_plugin.contracts import whole_file
@@ -86,8 +88,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="seedbench",
-        question_key=lambda question: str(question.id),
-        answer_key=lambda answer: str(answer.id),
         logged_key=logged_key,
     )
     items = [score_one(question, answer) for question, answer in zip(questions, matched.answers, strict=True)]
@@ -114,22 +114,15 @@ def parts(items: Sequence[Item]) -> dict[str, list[Item]]:
 
 def score_one(question: Question, answer: Answer | None) -> Item:
     """One question's item."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": int(text == question.truth),
-        "cluster": question.cluster,
         "question_type_id": question.extra["type"],
         "data_type": question.extra["media"],
         "score_lmms_eval": float(text.strip()[:1].lower() == question.truth.lower()),
         "score_corrected": int(parse_corrected(text) == question.truth),
-        "answer": text,
-        "missing": answer is None,
-        "truth": question.truth,
-        "question": question.text,
         "choices": question.extra["choices"],
-        "category": question.category,
-        "image": question.image,
     }
 
 

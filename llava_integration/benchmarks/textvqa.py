@@ -23,6 +23,8 @@ from llava_integration.benchmarks.base import (
     mean,
     mean_statistic,
     need_file,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match
 from llava_integration.benchmarks.vqa_text import m4c, m4c_accuracy
@@ -108,7 +110,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="textvqa",
-        question_key=lambda question: str(question.id),
         answer_key=numbering.key,
         logged_key=logged_key,
     )
@@ -131,22 +132,16 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
 
 def score_one(own: Question, official: Question, answer: Answer | None, numbers: dict[int, int]) -> Item:
     """One annotation's item; ``line`` is the answer's place in the file, from 0."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     return {
-        "id": own.id,
+        **shown(own, answer),
         "score": m4c_accuracy(text, official.truth) if answer else 0.0,
-        "cluster": own.cluster,
         "line": numbers[answer.line] if answer else -1,
         "question_id": own.cluster,  # LLaVA's question_id is the image's
         "annotation_question_id": official.id,
         "normalized": m4c(text),
         "score_own_annotation": m4c_accuracy(text, own.truth) if answer else 0.0,
-        "answer": text,
-        "missing": answer is None,
         "truth": official.truth,
-        "question": own.text,
-        "category": own.category,
-        "image": own.image,
     }
 
 

@@ -24,6 +24,8 @@ from llava_integration.benchmarks.base import (
     mean_statistic,
     need_file,
     optional_file,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match
 from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, m4c_accuracy, vqa_api_accuracy
@@ -96,22 +98,15 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
 
 def score_one(question: Question, answer: Answer | None) -> Item:
     """One question's item; a missing answer scores 0."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     submitted = m4c(text)
     api = vqa_api_accuracy(submitted, question.truth) if answer else 0.0
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": m4c_accuracy(text, question.truth) if answer else 0.0,
-        "cluster": question.cluster,
         "submission": submitted,
         "score_vqa_api": api,
         "score_vqa_api_percent": round(100 * api, 2),
-        "answer": text,
-        "missing": answer is None,
-        "truth": question.truth,
-        "question": question.text,
-        "category": question.category,
-        "image": question.image,
     }
 
 

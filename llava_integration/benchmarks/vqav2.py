@@ -26,6 +26,8 @@ from llava_integration.benchmarks.base import (
     mean_statistic,
     need_file,
     optional_file,
+    shown,
+    text_of,
 )
 from llava_integration.benchmarks.match import match
 from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, vqa_api_accuracy
@@ -89,8 +91,6 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
         answers,
         options,
         name="vqav2",
-        question_key=lambda question: str(question.id),
-        answer_key=lambda answer: str(answer.id),
     )
     submitted = answers.layout == "submission"  # went through the converter already
     items = [
@@ -108,25 +108,18 @@ def score(folder: Path, answers: Answers, options: Options) -> Scored:
 
 def score_one(question: Question, answer: Answer | None, *, submitted: bool, corrected: bool) -> Item:
     """One question's item; a missing answer is submitted as '' by the converter."""
-    text = answer.text or "" if answer else ""
+    text = text_of(answer)
     submission = text if submitted else m4c(text)
     converted, raw = vqa_api_accuracy(submission, question.truth), vqa_api_accuracy(text, question.truth)
     return {
-        "id": question.id,
+        **shown(question, answer),
         "score": converted,
-        "cluster": question.cluster,
         "submission": submission,
         "score_raw": raw,
         "score_corrected": corrected_accuracy(text, question.truth),
         "score_converted_percent": round(100 * converted, 2),
         "score_raw_percent": round(100 * raw, 2),
-        "answer": text,
-        "missing": answer is None,
-        "truth": question.truth,
-        "question": question.text,
-        "category": question.category,
         "question_type": question.extra["question_type"],
-        "image": question.image,
     }
 
 
