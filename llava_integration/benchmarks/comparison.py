@@ -45,6 +45,8 @@ class Row:
 
     def power_line(self) -> str:
         """Which difference this many questions could have shown."""
+        if not self.result.detectable:
+            return f"{self.questions} questions on {self.images} images, none of which the sides score differently"
         unit = "points" if self.unit == "%" else self.unit
         found = (
             f"{self.questions} questions on {self.images} images: a true difference of {self.result.detectable:.2f} "
@@ -255,5 +257,10 @@ def _categories(
 
 
 def _fault_notes(base: Side, new: Side, name: str) -> list[str]:
-    """What scoring had to say, by side."""
-    return [f"{side.name}: {note}" for side in (base, new) for record in side.runs[name] for note in record.notes]
+    """What scoring had to say, by side; what it said of both, once and without a name."""
+    said = [{note: "" for record in side.runs[name] for note in record.notes} for side in (base, new)]
+    return [
+        note if note in said[0] and note in said[1] else f"{side.name}: {note}"
+        for side, notes in zip((base, new), said, strict=True)
+        for note in notes
+    ]

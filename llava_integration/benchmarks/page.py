@@ -204,9 +204,11 @@ def _notes(comparison: Comparison, pictures: Pictures) -> str:
     lines = [*tables.method_lines(comparison), *comparison.notes]
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append("Of several runs, the browser shows the answers of the first.")
-    lines += [f"{row.title}, {row.new}: {note}" for row in comparison.rows for note in row.notes]
-    lines += [f"{row.title}, {row.new}: McNemar p {tables.p_value(row.p_mcnemar)} (images in common ignored)"
-              for row in comparison.rows if row.p_mcnemar is not None]  # fmt: skip
+    for row in comparison.rows:
+        name = row.title if len(comparison.names) == 2 else f"{row.title}, {row.new}"
+        lines += [f"{name}: {note}" for note in row.notes]
+        if row.p_mcnemar is not None:
+            lines.append(f"{name}: McNemar p {tables.p_value(row.p_mcnemar)} (images in common ignored)")
     return _list([*lines, *pictures.notes()])
 
 

@@ -58,7 +58,7 @@ def forest(comparison: Comparison) -> str:
     lows = [row.result.low / size for row, size in zip(rows, sizes, strict=True)]
     highs = [row.result.high / size for row, size in zip(rows, sizes, strict=True)]
     low, high = min(*lows, 0.0, *highs), max(*highs, 0.0, *lows)
-    margin = 0.06 * (high - low or 1.0)
+    margin = 0.06 * (high - low) or 1.0
     low, high = low - margin, high + margin
     several = len(comparison.names) > 2
     left, right, top, step = 220.0, WIDTH - 190.0, 34.0 + 24.0 * several * len(comparison.names[1:]), 30.0

@@ -175,6 +175,17 @@ def test_power_line(tmp_path):
     assert "100 questions on 100 images" in row.power_line() and "takes" in row.power_line()
 
 
+def test_equal_answers_show_no_power_and_a_note_of_both_sides_once(tmp_path):
+    paths = []
+    for name in ("base", "new"):
+        items = [{"id": n, "score": 0.0, "cluster": str(n)} for n in range(9)]
+        record = ScoreFile(benchmark="own", metrics={}, items=items, model=name, notes=["small", f"of {name}"])
+        paths.append(record.write(tmp_path / f"{name}.scores.json"))
+    row = build(load_sides(paths, []), resamples=100).rows[0]
+    assert row.power_line() == "9 questions on 9 images, none of which the sides score differently"
+    assert row.notes == ("small", "base: of base", "new: of new")
+
+
 def test_three_sides(scored, tmp_path):
     """Each NEW against BASE, Holm within the pair, names told apart."""
     other = tmp_path / "model-b"
