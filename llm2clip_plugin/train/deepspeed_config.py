@@ -7,6 +7,7 @@ it is. What the run decides (batch, precision, clipping, AdamW, schedule) may be
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ SCHEDULERS = {  # DeepSpeed's scheduler -> optim.schedule
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,15 +173,20 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
 
 
 def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
-    """A section for each monitor asked for that the file does not set up itself."""
-    names = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
+    """A section for each monitor asked for that the file does not set up itself; ValueError without its package."""
     for monitor in plan.report_to:
         section: dict[str, Any] = {"enabled": True}
         if monitor == "wandb":
             section |= {"project": "llm2clip"} | ({"group": plan.run_name} if plan.run_name else {})
         else:
             section |= {"output_path": str(Path(plan.output_dir) / "monitor"), "job_name": plan.run_name or monitor}
-        config.setdefault(names[monitor], section)
+        config.setdefault(MONITORS[monitor], section)
+    for package in ("tensorboard", "wandb"):  # DeepSpeed would say so only after the models are loaded
+        if config.get(package, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"the run reports to {package}, which is not installed: pip install {package}, or leave it out of "
+                "--report_to (and of the DeepSpeed configuration)"
+            )
 
 
 def _paths_with_auto(value: Any, path: str = "") -> list[str]:

@@ -182,6 +182,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size is 99 there, the run's is 16"),
     "batch that does not fit": (["--train.micro-batch", "5"], "not a multiple of"),
     "another embedding width": (["--dual.llm-width", "99"], "dual.llm_width is 99, the embedding cache is 24 wide"),
+    "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
     "sigmoid without a bias": (["--loss.kind", "sigmoid"], "set --dual.logit-bias-init"),
 }
 
@@ -192,7 +193,7 @@ def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("refused")
     (folder / "bad.json").write_text(json.dumps({"train_batch_size": 99}))
     places = {"BAD_JSON": str(folder / "bad.json"), "OTHER": str(folder / "other")}
-    commands = {"good": options(tiny, folder / "run", "--max_steps", "2")}
+    commands = {"good": options(tiny, folder / "run", "--max_steps", "2", "--report_to", "tensorboard")}
     for name, (more, _) in REFUSED.items():
         more = [places.get(word, word) for word in more]
         commands[name] = options(
@@ -232,6 +233,8 @@ for name, argv in commands.items():
         tensors = load_file(weights)
         tensors["dual.visual_projection.weight"][0, 0] = float("nan")
         save_file(tensors, weights)
+    if name == "monitor that is not installed":
+        sys.modules["wandb"] = None
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(printed):
         status = run("train-tower", argv)
     results[name] = {"status": status, "error": told.getvalue(), "out": printed.getvalue()}
@@ -245,6 +248,38 @@ def test_what_a_user_can_mend_is_one_clear_line(refusals: dict[str, Any], name: 
     result = refusals[name]
     assert result["status"] == 2, result
     assert "error: " in result["error"] and REFUSED[name][1] in result["error"]
+
+
+def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = refusals["folder"] / "run"
+    events = EventAccumulator(str(run / "monitor" / "run"))
+    events.Reload()
+    found = events.Scalars("Train/loss")
+    assert [event.step for event in found] == [16, 32]  # samples
+    assert [event.value for event in found] == pytest.approx(list(losses(run).values()), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_wandb_offline_writes_a_run(tiny: Path, tmp_path: Path):
+    pytest.importorskip("wandb")
+    argv = options(tiny, tmp_path / "run", "--max_steps", "1", "--heads.steps", "0", "--report_to", "wandb")
+    command = [sys.executable, "-m", "llm2clip_plugin.cli", "train-tower", *argv]
+    env = environment(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"Train/loss" in file.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds C++ on a CPU")
+def test_compiled_it_has_the_same_losses(tiny: Path, refusals: dict[str, Any], tmp_path: Path):
+    argv = options(tiny, tmp_path / "run", "--max_steps", "2", "--torch_compile", "True")
+    command = [sys.executable, "-m", "llm2clip_plugin.cli", "train-tower", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=environment(TORCH_LOGS="graph_code"), capture_output=True, text=True)
+    assert done.returncode == 0 and "TRACED GRAPH" in done.stderr, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(refusals["folder"] / "run"), abs=1e-5)
 
 
 def test_dry_run_tells_and_writes_nothing(refusals: dict[str, Any]):
