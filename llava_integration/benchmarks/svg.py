@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from llava_integration.benchmarks.comparison import Comparison, Row
@@ -53,54 +53,63 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 def forest(comparison: Comparison) -> str:
     """Differences with their intervals, a line a benchmark and side; right of 0 the new tower is better."""
-    rows = comparison.rows
-    sizes = [FULL_MME if row.unit == "points" else 1.0 for row in rows]
-    lows = [row.result.low / size for row, size in zip(rows, sizes, strict=True)]
-    highs = [row.result.high / size for row, size in zip(rows, sizes, strict=True)]
-    low, high = min(*lows, 0.0, *highs), max(*highs, 0.0, *lows)
+    order = list(comparison.titles)
+    rows = sorted(comparison.rows, key=lambda row: order.index(row.benchmark))  # stable: sides in their order
+    ends = [value / _size(row) for row in rows for value in (row.result.low, row.result.high)]
+    low, high = min(*ends, 0.0), max(*ends, 0.0)
     margin = 0.06 * (high - low) or 1.0
-    low, high = low - margin, high + margin
     several = len(comparison.names) > 2
-    left, right, top, step = 220.0, WIDTH - 190.0, 34.0 + 24.0 * several * len(comparison.names[1:]), 30.0
-    bottom = top + step * len(rows)
+    left, right, top = 220.0, WIDTH - 190.0, 34.0 + 24.0 * several * len(comparison.names[1:])
 
     def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (right - left)
+        return left + (value - low + margin) / (high - low + 2 * margin) * (right - left)
 
+    lines, y = [], top - 15
+    for place, row in enumerate(rows):
+        first = place == 0 or row.benchmark != rows[place - 1].benchmark
+        y += 30 if first else 20  # the sides of a benchmark stand together
+        lines += _forest_row(row, colour(comparison.names.index(row.new)), x, y, left, right, named=first)
+    bottom = y + 15
     base, new = ("base", "new") if several else comparison.names
     parts = [
         text(x(0) - 10, top - 18, f"← {short(base, 24)} better", "end", 'class="dim"'),
         text(x(0) + 10, top - 18, f"{short(new, 24)} better →", extra='class="dim"'),
         *(legend(comparison.names[1:], left, 16, first=1) if several else []),
     ]
-    for tick in ticks(low, high):
+    for tick in ticks(low - margin, high + margin):
         parts += [
             line(x(tick), top - 8, x(tick), bottom, "var(--grid)"),
             text(x(tick), bottom + 18, f"{tick:g}", "middle"),
         ]
     parts.append(line(x(0), top - 8, x(0), bottom, "var(--ink)", 1.5))
-    for place, (row, size) in enumerate(zip(rows, sizes, strict=True)):
-        y, result = top + step * (place + 0.5), row.result
-        paint = colour(comparison.names.index(row.new))
-        sure = row.verdict != "no difference shown"
-        name = row.title
-        label = (
-            f"{number(result.difference, row.unit, signed=True)} "
-            f"[{number(result.low, row.unit, signed=True)}, {number(result.high, row.unit, signed=True)}]"
-        )
-        hint = f"{name}, {row.new}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
-        parts += [
-            f'<g class="forest-row"><title>{escape(hint)}</title>',
-            text(left - 12, y + 4, short(name, 30), "end"),
-            line(x(result.low / size), y, x(result.high / size), y, paint, 2.5),
-            f'<circle cx="{x(result.difference / size):.1f}" cy="{y:.1f}" r="5" stroke="{paint}" stroke-width="2.5" '
-            f'fill="{paint if sure else "var(--paper)"}"/>',
-            text(right + 12, y + 4, label, extra='class="number"'),
-            "</g>",
-        ]
     unit = "percentage points" + (" (MME: percent of its 2000)" if any(row.unit == "points" for row in rows) else "")
-    parts.append(text((left + right) / 2, bottom + 38, f"new minus base, {unit}", "middle", 'class="dim"'))
+    parts += [*lines, text((left + right) / 2, bottom + 38, f"new minus base, {unit}", "middle", 'class="dim"')]
     return figure(WIDTH, bottom + 48, parts, "Differences with intervals", "forest")
+
+
+def _size(row: Row) -> float:
+    """How much of a row's unit is one percent."""
+    return FULL_MME if row.unit == "points" else 1.0
+
+
+def _forest_row(
+    row: Row, paint: str, x: Callable[[float], float], y: float, left: float, right: float, *, named: bool
+) -> list[str]:
+    """One difference: name, interval, estimate (filled where it is shown to be one), numbers."""
+    result, size = row.result, _size(row)
+    low, high = (number(value, row.unit, signed=True) for value in (result.low, result.high))
+    label = f"{number(result.difference, row.unit, signed=True)} [{low}, {high}]"
+    hint = f"{row.title}, {row.new}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
+    fill = "var(--paper)" if row.verdict == "no difference shown" else paint
+    return [
+        f'<g class="forest-row"><title>{escape(hint)}</title>',
+        text(left - 12, y + 4, short(row.title, 30), "end") if named else "",
+        line(x(result.low / size), y, x(result.high / size), y, paint, 2.5),
+        f'<circle cx="{x(result.difference / size):.1f}" cy="{y:.1f}" r="5" stroke="{paint}" stroke-width="2.5" '
+        f'fill="{fill}"/>',
+        text(right + 12, y + 4, label, extra='class="number"'),
+        "</g>",
+    ]
 
 
 def radar(comparison: Comparison) -> str:
