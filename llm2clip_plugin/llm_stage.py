@@ -16,6 +16,7 @@ import torch
 
 from llm2clip_plugin.config import refuse_changes
 from llm2clip_plugin.contracts import EncoderCard, RunRecord, canonical_json, sha256_text
+from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.evaluate.caption_set import CaptionSetConfig, measure_captions
 from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -99,7 +100,7 @@ def train_adapter(
     device = start_ranks()
     sources = open_pairs(config.pairs)
     surveys = [survey(source, config.pairs) for source in sources]
-    samples = sum(map(len, sources))
+    samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
     plan = engine_plan(config, samples)
     ds_config = complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
     refuse_combinations(config, ds_config)

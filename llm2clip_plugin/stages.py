@@ -17,6 +17,8 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.shards import data_folder
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.evaluate.measure import evaluate_retrieval
 from llm2clip_plugin.train.checkpoint import FOLDER, RESUME_AUTO, Checkpoints, Loaded, TrainState, load
@@ -101,8 +103,8 @@ class Data:
 
     @property
     def samples(self) -> int:
-        """Training samples over all sources."""
-        return sum(map(len, self.sources))
+        """Training samples of one epoch, over all sources: a source's weight x its size."""
+        return sum(epoch_draws(list(map(len, self.sources)), [source.config.weight for source in self.sources]))
 
     @property
     def teacher(self) -> TeacherIdentity:
@@ -140,7 +142,7 @@ def open_pair(config: SourceConfig, cache_path: str, teacher: str | None) -> tup
 
 def default_cache(source: str) -> str:
     """The one ``embeddings-*`` folder beside the data; FileNotFoundError or ValueError if there is not just one."""
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    folder = data_folder(source)
     found = sorted(str(path.parent) for path in folder.glob("embeddings-*/manifest.json"))
     if not found:
         raise FileNotFoundError(f"no embedding cache (embeddings-*) in {folder}; make one: llm2clip embed {source} ...")

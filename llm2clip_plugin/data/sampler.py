@@ -130,7 +130,7 @@ class Mixture:
             raise ValueError(f"sources {empty} (counted from 0) hold no samples")
         self.seed = seed
         self.windows = list(windows) or [0] * len(weights)
-        self.draws = [max(1, round(weight * length)) for weight, length in zip(weights, self.lengths, strict=True)]
+        self.draws = epoch_draws(self.lengths, weights)
         self._pass_order = lru_cache(maxsize=4 * len(weights))(self._make_pass_order)
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
@@ -190,6 +190,11 @@ class Mixture:
             order[start : start + len(block)] = np.searchsorted(stops, block, side="right")
             counts.append(counts[-1] + np.bincount(order[start : start + len(block)], minlength=len(self.draws)))
         return order, np.array(counts)
+
+
+def epoch_draws(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Draws of each source in one epoch of a mixture, from the sources' samples and weights."""
+    return [max(1, round(weight * length)) for weight, length in zip(weights, lengths, strict=True)]
 
 
 def rank_rows(position: int, rank: int, local: int) -> tuple[int, int]:

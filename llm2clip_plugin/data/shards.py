@@ -28,7 +28,7 @@ def list_tars(path: str) -> list[tuple[str, str]]:
     elif os.path.isdir(path):
         tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
     else:
-        tars = [found for one in expand_braces(path) for found in (sorted(glob.glob(one, recursive=True)) or [one])]
+        tars = _spelled_out(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}")
     folders = [tar.rpartition("/")[0] for tar in tars]
@@ -38,6 +38,25 @@ def list_tars(path: str) -> list[tuple[str, str]]:
         doubled = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"{path} names the shards {doubled} more than once")
     return list(zip(names, tars, strict=True))
+
+
+def data_folder(path: str) -> Path:
+    """The local folder that holds the data at ``path``, below which shards have their names: the place of its caches.
+
+    Of braces and wildcards that take in several folders it is the one that holds them all. ValueError for a URL.
+    """
+    if is_url(path):
+        raise ValueError(f"{path} is not a local folder")
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        return Path(path).parent
+    return Path(_common_folder([tar.rpartition("/")[0] for tar in _spelled_out(path)]) or path[: path.startswith("/")])
+
+
+def _spelled_out(pattern: str) -> list[str]:
+    """Local paths behind braces and wildcards; one that nothing matches stays as it is."""
+    return [found for one in expand_braces(pattern) for found in (sorted(glob.glob(one, recursive=True)) or [one])]
 
 
 def _common_folder(folders: list[str]) -> str:

@@ -13,6 +13,7 @@ from llm2clip_plugin import __version__
 from llm2clip_plugin.contracts import ContractError, ScoreFile, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.shards import data_folder
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
@@ -87,8 +88,7 @@ def open_cache(card: TowerCard, directory: str, data_path: str, *, any_teacher: 
     if not directory:
         if teacher is None:
             raise ValueError("the tower's card names no teacher, so there is no default cache; say --cache DIR")
-        path = Path(data_path)
-        directory = str((path if path.is_dir() else path.parent) / f"embeddings-{teacher.fingerprint[:12]}")
+        directory = str(data_folder(data_path) / f"embeddings-{teacher.fingerprint[:12]}")
     if not (Path(directory) / "manifest.json").is_file():
         llm = teacher.llm if teacher else "LLM"
         raise FileNotFoundError(f"no embedding cache at {directory}; make it: llm2clip embed {data_path} --llm {llm}")

@@ -20,6 +20,8 @@ import torch
 from llm2clip_plugin.contracts import CacheManifest, ContractError
 from llm2clip_plugin.data.cache import DTYPES, CacheWriter, EmbeddingCache, caption_rows, differences, has_text
 from llm2clip_plugin.data.records import Caption, caption_hash
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.shards import data_folder
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, open_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -81,11 +83,9 @@ def rank_and_world() -> tuple[int, int]:
 
 def default_cache(source_path: str, fingerprint: str) -> Path:
     """``embeddings-<fingerprint>`` in the folder of the data; raises ValueError for data at a URL."""
-    if "://" in source_path:
+    if is_url(source_path):
         raise ValueError(f"{source_path} is not a local folder; say where the cache goes with --cache DIR")
-    path = Path(source_path)
-    folder = path if path.is_dir() else path.parent
-    return folder / f"embeddings-{fingerprint[:12]}"
+    return data_folder(source_path) / f"embeddings-{fingerprint[:12]}"
 
 
 def share(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:

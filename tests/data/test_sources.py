@@ -6,6 +6,7 @@ import pytest
 from data_world import encoded, img2dataset_members, jpeg, picture, write_shards, write_tar
 
 from llm2clip_plugin.data.records import BrokenSample, Caption
+from llm2clip_plugin.data.shards import data_folder
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
@@ -53,6 +54,26 @@ def test_shard_names_hold_the_folder(tmp_path: Path) -> None:
     assert [shard.name for shard in pattern.shards] == ["00000", "00001"]
     assert [shard.name for shard in open_source(config(tmp_path / "train" / "*1.tar")).shards] == ["00001"]
     assert [shard.name for shard in open_source(config(tmp_path / "more" / "00000.tar")).shards] == ["00000"]
+
+
+def test_the_folder_of_the_data(tmp_path: Path) -> None:
+    """Where caches lie: of several folders the one above them, which the shards' names start from."""
+    for name in ("a/00000", "a/00001", "b/00000"):
+        write_tar(tmp_path / f"{name}.tar", img2dataset_members(0, 1))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    for path, folder in (
+        ("a", "a"),
+        ("a/00000.tar", "a"),
+        ("a/{00000..00001}.tar", "a"),
+        ("{a,b}/00000.tar", ""),
+        ("*/00000.tar", ""),
+        ("rows.jsonl", ""),
+        ("not-there/{0..1}.tar", "not-there"),
+    ):
+        assert data_folder(str(tmp_path / path)) == tmp_path / folder, path
+    assert data_folder("x.tar") == Path(".") and data_folder("/{a,b}/x.tar") == Path("/")
+    with pytest.raises(ValueError, match="is not a local folder"):
+        data_folder("https://host/a.tar")
 
 
 def test_a_source_is_pickled_as_its_configuration(tmp_path: Path) -> None:
