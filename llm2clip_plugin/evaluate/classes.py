@@ -12,6 +12,7 @@ from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.data.tar_scan import scan_tar, split_name
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
+NO_CLASS = (".", "embeddings-")  # beginnings of folders that are no class: hidden ones, the prompts' cache
 NAME_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 
@@ -37,10 +38,10 @@ class LabelledImages(ABC):
 
 
 class FolderImages(LabelledImages):
-    """``CLASS/**/IMAGE.jpg``; classes in the order of their folders' names."""
+    """``CLASS/**/IMAGE.jpg``; classes in the order of their folders' names. The prompts' cache beside them is none."""
 
     def __init__(self, path: Path) -> None:
-        folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(NO_CLASS))
         found = [(label, file) for label, folder in enumerate(folders) for file in sorted(folder.rglob("*"))]
         found = [(label, file) for label, file in found if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS]
         self.files = [file for _, file in found]

@@ -45,9 +45,7 @@ class ZeroShotConfig:
     tower: str  # tower directory or Hub id, with a text adapter
     data: str  # labelled images
     label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    classes: str = (
-        ""  # file of class names: one a line in the classes' order, CLASS<TAB>NAME, or JSON; "": as described
-    )
+    classes: str = ""  # file of names: one a line in the classes' order, CLASS<TAB>NAME, or JSON; "": found, or folders
     templates: str = ""  # file of prompts, one a line, {c} in the place of the class; "": "a photo of a {c}."
     cache: str = ""  # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for prompts not cached yet
