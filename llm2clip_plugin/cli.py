@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(name: str, argv: list[str]) -> int:
     """Import and call one command of the table."""
+    share_cores()
     module, function, _ = COMMANDS[name]
     try:
         return getattr(importlib.import_module(module), function)(argv) or 0
@@ -111,6 +112,16 @@ def run(name: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def share_cores() -> None:
+    """Under a launcher one thread a rank, and passive waiting, unless the user says otherwise; before torch comes in.
+
+    Ranks that each take all cores, and spin while they wait, are several times slower.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def usage() -> str:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 STATES = ("ok", "warn", "fail")
 GIB = 1024**3
+# first versions with C++17, which DeepSpeed's extensions need, and with -std=c++20, which torch builds with by now
+LEAST_COMPILERS = {"g++": (9, 10), "clang": (10, 10)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +80,33 @@ def check_packages(extra: str) -> Iterator[Finding]:
 
 
 def check_compiler() -> Iterator[Finding]:
-    """DeepSpeed builds small C++ extensions at first use."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
+    """A C++ compiler: DeepSpeed builds extensions at first use, torch.compile its kernels on a CPU."""
+    words = shlex.split(os.environ.get("CXX", "g++"))
+    if not words or shutil.which(words[0]) is None:
+        words = ["c++"]
+    if shutil.which(words[0]) is None:
         yield Finding(subject="C++ compiler", state="fail", found="none", mend="apt-get install g++ (or set CXX)")
-    else:
-        first = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[
-            0
-        ]
-        yield Finding(subject="C++ compiler", state="ok", found=first)
+        return
+    done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
+    yield judge_compiler(done.stdout)
+
+
+def judge_compiler(told: str) -> Finding:
+    """What a compiler's ``--version`` told, against LEAST_COMPILERS."""
+    first = told.strip().split("\n")[0]
+    clang = re.search(r"clang version (\d+)", first)
+    match = clang or re.search(r"\) (\d+)\.\d+", first)  # g++ (Debian 12.2.0-14) 12.2.0: behind the packager's
+    if match is None:
+        known = " or ".join(f"{name} >= {newest}" for name, (_, newest) in LEAST_COMPILERS.items())
+        return Finding(
+            subject="C++ compiler", state="warn", found=first or "tells no version", mend=f"set CXX to {known}"
+        )
+    name, version_ = "clang" if clang else "g++", int(match.group(1))
+    least, newest = LEAST_COMPILERS[name]
+    state = "fail" if version_ < least else "warn" if version_ < newest else "ok"
+    lacks = "C++17" if state == "fail" else "C++20, which current torch builds with"
+    mend = "" if state == "ok" else f"{name} {version_} lacks {lacks}: install {name} >= {newest} and point CXX at it"
+    return Finding(subject="C++ compiler", state=state, found=first, mend=mend)
 
 
 def check_launcher() -> Iterator[Finding]:
@@ -125,14 +146,28 @@ def check_accelerator() -> Iterator[Finding]:
         )
 
 
-def check_threads() -> Iterator[Finding]:
-    """Several ranks on one CPU need one thread each and passive waiting."""
+def check_threads(ranks: int) -> Iterator[Finding]:
+    """Ranks that share the cores: together no more threads than cores, and passive waiting."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = ranks or _usual_ranks(cores)
     threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
-    found = f"{cores} cores, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
-    crowded = threads.isdigit() and int(threads) > cores
-    mend = f"export OMP_NUM_THREADS={cores} (cores / ranks on a CPU) OMP_WAIT_POLICY=PASSIVE" if crowded else ""
-    yield Finding(subject="threads", state="warn" if crowded else "ok", found=found, mend=mend)
+    found = f"{cores} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
+    share = max(1, cores // ranks)
+    mend = ""
+    if threads == "unset" and ranks > 1:
+        mend = f"export OMP_NUM_THREADS={share} OMP_WAIT_POLICY=PASSIVE; unset, ranks of llm2clip take 1 thread"
+    elif threads.isdigit() and ranks * int(threads) > max(cores, ranks):
+        mend = f"export OMP_NUM_THREADS={share} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
+    yield Finding(subject="threads", state="warn" if mend else "ok", found=found, mend=mend)
+
+
+def _usual_ranks(cores: int) -> int:
+    """A rank a GPU; without one two, as the quickstart, where there are two cores."""
+    try:
+        import torch
+    except ImportError:
+        return min(2, cores)
+    return torch.cuda.device_count() or min(2, cores)
 
 
 def check_port(port: int) -> Iterator[Finding]:
@@ -156,8 +191,12 @@ def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
         where = os.path.dirname(where)
     free = shutil.disk_usage(where).free
     found = f"{free / GIB:.1f} GiB free at {where}; {captions:,} captions x {width} need {need / GIB:.1f} GiB in fp16"
-    state = "ok" if free > need else "fail"
-    mend = "" if state == "ok" else f"free space, choose another --cache, or --dtype int8 ({need / 2 / GIB:.1f} GiB)"
+    mend = ""
+    if not os.access(where, os.W_OK):
+        mend = f"{where} can't be written to; choose another --cache"
+    elif free <= need:
+        mend = f"free space, choose another --cache, or --dtype int8 ({need / 2 / GIB:.1f} GiB)"
+    state = "fail" if mend else "ok"
     yield Finding(subject="disk for the cache", state=state, found=found, mend=mend)
 
 
@@ -167,7 +206,7 @@ def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]
     asked: list[Callable[[], Iterator[Finding]]] = [check_python, lambda: check_packages("train" if training else "")]
     if training:
         asked += [check_compiler, check_launcher]
-    asked += [check_accelerator, check_threads, lambda: check_port(options.port)]
+    asked += [check_accelerator, lambda: check_threads(options.ranks), lambda: check_port(options.port)]
     asked.append(lambda: check_disk(options.cache, options.captions, options.width))
     if not training:
         from llava_integration.doctor import check_llava
@@ -189,6 +228,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--captions", type=int, default=1_000_000, help="captions to be cached")
     parser.add_argument("--width", type=int, default=4096, help="width of the LLM's embeddings")
     parser.add_argument("--port", type=int, default=29500, help="port of the launcher (29500 is DeepSpeed's own)")
+    parser.add_argument("--ranks", type=int, default=0, help="ranks on this machine (0: one a GPU; 2 on a CPU)")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     options = parser.parse_args(argv)
     findings = [finding for check in checks(options) for finding in check()]

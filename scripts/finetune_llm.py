@@ -7,13 +7,9 @@
 ``--help`` lists every field; the same command again goes on from the newest checkpoint.
 """
 
-import os
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # ranks that share cores: spinning threads halve the speed
-
-from llm2clip_plugin.cli import run  # noqa: E402
+from llm2clip_plugin.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("finetune-llm", sys.argv[1:]))

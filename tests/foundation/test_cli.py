@@ -1,11 +1,12 @@
 """The command table: quick help, clear errors, no torch for a question about usage."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from llm2clip_plugin import cli
+from llm2clip_plugin import cli, doctor
 
 
 def test_help_and_import_load_no_torch() -> None:
@@ -78,3 +79,57 @@ def test_doctor_reports_and_mends(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_what_a_too_small_disk_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--environment", "train", "--captions", str(10**12)]) == 1
     assert "--dtype int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("told", "state"),
+    [
+        ("g++ (Debian 12.2.0-14) 12.2.0\nCopyright", "ok"),
+        ("g++ (Ubuntu 9.4.0-1ubuntu1~20.04.2) 9.4.0", "warn"),
+        ("g++ (GCC) 8.5.0 20210514 (Red Hat 8.5.0-4)", "fail"),
+        ("c++ (GCC) 4.8.5 20150623", "fail"),
+        ("Debian clang version 14.0.6", "ok"),
+        ("Apple clang version 15.0.0 (clang-1500.3.9.4)", "ok"),
+        ("clang version 9.0.1-12", "fail"),
+        ("icpx 2024", "warn"),
+        ("", "warn"),
+    ],
+)
+def test_doctor_judges_compilers(told: str, state: str) -> None:
+    finding = doctor.judge_compiler(told)
+    assert (finding.subject, finding.state) == ("C++ compiler", state)
+    assert bool(finding.mend) is (state != "ok")
+
+
+@pytest.mark.parametrize(
+    ("threads", "ranks", "state"),
+    [(None, 2, "warn"), (None, 1, "ok"), ("1", 2, "ok"), ("4096", 1, "warn"), ("4096", 2, "warn"), ("1", 4096, "ok")],
+)
+def test_doctor_judges_threads(threads: str | None, ranks: int, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    (finding,) = doctor.check_threads(ranks)
+    assert finding.state == state and ("OMP_NUM_THREADS=" in finding.mend) is (state == "warn")
+
+
+def test_doctor_finds_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (finding,) = doctor.check_compiler()
+    assert finding.state == "fail" and "CXX" in finding.mend
+    old = tmp_path / "old-c++"
+    old.write_text("#!/bin/sh\necho 'g++ (GCC) 7.3.0'\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    (finding,) = doctor.check_compiler()
+    assert finding.state == "fail" and "g++ 7 lacks C++17" in finding.mend
+
+
+def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
+    """Under a launcher a command takes one thread a rank, unless the user has said how many."""
+    code = "import os, llm2clip_plugin.cli as c; c.run('doctor', ['--json']); print(os.environ['OMP_NUM_THREADS'])"
+    for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        env |= {"WORLD_SIZE": "2", "RANK": "0", **given}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == threads
