@@ -116,7 +116,7 @@ tune() { # tune SEED: an adapter of its own and the captions through it
     local tuning=$DATA/llm/seed$1
     say "stage 1: the LLM learns to tell captions apart (English only), seed $1"
     [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style: one shard is enough
-        launch scripts/finetune_llm.py "$DATA/all/train-noto.tar" --llm "$LLM" --output-dir "$tuning" --seed "$1" \
+        launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output-dir "$tuning" --seed "$1" \
             --deepspeed scripts/zero1.json --languages en --group family \
             --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
             --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \

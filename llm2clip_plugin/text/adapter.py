@@ -59,6 +59,14 @@ def block_of(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
+def cast_adapter(wrapped, dtype: torch.dtype):
+    """The same model with the adapter's own weights in ``dtype``: no conversion of activations at every layer."""
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
+
+
 def merge(wrapped) -> PreTrainedModel:
     """The LLM with the adapter added into its weights."""
     with torch.no_grad():

@@ -101,14 +101,18 @@ class CaptionEncoder:
         self.count_truncated = 0
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
-        """The LLM with its adapter; merged where that loses nothing (float32) and the adapter doesn't train."""
+        """The LLM with its adapter. One that doesn't train is merged where that loses nothing (float32), and takes the
+        LLM's dtype where it would: a small change added to a bfloat16 weight may round to nothing."""
         if adapter is None:
             return llm
-        from llm2clip_plugin.text.adapter import attach_adapter, merge
+        from llm2clip_plugin.text.adapter import attach_adapter, cast_adapter, merge
 
         wrapped = attach_adapter(llm, adapter, trainable=trainable)
-        mergeable = self.dtype == torch.float32 and not self.config.load_in_4bit and not trainable
-        return merge(wrapped) if mergeable else wrapped
+        if trainable:
+            return wrapped
+        if self.dtype == torch.float32 and not self.config.load_in_4bit:
+            return merge(wrapped)
+        return cast_adapter(wrapped, self.dtype)
 
     @property
     def pad_id(self) -> int:

@@ -7,6 +7,7 @@
 ``shuffled/``   the training shards with the pictures of concepts exchanged: the control. Keys and captions stay, so
                 the teacher's cache of ``all/`` fits it.
 
+Training and validation have names and long captions in English; what else the built-in set has is for the test alone.
 ``--concepts`` keeps the first so many training, validation and test concepts, ``--languages`` the names in English and
 these languages alone: for a short run.
 """
@@ -44,13 +45,16 @@ class Part:
         """The samples of a split's shard that belong to it, with the captions that do."""
         if self.concepts:
             samples = first_concepts(samples, self.concepts[SPLITS.index(split)])
-        if not self.languages:
-            return samples
-        kept = {"en", *self.languages}
         return [
-            (key, png, {**about, "captions": [c for c in about["captions"] if c["language"] in kept]})
+            (key, png, {**about, "captions": [c for c in about["captions"] if self.has(split, c)]})
             for key, png, about in samples
         ]
+
+    def has(self, split: str, caption: dict[str, str]) -> bool:
+        """Names and long captions in English; keywords and other languages are for the test alone."""
+        if caption["language"] == "en" and caption["kind"] in ("short", "long"):
+            return True
+        return split == "test" and (not self.languages or caption["language"] in ("en", *self.languages))
 
 
 def read_tar(path: Path) -> list[Sample]:

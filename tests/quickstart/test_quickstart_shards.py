@@ -42,6 +42,13 @@ def test_subset_keeps_english_and_the_languages_asked_for(folder) -> None:
     assert languages == {"en", "de", "zh"}
 
 
+def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
+    for split in ("train", "validation"):
+        source = open_source(SourceConfig(path=str(folder / "all" / f"{split}-noto.tar")))
+        found = {(c.kind, c.language) for number in range(len(source)) for c in source.captions(number)[1]}
+        assert found == {("short", "en"), ("long", "en")}
+
+
 def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
     real = open_source(SourceConfig(path=str(folder / "all" / "train-*.tar")))
     control = open_source(SourceConfig(path=str(folder / "shuffled" / "train-*.tar")))
