@@ -26,5 +26,5 @@ extensions_of .venv-llava
 .venv-llava/bin/python -m pytest tests/llava --durations=15
 .venv-llava/bin/python -m pytest tests/vision tests/benchmarks # apart: LLaVA switches torch's initialisation off
 
-# A user's first command, in little.
-scripts/quickstart.sh --smoke --output quickstart-output/test
+# A user's first command, in little, on into LLaVA.
+scripts/quickstart.sh --smoke --llava --output quickstart-output/test
