@@ -23,6 +23,7 @@ from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.loss import LossConfig
 from llm2clip_plugin.train.model import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.plan import PlanConfig
 from llm2clip_plugin.vision.dual import DualConfig
 
 Settings = TypeVar("Settings")
@@ -35,6 +36,8 @@ HARMLESS = (
     "dry_run",
     "deepspeed",
     "evaluation",
+    "plan",
+    "tower.architecture",
     "data.cache",
     "data.validation",
     "data.validation_cache",
@@ -96,7 +99,7 @@ class RunConfig:
     deepspeed: str = ""  # your DeepSpeed JSON (scripts/zero*.json or LLaVA's own); "": ZeRO-0
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, as optim.lr or all of optim
-    dry_run: bool = False  # print the plan and stop
+    dry_run: bool = False  # print steps, memory, cache size and commands, and stop; needs no weights
     data: DataConfig = field(default_factory=DataConfig)
     tower: TowerConfig = field(default_factory=TowerConfig)
     dual: DualConfig = field(default_factory=DualConfig)
@@ -105,15 +108,17 @@ class RunConfig:
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: RetrievalConfig = field(default_factory=RetrievalConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def hash(self) -> str:
         """SHA-256 over all fields but the harmless ones."""
         return sha256_text(canonical_json(dict(flat_essentials(dataclasses.asdict(self)))))
 
-    def validate(self) -> RunConfig:
-        """Raise ValueError for what no folder can see by itself; returns itself."""
-        if not self.data.path:
+    def validate(self, *, planned: bool = False) -> RunConfig:
+        """Raise ValueError for what no folder can see by itself; returns itself. A run that is ``planned`` alone
+        needs no data."""
+        if not self.data.path and not planned:
             raise ValueError("no data to train on: say --data.path, or take a recipe that names some")
         if self.loss.kind == "sigmoid" and self.dual.logit_bias_init is None:
             raise ValueError("loss.kind sigmoid learns a bias: set --dual.logit-bias-init (the paper starts at -10)")

@@ -37,7 +37,7 @@ def quickstart() -> RunConfig:
             read=ReadConfig(kinds=("short", "long"), languages=("en",)),
             augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
         ),
-        tower=TowerConfig(image_size=56),  # 4 x 4 patches
+        tower=TowerConfig(architecture="facebook/dinov2-small", image_size=56),  # 4 x 4 patches
         dual=DualConfig(
             joint_width=384,
             pool="cls_mean",

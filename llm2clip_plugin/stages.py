@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from llm2clip_plugin.train.heads import fit_heads
 from llm2clip_plugin.train.loop import LoopParts, run_loop
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups
-from llm2clip_plugin.train.plan import describe_plan
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
 from llm2clip_plugin.train.step import Scaled, Step, loss_terms
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -39,24 +39,27 @@ from llm2clip_plugin.vision.towers import preprocessor_config
 TOWER, TOWER_EMA = "tower", "tower-ema"
 
 
-def train_tower(config: RunConfig) -> Path | None:
+def train_tower(config: RunConfig, command: Sequence[str] = ()) -> Path | None:
     """Train a tower; returns the exported tower's directory, None if the run was stopped or only planned.
 
+    ``command``: options of the command line, for the commands that a dry run prints.
     The same call goes on from the newest checkpoint of ``config.output_dir``. Raises ValueError,
     FileNotFoundError or ContractError for what the user can mend, NonFiniteLossError for a loss that is no number.
     """
+    if config.dry_run:
+        from llm2clip_plugin.dry_run import tower_plan
+
+        if os.environ.get("RANK", "0") == "0":
+            print(tower_plan(config, command), flush=True)
+        return None
     device = start_ranks()
     data = open_data(config.validate())
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     trained = trained_parameters(dual, config.optim)
-    plan = engine_plan(config, data, dual)
+    plan = engine_plan(config, samples=data.samples, hidden_size=dual.tower.config.hidden_size, world=world_size())
     ds_config = complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
-    if config.dry_run:
-        if rank() == 0:
-            print(describe_plan(plan, ds_config, trained, samples=data.samples, world=world_size()))
-        return None
     checkpoints = Checkpoints(Path(config.output_dir), keep=config.train.save_total_limit)
     identity = {**dataclasses.asdict(config), "teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
     resumed = resume(checkpoints, config, identity)
@@ -151,10 +154,10 @@ def default_cache(source: str) -> str:
     return found[0]
 
 
-def engine_plan(config: RunConfig, data: Data, dual: DualEncoder) -> EnginePlan:
-    """The run's decisions in DeepSpeed's terms."""
-    _, micro, accumulation = config.train.rows(world_size())
-    steps = config.train.steps(data.samples)
+def engine_plan(config: RunConfig, *, samples: int, hidden_size: int, world: int) -> EnginePlan:
+    """The run's decisions in DeepSpeed's terms, for a tower ``hidden_size`` wide."""
+    _, micro, accumulation = config.train.rows(world)
+    steps = config.train.steps(samples)
     return EnginePlan(
         global_batch=config.train.global_batch,
         micro_batch=micro,
@@ -168,7 +171,7 @@ def engine_plan(config: RunConfig, data: Data, dual: DualEncoder) -> EnginePlan:
         schedule=config.optim.schedule,
         warmup_steps=config.optim.warmup(steps),
         total_steps=steps,
-        hidden_size=dual.tower.config.hidden_size,
+        hidden_size=hidden_size,
         report_to=config.train.report_to,
         output_dir=config.output_dir,
         run_name=Path(config.output_dir).name,

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     """Read the command line, train; exit status 0, also after a SIGTERM that saved."""
     from llm2clip_plugin.stages import train_tower
 
-    tower = train_tower(read_command(argv))
+    tower = train_tower(read_command(argv), argv)
     if tower is not None and os.environ.get("RANK", "0") == "0":
         print(f"tower: {tower}")
     return 0

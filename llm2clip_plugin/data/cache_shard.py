@@ -20,6 +20,15 @@ META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as
 REDO = "run `llm2clip embed` again: it redoes only what is not whole"
 
 
+ROW_BYTES = {"float16": 2, "int8": 1}  # of a value
+
+
+def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
+    """Bytes of the tensors of a cache: a row, its scale (4) and caption hash (8) a caption; the key, and where key and
+    rows start (8 each), a sample."""
+    return captions * (width * ROW_BYTES[dtype] + 12) + samples * (key_bytes + 16)
+
+
 class ShardFile:
     """One shard's file, its header read and its tensors mapped, not loaded.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
+from llm2clip_plugin.vision.architectures import skeleton
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
 from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
@@ -19,6 +20,7 @@ class TowerConfig:
     """The vision tower to start from, and how much of it trains."""
 
     path: str = ""  # tower directory, Hugging Face directory or Hub id
+    architecture: str = ""  # name of a known shape (eva02-l14-336 ...) that --dry-run plans with while path is empty
     image_size: int = 0  # pixels a side; positions are interpolated once. 0: the tower's own
     freeze: bool = False  # train the heads alone
     freeze_first_blocks: int = 0  # leave the embeddings and so many first blocks as they are
@@ -46,18 +48,36 @@ def with_llm_width(config: DualConfig, width: int) -> DualConfig:
 def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:
     """Load the tower, add heads that ``seed`` initialises (or the directory's), freeze what the configuration says."""
     if not tower.path:
-        raise ValueError("no tower to train: say --tower.path (a directory or a Hub id)")
+        kind = f", a {tower.architecture}: `llm2clip import` makes one of its checkpoint" if tower.architecture else ""
+        raise ValueError(f"no tower to train: say --tower.path (a directory or a Hub id{kind})")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
     if tower.keep_heads:
         load_heads(model, tower.path)
+    return _with_rest(model, tower)
+
+
+def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
+    """What ``build_dual`` would make, on the meta device: shapes and what trains, no weights, nothing downloaded.
+
+    Raises ValueError if the shape of the tower is not known, FileNotFoundError for a directory without config.json.
+    """
+    source = tower.path or tower.architecture
+    if not source:
+        raise ValueError("no tower to plan with: say --tower.path, or --tower.architecture with a name that is known")
+    with torch.device("meta"):
+        return _with_rest(DualEncoder(skeleton(source, image_size=tower.image_size or None), dual), tower)
+
+
+def _with_rest(model: DualEncoder, tower: TowerConfig) -> DualEncoder:
+    """The model in training mode, with LoRA or frozen parts as configured."""
     if tower.lora_rank:
-        add_lora(vision, rank=tower.lora_rank, alpha=tower.lora_alpha)
+        add_lora(model.tower, rank=tower.lora_rank, alpha=tower.lora_alpha)
     if tower.freeze:
-        freeze_tower(vision)
+        freeze_tower(model.tower)
     elif tower.freeze_first_blocks:
-        freeze_tower(vision, first_blocks=tower.freeze_first_blocks)
+        freeze_tower(model.tower, first_blocks=tower.freeze_first_blocks)
     return model.train()
 
 

@@ -1,51 +1,127 @@
-"""What ``--dry-run`` prints: steps, parameters, learning rates, memory, DeepSpeed's configuration."""
+"""What ``--dry-run`` prints: steps, parameters, learning rates, memory by ZeRO stage, DeepSpeed's configuration."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
-from llm2clip_plugin.train.deepspeed_config import EnginePlan, offloads_optimizer, zero_stage
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
+from llm2clip_plugin.train.memory import Model, rank_bytes
 from llm2clip_plugin.train.optim import Trained
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+GIB = 1 << 30
+WORLDS = (1, 8, 64)  # GPUs that a plan is drawn for
+ROOM = 0.9  # share of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
+# DeepSpeed's section of scripts/zero0.json to zero3.json, "auto" left out
+ZERO_FILES: dict[int, dict[str, Any]] = {
+    0: {"stage": 0},
+    1: {"stage": 1, "overlap_comm": True},
+    2: {"stage": 2, "overlap_comm": True},
+    3: {"stage": 3, "overlap_comm": True},
+}
 
 
-def state_bytes(trained: int, plan: EnginePlan, config: dict[str, Any], world: int) -> dict[str, float]:
-    """Bytes a rank for weights, gradients and AdamW (two fp32 moments, and fp32 masters but for ZeRO-0).
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What --dry-run assumes where there is no data yet."""
 
-    ZeRO-1 cuts AdamW's share by the ranks, ZeRO-2 gradients too, ZeRO-3 weights too. Activations are not in it.
-    """
-    stage, size = zero_stage(config), BYTES[plan.precision]
-    masters = 0 if stage == 0 else 4
-    parts = {"weights": size, "gradients": size, "AdamW": 8 + masters}
-    cut = {"weights": stage >= 3, "gradients": stage >= 2, "AdamW": stage >= 1}
-    shares = {name: trained * each / (world if cut[name] else 1) for name, each in parts.items()}
-    if offloads_optimizer(config):
-        shares["AdamW, on the host"] = shares.pop("AdamW")
-    return shares
+    images: int = 15_000_000  # captioned images; the paper's larger set
+    captions: int = 2  # captions of one image: a short and a long one
+    gpu_gib: float = 80.0  # memory of a GPU, in GiB: micro-batches are proposed for it
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.captions < 1 or self.gpu_gib <= 0:
+            raise ValueError(
+                f"plan.images {self.images}, captions {self.captions}, gpu_gib {self.gpu_gib} must all be above 0"
+            )
 
 
-def describe_plan(plan: EnginePlan, config: dict[str, Any], trained: list[Trained], *, samples: int, world: int) -> str:
-    """The whole plan as text."""
-    count = sum(item.parameter.numel() for item in trained)
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """The same run on a number of GPUs."""
+
+    world: int
+    micro_batch: int  # 0: the global batch can't be cut into equal shares, or not even one pair fits
+    total: dict[int, float]  # ZeRO stage -> bytes of a GPU
+
+
+def columns(model: Model, *, global_batch: int, micro_batch: int, gpu_gib: float) -> list[Column]:
+    """One a number of GPUs: the micro-batch asked for (0: the largest that fits under ZeRO-1), and its memory."""
+    found = []
+    for world in WORLDS:
+        share, rest = divmod(global_batch, world)
+        sizes = [n for n in range(share, 0, -1) if share % n == 0] if not rest else []
+        if micro_batch:
+            sizes = [n for n in sizes if n == micro_batch]
+        totals = {
+            n: {
+                stage: sum(rank_bytes(model, zero, world=world, global_batch=global_batch, micro_batch=n).values())
+                for stage, zero in (_zero_for(model, stage) for stage in ZERO_FILES)
+            }
+            for n in sizes
+        }
+        fitting = [n for n in sizes if micro_batch or totals[n][1] <= ROOM * gpu_gib * GIB]
+        best = fitting[0] if fitting else 0
+        found.append(Column(world=world, micro_batch=best, total=totals.get(best, {})))
+    return found
+
+
+def _zero_for(model: Model, stage: int) -> tuple[int, dict[str, Any]]:
+    """A stage and its section; half precision under stage 0 runs as stage 1 (see deepspeed_config)."""
+    return stage, ZERO_FILES[1 if stage == 0 and model.precision != "fp32" else stage]
+
+
+def describe_parameters(trained: list[Trained], weight_decay: float) -> str:
+    """How many parameters train, with and without weight decay, at which peak learning rates."""
+    sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
+    rates = sorted({item.lr for item in trained})
+    course = f"{rates[0]:.3g} to {rates[-1]:.3g} in {len(rates)} groups" if len(rates) > 1 else f"{rates[0]:.3g}"
+    return (
+        f"parameters that train: {sum(sizes.values()):,}; weight decay {weight_decay:g} on {sizes[True]:,}, "
+        f"none on {sizes[False]:,}; peak learning rates {course}"
+    )
+
+
+def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, world: int) -> str:
+    """Steps, ranks, schedule, precision of the run as it was asked for."""
     passes = plan.total_steps * plan.global_batch / samples
-    by_lr: dict[tuple[float, bool], int] = {}
-    for item in trained:
-        by_lr[item.lr, item.decay] = by_lr.get((item.lr, item.decay), 0) + item.parameter.numel()
-    groups = "\n".join(
-        f"    lr {lr:.3g}, weight decay {plan.weight_decay if decay else 0:g}: {number:,}"
-        for (lr, decay), number in sorted(by_lr.items(), reverse=True)
-    )
-    memory = ", ".join(
-        f"{name} {size / 2**30:.2f} GiB" for name, size in state_bytes(count, plan, config, world).items()
-    )
     return (
         f"steps: {plan.total_steps} of {plan.global_batch} pairs, {passes:.2f} passes over {samples:,} samples\n"
         f"ranks: {world} x {plan.accumulation} micro-batches of {plan.micro_batch}\n"
-        f"schedule: {plan.schedule}, {plan.warmup_steps} steps of warm-up\n"
-        f"precision: {plan.precision}; ZeRO-{zero_stage(config)}\n"
-        f"parameters that train: {count:,}\n{groups}\n"
-        f"memory a rank without activations: {memory}\n"
-        f"DeepSpeed:\n{json.dumps(config, indent=2)}"
+        f"schedule: {plan.schedule}, {plan.warmup_steps} steps of warm-up, clipping at {plan.max_grad_norm:g}\n"
+        f"precision: {plan.precision}; ZeRO-{zero_stage(config)}"
     )
+
+
+def describe_rank(model: Model, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:
+    """Expected memory of a rank of this run, part by part."""
+    zero = config.get("zero_optimization", {})
+    parts = rank_bytes(model, zero, world=world, global_batch=plan.global_batch, micro_batch=plan.micro_batch)
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    kept, image = model.kept, model.kept.peak(checkpointing=model.checkpointing)
+    how = f"{kept.blocks} blocks x {(kept.state if model.checkpointing else kept.block) / 1e6:.1f} MB"
+    how += f" and one of {kept.block / 1e6:.1f} MB computed again" if model.checkpointing else ""
+    total = sum(parts.values()) / GIB
+    too_much = f"; more than a GPU of {gpu_gib:g} GiB has, see the micro-batches below" if total > gpu_gib else ""
+    return (
+        f"memory a rank, expected: {total:.2f} GiB = {listed}{too_much}\n"
+        f"activations of an image: {image / 1e6:.1f} MB ({how})"
+    )
+
+
+def describe_columns(found: list[Column], global_batch: int, gpu_gib: float) -> str:
+    """The table of GPUs by ZeRO stages."""
+    lines = ["  GPUs   share  micro-batch   ZeRO-0   ZeRO-1   ZeRO-2   ZeRO-3"]
+    for column in found:
+        if not column.micro_batch:
+            lines.append(f"{column.world:6}   no micro-batch fits {gpu_gib:g} GiB, or divides {global_batch}")
+            continue
+        sizes = "".join(f"{size / GIB:9.1f}" for size in column.total.values())
+        lines.append(f"{column.world:6} {global_batch // column.world:7} {column.micro_batch:12}{sizes}")
+    return "memory a GPU in GiB, expected, with scripts/zero0.json to zero3.json:\n" + "\n".join(lines)
+
+
+def describe_deepspeed(config: dict[str, Any]) -> str:
+    """What DeepSpeed will get."""
+    return f"DeepSpeed:\n{json.dumps(config, indent=2)}"

@@ -147,9 +147,7 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     Raises ValueError if the size is not a multiple of the patch size.
     """
     family, config = family_of(tower), copy.deepcopy(tower.config)
-    if image_size % config.patch_size:
-        size = image_size // config.patch_size * config.patch_size
-        raise ValueError(f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try {size}")
+    check_size(config, image_size)
     old_size, config.image_size = config.image_size, image_size
     config.resized_from = resized_from(tower) or old_size
     state = tower.state_dict()
@@ -165,6 +163,13 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
         raise ValueError(f"{config.model_type} cannot be resized by its table of positions alone: {error}") from error
     resized.own_preprocessor = tower.own_preprocessor if hasattr(tower, "own_preprocessor") else {}
     return resized.train(tower.training)
+
+
+def check_size(config: Any, image_size: int) -> None:
+    """ValueError if ``image_size`` is not whole patches."""
+    if image_size % config.patch_size:
+        size = image_size // config.patch_size * config.patch_size
+        raise ValueError(f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try {size}")
 
 
 def resized_from(tower: Tower) -> int:

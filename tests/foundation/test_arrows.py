@@ -31,6 +31,13 @@ ARROWS = {
         "llm2clip_plugin.evaluate",
     },
     "llm2clip_plugin.stages": {"*"},
+    "llm2clip_plugin.dry_run": {
+        "llm2clip_plugin.config",
+        "llm2clip_plugin.recipes",
+        "llm2clip_plugin.stages",
+        "llm2clip_plugin.data",
+        "llm2clip_plugin.train",
+    },
     "llm2clip_plugin.export_command": {"llm2clip_plugin.vision", "llm2clip_plugin.stages"},
     "llm2clip_plugin.llm_stage": {"*"},
     "llm2clip_plugin.tower_command": {"llm2clip_plugin.config", "llm2clip_plugin.recipes", "llm2clip_plugin.stages"},

@@ -1,0 +1,161 @@
+"""``--dry-run``: full-size recipes planned without weights, data or network; numbers against the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import make_cache, make_shards, make_tower
+
+from llm2clip_plugin import tower_command
+from llm2clip_plugin.config import DataConfig
+from llm2clip_plugin.dry_run import tower_plan
+from llm2clip_plugin.recipes import RECIPES, TEACHERS, recipe
+from llm2clip_plugin.train.model import TowerConfig, build_dual, shape_dual, trained_parameters
+from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.vision.architectures import ARCHITECTURES, skeleton
+from llm2clip_plugin.vision.dual import DualConfig
+
+PAPER = [name for name in RECIPES if name != "quickstart"]
+PARAMETERS = {  # published: the Hub's model pages and EVA-CLIP's table 8, in millions
+    "openai/clip-vit-base-patch16": 85.8,
+    "openai/clip-vit-large-patch14": 303.18,
+    "openai/clip-vit-large-patch14-336": 303.51,
+    "eva02-l14-336": 304,
+    "eva02-bige14": 4350,
+    "eva01-g14": 1011,
+    "google/siglip-so400m-patch14-384": 428.2,
+    "facebook/dinov2-small": 22.06,
+    "facebook/dinov2-giant": 1136.5,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch):
+    """Any connection is an error."""
+
+    def refuse(*arguments):
+        raise AssertionError(f"a dry run wants the network: {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert tower_command.main([*argv, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_of_known_towers_have_the_published_number_of_parameters(name: str):
+    tower = skeleton(name)
+    assert {p.device.type for p in tower.parameters()} == {"meta"}
+    assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], rel=2e-3)
+
+
+def test_every_known_shape_can_be_made():
+    for name in ARCHITECTURES:
+        assert skeleton(name).config.hidden_size
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_have_the_papers_settings(name: str, teacher: str):
+    config = recipe(f"{name.replace('_', '-')}/{teacher}")
+    optim, train = config.optim, config.train
+    assert (optim.lr, optim.weight_decay, optim.layer_decay, optim.max_grad_norm) == (1e-5, 0.05, 0.85, 5.0)
+    assert (optim.warmup_steps, optim.warmup_ratio, optim.head_lr) == (0, 0.0, 0.0)
+    assert (train.global_batch, train.num_train_epochs, train.precision) == (4096, 4.0, "bf16")
+    assert config.dual.llm_width == {"llama-1b": 2048, "llama-8b": 4096}[teacher]
+    assert (config.dual.adapter, config.dual.adapter_blocks, config.dual.adapter_expansion) == ("mlp", 4, 2)
+    assert config.dual.joint_width == (1152 if "siglip2" in name else 1280)
+    assert config.output_dir.endswith(teacher)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest.CaptureFixture[str]):
+    told = planned(capsys, "--recipe", f"{name}/llama-8b")
+    assert "steps: 14648 of 4096 pairs, 4.00 passes over 15,000,000 samples" in told  # 4 x 15 M / 4096
+    assert "cache on disk: 30,000,000 captions x 4096: float16 246.5 GB, int8 123.6 GB" in told
+    trained = int(re.search(r"parameters that train: ([\d,]+);", told)[1].replace(",", ""))
+    if name == "openai_l14_336":
+        assert trained == 578_587_905  # the release's own sum: golden/reference/F_release_directory/evidence.json
+        assert (
+            "peak learning rates 1.72e-07 to 1e-05 in 26 groups" in told
+        )  # 1e-5 x 0.85^25: embeddings, 24 blocks, top
+    rows = [row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
+    for _, share, micro, *stages in rows:
+        assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
+        assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
+    assert len(rows) == (2 if "bige" in name else 3)  # the states of 4.3 G parameters don't fit one GPU
+    assert f"scripts/train_tower.py --recipe {name}/llama-8b" in told and "--hostfile hosts" in told
+    assert "deepspeed --num_gpus 8 scripts/train_tower.py" in told and "--dry-run" not in told
+    assert "llm2clip embed DATA --llm microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned" in told
+    assert ("llm2clip import CHECKPOINT" in told) == name.startswith("eva02")
+
+
+def test_memory_shrinks_by_checkpointing_and_micro_batches(capsys: pytest.CaptureFixture[str]):
+    def activations(*options: str) -> float:
+        told = planned(capsys, "--recipe", "openai-b16/llama-1b", *options)
+        return float(re.search(r"activations ([\d.]+)", told)[1])
+
+    plain = activations("--gradient_checkpointing", "False", "--train.micro-batch", "64")
+    assert activations("--train.micro-batch", "64") < 0.35 * plain
+    assert activations("--train.micro-batch", "32") == pytest.approx(
+        activations("--train.micro-batch", "64") / 2, abs=0.01
+    )
+
+
+def test_data_and_caches_that_are_there_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tower, data = make_tower(tmp_path / "tower"), make_shards(tmp_path / "data")
+    options = ["--recipe", "openai-b16", "--tower.path", str(tower), "--data.path", str(data)]
+    options += ["--train.global-batch", "16"]
+    told = planned(capsys, *options)
+    assert "assumed: no embedding cache beside the data; 2 captions an image" in told
+    assert "steps: 12 of 16 pairs, 4.00 passes over 48 samples" in told and "--tower.path" in told
+    make_cache(data)
+    told = planned(capsys, *options)
+    assert "assumed" not in told and "cache on disk: 96 captions x 24:" in told
+    other = dataclasses.replace(recipe("openai-b16/llama-1b"), data=DataConfig(path=(str(data),)))
+    with pytest.raises(ValueError, match="embedding cache is 24 wide"):
+        tower_plan(other, [])
+
+
+def test_what_has_no_shape_lists_what_has():
+    with pytest.raises(ValueError, match=r"no shape is known by that name; known: openai/clip-vit-base-patch32, "):
+        skeleton("somebody/else")
+    with pytest.raises(ValueError, match=r"unknown teacher 'llama-7b' in recipe .* known: llama-1b, llama-8b"):
+        recipe("openai-b16/llama-7b")
+    with pytest.raises(ValueError, match="image_size 100 is not a multiple of the patch size 16; try 96"):
+        skeleton("eva02-b16", image_size=100)
+    with pytest.raises(ValueError, match=r"no tower to train: .* a eva02-l14-336: `llm2clip import` makes one"):
+        build_dual(recipe("eva02_l14_336").tower, DualConfig(), seed=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_first_blocks": 1}, {"image_size": 24}])
+def test_a_shape_trains_what_the_tower_trains(options: dict, tmp_path: Path):
+    config = TowerConfig(path=str(make_tower(tmp_path / "tower")), **options)
+    dual = DualConfig(joint_width=8, llm_width=12)
+    real, shape = build_dual(config, dual, seed=0), shape_dual(config, dual)
+    described = [
+        [(t.name, tuple(t.parameter.shape), t.lr, t.decay) for t in trained_parameters(model, OptimConfig())]
+        for model in (real, shape)
+    ]
+    assert described[0] == described[1]
+    assert {p.device for p in shape.parameters()} == {torch.device("meta")}
+
+
+def test_a_timm_name_is_planned_too(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm", minversion="1.0")
+    told = planned(capsys, "--recipe", "openai-b16", "--tower.path", "timm:vit_tiny_patch16_224")
+    assert "timm:vit_tiny_patch16_224, 224 px, 12 blocks x 192, 5,524,416 parameters" in told
+
+
+def test_recipes_by_either_spelling():
+    assert recipe("openai-l14-336") == recipe("openai_l14_336")
+    assert dataclasses.replace(recipe("openai_l14_336/llama-1b"), output_dir="x") != recipe("openai_l14_336")
