@@ -177,7 +177,7 @@ def _categories(comparison: Comparison, row: Row) -> str:
 def _browser(comparison: Comparison, questions: Sequence[dict]) -> str:
     """The controls; the script fills in the questions."""
     if not questions:
-        return "<p>No question whose score differs.</p>"
+        return "<p>No question with an answer to show whose score differs.</p>"
     controls = []
     for name, label in (
         ("benchmark", "benchmark"),
@@ -213,12 +213,19 @@ def _notes(comparison: Comparison, pictures: Pictures) -> str:
 
 
 def disagreements(row: Row, sides: Sequence[Side], pictures: Pictures, most: int) -> list[dict[str, Any]]:
-    """Questions of a row whose scores differ, spread evenly over the benchmark, as the page shows them."""
+    """Questions of a row whose scores differ, spread evenly over the benchmark, as the page shows them.
+
+    None of retrieval: its items are queries, without words to show.
+    """
     place = next(number for number, side in enumerate(sides) if side.name == row.new)
     old, now = (
         {str(item["id"]): item for item in side.runs[row.benchmark][0].items} for side in (sides[0], sides[place])
     )
-    both = [(old[key], now[key]) for key in old if key in now and counts_for_headline(old[key], now[key])]
+    both = [
+        (old[key], now[key])
+        for key in old
+        if key in now and "answer" in old[key] and "answer" in now[key] and counts_for_headline(old[key], now[key])
+    ]
     won = [pair for pair in both if pair[1]["score"] > pair[0]["score"]]
     lost = [pair for pair in both if pair[1]["score"] < pair[0]["score"]]
     half = max(most // 2, most - len(won) if len(lost) > most // 2 else 0)

@@ -150,7 +150,8 @@ def report_retrieval(
     label_M = label_N[pairs.owner_M]
 
     def ranked(image_label_N: Tensor, captions: Tensor) -> Retrieval:
-        return retrieve(image_ND, text_MD, image_label_N, label_M, captions=captions, all_ranks=all_ranks)
+        some = None if bool(captions.all()) else captions  # all of them need no copy
+        return retrieve(image_ND, text_MD, image_label_N, label_M, captions=some, all_ranks=all_ranks)
 
     every_M = torch.ones(len(label_M), dtype=torch.bool)
     once_M = _distinct_captions(pairs, label_M) if config.group else every_M

@@ -156,7 +156,10 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
         ScoreFile(benchmark="retrieval:emoji", metrics={}, items=items, model=name).write(
             tmp_path / f"{name}.scores.json"
         )
-    rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
+    paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
+    rows = build(load_sides(paths, []), resamples=200).rows
+    main([*map(str, paths), "--resamples", "100", "--html", str(tmp_path / "x.html")])
+    assert "No question with an answer to show" in (tmp_path / "x.html").read_text()  # no empty cards
     assert {row.title: row.result.difference for row in rows} == {
         "emoji image→text R@1": 50.0,
         "emoji image→text R@10": 0.0,
