@@ -27,3 +27,12 @@ def home(tmp_path, monkeypatch):
     for name in ("LLM2CLIP_TOWER", "LLM2CLIP_S2_SCALES", "LLM2CLIP_UNFREEZE_TOWER"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(world):
+    """A finetuned tiny LLaVA whose answers differ in length and word."""
+    folder = world.root / "llava-answers"
+    options = ("--max_steps", "40", "--learning_rate", "5e-3")
+    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *options)
+    return folder

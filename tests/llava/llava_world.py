@@ -89,18 +89,27 @@ class World:
         return self.run(sys.executable, *words, fails=fails, typed=typed, **environment)
 
     def stage(
-        self, kind: str, tower: str, output: Path, *options: str, ranks: int = 0, zero: int = 2, **environment: str
+        self,
+        kind: str,
+        tower: str,
+        output: Path,
+        *options: str,
+        ranks: int = 0,
+        zero: int = 2,
+        target: tuple[str, ...] = (),
+        **environment: str,
     ) -> list[float]:
         """One of LLaVA's training stages; returns the loss of each step.
 
-        ``kind``: pretrain, finetune or lora. ``ranks`` 0: ``python -m llava.train.train``; else DeepSpeed's launcher.
+        ``kind``: pretrain, finetune or lora. ``ranks`` 0: ``python -m llava.train.train``; else DeepSpeed's launcher
+        with ``target``, the path of LLaVA's script if nothing else is said.
         """
         if ranks:
             import llava.train
 
-            script = Path(llava.train.__path__[0]) / "train.py"
+            target = target or (str(Path(llava.train.__path__[0]) / "train.py"),)
             launcher = Path(sys.executable).with_name("deepspeed")
-            words = [launcher, "--num_gpus", ranks, "--master_port", free_port(), script]
+            words = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *target]
             words += ["--deepspeed", self.zero_config(zero)]
         else:
             words = [sys.executable, "-m", "llava.train.train"]

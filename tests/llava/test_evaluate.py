@@ -11,15 +11,6 @@ from llava_integration import answers, evaluate, questions
 from llm2clip_plugin.contracts import ContractError
 
 
-@pytest.fixture(scope="session")
-def checkpoint(world):
-    """A finetuned tiny LLaVA whose answers differ in length and word."""
-    folder = world.root / "llava-answers"
-    options = ("--max_steps", "40", "--learning_rate", "5e-3")
-    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *options)
-    return folder
-
-
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -1,6 +1,7 @@
 """LLaVA's own stages with ``--vision_tower llm2clip``: training, loading, losses equal to its own tower's."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +185,27 @@ def test_s2_trains_and_its_scales_come_back(world, tmp_path):
     assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "28,56", 64)
     told = world.python("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
     assert "MultiscaleVisionTower" in told
+
+
+def test_launch_under_deepspeed_where_pth_files_are_not_read(world, trained, tmp_path):
+    """``deepspeed --module llava_integration.launch llava.train.train``: the same losses as with the start-up hook."""
+    on_cpu = Path(__file__).parent / "on_cpu" / "sitecustomize.py"
+    unwatched = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != 'LLM2CLIPWatcher']\n"
+    (tmp_path / "sitecustomize.py").write_text(unwatched + on_cpu.read_text())
+    here = {"PYTHONPATH": str(tmp_path), "LLM2CLIP_TOWER": str(world.towers["clip"])}
+    knows = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
+    assert world.python("-c", knows, **here).strip().endswith("False")
+    found = {}
+    for target in (("--module", "llava_integration.launch", "llava.train.train"), ()):
+        place = here if target else {**here, "PYTHONPATH": str(on_cpu.parent)}
+        found[target] = world.stage(
+            "finetune",
+            "llm2clip",
+            tmp_path / f"llava-launch-{len(target)}",
+            *projector(trained[0]["pretrain"]),
+            ranks=1,
+            target=target,
+            **place,
+        )
+    launched, hooked = found.values()
+    assert len(launched) == 3 and launched == hooked

@@ -1,0 +1,55 @@
+"""The language model in 4 or 8 bits, as ``load_pretrained_model(load_4bit=True)`` loads it: the tower stays as it is.
+
+transformers 4.37 asks for a GPU before it quantises; bitsandbytes itself computes on a CPU too, so here the question
+is answered with yes while LLaVA loads.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from llava_integration.tower import LLM2CLIPVisionTower
+
+pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it")
+KINDS = {"load_4bit": "Linear4bit", "load_8bit": "Linear8bitLt"}
+
+
+@pytest.fixture
+def load(checkpoint, monkeypatch):
+    """LLaVA's own loading, on the CPU."""
+    from llava.model.builder import load_pretrained_model
+
+    def load(**options):
+        with monkeypatch.context() as patched:
+            if options:
+                import bitsandbytes  # noqa: F401 - looks for a GPU when it is imported
+
+                patched.setattr(torch.cuda, "is_available", lambda: True)
+            return load_pretrained_model(
+                str(checkpoint), None, checkpoint.name, device="cpu", device_map="cpu", **options
+            )
+
+    return load
+
+
+@pytest.mark.parametrize("option, kind", KINDS.items())
+def test_the_tower_is_left_as_it_is(load, option, kind):
+    _, whole, _, _ = load()
+    tokenizer, model, _, _ = load(**{option: True})
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["model.layers.0.self_attn.q_proj"] == kinds["model.mm_projector.0"] == kind
+    tower = model.get_vision_tower()
+    assert isinstance(tower, LLM2CLIPVisionTower) and tower.is_loaded
+    assert kind not in {type(module).__name__ for module in tower.modules()}
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float16}
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(tower(pixels), whole.get_vision_tower()(pixels))
+    for module in model.modules():
+        if (
+            type(module).__name__ == "Linear4bit"
+        ):  # its CPU kernel wants a width of 64 at least, and the tiny model has 32
+            module.support_avx512bf16_for_cpu = False
+    ids = torch.tensor([[tokenizer.bos_token_id, -200, *tokenizer("Which colour?").input_ids[1:]]])
+    output = model.generate(ids, images=pixels[:1], image_sizes=[(28, 28)], do_sample=False, max_new_tokens=4)
+    assert 1 <= output.shape[1] <= 5

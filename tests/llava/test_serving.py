@@ -1,0 +1,105 @@
+"""``llava.serve``: a controller and a model worker, asked over HTTP."""
+
+import base64
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+import requests
+import torch
+from llava_world import free_port
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(
+    find_spec("fastapi") is None or find_spec("uvicorn") is None, reason="needs fastapi and uvicorn, as LLaVA asks for"
+)
+PROMPT = "A chat. USER: <image>\nWhich colour is the picture? ASSISTANT:"
+PATIENCE = 120  # seconds for two processes to import LLaVA on a busy machine
+
+
+@contextmanager
+def running(world, log, *words):
+    """A module of LLaVA as a process of its own, ended with the block."""
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, words)],
+            env=world.environment(),
+            cwd=log.parent,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def asked(url, ready, processes):
+    """The first answer to POST ``url`` that is ``ready``; fails with a process that has ended."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        assert all(process.poll() is None for process in processes), "a server has ended"
+        try:
+            told = requests.post(url, timeout=5).json()
+        except requests.ConnectionError:
+            told = None
+        if told is not None and ready(told):
+            return told
+        time.sleep(0.3)
+    raise AssertionError(f"no answer from {url} in {PATIENCE} s")
+
+
+@pytest.fixture(scope="module")
+def worker(world, checkpoint, tmp_path_factory):
+    """Address of a worker that the controller knows."""
+    logs = tmp_path_factory.mktemp("serving")
+    controller, address = (f"http://localhost:{free_port()}" for _ in range(2))
+    port = controller.rpartition(":")[2]
+    started = running(world, logs / "controller.log", "llava.serve.controller", "--host", "localhost", "--port", port)
+    words = ["llava.serve.model_worker", "--host", "localhost", "--port", address.rpartition(":")[2], "--device", "cpu"]
+    words += ["--controller-address", controller, "--worker-address", address, "--model-path", checkpoint]
+    with started as first:
+        asked(f"{controller}/list_models", lambda told: "models" in told, [first])  # a worker asks but once
+        with running(world, logs / "worker.log", *words) as second:
+            asked(f"{controller}/list_models", lambda told: told["models"] == [checkpoint.name], [first, second])
+            asked(f"{address}/worker_get_status", lambda told: True, [first, second])
+            yield address
+
+
+def expected(checkpoint, image):
+    """What LLaVA answers in this process, loaded as the worker loads."""
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), None, checkpoint.name, device="cpu")
+    assert type(model.get_vision_tower()).__name__ == "LLM2CLIPVisionTower"
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
+    pixels = process_images([image], processor, model.config).to(torch.float16)
+    with torch.inference_mode():
+        output = model.generate(ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=8)
+    return tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+def test_a_worker_answers_with_our_tower(worker, checkpoint, world):
+    answers = set()
+    for path in sorted(world.images.iterdir())[::3]:
+        body = {
+            "model": checkpoint.name,
+            "prompt": PROMPT,
+            "images": [base64.b64encode(path.read_bytes()).decode()],
+            "temperature": 0,
+            "max_new_tokens": 8,
+            "stop": "</s>",
+        }
+        told = requests.post(f"{worker}/worker_generate_stream", json=body, timeout=60).content
+        pieces = [json.loads(piece) for piece in told.split(b"\0") if piece]
+        assert pieces and {piece["error_code"] for piece in pieces} == {0}, pieces
+        answer = pieces[-1]["text"].removeprefix(PROMPT).strip()
+        assert answer == expected(checkpoint, Image.open(path).convert("RGB"))
+        answers.add(answer)
+    assert len(answers) > 1, "the answer does not depend on the picture"
