@@ -40,6 +40,12 @@ ARROWS = {
     },
     "llm2clip_plugin.export_command": {"llm2clip_plugin.vision", "llm2clip_plugin.stages"},
     "llm2clip_plugin.llm_stage": {"*"},
+    "llm2clip_plugin.llm_recipes": {
+        "llm2clip_plugin.llm_stage",
+        "llm2clip_plugin.recipes",
+        "llm2clip_plugin.text",
+        "llm2clip_plugin.train",
+    },
     "llm2clip_plugin.tower_command": {"llm2clip_plugin.config", "llm2clip_plugin.recipes", "llm2clip_plugin.stages"},
     "llm2clip_plugin.cli": {"*"},
     "llava_integration": {"llm2clip_plugin.vision", "llm2clip_plugin.doctor"},
