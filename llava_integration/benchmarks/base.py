@@ -147,9 +147,11 @@ def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str,
         return chosen.statistic(items), chosen.title, chosen.unit, ""
     scores = [float(item["score"]) for item in items]
     note = f"items lack {', '.join(lacking)}: mean score instead of {chosen.headline}" if chosen else ""
-    percent = all(0 <= score <= 1 for score in scores)
+    scale, unit = (100.0, "%") if all(0 <= score <= 1 for score in scores) else (1.0, "score")
     title = chosen.title if chosen else name
-    return mean_statistic(scores, scale=100.0 if percent else 1.0), title, "%" if percent else "score", note
+    if items and all("equal_parts" in item for item in items):
+        return mean_of_parts([item["equal_parts"] for item in items], scores, scale), title, unit, note
+    return mean_statistic(scores, scale=scale), title, unit, note
 
 
 def mean(values: Sequence[float]) -> float:
@@ -162,6 +164,16 @@ def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = Non
     weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
     sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
     return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
+
+
+def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
+    """The statistic ``scale x mean over the parts of the mean score of a part``."""
+    names = sorted(set(parts))
+    sums = np.zeros((len(scores), 2 * len(names)))
+    for row, (part, score) in enumerate(zip(parts, scores, strict=True)):
+        column = 2 * names.index(part)
+        sums[row, column : column + 2] = score, 1
+    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1))
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

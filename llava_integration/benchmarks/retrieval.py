@@ -1,35 +1,56 @@
 """Score files of ``llm2clip evaluate`` as rows of a comparison: recall of either direction, whole and by part.
 
-Their items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k (``r1`` ...).
+Their items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k (``r1`` ...);
+SugarCrepe's are pairs of captions without a side, whose ``part`` is one of seven groups that count the same. XM3600's
+number is the mean over its languages, each its own pool.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from llava_integration.benchmarks.base import Item
 from llm2clip_plugin.contracts import ScoreFile
 
 WHOLE = "all"  # the part that holds every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
-MOST_PARTS = 8  # more (36 languages) would drown the rest, and cost every row power
+MOST_PARTS = 8  # more would drown the rest, and cost every row power
 
 
 def expand(record: ScoreFile) -> list[ScoreFile]:
     """The record itself, or one record a part, direction and k where its items are queries of both directions."""
+    if record.benchmark == "retrieval:sugarcrepe":
+        return [replace(record, benchmark="sugarcrepe", items=[_equal(item) for item in record.items])]
     if not record.items or any("side" not in item or "r1" not in item for item in record.items):
         return [record]
+    if record.benchmark == "retrieval:xm3600":
+        items = [_equal(item) for item in record.items if item.get("part", WHOLE) != WHOLE]
+        return _rows(record, "xm3600", items or record.items, ("r1", "r10"))
     parts = list(dict.fromkeys(str(item.get("part", WHOLE)) for item in record.items))
     if len(parts) > MOST_PARTS + 1:
         record = replace(record, notes=[*record.notes, f"only the whole of {len(parts)} parts is compared"])
         parts = [part for part in parts if part == WHOLE] or parts[:MOST_PARTS]
-    name = record.benchmark.removeprefix("retrieval:")
-    records = []
+    name, records = record.benchmark.removeprefix("retrieval:"), []
     for part in parts:
-        for side, arrow in DIRECTIONS.items():
-            items = [item for item in record.items if item["side"] == side and item.get("part", WHOLE) == part]
-            for k in ("r1", "r10") if part == WHOLE else ("r1",):
-                if items and all(k in item for item in items):
-                    title = f"{name} {arrow} R@{k[1:]}" if part == WHOLE else f"{name} {part} {arrow} R@{k[1:]}"
-                    hits = [{**item, "score": item[k]} for item in items]
-                    records.append(replace(record, benchmark=title, items=hits))
+        items = [item for item in record.items if item.get("part", WHOLE) == part]
+        whole = part == WHOLE
+        records += _rows(record, name if whole else f"{name} {part}", items, ("r1", "r10") if whole else ("r1",))
     return records
+
+
+def _rows(record: ScoreFile, name: str, items: Sequence[Item], ks: Sequence[str]) -> list[ScoreFile]:
+    """One record a direction and k."""
+    records = []
+    for side, arrow in DIRECTIONS.items():
+        chosen = [item for item in items if item["side"] == side]
+        for k in ks:
+            if chosen and all(k in item for item in chosen):
+                hits = [{**item, "score": item[k]} for item in chosen]
+                records.append(replace(record, benchmark=f"{name} {arrow} R@{k[1:]}", items=hits))
+    return records
+
+
+def _equal(item: Item) -> Item:
+    """An item of a benchmark whose number is the mean over its parts."""
+    return {**item, "category": item["part"], "equal_parts": item["part"]}

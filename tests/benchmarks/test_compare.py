@@ -171,6 +171,38 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
     assert all(row.questions == 20 for row in rows)
 
 
+def test_sugarcrepe_is_the_mean_over_its_groups(tmp_path):
+    """As `llm2clip evaluate` reports it: a group of 3 items counts as much as one of 9."""
+    for name, right in (("base", 0.0), ("new", 1.0)):
+        items = [{"id": f"add_att/{n}", "score": right, "cluster": str(n), "part": "add_att"} for n in range(3)]
+        items += [{"id": f"add_obj/{n}", "score": 1.0, "cluster": str(n), "part": "add_obj"} for n in range(9)]
+        record = ScoreFile(benchmark="retrieval:sugarcrepe", metrics={}, items=items, model=name)
+        record.write(tmp_path / f"{name}.scores.json")
+    (row,) = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
+    assert (row.title, row.result.base, row.result.new) == ("sugarcrepe", 50.0, 100.0)
+    assert row.categories["add_att"] == (0.0, 1.0, 3)
+
+
+def test_xm3600_is_the_mean_over_its_languages(tmp_path):
+    """As `llm2clip evaluate` reports it; two captions an image in one language weigh no more than one in another."""
+    for name, hit in (("base", 0.0), ("new", 1.0)):
+        items = [
+            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n % 5), "score": right,
+             "r1": right, "r10": 1.0}
+            for part, count, right in (("all", 15, 0.5), ("short:de", 10, hit), ("short:mi", 5, 0.0))
+            for side in ("i2t", "t2i") for n in range(count)
+        ]  # fmt: skip
+        record = ScoreFile(benchmark="retrieval:xm3600", metrics={}, items=items, model=name)
+        record.write(tmp_path / f"{name}.scores.json")
+    rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
+    assert {row.title: (row.result.base, row.result.new) for row in rows} == {
+        "xm3600 image→text R@1": (0.0, 50.0),
+        "xm3600 image→text R@10": (100.0, 100.0),
+        "xm3600 text→image R@1": (0.0, 50.0),
+        "xm3600 text→image R@10": (100.0, 100.0),
+    }
+
+
 def test_power_line(tmp_path):
     base = simulated(tmp_path, "base", [0, 1] * 50)
     new = simulated(tmp_path, "new", [1, 1] + [0, 1] * 49)
