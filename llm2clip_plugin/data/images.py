@@ -10,14 +10,17 @@ import math
 import random
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's own numbers
 FITS = ("shortest", "squash")
+LARGE = 1 << 16  # pixels of a crop from which half a pixel of rounding is too little to matter (256 x 256)
 
 
 class BrokenImage(ValueError):  # noqa: N818
@@ -225,12 +228,33 @@ class TrainTransform:
             factor = 1  # not a JPEG
         box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
         box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        image = image.resize((side, side), RESAMPLE[self.config.resample], box=box, reducing_gap=3.0)
+        pixels_SS3 = resize_box(image, box, side, self.config.resample)
         if mirrored:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels_SS3 = np.ascontiguousarray(pixels_SS3[:, ::-1])
         if angle:
-            image = image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=_corner_colour(image))
-        return np.array(image)
+            image = Image.fromarray(pixels_SS3)
+            pixels_SS3 = np.array(image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=_corner_colour(image)))
+        return pixels_SS3
+
+
+def resize_box(image: Image.Image, box: tuple[float, float, float, float], side: int, resample: str) -> np.ndarray:
+    """(S, S, 3) uint8: the part of an RGB image within ``box`` (left, top, right, bottom), resized.
+
+    A large box is rounded to whole pixels and resized by torch, whose kernels are more than twice as fast as PIL's and
+    differ from them by at most two of 255 levels.
+    """
+    if resample not in ("bilinear", "bicubic") or (box[2] - box[0]) * (box[3] - box[1]) < LARGE or not _fast_resize():
+        return np.array(image.resize((side, side), RESAMPLE[resample], box=box, reducing_gap=3.0))
+    left, top, right, bottom = map(round, box)
+    crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(2, 0, 1)[None]
+    out_13SS = F.interpolate(crop_13hw, (side, side), mode=resample, antialias=True)
+    return np.ascontiguousarray(out_13SS[0].permute(1, 2, 0).numpy())
+
+
+@lru_cache
+def _fast_resize() -> bool:
+    """Whether this torch resizes bytes by vector instructions: 2.1 or newer, on a CPU with AVX2."""
+    return torch.__version__ >= (2, 1) and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def random_crop(size: tuple[int, int], augment: AugmentConfig, rng: random.Random) -> tuple[float, float, float, float]:
