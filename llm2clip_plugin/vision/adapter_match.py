@@ -1,7 +1,8 @@
 """Find the text adapter in a checkpoint by its structure, whatever its tensors are called.
 
 Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...). What is
-certain is the structure: numbered parts, each a residual block (one norm, two Linears), then a norm, then a Linear.
+certain is the structure: numbered parts, each a residual block (one norm, two Linears), then a norm, then a Linear,
+numbered on or beside the blocks under names of their own.
 Shapes: W width of an LLM embedding, D joint width.
 """
 
@@ -34,7 +35,10 @@ def candidate_prefixes(names: Iterable[str]) -> list[str]:
 
 
 def match_adapter(state: dict[str, Tensor], prefix: str) -> AdapterMatch | None:
-    """The adapter under ``prefix``, or None if what lies there has another structure."""
+    """The adapter whose parts are numbered under ``prefix``, or None if what lies there has another structure.
+
+    Its last norm and Linear are the last two numbers, or lie beside the numbered blocks under names of their own.
+    """
     parts: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
         if not name.startswith(prefix):
@@ -44,30 +48,49 @@ def match_adapter(state: dict[str, Tensor], prefix: str) -> AdapterMatch | None:
             return None
         parts.setdefault(int(match[1]), {})[match[2]] = value
     order = sorted(parts)
-    if len(order) < 2 or order != list(range(len(order))):
+    if order != list(range(len(order))):
         return None
-    last, norm = parts[order[-1]], parts[order[-2]]
-    if set(norm) != {"weight", "bias"} or norm["weight"].dim() != 1:
+    places = [(f"{prefix}{index}.", parts[index]) for index in order]
+    numbered = _assemble(dict(places[:-2]), dict(places[-2:]))
+    return numbered or (_assemble(dict(places), _modules_beside(state, prefix)) if places else None)
+
+
+def _modules_beside(state: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """The modules that share ``prefix``'s parent with it: ``text_adapter.norm.`` beside ``text_adapter.blocks.``."""
+    parent = ".".join(prefix.split(".")[:-2])
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        place, _, kind = name.rpartition(".")
+        if parent and place.rpartition(".")[0] == parent and f"{place}." != prefix:
+            found.setdefault(f"{place}.", {})[kind] = value
+    return found
+
+
+def _assemble(blocks: dict[str, dict[str, Tensor]], ends: dict[str, dict[str, Tensor]]) -> AdapterMatch | None:
+    """An adapter of residual blocks, then a norm (W) and a Linear (D, W): place -> tensors. None if they don't fit."""
+    axes = {tensors["weight"].dim(): place for place, tensors in ends.items() if "weight" in tensors}
+    if len(ends) != 2 or axes.keys() != {1, 2}:
         return None
-    if not {"weight"} <= set(last) <= {"weight", "bias"} or last["weight"].dim() != 2:
+    norm, last = ends[axes[1]], ends[axes[2]]
+    if norm.keys() != {"weight", "bias"} or not last.keys() <= {"weight", "bias"}:
         return None
     width, joint = norm["weight"].shape[0], last["weight"].shape[0]
-    blocks = [_match_block(parts[index], width) for index in order[:-2]]
-    if last["weight"].shape[1] != width or any(block is None for block in blocks):
+    matched = {place: _match_block(tensors, width) for place, tensors in blocks.items()}
+    if last["weight"].shape[1] != width or any(block is None for block in matched.values()):
         return None
-    expansions = {block["up.weight"][1].shape[0] // width for block in blocks if block is not None}
+    expansions = {block["up.weight"][1].shape[0] // width for block in matched.values() if block is not None}
     if len(expansions) > 1:
         return None
     found = AdapterMatch(width, joint, len(blocks), expansions.pop() if expansions else 2)
-    for index, block in enumerate(blocks):
+    for index, (place, block) in enumerate(matched.items()):
         for ours, (theirs, value) in (block or {}).items():
-            _put(found, f"blocks.{index}.{ours}", value, f"{prefix}{index}.{theirs}")
-    for ours, index, tensors in (("norm", order[-2], norm), ("projection", order[-1], last)):
-        for name, value in tensors.items():
-            _put(found, f"{ours}.{name}", value, f"{prefix}{index}.{name}")
+            _put(found, f"blocks.{index}.{ours}", value, f"{place}{theirs}")
+    for ours, place in (("norm", axes[1]), ("projection", axes[2])):
+        for name, value in ends[place].items():
+            _put(found, f"{ours}.{name}", value, f"{place}{name}")
     if "bias" not in last:
         found.state["projection.bias"] = torch.zeros(joint, dtype=last["weight"].dtype)
-        found.notes.append(f"{prefix}{order[-1]} has no bias: zeros stand for it")
+        found.notes.append(f"{axes[2].rstrip('.')} has no bias: zeros stand for it")
     return found
 
 

@@ -40,19 +40,18 @@ class Eva02Config(PretrainedConfig):
         patch_size: int = 14,  # pixels
         num_channels: int = 3,
         hidden_act: str = "swiglu",  # swiglu | gelu (exact)
-        sub_norm: bool = True,  # norms before the last projection of attention and of SwiGLU
+        sub_norm: bool = True,  # norms before the last projection of attention and of the MLP
         post_norm: bool = False,  # norms on the branches' outputs instead of their inputs
         rope: bool = True,  # rotary positions on the patches' queries and keys
         rope_pretrained_grid: int = 16,  # grid side that rotary positions are scaled to
         layer_scale: bool = False,  # learned gain a channel on each branch
+        qkv_bias: bool = True,  # biases on queries and values
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         **kwargs,  # Hugging Face's own fields of config.json
     ) -> None:
         if hidden_act not in ("swiglu", "gelu"):
             raise ValueError(f"unknown hidden_act {hidden_act!r}; known: swiglu, gelu")
-        if sub_norm and hidden_act != "swiglu":
-            raise ValueError("sub_norm goes with hidden_act 'swiglu'")
         if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
             raise ValueError(
                 f"{hidden_size} wide with {num_attention_heads} heads: a head must be whole, with RoPE 4n wide"
@@ -70,6 +69,7 @@ class Eva02Config(PretrainedConfig):
         self.rope = rope
         self.rope_pretrained_grid = rope_pretrained_grid
         self.layer_scale = layer_scale
+        self.qkv_bias = qkv_bias
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
@@ -128,15 +128,15 @@ class Eva02Embeddings(nn.Module):
 
 
 class Eva02Attention(nn.Module):
-    """Self-attention with biases on queries and values alone."""
+    """Self-attention with biases on queries and values alone, if any."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.inner_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
         self.out_proj = nn.Linear(width, width)
 
@@ -166,19 +166,21 @@ class Eva02SwiGLU(nn.Module):
 
 
 class Eva02Mlp(nn.Module):
-    """``fc2(gelu(fc1(x)))``, exact GELU."""
+    """``fc2(norm(gelu(fc1(x))))``, exact GELU."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        hidden = config.intermediate_size
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, config.hidden_size)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BTH)))
+        return self.fc2(self.norm(F.gelu(self.fc1(x_BTH))))
 
 
 class Eva02Block(nn.Module):
-    """Pre-norm ``x + scale * branch(norm(x))`` or post-norm ``x + norm(branch(x))``, for attention and MLP."""
+    """Pre-norm ``x + scale * branch(norm(x))`` or post-norm ``x + scale * norm(branch(x))``, for attention and MLP."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
@@ -191,12 +193,12 @@ class Eva02Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
     def forward(self, x_BTH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        if self.post_norm:
-            x_BTH = x_BTH + self.norm1(self.attention(x_BTH, rope))
-            return x_BTH + self.norm2(self.mlp(x_BTH))
-        attended, scale1, scale2 = self.attention(self.norm1(x_BTH), rope), self.scale1, self.scale2
+        scale1, scale2 = self.scale1, self.scale2
+        attended = (
+            self.norm1(self.attention(x_BTH, rope)) if self.post_norm else self.attention(self.norm1(x_BTH), rope)
+        )
         x_BTH = x_BTH + (attended if scale1 is None else scale1 * attended)
-        mixed = self.mlp(self.norm2(x_BTH))
+        mixed = self.norm2(self.mlp(x_BTH)) if self.post_norm else self.mlp(self.norm2(x_BTH))
         return x_BTH + (mixed if scale2 is None else scale2 * mixed)
 
 

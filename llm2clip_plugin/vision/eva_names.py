@@ -63,12 +63,39 @@ def split_blocks(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int,
     return outside, blocks
 
 
+def unpacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with what some writers pack taken apart: ``mlp.w12`` (gate and up in one, as xformers has it), a fused
+    ``attn.qkv.bias``, and biases of the keys, which EVA-CLIP doesn't have: all zero they are left out.
+
+    Raises ContractError for a bias of the keys that is not zero, or a packed tensor that can't be cut.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        match = re.fullmatch(
+            r"(visual\.blocks\.\d+\.)(mlp\.w12\.|attn\.qkv\.bias|attn\.k_bias|attn\.k_proj\.bias)(.*)", key
+        )
+        if match is None:
+            found[key] = value
+            continue
+        block, part, rest = match.groups()
+        count = {"mlp.w12.": 2, "attn.qkv.bias": 3}.get(part, 1)
+        if value.shape[0] % count:
+            raise ContractError(f"{key} has {value.shape[0]} rows, expected {count} equal parts")
+        pieces = value.chunk(count)
+        if part == "mlp.w12.":
+            found |= {f"{block}mlp.w1.{rest}": pieces[0], f"{block}mlp.w2.{rest}": pieces[1]}
+            continue
+        if pieces[count // 2].any():
+            raise ContractError(f"{key} gives the keys a bias, which no EVA-CLIP tower has")
+        if count == 3:
+            found |= {f"{block}attn.q_bias": pieces[0], f"{block}attn.v_bias": pieces[2]}
+    return found
+
+
 def config_from_fields(vision: dict) -> Eva02Config:
     """A configuration from the ``vision_cfg`` of an EVA-CLIP config.json; ValueError for what is not served."""
     if vision.get("global_average_pool"):
         raise ValueError("global_average_pool is true: EVA-CLIP towers that pool the patches are not served")
-    if not vision.get("qkv_bias", True):
-        raise ValueError("qkv_bias is false: no EVA-CLIP tower that this package knows leaves q and v without bias")
     width, image_size, patch = vision["width"], vision["image_size"], vision["patch_size"]
     rope, grid = bool(vision.get("rope", False)), image_size // patch
     pretrained_grid = vision.get("pt_hw_seq_len", 16)
@@ -87,6 +114,7 @@ def config_from_fields(vision: dict) -> Eva02Config:
         rope=rope,
         rope_pretrained_grid=pretrained_grid,
         layer_scale=vision.get("ls_init_value") is not None,
+        qkv_bias=bool(vision.get("qkv_bias", True)),
     )
 
 
@@ -119,6 +147,7 @@ def config_from_tensors(state: dict[str, Tensor]) -> Eva02Config:
         rope=swiglu,  # the released towers have both or neither; some files leave the tables out
         rope_pretrained_grid=pretrained_grid,
         layer_scale="gamma_1" in first,
+        qkv_bias="attn.q_bias" in first or "attn.q_proj.bias" in first,
     )
 
 

@@ -137,7 +137,7 @@ def open_clip_fields(dual: DualEncoder) -> dict[str, Any]:
         return {**fields, "quick_gelu": config.hidden_act == "quick_gelu"}
     vision["mlp_ratio"] = (config.intermediate_size + 0.5) / config.hidden_size  # truncated by readers: aim between
     vision |= {
-        "qkv_bias": True,
+        "qkv_bias": config.qkv_bias,
         "rope": config.rope,
         "pt_hw_seq_len": config.rope_pretrained_grid,
         "intp_freq": config.rope,

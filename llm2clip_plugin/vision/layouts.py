@@ -76,6 +76,7 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
     if open_clip_names.is_timm_eva(state):
         state = open_clip_names.timm_eva_as_eva(state)
     if eva_names.is_eva(state):
+        state = eva_names.unpacked(state)
         # a config.json that merely lies beside may be of another kind, or name a timm model; the tensors say enough
         described = config is not None and "width" in config.get("vision_cfg", {})
         parsed = parse_eva(state, config if described or not found_there else None)
