@@ -103,6 +103,20 @@ function show() {
   control("questions").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(card));
 }
 
+// The choice is kept behind the # of the address, so that a link leads to what one sees.
+const CHOICES = ["filter-benchmark", "filter-pair", "filter-outcome", "filter-category", "filter-text", "sort"];
+const short = (name) => name.replace("filter-", "");
+
+function remember() {
+  const made = CHOICES.map((name) => [short(name), control(name).value]).filter(([, value]) => value);
+  history.replaceState(null, "", made.length ? "#" + new URLSearchParams(made) : location.pathname);
+}
+
+function restore() {
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  CHOICES.filter((name) => wanted.has(short(name))).forEach((name) => { control(name).value = wanted.get(short(name)); });
+}
+
 document.querySelectorAll("#differences").forEach(sortable);
 if (control("controls")) {
   const unique = (values) => [...new Set(values)].filter(Boolean);
@@ -111,9 +125,10 @@ if (control("controls")) {
   control("filter-pair").parentElement.hidden = data.names.length < 3;
   fill("outcome", [["new", "new better"], ["base", "base better"]]);
   fill("category", unique(data.questions.map((question) => question.category)).sort().map((name) => [name, name]));
-  control("controls").addEventListener("input", () => { page = 0; show(); });
+  control("controls").addEventListener("input", () => { page = 0; remember(); show(); });
   control("controls").addEventListener("submit", (event) => event.preventDefault());
   control("previous").addEventListener("click", () => { page -= 1; show(); });
   control("next").addEventListener("click", () => { page += 1; show(); });
+  restore();
   show();
 }

@@ -119,6 +119,19 @@ def test_page_in_chromium(report):
         assert run("document.title") != "owned" and any("Content Security Policy" in error for error in browser.errors)
 
 
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium here: apt-get install chromium, then this test runs")
+def test_a_link_leads_to_what_was_chosen(report):
+    """The filters are kept behind the # of the address; a choice that is not there is none."""
+    lost = [q for q in embedded(report)["questions"] if q["benchmark"] == "GQA" and q["scores"][0] > q["scores"][1]]
+    with chromium.Chromium() as browser:
+        browser.open(report.as_uri() + "#benchmark=GQA&outcome=base&category=none+such")
+        assert browser.run("document.getElementById('shown').textContent").startswith(f"{len(lost)} of")
+        browser.run("document.getElementById('filter-text').value = 'a & b'; " + INPUT)
+        assert browser.run("location.hash") == "#benchmark=GQA&outcome=base&text=a+%26+b"
+        browser.run("document.getElementById('controls').reset(); " + INPUT)
+        assert browser.run("location.href") == report.as_uri() and browser.errors == []
+
+
 INPUT = "document.getElementById('controls').dispatchEvent(new Event('input'))"
 
 
