@@ -28,7 +28,7 @@ from llm2clip_plugin.text.tokens import (
     tokenizer_identity,
 )
 
-CPU_TOKENS = 4096  # tokens of a batch, padding included
+CPU_TOKENS = 1024  # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 GPU_TOKENS = 65536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # "auto" is measured
 
