@@ -3,7 +3,8 @@
     python scripts/bench_towers.py [--towers eva02-b16 clip-b16] [--batch 4] [--rounds 5] [--clock cpu]
 
 Both models get the same weights and images and must give the same features before they are timed; the timed
-passes alternate, and the median of the rounds counts. Memory is the growth of a fresh process's peak.
+passes alternate, and the median of the rounds counts (of ratios with its 95 % interval). Memory is the growth of a
+fresh process's peak.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.eva_names import eva_state
 from llm2clip_plugin.vision.open_clip_names import open_clip_state
+from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EVA = {"rope_pretrained_grid": 16}
@@ -36,15 +39,24 @@ TOWERS = {  # name -> (ours, timm's)
 }
 
 
+def interval(ratios: list[float], *, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[draws // 40], medians[-draws // 40 - 1]
+
+
 def our_tower(name: str) -> nn.Module:
-    """The tower in this package (EVA02) or in transformers (CLIP), random weights."""
+    """The tower in this package (EVA02) or in transformers (CLIP, with training's QuickGELU), random weights."""
     fields = TOWERS[name][0]
     torch.manual_seed(0)
     if name.startswith("eva02"):
         return Eva02VisionModel(Eva02Config(**fields))
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return CLIPVisionModel(CLIPVisionConfig(**fields))
+    tower = CLIPVisionModel(CLIPVisionConfig(**fields))
+    use_quick_gelu(tower)
+    return tower
 
 
 def timm_tower(name: str, ours: nn.Module) -> nn.Module:
@@ -110,6 +122,7 @@ def compare_speed(name: str, *, batch: int, rounds: int, clock: Callable[[], flo
         found[f"{kind} ours"] = batch / statistics.median(seconds[0])
         found[f"{kind} timm"] = batch / statistics.median(seconds[1])
         found[f"{kind} ratio"] = statistics.median(ratios)
+        found[f"{kind} low"], found[f"{kind} high"] = interval(ratios)
     return found
 
 
@@ -165,8 +178,10 @@ def main() -> None:
         results[name] = {**speed, **memory(name, batch=options.memory_batch, threads=options.threads)}
         print(f"{name}, batch {options.batch}, {options.threads} threads")
         for kind in ("forward", "train"):
-            ours, theirs, ratio = (speed[f"{kind} {part}"] for part in ("ours", "timm", "ratio"))
-            print(f"  {kind:8} {ours:7.2f} images/s, timm {theirs:7.2f}, {ratio:.2f}x")
+            ours, theirs, ratio, low, high = (
+                speed[f"{kind} {part}"] for part in ("ours", "timm", "ratio", "low", "high")
+            )
+            print(f"  {kind:8} {ours:7.2f} images/s, timm {theirs:7.2f}, {ratio:.3f}x [{low:.3f}, {high:.3f}]")
         row = results[name]
         print(
             f"  activations of a pass over {options.memory_batch} images {row['plain MiB']:.0f} MiB, "

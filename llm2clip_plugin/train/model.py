@@ -12,6 +12,7 @@ from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
 from llm2clip_plugin.vision.architectures import skeleton
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
+from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
 
 
@@ -71,7 +72,8 @@ def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
 
 
 def _with_rest(model: DualEncoder, tower: TowerConfig) -> DualEncoder:
-    """The model in training mode, with LoRA or frozen parts as configured."""
+    """The model in training mode, with training's own QuickGELU, and LoRA or frozen parts as configured."""
+    use_quick_gelu(model.tower)
     if tower.lora_rank:
         add_lora(model.tower, rank=tower.lora_rank, alpha=tower.lora_alpha)
     if tower.freeze:

@@ -32,9 +32,10 @@ from llm2clip_plugin.train.plan import GIB, columns
 from llm2clip_plugin.vision.dual import DualConfig, make_adapter
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.lora import add_lora
+from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 from llm2clip_plugin.vision.towers import freeze_tower, resize_tower
 
-FAMILIES = ["clip", "clip gelu", "siglip", "dinov2", "eva02", "eva02 bigE"]
+FAMILIES = ["clip", "clip as transformers has it", "clip gelu", "siglip", "dinov2", "eva02", "eva02 bigE"]
 
 
 def tower(kind: str, *, size: int = 56, width: int = 64, blocks: int = 3, device: str = "meta"):
@@ -58,7 +59,10 @@ def tower(kind: str, *, size: int = 56, width: int = 64, blocks: int = 3, device
         if kind == "eva02 bigE":
             return Eva02VisionModel(Eva02Config(**wide, **plain)).train()
         act = "gelu" if kind == "clip gelu" else "quick_gelu"
-        return CLIPVisionModel(CLIPVisionConfig(**wide, hidden_act=act)).train()
+        model = CLIPVisionModel(CLIPVisionConfig(**wide, hidden_act=act)).train()
+        if kind == "clip":
+            use_quick_gelu(model)
+        return model
 
 
 def closed_form(kind: str, width: int, size: int) -> float:
@@ -69,7 +73,8 @@ def closed_form(kind: str, width: int, size: int) -> float:
     """
     hidden = {"eva02": width * 8 // 3}.get(kind, 4 * width)
     values = {
-        "clip": 8 * width + 3 * hidden,  # x * sigmoid(1.702 x) keeps x, the sigmoid, and the product
+        "clip": 8 * width + 2 * hidden,
+        "clip as transformers has it": 8 * width + 3 * hidden,  # x * sigmoid(1.702 x) keeps the sigmoid, too
         "clip gelu": 8 * width + 2 * hidden,
         "siglip": 8 * width + 2 * hidden,
         "dinov2": 10 * width + 2 * hidden,  # layer scale keeps both branches

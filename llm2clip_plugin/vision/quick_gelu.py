@@ -1,0 +1,49 @@
+"""QuickGELU for training: the same values as transformers' to the last bit, less memory, a shorter backward pass.
+
+``x * sigmoid(1.702 x)`` in three steps keeps x, the sigmoid and the product for the backward pass. Since it equals
+``silu(1.702 x) / 1.702``, its derivative is SiLU's at ``1.702 x``, for which torch has one kernel that needs x alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FACTOR = 1.702
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(FACTOR * x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, FACTOR * x)
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return _QuickGELU.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def use_quick_gelu(tower: nn.Module) -> int:
+    """Put it in the place of every QuickGELU of transformers in ``tower``; returns how many there were."""
+    from transformers.activations import QuickGELUActivation
+
+    places = [
+        (module, name)
+        for module in tower.modules()
+        for name, child in module.named_children()
+        if isinstance(child, QuickGELUActivation)
+    ]
+    for module, name in places:
+        setattr(module, name, QuickGELU())
+    return len(places)
