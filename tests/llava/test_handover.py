@@ -1,8 +1,10 @@
-"""From the training environment to LLaVA's: a tower exported by transformers 5 gives the same features in 4.37.
+"""From the training environment to LLaVA's: a tower trained and exported by transformers 5 gives the same features in
+4.37, and LLaVA's stages run on it.
 
 The training environment's Python is ``.venv/bin/python``, as scripts/test.sh makes it, or LLM2CLIP_TRAIN_PYTHON.
 """
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -15,28 +17,43 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 TRAIN_PYTHON = Path(os.environ.get("LLM2CLIP_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python"))
-BACKBONES = ("clip", "siglip", "dinov2")
+BACKBONES = ("clip", "siglip", "dinov2", "eva02")
 
-# Runs in the training environment: random towers that are dual encoders too, as stage 2 leaves them.
+# Runs in the training environment: towers trained for twenty steps against made-up embeddings.
 EXPORT = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig,
                           SiglipVisionModel)
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 common = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=42, patch_size=14)
 made = {
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, hidden_act="quick_gelu", **common)),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **common)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **common)),
+    "eva02": lambda: Eva02VisionModel(Eva02Config(intermediate_size=85, rope_pretrained_grid=2, **common)),
 }
 pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
 for seed, (name, make) in enumerate(made.items()):
     torch.manual_seed(seed)
-    tower = make().eval()
+    tower = make()
+    dual = DualEncoder(tower, DualConfig(joint_width=16, llm_width=12)).train()
+    images, embeddings = torch.randn(8, 3, 42, 42), torch.randn(8, 12)
+    optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(20):
+        image, text = dual(images, embeddings)
+        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], (name, losses)
     folder = Path(sys.argv[1]) / name
-    export_tower(tower, folder, origin="made for tests")
+    export_tower(dual.eval(), folder, origin="made for tests")
     with torch.no_grad():
         states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
     save_file({f"{i}": state.contiguous() for i, state in enumerate(states)}, Path(sys.argv[1]) / f"{name}.safetensors")
@@ -81,3 +98,12 @@ def test_llavas_own_tower_takes_the_clip_directory(exported):
     there = load_file(exported / "clip.safetensors")
     features = CLIPVisionTower(str(exported / "clip"), args)(pixels)
     torch.testing.assert_close(features, there[str(len(there) - 2)][:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["siglip", "dinov2", "eva02"])  # test_stages has CLIP
+def test_pretrain_and_finetune_run_on_it(exported, world, tmp_path, backbone):
+    tower, pretrained, finetuned = f"llm2clip:{exported / backbone}", tmp_path / "llava-pre", tmp_path / "llava-fine"
+    more = ("--pretrain_mm_mlp_adapter", str(pretrained / "mm_projector.bin"))
+    losses = [world.stage("pretrain", tower, pretrained), world.stage("finetune", tower, finetuned, *more)]
+    assert all(len(values) == 3 and all(0 < value < 20 for value in values) for values in losses)
+    assert json.loads((finetuned / "config.json").read_text())["llm2clip_tower"]["family"] == backbone

@@ -15,7 +15,7 @@ from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.importers import import_tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
-from .conftest import REFERENCE, golden_config, largest_difference, read
+from .conftest import REFERENCE, golden_config, largest_difference, read, train_twenty_steps
 
 TOWERS = REFERENCE / "A_vision_towers"
 NAMES = ["eva01_b16", "eva01_g14", "eva02_b16", "eva02_bige14", "eva02_l14", "eva02_l14_336"]
@@ -133,16 +133,7 @@ def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
         Eva02VisionModel(tiny_config(**VARIANTS[variant])), DualConfig(joint_width=16, llm_width=12)
     ).train()
     dual.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    pixels, embeddings = torch.randn(8, 3, 28, 28), torch.randn(8, 12)
-    optimizer = torch.optim.AdamW(dual.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(20):
-        image, text = dual(pixels, embeddings)
-        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses, pixels = train_twenty_steps(dual, lr=3e-3), torch.randn(2, 3, 28, 28)
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad is not None for p in dual.parameters())
     export_tower(dual, tmp_path / "tower", origin="tiny")

@@ -14,7 +14,7 @@ from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower, probe_features
 from llm2clip_plugin.vision.towers import load_tower
 
-from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read
+from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read, train_twenty_steps
 
 
 def tiny_dual(name: str = "clip_vision", image_size: int | None = None) -> DualEncoder:
@@ -99,16 +99,7 @@ def test_dual_encoder_comes_back(name, tmp_path):
 def test_twenty_steps_are_in_what_comes_back(name, tmp_path):
     dual = tiny_dual(name).train()
     size, started = dual.tower.config.image_size, load_tower(TRANSFORMERS_TOWERS / name)
-    pixels, embeddings = torch.randn(8, 3, size, size), torch.randn(8, 12)
-    optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=2e-3)
-    losses = []
-    for _ in range(20):
-        image, text = dual(pixels, embeddings)
-        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses, pixels = train_twenty_steps(dual), torch.randn(2, 3, size, size)
     assert losses[-1] < 0.5 * losses[0]
     export_tower(dual, tmp_path / "tower", origin=name)
     with torch.no_grad():
