@@ -2,11 +2,15 @@
 
     python scripts/bench_llava.py                          # a random ViT-B/16 and a small random Llama
     python scripts/bench_llava.py --shape l14-336 --dtype float16 --images 64   # on a GPU
+    python scripts/bench_llava.py --miniature quickstart-output/default/llava   # answers too, of the quickstart's LLaVA
 
 1. Images a second through LLaVA's ``encode_images`` (tower and projector), with LLaVA's own CLIPVisionTower and with
-   ours on the same tower directory, taken in turns; the outputs must be equal bit for bit.
+   ours on the same tower directory; the outputs must be equal bit for bit.
 2. Answers a second of ``llava_integration.evaluate`` at several batch sizes, on the same questions; the answers must be
    those of batch size 1.
+
+The ways take turns, each round beginning with another one; a ratio is the middle one of the rounds. On a CPU, seconds
+are the processor's, which other programs on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -16,14 +20,18 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
+from llava_integration import evaluate
 from llava_integration.register import build
 from llm2clip_plugin.vision.export import export_tower
 
@@ -68,9 +76,40 @@ def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> LlavaLl
     return model.to(device=device, dtype=dtype).eval()
 
 
-def bench_features(options: argparse.Namespace) -> dict[str, float]:
-    """Images a second by tower, best of the rounds, and the ratio of each round's pair in the middle."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Processor seconds of ``work`` on a CPU; on a GPU, seconds until it has finished."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    started = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every way in every round; one more round before them warms up."""
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            spent = seconds_of(ways[name], device)
+            if number:
+                seconds[name].append(spent)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
+    """How many times as fast as ``base`` each other way is: the middle of the rounds' ratios."""
+    return {
+        f"{name} / {base}": statistics.median(b / s for b, s in zip(seconds[base], spent, strict=True))
+        for name, spent in seconds.items()
+        if name != base
+    }
+
+
+def bench_features(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Images a second by tower, and how ours compare with LLaVA's own."""
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         tower = make_tower(options.shape, Path(scratch) / "tower")
@@ -85,50 +124,47 @@ def bench_features(options: argparse.Namespace) -> dict[str, float]:
         }
     size = SHAPES[options.shape][3]
     images = torch.randn(options.images, 3, size, size).to(device=device, dtype=dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in towers}
     outputs = {}
-    for round_number in range(options.rounds + 1):
-        for name, one in towers.items():
-            model.model.vision_tower = one.to(device=device, dtype=dtype)
-            started = time.perf_counter()
-            with torch.inference_mode():
-                outputs[name] = model.encode_images(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_number:  # the first is for warming up
-                seconds[name].append(time.perf_counter() - started)
+
+    def encode(name: str) -> None:
+        model.model.vision_tower = towers[name]
+        with torch.inference_mode():
+            outputs[name] = model.encode_images(images)
+
+    for one in towers.values():
+        one.to(device=device, dtype=dtype)
+    seconds = in_turns({name: partial(encode, name) for name in towers}, options.rounds, device)
     first = outputs["LLaVA's own tower"]
     assert all(torch.equal(first, output) for output in outputs.values()), "the towers differ"
-    found = {f"{name}, images/s": options.images / min(times) for name, times in seconds.items()}
-    for name in ("ours, every block", "ours"):
-        ratios = [a / b for a, b in zip(seconds["LLaVA's own tower"], seconds[name], strict=True)]
-        found[f"{name} / LLaVA's own"] = statistics.median(ratios)
-    return found
+    speeds = {f"{name}, images/s": options.images / statistics.median(spent) for name, spent in seconds.items()}
+    return speeds | ratios(seconds, "LLaVA's own tower")
 
 
-def bench_answers(options: argparse.Namespace) -> dict[str, float]:
-    """Answers a second by batch size, with a checkpoint and questions of the user's."""
-    from llava_integration import evaluate
+def bench_answers(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Answers a second by batch size on the first questions of the miniature, and how many answers are as at 1."""
+    root = options.miniature
+    words = ["--model-path", root / "llava-after", "--question-file", root / "data" / "questions.jsonl"]
+    words += ["--image-folder", root / "data" / "images", "--answers-file", "unused", "--workers", 0]
+    words += ["--dtype", "float32", "--max_new_tokens", options.max_new_tokens]
+    parsed = evaluate.parser().parse_args([str(word) for word in words])
+    answerer = evaluate.Answerer(parsed)
+    asked = evaluate.read_questions(parsed.question_file)
+    asked = asked[:: max(1, len(asked) // options.questions)][: options.questions]
+    texts: dict[int, list[str]] = {}
 
-    found, texts = {}, {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for size in options.batch_sizes:
-            answers = Path(scratch) / f"{size}.jsonl"
-            words = ["--model-path", options.checkpoint, "--question-file", options.questions, "--dtype", options.dtype]
-            words += ["--image-folder", options.image_folder, "--answers-file", answers, "--batch-size", size]
-            words += ["--max_new_tokens", options.max_new_tokens]
-            parsed = evaluate.parser().parse_args([str(word) for word in words])
-            asked = evaluate.read_questions(parsed.question_file)
-            answerer = evaluate.Answerer(parsed)
-            started = time.perf_counter()
-            texts[size] = [
-                text for batch in answerer.batches(asked, list(range(len(asked)))) for text in answerer.generate(batch)
-            ]
-            found[f"batch {size}, answers/s"] = len(asked) / (time.perf_counter() - started)
+    def answer(size: int) -> None:
+        parsed.batch_size = size
+        batches = answerer.batches(asked, list(range(len(asked))))
+        texts[size] = [text for batch in batches for text in answerer.generate(batch)]
+
+    ways = {f"batches of {size}": partial(answer, size) for size in options.batch_sizes}
+    seconds = in_turns(ways, options.answer_rounds, device)
+    found = {f"{name}, answers/s": len(asked) / statistics.median(spent) for name, spent in seconds.items()}
+    found |= ratios(seconds, f"batches of {options.batch_sizes[0]}")
     first = texts[options.batch_sizes[0]]
     for size, answers in texts.items():
         same = sum(a == b for a, b in zip(first, answers, strict=True))
-        found[f"batch {size}, answers as at batch {options.batch_sizes[0]}, share"] = same / len(first)
+        found[f"batches of {size}, share of answers as in batches of {options.batch_sizes[0]}"] = same / len(first)
     return found
 
 
@@ -137,18 +173,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="b16", help="of the random tower")
     parser.add_argument("--images", type=int, default=8, help="in one call of encode_images")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each tower")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each tower")
+    parser.add_argument("--answer-rounds", type=int, default=3, help="timed turns of each batch size")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--checkpoint", default="", help="LLaVA checkpoint for the second part; left out without one")
-    parser.add_argument("--questions", default="", help="its question file")
-    parser.add_argument("--image-folder", default="")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--miniature", type=Path, help="folder of scripts/quickstart/miniature.sh, for the second part")
+    parser.add_argument("--questions", type=int, default=128, help="of the miniature that are asked")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--max-new-tokens", type=int, default=12)
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     options = parser.parse_args()
-    found = bench_features(options)
-    if options.checkpoint:
-        found |= bench_answers(options)
+    logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = bench_features(options, device)
+    if options.miniature:
+        found |= bench_answers(options, device)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
