@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, add_lora, save_adapter
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
 from llm2clip_plugin.text.pair_batches import PairBatches
-from llm2clip_plugin.text.pairs import PairsConfig, open_pairs, survey
+from llm2clip_plugin.text.pairs import PairsConfig, Survey, open_pairs, survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json, zero_stage
@@ -73,7 +73,9 @@ def finetune_llm(config: FinetuneConfig) -> Path | None:
     ContractError for what the user can mend, NonFiniteLossError for a loss that is no number.
     """
 
-    def contrastive(encoder: CaptionEncoder) -> tuple[torch.nn.Module, StepMaker]:
+    def contrastive(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
+        for found in surveys:
+            tell_long_texts(found, encoder, cut_queries=config.pairs.cut_queries)
         terms, contrast = caption_terms(config.contrast), config.contrast
         module = trained_module(encoder, config)
         return module, lambda engine: CaptionStep(engine, terms, encoder, contrast, seed=config.train.seed)
@@ -86,7 +88,7 @@ def pretrain_llm(config: FinetuneConfig) -> Path | None:
     if config.encoder.layer != -1:
         raise ValueError(f"layer is {config.encoder.layer}; the LLM's head, which predicts tokens, sits on the last")
 
-    def masked(encoder: CaptionEncoder) -> tuple[torch.nn.Module, StepMaker]:
+    def masked(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
         head = output_head(encoder)
         module = MaskedModule(trained_module(encoder, config).model, head).train()
         return module, lambda engine: MaskedStep(engine, encoder, seed=config.train.seed)
@@ -95,7 +97,8 @@ def pretrain_llm(config: FinetuneConfig) -> Path | None:
 
 
 def train_adapter(
-    config: FinetuneConfig, assemble: Callable[[CaptionEncoder], tuple[torch.nn.Module, StepMaker]]
+    config: FinetuneConfig,
+    assemble: Callable[[CaptionEncoder, Sequence[Survey]], tuple[torch.nn.Module, StepMaker]],
 ) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` says what is learned."""
     device = start_ranks()
@@ -119,7 +122,7 @@ def train_adapter(
     identity = {**dataclasses.asdict(config), "samples": samples}
     resumed = resume(checkpoints, config, identity)
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
-    module, make_step = assemble(encoder)
+    module, make_step = assemble(encoder, surveys)
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if resumed is not None:
         for name, parameter in trained:
@@ -151,6 +154,26 @@ def train_adapter(
         )
     )
     return finish(config, state, encoder, checkpoints, plan.total_steps)
+
+
+def tell_long_texts(found: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
+    """Say how many texts will be cut to max_tokens. Raises ValueError for a query, unless ``cut_queries``: what is
+    asked would lose its end."""
+    limit = encoder.config.max_tokens
+    queries = encoder.lengths([pair.query for pair in found.pairs], query=True)
+    long = [(length, pair.key) for length, pair in zip(queries, found.pairs, strict=True) if length > limit]
+    if long and not cut_queries:
+        length, key = max(long)
+        raise ValueError(
+            f"{found.path}: {len(long)} of {len(queries)} queries looked at are longer than max_tokens {limit}, the "
+            f"longest {length} (sample {key!r}); raise --max-tokens, or take them cut with --cut-queries"
+        )
+    positives = sum(length > limit for length in encoder.lengths([pair.positive for pair in found.pairs]))
+    if (long or positives) and rank() == 0:
+        print(
+            f"{found.path}: of {len(queries)} pairs {len(long)} queries and {positives} positives "
+            f"are cut to {limit} tokens"
+        )
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:

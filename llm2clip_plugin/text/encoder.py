@@ -20,10 +20,12 @@ from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
 from llm2clip_plugin.text.post import load_post
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
+    caption_ids,
     collate,
     frame_of,
     length_batches,
     literal_template,
+    room_of,
     tokenize,
     tokenizer_identity,
 )
@@ -146,6 +148,13 @@ class CaptionEncoder:
         rows, cut = tokenize(self.tokenizer, frame, captions, self.config.max_tokens)
         self.count_truncated += cut
         return rows
+
+    def lengths(self, captions: Sequence[str], *, query: bool = False) -> list[int]:
+        """Tokens of each caption with template and prompt (or query prompt), before any cut."""
+        frame = self.query_frame if query else self.frame
+        room_of(frame, self.config.max_tokens)
+        found = caption_ids(self.tokenizer, frame, captions) if captions else []
+        return [frame.size + len(ids) for ids in found]
 
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:

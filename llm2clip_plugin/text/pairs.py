@@ -39,6 +39,7 @@ class PairsConfig:
     query_field: str = "query"  # of text-pair files
     positive_field: str = "positive"  # of text-pair files; a text or a list of which the first is taken
     negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
+    cut_queries: bool = False  # take queries over max_tokens, cut; else they stop the run before training
     read: ReadConfig = field(default_factory=ReadConfig)  # how caption sets are read
 
     def __post_init__(self) -> None:
@@ -269,6 +270,7 @@ class Survey:
     samples: int
     usable: dict[str, int]  # kind of pair -> samples that have one
     repeated: float  # share of pairs whose positive or query is also another sample's: false negatives, if not masked
+    pairs: tuple[Pair, ...]  # of the samples looked at
 
     def lines(self) -> Iterator[str]:
         """For the report before training."""
@@ -284,18 +286,19 @@ def survey(source: PairSource, config: PairsConfig) -> Survey:
     usable: dict[str, int] = {}
     texts: Counter[str] = Counter()
     pairs: list[Pair] = []
+    first: list[Pair] = []
     for kind in source.kinds:
         found = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(looked)]
         kept = [pair for pair in found if pair is not None]
         usable[str(kind)] = len(kept)
         if not kept:
             raise ValueError(_nothing_usable(source, kind, looked))
-        if kind == source.kinds[0]:
-            pairs = kept
-    for pair in pairs:
+        first = first or kept
+        pairs += kept
+    for pair in first:
         texts.update({pair.query, pair.positive})
-    repeated = sum(texts[pair.query] > 1 or texts[pair.positive] > 1 for pair in pairs) / len(pairs)
-    return Survey(source.path, looked, usable, repeated)
+    repeated = sum(texts[pair.query] > 1 or texts[pair.positive] > 1 for pair in first) / len(first)
+    return Survey(source.path, looked, usable, repeated, tuple(pairs))
 
 
 def _nothing_usable(source: PairSource, kind: PairKind, looked: int) -> str:

@@ -90,20 +90,30 @@ def tokenize(tokenizer, frame: Frame, captions: Sequence[str], max_tokens: int) 
     A caption that spells a special token ("</s>") is read as plain text. Raises ValueError for a blank caption, and if
     the frame alone fills ``max_tokens``.
     """
-    room = max_tokens - frame.size
-    if room < 1:
-        raise ValueError(
-            f"prompt and template take {frame.size} tokens, max_tokens is {max_tokens}; raise it or shorten them"
-        )
+    room = room_of(frame, max_tokens)
     for index, caption in enumerate(captions):
         if not caption.strip():
             raise ValueError(f"caption {index} of {len(captions)} is blank: nothing to embed")
     if not captions:
         return [], 0
-    texts = [frame.lead + caption for caption in captions]
-    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    found = caption_ids(tokenizer, frame, captions)
     rows = [[*frame.head, *ids[:room], *frame.tail] for ids in found]
     return rows, sum(len(ids) > room for ids in found)
+
+
+def caption_ids(tokenizer, frame: Frame, captions: Sequence[str]) -> list[list[int]]:
+    """Token ids of at least one caption, without its frame and not cut."""
+    texts = [frame.lead + caption for caption in captions]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def room_of(frame: Frame, max_tokens: int) -> int:
+    """Tokens that a frame leaves to a caption. Raises ValueError if it leaves none."""
+    if max_tokens <= frame.size:
+        raise ValueError(
+            f"prompt and template take {frame.size} tokens, max_tokens is {max_tokens}; raise it or shorten them"
+        )
+    return max_tokens - frame.size
 
 
 def collate(

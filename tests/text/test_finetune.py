@@ -77,7 +77,16 @@ def plain(captions: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
-def start_rank(rank: int, world: int, port: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+def zero_file(stage: int) -> str:
+    return str(ROOT / f"scripts/zero{stage}.json")
+
+
+SCRIPT = ROOT / "scripts/finetune_llm.py"
+
+
+def start_rank(
+    rank: int, world: int, port: int, arguments: list[str], script: Path = SCRIPT
+) -> subprocess.Popen[bytes]:
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -85,13 +94,13 @@ def start_rank(rank: int, world: int, port: int, arguments: list[str]) -> subpro
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(world)},
     }
-    command = [sys.executable, str(ROOT / "scripts/finetune_llm.py"), *arguments]
+    command = [sys.executable, str(script), *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def run_ranks(world: int, arguments: list[str]) -> None:
+def run_ranks(world: int, arguments: list[str], script: Path = SCRIPT) -> None:
     port = free_port()
-    ranks = [start_rank(rank, world, port, arguments) for rank in range(world)]
+    ranks = [start_rank(rank, world, port, arguments, script) for rank in range(world)]
     errors = [process.communicate(timeout=500)[1].decode() for process in ranks]
     assert [process.returncode for process in ranks] == [0] * world, errors[0][-3000:]
 
@@ -117,7 +126,7 @@ def test_two_ranks_killed_and_gone_on_with_one(plain: Path, captions: Path, llam
     """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0: the same losses."""
     arguments = options(captions, llama, tmp_path, "--save-steps", "1")
     port = free_port()
-    zero2 = ["--deepspeed", str(ROOT / "scripts/zero2.json")]
+    zero2 = ["--deepspeed", zero_file(2)]
     ranks = [start_rank(rank, 2, port, [*arguments, *zero2]) for rank in range(2)]
     deadline = time.monotonic() + 400
     while not (tmp_path / "checkpoints/latest").is_file() and time.monotonic() < deadline:
@@ -132,12 +141,27 @@ def test_two_ranks_killed_and_gone_on_with_one(plain: Path, captions: Path, llam
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
+STAGES = """
+import json, sys
+from llm2clip_plugin.cli import run
+
+for argv in json.loads(sys.argv[1]):
+    if status := run("finetune-llm", argv):
+        sys.exit(status)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_are_one(plain: Path, captions: Path, llama: Path, tmp_path: Path, stage: int) -> None:
-    more = ("--deepspeed", str(ROOT / f"scripts/zero{stage}.json"), "--micro-batch", "4")
-    run_ranks(2, options(captions, llama, tmp_path, *more))
-    assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
+def test_two_ranks_are_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+    """Two ranks with gradient caching, under each ZeRO stage in turn."""
+    runs = [
+        options(captions, llama, tmp_path / str(stage), "--micro-batch", "4", "--deepspeed", zero_file(stage))
+        for stage in range(4)
+    ]
+    (tmp_path / "stages.py").write_text(STAGES)
+    run_ranks(2, [json.dumps(runs)], script=tmp_path / "stages.py")
+    for stage in range(4):
+        assert losses(tmp_path / str(stage)) == pytest.approx(losses(plain), abs=SAME), stage
 
 
 def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
@@ -288,14 +312,18 @@ def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None
         CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(tmp_path)), "cpu")
 
 
-def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_llm, tmp_path: Path, capsys) -> None:
+    bare = make_llm(tmp_path / "bare", "llama", template=False)
     base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
-    zero3 = ("--load-in-4bit", "--deepspeed", str(ROOT / "scripts/zero3.json"))
+    zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
     for more, said in (
         (("--targets", "query"), "unknown LoRA targets ['query']; this LLM's linear layers are: down_proj"),
         (zero3, "ZeRO-3 can't cut up 4-bit weights"),
         (("--precision", "bf16"), "would turn the LLM's float32 weights into it"),
         (("--max-tokens", "8"), "prompt and template take"),
+        (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries looked at are longer than max_tokens 36"),
+        (("--chat-template", "user", "--llm", str(bare)), "has no chat template; write it out"),
+        (("--fields", "label=short"), "kinds of captions there (samples that have them): none"),
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
         (("--global-batch", "64"), "has fewer samples"),
         (("--resume", str(tmp_path)), "no checkpoint there"),
@@ -303,6 +331,13 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
         assert main([*base, *more]) == 2, more
         assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "--cut-queries", "--max-steps", "1")
+    assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
+    found = re.search(r"of (\d+) pairs (\d+) queries and 0 positives are cut to 36 tokens", capsys.readouterr().out)
+    assert found and 0 < int(found[2]) < int(found[1])
 
 
 def test_a_non_finite_loss_is_one_line(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
