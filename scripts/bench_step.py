@@ -31,7 +31,8 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.base import SourceConfig
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sources import open_source

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError
-from llm2clip_plugin.data.cache import DTYPES, CacheWriter, EmbeddingCache, caption_rows, differences, has_text
+from llm2clip_plugin.data.cache import DTYPES, EmbeddingCache, differences, has_text
+from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.records import Caption, caption_hash
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.shards import data_folder

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_file
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows, shard_file
 from llm2clip_plugin.data.records import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 

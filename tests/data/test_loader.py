@@ -10,7 +10,8 @@ import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.images import AugmentConfig, ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, eval_pairs, make_loader
 from llm2clip_plugin.data.records import caption_id
