@@ -67,6 +67,26 @@ def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
     assert len({text for *_, text in one}) > 1, "a model that always says the same shows nothing"
 
 
+def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
+    """Finetuned with ``spatial_unpad`` (LLaVA 1.5 trains on whole pictures), then asked about tiles as in LLaVA 1.6."""
+    folder = tmp_path / "llava-anyres"
+    merge = ("--mm_patch_merge_type", "spatial_unpad", "--image_aspect_ratio", "anyres")
+    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *merge, "--learning_rate", "5e-3")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["mm_patch_merge_type"], config["image_aspect_ratio"]) == ("spatial_unpad", "anyres")
+    config["image_grid_pinpoints"] = [[28, 56], [56, 28], [56, 56]]
+    (folder / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "theirs.jsonl"
+    arguments = words(world, folder, output, "--conv-mode", "vicuna_v1", "--temperature", "0")
+    arguments = arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
+    world.python("-m", "llava.eval.model_vqa_loader", *arguments)
+    run(tmp_path / "ours.jsonl", "--model-path", folder)
+    assert texts(tmp_path / "ours.jsonl") == texts(output)
+    for size in (1, 5):  # pictures of several shapes in a batch: lists of different numbers of tiles
+        run(tmp_path / f"by-{size}.jsonl", "--model-path", folder, "--batch-size", size, "--dtype", "float32")
+    assert texts(tmp_path / "by-5.jsonl") == texts(tmp_path / "by-1.jsonl")
+
+
 def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, checkpoint):
     output = tmp_path / "answers.jsonl"
     book = answers.AnswerBook.write
