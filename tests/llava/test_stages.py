@@ -148,11 +148,12 @@ def test_a_tower_without_class_token_trains_and_answers(world, tmp_path):
     assert f'"llm2clip:{world.towers["siglip"]}"' in told
 
 
-@pytest.mark.parametrize("kind", ["finetune", "lora"])
-def test_a_trained_tower_comes_back(world, tmp_path, kind):
-    """Unfrozen, the tower trains with LLaVA, its weights are kept and are what the load gives."""
+@pytest.mark.parametrize("kind, ranks", [("finetune", 0), ("lora", 0), ("finetune", 2)])
+def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
+    """Unfrozen, the tower trains with LLaVA (under ZeRO-3 too), its weights are kept and are what the load gives."""
     output = tmp_path / f"llava-unfrozen-{kind}"
-    world.stage(kind, f"llm2clip:{world.towers['clip']}", output, LLM2CLIP_UNFREEZE_TOWER="1")
+    tower = f"llm2clip:{world.towers['clip']}"
+    world.stage(kind, tower, output, ranks=ranks, zero=3, LLM2CLIP_UNFREEZE_TOWER="1")
     assert json.loads((output / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
     prefix = "model.vision_tower."
     if kind == "finetune":
@@ -188,24 +189,16 @@ def test_s2_trains_and_its_scales_come_back(world, tmp_path):
 
 
 def test_launch_under_deepspeed_where_pth_files_are_not_read(world, trained, tmp_path):
-    """``deepspeed --module llava_integration.launch llava.train.train``: the same losses as with the start-up hook."""
+    """``deepspeed --module llava_integration.launch llava.train.train``; without it the name is unknown there."""
     on_cpu = Path(__file__).parent / "on_cpu" / "sitecustomize.py"
     unwatched = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != 'LLM2CLIPWatcher']\n"
     (tmp_path / "sitecustomize.py").write_text(unwatched + on_cpu.read_text())
     here = {"PYTHONPATH": str(tmp_path), "LLM2CLIP_TOWER": str(world.towers["clip"])}
     knows = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
     assert world.python("-c", knows, **here).strip().endswith("False")
-    found = {}
-    for target in (("--module", "llava_integration.launch", "llava.train.train"), ()):
-        place = here if target else {**here, "PYTHONPATH": str(on_cpu.parent)}
-        found[target] = world.stage(
-            "finetune",
-            "llm2clip",
-            tmp_path / f"llava-launch-{len(target)}",
-            *projector(trained[0]["pretrain"]),
-            ranks=1,
-            target=target,
-            **place,
-        )
-    launched, hooked = found.values()
-    assert len(launched) == 3 and launched == hooked
+    launched = ("--module", "llava_integration.launch", "llava.train.train")
+    output, more = tmp_path / "llava-launched", projector(trained[0]["pretrain"])
+    losses = world.stage("finetune", "llm2clip", output, *more, ranks=1, target=launched, **here)
+    assert len(losses) == 3
+    record = json.loads((output / "config.json").read_text())["llm2clip_tower"]
+    assert record["origin"] == str(world.towers["clip"].resolve())
