@@ -107,3 +107,16 @@ def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def require(state: dict[str, Tensor], *names: str) -> None:
+    """ContractError for tensors that every checkpoint of a layout has."""
+    if missing := [name for name in names if name not in state]:
+        raise ContractError(f"the checkpoint lacks {missing}, which every one of its layout has")
+
+
+def patch_shape(weight: Tensor, name: str) -> tuple[int, int]:
+    """Width of a tower and side of its square patches, from its patch convolution (H, 3, P, P); ContractError else."""
+    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
+        raise ContractError(f"{name} is {tuple(weight.shape)}, expected (width, 3, patch, patch): transposed or cut?")
+    return weight.shape[0], weight.shape[2]

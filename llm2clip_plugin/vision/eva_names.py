@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.checkpoints import patch_shape, require
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
 PREFIX = "visual."
@@ -46,7 +47,7 @@ HEAD_WIDTHS = {768: 64, 1024: 64, 1408: 88, 1792: 112}  # of the released EVA-CL
 
 def is_eva(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint holds an EVA-CLIP tower."""
-    return f"{PREFIX}cls_token" in state and f"{PREFIX}blocks.0.norm1.weight" in state
+    return any(name.startswith(f"{PREFIX}blocks.") for name in state)
 
 
 def split_blocks(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
@@ -126,10 +127,13 @@ def config_from_tensors(state: dict[str, Tensor]) -> Eva02Config:
     bigE towers'. Raises ValueError where the tensors don't say enough; a config.json then has to.
     """
     outside, blocks = split_blocks(state)
-    width, _, patch, _ = outside["patch_embed.proj.weight"].shape
+    first = blocks.get(0, {})
+    swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
+    hidden = f"{PREFIX}blocks.0.mlp.{'w1' if swiglu else 'fc1'}.weight"
+    needed = [f"{PREFIX}patch_embed.proj.weight", f"{PREFIX}pos_embed", hidden]
+    require(state, *needed)
+    width, patch = patch_shape(state[needed[0]], needed[0])
     grid = round((outside["pos_embed"].shape[-2] - 1) ** 0.5)
-    first = blocks[0]
-    swiglu = "mlp.w1.weight" in first
     cosines = first.get("attn.rope.freqs_cos", outside.get("rope.freqs_cos"))
     if cosines is None and width not in HEAD_WIDTHS:
         raise ValueError(f"no released EVA-CLIP tower is {width} wide; say its architecture with --config config.json")
@@ -138,7 +142,7 @@ def config_from_tensors(state: dict[str, Tensor]) -> Eva02Config:
         hidden_size=width,
         num_hidden_layers=len(blocks),
         num_attention_heads=width // head_width,
-        intermediate_size=first["mlp.w1.weight" if swiglu else "mlp.fc1.weight"].shape[0],
+        intermediate_size=state[hidden].shape[0],
         image_size=grid * patch,
         patch_size=patch,
         hidden_act="swiglu" if swiglu else "gelu",
@@ -208,12 +212,17 @@ def tower_state(state: dict[str, Tensor], config: Eva02Config) -> tuple[dict[str
 def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
     """Names of a checkpoint's rotary tables, each compared with what the configuration gives for the table's grid.
 
-    They are rebuilt for the grid in use, so they need not be kept, but tables that differ mean another architecture:
-    ContractError names the first.
+    They are rebuilt for the grid in use, so they need not be kept, but tables that differ mean another architecture,
+    and some without the others a file that is not whole: ContractError names the first.
     """
     names = sorted(key for key in state if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key))
     if names and not config.rope:
         raise ContractError(f"{names[0]} is in the checkpoint, but the configuration has no rotary positions")
+    pair = ("rope.freqs_cos", "rope.freqs_sin")
+    inside = [f"{PREFIX}blocks.{i}.attn.{part}" for i in range(config.num_hidden_layers) for part in pair]
+    for home in ([f"{PREFIX}{part}" for part in pair], inside):
+        if set(names) & set(home):
+            require(state, *home)
     for name in names:
         table, grid = state[name], round(state[name].shape[0] ** 0.5)
         cos, sin = rope_tables(

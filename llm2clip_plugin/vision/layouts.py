@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision import eva_names, open_clip_names
 from llm2clip_plugin.vision.adapter_match import AdapterMatch, candidate_prefixes, match_adapter
-from llm2clip_plugin.vision.checkpoints import read_tensors, weight_files
+from llm2clip_plugin.vision.checkpoints import read_tensors, require, weight_files
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.family import Family
 from llm2clip_plugin.vision.towers import family_named, family_of_type, read_json
@@ -90,8 +91,31 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
             "a Hugging Face model needs its config.json, beside it or as --config"
         )
     parsed.preprocessor = preprocessor
+    _require_text_side(parsed, {} if found_there else config or {})
     _account(parsed, state, where=str(place))
     return parsed
+
+
+def _require_text_side(parsed: Parsed, told: dict[str, Any]) -> None:
+    """ContractError for a text side that is not whole; ``told`` is the user's own config.json, which may say that a
+    release has no logit scale (``logit_scale_init_value``) or no bias behind the adapter (``text_cfg.proj_bias``)."""
+    adapter = parsed.adapter
+    if adapter is None:
+        return
+    if parsed.logit_scale is None and "logit_scale_init_value" in told:
+        parsed.logit_scale = torch.tensor(float(told["logit_scale_init_value"]))
+    elif parsed.logit_scale is None:
+        raise ContractError(
+            "the checkpoint lacks logit_scale; if it never had one, say where to start: --config with "
+            '"logit_scale_init_value" (a natural logarithm; CLIP starts at 2.6592)'
+        )
+    last = adapter.names["projection.weight"]
+    known = last.split(".")[-3] in ("text_adaptor", "adaptor")  # the reference's own, which has a bias
+    if known and "projection.bias" not in adapter.names and told.get("text_cfg", {}).get("proj_bias", True):
+        raise ContractError(
+            f"the checkpoint lacks {last.replace('weight', 'bias')}; if it never had one, say so: --config with "
+            '{"text_cfg": {"proj_bias": false}}'
+        )
 
 
 def parse_eva(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed:
@@ -109,7 +133,7 @@ def parse_eva(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed
     parsed.projection_bias = _take(parsed, state, "visual.head.bias")
     own_text = tuple(f"text.{name}" for name in (*OWN_TEXT_NAMES, "cls_emb", "proj."))
     _take_text_side(parsed, state, own_text=own_text)
-    _require(state, "visual.head.weight", "visual.head.bias", *_scale_if_text(parsed))
+    require(state, "visual.head.weight", "visual.head.bias", *_scale_if_text(parsed))
     return parsed
 
 
@@ -126,7 +150,7 @@ def parse_open_clip(state: dict[str, Tensor], config: dict[str, Any] | None) -> 
         parsed.projection = _take(parsed, state, "visual.head.proj.weight")
     own_text = (*OWN_TEXT_NAMES, *(f"text.{name}" for name in (*OWN_TEXT_NAMES, "cls_emb", "proj.")))
     _take_text_side(parsed, state, own_text=own_text)
-    _require(state, *_scale_if_text(parsed))
+    require(state, *_scale_if_text(parsed))
     return parsed
 
 
@@ -164,8 +188,11 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     parsed.projection = _take(parsed, state, f"{outer}visual_projection.weight")
     parsed.projection_bias = _take(parsed, state, f"{outer}visual_projection.bias")
     _take_text_side(parsed, state, own_text=("text_model.", "text_projection.", "classifier."))
+    if OWN_TEXT in parsed.left_out.values():  # a whole model
+        scales = ("logit_scale", "logit_bias") if family.name == "siglip" else ("logit_scale",)
+        require(state, *(outer + name for name in scales))
     if family.name == "clip" and parsed.adapter is not None:
-        _require(state, f"{outer}visual_projection.weight")
+        require(state, f"{outer}visual_projection.weight")
     return parsed
 
 
@@ -186,12 +213,6 @@ def hub_family(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     return family_of_type(known[0] if known else names[0], where="config.json")
 
 
-def _require(state: dict[str, Tensor], *names: str) -> None:
-    """ContractError for tensors that every checkpoint of a layout has."""
-    if missing := [name for name in names if name not in state]:
-        raise ContractError(f"the checkpoint lacks {missing}, which every one of its layout has")
-
-
 def _take(parsed: Parsed, state: dict[str, Tensor], name: str) -> Tensor | None:
     """A tensor that goes beside the tower, noted as used; None if the source lacks it."""
     if name not in state:
@@ -204,6 +225,8 @@ def _take_text_side(parsed: Parsed, state: dict[str, Tensor], *, own_text: tuple
     """Logit scale and bias, and the adapter by structure; then whatever lies under ``own_text`` is left out."""
     used = {old for names in parsed.names.values() for old in names.split("+")} | set(parsed.left_out)
     for name in [key for key in state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
+        if state[name].numel() != 1:
+            raise ContractError(f"{name} is {tuple(state[name].shape)}, expected one number")
         setattr(parsed, name.split(".")[-1], _take(parsed, state, name))
         used.add(name)
     rest = [key for key in state if key not in used]
@@ -244,8 +267,6 @@ def report(parsed: Parsed) -> list[str]:
         )
         lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
         lines += [f"  {note}" for note in adapter.notes]
-        if parsed.logit_scale is None:
-            lines.append("no logit_scale in the source: CLIP's initial 1 / 0.07 stands for it")
     for reason in sorted(set(parsed.left_out.values())):
         names = [name for name, why in parsed.left_out.items() if why == reason]
         lines.append(f"left out, {reason}: {len(names)} tensors ({', '.join(sorted(names)[:3])} ...)")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.checkpoints import patch_shape, require
 
 CLIP_HEAD_WIDTHS = {
     384: 64,
@@ -76,12 +77,12 @@ TIMM_EVA = {  # timm's EVA02 -> EVA-CLIP, within a block
 
 def is_clip(state: dict[str, Tensor]) -> bool:
     """Whether this is OpenCLIP's own vision transformer."""
-    return "visual.class_embedding" in state and "visual.conv1.weight" in state
+    return any(name.startswith("visual.transformer.resblocks.") for name in state)
 
 
 def is_siglip(state: dict[str, Tensor]) -> bool:
     """Whether this is a timm tower with SigLIP's attention pooling."""
-    return "visual.trunk.attn_pool.latent" in state
+    return any(name.startswith("visual.trunk.attn_pool.") for name in state)
 
 
 def is_timm_eva(state: dict[str, Tensor]) -> bool:
@@ -117,7 +118,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict
             'wrong one loads fine. Say it with --config: a file with {"quick_gelu": true} or {"quick_gelu": false}, '
             "or the model's open_clip_config.json"
         )
-    width, _, patch, _ = state["visual.conv1.weight"].shape
+    hidden = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
+    width, patch = patch_shape(state["visual.conv1.weight"], "visual.conv1.weight")
     vision = fields.get("vision_cfg", {})
     head_width = vision.get("head_width", CLIP_HEAD_WIDTHS.get(width))
     if head_width is None:
@@ -128,7 +131,7 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict
         "hidden_act": "quick_gelu" if fields.get("quick_gelu", False) else "gelu",
         "hidden_size": width,
         "image_size": round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch,
-        "intermediate_size": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "intermediate_size": state[hidden].shape[0],
         "layer_norm_eps": 1e-5,
         "num_attention_heads": width // head_width,
         "num_hidden_layers": depth(state, "visual.transformer.resblocks."),
@@ -140,7 +143,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict
 def siglip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict[str, Any]:
     """A SigLIP vision config.json from ``visual.trunk.*``; ``fields`` may give vision_cfg.heads."""
     trunk = "visual.trunk."
-    width, _, patch, _ = state[f"{trunk}patch_embed.proj.weight"].shape
+    patches, hidden = f"{trunk}patch_embed.proj.weight", f"{trunk}blocks.0.mlp.fc1.weight"
+    require(state, patches, f"{trunk}pos_embed", hidden)
+    width, patch = patch_shape(state[patches], patches)
     heads = (fields or {}).get("vision_cfg", {}).get("heads", SIGLIP_HEADS.get(width))
     if heads is None:
         raise ValueError(f"no released SigLIP tower is {width} wide; say vision_cfg.heads in --config")
@@ -150,7 +155,7 @@ def siglip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> di
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": width,
         "image_size": round(state[f"{trunk}pos_embed"].shape[-2] ** 0.5) * patch,
-        "intermediate_size": state[f"{trunk}blocks.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": state[hidden].shape[0],
         "layer_norm_eps": 1e-6,
         "num_attention_heads": heads,
         "num_hidden_layers": depth(state, f"{trunk}blocks."),

@@ -15,6 +15,7 @@ from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.vision import checkpoints, importers
 from llm2clip_plugin.vision.adapter_match import candidate_prefixes, match_adapter
 from llm2clip_plugin.vision.importers import import_tower
+from llm2clip_plugin.vision.open_clip_names import open_clip_state
 
 from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
 
@@ -188,6 +189,11 @@ DAMAGED = {
         "visual.head.weight",
         "text.text_adaptor.2.fn.0.weight",
         "text.text_adaptor.4.weight",
+        "text.text_adaptor.5.bias",
+        "visual.cls_token",
+        "visual.blocks.0.norm1.weight",
+        "visual.blocks.1.attn.rope.freqs_cos",
+        "visual.rope.freqs_sin",
         "logit_scale",
     ],
     "release": [
@@ -196,8 +202,36 @@ DAMAGED = {
         "visual_projection.weight",
         "text_adapter.adaptor.3.fn.3.weight",
         "text_adapter.adaptor.5.weight",
+        "text_adapter.adaptor.5.bias",
+        "logit_scale",
+    ],
+    "siglip": ["logit_scale", "logit_bias", "vision_model.head.probe"],
+    "openclip": [
+        "visual.class_embedding",
+        "visual.conv1.weight",
+        "visual.positional_embedding",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight",
+        "visual.transformer.resblocks.1.attn.in_proj_bias",
+        "text.text_adaptor.5.bias",
     ],
 }
+
+
+def open_clip_state_of_the_release() -> dict:
+    """The CLIP-style release under OpenCLIP's names, without a folder."""
+    state = read(RELEASE, "model.safetensors")
+    tower = {name: value for name, value in state.items() if name.startswith("vision_model.")}
+    names = {"text_adapter.adaptor.": "text.text_adaptor."}
+    other = {n.replace(*next(iter(names.items()))): v for n, v in state.items() if n.startswith("text_adapter.")}
+    return {**open_clip_state(tower, state["visual_projection.weight"]), **other, "logit_scale": state["logit_scale"]}
+
+
+def whole_state(layout: str) -> dict:
+    """Every tensor of a layout."""
+    if layout == "openclip":
+        return open_clip_state_of_the_release()
+    source = SOURCES[layout][0]
+    return load_file(source / "model.safetensors" if source.is_dir() else source)
 
 
 def damaged(state: dict, key: str, how: str) -> dict:
@@ -208,6 +242,8 @@ def damaged(state: dict, key: str, how: str) -> dict:
         state[f"{head}_x.{tail}" if head else f"{tail}_x"] = value
     if how == "transposed":
         state[key] = value.transpose(0, 1).contiguous()
+    if how == "cut":
+        state[key] = value[:-1].contiguous()
     return state
 
 
@@ -215,29 +251,47 @@ def damages() -> list[tuple[str, str, str]]:
     """Layout, tensor, damage; a square or a vector can be transposed without a trace, so those are left out."""
     cases = []
     for layout, keys in DAMAGED.items():
-        source = SOURCES[layout][0]
-        state = load_file(source / "model.safetensors" if source.is_dir() else source)
+        state = whole_state(layout)
         for key in keys:
             oblong = state[key].dim() > 1 and state[key].shape[0] != state[key].shape[1]
-            cases += [(layout, key, how) for how in ["missing", "renamed", *(["transposed"] if oblong else [])]]
+            hows = ["missing", "renamed", *(["transposed"] if oblong else []), *(["cut"] if state[key].dim() else [])]
+            cases += [(layout, key, how) for how in hows]
     return cases
 
 
 @pytest.mark.parametrize("layout, key, how", damages())
 def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
-    source, config = SOURCES[layout]
-    folder = source if source.is_dir() else source.parent
-    file = "model.safetensors" if source.is_dir() else source.name
-    state = read(folder, file)
     (tmp_path / "damaged").mkdir()
-    if source.is_dir():
-        shutil.copy(source / "config.json", tmp_path / "damaged")
-    save_file(damaged(state, key, how), tmp_path / "damaged" / file)
-    place = tmp_path / "damaged" if source.is_dir() else tmp_path / "damaged" / file
+    save_file(damaged(whole_state(layout), key, how), tmp_path / "damaged" / "model.safetensors")
+    place, config = tmp_path / "damaged", None
+    if layout == "openclip":
+        vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 7, "image_size": 28}
+        (place / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": {"vision_cfg": vision, "quick_gelu": True}})
+        )
+    elif SOURCES[layout][0].is_dir():
+        shutil.copy(SOURCES[layout][0] / "config.json", place)
+    else:
+        place, config = place / "model.safetensors", SOURCES[layout][1]
     with pytest.raises(ContractError) as refusal:
         import_tower(place, tmp_path / "tower", config=config)
-    assert re.search(r"lacks|no place|don't fit|missing|misshapen|rows|expected", str(refusal.value))
+    assert re.search(
+        r"lacks|no place|don't fit|missing|misshapen|rows|expected|says|wide, the|is not what", str(refusal.value)
+    )
     assert not (tmp_path / "tower").exists() and not list(tmp_path.glob(".import-*"))
+
+
+def test_a_release_that_never_had_them_says_so_in_its_config(tmp_path):
+    state = read(RELEASE, "model.safetensors")
+    del state["logit_scale"], state["text_adapter.adaptor.5.bias"]
+    (tmp_path / "release").mkdir()
+    save_file(state, tmp_path / "release" / "model.safetensors")
+    fields = json.loads((RELEASE / "config.json").read_text()) | {"text_cfg": {"proj_bias": False}}
+    (tmp_path / "told.json").write_text(json.dumps(fields))
+    import_tower(tmp_path / "release", tmp_path / "tower", config=tmp_path / "told.json")
+    dual = load_dual_encoder(tmp_path / "tower")
+    assert dual.logit_scale.log().item() == pytest.approx(2.6592, abs=1e-4)
+    assert not dual.dual.text_adapter.projection.bias.any()
 
 
 @pytest.mark.parametrize("file", EVA_FILES)
