@@ -24,6 +24,7 @@ from llm2clip_plugin.data.records import Caption, caption_hash
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.shards import data_folder
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, open_source
+from llm2clip_plugin.text.embed_plan import cache_plan
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -41,6 +42,7 @@ class EmbedConfig:
     cache: str = ""  # folder of the cache; "" is embeddings-<fingerprint> in the data's folder
     dtype: str = "float16"  # storage: float16, or int8 with a scale per row (half the size)
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0 chooses by device
+    dry_run: bool = False  # print how many captions there are and how large the cache will be, and stop
     verify: bool = False  # write nothing: read every byte of the cache, compare it with the data, embed a sample again
 
     def __post_init__(self) -> None:
@@ -234,6 +236,10 @@ def main(argv: list[str]) -> int:
     if not config.cache:
         default_cache(config.source.path, "")  # refuses a URL before anything is downloaded
     source = open_source(config.source)
+    if config.dry_run:
+        if rank == 0:
+            print(cache_plan(source, config.encoder))
+        return 0
     encoder = CaptionEncoder(config.encoder)
     directory = Path(config.cache) if config.cache else default_cache(source.path, encoder.identity().fingerprint)
     if config.verify:

@@ -1,0 +1,36 @@
+"""``llm2clip embed --dry-run``: the size it says is the size of what is written."""
+
+import json
+import re
+
+import torch
+
+from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.text import embed
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+
+
+def test_the_size_is_that_of_the_tensors_written(llama, tmp_path, capsys):
+    rows = [{"id": f"{n:03}", "image": "x.png", "caption": f"a dog {n}", "long_caption": "a cat"} for n in range(40)]
+    data = tmp_path / "captions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert embed.main([str(data), "--llm", str(llama), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    width = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device="cpu").width
+    assert "40 samples, 80 captions to embed" in told and f"80 captions x {width}: " in told
+    assert not list(tmp_path.glob("embeddings-*"))
+    source = open_source(SourceConfig(path=str(data)))
+    encoder = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device=torch.device("cpu"))
+    embed.embed_source(source, encoder, tmp_path / "cache", quiet=True)
+    file = next((tmp_path / "cache").glob("*.safetensors"))
+    head = int.from_bytes(file.read_bytes()[:8], "little")
+    written = file.stat().st_size - 8 - head - 16  # two tables have an entry more than there are samples
+    assert float(re.search(r"float16 ([\d.]+) kB", told)[1]) == round(written / 1e3, 1)
+
+
+def test_an_llm_that_is_not_here_is_planned_by_the_papers_widths(tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "1", "image": "x.png", "caption": "a"}) + "\n")
+    assert embed.main([str(tmp_path / "c.jsonl"), "--llm", "somebody/not-here", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "no config.json here" in told and "1 captions x 2048" in told and "1 captions x 4096" in told
