@@ -31,6 +31,7 @@ from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_de
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.loop import LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector, parameter_groups
+from llm2clip_plugin.train.plan import describe_deepspeed, describe_run
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
 from llm2clip_plugin.vision.export import library_versions
 
@@ -45,6 +46,7 @@ class FinetuneConfig:
     deepspeed: str = ""  # your DeepSpeed JSON (scripts/zero*.json); "": ZeRO-0
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, as optim.lr
+    dry_run: bool = False  # look at the data, print pairs, steps and DeepSpeed's configuration, and stop; no weights
     pairs: PairsConfig = field(default_factory=PairsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -67,7 +69,7 @@ StepMaker = Callable[[Engine], StepFunction]
 
 
 def finetune_llm(config: FinetuneConfig) -> Path | None:
-    """Train an adapter to tell captions apart; returns its folder, None if the run was stopped before its end.
+    """Train an adapter to tell captions apart; returns its folder, None if the run was stopped or only planned.
 
     The same call goes on from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can mend, NonFiniteLossError for a loss that is no number.
@@ -118,6 +120,11 @@ def train_adapter(
     )
     if rank() == 0:
         print("\n".join(line for found in surveys for line in found.lines()), flush=True)
+    if config.dry_run:
+        if rank() == 0:
+            print(describe_run(plan, ds_config, samples=samples, world=world_size()))
+            print(describe_deepspeed(ds_config), flush=True)
+        return None
     checkpoints = Checkpoints(Path(config.output_dir), keep=config.train.save_total_limit)
     identity = {**dataclasses.asdict(config), "samples": samples}
     resumed = resume(checkpoints, config, identity)

@@ -296,6 +296,16 @@ def test_going_on_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_
     assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith("Instruct")
 
 
+def test_dry_run_says_the_plan_and_writes_nothing(
+    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "no-such-llm"  # no weight is read
+    assert main(["finetune-llm", *options(captions, missing, tmp_path / "run", "--dry-run")]) == 0
+    said = capsys.readouterr().out
+    assert f"steps: {STEPS} of 16 pairs" in said and "48 samples" in said and "gradient_clipping" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
     other = make_llm(tmp_path / "other", "llama", seed=1)
