@@ -1,8 +1,9 @@
 """Stage 1's named runs, ``llm2clip finetune-llm --recipe NAME``: the paper's LLMs with its settings.
 
 Published settings (LLM2CLIP's own training configurations, arXiv 2411.04997): LoRA r 16, alpha 32, dropout 0.05 on
-every linear layer, lr 2e-4 after 300 steps of warm-up, one epoch, batch 512 = 8 x 64, scale 50, 512 tokens, an instruction on
-the queries alone that is left out of the pooling. ZeRO-2 is the command line's: --deepspeed scripts/zero2.json.
+every linear layer, lr 2e-4 after 300 steps of warm-up, one epoch, batch 512 = 8 x 64, scale 50, 512 tokens, an
+instruction on the queries alone that is left out of the pooling. ZeRO-2 is the command line's: --deepspeed
+scripts/zero2.json.
 """
 
 from __future__ import annotations
