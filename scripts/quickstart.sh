@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on real input: an LLM teaches a vision tower on the built-in emoji set, in about ten minutes on two cores.
+# The whole path on real input: an LLM teaches a vision tower on the built-in emoji set, in ten to fifteen minutes on two cores,
+# and a small LLaVA tries the tower, in five more.
 #
 #   scripts/quickstart.sh                   one seed a teacher; table, page and towers in quickstart-output/default
 #   scripts/quickstart.sh --smoke           a few steps on a few images: does everything work here? (under two minutes)
@@ -17,7 +18,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
 
 PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA=
 while [ $# -gt 0 ]; do
