@@ -1,5 +1,6 @@
 """On a machine without a GPU, what LLaVA does with CUDA unconditionally does nothing. For tests alone."""
 
+import atexit
 import functools
 
 import torch
@@ -23,6 +24,13 @@ def waits(collective):
     return waiting
 
 
+def leave_ranks():
+    """Close the process group, which LLaVA leaves open: threads that are there when the interpreter ends abort one
+    process in some dozens ("terminate called without an active exception")."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if not torch.cuda.is_available():
     torch.cuda.synchronize = lambda device=None: None  # the end of a full finetune under DeepSpeed
     torch.Tensor.cuda = lambda self, *arguments, **options: self  # llava.eval.*
@@ -36,6 +44,7 @@ if not torch.cuda.is_available():
 
     torch.Tensor.to = to_cpu
     if torch.distributed.is_available():
+        atexit.register(leave_ranks)
         for name in (
             "all_gather",
             "all_gather_into_tensor",
