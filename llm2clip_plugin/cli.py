@@ -20,9 +20,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "read a data set once and report what is in it and what is broken",
     ),
-    "pretrain-llm": ("llm2clip_plugin.llm_stage", "main_pretrain", "optional warm-up of an LLM: predict masked tokens"),
+    "pretrain-llm": (
+        "llm2clip_plugin.llm_command",
+        "main_pretrain",
+        "optional warm-up of an LLM: guess masked tokens",
+    ),
     "finetune-llm": (
-        "llm2clip_plugin.llm_stage",
+        "llm2clip_plugin.llm_command",
         "main",
         "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)",
     ),
@@ -101,6 +105,9 @@ def run(name: str, argv: list[str]) -> int:
             raise
         if os.environ.get("RANK", "0") == "0":  # every rank has it
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            sys.stdout.flush()
+            os._exit(1)  # threads of the process group may abort the interpreter's own end, with another status
         return 1
     except ModuleNotFoundError as error:
         ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")

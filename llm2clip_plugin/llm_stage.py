@@ -5,9 +5,7 @@ The loop, engine, step, checkpoints and loss are the tower's; what is the LLM's 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -308,42 +306,3 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
         metrics=state.metrics,
         versions=library_versions(),
     )
-
-
-def parse(argv: list[str], prog: str = "llm2clip finetune-llm") -> FinetuneConfig:
-    """The configuration from a command line; data sets may stand first, without ``--data``. ``--recipe NAME`` gives the
-    fields that the other options override."""
-    import tyro
-
-    from llm2clip_plugin.llm_recipes import LLM_RECIPES, llm_recipe
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="")
-    first.add_argument("--local_rank", "--local-rank", default="")  # the DeepSpeed launcher's; LOCAL_RANK says it too
-    chosen, words = first.parse_known_args(argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--data")
-    default = llm_recipe(chosen.recipe) if chosen.recipe else FinetuneConfig()
-    about = (
-        "Teach an LLM to tell captions apart. Usage: llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID, or "
-        f"--recipe NAME ({', '.join(LLM_RECIPES)}) for the paper's LLMs and settings."
-    )
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[FinetuneConfig], args=words, default=default, prog=prog, description=about
-    )
-
-
-def main(argv: list[str]) -> int:
-    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    adapter = finetune_llm(parse(argv))
-    if adapter is not None and os.environ.get("RANK", "0") == "0":
-        print(f"adapter: {adapter}")
-    return 0
-
-
-def main_pretrain(argv: list[str]) -> int:
-    """``llm2clip pretrain-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    adapter = pretrain_llm(parse(argv, "llm2clip pretrain-llm"))
-    if adapter is not None and os.environ.get("RANK", "0") == "0":
-        print(f"adapter: {adapter}; merge it with llm2clip export-llm, then fine-tune what that wrote")
-    return 0

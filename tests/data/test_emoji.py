@@ -171,7 +171,6 @@ def test_aliases_turn_and_flip(builder) -> None:
         "icons": {"left": {"body": '<rect x="0" y="0" width="5" height="10" fill="#000"/>'}},
         "aliases": {"right": {"parent": "left", "hFlip": True}, "top": {"parent": "left", "rotate": 1}},
     }
-    pytest.importorskip("resvg_py", reason="drawing needs resvg-py, which only the set's builder installs")
 
     def black_half(name: str) -> str:
         image = Image.open(io.BytesIO(builder.draw(builder.svg_document(name, icons), 20, 4))).convert("L")

@@ -39,7 +39,15 @@ ARROWS = {
         "llm2clip_plugin.train",
     },
     "llm2clip_plugin.export_command": {"llm2clip_plugin.vision", "llm2clip_plugin.stages"},
-    "llm2clip_plugin.llm_stage": {"*"},
+    "llm2clip_plugin.llm_stage": {
+        "llm2clip_plugin.config",
+        "llm2clip_plugin.data",
+        "llm2clip_plugin.evaluate",
+        "llm2clip_plugin.text",
+        "llm2clip_plugin.train",
+        "llm2clip_plugin.vision",
+    },
+    "llm2clip_plugin.llm_command": {"llm2clip_plugin.llm_recipes", "llm2clip_plugin.llm_stage"},
     "llm2clip_plugin.llm_recipes": {
         "llm2clip_plugin.llm_stage",
         "llm2clip_plugin.recipes",

@@ -22,7 +22,8 @@ from text_helpers import moved, write_moved
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
-from llm2clip_plugin.llm_stage import FinetuneConfig, finetune_llm, parse
+from llm2clip_plugin.llm_command import parse
+from llm2clip_plugin.llm_stage import FinetuneConfig, finetune_llm
 from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts, hard_negative_loss
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings
