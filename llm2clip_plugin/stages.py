@@ -32,6 +32,7 @@ from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm
 from llm2clip_plugin.train.optim import parameter_groups
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
 from llm2clip_plugin.train.step import Scaled, Step, loss_terms
+from llm2clip_plugin.vision.attention import use_fastest_attention
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, library_versions
 from llm2clip_plugin.vision.towers import preprocessor_config
@@ -68,9 +69,17 @@ def train_tower(config: RunConfig, command: Sequence[str] = ()) -> Path | None:
         module.load_state_dict(resumed.weights)
     elif config.heads.steps:
         fit_heads(
-            dual, data.sources, data.caches, images, config.heads, config.loss, device=device, seed=config.train.seed
+            dual,
+            data.sources,
+            data.caches,
+            images,
+            config.heads,
+            config.loss,
+            device=device,
+            seed=config.train.seed,
+            bf16=config.train.precision == "bf16",
         )
-    prepare(dual, config)
+    prepare(dual, config, device)
     adam = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     engine = Engine(module, parameter_groups(trained, config.optim.weight_decay), adam, ds_config)
     state = start_state(config, identity) if resumed is None else resumed.state
@@ -195,8 +204,9 @@ def start_state(config: RunConfig, identity: dict[str, Any]) -> TrainState:
     return TrainState(step=0, samples=0, config=identity, config_hash=config.hash, seed=config.train.seed)
 
 
-def prepare(dual: DualEncoder, config: RunConfig) -> None:
-    """Gradient checkpointing and compilation of the tower."""
+def prepare(dual: DualEncoder, config: RunConfig, device: torch.device) -> None:
+    """Attention, gradient checkpointing and compilation of the tower."""
+    use_fastest_attention(dual.tower, device, bf16=config.train.precision == "bf16")
     if config.train.gradient_checkpointing:
         dual.tower.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if config.train.torch_compile:

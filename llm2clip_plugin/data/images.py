@@ -254,7 +254,8 @@ def resize_box(image: Image.Image, box: tuple[float, float, float, float], side:
 @lru_cache
 def _fast_resize() -> bool:
     """Whether this torch resizes bytes by vector instructions: 2.1 or newer, on a CPU with AVX2."""
-    return torch.__version__ >= (2, 1) and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return version >= (2, 1) and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def random_crop(size: tuple[int, int], augment: AugmentConfig, rng: random.Random) -> tuple[float, float, float, float]:

@@ -5,14 +5,16 @@ frozen tower once, without augmentation, and the heads are fitted to these featu
 of their own, which costs a fraction of training the tower.
 
 The images are encoded in the same blocks whatever the number of ranks, and rank 0 alone fits, so the result does
-not depend on the ranks.
+not depend on the ranks. Both run in bf16 where the run does: the weights and the loss stay fp32.
 
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +30,7 @@ from llm2clip_plugin.data.records import caption_id
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.loss import LossConfig
 from llm2clip_plugin.train.optim import is_vector
-from llm2clip_plugin.train.ranks import ALONE, gather_objects, rank, world_size
+from llm2clip_plugin.train.ranks import ALONE, gather_objects, local_world_size, rank, world_size
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, Features, loss_terms, place_seed
 from llm2clip_plugin.vision.dual import DualEncoder
 
@@ -73,15 +75,30 @@ def fit_heads(
     *,
     device: torch.device,
     seed: int,
+    bf16: bool = False,
 ) -> float:
-    """Fit the heads in place, on every rank alike; returns the last loss."""
+    """Fit the heads in place, on every rank alike; returns the last loss. ``bf16``: of the matrix products."""
     model.to(device)
-    features = frozen_features(model, sources, caches, images, config.max_images, device)
-    value = _fit(model, features, config, loss, device, seed) if rank() == 0 else 0.0
+    products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with products:
+        features = frozen_features(model, sources, caches, images, config.max_images, device)
+    with _threads_of_all_ranks():
+        value = _fit(model, features, config, loss, products, device, seed) if rank() == 0 else 0.0
     for _, parameter in head_parameters(model):
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
     return value
+
+
+@contextmanager
+def _threads_of_all_ranks() -> Iterator[None]:
+    """This rank takes the CPU threads of this machine's others, which wait meanwhile."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(max(own, min(own * local_world_size(), os.cpu_count() or 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
@@ -156,6 +173,7 @@ def _fit(
     features: FrozenFeatures,
     config: HeadsConfig,
     loss_config: LossConfig,
+    products: torch.autocast,
     device: torch.device,
     seed: int,
 ) -> float:
@@ -178,7 +196,8 @@ def _fit(
         if len(queue) < size:
             queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
         chosen, queue = queue[:size], queue[size:]
-        batch = _features(model, features, chosen, generator, device)
+        with products:
+            batch = _features(model, features, chosen, generator, device)
         loss = torch.stack([weight * term(batch) for weight, term in terms.values()]).sum()
         optimizer.zero_grad()
         loss.backward()

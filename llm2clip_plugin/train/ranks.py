@@ -36,6 +36,11 @@ def rank(group: Group = None) -> int:
     return 0 if group is ALONE or not dist.is_initialized() else dist.get_rank(group)
 
 
+def local_world_size() -> int:
+    """Number of ranks on this machine, as DeepSpeed's or torch's launcher told it; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as listener:

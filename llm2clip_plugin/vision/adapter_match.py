@@ -2,7 +2,8 @@
 
 Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...). What is
 certain is the structure: numbered parts, each a residual block (one norm, two Linears), then a norm, then a Linear,
-numbered on or beside the blocks under names of their own.
+numbered on or beside the blocks under names of their own. An adapter at ``text.text_proj.text_adaptor`` was trained
+with the LLM in the loop, whose embeddings the reference hands on as they are, not normalised.
 Shapes: W width of an LLM embedding, D joint width.
 """
 
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names when its text tower holds the LLM too
+
 
 @dataclass
 class AdapterMatch:
@@ -24,6 +27,7 @@ class AdapterMatch:
     joint_width: int
     blocks: int
     expansion: int
+    normalise_input: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -82,6 +86,9 @@ def _assemble(blocks: dict[str, dict[str, Tensor]], ends: dict[str, dict[str, Te
     if len(expansions) > 1:
         return None
     found = AdapterMatch(width, joint, len(blocks), expansions.pop() if expansions else 2)
+    if axes[2].startswith(IN_THE_LOOP):
+        found.normalise_input = False
+        found.notes.append(f"{axes[2].rstrip('.')} was trained with the LLM in the loop: its input is not normalised")
     for index, (place, block) in enumerate(matched.items()):
         for ours, (theirs, value) in (block or {}).items():
             _put(found, f"blocks.{index}.{ours}", value, f"{place}{theirs}")

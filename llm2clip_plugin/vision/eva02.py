@@ -24,6 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 ROPE_THETA = 10000.0
 
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # torch 2.0 has none: False
+
 
 class Eva02Config(PretrainedConfig):
     """What an EVA-CLIP tower is made of; the defaults are EVA02-CLIP-L/14-336."""
@@ -98,11 +100,19 @@ def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Turn neighbouring channels (a, b) by their angle: (a cos - b sin, b cos + a sin).
 
     ``sin_TE`` has its sign in it: minus in the even channels. Before the heads go in front all memory is in order,
-    which makes this half as expensive as after.
+    which makes this half as expensive as after. In fp32 a pair is a complex number, turned by one product; half
+    precisions have no such numbers, and neither do compilers and ONNX.
     """
     pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
+    if x_BTNE.dtype == torch.float32 and x_BTNE.device.type in ("cpu", "cuda") and not _is_traced():
+        turns_TC = torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
+        return torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None]).flatten(-2)
     swapped = rearrange(torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)")
     return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
+
+
+def _is_traced() -> bool:
+    return _is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 class Eva02Embeddings(nn.Module):

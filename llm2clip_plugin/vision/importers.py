@@ -98,6 +98,7 @@ def _with_projection(tower: Tower, parsed: Parsed, *, source: str) -> torch.nn.M
         projection_bias=parsed.projection_bias is not None,
         adapter_blocks=adapter.blocks if adapter is not None else 4,
         adapter_expansion=adapter.expansion if adapter is not None else 2,
+        normalise_input=adapter is None or adapter.normalise_input,
         logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias.reshape(()).item()),
     )
     dual = DualEncoder(tower, config)

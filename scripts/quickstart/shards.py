@@ -31,7 +31,8 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 EMOJI = SCRIPTS.parent / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
 UNSEEN = "openmoji"
-Sample = tuple[str, bytes, dict[str, Any]]  # key, png, description
+Description = dict[str, Any]
+Sample = tuple[str, bytes, Description]  # key, png, description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,23 @@ class Part:
 
     def of(self, split: str, samples: list[Sample]) -> list[Sample]:
         """The samples of a split's shard that belong to it, with the captions that do."""
-        if self.concepts:
-            samples = first_concepts(samples, self.concepts[SPLITS.index(split)])
+        kept = self.chosen(split, {about["concept"] for _, _, about in samples})
         return [
             (key, png, {**about, "captions": [c for c in about["captions"] if self.has(split, c)]})
             for key, png, about in samples
+            if about["concept"] in kept
         ]
+
+    def chosen(self, split: str, concepts: set[str]) -> set[str]:
+        """Those of a split's concepts that belong to it: the first so many in random order."""
+        if not self.concepts:
+            return concepts
+        return set(in_random_order(concepts, "subset")[: self.concepts[SPLITS.index(split)]])
+
+    def of_unseen(self, split: str, descriptions: list[Description]) -> list[Description]:
+        """What is drawn of the unseen style, which is only ever a test."""
+        kept = set() if split == "train" else self.chosen(split, {about["concept"] for about in descriptions})
+        return [about for about in descriptions if about["concept"] in kept]
 
     def has(self, split: str, caption: dict[str, str]) -> bool:
         """Names and long captions in English; keywords and other languages are for the test alone."""
@@ -82,12 +94,6 @@ def in_random_order(concepts: set[str], salt: str) -> list[str]:
     return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
 
 
-def first_concepts(samples: list[Sample], count: int) -> list[Sample]:
-    """The samples of the first ``count`` concepts in random order, in the order of the shard."""
-    kept = set(in_random_order({description["concept"] for _, _, description in samples}, "subset")[:count])
-    return [sample for sample in samples if sample[2]["concept"] in kept]
-
-
 def exchange_pictures(samples: list[Sample]) -> list[Sample]:
     """The same keys and captions, each with the picture of another concept, the same one in every style."""
     order = in_random_order({description["concept"] for _, _, description in samples}, "shuffle")
@@ -103,23 +109,22 @@ def shipped() -> Iterator[tuple[str, Path]]:
             yield split, path
 
 
-def draw_unseen(folder: Path) -> str:
+def draw_unseen(folder: Path, part: Part) -> str:
     """Draw the unseen style's shards into ``folder``; returns why not, or "" if it could be done."""
     sys.path.insert(0, str(SCRIPTS))
     import build_emoji
 
     try:
-        build_emoji.build([UNSEEN], folder, folder, size=98, colours=64)
+        build_emoji.build([UNSEEN], folder, folder, size=98, colours=64, choose=part.of_unseen)
     except (FileNotFoundError, ImportError) as error:
         return f"no unseen style: {error}"
-    (folder / f"train-{UNSEEN}.tar").unlink()  # only ever a test
     return ""
 
 
 def make_all(folder: Path, part: Part) -> str:
     """Fill ``all/``; returns why the unseen style is missing, or ""."""
     with whole_directory(folder, replace=True) as aside:
-        missing = draw_unseen(aside)
+        missing = draw_unseen(aside, part)
         paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(aside.glob("*.tar")))]
         for split, path in paths:
             write_tar(aside / path.name, part.of(split, read_tar(path)))

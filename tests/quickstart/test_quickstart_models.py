@@ -40,6 +40,13 @@ def test_what_is_there_is_kept(tmp_path) -> None:
     assert models.prepare(tmp_path, 98, tiny=True)["tower"] != found["tower"]
 
 
+def test_the_dtype_is_measured_once(tmp_path) -> None:
+    found = models.prepare(tmp_path, 56, tiny=True)
+    assert found["dtype"] in ("float32", "bfloat16", "float16") and found["gpus"] == torch.cuda.device_count()
+    (tmp_path / "models.json").write_text(json.dumps({**found, "dtype": "float64"}))
+    assert models.prepare(tmp_path, 56, tiny=True)["dtype"] == "float64"
+
+
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(models, "installed", lambda package: False)
     notes = models.prepare(tmp_path, 56)["notes"]

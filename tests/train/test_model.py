@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_freezing_is_visible(tiny: Path):
         with_llm_width(DUAL, 32)
 
 
-def fit(rank: int, world: int, folder: str, steps: int) -> dict[str, Any]:
+def fit(rank: int, world: int, folder: str, steps: int, bf16: bool = False) -> dict[str, Any]:
     """The first phase on a tiny set."""
     tiny = Path(folder)
     dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), DUAL, seed=0)
@@ -93,7 +94,7 @@ def fit(rank: int, world: int, folder: str, steps: int) -> dict[str, Any]:
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
     config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01), torch.device("cpu")
-    loss = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1)
+    loss = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, bf16=bf16)
     return {
         "loss": loss,
         "heads": {name: value.detach().clone() for name, value in head_parameters(dual)},
@@ -114,6 +115,21 @@ def test_heads_do_not_depend_on_the_ranks(tiny: Path):
     for name, value in alone["heads"].items():
         torch.testing.assert_close(ranks[0]["heads"][name], value, atol=1e-5, rtol=1e-5)
         assert torch.equal(ranks[1]["heads"][name], ranks[0]["heads"][name])
+
+
+def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
+    exact, half = fit(0, 1, str(tiny), 40), fit(0, 1, str(tiny), 40, bf16=True)
+    assert half["loss"] != exact["loss"] and half["loss"] == pytest.approx(exact["loss"], rel=0.1)
+    assert {value.dtype for value in half["heads"].values()} == {torch.float32}
+    assert half["tower untouched"]
+
+
+def test_rank_0_borrows_the_threads_of_the_ranks_that_wait(tiny: Path, monkeypatch):
+    asked, own = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("LOCAL_SIZE", "1000")
+    fit(0, 1, str(tiny), 1)
+    assert asked == [max(own, os.cpu_count() or 1), own]
 
 
 def average(rank: int, world: int, stage: int) -> dict[str, Any]:

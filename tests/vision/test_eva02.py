@@ -178,6 +178,26 @@ def test_rotation_keeps_length_and_depends_on_distance_alone():
     assert not torch.allclose(products[0, 0, 1, 2], products[0, 0, 2, 1], atol=1e-3)
 
 
+def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
+    cos, sin = rope_tables(grid=4, pretrained_grid=7, head_width=8)
+    sin[:, 0::2] *= -1
+    x = torch.randn(2, 16, 3, 8, requires_grad=True)
+    y = x.detach().double().requires_grad_()  # float64 takes the way of compilers and half precisions
+    turned, expected = rotate(x, cos, sin), rotate(y, cos.double(), sin.double())
+    assert largest_difference(turned, expected) < 1e-6
+    weight = torch.randn_like(turned)
+    (turned * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert largest_difference(x.grad, y.grad) < 1e-6
+
+
+def test_a_compiled_tower_gives_the_same_states():
+    tower, pixels = Eva02VisionModel(tiny_config()).eval(), torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")(pixels).last_hidden_state
+        assert largest_difference(compiled, tower(pixels).last_hidden_state) < 1e-5
+
+
 def test_released_sizes_are_read_off_the_tensors(tmp_path):
     """One block of EVA02-CLIP-B/16 in its real width, without rotary tables: nothing has to be told."""
     config = Eva02Config(
