@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole path on real input: an LLM teaches a vision tower on the built-in emoji set, in ten to fifteen minutes on two cores,
+# The whole path on real input: an LLM teaches a vision tower on the built-in emoji set, in about ten minutes on two cores,
 # and a small LLaVA tries the tower, in five more.
 #
 #   scripts/quickstart.sh                   one seed a teacher; table, page and towers in quickstart-output/default
-#   scripts/quickstart.sh --smoke           a few steps on a few images: does everything work here? (two to three minutes)
+#   scripts/quickstart.sh --smoke           a few steps on a few images: does everything work here? (under two minutes)
 #   scripts/quickstart.sh --seeds 3         three towers a teacher, with their spread
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, three times as long
 #   scripts/quickstart.sh --teacher raw     leave out the fine-tuning of the LLM
