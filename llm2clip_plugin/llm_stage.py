@@ -31,6 +31,7 @@ from llm2clip_plugin.train.loop import LoopParts, StepFunction, TrainConfig, run
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector, parameter_groups
 from llm2clip_plugin.train.plan import describe_deepspeed, describe_run
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
+from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
 
 ADAPTER = "adapter"
@@ -143,21 +144,23 @@ def train_adapter(
         state = resumed.state
         engine.restore(resumed.weights, resumed.moments, vars(state))
     record(config, state)
-    state = run_loop(
-        LoopParts(
-            step=make_step(engine),
-            batches=batches.start(state.samples),
-            engine=engine,
-            average=None,
-            checkpoints=checkpoints,
-            evaluate=evaluation(encoder, config),
-            train=config.train,
-            optim=config.optim,
-            total_steps=plan.total_steps,
-            run_folder=Path(config.output_dir),
-            state=state,
+    with stop_requests() as stop:
+        state = run_loop(
+            LoopParts(
+                step=make_step(engine),
+                batches=batches.start(state.samples),
+                engine=engine,
+                average=None,
+                checkpoints=checkpoints,
+                evaluate=evaluation(encoder, config),
+                train=config.train,
+                optim=config.optim,
+                total_steps=plan.total_steps,
+                run_folder=Path(config.output_dir),
+                state=state,
+                stop=stop,
+            )
         )
-    )
     return finish(config, state, encoder, checkpoints, plan.total_steps)
 
 

@@ -32,6 +32,7 @@ from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm
 from llm2clip_plugin.train.optim import parameter_groups
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
 from llm2clip_plugin.train.step import Scaled, Step, loss_terms
+from llm2clip_plugin.train.stopping import StopRequest, stop_requests
 from llm2clip_plugin.vision.attention import use_fastest_attention
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, library_versions
@@ -55,6 +56,12 @@ def train_tower(config: RunConfig, command: Sequence[str] = ()) -> Path | None:
         return None
     device = start_ranks()
     data = open_data(config.validate())
+    with stop_requests() as stop:
+        return _train(config, data, device, stop)
+
+
+def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest) -> Path | None:
+    """From the opened data on: tower, engine, loop, export."""
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
@@ -99,6 +106,7 @@ def train_tower(config: RunConfig, command: Sequence[str] = ()) -> Path | None:
             total_steps=plan.total_steps,
             run_folder=Path(config.output_dir),
             state=state,
+            stop=stop,
         )
     )
     return finish(config, state, data, plan.total_steps)

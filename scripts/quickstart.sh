@@ -14,7 +14,7 @@
 # Everything goes to quickstart-output/ (--output DIR for another folder). What is there whole is kept: the same command
 # goes on where it was stopped.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 
@@ -30,6 +30,7 @@ while [ $# -gt 0 ]; do
         --preset | --seeds | --teacher | --output)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
             case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; *) WORK=$2 ;; esac
+            [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
             shift ;;
         -h | --help) usage; exit 0 ;;
         *) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
@@ -71,14 +72,19 @@ say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
 mkdir -p "$WORK"
+if command -v flock >/dev/null; then # what an ended run left in the background holds it too
+    exec 9>"$WORK/.lock"
+    flock -n 9 || { echo "error: another quickstart is at work in $WORK; wait for it" >&2; exit 1; }
+fi
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
 LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 REAL=
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision where it is faster
 if [ "$RANKS" = 0 ]; then # one rank a GPU, two on a CPU that has two cores
     export DS_ACCELERATOR=cpu
-    RANKS=$(($(nproc) > 1 ? 2 : 1))
+    RANKS=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1))
 fi
+while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # equal shares of the batches of both stages
 [ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; } # the tiny tower has two blocks
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
@@ -97,7 +103,7 @@ join() { # wait for all of that; if one failed, show what it said
     local job
     for job in ${beside[@]+"${beside[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
 }
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 # launch SCRIPT...: under the launcher, a rank a GPU or core

