@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llm2clip_plugin.config import RunConfig
 from llm2clip_plugin.data.cache_shard import shard_bytes
 from llm2clip_plugin.data.sources import open_source
-from llm2clip_plugin.recipes import TEACHERS
+from llm2clip_plugin.recipes import MIXTURES, TEACHERS
 from llm2clip_plugin.stages import default_cache, engine_plan, open_data
 from llm2clip_plugin.train import plan as plans
 from llm2clip_plugin.train.deepspeed_config import complete, read_deepspeed_json
@@ -87,6 +87,7 @@ def look(config: RunConfig) -> Numbers:
         notes.append(f"no embedding cache beside the data; {config.plan.captions} captions an image")
     else:
         notes.append(f"{samples:,} images x {config.plan.captions} captions (--plan.images, or --data.path)")
+        notes += [f"data as the paper's, {mixture}" for mixture in MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())

@@ -95,7 +95,7 @@ def siglip2_so400m_224() -> RunConfig:
 
 
 def _paper(name: str, tower: TowerConfig, *, joint_width: int = 1280) -> RunConfig:
-    """The published stage-2 settings over a tower; data and caches are the user's."""
+    """The published stage-2 settings over a tower; data (the paper's: MIXTURES) and caches are the user's."""
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
@@ -137,6 +137,28 @@ TEACHERS = {
         width=4096,
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Data that the paper trained on: sets and their sizes, each sample equally often."""
+
+    sets: tuple[tuple[str, float], ...]  # name, samples in millions
+    captions: str  # which of a sample
+
+    def __str__(self) -> str:
+        listed = " + ".join(f"{name} ({size:g} M)" for name, size in self.sets)
+        return f"{sum(size for _, size in self.sets):g} M = {listed}; {self.captions}"
+
+
+SHORT_AND_LONG = "its own short caption or a long one of an MLLM (DreamLIP's, Recap's), drawn evenly"
+MIXTURES = (  # of stage 2; sizes are nominal: part of the links is dead by now
+    Mixture(sets=(("CC3M", 3), ("CC12M", 12)), captions=SHORT_AND_LONG),
+    Mixture(
+        sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("a part of Recap-DataComp-1B", 30)),
+        captions=SHORT_AND_LONG,
+    ),
+)
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function

@@ -140,7 +140,9 @@ def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None) ->
         seconds = time.perf_counter() - started
         values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
         done = state.step == parts.total_steps
-        stop, minutes_over = _agree(parts, bool(parts.stop), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved)
+        stop, minutes_over = _agree(
+            parts, bool(parts.stop), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved
+        )
         state = _replace(state, seconds=state.seconds + seconds)
         if not stop and parts.evaluate and (done or _every(parts.train.eval_steps, state.step)):
             scores = parts.evaluate()

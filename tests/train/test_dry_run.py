@@ -99,6 +99,12 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
     assert ("llm2clip import CHECKPOINT" in told) == name.startswith("eva02")
 
 
+def test_the_papers_data_is_told_where_there_is_none(capsys: pytest.CaptureFixture[str]):
+    told = planned(capsys, "--recipe", "openai-b16/llama-1b")
+    assert "15 M = CC3M (3 M) + CC12M (12 M)" in told and "60 M = CC3M (3 M)" in told
+    assert "a part of Recap-DataComp-1B (30 M)" in told
+
+
 def test_memory_shrinks_by_checkpointing_and_micro_batches(capsys: pytest.CaptureFixture[str]):
     def activations(*options: str) -> float:
         told = planned(capsys, "--recipe", "openai-b16/llama-1b", *options)
