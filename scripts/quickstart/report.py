@@ -25,7 +25,7 @@ from page import Picture, Query, Table, as_text, cell, page_html
 from scores import LONG_CAPTIONS, SIDES, TowerScores, open_sets, teacher_scores, tower_scores
 from shards import in_random_order
 
-from llm2clip_plugin.contracts import ContractError, TeacherIdentity, whole_file
+from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, whole_file
 from llm2clip_plugin.data.base import Source
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
@@ -57,11 +57,20 @@ class Tower:
 
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
-    """Teacher -> cache. Raises FileNotFoundError if there is none."""
-    paths = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not paths:
-        raise FileNotFoundError(f"no embedding caches in {folder}; run scripts/quickstart.sh")
-    return {path.name: EmbeddingCache.open(path) for path in paths}
+    """Teacher -> cache; one that a killed run left unfinished is named and left out.
+
+    Raises FileNotFoundError if none is whole.
+    """
+    caches: dict[str, EmbeddingCache] = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []:
+        manifest = path / CacheManifest.FILE
+        if manifest.is_file() and CacheManifest.read(manifest).complete:
+            caches[path.name] = EmbeddingCache.open(path)
+        else:
+            print(f"{path} is left out: its embedding has not finished", file=sys.stderr)
+    if not caches:
+        raise FileNotFoundError(f"no whole embedding caches in {folder}; run scripts/quickstart.sh")
+    return caches
 
 
 def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:

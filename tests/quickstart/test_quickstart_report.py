@@ -147,8 +147,20 @@ def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
         report.measure(folder / "out" / "towers" / "raw-seed0", sets, report.open_caches(tmp_path))
 
 
+def test_a_cache_that_a_killed_run_left_is_named_and_left_out(folder, tmp_path, capsys) -> None:
+    write_cache(folder / "data" / "all", tmp_path / "raw")
+    CacheWriter(tmp_path / "tuned-seed1", dataclasses.replace(IDENTITY, weights_sha256="1"))  # began, never finished
+    (tmp_path / "tuned-seed2").mkdir()
+    assert list(report.open_caches(tmp_path)) == ["raw"]
+    said = capsys.readouterr().err
+    assert "tuned-seed1 is left out" in said and "tuned-seed2 is left out" in said and "raw" not in said
+    (tmp_path / "raw" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no whole embedding caches"):
+        report.open_caches(tmp_path)
+
+
 def test_what_is_missing_is_said(folder, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="no embedding caches"):
+    with pytest.raises(FileNotFoundError, match="no whole embedding caches"):
         report.make_report(tmp_path, folder / "out", [])
     with pytest.raises(FileNotFoundError, match="no exported towers"):
         report.make_report(folder / "data", tmp_path, [])
