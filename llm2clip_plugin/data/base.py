@@ -132,13 +132,15 @@ class Source(ABC):
         return Sample(raw.key, self.image(number), self._captions(number, raw), raw.meta)
 
     def empty_captions(self, number: int) -> int:
-        """Captions of the sample that are there but hold no text."""
-        return count_empty(self.raw(number).values, self.fields)
+        """Captions of the sample that are there but hold no text. Raises BrokenSample if they can't be read."""
+        raw = self.raw(number)
+        self._captions(number, raw)
+        return count_empty(raw.values, self.fields)
 
     def _captions(self, number: int, raw: RawSample) -> tuple[Caption, ...]:
         try:
             return read_captions(raw.values, self.fields)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BrokenSample(self.locate(number)[0], raw.key, str(error)) from error
 
     @abstractmethod

@@ -75,10 +75,10 @@ def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
         if not isinstance(value["text"], str):
             raise ValueError(f"caption field {field.name!r} holds a text of type {type(value['text']).__name__}")
         kind, language = value.get("kind") or field.kind, value.get("language") or field.language
-        yield Caption(_clean(value["text"]), str(kind), str(language))
+        yield Caption(_clean(value["text"]), well_formed(str(kind)), well_formed(str(language)))
     elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         for language, text in value.items():
-            yield Caption(_clean(text), field.kind, language)
+            yield Caption(_clean(text), field.kind, well_formed(language))
     else:
         raise ValueError(
             f"caption field {field.name!r} holds a {type(value).__name__}; expected a text, a list of texts, "
@@ -87,8 +87,12 @@ def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
 
 
 def _clean(text: str) -> str:
-    """Stripped; halves of surrogate pairs, which JSON can hold and UTF-8 can't, joined or replaced."""
-    return text.strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return well_formed(text.strip())
+
+
+def well_formed(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can hold and UTF-8 can't, joined or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def count_empty(values: dict[str, Any], fields: Sequence[CaptionField]) -> int:

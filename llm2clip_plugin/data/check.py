@@ -17,7 +17,7 @@ import tyro
 from llm2clip_plugin.data.base import Source, SourceConfig
 from llm2clip_plugin.data.check_report import as_text, build_report
 from llm2clip_plugin.data.images import BrokenImage, load, open_header
-from llm2clip_plugin.data.records import BrokenSample, caption_id
+from llm2clip_plugin.data.records import BrokenSample, Caption, caption_id
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.progress import track
 
@@ -51,7 +51,7 @@ class Reading:
 
     samples: int = 0
     broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
-    without_captions: list[dict[str, str]] = field(default_factory=list)  # the same, of samples with no usable caption
+    without_captions: list[dict[str, str]] = field(default_factory=list)  # the same, of whole samples with none to use
     empty_captions: int = 0
     replaced_characters: int = 0  # captions with U+FFFD: bytes that were no UTF-8
     captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
@@ -155,44 +155,38 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
         key, captions = source.captions(number)
         key_rows.append((caption_id(key), number))
         caption_rows += [(caption_id(caption.text), number, count(caption.text)) for caption in captions]
-        _note_captions(source, config, number, reading)
-        _note_image(source, number, reading)
+        _note_captions(captions, reading)
+        named = {"shard": source.locate(number)[0], "key": key}
+        if reason := _why_broken(source, number, reading):
+            reading.broken.append({**named, "reason": reason})
+        elif not config.usable(captions):
+            reason = "no caption" if not captions else "no caption of the wanted kinds and languages"
+            reading.without_captions.append({**named, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 3))
     reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
     return reading
 
 
-def _note_image(source: Source, number: int, reading: Reading) -> None:
-    """Decode one image in full."""
-    shard, _ = source.locate(number)
-    key = ""
+def _note_captions(captions: tuple[Caption, ...], reading: Reading) -> None:
+    """Count one sample's captions."""
+    for caption in captions:
+        reading.captions[caption.kind, caption.language] += 1
+        reading.replaced_characters += "\ufffd" in caption.text
+
+
+def _why_broken(source: Source, number: int, reading: Reading) -> str:
+    """Read one sample, its image decoded in full, and count what it holds; why training can't use it, or ""."""
     try:
-        key = source.raw(number).key
+        reading.empty_captions += source.empty_captions(number)
         data = source.image(number)
         image = open_header(data)
         kind, size = image.format or "?", image.size
         load(image)
     except BrokenSample as error:
-        reading.broken.append({"shard": shard, "key": error.key, "reason": error.reason})
+        return error.reason
     except BrokenImage as error:
-        reading.broken.append({"shard": shard, "key": key, "reason": str(error)})
-    else:
-        reading.formats[kind] += 1
-        reading.sides.append(size)
-        reading.image_bytes += len(data)
-
-
-def _note_captions(source: Source, config: CheckConfig, number: int, reading: Reading) -> None:
-    """Count one sample's captions, the empty and missing ones too."""
-    shard, _ = source.locate(number)
-    key, captions = source.captions(number)
-    for caption in captions:
-        reading.captions[caption.kind, caption.language] += 1
-        reading.replaced_characters += "\ufffd" in caption.text
-    try:
-        reading.empty_captions += source.empty_captions(number)
-    except (BrokenSample, ValueError):
-        return  # the image's reading names it
-    if not config.usable(captions):
-        reason = "no caption" if not captions else "no caption of the wanted kinds and languages"
-        reading.without_captions.append({"shard": shard, "key": key, "reason": reason})
+        return str(error)
+    reading.formats[kind] += 1
+    reading.sides.append(size)
+    reading.image_bytes += len(data)
+    return ""

@@ -20,8 +20,8 @@ def build_report(
     config: CheckConfig, source: Source, broken_shards: dict[str, str], reading: Reading
 ) -> dict[str, Any]:
     """Everything that was found, in plain JSON types."""
-    bad = {(one["shard"], one["key"]) for one in reading.broken + reading.without_captions}
-    share = len(bad) / reading.samples if reading.samples else 1.0
+    bad = len(reading.broken) + len(reading.without_captions)  # a sample is named in one of the two, once
+    share = bad / reading.samples if reading.samples else 1.0
     captions = np.concatenate([np.zeros((0, 3), dtype=np.int64), *reading.caption_rows])
     keys = np.concatenate([np.zeros((0, 2), dtype=np.int64), *reading.key_rows])
     by_kind, by_language = Counter(), Counter()

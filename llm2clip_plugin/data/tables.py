@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.data.base import RawSample, Shard, Source, SourceConfig
+from llm2clip_plugin.data.captions import well_formed
 from llm2clip_plugin.data.records import BrokenSample
 from llm2clip_plugin.data.remote import is_url
 
 ROWS_PER_SHARD = 16384
+NO_IMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class TableSource(Source):
@@ -42,7 +45,7 @@ class TableSource(Source):
     def raw(self, number: int) -> RawSample:
         row, line = self._row(number)
         given, image = row.get(self.config.key_field), row.get(self.config.image_field)
-        key = str(given) if given not in (None, "") else str(image or f"line {line}")
+        key = well_formed(str(given) if given not in (None, "") else str(image or f"line {line}"))
         values = dict(row)
         if self.kind == "llava":
             try:
@@ -59,15 +62,18 @@ class TableSource(Source):
             raise BrokenSample(
                 self.locate(number)[0], raw.key, f"no field {self.config.image_field!r} that names an image"
             )
-        if os.path.isabs(name) or ".." in name.split("/"):
-            raise BrokenSample(self.locate(number)[0], raw.key, f"image {name!r} does not lie within {self._images}")
+        shown = name if len(name) <= 100 else name[:97] + "..."  # a whole data: URI, say
+        if os.path.isabs(name) or ".." in name.split("/") or "\0" in name or name != well_formed(name):
+            raise BrokenSample(self.locate(number)[0], raw.key, f"image {shown!r} does not lie within {self._images}")
         try:
             if is_url(self._images):
                 return self._downloads.read(self._images.rstrip("/") + "/" + name)
             with open(os.path.join(self._images, name), "rb") as file:
                 return file.read()
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise BrokenSample(self.locate(number)[0], raw.key, f"no image {name!r} in {self._images}") from error
+        except OSError as error:
+            if not isinstance(error, NO_IMAGE) and error.errno != errno.ENAMETOOLONG:
+                raise  # a disk or a connection fails
+            raise BrokenSample(self.locate(number)[0], raw.key, f"no image {shown!r} in {self._images}") from error
 
     def _row(self, number: int) -> tuple[dict[str, Any], int]:
         """The row, parsed, and the number of its line (from 1) or item (from 0)."""
@@ -75,7 +81,7 @@ class TableSource(Source):
         start, stop, line = self._lines[number].tolist()
         try:
             row = json.loads(self._rows[start:stop])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BrokenSample(self.locate(number)[0], f"line {line}", f"not JSON: {error}") from error
         if not isinstance(row, dict):
             raise BrokenSample(self.locate(number)[0], f"line {line}", f"a {type(row).__name__}, not an object")
@@ -117,7 +123,7 @@ def _llava_rows(path: Path) -> tuple[np.ndarray, bytes]:
     """
     try:
         items = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); a file of one object a line is named .jsonl") from error
     if not isinstance(items, list):
         raise ValueError(f"{path} holds a {type(items).__name__}; LLaVA's format is a list of conversations")

@@ -39,15 +39,20 @@ class BrokenShard(ValueError):  # noqa: N818
 def scan_tar(path: str | os.PathLike[str]) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar (ustar, GNU and pax) from its headers alone.
 
-    Raises BrokenShard for a compressed file, a header whose checksum is wrong, a member cut short,
-    or a missing end mark (a writer that was killed at a member's border).
+    Raises BrokenShard for a compressed file, a header whose checksum or sizes are wrong, a member cut short, or a
+    missing end mark (a writer that was killed at a member's border).
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise BrokenShard(f"{path} is empty; write the shard again or remove it")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            yield from _scan(view, size, str(path))
+            try:
+                yield from _scan(view, size, str(path))
+            except BrokenShard:
+                raise
+            except ValueError as error:
+                raise BrokenShard(f"{path}: {error}; write or copy it again, or remove it") from error
 
 
 def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
@@ -60,6 +65,8 @@ def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
         length, kind = _number(header[124:136]), header[156:157]
         if b"size" in pax:
             length = int(pax[b"size"])
+        if length < 0:
+            raise ValueError(f"the member at byte {offset} has a size of {length}")
         start = offset + BLOCK
         if start + length > size:
             name = long_name or _name(header)
@@ -122,6 +129,8 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
     while body and body[0] != 0:
         length_text, _, _ = body.partition(b" ")
         length = int(length_text)
+        if length <= len(length_text):
+            raise ValueError(f"a pax header has a record of {length} bytes")
         key, _, value = body[len(length_text) + 1 : length - 1].partition(b"=")
         records[key] = value
         body = body[length:]

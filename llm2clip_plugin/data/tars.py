@@ -60,9 +60,10 @@ class TarSource(Source):
         entry = self._indexes[shard][within]
         values: dict[str, Any] = {}
         if entry.json[0] != ABSENT:
+            data = self._read(shard, *entry.json)
             try:
-                values = json.loads(self._read(shard, *entry.json))
-            except ValueError as error:
+                values = json.loads(data)
+            except (ValueError, RecursionError) as error:
                 raise BrokenSample(self.shards[shard].name, entry.key, f"its .json is not JSON: {error}") from error
             if not isinstance(values, dict):
                 kind = type(values).__name__

@@ -126,6 +126,15 @@ def test_sample_without_captions_keeps_its_place(tmp_path: Path) -> None:
     assert torch.allclose(cache.rows("pairs", 2, [Caption("b")])[0], written[1], rtol=1e-3, atol=1e-3)
 
 
+def test_keys_that_utf8_cannot_hold_match_the_source(tmp_path: Path) -> None:
+    source = open_source(write_jsonl(tmp_path, [["one"], ["two"]], prefix="\ud800"))
+    fill(tmp_path / "cache", source)
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    cache.check(source)
+    key, captions = source.captions(1)
+    assert cache.rows("pairs", 1, captions, key=key).shape == (1, WIDTH) and key == "\ufffd1"
+
+
 def test_cache_goes_to_workers_without_its_maps(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
     cache = EmbeddingCache.open(tmp_path / "cache")

@@ -48,6 +48,12 @@ def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
     assert len(caption_hash(caption.text)) == 16
 
 
+def test_lone_surrogates_in_kind_and_language_are_replaced() -> None:
+    values = {"txt": {"d\ud83d": "a"}, "caption": {"text": "b", "kind": "k\ud83d", "language": "\ud83d"}}
+    found = read_captions(values, parse_fields(("txt=short", "caption=short"), "en"))
+    assert found == (Caption("a", "short", "d\ufffd"), Caption("b", "k\ufffd", "\ufffd"))
+
+
 @pytest.mark.parametrize("fields", [("caption",), ("=short",), ("caption=",), (), ("a=short", "a=long")])
 def test_misspelt_fields_are_refused(fields: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="caption field"):

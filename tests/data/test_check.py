@@ -1,10 +1,14 @@
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
 
 from llm2clip_plugin.cli import main
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources import SourceConfig, open_source
 
 
 @pytest.fixture
@@ -74,6 +78,42 @@ def test_the_text_names_shard_and_key(messy: Path, capsys: pytest.CaptureFixture
         "512-1023",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_training_refuses_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    members = [
+        ("five.jpg", jpeg(0)),
+        ("five.json", b'{"caption": 5}'),
+        ("list.jpg", jpeg(1)[:-300]),  # broken twice over
+        ("list.json", b'{"caption": ["x", 7]}'),
+        ("deep.jpg", jpeg(2)),
+        ("deep.json", b"[" * 200_000),
+        ("cut.jpg", jpeg(3)[:-300]),  # no caption either
+    ]
+    path = write_tar(tmp_path / "x.tar", [*img2dataset_members(0, 80), *members])
+    status, report = checked(capsys, str(path), "--workers", workers)
+    assert status == 1 and not report["fit_for_training"] and report["broken_share"] == 4 / 84
+    assert [(one["shard"], one["key"], one["reason"].split(";")[0]) for one in report["broken"][:2]] == [
+        ("x", "five", "caption field 'caption' holds a int"),
+        ("x", "list", "caption field 'caption' holds a int"),
+    ]
+    assert [(one["shard"], one["key"]) for one in report["broken"][2:]] == [("x", "deep"), ("x", "cut")]
+    assert "recursion" in report["broken"][2]["reason"] and "can't be decoded" in report["broken"][3]["reason"]
+    assert report["without_captions"] == [] and report["images"]["whole"] == report["captions"] / 2 == 80
+    source = open_source(SourceConfig(path=str(path)))
+    with pytest.raises(ValueError, match=r"[1-4] of 84 samples were broken"):  # as training would say
+        list(islice(make_loader(PairDataset([source], [None], ImageConfig(size=32), seed=0), local_batch=21), 4))
+
+
+def test_broken_samples_of_one_key_all_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    rows = [{"id": "same\ud800", "image": "a.jpg", "caption": caption} for caption in ("x", 1, "", 2)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, report = checked(capsys, str(tmp_path / "x.jsonl"))
+    assert status == 1 and report["broken_share"] == 0.75 and len(report["broken"]) == 2
+    assert {one["key"] for one in report["broken"] + report["without_captions"]} == {"same\ufffd"}
+    assert report["duplicate_keys"]["samples"] == 4
 
 
 def test_clean_data_is_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,10 +105,16 @@ def test_member_names_are_labels_and_never_paths(tmp_path: Path) -> None:
     ]
 
 
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
 BROKEN = {
     "no image": ([("a.txt", b"text")], "no .jpg"),
     "bad JSON": ([("a.jpg", b"x"), ("a.json", b"{not json")], "not JSON"),
     "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "a list, not an object"),
+    "JSON nested too deep": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], "recursion"),
+    "caption nested too deep": ([("a.jpg", b"x"), ("a.json", b'{"caption": %s}' % nested(2000))], "recursion"),
     "number for a caption": ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "'caption' holds a int"),
 }
 
@@ -162,7 +168,13 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
         '{"id": "a", "image": "none.jpg"}',
         '{"id": "b", "image": "../secret.jpg"}',
         '{"id": "c"}',
+        "[" * 200_000,
+        '{"id": "d", "image": "a\\u0000.jpg"}',
+        '{"id": "e", "image": "\\ud800.jpg"}',
+        json.dumps({"id": "f", "image": "data:image/png;base64," + "iVBORw0KGgo" * 1000}),
+        '{"id": "g", "image": "whole.jpg/a.jpg"}',
     ]
+    (tmp_path / "images" / "whole.jpg").write_bytes(jpeg(0))
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(rows))
     source = open_source(config(file, images=str(tmp_path / "images")))
@@ -178,7 +190,22 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
         ("a", f"no image 'none.jpg' in {tmp_path / 'images'}"),
         ("b", f"image '../secret.jpg' does not lie within {tmp_path / 'images'}"),
         ("c", "no field 'image' that names an image"),
+        ("line 6", "not JSON"),
+        ("d", f"image 'a\\x00.jpg' does not lie within {tmp_path / 'images'}"),
+        ("e", f"image '\\ud800.jpg' does not lie within {tmp_path / 'images'}"),
+        ("f", "no image 'data"),
+        ("g", f"no image 'whole.jpg/a.jpg' in {tmp_path / 'images'}"),
     ]
+
+
+def test_keys_that_utf8_cannot_hold_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "data.jsonl").write_text(
+        '{"id": " b\\ud800", "image": "a.jpg", "caption": "x"}\n{"image": "\\udfff"}\n'
+    )
+    source = open_source(config(tmp_path / "data.jsonl"))
+    assert source[0].key == source.captions(0)[0] == " b\ufffd"  # spaces are the key's own
+    assert source.raw(1).key == "\ufffd"
 
 
 def test_llavas_pretraining_json(tmp_path: Path) -> None:
@@ -204,6 +231,12 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
     assert source[0].key == "004539375" and source[0].captions == (Caption("select luxury furniture"),)
     with pytest.raises(BrokenSample, match="conversations can't be read"):
         source[1]
+
+
+def test_llavas_json_nested_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_bytes(b"[" * 200_000)
+    with pytest.raises(ValueError, match=r"chat\.json is not JSON"):
+        open_source(config(tmp_path / "chat.json"))
 
 
 def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
@@ -246,5 +279,7 @@ def test_many_shards_are_indexed_by_processes_and_errors_come_in_order(tmp_path:
 def test_a_shard_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
     source = open_source(config(write_shards(tmp_path, [3])))
     write_shards(tmp_path, [12])
-    with pytest.raises(ValueError, match="it was replaced"):
-        source[0]
+    for read in (source.__getitem__, source.captions):  # no broken sample, which training would only replace
+        with pytest.raises(ValueError, match="it was replaced") as caught:
+            read(0)
+        assert not isinstance(caught.value, BrokenSample)

@@ -65,6 +65,26 @@ def test_compressed_and_damaged_tars_are_named(tmp_path: Path) -> None:
         list(scan_tar(path))
 
 
+@pytest.mark.parametrize(
+    "records, says",
+    [
+        (b"17 size=-0001024\n", "size of -1024"),  # would lead back to the header before, for ever
+        (b"11 size=ab\n", "invalid literal"),
+        (b"0 size=1\n", "record of 0 bytes"),  # the same record for ever
+        (b"size=1\n", "invalid literal"),
+    ],
+)
+def test_wrong_sizes_in_pax_headers_are_named(tmp_path: Path, records: bytes, says: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [("pax", records), ("a.txt", b"x")])
+    data = bytearray(path.read_bytes())
+    data[156:157] = b"x"  # the first member is the second one's pax header
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data[:512]):06o}\0 ".encode()
+    path.write_bytes(data)
+    with pytest.raises(BrokenShard, match=f"x.tar: .*{says}"):
+        list(scan_tar(path))
+
+
 def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
     names = [
         "1.jpg",
