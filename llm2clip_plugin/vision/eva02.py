@@ -15,12 +15,16 @@ Shapes: B images, T tokens (class token, then patches in row-major order), H wid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llm2clip_plugin.vision.positions import check_pixels
 
 ROPE_THETA = 10000.0
 
@@ -127,22 +131,24 @@ class Eva02Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, config.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images of {tuple(pixel_values.shape[-2:])} pixels, the tower runs at {self.image_size}; "
-                "load_tower(..., image_size=N) interpolates the positions"
-            )
+        check_pixels(pixel_values, self.image_size)
         patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
         cls_B1H = self.cls_token.expand(patches_BTH.shape[0], -1, -1)
         return torch.cat((cls_B1H, patches_BTH), dim=1) + self.position_embedding
 
 
+def plain_attention(q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(E)) v`` as two products with a softmax between them."""
+    return (q_BNTE * q_BNTE.shape[-1] ** -0.5 @ k_BNTE.mT).softmax(dim=-1) @ v_BNTE
+
+
 class Eva02Attention(nn.Module):
-    """Self-attention with biases on queries and values alone, if any."""
+    """Self-attention with biases on queries and values alone, if any; fused, or "eager" in plain products."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
         width = config.hidden_size
+        self.config = config  # the model's own, where set_attn_implementation writes
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)
@@ -156,8 +162,8 @@ class Eva02Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (rearrange(x, "b t n e -> b n t e") for x in (q, k, v))
-        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b n t e -> b t (n e)")
-        return self.out_proj(self.inner_norm(mixed))
+        attend = plain_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
+        return self.out_proj(self.inner_norm(rearrange(attend(q, k, v), "b n t e -> b t (n e)")))
 
 
 class Eva02SwiGLU(nn.Module):
@@ -219,15 +225,22 @@ class Eva02VisionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     base_model_prefix = "eva02"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["Eva02Block"]  # noqa: RUF012 - transformers' own convention
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__(config)
+        chosen: Any = self.config  # transformers has chosen the attention in it
         self.embeddings = Eva02Embeddings(config)
-        self.blocks = nn.ModuleList(Eva02Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Eva02Block(chosen) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False  # set by gradient_checkpointing_enable
         self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Whether ``set_attn_implementation`` takes effect; transformers 5 would guess it from the source text."""
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range
@@ -276,6 +289,8 @@ class Eva02VisionModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H) its class token,
         and, when asked, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x_BTH = self.embeddings(pixel_values)
         rope = self._rope(x_BTH)
         states = [x_BTH]
@@ -293,3 +308,8 @@ class Eva02VisionModel(PreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
         return output if return_dict is not False else output.to_tuple()
+
+
+# once this module is imported, transformers' own loaders open its towers
+AutoConfig.register(Eva02Config.model_type, Eva02Config)
+AutoModel.register(Eva02Config, Eva02VisionModel)

@@ -1,4 +1,4 @@
-"""Learned position tables from one patch grid to another.
+"""Learned position tables: the image size that they are for, and the way to another patch grid.
 
 Shapes: C width, g side of the old grid, G side of the new one, c class rows (0 or 1).
 """
@@ -9,6 +9,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+
+def check_pixels(pixel_values: Tensor, image_size: int) -> None:
+    """ValueError unless images (B, 3, S, S) have the size in pixels that a tower's positions are for."""
+    if pixel_values.shape[-2:] != (image_size, image_size):
+        raise ValueError(
+            f"images of {tuple(pixel_values.shape[-2:])} pixels, the tower runs at {image_size}; "
+            "load_tower(..., image_size=N) interpolates the positions"
+        )
 
 
 def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid: int) -> Tensor:

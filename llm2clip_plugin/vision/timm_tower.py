@@ -84,15 +84,25 @@ class TimmTower(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, directory: str | os.PathLike[str], *, torch_dtype: torch.dtype, output_loading_info: bool = False
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
     ) -> TimmTower | tuple[TimmTower, dict]:
         """The tower of a directory. Not Hugging Face's: that builds models without memory, and timm's rotary tables,
-        which no file holds, would stay empty. RuntimeError for a tensor of another shape."""
+        which no file holds, would stay empty. Tensors of another shape are RuntimeError, or, with
+        ``ignore_mismatched_sizes``, left as they were and named in the loading info."""
         from safetensors.torch import load_file
 
         tower: Any = cls(TimmConfig.from_pretrained(directory))
-        left = tower.load_state_dict(load_file(Path(directory) / "model.safetensors"), strict=False)
-        info = {"missing_keys": left.missing_keys, "unexpected_keys": left.unexpected_keys, "mismatched_keys": []}
+        state, own = load_file(Path(directory) / "model.safetensors"), tower.state_dict()
+        wrong = [(k, v.shape, own[k].shape) for k, v in state.items() if k in own and v.shape != own[k].shape]
+        for name, *_ in wrong if ignore_mismatched_sizes else ():
+            del state[name]
+        left = tower.load_state_dict(state, strict=False)
+        info = {"missing_keys": left.missing_keys, "unexpected_keys": left.unexpected_keys, "mismatched_keys": wrong}
         tower = tower.to(torch_dtype).eval()
         return (tower, info) if output_loading_info else tower
 
@@ -114,6 +124,8 @@ class TimmTower(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states when asked."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] = []
         handles = []
         if output_hidden_states:

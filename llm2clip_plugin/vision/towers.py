@@ -20,7 +20,7 @@ from torch import nn
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.family import Family, Tower
-from llm2clip_plugin.vision.positions import resize_positions
+from llm2clip_plugin.vision.positions import check_pixels, resize_positions
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 TIMM_PREFIX = "timm:"
@@ -97,9 +97,10 @@ def load_tower(
     """A vision model from a tower directory, a plain Hugging Face directory, a Hub id or ``timm:NAME``, in eval mode.
 
     ``dtype`` is always said: transformers 4 reads half-precision files as float32, transformers 5 does not.
-    ``image_size`` other than the directory's own resizes the positions once (see ``resize_tower``).
-    Raises FileNotFoundError (nothing there), ValueError (unknown family), ContractError (weights that
-    don't fit the config: a missing, unknown or misshapen tensor is named).
+    ``image_size`` other than the directory's own resizes the positions once (see ``resize_tower``); images of any
+    other size are refused by the forward pass.
+    Raises FileNotFoundError (nothing there), ValueError (unknown family), ContractError (weights that don't fit the
+    config: a missing, unknown or misshapen tensor is named).
     """
     if str(source).startswith(TIMM_PREFIX):
         from llm2clip_plugin.vision.timm_tower import timm_tower
@@ -107,6 +108,7 @@ def load_tower(
         tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
     else:
         tower = _load_directory(fetch_directory(source, revision=revision), dtype)
+    _refuse_other_sizes(tower)
     if image_size is not None and image_size != tower.config.image_size:
         tower = resize_tower(tower, image_size)
     return tower
@@ -117,16 +119,23 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     config = read_json(directory / "config.json")
     family = family_of_type(str(config.get("model_type")), where=str(directory / "config.json"))
     try:
-        tower, info = family.vision_class().from_pretrained(directory, torch_dtype=dtype, output_loading_info=True)
-    except RuntimeError as error:  # transformers raises it for tensors of another shape
+        # with ignore_mismatched_sizes transformers says which tensors have another shape; refused below all the same
+        tower, info = family.vision_class().from_pretrained(
+            directory, torch_dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except RuntimeError as error:
         raise ContractError(f"the weights in {directory} don't fit its config.json: {error}") from error
     # older files of the hub hold position_ids: a counter, no weight
     strays = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
     unknown = sorted(key for key in strays if not key.startswith(family.beside_tower))
-    if info["missing_keys"] or unknown or info["mismatched_keys"]:
+    misshapen = {
+        name: f"{tuple(found)}, expected {tuple(expected)}" for name, found, expected in info["mismatched_keys"]
+    }
+    missing = sorted(set(info["missing_keys"]) - set(misshapen))
+    if missing or unknown or misshapen:
         raise ContractError(
-            f"the weights in {directory} don't fit its config.json: missing {sorted(info['missing_keys'])}, "
-            f"unknown {unknown}, misshapen {sorted(info['mismatched_keys'])}"
+            f"the weights in {directory} don't fit its config.json: missing {missing}, unknown {unknown}, "
+            f"misshapen {[f'{name} is {shapes}' for name, shapes in sorted(misshapen.items())]}"
         )
     tower.own_preprocessor = own_preprocessor(directory)
     return tower
@@ -161,8 +170,19 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
         resized.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{config.model_type} cannot be resized by its table of positions alone: {error}") from error
+    _refuse_other_sizes(resized)
     resized.own_preprocessor = tower.own_preprocessor if hasattr(tower, "own_preprocessor") else {}
     return resized.train(tower.training)
+
+
+def _refuse_other_sizes(tower: Tower) -> None:
+    """Have the forward pass refuse images of another size than the configuration's: DINOv2 would interpolate its
+    positions in silence, each version of transformers in its own way."""
+    tower.register_forward_pre_hook(_check_images, with_kwargs=True)
+
+
+def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check_pixels(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0], tower.config.image_size)
 
 
 def check_size(config: Any, image_size: int) -> None:

@@ -7,17 +7,22 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from llm2clip_plugin.vision.attention import use_fastest_attention
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 
 def towers() -> list:
-    return [Dinov2Model(Dinov2Config(**SIZES)), CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=64))]
+    return [
+        Dinov2Model(Dinov2Config(**SIZES)),
+        CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=64)),
+        Eva02VisionModel(Eva02Config(**SIZES, intermediate_size=64)),
+    ]
 
 
 @pytest.mark.skipif(not hasattr(Dinov2Model, "set_attn_implementation"), reason="transformers of the LLaVA environment")
-@pytest.mark.parametrize("tower", towers(), ids=["dinov2", "clip"])
+@pytest.mark.parametrize("tower", towers(), ids=["dinov2", "clip", "eva02"])
 def test_bf16_on_the_cpu_trains_with_plain_products(tower):
     pixels = torch.randn(2, 3, 28, 28)
     tower.eval()

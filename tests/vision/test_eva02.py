@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from transformers import AutoModel
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
@@ -125,6 +127,34 @@ def test_save_and_load_with_plain_transformers_methods(variant, tmp_path):
         assert torch.equal(again(pixels).pooler_output, tower(pixels).pooler_output)
     assert tower(pixels).hidden_states is None
     assert isinstance(tower(pixels, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(variant, tmp_path, monkeypatch):
+    Eva02VisionModel(tiny_config(**VARIANTS[variant])).save_pretrained(tmp_path)
+    fused, plain = (Eva02VisionModel.from_pretrained(tmp_path, attn_implementation=way) for way in ("sdpa", "eager"))
+    pixels, calls, kernel = torch.randn(2, 3, 28, 28, dtype=torch.float64), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or kernel(*qkv))
+    outputs = [tower.double().train()(pixels) for tower in (fused, plain)]
+    assert len(calls) == len(fused.blocks)  # the fused one's alone
+    assert largest_difference(outputs[0].last_hidden_state, outputs[1].last_hidden_state) < 1e-9
+    for output in outputs:
+        output.pooler_output[:, 0].sum().backward()
+    for (name, one), (_, other) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        assert one.grad.any() and largest_difference(one.grad, other.grad) < 1e-7, name
+    assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"  # where nothing is said
+
+
+def test_the_configuration_may_ask_for_states():
+    tower = Eva02VisionModel(tiny_config(output_hidden_states=True)).eval()
+    pixels = torch.randn(1, 3, 28, 28)
+    assert len(tower(pixels).hidden_states) == len(tower.blocks) + 1
+    assert tower(pixels, output_hidden_states=False).hidden_states is None
+
+
+def test_transformers_own_loaders_open_a_tower(tmp_path):
+    Eva02VisionModel(tiny_config()).save_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), Eva02VisionModel)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

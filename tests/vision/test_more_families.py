@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision import towers
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
@@ -60,6 +62,9 @@ def test_states_and_outputs_of_a_timm_tower(tower):
     with torch.no_grad():
         output = tower(pixel_values=pixels, output_hidden_states=True)
         assert tower(pixel_values=pixels).hidden_states is None
+        tower.config.output_hidden_states = True
+        assert len(tower(pixel_values=pixels).hidden_states) == 3
+        tower.config.output_hidden_states = False
         assert torch.equal(output.pooler_output, tower.model(pixels))
     patches = (size // tower.config.patch_size) ** 2
     assert len(output.hidden_states) == 3 == len(tower_blocks(tower)) + 1
@@ -101,6 +106,21 @@ def test_timm_tower_at_another_size(tower):
     with torch.no_grad():
         assert larger(pixel_values=torch.randn(1, 3, size, size)).last_hidden_state.shape == (1, 49, 64)
     assert larger.config.resized_from == tower.config.image_size
+
+
+def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tmp_path):
+    export_tower(tower, tmp_path / "tower", origin="timm:x")
+    file = tmp_path / "tower" / "model.safetensors"
+    size = tower.config.image_size + tower.config.patch_size
+    loaded = load_tower(tmp_path / "tower")
+    loaded.model.patch_embed.strict_img_size, loaded.model.dynamic_img_size = False, True  # what timm itself would take
+    with pytest.raises(ValueError, match=rf"images of \({size}, {size}\) pixels, the tower runs at"):
+        loaded(pixel_values=torch.randn(1, 3, size, size))
+    state = load_file(file)
+    state["model.blocks.1.norm1.weight"] = state["model.blocks.1.norm1.weight"][:-1].contiguous()
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ContractError, match=r"missing \[\].*model.blocks.1.norm1.weight is \(63,\), expected \(64,\)"):
+        load_tower(tmp_path / "tower")
 
 
 def test_timm_names(timm, monkeypatch):
@@ -150,6 +170,12 @@ def test_dinov3(tmp_path):
         found, expected = (m(pixel_values=pixels, output_hidden_states=True) for m in (tower, plain))
         again = transformers.DINOv3ViTModel.from_pretrained(tmp_path / "tower")(pixel_values=pixels)
     assert found.last_hidden_state.shape == (2, 17, 32) and len(found.hidden_states) == 3
+    with pytest.raises(ValueError, match=r"images of \(40, 40\) pixels, the tower runs at 32"):
+        tower(pixel_values=torch.randn(1, 3, 40, 40))
+    assert tower(pixel_values=pixels).hidden_states is None
+    tower.config.output_hidden_states = True
+    assert [state.shape[1] for state in tower(pixel_values=pixels).hidden_states] == [17] * 3
+    tower.config.output_hidden_states = False
     for mine, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(mine[:, 0], theirs[:, 0]) and torch.equal(mine[:, 1:], theirs[:, 4:])
     assert torch.equal(found.pooler_output, expected.pooler_output)
@@ -177,8 +203,6 @@ def test_dinov3(tmp_path):
 
 def test_models_saved_without_the_hubs_prefix_are_imported(tmp_path):
     """transformers 5 writes a CLIP that it made itself without ``vision_model.``, which 4.37 then can't read."""
-    from safetensors.torch import load_file, save_file
-
     from .conftest import TRANSFORMERS_TOWERS, read
 
     for name in ("clip_vision", "siglip_vision"):

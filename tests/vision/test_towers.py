@@ -1,6 +1,8 @@
 """Towers of transformers through the registry, against states computed by transformers 4.37.2."""
 
+import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -18,6 +20,7 @@ from llm2clip_plugin.vision.towers import (
     freeze_tower,
     load_tower,
     preprocessor_config,
+    resize_tower,
     resized_from,
     tower_blocks,
     tower_embeddings_parameters,
@@ -80,6 +83,34 @@ def test_resizing_moves_positions_and_nothing_else(name):
     with torch.no_grad():
         output = larger(pixel_values=torch.randn(1, 3, patch * 7, patch * 7))
     assert output.last_hidden_state.shape[1] == 49 + family_of(tower).has_cls
+
+
+REFUSED = r"images of \(36, 36\) pixels, the tower runs at \d\d; load_tower\(..., image_size=N\) interpolates"
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_other_pixel_sizes_are_refused(name):
+    tower = load_tower(TRANSFORMERS_TOWERS / name)
+    resized = resize_tower(tower, tower.config.patch_size * 5)
+    pixels = torch.randn(1, 3, 36, 36)
+    for refusing in (tower, resized, copy.deepcopy(resized), pickle.loads(pickle.dumps(tower))):
+        refusing.train().gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match=REFUSED):
+            refusing(pixel_values=pixels)
+        with pytest.raises(ValueError, match=REFUSED):
+            refusing(pixels, output_hidden_states=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.Module, "compile"), reason="Module.compile is newer than LLaVA's torch")
+@pytest.mark.parametrize("name", ["dinov2", "clip_vision"])
+def test_a_compiled_tower_refuses_other_pixel_sizes_too(name):
+    tower, pixels = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)["pixels"]
+    with torch.no_grad():
+        expected = tower(pixel_values=pixels).last_hidden_state
+        tower.compile(backend="aot_eager")
+        assert largest_difference(tower(pixel_values=pixels).last_hidden_state, expected) < 1e-5
+        with pytest.raises(ValueError, match=REFUSED):
+            tower(pixel_values=torch.randn(1, 3, 36, 36))
 
 
 def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
@@ -175,7 +206,7 @@ def test_unknown_families_and_sources_say_what_is_known(tmp_path):
         load_tower(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "renamed", "transposed"])
+@pytest.mark.parametrize("damage", ["missing", "renamed", "transposed", "cut"])
 @pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
     shutil.copytree(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
@@ -186,9 +217,17 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
         state[key.replace("fc1", "fc9")] = value
     if damage == "transposed":
         state[key] = value.T.contiguous()
+    if damage == "cut":
+        state[key] = value[:-1].contiguous()
     save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ContractError, match=r"don't fit its config.json"):
+    with pytest.raises(ContractError, match=r"don't fit its config.json") as refused:
         load_tower(tmp_path / "tower")
+    message, core_name = str(refused.value), key.removeprefix("vision_model.")
+    wrong = {"missing": "missing [", "renamed": "unknown [", "transposed": "misshapen [", "cut": "misshapen ["}[damage]
+    assert core_name.replace("fc1", "fc9" if damage == "renamed" else "fc1") in message.split(wrong)[1].split("]")[0]
+    if damage in ("transposed", "cut"):
+        assert f"is {tuple(state[key].shape)}, expected {tuple(value.shape)}" in message
+        assert "missing []" in message and "unknown []" in message
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "clip_full", "siglip_vision"])

@@ -20,7 +20,9 @@ def _vision_class() -> type:
 
         def forward(self, pixel_values, output_hidden_states=None):
             """As DINOv3ViTModel, the registers between class token and patches taken out."""
-            output: Any = super().forward(pixel_values, output_hidden_states=bool(output_hidden_states))
+            if output_hidden_states is None:
+                output_hidden_states = self.config.output_hidden_states
+            output: Any = super().forward(pixel_values, output_hidden_states=output_hidden_states)
             patches = 1 + self.config.num_register_tokens
 
             def without(state):
