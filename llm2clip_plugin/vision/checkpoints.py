@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.source_config import section
+from llm2clip_plugin.vision.towers import read_json
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 SAFE_TORCH = (2, 6)  # older `weights_only=True` can be made to run code (CVE-2025-32434)
@@ -39,14 +41,21 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / name).is_file():
             return [directory / name]
         if (directory / f"{name}.index.json").is_file():
-            index = json.loads((directory / f"{name}.index.json").read_text(encoding="utf-8"))
-            return sorted({directory / Path(file).name for file in index["weight_map"].values()})
+            return _shards(directory / f"{name}.index.json")
     found = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
     if not found:
         raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
     if len(found) > 1:
         raise ContractError(f"{directory} holds several checkpoints, name one: {', '.join(p.name for p in found)}")
     return found
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of shards names."""
+    files = section(read_json(index), "weight_map", where=str(index)).values()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ContractError(f'{index} has no "weight_map" from tensors to files; download or copy it again')
+    return sorted({index.parent / Path(file).name for file in files})
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -68,12 +77,11 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
         raise ContractError(
-            f"{path} holds more than tensors and was refused, nothing in it was run ({reason}); "
-            "ask its author for a .safetensors file"
+            f"{path} {_beside_tensors(str(error))} and was refused, nothing in it was run; take a .safetensors file of "
+            "these weights, or, where you trust this one, convert it to .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         if "TorchScript" in str(error):
             raise ContractError(
                 f"{path} is a TorchScript archive, which is a program; take the same weights from the Hub, "
@@ -81,6 +89,18 @@ def _read_pickle(path: Path) -> Any:
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ContractError(f"{path} is not a whole torch checkpoint ({reason}); download or copy it again") from error
+
+
+def _beside_tensors(reason: str) -> str:
+    """What a refused pickle holds, from torch's reason, which is long and otherwise tells how to run it all the same.
+
+    >>> _beside_tensors("Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default.")
+    'would run or construct argparse.Namespace'
+    """
+    name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", reason)
+    if name is None:
+        return "holds code or objects beside tensors, or is no torch checkpoint,"
+    return f"would run or construct {name[1]}"
 
 
 def _unwrap(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Existing vision checkpoints into tower directories: ``llm2clip import SOURCE --output DIR``.
 
-A source is a tower directory of this package (llm2clip.json), or any of the layouts of ``layouts.py``.
+A source is a tower directory of this package (llm2clip.json), any of the layouts of ``layouts.py``, or ``timm:NAME``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, beside_tower_st
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.layouts import Parsed, parse, report
-from llm2clip_plugin.vision.towers import fetch_directory, load_tower, preprocessor_config, read_json, resize_tower
+from llm2clip_plugin.vision.towers import (
+    TIMM_PREFIX,
+    fetch_directory,
+    load_tower,
+    preprocessor_config,
+    read_json,
+    resize_tower,
+)
 
 
 def import_tower(
@@ -34,10 +41,13 @@ def import_tower(
     """Write ``source`` (file, directory or Hub id) as a tower directory; return its card and a report in lines.
 
     ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's) where the source has none and its
-    tensors don't say enough. ``image_size`` other than the source's interpolates the positions, as the card records.
+    tensors don't say enough, or keys that go over those of the source's own. ``image_size`` other than the source's
+    interpolates the positions, as the card records.
     Raises FileNotFoundError, ValueError (architecture unknown), ContractError (a tensor without a place, missing,
     misshapen; a file that is truncated or holds code).
     """
+    if str(source).startswith(TIMM_PREFIX):
+        return _import_timm(str(source), output, config=config, image_size=image_size, replace=replace)
     path = Path(source).expanduser()
     place = path if path.is_file() else fetch_directory(source)
     if place.is_dir() and (place / TowerCard.FILE).is_file():
@@ -51,7 +61,29 @@ def import_tower(
         preprocessor=parsed.preprocessor,
         replace=replace,
     )
-    return card, report(parsed)
+    return card, [*report(parsed), *_interpolated(card)]
+
+
+def _import_timm(
+    source: str,
+    output: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None,
+    image_size: int | None,
+    replace: bool,
+) -> tuple[TowerCard, list[str]]:
+    """A timm model by name, with timm's pretrained weights; ValueError for a ``config``, which timm has itself."""
+    if config is not None:
+        raise ValueError(f"{source} is described by timm: leave --config out")
+    tower = load_tower(source, image_size=image_size)
+    card = export_tower(tower, output, origin=source, training={"imported_as": "timm"}, replace=replace)
+    return card, [f"read as timm: {len(tower.state_dict())} tensors of the tower", *_interpolated(card)]
+
+
+def _interpolated(card: TowerCard) -> list[str]:
+    """The line of a report that says so where a tower's positions were interpolated."""
+    old = card.training.get("resized_from")
+    return [] if old is None else [f"positions interpolated from {old} to {card.image_size} px"]
 
 
 def dual_of(parsed: Parsed, *, source: str, beside: Path, image_size: int | None = None) -> torch.nn.Module:
@@ -153,9 +185,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="llm2clip import", description="Turn an existing vision checkpoint into a tower directory."
     )
-    parser.add_argument("source", help=f"directory, Hub id or file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    parser.add_argument(
+        "source", help=f"directory, Hub id, timm:NAME or file (.safetensors, {', '.join(PICKLE_SUFFIXES)})"
+    )
     parser.add_argument("--output", required=True, help="tower directory to write")
-    parser.add_argument("--config", help="config.json, if the source has none and its tensors don't say enough")
+    parser.add_argument("--config", help="config.json where the source has none; its keys go over one's that is there")
     parser.add_argument("--image-size", type=int, help="interpolate the positions to this size in pixels")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
     options = parser.parse_args(argv)

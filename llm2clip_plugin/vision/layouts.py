@@ -24,7 +24,8 @@ from llm2clip_plugin.vision.adapter_match import AdapterMatch, candidate_prefixe
 from llm2clip_plugin.vision.checkpoints import read_tensors, require, weight_files
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.family import Family
-from llm2clip_plugin.vision.towers import family_named, family_of_type, read_json
+from llm2clip_plugin.vision.source_config import config_beside, opened, over, preprocessor_beside, section
+from llm2clip_plugin.vision.towers import family_named, family_of_type
 
 OWN_TEXT = "the model's own text tower; the LLM takes its place"
 OWN_TEXT_NAMES = (
@@ -55,43 +56,32 @@ class Parsed:
     preprocessor: dict[str, Any] = field(default_factory=dict)
 
 
-def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
-    """Take a checkpoint apart; ``config`` is the JSON object that the user gave, if any."""
+def parse(place: Path, told: dict[str, Any] | None) -> Parsed:
+    """Take a checkpoint apart; ``told`` is the JSON object that the user gave, if any: its keys go over those of the
+    file beside the checkpoint, and one with a ``model_type``, which describes a whole model, stands for that file."""
     state: dict[str, Tensor] = {}
     for file in [place] if place.is_file() else weight_files(place):
         state |= read_tensors(file)
-    beside = place if place.is_dir() else None
-    preprocessor: dict[str, Any] = {}
-    found_there = config is None
-    if beside is not None and config is None:
-        if (beside / "open_clip_config.json").is_file():
-            config = read_json(beside / "open_clip_config.json")
-        elif (beside / "config.json").is_file():
-            config = read_json(beside / "config.json")
-    if beside is not None and (beside / "preprocessor_config.json").is_file():
-        preprocessor = read_json(beside / "preprocessor_config.json")
-    if config is not None and "model_cfg" in config:  # OpenCLIP's file on the hub
-        chosen = config.get("preprocess_cfg", {})
-        preprocessor = {f"image_{key}": chosen[key] for key in ("mean", "std") if key in chosen}
-        config = config["model_cfg"]
+    told = opened(told or {})
+    config = told if "model_type" in told else over(opened(config_beside(place, state)), told)
     if open_clip_names.is_timm_eva(state):
         state = open_clip_names.timm_eva_as_eva(state)
     if eva_names.is_eva(state):
         state = eva_names.unpacked(state)
         # a config.json that merely lies beside may be of another kind, or name a timm model; the tensors say enough
-        described = config is not None and "width" in config.get("vision_cfg", {})
-        parsed = parse_eva(state, config if described or not found_there else None)
+        described = "width" in section(config, "vision_cfg") or section(told, "vision_cfg") or "model_type" in told
+        parsed = parse_eva(state, config if described else None)
     elif open_clip_names.is_clip(state) or open_clip_names.is_siglip(state):
         parsed = parse_open_clip(state, config)
-    elif config is not None and "model_type" in config:
+    elif "model_type" in config:
         parsed = parse_hub(state, config)
     else:
         raise ValueError(
             f"{place}: by its tensors neither EVA-CLIP nor OpenCLIP ({', '.join(sorted(state)[:3])}, ...); "
             "a Hugging Face model needs its config.json, beside it or as --config"
         )
-    parsed.preprocessor = preprocessor
-    _require_text_side(parsed, {} if found_there else config or {})
+    parsed.preprocessor = preprocessor_beside(place, config)
+    _require_text_side(parsed, told)
     _account(parsed, state, where=str(place))
     return parsed
 
@@ -99,19 +89,19 @@ def parse(place: Path, config: dict[str, Any] | None) -> Parsed:
 def _require_text_side(parsed: Parsed, told: dict[str, Any]) -> None:
     """ContractError for a text side that is not whole; ``told`` is the user's own config.json, which may say that a
     release has no logit scale (``logit_scale_init_value``) or no bias behind the adapter (``text_cfg.proj_bias``)."""
-    adapter = parsed.adapter
+    start, adapter = told.get("logit_scale_init_value"), parsed.adapter
+    if parsed.logit_scale is None and (adapter is not None or OWN_TEXT in parsed.left_out.values()):
+        if not isinstance(start, int | float):
+            raise ContractError(
+                "the checkpoint lacks logit_scale; if it never had one, say where to start: --config with "
+                '{"logit_scale_init_value": 2.6592} (a natural logarithm; this is where CLIP starts)'
+            )
+        parsed.logit_scale = torch.tensor(float(start))
     if adapter is None:
         return
-    if parsed.logit_scale is None and "logit_scale_init_value" in told:
-        parsed.logit_scale = torch.tensor(float(told["logit_scale_init_value"]))
-    elif parsed.logit_scale is None:
-        raise ContractError(
-            "the checkpoint lacks logit_scale; if it never had one, say where to start: --config with "
-            '"logit_scale_init_value" (a natural logarithm; CLIP starts at 2.6592)'
-        )
     last = adapter.names["projection.weight"]
     known = last.split(".")[-3] in ("text_adaptor", "adaptor")  # the reference's own, which has a bias
-    if known and "projection.bias" not in adapter.names and told.get("text_cfg", {}).get("proj_bias", True):
+    if known and "projection.bias" not in adapter.names and section(told, "text_cfg").get("proj_bias", True):
         raise ContractError(
             f"the checkpoint lacks {last.replace('weight', 'bias')}; if it never had one, say so: --config with "
             '{"text_cfg": {"proj_bias": false}}'
@@ -120,7 +110,7 @@ def _require_text_side(parsed: Parsed, told: dict[str, Any]) -> None:
 
 def parse_eva(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed:
     """EVA-CLIP's layout: ``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
-    if config is not None and "width" not in config.get("vision_cfg", {}):
+    if config is not None and "width" not in section(config, "vision_cfg"):
         raise ValueError(f"the configuration of an EVA-CLIP tower has vision_cfg.width; this one has {sorted(config)}")
     tower_config = (
         eva_names.config_from_tensors(state) if config is None else eva_names.config_from_fields(config["vision_cfg"])
@@ -133,11 +123,11 @@ def parse_eva(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed
     parsed.projection_bias = _take(parsed, state, "visual.head.bias")
     own_text = tuple(f"text.{name}" for name in (*OWN_TEXT_NAMES, "cls_emb", "proj."))
     _take_text_side(parsed, state, own_text=own_text)
-    require(state, "visual.head.weight", "visual.head.bias", *_scale_if_text(parsed))
+    require(state, "visual.head.weight", "visual.head.bias")
     return parsed
 
 
-def parse_open_clip(state: dict[str, Tensor], config: dict[str, Any] | None) -> Parsed:
+def parse_open_clip(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     """OpenCLIP's layout: CLIP (``visual.transformer``) or SigLIP (``visual.trunk``), with any text side."""
     if open_clip_names.is_clip(state):
         fields = open_clip_names.clip_config(state, config)
@@ -150,19 +140,25 @@ def parse_open_clip(state: dict[str, Tensor], config: dict[str, Any] | None) -> 
         parsed.projection = _take(parsed, state, "visual.head.proj.weight")
     own_text = (*OWN_TEXT_NAMES, *(f"text.{name}" for name in (*OWN_TEXT_NAMES, "cls_emb", "proj.")))
     _take_text_side(parsed, state, own_text=own_text)
-    require(state, *_scale_if_text(parsed))
+    if parsed.format == "open_clip" and _has_joint_space(parsed):
+        require(state, "visual.proj")
     return parsed
 
 
-def _scale_if_text(parsed: Parsed) -> tuple[str, ...]:
-    """A checkpoint with any text side has a logit scale."""
-    return ("logit_scale",) if parsed.adapter is not None or OWN_TEXT in parsed.left_out.values() else ()
+def _has_joint_space(parsed: Parsed) -> bool:
+    """Whether images are compared with texts in a checkpoint: a CLIP then has a projection."""
+    beside = (parsed.adapter, parsed.logit_scale)
+    return any(part is not None for part in beside) or OWN_TEXT in parsed.left_out.values()
 
 
 def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     """Hugging Face's layout: a vision model alone, a whole model, or a release with a text adapter beside."""
     family = hub_family(state, config)
-    vision = family.vision_class().config_class.from_dict(config.get("vision_config", config))
+    if config.get("vision_config") is None:
+        own = {key: value for key, value in config.items() if key != "vision_config"}
+    else:
+        own = section(config, "vision_config")
+    vision = family.vision_class().config_class.from_dict(own)
     vision.architectures = [family.vision_class().__name__]
     fields = json.loads(vision.to_json_string(use_diff=False))
     anchor = f"{family.file_prefix}embeddings."
@@ -188,12 +184,30 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed:
     parsed.projection = _take(parsed, state, f"{outer}visual_projection.weight")
     parsed.projection_bias = _take(parsed, state, f"{outer}visual_projection.bias")
     _take_text_side(parsed, state, own_text=("text_model.", "text_projection.", "classifier."))
-    if OWN_TEXT in parsed.left_out.values():  # a whole model
-        scales = ("logit_scale", "logit_bias") if family.name == "siglip" else ("logit_scale",)
-        require(state, *(outer + name for name in scales))
-    if family.name == "clip" and parsed.adapter is not None:
+    if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None and family.name in ("clip", "siglip"):
+        _require_whole(state, family, config)
+    projects = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
+    if family.name == "clip" and (projects or _has_joint_space(parsed)):
         require(state, f"{outer}visual_projection.weight")
     return parsed
+
+
+def _require_whole(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:
+    """ContractError where a whole CLIP or SigLIP lacks, or has in another shape, what its configuration says it holds
+    beside the vision model: its own text tower is left out, but a damaged one means a damaged file."""
+    import transformers
+
+    require(state, *(["logit_bias"] if family.name == "siglip" else []))
+    if not section(config, "text_config"):
+        return
+    whole: Any = transformers.SiglipModel if family.name == "siglip" else transformers.CLIPModel
+    with torch.device("meta"):  # names and shapes, no memory
+        model = whole(whole.config_class.from_dict(config)).state_dict()
+    beside = {name: tuple(value.shape) for name, value in model.items() if name.startswith(("text_", "visual_"))}
+    require(state, *beside)
+    for name, shape in beside.items():
+        if state[name].shape != shape:
+            raise ContractError(f"{name} is {tuple(state[name].shape)}, config.json says {shape}: cut, or another's?")
 
 
 def hub_family(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
@@ -202,7 +216,7 @@ def hub_family(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     ``siglip2`` is the name of NaFlex models, which take images of any shape; with a convolution over square patches
     the tensors are those of a fixed-resolution SigLIP, whatever the name. ValueError for anything else.
     """
-    types = [config, config.get("vision_config", {})]
+    types = [config, section(config, "vision_config")]
     names = [str(part["model_type"]) for part in types if "model_type" in part]
     patches = [value for key, value in state.items() if key.endswith("vision_model.embeddings.patch_embedding.weight")]
     if any(name.startswith("siglip2") for name in names):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.checkpoints import patch_shape, require
+from llm2clip_plugin.vision.source_config import section
 
 CLIP_HEAD_WIDTHS = {
     384: 64,
@@ -27,6 +28,9 @@ CLIP_HEAD_WIDTHS = {
     1664: 104,
 }  # by tower width
 SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}  # of the released SigLIP towers, by width
+
+# in vision_cfg; they leave no trace in the tensors, so a tower that has them would import as another
+NOT_SERVED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kwargs")
 
 CLIP_OUTSIDE = {  # OpenCLIP -> Hugging Face
     "visual.class_embedding": "embeddings.class_embedding",
@@ -107,12 +111,14 @@ def timm_eva_as_eva(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def clip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict[str, Any]:
+def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A CLIP vision config.json from the tensors; ``fields`` is OpenCLIP's model config (embed_dim, vision_cfg ...).
 
-    Raises ValueError without ``fields``: QuickGELU leaves no trace in the tensors.
+    Raises ValueError where ``fields`` don't describe a model: QuickGELU leaves no trace in the tensors; or where they
+    describe one that is not served. ContractError where they and the tensors differ.
     """
-    if fields is None:
+    vision = section(fields, "vision_cfg")
+    if "quick_gelu" not in fields and "width" not in vision:  # a whole model's file leaves out what is false
         raise ValueError(
             "an OpenCLIP checkpoint doesn't say its activation: OpenAI's weights need QuickGELU, LAION's GELU, and the "
             'wrong one loads fine. Say it with --config: a file with {"quick_gelu": true} or {"quick_gelu": false}, '
@@ -121,8 +127,10 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict
     hidden = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
     width, patch = patch_shape(state["visual.conv1.weight"], "visual.conv1.weight")
-    vision = fields.get("vision_cfg", {})
-    head_width = vision.get("head_width", CLIP_HEAD_WIDTHS.get(width))
+    image_size = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
+    layers = depth(state, "visual.transformer.resblocks.")
+    _check_vision(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
+    head_width = vision.get("head_width") or CLIP_HEAD_WIDTHS.get(width)
     if head_width is None:
         raise ValueError(f"no known CLIP tower is {width} wide; say vision_cfg.head_width in --config")
     return {
@@ -130,23 +138,40 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict
         "architectures": ["CLIPVisionModel"],
         "hidden_act": "quick_gelu" if fields.get("quick_gelu", False) else "gelu",
         "hidden_size": width,
-        "image_size": round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch,
+        "image_size": image_size,
         "intermediate_size": state[hidden].shape[0],
         "layer_norm_eps": 1e-5,
         "num_attention_heads": width // head_width,
-        "num_hidden_layers": depth(state, "visual.transformer.resblocks."),
+        "num_hidden_layers": layers,
         "patch_size": patch,
         "projection_dim": state["visual.proj"].shape[1] if "visual.proj" in state else width,
     }
 
 
-def siglip_config(state: dict[str, Tensor], fields: dict[str, Any] | None) -> dict[str, Any]:
+def _check_vision(vision: dict[str, Any], **found: int) -> None:
+    """ContractError for sizes of ``vision_cfg`` that are not those ``found`` in the tensors; ValueError for a way of
+    pooling, an activation or a norm that is not served."""
+    for name, size in found.items():
+        told = vision.get(name)
+        if told not in (None, size, [size, size]):
+            hint = f"; --image-size {told} interpolates" if name == "image_size" else ""
+            raise ContractError(
+                f"the configuration says vision_cfg.{name} {told}, the tensors {size}: the file is not whole, or the "
+                f"configuration another's{hint}"
+            )
+    if vision.get("pool_type") not in (None, "tok"):
+        raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}: only 'tok', the class token, is served")
+    if others := [f"{name} {vision[name]!r}" for name in NOT_SERVED if vision.get(name)]:
+        raise ValueError(f"vision_cfg has {', '.join(others)}: OpenCLIP towers with these are not served")
+
+
+def siglip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A SigLIP vision config.json from ``visual.trunk.*``; ``fields`` may give vision_cfg.heads."""
     trunk = "visual.trunk."
     patches, hidden = f"{trunk}patch_embed.proj.weight", f"{trunk}blocks.0.mlp.fc1.weight"
     require(state, patches, f"{trunk}pos_embed", hidden)
     width, patch = patch_shape(state[patches], patches)
-    heads = (fields or {}).get("vision_cfg", {}).get("heads", SIGLIP_HEADS.get(width))
+    heads = section(fields, "vision_cfg").get("heads") or SIGLIP_HEADS.get(width)
     if heads is None:
         raise ValueError(f"no released SigLIP tower is {width} wide; say vision_cfg.heads in --config")
     return {

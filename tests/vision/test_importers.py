@@ -1,6 +1,8 @@
 """Checkpoints that people have: the same features as the reference, every tensor accounted for, damage refused."""
 
+import argparse
 import json
+import os
 import pickle
 import re
 import shutil
@@ -169,6 +171,7 @@ def test_a_file_takes_its_config_from_the_option(tmp_path):
 SOURCES = {
     "eva02": (CHECKPOINT / "checkpoint.safetensors", CHECKPOINT / "config.json"),
     "release": (RELEASE, None),
+    "clip": (TRANSFORMERS_TOWERS / "clip_full", None),
     "siglip": (TRANSFORMERS_TOWERS / "siglip_full", None),
     "dinov2": (TRANSFORMERS_TOWERS / "dinov2", None),
 }
@@ -197,6 +200,12 @@ def test_own_directory_resized_on_import(tmp_path):
     assert load_dual_encoder(tmp_path / "two").encode_image(torch.randn(1, 3, 42, 42)).shape == (1, 20)
 
 
+def test_a_foreign_source_resized_on_import_says_so(tmp_path):
+    card, report = import_tower(RELEASE, tmp_path / "one", image_size=42)
+    assert card.training["resized_from"] == 28 and report[-1] == "positions interpolated from 28 to 42 px"
+    assert not any("interpolated" in line for line in import_tower(RELEASE, tmp_path / "two")[1])
+
+
 # one tensor of every role in each layout
 DAMAGED = {
     "eva02": [
@@ -222,14 +231,23 @@ DAMAGED = {
         "text_adapter.adaptor.5.bias",
         "logit_scale",
     ],
-    "siglip": ["logit_scale", "logit_bias", "vision_model.head.probe"],
+    "clip": [
+        "visual_projection.weight",
+        "logit_scale",
+        "text_projection.weight",
+        "text_model.final_layer_norm.weight",
+        "text_model.encoder.layers.0.self_attn.q_proj.bias",
+    ],
+    "siglip": ["logit_scale", "logit_bias", "vision_model.head.probe", "text_model.head.bias"],
     "openclip": [
         "visual.class_embedding",
         "visual.conv1.weight",
         "visual.positional_embedding",
         "visual.transformer.resblocks.0.mlp.c_fc.weight",
         "visual.transformer.resblocks.1.attn.in_proj_bias",
+        "visual.proj",
         "text.text_adaptor.5.bias",
+        "logit_scale",
     ],
 }
 
@@ -282,10 +300,8 @@ def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
     save_file(damaged(whole_state(layout), key, how), tmp_path / "damaged" / "model.safetensors")
     place, config = tmp_path / "damaged", None
     if layout == "openclip":
-        vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 7, "image_size": 28}
-        (place / "open_clip_config.json").write_text(
-            json.dumps({"model_cfg": {"vision_cfg": vision, "quick_gelu": True}})
-        )
+        fields = {"model_cfg": {"vision_cfg": open_clip_vision(), "quick_gelu": True}}
+        (place / "open_clip_config.json").write_text(json.dumps(fields))
     elif SOURCES[layout][0].is_dir():
         shutil.copy(SOURCES[layout][0] / "config.json", place)
     else:
@@ -296,6 +312,69 @@ def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
         r"lacks|no place|don't fit|missing|misshapen|rows|expected|says|wide, the|is not what", str(refusal.value)
     )
     assert not (tmp_path / "tower").exists() and not list(tmp_path.glob(".import-*"))
+
+
+def test_a_clip_is_not_imported_without_its_projection(tmp_path):
+    """Its features would be another space's; one that says no word of texts is a tower alone."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_full", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["text_projection.weight"] = state.pop("visual_projection.weight")
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "tower")
+    alone = {name: value for name, value in state.items() if name.startswith("vision_model.")}
+    save_file(alone, tmp_path / "model" / "model.safetensors")
+    assert import_tower(tmp_path / "model", tmp_path / "tower")[0].joint_width == 0
+    save_file(alone | {"logit_scale": torch.zeros(())}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "other")
+    save_file(alone, tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["architectures"] = ["CLIPVisionModelWithProjection"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("layout, lost", [("release", "adaptor.5.bias"), ("eva02", "text_adaptor.5.bias")])
+def test_what_an_error_says_to_do_helps(layout, lost, tmp_path):
+    """The JSON that each refusal prints, written to a file and given as --config, and nothing else."""
+    state = {k: v for k, v in whole_state(layout).items() if k != "logit_scale" and not k.endswith(lost)}
+    (tmp_path / "source").mkdir()
+    save_file(state, tmp_path / "source" / "model.safetensors")
+    if layout == "release":
+        shutil.copy(RELEASE / "config.json", tmp_path / "source")
+    told, refusals = {}, 0
+    while True:
+        (tmp_path / "told.json").write_text(json.dumps(told))
+        try:
+            import_tower(tmp_path / "source", tmp_path / "tower", config=tmp_path / "told.json" if told else None)
+            break
+        except ContractError as error:
+            advice = re.search(r"--config with (\{.*\})", str(error))
+            assert advice and refusals < 2, str(error)
+            told, refusals = told | json.loads(advice[1]), refusals + 1
+    assert refusals == 2
+    dual = load_dual_encoder(tmp_path / "tower")
+    assert dual.logit_scale.log().item() == pytest.approx(2.6592, abs=1e-4)
+    assert not dual.dual.text_adapter.projection.bias.any()
+    whole, _ = import_tower(SOURCES[layout][0], tmp_path / "whole", config=SOURCES[layout][1])
+    assert whole.weights_sha256 == TowerCard.read(tmp_path / "tower" / "llm2clip.json").weights_sha256
+
+
+def test_a_users_config_goes_over_the_one_beside(tmp_path):
+    """Keys inside objects too; a whole model's config.json stands alone."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "model")
+    (tmp_path / "part.json").write_text('{"hidden_act": "gelu"}')
+    import_tower(tmp_path / "model", tmp_path / "one", config=tmp_path / "part.json")
+    written = json.loads((tmp_path / "one" / "config.json").read_text())
+    beside = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["hidden_act"] == "gelu" and written["hidden_size"] == beside["hidden_size"]
+    (tmp_path / "whole.json").write_text(json.dumps(beside | {"vision_config": None}))
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "clip", "hidden_act": "gelu"}')
+    import_tower(tmp_path / "model", tmp_path / "two", config=tmp_path / "whole.json")
+    written = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert written["hidden_act"] == beside.get("hidden_act", "quick_gelu")
 
 
 def test_a_release_that_never_had_them_says_so_in_its_config(tmp_path):
@@ -321,6 +400,33 @@ def test_truncated_files_are_refused(file, tmp_path):
     assert not (tmp_path / "tower").exists()
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{}", r"model.safetensors.index.json has no .weight_map."),
+        ('{"weight_map": []}', r"model.safetensors.index.json: .weight_map. is \[\], expected an object"),
+        ('{"weight_map"', r"model.safetensors.index.json is not valid JSON"),
+    ],
+)
+def test_a_broken_index_of_shards_is_named(text, message, tmp_path):
+    shutil.copy(RELEASE / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ContractError, match=message):
+        import_tower(tmp_path, tmp_path / "tower")
+
+
+def test_null_in_a_config_is_as_good_as_absent(tmp_path):
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"vision_config": None}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    card, _ = import_tower(tmp_path / "model", tmp_path / "tower")
+    plain, _ = import_tower(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "plain")
+    assert card.weights_sha256 == plain.weights_sha256
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vision_config": 3}))
+    with pytest.raises(ContractError, match=r"vision_config. is 3, expected an object"):
+        import_tower(tmp_path / "model", tmp_path / "other")
+
+
 class Trap:
     """A pickle of this writes a file when it is loaded without care."""
 
@@ -339,11 +445,31 @@ def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
         torch.save({"logit_scale": torch.zeros(()), "x": Trap(trap)}, tmp_path / "checkpoint.pt")
     else:
         (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps({"x": Trap(trap)}))
-    with pytest.raises(ContractError, match=r"was refused, nothing in it was run"):
+    with pytest.raises(
+        ContractError, match=r"was refused, nothing in it was run; .* convert it to .safetensors"
+    ) as said:
         import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
     assert not trap.exists()
+    assert ("would run or construct getattr" if protocol == "zip" else "holds code or objects") in str(said.value)
+    assert "weights_only" not in str(said.value) and "\x1b" not in str(said.value)
     pickle.loads(pickle.dumps(Trap(trap)))
     assert trap.exists()  # the trap does work
+
+
+@pytest.mark.parametrize(
+    "value, name", [(argparse.Namespace(a=1), "argparse.Namespace"), (os.system, f"{os.system.__module__}.system")]
+)
+def test_a_refused_pickle_says_what_it_would_make(value, name, tmp_path):
+    torch.save({"x": value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ContractError, match=rf"would run or construct {name} and was refused"):
+        import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
+
+
+@pytest.mark.parametrize("text", ["hello world\n", "version https://git-lfs.github.com/spec/v1\n", "<html>"])
+def test_a_text_that_is_called_pt_is_refused(text, tmp_path):
+    (tmp_path / "checkpoint.pt").write_text(text)
+    with pytest.raises(ContractError, match=r"is not a whole torch checkpoint|or is no torch checkpoint"):
+        import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
 
 
 def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
@@ -448,3 +574,73 @@ def test_text_towers_are_left_out_by_name_alone(tmp_path):
     save_file({**state, "extra.weight": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(ContractError, match=r"1 of \d+ tensors have no place in a hub-clip model: \['extra.weight'\]"):
         import_tower(tmp_path / "model", tmp_path / "tower")
+
+
+def open_clip_vision(**fields) -> dict:
+    """OpenCLIP's configuration of the release's tower, ``fields`` over it."""
+    return {"layers": 2, "width": 32, "head_width": 16, "patch_size": 7, "image_size": 28} | fields
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"layers": 3}, "says vision_cfg.layers 3, the tensors 2"),
+        ({"width": 48}, "says vision_cfg.width 48, the tensors 32"),
+        ({"patch_size": 14}, "says vision_cfg.patch_size 14, the tensors 7"),
+        ({"image_size": 56}, "says vision_cfg.image_size 56, the tensors 28.*--image-size 56"),
+        ({"pool_type": "avg"}, "pool_type is 'avg'"),
+        ({"act_kwargs": {"approximate": "tanh"}}, "has act_kwargs {'approximate': 'tanh'}"),
+        ({"norm_kwargs": {"eps": 1e-6}}, "has norm_kwargs"),
+        ({"final_ln_after_pool": True}, "has final_ln_after_pool True"),
+        ({"attentional_pool": True}, "has attentional_pool True"),
+    ],
+)
+def test_an_open_clip_configuration_of_another_tower_is_refused(fields, message, tmp_path):
+    save_file(open_clip_state_of_the_release(), tmp_path / "open_clip_model.safetensors")
+    for name, vision in (("right", open_clip_vision(image_size=[28, 28])), ("wrong", open_clip_vision(**fields))):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"quick_gelu": True, "vision_cfg": vision}))
+    source = tmp_path / "open_clip_model.safetensors"
+    with pytest.raises(ValueError, match=message):
+        import_tower(source, tmp_path / "tower", config=tmp_path / "wrong.json")
+    import_tower(source, tmp_path / "tower", config=tmp_path / "right.json")
+
+
+def test_a_truncated_open_clip_tower_is_refused(tmp_path):
+    state = {k: v for k, v in open_clip_state_of_the_release().items() if ".resblocks.1." not in k}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": open_clip_vision()}}))
+    with pytest.raises(ContractError, match=r"says vision_cfg.layers 2, the tensors 1"):
+        import_tower(tmp_path, tmp_path / "tower")
+
+
+def test_a_repository_that_holds_a_model_twice(tmp_path):
+    """As OpenCLIP's and as Hugging Face's, each with its configuration: that of the tensors that are read counts."""
+    shutil.copytree(RELEASE, tmp_path / "hub")
+    save_file(open_clip_state_of_the_release(), tmp_path / "hub" / "open_clip_model.safetensors")
+    fields = {"model_cfg": {"vision_cfg": open_clip_vision(), "quick_gelu": True}}
+    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(fields))
+    card, _ = import_tower(tmp_path / "hub", tmp_path / "tower")
+    assert card.training["imported_as"] == "hub-clip"
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    again, _ = import_tower(tmp_path / "hub", tmp_path / "again")
+    assert again.training["imported_as"] == "open_clip" and again.adapter_sha256 == card.adapter_sha256
+    (tmp_path / "hub" / "open_clip_config.json").unlink()  # Hugging Face's own doesn't say OpenCLIP's activation
+    with pytest.raises(ValueError, match="doesn't say its activation"):
+        import_tower(tmp_path / "hub", tmp_path / "other")
+
+
+def test_a_timm_model_by_name(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
+    from llm2clip_plugin.vision import timm_tower
+
+    named = timm_tower.timm_tower
+    monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests
+    argv = ["timm:vit_tiny_patch16_224", "--output", str(tmp_path / "tower"), "--image-size", "32"]
+    assert importers.main(argv) == 0
+    assert "positions interpolated from 224 to 32 px" in capsys.readouterr().out
+    card = TowerCard.read(tmp_path / "tower" / "llm2clip.json")
+    assert (card.family, card.image_size, card.origin) == ("timm", 32, "timm:vit_tiny_patch16_224")
+    assert load_tower(tmp_path / "tower").config.timm_name == "vit_tiny_patch16_224"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="leave --config out"):
+        importers.main([*argv, "--overwrite", "--config", str(tmp_path / "config.json")])

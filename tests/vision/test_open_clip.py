@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.importers import import_tower
 
 from .conftest import REFERENCE, largest_difference, read
@@ -48,12 +49,27 @@ def test_clip(quick_gelu, tmp_path):
     assert written["image_mean"] == [0.1, 0.2, 0.3]
 
 
+def test_a_clip_with_its_own_text_tower_needs_its_projection(tmp_path):
+    vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1, "head_width": 16}
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
+    save_as_on_the_hub(model, {"vision_cfg": vision}, tmp_path / "hub")
+    import_tower(tmp_path / "hub", tmp_path / "whole")
+    del model.visual.proj
+    (tmp_path / "hub" / "open_clip_model.safetensors").unlink()
+    save_file(dict(model.state_dict()), tmp_path / "hub" / "open_clip_model.safetensors")
+    with pytest.raises(ContractError, match=r"lacks \['visual.proj'\]"):
+        import_tower(tmp_path / "hub", tmp_path / "tower")
+
+
 def test_clip_without_its_activation_is_refused(tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1}
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="doesn't say its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower")
+    (tmp_path / "config.json").write_text('{"vision_cfg": {"head_width": 16}}')
+    with pytest.raises(ValueError, match="doesn't say its activation"):
+        import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"quick_gelu": true}')
     with pytest.raises(ValueError, match="no known CLIP tower is 64 wide"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
