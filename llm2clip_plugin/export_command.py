@@ -11,6 +11,13 @@ from pathlib import Path
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.vision.export import reexport
 from llm2clip_plugin.vision.formats import FORMATS, convert, push_to_hub
+from llm2clip_plugin.vision.model_card import summary
+
+FORMAT_HELP = (
+    "tower: a tower directory (the default); clip: transformers' CLIPVisionModelWithProjection; openclip: OpenCLIP's "
+    "names (CLIP, SigLIP) or EVA-CLIP's (EVA02) with the LLM's adapter, for their image towers and `llm2clip import`, "
+    "not for OpenCLIP's create_model, which wants a text tower; onnx: ONNX Runtime"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -40,9 +47,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--ema and --checkpoint choose from a run; {options.source} has no {RunRecord.FILE}")
     else:
         card = reexport(options.source, options.output, replace=options.overwrite)
-    print(
-        f"{options.output}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
-    )
+    print(summary(options.output, card))
     if options.push:
         print(push_to_hub(options.output, options.push, private=not options.public))
     return 0
@@ -55,7 +60,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("source", help="folder of a training run, tower directory, or Hub id")
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--format", default="tower", choices=["tower", *FORMATS], help="default: a tower directory")
+    parser.add_argument("--format", default="tower", choices=["tower", *FORMATS], help=FORMAT_HELP)
     parser.add_argument("--checkpoint", default="", help="a run's checkpoint other than the newest")
     parser.add_argument("--ema", action="store_true", help="a run's moving averages instead of its weights")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the written tower directory to the Hub, too")

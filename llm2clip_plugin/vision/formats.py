@@ -1,10 +1,14 @@
 """A tower directory in other people's formats, each read back and compared before it is said to be written.
 
-| format   | writes                                                      | opens with                             |
-|----------|-------------------------------------------------------------|----------------------------------------|
-| clip     | config.json, model.safetensors, preprocessor_config.json    | CLIPVisionModelWithProjection          |
-| openclip | open_clip_model.safetensors, open_clip_config.json          | OpenCLIP, EVA-CLIP, LLM2CLIP's trainer |
-| onnx     | image_encoder.onnx, preprocessor_config.json                | ONNX Runtime                           |
+| format   | writes                                                   | opens with                                     |
+|----------|----------------------------------------------------------|------------------------------------------------|
+| clip     | config.json, model.safetensors, preprocessor_config.json | CLIPVisionModelWithProjection                  |
+| openclip | open_clip_model.safetensors, open_clip_config.json       | CLIP, SigLIP: OpenCLIP's image tower           |
+|          |                                                          | EVA02: EVA-CLIP's image tower                  |
+|          |                                                          | all: LLM2CLIP's names, `llm2clip import`       |
+| onnx     | image_encoder.onnx, preprocessor_config.json             | ONNX Runtime                                   |
+
+OpenCLIP's ``create_model`` opens none of them: it wants a text tower, whose place the LLM has taken.
 """
 
 from __future__ import annotations
@@ -25,12 +29,13 @@ from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.eva_names import eva_state
 from llm2clip_plugin.vision.export import WEIGHTS_FILE, check_card, compare_features, probe_images, save_tower
 from llm2clip_plugin.vision.family import tower_in
-from llm2clip_plugin.vision.open_clip_names import open_clip_state
+from llm2clip_plugin.vision.open_clip_names import SIGLIP_HEADS, open_clip_siglip_state, open_clip_state
 from llm2clip_plugin.vision.towers import PREPROCESSOR_FILE, family_of, fetch_directory, load_tower
 
 ONNX_FILE = "image_encoder.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_ONE_FILE = 1 << 30  # bytes of weights; protobuf ends at 2 GiB, larger ones lie beside the graph
+SIGLIP_IN_TIMM = {768: "vit_base", 1024: "vit_large", 1152: "vit_so400m", 1536: "vit_giantopt"}  # by width
 ADAPTER_NAMES = {"norm.": "ln.", "up.": "fn.0.", "down.": "fn.3."}  # ours -> the reference's, within a block
 
 
@@ -60,9 +65,11 @@ def _dual_of(model: nn.Module, format_name: str, families: tuple[str, ...]) -> D
     family, config = family_of(model.tower).name, model.config
     if family not in families:
         raise ValueError(f"format {format_name!r} holds {', '.join(families)} towers, this is a {family}")
-    if config.pool not in ("pooled", "cls") or config.projection_norm or config.projection != "linear":
+    # pooled and cls are the same but for SigLIP, whose own models have no projection
+    pools, projections = (("pooled",), ("linear", "none")) if family == "siglip" else (("pooled", "cls"), ("linear",))
+    if config.pool not in pools or config.projection not in projections or config.projection_norm:
         raise ValueError(
-            f"format {format_name!r} projects the pooled class token by one matrix; this has pool {config.pool!r}, "
+            f"format {format_name!r} projects the family's pooled token by one matrix; this has pool {config.pool!r}, "
             f"projection {config.projection!r}, projection_norm {config.projection_norm}"
         )
     return model
@@ -92,25 +99,15 @@ def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
 
 
 def write_open_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """OpenCLIP's layout for a CLIP tower, EVA-CLIP's for an EVA one; the adapter under ``text.text_adaptor``."""
-    from safetensors.torch import load_file, save_file
+    """OpenCLIP's layout for a CLIP or SigLIP tower, EVA-CLIP's for an EVA one; adapter at ``text.text_adaptor``."""
+    from safetensors.torch import save_file
 
-    dual = _dual_of(model, "openclip", ("clip", "eva02"))
-    tower_config, family = dual.tower.config, family_of(dual.tower).name
-    if family == "eva02":
-        state = eva_state(dual.tower.state_dict(), tower_config)
-        state["visual.head.weight"] = dual.visual_projection.weight
-        bias = dual.visual_projection.bias
-        state["visual.head.bias"] = torch.zeros(dual.config.joint_width) if bias is None else bias
-    else:
-        if dual.config.projection_bias:
-            raise ValueError("format 'openclip' has a projection without bias for CLIP towers, this tower's has one")
-        save_tower(dual.tower, directory)
-        state = open_clip_state(load_file(directory / WEIGHTS_FILE), dual.visual_projection.weight)
-        for name in (WEIGHTS_FILE, "config.json"):
-            (directory / name).unlink()
+    dual = _dual_of(model, "openclip", ("clip", "eva02", "siglip"))
+    state = _open_clip_visual(dual, directory)
     state |= reference_adapter_state(dual)
     state["logit_scale"] = dual.logit_scale.reshape(())
+    if dual.logit_bias is not None:
+        state["logit_bias"] = dual.logit_bias.reshape(())
     tensors = {name: value.detach().clone().contiguous() for name, value in state.items()}
     save_file(tensors, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
     chosen = {name: preprocessor[f"image_{name}"] for name in ("mean", "std")}
@@ -119,11 +116,37 @@ def write_open_clip(model: nn.Module, directory: Path, preprocessor: dict[str, A
     _check_by_import(dual, directory)
 
 
+def _open_clip_visual(dual: DualEncoder, directory: Path) -> dict[str, Tensor]:
+    """``visual.*`` of the tower and its projection; ``directory`` for files that are gone afterwards."""
+    from safetensors.torch import load_file
+
+    family, projection = family_of(dual.tower).name, dual.visual_projection
+    if family == "eva02":
+        state = eva_state(dual.tower.state_dict(), dual.tower.config)
+        bias = torch.zeros(dual.config.joint_width) if projection.bias is None else projection.bias
+        return {**state, "visual.head.weight": projection.weight, "visual.head.bias": bias}
+    if dual.config.projection_bias:
+        raise ValueError(f"format 'openclip' has a projection without bias for {family} towers, this tower's has one")
+    save_tower(dual.tower, directory)
+    state = load_file(directory / WEIGHTS_FILE)
+    for name in (WEIGHTS_FILE, "config.json"):
+        (directory / name).unlink()
+    matrix = projection.weight if dual.config.projection == "linear" else None
+    return open_clip_siglip_state(state, matrix) if family == "siglip" else open_clip_state(state, matrix)
+
+
 def open_clip_fields(dual: DualEncoder) -> dict[str, Any]:
     """OpenCLIP's (or EVA-CLIP's) model configuration of a dual encoder."""
     config, text = dual.tower.config, {}
     if dual.config.llm_width:
         text = {"use_embedding": True, "llm_embedding_dim": dual.config.llm_width}
+    if family_of(dual.tower).name == "siglip":
+        return {
+            "embed_dim": dual.config.joint_width,
+            "vision_cfg": siglip_vision_fields(dual),
+            "text_cfg": text,
+            "quick_gelu": False,
+        }
     vision: dict[str, Any] = {
         "image_size": config.image_size,
         "layers": config.num_hidden_layers,
@@ -146,6 +169,22 @@ def open_clip_fields(dual: DualEncoder) -> dict[str, Any]:
         "postnorm": config.post_norm,
         "ls_init_value": 0.1 if config.layer_scale else None,
     }
+    return fields
+
+
+def siglip_vision_fields(dual: DualEncoder) -> dict[str, Any]:
+    """OpenCLIP's ``vision_cfg`` of a SigLIP tower: a model of timm by name, where a released one has this width."""
+    config = dual.tower.config
+    fields = {
+        "image_size": config.image_size,
+        "timm_pool": "map",
+        "timm_proj": "linear" if dual.config.projection == "linear" else "none",
+    }
+    if config.hidden_size in SIGLIP_IN_TIMM:
+        name = SIGLIP_IN_TIMM[config.hidden_size]
+        fields["timm_model_name"] = f"{name}_patch{config.patch_size}_siglip_{config.image_size}"
+    if SIGLIP_HEADS.get(config.hidden_size) != config.num_attention_heads:
+        fields["heads"] = config.num_attention_heads  # read by `llm2clip import` alone
     return fields
 
 

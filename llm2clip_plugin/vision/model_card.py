@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.families import families
 
 
 def _table(rows: list[tuple[str, str]], head: tuple[str, str]) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+
+
+def beyond_llava(card: TowerCard) -> str:
+    """Why LLaVA 1.5 can't run a tower as it pins its libraries; "" if it can."""
+    needs = families()[card.family].needs
+    return f"needs {needs}: not for LLaVA 1.5, which pins transformers 4.37.2 and timm 0.6.13" if needs else ""
+
+
+def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
+    """A written tower directory in a line, and one more for what it needs beyond the package's own requirements."""
+    line = f"{place}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
+    return f"{line}\n{place}: {beyond_llava(card)}" if beyond_llava(card) else line
 
 
 def model_card(card: TowerCard) -> str:
@@ -35,15 +49,13 @@ def model_card(card: TowerCard) -> str:
     if card.metrics:
         values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
         lines += ["## Metrics", "", *_table(values, ("metric", "value"))]
-    lines += ["## Use", "", "In LLaVA 1.5, with `llm2clip-plugin` installed beside it:", ""]
-    lines += [
-        "```sh",
-        "--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2",
-        "```",
-        "",
-        "In Python:",
-        "",
-    ]
+    lines += ["## Use", ""]
+    if reason := beyond_llava(card):
+        lines += [f"This tower {reason}.", ""]
+    else:
+        lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed beside it:", "", "```sh"]
+        lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
+    lines += ["In Python:", ""]
     lines += ["```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
     lines += ['tower = load_tower("PATH_OR_HUB_ID")']
     if card.joint_width:

@@ -265,3 +265,28 @@ def open_clip_state(clip_tower: dict[str, Tensor], projection: Tensor | None) ->
     if projection is not None:
         found["visual.proj"] = projection.T.contiguous()
     return found
+
+
+def open_clip_siglip_state(siglip_tower: dict[str, Tensor], projection: Tensor | None) -> dict[str, Tensor]:
+    """The way back for SigLIP: OpenCLIP's ``visual.trunk.*`` (timm's names) and, for a projection (D, H), its head."""
+    outside = {new: old for old, new in SIGLIP_OUTSIDE.items()}
+    modules = {new: old for old, new in SIGLIP_IN_BLOCK.items()}
+    state = {key.removeprefix("vision_model."): value for key, value in siglip_tower.items()}
+    trunk: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in outside:
+            trunk[outside[name]] = value
+        elif name == "embeddings.position_embedding.weight":
+            trunk["pos_embed"] = value[None]
+        elif match := re.fullmatch(r"head\.attention\.in_proj_(weight|bias)", name):
+            query, key, rows = value.chunk(3)
+            trunk |= {f"attn_pool.q.{match[1]}": query, f"attn_pool.kv.{match[1]}": torch.cat((key, rows))}
+        elif match := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
+            names = [f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[3]}" for part in "qkv"]
+            trunk[f"blocks.{match[1]}.attn.qkv.{match[3]}"] = torch.cat([state[part] for part in names])
+        else:
+            _, _, index, rest = name.split(".", 3)
+            module, _, kind = rest.rpartition(".")
+            trunk[f"blocks.{index}.{modules[module]}.{kind}"] = value
+    found = {f"visual.trunk.{name}": value for name, value in trunk.items()}
+    return found if projection is None else {**found, "visual.head.proj.weight": projection}

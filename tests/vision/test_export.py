@@ -178,9 +178,11 @@ def test_damaged_directories_are_refused(tmp_path):
         export.reexport(tmp_path / "tower", tmp_path / "again")
 
 
-def test_a_tower_alone_has_no_dual_encoder(tmp_path):
+def test_a_tower_alone_has_no_dual_encoder(tmp_path, capsys):
     card = export_tower(load_tower(TRANSFORMERS_TOWERS / "siglip_vision"), tmp_path / "tower", origin="x")
     assert card.joint_width == 0 and not (tmp_path / "tower" / "text_adapter.safetensors").exists()
     with pytest.raises(ValueError, match="holds a tower alone"):
         load_dual(tmp_path / "tower")
     assert export_command.main([str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0
+    assert "needs" not in capsys.readouterr().out
+    assert "--vision_tower llm2clip:" in (tmp_path / "again" / "README.md").read_text()

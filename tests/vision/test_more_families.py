@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin import export_command, load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision import towers
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
@@ -87,7 +87,8 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     assert all(p.grad is not None for p in tower_embeddings_parameters(tower))
     card = export_tower(dual, tmp_path / "tower", origin="timm:x")
     assert (card.family, card.has_cls, card.num_patches) == ("timm", False, (size // tower.config.patch_size) ** 2)
-    assert "timm>=1.0" in (tmp_path / "tower" / "README.md").read_text()
+    text = (tmp_path / "tower" / "README.md").read_text()
+    assert "This tower needs timm>=1.0: not for LLaVA 1.5" in text and "--vision_tower" not in text
     pixels = torch.randn(1, 3, size, size)
     with torch.no_grad():
         found = load_dual_encoder(tmp_path / "tower").encode_image(pixels)
@@ -145,7 +146,7 @@ def test_timm_by_name_and_size(timm, monkeypatch):
     assert towers.family_of(tower).name == "timm"
 
 
-def test_dinov3(tmp_path):
+def test_dinov3(tmp_path, capsys):
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -185,6 +186,8 @@ def test_dinov3(tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
     export_tower(dual, tmp_path / "trained", origin="tiny")
+    assert export_command.main([str(tmp_path / "trained"), "--output", str(tmp_path / "copy")]) == 0
+    assert "needs transformers>=5: not for LLaVA 1.5" in capsys.readouterr().out
     with torch.no_grad():
         again, trained = (
             t(pixel_values=pixels, output_hidden_states=True).hidden_states
