@@ -30,6 +30,7 @@ from llm2clip_plugin.data.cache_shard import REDO, TENSORS, ShardFile, tensors_d
 from llm2clip_plugin.data.records import Caption, caption_hash, caption_id
 
 DTYPES = ("float16", "int8")
+ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
 
 
 def has_text(caption: Caption) -> bool:
@@ -209,7 +210,10 @@ def differences(found: Mapping[str, object], expected: TeacherIdentity) -> str:
 
 
 def refuse_damaged(manifest: CacheManifest, path: Path) -> None:
-    """A manifest must agree with itself: known dtype, and the fingerprint and width of its own teacher."""
+    """A manifest must agree with itself: known dtype, whole entries, fingerprint and width of its own teacher."""
+    for name, entry in manifest.shards.items():
+        if missing := [value for value in ENTRY if value not in entry]:
+            raise ContractError(f"{path}: its entry of shard {name!r} lacks {', '.join(missing)}; {REDO}")
     if manifest.dtype not in DTYPES:
         raise ContractError(f"{path} has dtype {manifest.dtype!r}; known: {', '.join(DTYPES)}")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,19 +45,15 @@ class ShardFile:
             if length > size - 8:
                 raise ContractError(f"{path} is cut short ({size} bytes); {REDO}")
             try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ContractError(f"{path} is not a safetensors file ({error}); {REDO}") from error
-        self.meta: dict[str, str] = json.loads(header.pop("__metadata__", {}).get(META, "{}"))
+                self._entries, self.meta = _read_header(file.read(length))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ContractError(f"{path} is no shard of an embedding cache ({error!r}); {REDO}") from error
         self._start = 8 + length
-        self._entries: dict[str, dict] = header
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = max(entry["data_offsets"][1] for entry in self._entries.values())
         if self._start + end != size:
             raise ContractError(f"{path} is cut short: {size} bytes, its header asks for {self._start + end}; {REDO}")
-        if not set(TENSORS) <= set(header) or not set(METADATA) <= set(self.meta):
-            raise ContractError(f"{path} is no shard of an embedding cache; {REDO}")
-        self.captions, self.width = header["embeddings"]["shape"]
-        self.samples = header["row_starts"]["shape"][0] - 1
+        self.captions, self.width = self._entries["embeddings"]["shape"]
+        self.samples = self._entries["row_starts"]["shape"][0] - 1
         self._maps: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -85,6 +82,20 @@ class ShardFile:
         """(n, W) float32 of these rows."""
         values = self["embeddings"][rows].astype(np.float32) * self["scales"][rows][:, None]
         return torch.from_numpy(values)
+
+
+def _read_header(head: bytes) -> tuple[dict[str, dict], dict[str, str]]:
+    """Tensor -> its entry, and METADATA. Raises ValueError, or what a damaged header leads to."""
+    entries = json.loads(head)
+    meta = json.loads(entries.pop("__metadata__")[META])
+    if missing := {*TENSORS, *METADATA} - {*entries, *meta}:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    for name, entry in entries.items():
+        start, stop = entry["data_offsets"]
+        size = math.prod(entry["shape"]) * np.dtype(NUMPY_DTYPES[entry["dtype"]]).itemsize
+        if stop - start != size or len(entry["shape"]) != 1 + (name == "embeddings"):
+            raise ValueError(f"{name} has {stop - start} bytes, its entry is {entry}")
+    return entries, meta
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:

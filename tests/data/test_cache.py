@@ -228,6 +228,28 @@ def test_flipped_bit_is_found_by_verify(source, tmp_path: Path) -> None:
         EmbeddingCache.open(tmp_path / "cache").verify()
 
 
+@pytest.mark.parametrize("word", ["data_offsets", "shape", "dtype", "F16", "row_starts", "__metadata__", "sha256"])
+def test_a_damaged_header_is_refused_and_embedded_again(source, tmp_path: Path, word: str) -> None:
+    fill(tmp_path / "cache", source)
+    file = tmp_path / "cache" / "pairs.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(word.encode(), b"x" * len(word), 1))
+    assert file.read_bytes() != whole
+    with pytest.raises(ContractError, match=r"pairs\.safetensors is no shard .* embed. again"):
+        EmbeddingCache.open(tmp_path / "cache")
+    keys, captions = captions_of(source)
+    assert not CacheWriter(tmp_path / "cache", TEACHER).is_whole("pairs", keys, caption_rows(captions))
+
+
+@pytest.mark.parametrize("field", ["file", "samples", "captions", "rows_sha256", "sha256"])
+def test_a_manifest_without_a_field_is_refused(source, tmp_path: Path, field: str) -> None:
+    fill(tmp_path / "cache", source)
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"{field}":', '"other":', 1))
+    with pytest.raises(ContractError, match=f"shard 'pairs' lacks {field}"):
+        EmbeddingCache.open(tmp_path / "cache")
+
+
 def test_shard_of_another_cache_is_refused(source, tmp_path: Path) -> None:
     other = dataclasses.replace(TEACHER, pooling="last")
     fill(tmp_path / "cache", source)
