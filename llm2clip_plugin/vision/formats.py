@@ -5,7 +5,7 @@
 | clip     | config.json, model.safetensors, preprocessor_config.json | CLIPVisionModelWithProjection                  |
 | openclip | open_clip_model.safetensors, open_clip_config.json       | CLIP, SigLIP: OpenCLIP's image tower           |
 |          |                                                          | EVA02: EVA-CLIP's image tower                  |
-|          |                                                          | all: LLM2CLIP's names, `llm2clip import`       |
+|          |                                                          | all: `llm2clip import`                         |
 | onnx     | image_encoder.onnx, preprocessor_config.json             | ONNX Runtime                                   |
 
 OpenCLIP's ``create_model`` opens none of them: it wants a text tower, whose place the LLM has taken.
