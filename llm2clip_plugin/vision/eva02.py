@@ -15,7 +15,7 @@ Shapes: B images, T tokens (class token, then patches in row-major order), H wid
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llm2clip_plugin.vision.positions import check_pixels
 
 ROPE_THETA = 10000.0
+Rope: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # cosines and sines (T, E), complex turns (T, E/2)
 
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # torch 2.0 has none: False
 
@@ -100,19 +101,25 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | None = None) -> Tensor:
     """Turn neighbouring channels (a, b) by their angle: (a cos - b sin, b cos + a sin).
 
     ``sin_TE`` has its sign in it: minus in the even channels. Before the heads go in front all memory is in order,
-    which makes this half as expensive as after. In fp32 a pair is a complex number, turned by one product; half
-    precisions have no such numbers, and neither do compilers and ONNX.
+    which makes this half as expensive as after. In fp32, with ``turns_TC`` (see ``complex_turns``), a pair is a complex
+    number, turned by one product; half precisions have no such numbers, and neither do compilers and ONNX.
     """
     pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
-    if x_BTNE.dtype == torch.float32 and x_BTNE.device.type in ("cpu", "cuda") and not _is_traced():
-        turns_TC = torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
+    if turns_TC is not None and x_BTNE.dtype == torch.float32:
         return torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None]).flatten(-2)
     swapped = rearrange(torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)")
     return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
+
+
+def complex_turns(cos_TE: Tensor, sin_TE: Tensor) -> Tensor | None:
+    """``cos + i sin``, one of each pair (T, E/2), complex64; None where ``rotate`` has to do without."""
+    if cos_TE.dtype != torch.float32 or cos_TE.device.type not in ("cpu", "cuda") or _is_traced():
+        return None
+    return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
 
 
 def _is_traced() -> bool:
@@ -156,7 +163,7 @@ class Eva02Attention(nn.Module):
         self.inner_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x_BTH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
         projections = (self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH))
         q, k, v = (rearrange(p, "b t (n e) -> b t n e", n=self.heads) for p in projections)
         if rope is not None:
@@ -208,7 +215,7 @@ class Eva02Block(nn.Module):
         self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
-    def forward(self, x_BTH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
         scale1, scale2 = self.scale1, self.scale2
         attended = (
             self.norm1(self.attention(x_BTH, rope)) if self.post_norm else self.attention(self.norm1(x_BTH), rope)
@@ -262,8 +269,8 @@ class Eva02VisionModel(PreTrainedModel):
         """The patch convolution."""
         return self.embeddings.patch_embedding
 
-    def _rope(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What ``rotate`` takes for all tokens, (T, E), in ``like``'s dtype and device; the class token is not turned.
+    def _rope(self, like: Tensor) -> Rope | None:
+        """What ``rotate`` takes for all tokens, in ``like``'s dtype and device; the class token is not turned.
 
         Made anew in each forward pass: a buffer outside the state dict would be left empty by
         from_pretrained, which builds the model without memory.
@@ -279,7 +286,8 @@ class Eva02VisionModel(PreTrainedModel):
         )
         sin[:, 0::2] *= -1
         cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
-        return cos.to(like.dtype), sin.to(like.dtype)
+        cos, sin = cos.to(like.dtype), sin.to(like.dtype)
+        return cos, sin, complex_turns(cos, sin)  # once for all blocks, each of which would keep its own for backward
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
-from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel, rope_tables, rotate
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel, complex_turns, rope_tables, rotate
 from llm2clip_plugin.vision.eva_names import config_from_tensors, eva_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.importers import import_tower
@@ -213,7 +213,9 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     sin[:, 0::2] *= -1
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
     y = x.detach().double().requires_grad_()  # float64 takes the way of compilers and half precisions
-    turned, expected = rotate(x, cos, sin), rotate(y, cos.double(), sin.double())
+    turns = complex_turns(cos, sin)
+    assert turns is not None and turns.is_complex() and complex_turns(cos.bfloat16(), sin.bfloat16()) is None
+    turned, expected = rotate(x, cos, sin, turns), rotate(y, cos.double(), sin.double())
     assert largest_difference(turned, expected) < 1e-6
     weight = torch.randn_like(turned)
     (turned * weight).sum().backward()
