@@ -20,6 +20,7 @@ from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, beside_tower_st
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.layouts import Parsed, parse, report
+from llm2clip_plugin.vision.model_card import summary
 from llm2clip_plugin.vision.towers import (
     TIMM_PREFIX,
     fetch_directory,
@@ -201,7 +202,5 @@ def main(argv: list[str]) -> int:
         replace=options.overwrite,
     )
     print("\n".join(lines))
-    print(
-        f"{options.output}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
-    )
+    print(summary(options.output, card))
     return 0
