@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from llm2clip_plugin.train.memory import PROBE_GRID, model_of
 from llm2clip_plugin.train.model import shape_dual, trained_parameters, with_llm_width
 
 ASSUMED_WIDTH = 4096  # of an LLM that nothing is known of: the paper's 8B
-NODE = 8  # GPUs of a node in the commands
 KEY_BYTES = 9  # of a sample's key, as img2dataset makes them
 
 
@@ -131,12 +129,5 @@ def commands(config: RunConfig, command: Sequence[str], table: list[plans.Column
         words += ["--data.path", "DATA"]
     if not config.deepspeed:
         words += ["--deepspeed", "scripts/zero1.json"]
-    lines = [f"  {line}" for line in before]
-    for column in (column for column in table if column.micro_batch):
-        micro = column.micro_batch not in (config.train.micro_batch, config.train.global_batch // column.world)
-        more = ["--train.micro-batch", str(column.micro_batch)] if micro else []
-        launcher = ["--num_gpus", str(column.world)] if column.world <= NODE else ["--hostfile", "hosts"]
-        lines.append("  " + shlex.join(["deepspeed", *launcher, "scripts/train_tower.py", *words, *more]))
-    nodes = plans.WORLDS[-1] // NODE
-    hosts = f"  (hosts: {nodes} lines like `node-1 slots={NODE}`; Slurm: scripts/slurm/torchrun.sbatch)"
-    return "commands:\n" + "\n".join([*lines, hosts])
+    batches = (config.train.global_batch, config.train.micro_batch)
+    return plans.describe_commands("scripts/train_tower.py", words, table, batches, before=before)

@@ -8,6 +8,12 @@ import os
 from llm2clip_plugin.llm_recipes import LLM_RECIPES, llm_recipe
 from llm2clip_plugin.llm_stage import FinetuneConfig, finetune_llm, pretrain_llm
 
+PLAN_OPTIONS = {  # as train-tower has them -> here
+    "--plan.images": "--assumed-pairs",
+    "--plan.gpu-gib": "--gpu-gib",
+    "--plan.gpu_gib": "--gpu-gib",
+}
+
 
 def parse(argv: list[str], prog: str = "llm2clip finetune-llm") -> FinetuneConfig:
     """The configuration from a command line; data sets may stand first, without ``--data``. ``--recipe NAME`` gives the
@@ -18,6 +24,7 @@ def parse(argv: list[str], prog: str = "llm2clip finetune-llm") -> FinetuneConfi
     first.add_argument("--recipe", default="")
     first.add_argument("--local_rank", "--local-rank", default="")  # the DeepSpeed launcher's; LOCAL_RANK says it too
     chosen, words = first.parse_known_args(argv)
+    words = [PLAN_OPTIONS.get(name, name) + equals + value for name, equals, value in (w.partition("=") for w in words)]
     if words and not words[0].startswith("-"):
         words.insert(0, "--data")
     default = llm_recipe(chosen.recipe) if chosen.recipe else FinetuneConfig()
@@ -32,7 +39,7 @@ def parse(argv: list[str], prog: str = "llm2clip finetune-llm") -> FinetuneConfi
 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    adapter = finetune_llm(parse(argv))
+    adapter = finetune_llm(parse(argv), argv)
     if adapter is not None and os.environ.get("RANK", "0") == "0":
         print(f"adapter: {adapter}")
     return 0

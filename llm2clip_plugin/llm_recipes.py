@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llm2clip_plugin.llm_stage import FinetuneConfig
-from llm2clip_plugin.recipes import TEACHERS
+from llm2clip_plugin.recipes import TEACHERS, Mixture
 from llm2clip_plugin.text.contrast import ContrastConfig
 from llm2clip_plugin.text.lora import LoraSettings
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.optim import OptimConfig
 
+MIXTURE = Mixture(  # sizes are nominal: part of the links is dead by now
+    sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("E5's text pairs", 1.5)),
+    captions="a pair is two of an image's captions (DreamLIP's) or a text pair, every batch from one source",
+)
 INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
 
 
@@ -32,7 +36,7 @@ def llama_8b() -> FinetuneConfig:
 
 
 def _paper(teacher: str, *, gradient_checkpointing: bool) -> FinetuneConfig:
-    """The published stage-1 settings over an LLM; captions are the user's."""
+    """The published stage-1 settings over an LLM; captions (the paper's: MIXTURE) are the user's."""
     known = TEACHERS[teacher]
     return FinetuneConfig(
         output_dir=f"runs/{teacher}",

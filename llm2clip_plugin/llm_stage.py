@@ -6,6 +6,7 @@ The loop, engine, step, checkpoints and loss are the tower's; what is the LLM's 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,24 @@ from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_de
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.loop import LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector, parameter_groups
-from llm2clip_plugin.train.plan import describe_deepspeed, describe_run
+from llm2clip_plugin.train.plan import PlanConfig, describe_deepspeed, describe_run
 from llm2clip_plugin.train.ranks import barrier, rank, world_size
 from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
 
 ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmPlanConfig:
+    """What --dry-run assumes where there is no data yet."""
+
+    assumed_pairs: int = PlanConfig.images  # pairs of texts: one of each image of the paper's smaller tower data
+    gpu_gib: float = PlanConfig.gpu_gib  # memory of a GPU, in GiB: micro-batches are proposed for it
+
+    def __post_init__(self) -> None:
+        if self.assumed_pairs < 1 or self.gpu_gib <= 0:
+            raise ValueError(f"assumed_pairs {self.assumed_pairs} and gpu_gib {self.gpu_gib} must both be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +58,7 @@ class FinetuneConfig:
     deepspeed: str = ""  # your DeepSpeed JSON (scripts/zero*.json); "": ZeRO-0
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, as optim.lr
-    dry_run: bool = False  # look at the data, print pairs, steps and DeepSpeed's configuration, and stop; no weights
+    dry_run: bool = False  # print pairs, steps, memory and commands, and stop; needs neither weights nor data
     pairs: PairsConfig = field(default_factory=PairsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -57,6 +70,7 @@ class FinetuneConfig:
     )
     train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=512, num_train_epochs=1.0))
     evaluation: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    plan: LlmPlanConfig = field(default_factory=LlmPlanConfig)
 
     @property
     def hash(self) -> str:
@@ -67,12 +81,20 @@ class FinetuneConfig:
 StepMaker = Callable[[Engine], StepFunction]
 
 
-def finetune_llm(config: FinetuneConfig) -> Path | None:
+def finetune_llm(config: FinetuneConfig, command: Sequence[str] = ()) -> Path | None:
     """Train an adapter to tell captions apart; returns its folder, None if the run was stopped or only planned.
 
+    ``command``: options of the command line, for the commands that a dry run prints.
     The same call goes on from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can mend, NonFiniteLossError for a loss that is no number.
     """
+
+    if config.dry_run:
+        from llm2clip_plugin.llm_plan import llm_plan
+
+        if os.environ.get("RANK", "0") == "0":
+            print(llm_plan(config, command), flush=True)
+        return None
 
     def contrastive(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
         for found in surveys:
@@ -103,32 +125,22 @@ def train_adapter(
 ) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` says what is learned."""
     device = start_ranks()
-    sources = open_pairs(config.pairs)
-    surveys = [survey(source, config.pairs) for source in sources]
-    samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
-    plan = engine_plan(config, samples)
+    opened = open_data(config, rank(), world_size())
+    plan = engine_plan(config, opened.samples, world_size())
     ds_config = complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
     refuse_combinations(config, ds_config)
-    batches = PairBatches(
-        sources,
-        config.pairs.weights,
-        seed=config.train.seed,
-        global_batch=config.train.global_batch,
-        rank=rank(),
-        world=world_size(),
-    )
     if rank() == 0:
-        print("\n".join(line for found in surveys for line in found.lines()), flush=True)
+        print("\n".join(opened.lines()), flush=True)
     if config.dry_run:
         if rank() == 0:
-            print(describe_run(plan, ds_config, samples=samples, world=world_size()))
+            print(describe_run(plan, ds_config, samples=opened.samples, world=world_size()))
             print(describe_deepspeed(ds_config), flush=True)
         return None
     checkpoints = Checkpoints(Path(config.output_dir), keep=config.train.save_total_limit)
-    identity = {**dataclasses.asdict(config), "samples": samples}
+    identity = {**dataclasses.asdict(config), "samples": opened.samples}
     resumed = resume(checkpoints, config, identity)
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
-    module, make_step = assemble(encoder, surveys)
+    module, make_step = assemble(encoder, opened.surveys)
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if resumed is not None:
         for name, parameter in trained:
@@ -148,7 +160,7 @@ def train_adapter(
         state = run_loop(
             LoopParts(
                 step=make_step(engine),
-                batches=batches.start(state.samples),
+                batches=opened.batches.start(state.samples),
                 engine=engine,
                 average=None,
                 checkpoints=checkpoints,
@@ -162,6 +174,34 @@ def train_adapter(
             )
         )
     return finish(config, state, encoder, checkpoints, plan.total_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The pairs of a run."""
+
+    surveys: tuple[Survey, ...]  # of each source
+    samples: int  # pairs of an epoch
+    batches: PairBatches  # of a rank
+
+    def lines(self) -> list[str]:
+        """What the surveys found."""
+        return [line for found in self.surveys for line in found.lines()]
+
+
+def open_data(config: FinetuneConfig, rank: int, world: int) -> Opened:
+    """Every data set, looked at. Raises FileNotFoundError or ValueError for what is missing or too small."""
+    sources = open_pairs(config.pairs)
+    batches = PairBatches(
+        sources,
+        config.pairs.weights,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch,
+        rank=rank,
+        world=world,
+    )
+    samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
+    return Opened(surveys=tuple(survey(source, config.pairs) for source in sources), samples=samples, batches=batches)
 
 
 def tell_long_texts(found: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
@@ -209,9 +249,9 @@ def refuse_combinations(config: FinetuneConfig, ds_config: dict[str, Any]) -> No
         )
 
 
-def engine_plan(config: FinetuneConfig, samples: int) -> EnginePlan:
+def engine_plan(config: FinetuneConfig, samples: int, world: int) -> EnginePlan:
     """The run's decisions in DeepSpeed's terms."""
-    _, micro, accumulation = config.train.rows(world_size())
+    _, micro, accumulation = config.train.rows(world)
     steps = config.train.steps(samples)
     optim = config.optim
     return EnginePlan(

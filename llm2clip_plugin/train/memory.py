@@ -45,11 +45,12 @@ class Kept:
         sizes = (round(size * factor) for size in (self.block, self.state, self.rest))
         return Kept(**dict(zip(("block", "state", "rest"), sizes, strict=True)), blocks=self.blocks)
 
-    def peak(self, *, checkpointing: bool) -> float:
-        """Bytes an image at the start of the backward pass, where most is alive."""
+    def peak(self, *, checkpointing: bool, at_once: float = 1.0, in_flight: float = IN_FLIGHT) -> float:
+        """Bytes an image at the start of the backward pass, where most is alive; the rest: see Model."""
         inside = self.blocks * (self.state if checkpointing else self.block)
-        again = self.block if checkpointing and self.blocks else 0  # one block at a time is computed again
-        return inside + again + self.rest + IN_FLIGHT * (self.block if self.blocks else 0)
+        block = self.block * at_once if self.blocks else 0
+        again = block if checkpointing else 0  # one block at a time is computed again
+        return inside + again + self.rest + in_flight * block
 
 
 def kept_by_tower(tower: Tower, precision: str) -> Kept:
@@ -116,6 +117,14 @@ class Model:
     kept_text: int  # bytes that the text adapter keeps of one caption
     joint_width: int
     pixels: int  # values of one image
+    frozen_size: float = 0.0  # bytes of a parameter that rests; 0: as of one that trains
+    at_once: float = 1.0  # share of a micro-batch that a block sees in one call
+    in_flight: float = IN_FLIGHT  # gradients alive in a block, as a share of what the block keeps
+
+    @property
+    def peak(self) -> float:
+        """Bytes that an image adds to the peak."""
+        return self.kept.peak(checkpointing=self.checkpointing, at_once=self.at_once, in_flight=self.in_flight)
 
 
 def model_of(dual: DualEncoder, small: Tower, precision: str, *, checkpointing: bool) -> Model:
@@ -149,22 +158,27 @@ def rank_bytes(
     each = {"weights": size, "gradients": size + summed, "AdamW": 12 if stage else 8}
     cut = {"weights": stage >= 3, "gradients": stage >= 2, "AdamW": stage >= 1}
     found = {name: model.trained * value / (world if cut[name] else 1) for name, value in each.items()}
-    found["weights"] += model.frozen * size / (world if stage >= 3 else 1)
+    resting = model.frozen * (model.frozen_size or size)
+    found["weights"] += resting / (world if stage >= 3 else 1)
     if offloads_optimizer({"zero_optimization": zero}):
         found.pop("AdamW")  # on the host
-    found["activations"] = micro_batch * (model.kept.peak(checkpointing=model.checkpointing) + model.kept_text)
-    found["images"] = share * model.pixels * size
+    found["activations"] = micro_batch * (model.peak + model.kept_text)
+    if model.pixels:
+        found["images"] = share * model.pixels * size
     # both sides of the share and all ranks' texts, with gradients; logits in blocks of 512 MiB at most, three at once
     found["loss"] = 8 * model.joint_width * (2 * share + global_batch) + 3 * min(4 * share * global_batch, 1 << 29)
-    found["buckets"] = bucket_bytes(zero, size, model.trained + model.frozen)
+    found["buckets"] = bucket_bytes(zero, size, model.trained + model.frozen, model.trained * size + resting)
     return found
 
 
-def bucket_bytes(zero: dict[str, Any], size: int, parameters: int) -> float:
-    """DeepSpeed's own: buckets of gradients (two with overlap_comm), and the whole weights that ZeRO-3 has gathered."""
+def bucket_bytes(zero: dict[str, Any], size: int, parameters: int, weights: float) -> float:
+    """DeepSpeed's own: buckets of gradients (two with overlap_comm), and the whole weights that ZeRO-3 has gathered.
+
+    size: bytes of a gradient; weights: bytes of all parameters.
+    """
     stage, default = int(zero.get("stage", 0)), 5e8  # values, DeepSpeed's own defaults
     if stage == 0:
         return 0.0
     bucket = float(zero.get("reduce_bucket_size", default)) * size * (2 if zero.get("overlap_comm") else 1)
-    gathered = min(float(zero.get("stage3_max_live_parameters", 1e9)), parameters) * size if stage == 3 else 0.0
-    return bucket + gathered
+    live = min(float(zero.get("stage3_max_live_parameters", 1e9)) / parameters, 1.0) if stage == 3 else 0.0
+    return bucket + live * weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from llm2clip_plugin.train.optim import Trained
 
 GIB = 1 << 30
 WORLDS = (1, 8, 64)  # GPUs that a plan is drawn for
+NODE = 8  # GPUs of a node in the commands
 ROOM = 0.9  # share of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 # DeepSpeed's section of scripts/zero0.json to zero3.json, "auto" left out
 ZERO_FILES: dict[int, dict[str, Any]] = {
@@ -46,7 +49,9 @@ class Column:
     total: dict[int, float]  # ZeRO stage -> bytes of a GPU
 
 
-def columns(model: Model, *, global_batch: int, micro_batch: int, gpu_gib: float) -> list[Column]:
+def columns(
+    model: Model, *, global_batch: int, micro_batch: int, gpu_gib: float, stages: Sequence[int] = tuple(ZERO_FILES)
+) -> list[Column]:
     """One a number of GPUs: the micro-batch asked for (0: the largest that fits under ZeRO-1), and its memory."""
     found = []
     for world in WORLDS:
@@ -57,7 +62,7 @@ def columns(model: Model, *, global_batch: int, micro_batch: int, gpu_gib: float
         totals = {
             n: {
                 stage: sum(rank_bytes(model, zero, world=world, global_batch=global_batch, micro_batch=n).values())
-                for stage, zero in (_zero_for(model, stage) for stage in ZERO_FILES)
+                for stage, zero in (_zero_for(model, stage) for stage in stages)
             }
             for n in sizes
         }
@@ -94,32 +99,63 @@ def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, worl
     )
 
 
-def describe_rank(model: Model, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:
-    """Expected memory of a rank of this run, part by part."""
+def describe_rank(
+    model: Model, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float, unit: str = "an image"
+) -> str:
+    """Expected memory of a rank of this run, part by part; ``unit``: what ``model.kept`` is counted for."""
     zero = config.get("zero_optimization", {})
     parts = rank_bytes(model, zero, world=world, global_batch=plan.global_batch, micro_batch=plan.micro_batch)
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    kept, image = model.kept, model.kept.peak(checkpointing=model.checkpointing)
+    kept = model.kept
     how = f"{kept.blocks} blocks x {(kept.state if model.checkpointing else kept.block) / 1e6:.1f} MB"
-    how += f" and one of {kept.block / 1e6:.1f} MB computed again" if model.checkpointing else ""
+    if model.checkpointing:
+        share = f" in {1 / model.at_once:.2g} parts" if model.at_once < 1 else ""
+        how += f" and one of {kept.block / 1e6:.1f} MB computed again{share}"
     total = sum(parts.values()) / GIB
     too_much = f"; more than a GPU of {gpu_gib:g} GiB has, see the micro-batches below" if total > gpu_gib else ""
     return (
         f"memory a rank, expected: {total:.2f} GiB = {listed}{too_much}\n"
-        f"activations of an image: {image / 1e6:.1f} MB ({how})"
+        f"activations of {unit}: {model.peak / 1e6:.1f} MB ({how})"
     )
 
 
-def describe_columns(found: list[Column], global_batch: int, gpu_gib: float) -> str:
-    """The table of GPUs by ZeRO stages."""
-    lines = ["  GPUs   share  micro-batch   ZeRO-0   ZeRO-1   ZeRO-2   ZeRO-3"]
+def describe_columns(found: list[Column], global_batch: int, gpu_gib: float, about: str = "") -> str:
+    """The table of GPUs by ZeRO stages; ``about``: what else it is for."""
+    stages = next((column.total for column in found if column.total), {})
+    lines = ["  GPUs   share  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
     for column in found:
         if not column.micro_batch:
             lines.append(f"{column.world:6}   no micro-batch fits {gpu_gib:g} GiB, or divides {global_batch}")
             continue
         sizes = "".join(f"{size / GIB:9.1f}" for size in column.total.values())
         lines.append(f"{column.world:6} {global_batch // column.world:7} {column.micro_batch:12}{sizes}")
-    return "memory a GPU in GiB, expected, with scripts/zero0.json to zero3.json:\n" + "\n".join(lines)
+    files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
+    return f"memory a GPU in GiB, expected, with {files}{about}:\n" + "\n".join(lines)
+
+
+def describe_commands(
+    script: str,
+    words: Sequence[str],
+    found: list[Column],
+    train: tuple[int, int],
+    *,
+    before: Sequence[str] = (),
+    option: str = "--train.micro-batch",
+) -> str:
+    """What comes before the run, and the run itself on each number of GPUs.
+
+    words: its options; train: (global batch, micro-batch) of them; option: the micro-batch's, where it must be another.
+    """
+    global_batch, micro_batch = train
+    lines = [f"  {line}" for line in before]
+    for column in (column for column in found if column.micro_batch):
+        other = column.micro_batch not in (micro_batch, global_batch // column.world)
+        more = [option, str(column.micro_batch)] if other else []
+        launcher = ["--num_gpus", str(column.world)] if column.world <= NODE else ["--hostfile", "hosts"]
+        lines.append("  " + shlex.join(["deepspeed", *launcher, script, *words, *more]))
+    nodes = WORLDS[-1] // NODE
+    hosts = f"  (hosts: {nodes} lines like `node-1 slots={NODE}`; Slurm: scripts/slurm/torchrun.sbatch)"
+    return "commands:\n" + "\n".join([*lines, hosts])
 
 
 def describe_deepspeed(config: dict[str, Any]) -> str:

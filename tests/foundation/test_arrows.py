@@ -46,6 +46,13 @@ ARROWS = {
         "llm2clip_plugin.text",
         "llm2clip_plugin.train",
         "llm2clip_plugin.vision",
+        "llm2clip_plugin.llm_plan",  # for --dry-run alone
+    },
+    "llm2clip_plugin.llm_plan": {
+        "llm2clip_plugin.llm_recipes",
+        "llm2clip_plugin.llm_stage",
+        "llm2clip_plugin.text",
+        "llm2clip_plugin.train",
     },
     "llm2clip_plugin.llm_command": {"llm2clip_plugin.llm_recipes", "llm2clip_plugin.llm_stage"},
     "llm2clip_plugin.llm_recipes": {

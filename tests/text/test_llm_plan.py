@@ -1,0 +1,162 @@
+"""``finetune-llm --dry-run``: the paper's LLMs planned without weights, data or network; numbers against the published
+ones and against a real step's peak."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+
+from llm2clip_plugin.cli import run
+from llm2clip_plugin.llm_recipes import LLM_RECIPES
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.lora import LoraSettings, add_lora
+from llm2clip_plugin.text.memory import NF4_BYTES, SHAPES, kept_by_token, model_of, settings_of, shape_llm
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.memory import rank_bytes
+
+PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
+    "llama-1b": 1_235_814_400,
+    "llama-8b": 8_030_261_248 - 128_256 * 4096,
+}
+TRAINED = {"llama-1b": 11_272_192, "llama-8b": 41_943_040}  # what PEFT prints for r 16 on all linear layers
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch):
+    """Any connection is an error."""
+
+    def refuse(*arguments):
+        raise AssertionError(f"a dry run wants the network: {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert run("finetune-llm", [*argv, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def rows_of(told: str) -> list[list[float]]:
+    """Both tables' rows: GPUs, share, micro-batch, GiB by stage."""
+    return [[float(word) for word in row.split()] for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", LLM_RECIPES)
+def test_the_papers_llms_are_planned_without_anything(name: str, no_network, capsys):
+    told = planned(capsys, "--recipe", name)
+    assert f"{PARAMETERS[name]:,} parameters without a head" in told
+    assert f"parameters that train: {TRAINED[name]:,};" in told
+    assert f"{PARAMETERS[name] * 2 / 2**30:.2f} GiB in bfloat16" in told
+    assert "assumed: 15,000,000 pairs" in told and "steps: 29297 of 512 pairs" in told  # 15 M / 512
+    assert "31.5 M = CC3M (3 M) + CC12M (12 M) + YFCC15M (15 M) + E5's text pairs (1.5 M)" in told
+    rows = rows_of(told)
+    assert [row[0] for row in rows] == [1, 8, 64, 1, 8, 64]
+    for _, share, micro, zero0, zero1, zero2, zero3 in rows:
+        assert share % micro == 0 and zero1 <= 72  # nine tenths of 80 GiB
+        assert zero0 > PARAMETERS[name] * 2 / 2**30 and zero2 <= zero1
+        assert share == 512 or zero3 < zero1
+    assert all(usual[2] >= longest[2] for usual, longest in zip(rows[:3], rows[3:], strict=True))
+    assert f"deepspeed --num_gpus 8 scripts/finetune_llm.py DATA --recipe {name} --deepspeed scripts/zero2.json" in told
+    assert "--hostfile hosts" in told and "--dry-run" not in told
+
+
+def test_checkpointing_four_bits_and_smaller_gpus(no_network, capsys):
+    def activations(told: str) -> float:
+        return float(re.search(r"activations ([\d.]+)", told)[1])
+
+    plain, less = (planned(capsys, "--recipe", "llama-8b", f"--{no}gradient-checkpointing") for no in ("no-", ""))
+    assert activations(less) < 0.15 * activations(plain)
+    four = planned(capsys, "--recipe", "llama-8b", "--load-in-4bit", "--plan.images=512", "--gpu-gib", "24")
+    linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert f"{(linears * NF4_BYTES + (PARAMETERS['llama-8b'] - linears) * 2) / 2**30:.2f} GiB in NF4 and" in four
+    assert "steps: 1 of 512 pairs" in four and "ZeRO-3" not in four
+    assert all(len(row) == 6 and row[4] <= 21.6 for row in rows_of(four))
+
+
+def test_nf4_weighs_what_bitsandbytes_stores(tmp_path: Path, make_llm):
+    folder = make_llm(tmp_path / "llm", "llama", width=256)
+    config = EncoderConfig(llm=str(folder), load_in_4bit=True, compute_dtype="bfloat16")
+    llm = CaptionEncoder(config, "cpu").model.llm
+    states = [p.quant_state for p in llm.parameters() if isinstance(p, Params4bit)]
+    stored = sum(p.nbytes for p in llm.parameters())
+    stored += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    expected = shape_llm(settings_of(config), config, LoraSettings(), "fp32").frozen_bytes
+    assert len(states) == 14 and stored == pytest.approx(expected, rel=2e-3)
+
+
+def test_data_and_tokenizer_that_are_there_are_counted(llama: Path, tmp_path: Path, no_network, capsys):
+    texts = ["a red bicycle", "two dogs run over the wet grass", "a cat"]
+    rows = [{"query": texts[0], "positive": texts[1], "negative": texts[2]}] * 8
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [str(tmp_path / "pairs.jsonl"), "--llm", str(llama), "--global-batch", "8", "--query-prompt", "Find: "]
+    options += ["--output-dir", str(tmp_path / "run")]
+    told = planned(capsys, *options)
+    encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Find: "), "cpu")
+    lengths = encoder.lengths(texts[:1], query=True) + encoder.lengths(texts[1:])
+    assert f"MB at {sum(lengths) / 3:.4g} tokens (the mean)" in told and "a pair of 3 texts" in told
+    assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of 8 samples looked at" in told
+    assert not (tmp_path / "run").exists()
+    unknown = planned(capsys, *options[:2], str(tmp_path / "missing"), *options[3:])
+    assert "memory is not planned: no config.json of LLM" in unknown and "steps: 1 of 8 pairs" in unknown
+    assert "assumed: 64 tokens a text, template and prompt with it: the LLM's tokenizer isn't here" in unknown
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": ("o_proj",), "r": 4}, {"dora": True}])
+def test_a_shape_trains_what_the_llm_trains(any_llm: Path, options: dict):
+    config, lora = EncoderConfig(llm=str(any_llm), compute_dtype="float32"), LoraSettings(**options)
+    real = CaptionEncoder(config, "cpu").model.llm
+    count = sum(p.numel() for p in real.parameters())
+    real = add_lora(real, lora, base="")
+    shape = shape_llm(settings_of(config), config, lora, "fp32")
+    assert shape.parameters == count and {p.device for p in shape.llm.parameters()} == {torch.device("meta")}
+    trained = [{n: p.shape for n, p in llm.named_parameters() if p.requires_grad} for llm in (real, shape.llm)]
+    assert trained[0] == trained[1]
+    kept = kept_by_token(settings_of(config), config, lora, "fp32")
+    assert kept.blocks == 2 and kept.state == 32 * 4 and kept.block > 4 * kept.state
+
+
+@pytest.fixture(scope="module")
+def four_blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four blocks, large enough that its activations show in a process's memory."""
+    folder = tmp_path_factory.mktemp("llm") / "llama"
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=400)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtype: str, checkpointing: bool):
+    """Within 15 %; large tensors have pages of their own, so that what is freed is given back."""
+    texts, tokens = 128, 64
+    words = [str(Path(__file__).parent / "measure_llm.py"), str(four_blocks), dtype, str(checkpointing)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", *words, str(texts), str(tokens)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    config, lora = EncoderConfig(llm=str(four_blocks), compute_dtype=dtype), LoraSettings()
+    settings = settings_of(config)
+    pair = kept_by_token(settings, config, lora, "fp32").times(2 * tokens)
+    shape = shape_llm(settings, config, lora, "fp32")
+    model = model_of(shape, pair, "fp32", checkpointing=checkpointing, at_once=1 / 4)
+    batch = texts // 2
+    expected = rank_bytes(model, {"stage": 0}, world=1, global_batch=batch, micro_batch=batch)["activations"]
+    assert 0.85 < int(done.stdout) / expected < 1.15
+
+
+def test_shapes_known_by_name_are_decoders():
+    for name in SHAPES:
+        assert settings_of(EncoderConfig(llm=name)).vocab_size == 128256
