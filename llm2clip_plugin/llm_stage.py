@@ -58,7 +58,7 @@ class FinetuneConfig:
     deepspeed: str = ""  # your DeepSpeed JSON (scripts/zero*.json); "": ZeRO-0
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, as optim.lr
-    dry_run: bool = False  # print pairs, steps, memory and commands, and stop; needs neither weights nor data
+    dry_run: bool = False  # print pairs, steps, memory, commands, and stop; finetune-llm needs no weights or data
     pairs: PairsConfig = field(default_factory=PairsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)

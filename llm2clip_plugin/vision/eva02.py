@@ -173,6 +173,20 @@ class Eva02Attention(nn.Module):
         return self.out_proj(self.inner_norm(rearrange(attend(q, k, v), "b n t e -> b t (n e)")))
 
 
+class _GatedSiLU(torch.autograd.Function):
+    """``silu(gate) * up`` that keeps its two inputs alone; the backward pass computes the SiLU again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class Eva02SwiGLU(nn.Module):
     """``down(norm(silu(gate(x)) * up(x)))``."""
 
@@ -185,7 +199,11 @@ class Eva02SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        return self.down_proj(self.norm(F.silu(self.gate_proj(x_BTH)) * self.up_proj(x_BTH)))
+        if torch.is_grad_enabled():
+            gated = _GatedSiLU.apply(self.gate_proj(x_BTH), self.up_proj(x_BTH))
+        else:
+            gated = F.silu(self.gate_proj(x_BTH)).mul_(self.up_proj(x_BTH))
+        return self.down_proj(self.norm(gated))
 
 
 class Eva02Mlp(nn.Module):

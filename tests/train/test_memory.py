@@ -78,7 +78,7 @@ def closed_form(kind: str, width: int, size: int) -> float:
         "clip gelu": 8 * width + 2 * hidden,
         "siglip": 8 * width + 2 * hidden,
         "dinov2": 10 * width + 2 * hidden,  # layer scale keeps both branches
-        "eva02": 9 * width + 5 * hidden,  # a norm behind the attention; gate, silu, up, product, normed product
+        "eva02": 9 * width + 4 * hidden,  # a norm behind the attention; gate, up, product, normed product
         "eva02 bigE": 8 * width + 2 * hidden,  # norms keep the branches, the blocks' inputs go into Linears
     }[kind]
     norms = 4 if kind == "eva02" else 2

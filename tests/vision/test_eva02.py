@@ -11,7 +11,14 @@ from transformers import AutoModel
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
-from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel, complex_turns, rope_tables, rotate
+from llm2clip_plugin.vision.eva02 import (
+    Eva02Config,
+    Eva02VisionModel,
+    _GatedSiLU,
+    complex_turns,
+    rope_tables,
+    rotate,
+)
 from llm2clip_plugin.vision.eva_names import config_from_tensors, eva_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.importers import import_tower
@@ -221,6 +228,12 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     (turned * weight).sum().backward()
     (expected * weight).sum().backward()
     assert largest_difference(x.grad, y.grad) < 1e-6
+
+
+def test_the_gated_silu_has_the_gradients_of_its_formula():
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(_GatedSiLU.apply, (gate, up))
+    assert torch.equal(_GatedSiLU.apply(gate, up), torch.nn.functional.silu(gate) * up)
 
 
 def test_a_compiled_tower_gives_the_same_states():
