@@ -6,9 +6,11 @@ rights, space, connections) as OSError, and leaves as one ``error:`` line and ex
 leaves as one line of rank 0 and exit status 1 on every rank.
 """
 
+import atexit
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from llm2clip_plugin.train.errors import NonFiniteLossError
 
@@ -86,6 +88,25 @@ def main(argv: list[str] | None = None) -> int:
     return run(name, words[len(name.split()) :])
 
 
+def command() -> NoReturn:
+    """The ``llm2clip`` program."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """``sys.exit``, but a rank of several ends its process, exit handlers done, without the interpreter's own end.
+
+    While anything still refers to the process group (DeepSpeed does, though it is destroyed), Gloo's threads are there,
+    and one in ten such ends is an abort.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def run(name: str, argv: list[str]) -> int:
     """Import and call one command of the table."""
     share_cores()
@@ -104,10 +125,7 @@ def run(name: str, argv: list[str]) -> int:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
         if os.environ.get("RANK", "0") == "0":  # every rank has it
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            sys.stdout.flush()
-            os._exit(1)  # threads of the process group may abort the interpreter's own end, with another status
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")
@@ -139,4 +157,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -9,7 +9,7 @@
 
 import sys
 
-from llm2clip_plugin.cli import run
+from llm2clip_plugin.cli import leave, run
 
 if __name__ == "__main__":
-    sys.exit(run("train-tower", sys.argv[1:]))
+    leave(run("train-tower", sys.argv[1:]))

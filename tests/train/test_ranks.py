@@ -23,11 +23,12 @@ BETA1 = 0.9  # of AdamW, whose first moment after one step is (1 - BETA1) x grad
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from llm2clip_plugin.cli import run
+from llm2clip_plugin.cli import leave, run
 
 for argv in json.loads(Path(sys.argv[-1]).read_text()):
     if status := run("train-tower", argv):
-        sys.exit(status)
+        break
+leave(status)
 """
 
 

@@ -34,6 +34,7 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     result = function(rank, world, *args)
     (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+    os._exit(0)  # see llm2clip_plugin.cli
 
 
 class TinyDual(nn.Module):
