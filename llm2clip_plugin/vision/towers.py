@@ -9,6 +9,7 @@ before any final norm; the class token, if there is one, in front.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 from pathlib import Path
@@ -118,13 +119,16 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, every tensor of its file used and none missing."""
     config = read_json(directory / "config.json")
     family = family_of_type(str(config.get("model_type")), where=str(directory / "config.json"))
+    read = functools.partial(
+        family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
+    )
     try:
-        # with ignore_mismatched_sizes transformers says which tensors have another shape; refused below all the same
-        tower, info = family.vision_class().from_pretrained(
-            directory, torch_dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except RuntimeError as error:
-        raise ContractError(f"the weights in {directory} don't fit its config.json: {error}") from error
+        tower, info = read()
+    except RuntimeError:  # tensors of another shape: named only where they may pass; refused below all the same
+        try:
+            tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 every parameter is empty here
+        except RuntimeError as error:
+            raise ContractError(f"the weights in {directory} don't fit its config.json: {error}") from error
     # older files of the hub hold position_ids: a counter, no weight
     strays = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
     unknown = sorted(key for key in strays if not key.startswith(family.beside_tower))
