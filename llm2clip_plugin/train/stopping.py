@@ -29,13 +29,18 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts as usual."""
+    """Collect SIGTERM and SIGINT instead of dying, and say so; a second SIGINT interrupts as usual."""
     request = StopRequest(watch_launcher())
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in request.signals:
             raise KeyboardInterrupt
         request.signals.append(number)
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            os.write(
+                2, f"\n{name}: the run saves and stops at the end of this step; Ctrl-C twice ends it now\n".encode()
+            )
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,17 +28,6 @@ PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is i
     "llama-8b": 8_030_261_248 - 128_256 * 4096,
 }
 TRAINED = {"llama-1b": 11_272_192, "llama-8b": 41_943_040}  # what PEFT prints for r 16 on all linear layers
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch):
-    """Any connection is an error."""
-
-    def refuse(*arguments):
-        raise AssertionError(f"a dry run wants the network: {arguments}")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
