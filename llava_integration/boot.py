@@ -60,7 +60,7 @@ def watch(spec):
 def complete(module):
     """Give a module of LLaVA that has just run its addition; says on stderr why if that fails."""
     try:
-        from llava_integration import register
+        from llava_integration.hook import register
 
         register.complete(module)
     except Exception as error:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from llava_integration import boot, commands, names
+from llava_integration import boot
+from llava_integration.towers import commands, names
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.doctor import Finding, numbers
+from llm2clip_plugin.finding import Finding, numbers
 
 OLDEST, NEWEST = (4, 36, 2), (4, 37, 99)  # transformers in which LLaVA 1.5 both trains and generates
 

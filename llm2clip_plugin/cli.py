@@ -18,38 +18,54 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
     "doctor": ("llm2clip_plugin.doctor", "main", "what this environment lacks, and the command that mends it"),
     "data check": (
-        "llm2clip_plugin.data.check",
+        "llm2clip_plugin.data.check.command",
         "main",
         "read a data set once and report what is in it and what is broken",
     ),
     "pretrain-llm": (
-        "llm2clip_plugin.llm_command",
+        "llm2clip_plugin.stages.llm.command",
         "main_pretrain",
         "optional warm-up of an LLM: guess masked tokens",
     ),
     "finetune-llm": (
-        "llm2clip_plugin.llm_command",
+        "llm2clip_plugin.stages.llm.command",
         "main",
         "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)",
     ),
     "export-llm": ("llm2clip_plugin.text.export", "main", "a tuned LLM as merged weights or for sentence-transformers"),
-    "embed": ("llm2clip_plugin.text.embed", "main", "stage 1.5: cache the teacher's caption embeddings"),
-    "train-tower": ("llm2clip_plugin.tower_command", "main", "stage 2: train the vision tower against the cache"),
+    "embed": ("llm2clip_plugin.stages.embed.command", "main", "stage 1.5: cache the teacher's caption embeddings"),
+    "train-tower": (
+        "llm2clip_plugin.stages.tower.command",
+        "main",
+        "stage 2: train the vision tower against the cache",
+    ),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
     "evaluate captions": ("llm2clip_plugin.evaluate.caption_set", "main", "how well an LLM tells captions apart"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "classification by the classes' names alone"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "kNN and linear probe on a tower's features"),
     "export": (
-        "llm2clip_plugin.export_command",
+        "llm2clip_plugin.stages.tower.export",
         "main",
         "write a trained run as a tower directory, or in other formats",
     ),
-    "import": ("llm2clip_plugin.vision.importers", "main", "turn an existing vision checkpoint into a tower directory"),
-    "use": ("llava_integration.commands", "main_use", "choose the tower that --vision_tower llm2clip means"),
-    "towers": ("llava_integration.commands", "main_towers", "the towers that are known: where, hash, widths, patches"),
-    "llava evaluate": ("llava_integration.evaluate", "main", "a LLaVA model answers a question file, in batches"),
+    "import": (
+        "llm2clip_plugin.vision.convert.importers",
+        "main",
+        "turn an existing vision checkpoint into a tower directory",
+    ),
+    "use": ("llava_integration.towers.commands", "main_use", "choose the tower that --vision_tower llm2clip means"),
+    "towers": (
+        "llava_integration.towers.commands",
+        "main_towers",
+        "the towers that are known: where, hash, widths, patches",
+    ),
+    "llava evaluate": (
+        "llava_integration.answer.generate",
+        "main",
+        "a LLaVA model answers a question file, in batches",
+    ),
     "compare": (
-        "llava_integration.benchmarks.compare",
+        "llava_integration.compare.command",
         "main",
         "is the new tower better? paired statistics and report",
     ),
@@ -59,7 +75,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "evaluate and score one LLaVA checkpoint on what is here",
     ),
     "score": ("llava_integration.benchmarks.score", "main", "score an MLLM's answers by a benchmark's official rule"),
-    "llava bundle": ("llava_integration.bundle", "main", "put the tower into a LLaVA checkpoint, so that it travels"),
+    "llava bundle": (
+        "llava_integration.towers.bundle",
+        "main",
+        "put the tower into a LLaVA checkpoint, so that it travels",
+    ),
 }
 
 EPILOGUE = "`llm2clip COMMAND --help` explains a command. LLM2CLIP_TRACEBACK=1 shows the whole trace of an error."

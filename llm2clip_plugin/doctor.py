@@ -15,23 +15,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 
-STATES = ("ok", "warn", "fail")
+from llm2clip_plugin.finding import Finding, numbers
+
 GIB = 1024**3
 # first versions with C++17, which DeepSpeed's extensions need, and with -std=c++20, which torch builds with by now
 LEAST_COMPILERS = {"g++": (9, 10), "clang": (10, 10)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    state: str  # one of STATES
-    found: str
-    mend: str = ""  # the command or step that mends it; "" when ok
 
 
 def check_python() -> Iterator[Finding]:
@@ -50,11 +41,6 @@ def requirement_parts(line: str) -> tuple[str, str, str]:
     if match is None:
         raise ValueError(f"cannot read the requirement {line!r}")
     return match.group(1), match.group(2) or "", extra.group(1) if extra else ""
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
-    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
 
 
 def check_packages(extra: str) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from llm2clip_plugin.data.images import AugmentConfig, ImageConfig, TrainTransform
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sampler import sample_rng
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,12 +30,12 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.base import SourceConfig
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.loss import LossConfig

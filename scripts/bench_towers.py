@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llm2clip_plugin.vision.convert.eva_names import eva_state
+from llm2clip_plugin.vision.convert.open_clip_names import open_clip_state
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
-from llm2clip_plugin.vision.eva_names import eva_state
-from llm2clip_plugin.vision.open_clip_names import open_clip_state
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

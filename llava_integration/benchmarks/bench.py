@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llava_integration.benchmarks import tables
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.base import MODULES, Options
 from llava_integration.benchmarks.plan import EVALUATE, Lacking, Task, plans
 from llava_integration.benchmarks.score import score_answers
+from llava_integration.compare import tables
 from llm2clip_plugin.contracts import ScoreFile, sha256_file, sha256_text, whole_file
 
 LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import BrokenImage, EvalTransform, ImageConfig, Normalise
-from llm2clip_plugin.data.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import AugmentConfig, BrokenImage, ImageConfig, Normalise, TrainTransform
-from llm2clip_plugin.data.records import BrokenSample, Caption, caption_id
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_id
 
 __all__ = ["GlobalBatches", "PairDataset", "PairLoader", "Row", "eval_pairs", "make_loader"]
 

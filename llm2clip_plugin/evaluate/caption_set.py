@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.base import Source, SourceConfig
-from llm2clip_plugin.data.records import Caption
-from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.evaluate.pairing import rank_both
-from llm2clip_plugin.evaluate.ranks import QueryRanks, TieRule
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
 
 
 def caption_ranks(

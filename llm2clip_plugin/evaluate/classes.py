@@ -6,10 +6,10 @@ import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from llm2clip_plugin.data.base import Source, SourceConfig
-from llm2clip_plugin.data.records import BrokenSample
-from llm2clip_plugin.data.sources import open_source
-from llm2clip_plugin.data.tar_scan import scan_tar, split_name
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.records import BrokenSample
+from llm2clip_plugin.data.sources.tar_scan import scan_tar, split_name
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 NO_CLASS = (".", "embeddings-")  # beginnings of folders that are no class: hidden ones, the prompts' cache

@@ -11,10 +11,10 @@ import tyro
 
 from llm2clip_plugin import __version__
 from llm2clip_plugin.contracts import ContractError, ScoreFile, TeacherIdentity, TowerCard
-from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.shards import data_folder
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval

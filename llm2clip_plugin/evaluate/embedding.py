@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import EvalPairs, eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.evaluate.pairing import row_digests
 from llm2clip_plugin.progress import track

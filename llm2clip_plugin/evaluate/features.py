@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.images import BrokenImage, EvalTransform, ImageConfig, Normalise
-from llm2clip_plugin.data.records import BrokenSample
+from llm2clip_plugin.data.sources.records import BrokenSample
 from llm2clip_plugin.evaluate.classes import LabelledImages
 from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.progress import track

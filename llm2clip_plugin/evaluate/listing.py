@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.data.base import RawSample, Shard, Source, SourceConfig
-from llm2clip_plugin.data.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.base import RawSample, Shard, Source, SourceConfig
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm2clip_plugin.evaluate.distributed import sum_over_ranks
-from llm2clip_plugin.evaluate.ranks import QueryRanks
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 
 TILE = 512  # rows and columns of a tile: 1 MiB of scores, which stays in cache
 

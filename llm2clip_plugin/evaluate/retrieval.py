@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.evaluate.pairing import TILE, rank_both
-from llm2clip_plugin.evaluate.ranks import QueryRanks, TieRule
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
 
 KS = (1, 5, 10)
 UNIT = 1e-6  # what fp32 leaves of 1 after a division by the norm, at some thousand dimensions

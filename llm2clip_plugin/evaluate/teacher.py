@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, TowerCard
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.text.embed import default_cache, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder

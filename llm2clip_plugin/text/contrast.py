@@ -19,9 +19,9 @@ from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.tokens import Batch as TokenBatch
 from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loss import EXCLUDED, contrastive_loss
-from llm2clip_plugin.train.ranks import gather_rows, rank, world_size
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, Features, Term
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, whole_directory
-from llm2clip_plugin.data.base import SourceConfig
-from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS

@@ -24,9 +24,9 @@ from llm2clip_plugin.text.files import weight_files
 from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.train.distributed import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch, place_seed
 
 MASKED_SHARE = 0.2  # of the tokens

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.data.records import caption_id
 from llm2clip_plugin.data.sampler import Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.sources.records import caption_id
 from llm2clip_plugin.text.pairs import Pair, PairKind, PairSource
 
 SUBSTITUTES = 100  # samples tried in the place of one that has no pair of the batch's kind

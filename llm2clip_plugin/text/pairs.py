@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.data.base import ReadConfig, Source, SourceConfig
-from llm2clip_plugin.data.records import BrokenSample, Caption
 from llm2clip_plugin.data.sampler import sample_rng
-from llm2clip_plugin.data.sources import open_source
+from llm2clip_plugin.data.sources.base import ReadConfig, Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 
 PAIR_FORMATS = ("auto", "captions", "pairs", "text")
 LOOK_AT = 5000  # samples read before training, to tell a wrong configuration from a right one

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError, VersionedRecord, whole_directory, whole_file
-from llm2clip_plugin.train.ranks import broadcast_object, rank
+from llm2clip_plugin.train.distributed import broadcast_object, rank
 
 FOLDER = "checkpoints"
 LATEST = "latest"

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.ranks import rank, world_size
 
 
 class MovingAverage:

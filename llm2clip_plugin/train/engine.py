@@ -34,7 +34,7 @@ from deepspeed.utils import (
 )
 
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
-from llm2clip_plugin.train.ranks import rank, set_single_process_environment, world_size
+from llm2clip_plugin.train.distributed import rank, set_single_process_environment, world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

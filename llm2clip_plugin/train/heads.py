@@ -22,15 +22,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.records import caption_id
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.records import caption_id
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.train.distributed import ALONE, gather_objects, local_world_size, rank, world_size
 from llm2clip_plugin.train.loss import LossConfig
 from llm2clip_plugin.train.optim import is_vector
-from llm2clip_plugin.train.ranks import ALONE, gather_objects, local_world_size, rank, world_size
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, Features, loss_terms, place_seed
 from llm2clip_plugin.vision.dual import DualEncoder
 

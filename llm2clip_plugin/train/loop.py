@@ -13,12 +13,12 @@ import torch
 
 from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.deepspeed_config import Precision
+from llm2clip_plugin.train.distributed import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress, peak_memory
-from llm2clip_plugin.train.ranks import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 from llm2clip_plugin.train.stopping import StopRequest
 

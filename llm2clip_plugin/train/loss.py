@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.train.ranks import Group, gather_rows, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.distributed import Group, gather_rows, rank, sum_over_ranks, world_size
 
 LossKind = Literal["infonce", "sigmoid"]
 EXCLUDED = -1e9  # logit of a pair that counts neither as positive nor as negative; finite, so no inf - inf

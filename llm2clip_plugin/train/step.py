@@ -25,10 +25,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llm2clip_plugin.train.distributed import Group, gather_objects, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.loss import LossConfig, contrastive_loss, sigmoid_loss
-from llm2clip_plugin.train.ranks import Group, gather_objects, rank, sum_over_ranks, world_size
 
 MAX_LOG_SCALE = math.log(100)  # the logit scale's bound, as CLIP's
 NAMED_KEYS = 8  # keys of a rank that an error lists

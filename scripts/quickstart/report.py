@@ -26,9 +26,9 @@ from scores import LONG_CAPTIONS, SIDES, TowerScores, open_sets, teacher_scores,
 from shards import in_random_order
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, whole_file
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
 from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
 from llm2clip_plugin.vision.dual import load_dual_encoder

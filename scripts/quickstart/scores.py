@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.data.base import Source
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, report_retrieval

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from golden_mllm import MODELS, ROOT, answers
 
-from llava_integration.benchmarks.compare import main
-from llava_integration.benchmarks.comparison import build
 from llava_integration.benchmarks.score import main as score
-from llava_integration.benchmarks.sides import load_side, load_sides
+from llava_integration.compare.command import main
+from llava_integration.compare.comparison import build
+from llava_integration.compare.sides import load_side, load_sides
 from llm2clip_plugin.contracts import ContractError, ScoreFile
 
 NAMES = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench")
@@ -80,8 +80,8 @@ def test_same_seed_same_numbers(scored, tmp_path):
 
 def test_composites_are_resampled_as_composites(scored):
     """The bootstrap of MME and POPE recomputes the published number, here by scoring resampled images naively."""
-    from llava_integration.benchmarks import mme, pope
     from llava_integration.benchmarks.base import benchmark
+    from llava_integration.benchmarks.rules import mme, pope
 
     rng = np.random.default_rng(0)
     numbers = {

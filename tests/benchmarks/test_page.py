@@ -9,9 +9,9 @@ import pytest
 from golden_mllm import MODELS, ROOT, answers
 from PIL import Image
 
-from llava_integration.benchmarks.compare import main as compare
-from llava_integration.benchmarks.pictures import find
 from llava_integration.benchmarks.score import main as score
+from llava_integration.compare.command import main as compare
+from llava_integration.compare.pictures import find
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"

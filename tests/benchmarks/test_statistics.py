@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_integration.benchmarks.base import Statistic, mean_statistic, ratio
-from llava_integration.benchmarks.statistics import (
+from llava_integration.compare.statistics import (
     Paired,
     compare,
     holm,

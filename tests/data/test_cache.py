@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows, shard_file
-from llm2clip_plugin.data.records import Caption
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows, shard_file
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import Caption
 
 WIDTH = 640
 TEACHER = TeacherIdentity(

@@ -1,7 +1,7 @@
 import pytest
 
-from llm2clip_plugin.data.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
-from llm2clip_plugin.data.records import BrokenSample, Caption, caption_hash, caption_id
+from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, caption_id
 
 
 def test_fields_give_kind_and_language() -> None:

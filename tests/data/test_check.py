@@ -8,7 +8,7 @@ from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 
 @pytest.fixture

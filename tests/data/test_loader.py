@@ -10,12 +10,12 @@ import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.images import AugmentConfig, ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, eval_pairs, make_loader
-from llm2clip_plugin.data.records import caption_id
-from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import caption_id
 
 IMAGES = ImageConfig(size=16)
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from data_world import DroppingServer, jpeg, serving, write_shards
 
-from llm2clip_plugin.data import remote
-from llm2clip_plugin.data.remote import Downloads, expand_braces
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources import remote
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.remote import Downloads, expand_braces
 
 BODY = os.urandom(300_000)
 

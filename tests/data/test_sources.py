@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from data_world import encoded, img2dataset_members, jpeg, picture, write_shards, write_tar
 
-from llm2clip_plugin.data.records import BrokenSample, Caption
-from llm2clip_plugin.data.shards import data_folder
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.shards import data_folder
 
 
 def config(path: object, **settings: object) -> SourceConfig:
@@ -135,7 +135,7 @@ def test_text_that_is_no_utf8_is_read_with_marks(tmp_path: Path) -> None:
 
 
 def test_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip_plugin.data.tars.OPEN_FILES", 2)
+    monkeypatch.setattr("llm2clip_plugin.data.sources.tars.OPEN_FILES", 2)
     source = open_source(config(write_shards(tmp_path, [1] * 20)))
     for _ in range(2):
         assert [source[i].image for i in range(20)] == [jpeg(i) for i in range(20)]

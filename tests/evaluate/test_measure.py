@@ -12,9 +12,9 @@ from evaluate_world import COLOURS, teacher, tiny_dual, write_cache, write_data
 
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.command import parse
 from llm2clip_plugin.evaluate.embedding import embed_pairs
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, evaluate_retrieval

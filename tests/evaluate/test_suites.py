@@ -10,7 +10,7 @@ from evaluate_world import COLOURS, square, write_llm, write_tower
 
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
-from llm2clip_plugin.data.records import Caption
+from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
 from llm2clip_plugin.evaluate.suites.readers import first_items
 from llm2clip_plugin.evaluate.suites.registry import SETS, chosen, suites

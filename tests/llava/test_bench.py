@@ -106,7 +106,7 @@ def test_bench_runs_what_is_there_and_goes_on_after_a_failure(world, checkpoint,
     assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"
 
     scores, report = output / "scores", tmp_path / "report"
-    world.python("-m", "llava_integration.benchmarks.compare", scores, scores, "--out", report, "--resamples", "100")
+    world.python("-m", "llava_integration.compare.command", scores, scores, "--out", report, "--resamples", "100")
     assert (report / "compare.html").stat().st_size > 20_000
 
 

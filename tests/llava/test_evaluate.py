@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from llava_integration import answers, evaluate, questions
+from llava_integration.answer import answer_book as answers
+from llava_integration.answer import generate as evaluate
+from llava_integration.answer import questions
 from llm2clip_plugin.contracts import ContractError
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava_integration import commands, names, registry
-from llava_integration.names import TowerNotFoundError
+from llava_integration.towers import commands, names, registry
+from llava_integration.towers.names import TowerNotFoundError
 from llm2clip_plugin.contracts import ContractError
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
-from llava_integration import bundle, commands, provenance, register
-from llava_integration.names import TowerNotFoundError
+from llava_integration.hook import register
+from llava_integration.towers import bundle, commands, provenance
+from llava_integration.towers.names import TowerNotFoundError
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import ContractError, TowerCard
 

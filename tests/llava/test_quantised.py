@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from llava_integration.tower import LLM2CLIPVisionTower
+from llava_integration.towers.tower import LLM2CLIPVisionTower
 
 pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it")
 KINDS = {"load_4bit": "Linear4bit", "load_8bit": "Linear8bitLt"}

@@ -11,8 +11,8 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from PIL import Image
 
-from llava_integration.multiscale import MultiscaleVisionTower
-from llava_integration.tower import device_of_map
+from llava_integration.towers.multiscale import MultiscaleVisionTower
+from llava_integration.towers.tower import device_of_map
 from llm2clip_plugin.vision.towers import load_tower
 
 pytestmark = pytest.mark.usefixtures("home")

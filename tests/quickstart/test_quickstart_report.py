@@ -13,9 +13,9 @@ import torch
 from scores import TESTS
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache_writer import CacheWriter, caption_rows
-from llm2clip_plugin.data.records import caption_id
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import caption_id
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower

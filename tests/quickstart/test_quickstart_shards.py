@@ -10,7 +10,7 @@ from collections import defaultdict
 import pytest
 import shards
 
-from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 
 @pytest.fixture(scope="module")

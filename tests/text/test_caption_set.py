@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.records import Caption
+from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.caption_set import CaptionSetConfig, find_pairs, measure_captions
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig

@@ -15,11 +15,12 @@ import torch
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ContractError
-from llm2clip_plugin.data import tables
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.records import Caption
-from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
-from llm2clip_plugin.text.embed import embed_source, parse, share
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.sources import tables
+from llm2clip_plugin.data.sources.open import Shard, SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.stages.embed.command import parse
+from llm2clip_plugin.text.embed import embed_source, share
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 

@@ -5,8 +5,9 @@ import re
 
 import torch
 
-from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.text import embed
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.stages.embed import command as embed
+from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -22,7 +23,7 @@ def test_the_size_is_that_of_the_tensors_written(llama, tmp_path, capsys):
     assert not list(tmp_path.glob("embeddings-*"))
     source = open_source(SourceConfig(path=str(data)))
     encoder = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device=torch.device("cpu"))
-    embed.embed_source(source, encoder, tmp_path / "cache", quiet=True)
+    embed_source(source, encoder, tmp_path / "cache", quiet=True)
     file = next((tmp_path / "cache").glob("*.safetensors"))
     head = int.from_bytes(file.read_bytes()[:8], "little")
     written = file.stat().st_size - 8 - head - 16  # two tables have an entry more than there are samples

@@ -22,14 +22,14 @@ from text_helpers import moved, write_moved
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
-from llm2clip_plugin.llm_command import parse
-from llm2clip_plugin.llm_stage import FinetuneConfig, finetune_llm
+from llm2clip_plugin.stages.llm.command import parse
+from llm2clip_plugin.stages.llm.run import FinetuneConfig, finetune_llm
 from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts, hard_negative_loss
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.checkpoint import TrainState
-from llm2clip_plugin.train.ranks import free_port
+from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in rain".split()

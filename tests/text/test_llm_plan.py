@@ -16,7 +16,7 @@ from bitsandbytes.nn import Params4bit
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.llm_recipes import LLM_RECIPES
+from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, add_lora
 from llm2clip_plugin.text.memory import NF4_BYTES, SHAPES, kept_by_token, model_of, settings_of, shape_llm

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.llm_command import parse
-from llm2clip_plugin.llm_recipes import INSTRUCTION, LLM_RECIPES, llm_recipe
-from llm2clip_plugin.llm_stage import finetune_llm
-from llm2clip_plugin.recipes import TEACHERS
+from llm2clip_plugin.stages.llm.command import parse
+from llm2clip_plugin.stages.llm.recipes import INSTRUCTION, LLM_RECIPES, llm_recipe
+from llm2clip_plugin.stages.llm.run import finetune_llm
+from llm2clip_plugin.stages.tower.recipes import TEACHERS
 from llm2clip_plugin.text.settings import PRESETS
 
 

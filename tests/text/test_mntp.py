@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.llm_command import parse
-from llm2clip_plugin.llm_stage import FinetuneConfig, pretrain_llm, trained_module
+from llm2clip_plugin.stages.llm.command import parse
+from llm2clip_plugin.stages.llm.run import FinetuneConfig, pretrain_llm, trained_module
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.mntp import UNMASKED, MaskedModule, choose_masked, output_head
 from llm2clip_plugin.text.settings import EncoderConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.llm_stage import FinetuneConfig, card_of, trained_module
+from llm2clip_plugin.stages.llm.run import FinetuneConfig, card_of, trained_module
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, save_adapter
 from llm2clip_plugin.text.settings import EncoderConfig

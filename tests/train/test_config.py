@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from llm2clip_plugin import recipes
-from llm2clip_plugin.config import RunConfig, from_plain, refuse_changes
-from llm2clip_plugin.recipes import RECIPES, recipe
-from llm2clip_plugin.tower_command import override, read_command, translate
+from llm2clip_plugin.stages.tower import recipes
+from llm2clip_plugin.stages.tower.command import override, read_command, translate
+from llm2clip_plugin.stages.tower.config import RunConfig, from_plain, refuse_changes
+from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor

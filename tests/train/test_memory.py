@@ -19,6 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llm2clip_plugin.stages.plan_text import GIB, columns
 from llm2clip_plugin.train.memory import (
     Kept,
     Model,
@@ -28,7 +29,6 @@ from llm2clip_plugin.train.memory import (
     rank_bytes,
     tokens_of,
 )
-from llm2clip_plugin.train.plan import GIB, columns
 from llm2clip_plugin.vision.dual import DualConfig, make_adapter
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.lora import add_lora
@@ -216,7 +216,7 @@ def test_the_proposed_micro_batch_fits_and_the_next_does_not():
 def test_cache_bytes_are_those_of_a_file(tmp_path: Path):
     from tiny_data import SAMPLES, WIDTH, make_cache, make_shards
 
-    from llm2clip_plugin.data.cache_shard import shard_bytes
+    from llm2clip_plugin.data.cache.shard_file import shard_bytes
 
     shard = sorted(make_cache(make_shards(tmp_path / "data")).glob("*.safetensors"))[0]
     head = int.from_bytes(shard.read_bytes()[:8], "little")

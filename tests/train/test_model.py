@@ -13,13 +13,13 @@ import torch
 from tiny_data import WIDTH, make_all
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.config import DataConfig, RunConfig
-from llm2clip_plugin.data.base import SourceConfig
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset
-from llm2clip_plugin.data.sources import open_source
-from llm2clip_plugin.stages import open_data
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
+from llm2clip_plugin.stages.tower.run import open_data
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.loop import TrainConfig

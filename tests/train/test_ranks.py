@@ -14,7 +14,7 @@ from test_run import ROOT, environment, losses, options
 from tiny_data import make_all
 from torch import Tensor
 
-from llm2clip_plugin.train.ranks import free_port
+from llm2clip_plugin.train.distributed import free_port
 
 TOWERS = ("clip", "dinov2")
 STEPS = 6

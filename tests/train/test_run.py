@@ -23,7 +23,7 @@ from tiny_data import make_all
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import RunRecord, TowerCard
-from llm2clip_plugin.train.ranks import free_port
+from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -189,7 +189,7 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
 
 STOPPED_EARLY = """
 import os, signal, sys
-from llm2clip_plugin import stages
+from llm2clip_plugin.stages.tower import run as stages
 from llm2clip_plugin.cli import main
 fit = stages.fit_heads
 def told_meanwhile(*args, **options):

@@ -10,6 +10,8 @@ from transformers import AutoModel
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert.eva_names import config_from_tensors, eva_state
+from llm2clip_plugin.vision.convert.importers import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.eva02 import (
     Eva02Config,
@@ -19,9 +21,7 @@ from llm2clip_plugin.vision.eva02 import (
     rope_tables,
     rotate,
 )
-from llm2clip_plugin.vision.eva_names import config_from_tensors, eva_state
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.importers import import_tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
 from .conftest import REFERENCE, golden_config, largest_difference, read, train_twenty_steps

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin import export_command, load_dual_encoder
+from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import ContractError, TowerCard
-from llm2clip_plugin.vision import export, importers
+from llm2clip_plugin.stages.tower import export as export_command
+from llm2clip_plugin.vision import export
+from llm2clip_plugin.vision.convert import importers
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower, probe_features
 from llm2clip_plugin.vision.towers import load_tower

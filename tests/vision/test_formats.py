@@ -10,12 +10,12 @@ import threading
 import pytest
 import torch
 
-from llm2clip_plugin import export_command
 from llm2clip_plugin.contracts import ContractError, TowerCard
-from llm2clip_plugin.vision import formats
+from llm2clip_plugin.stages.tower import export as export_command
+from llm2clip_plugin.vision.convert import formats
+from llm2clip_plugin.vision.convert.importers import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.importers import import_tower
 from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read

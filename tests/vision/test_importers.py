@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError, TowerCard
-from llm2clip_plugin.vision import checkpoints, importers
-from llm2clip_plugin.vision.adapter_match import candidate_prefixes, match_adapter
-from llm2clip_plugin.vision.importers import import_tower
-from llm2clip_plugin.vision.open_clip_names import open_clip_state
+from llm2clip_plugin.vision.convert import checkpoints, importers
+from llm2clip_plugin.vision.convert.adapter_match import candidate_prefixes, match_adapter
+from llm2clip_plugin.vision.convert.importers import import_tower
+from llm2clip_plugin.vision.convert.open_clip_names import open_clip_state
 
 from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
 
@@ -179,7 +179,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_import_export_import_is_identical(name, tmp_path):
-    from llm2clip_plugin.export_command import main as export_main
+    from llm2clip_plugin.stages.tower.export import main as export_main
 
     source, config = SOURCES[name]
     import_tower(source, tmp_path / "one", config=config)

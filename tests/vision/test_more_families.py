@@ -4,12 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin import export_command, load_dual_encoder, load_tower
+from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision import towers
+from llm2clip_plugin.vision.convert.importers import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.importers import import_tower
 from llm2clip_plugin.vision.towers import (
     family_of_type,
     preprocessor_config,

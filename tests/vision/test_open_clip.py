@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.importers import import_tower
+from llm2clip_plugin.vision.convert.importers import import_tower
 
 from .conftest import REFERENCE, largest_difference, read
 

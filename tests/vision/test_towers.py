@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert.importers import import_tower
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.importers import import_tower
 from llm2clip_plugin.vision.positions import resize_positions
 from llm2clip_plugin.vision.towers import (
     family_named,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from llm2clip_plugin import __version__
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.measure import RetrievalConfig

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.data.records import Caption
+from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.listing import Row
 
 CAPTIONS = 5  # of an image, in the Karpathy splits: the field leaves out the few sixth and seventh ones

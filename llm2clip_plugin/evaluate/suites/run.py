@@ -6,7 +6,7 @@ import dataclasses
 from collections import defaultdict
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.embedding import Dual, EmbeddedPairs, embed_pairs
 from llm2clip_plugin.evaluate.listing import ListedSource

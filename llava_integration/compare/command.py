@@ -1,0 +1,105 @@
+"""``llm2clip compare``: is the new tower better? Paired statistics over score files, and the report.
+
+BASE and NEW are score files of `llm2clip score`, or folders of them; several files of one benchmark below a folder
+are several runs (seeds) of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava_integration.compare import tables
+from llava_integration.compare.comparison import Comparison, build
+from llava_integration.compare.page import PageOptions, page
+from llava_integration.compare.sides import Side, load_sides
+from llm2clip_plugin.contracts import whole_file
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(
+        prog="llm2clip compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("base", metavar="BASE", type=Path, help="score file or folder that the others are compared with")
+    parse.add_argument("new", metavar="NEW", type=Path, nargs="+", help="score files or folders to compare with it")
+    parse.add_argument("--names", nargs="+", default=[], help="names of the sides in the report, base first")
+    parse.add_argument("--out", type=Path, help="folder for compare.json, .md, .tex and .html")
+    parse.add_argument("--json", type=Path, help="only this file")
+    parse.add_argument("--markdown", type=Path, help="only this file")
+    parse.add_argument("--latex", type=Path, help="only this file")
+    parse.add_argument("--html", type=Path, help="only this file")
+    parse.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap and the permutation test")
+    parse.add_argument("--level", type=float, default=0.95, help="of the intervals")
+    parse.add_argument("--seed", type=int, default=0, help="of the resampling")
+    parse.add_argument("--no-references", action="store_true", help="leave out the published numbers")
+    parse.add_argument(
+        "--images", "--image-folder", type=Path, help="for the pictures in the page: LLaVA's evaluation folders "
+        "(playground/data/eval), one benchmark's, or the folder of a benchmark of your own; default: the folder that "
+        "the answers were scored with"
+    )  # fmt: skip
+    parse.add_argument("--no-images", action="store_true", help="no pictures in the page")
+    parse.add_argument(
+        "--questions", type=int, default=80, help="questions a benchmark in the page's browser (wins and losses evenly)"
+    )
+    return parse
+
+
+def outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """Which files to write."""
+    chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "latex", "html")}
+    if args.out:
+        endings = {"json": "json", "markdown": "md", "latex": "tex", "html": "html"}
+        chosen = {kind: path or args.out / f"compare.{endings[kind]}" for kind, path in chosen.items()}
+    return {kind: path for kind, path in chosen.items() if path}
+
+
+def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], options: PageOptions) -> None:
+    """Write the chosen reports, each whole or not at all."""
+    for kind, path in files.items():
+        if kind == "json":
+            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        elif kind == "markdown":
+            text = tables.markdown(comparison)
+        elif kind == "latex":
+            text = tables.latex(comparison)
+        else:
+            text = page(comparison, sides, options)
+        with whole_file(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare score files and write the reports."""
+    args = parser().parse_args(argv)
+    if args.resamples < 100:
+        raise ValueError(f"--resamples {args.resamples} is too few for an interval; at least 100, better 10000")
+    if not 0.5 <= args.level < 1:
+        raise ValueError(f"--level {args.level} is not a level; expected 0.5 to below 1, usually 0.95")
+    sides = load_sides([args.base, *args.new], args.names)
+
+    def progress(tasks: list) -> Iterable:
+        return tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
+
+    comparison = build(
+        sides,
+        resamples=args.resamples,
+        level=args.level,
+        seed=args.seed,
+        references=not args.no_references,
+        progress=progress,
+    )
+    options = PageOptions(images=args.images, with_images=not args.no_images, questions=args.questions)
+    write(comparison, sides, outputs(args), options)  # first, so that `| head` doesn't stop it
+    print(tables.terminal(comparison))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

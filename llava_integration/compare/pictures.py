@@ -1,0 +1,106 @@
+"""Pictures of a benchmark's questions, found beside its data and made small enough to travel inside the report.
+
+A benchmark of the user's own (score files with a name that is not among ours) has its pictures below the folder that
+its score files name as ``provenance["data"]``, or below ``--images``; an item's ``image`` is a path from there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from llava_integration.benchmarks.base import MODULES, Item, benchmark
+from llava_integration.compare.sides import Side
+
+SIDE = 256  # pixels of the longer side in the page
+QUALITY = 70
+OWN = ("", "images")  # where the pictures of a benchmark of the user's own may be, below its folder
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Pictures:
+    """Data URIs by key, each picture once however many questions ask about it."""
+
+    def __init__(self, sides: Sequence[Side], root: Path | None, *, enabled: bool):
+        self.encoded: dict[str, str] = {}
+        self.missing: dict[str, int] = {}
+        self._enabled = enabled
+        self._folders = {
+            name: _folders(
+                name, root, [record.provenance.get("data") for side in sides for record in side.runs.get(name, ())]
+            )
+            for name in {name for side in sides for name in side.runs}
+        }
+        if root is not None and not root.is_dir():
+            raise FileNotFoundError(
+                f"no folder {root} for --images; it is LLaVA's playground/data/eval, or one of its folders"
+            )
+
+    def key(self, name: str, item: Item) -> str:
+        """The key of an item's picture, "" if there is none; encodes it when it is first asked for."""
+        if not self._enabled or not item.get("image"):
+            return ""
+        key = f"{name}/{item['image']}"
+        if key not in self.encoded:
+            encoded = encode(self._read(name, item))
+            if encoded is None:
+                self.missing[name] = self.missing.get(name, 0) + 1
+                return ""
+            self.encoded[key] = encoded
+        return key
+
+    def _read(self, name: str, item: Item) -> bytes | None:
+        known = benchmark(name) if name in MODULES else None
+        for folder in self._folders[name]:
+            if known and known.image_bytes is not None:
+                if (found := known.image_bytes(folder, item)) is not None:
+                    return found
+            elif (path := find(known.image_folders if known else OWN, folder, str(item["image"]))) is not None:
+                return path.read_bytes()
+        return None
+
+    def notes(self) -> list[str]:
+        """Which pictures were not found."""
+        return [
+            f"{count} pictures of {name} were not found; pass --images with their folder to see them"
+            for name, count in sorted(self.missing.items())
+        ]
+
+
+def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list[Path]:
+    """Where a benchmark's pictures may be: below --images, else beside the data that was scored."""
+    if root is not None:
+        below = [root / folder for folder in (benchmark(name).folders if name in MODULES else ())]
+        return [folder for folder in (*below, root) if folder.is_dir()]
+    return [Path(folder) for folder in dict.fromkeys(filter(None, scored)) if Path(folder).is_dir()]
+
+
+def find(image_folders: Sequence[str], folder: Path, name: str) -> Path | None:
+    """An image file of a benchmark, whatever its ending; never outside the folder, whatever the name."""
+    inside = folder.resolve()
+    for below in image_folders:
+        base = folder / below / name
+        for path in (base, *(base.with_suffix(ending) for ending in ENDINGS)):
+            if path.is_file() and inside in path.resolve().parents:
+                return path
+    return None
+
+
+def encode(raw: bytes | None) -> str | None:
+    """A small JPEG as a data URI; None if the bytes are no picture."""
+    if not raw:
+        return None
+    try:
+        with Image.open(io.BytesIO(raw)) as opened:
+            opened.draft("RGB", (SIDE, SIDE))
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,98 @@
+"""The sides of a comparison: score files of one model, gathered by benchmark, several runs where there are several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_integration.compare.retrieval import expand
+from llm2clip_plugin.contracts import ContractError, ScoreFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One model: its name and the runs of each benchmark."""
+
+    name: str
+    path: Path
+    runs: dict[str, tuple[ScoreFile, ...]]
+    notes: tuple[str, ...] = ()
+
+
+def load_side(path: Path, name: str = "") -> Side:
+    """Read a score file, or every score file below a folder; files of one benchmark are runs (seeds) of it.
+
+    Raises FileNotFoundError, or ContractError for a file that is not what it should be.
+    """
+    if path.is_dir():
+        records = [(found, ScoreFile.read(found)) for found in sorted(path.rglob("*.json")) if _is_score_file(found)]
+        if not records:
+            raise FileNotFoundError(f"{path} holds no score files; `llm2clip score ... --json FILE` writes them")
+    elif path.is_file():
+        records = [(path, ScoreFile.read(path))]
+    else:
+        raise FileNotFoundError(f"no score file or folder {path}")
+    runs: dict[str, list[ScoreFile]] = {}
+    notes = []
+    for found, record in records:
+        _check(found, record)
+    for found, record in [(found, part) for found, whole in records for part in expand(whole)]:
+        earlier = runs.setdefault(record.benchmark, [])
+        if any(record.items == other.items for other in earlier):
+            notes.append(
+                f"{found} has the same answers as another file of {record.benchmark}: not counted as another run"
+            )
+        else:
+            earlier.append(record)
+    models = {record.model for _, record in records}
+    default = path.name if path.is_dir() else models.copy().pop() or path.stem
+    return Side(
+        name=name or default, path=path, runs={key: tuple(value) for key, value in runs.items()}, notes=tuple(notes)
+    )
+
+
+def _is_score_file(path: Path) -> bool:
+    """Whether a JSON file says it is a score file; others below a folder are passed over."""
+    if path.name.endswith(".scores.json"):
+        return True
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(head, dict) and head.get("kind") == ScoreFile.KIND
+
+
+def _check(path: Path, record: ScoreFile) -> None:
+    """ContractError if a score file's items can't be compared."""
+    if not record.items:
+        raise ContractError(f"{path} holds no items: only files with an item a question can be compared")
+    if any(not isinstance(item, dict) or "id" not in item or "score" not in item for item in record.items):
+        raise ContractError(f"{path}: every item needs id, score and cluster")
+    names = [str(item["id"]) for item in record.items]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ContractError(f"{path} holds item {twice} twice; score the answers again")
+
+
+def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
+    """Read all sides; their names are made different where folders are called alike."""
+    if names and len(names) != len(paths):
+        raise ValueError(f"{len(names)} --names for {len(paths)} sides; give one for each, base first")
+    sides = [load_side(path, names[place] if names else "") for place, path in enumerate(paths)]
+    shown = [side.name for side in sides]
+    for place, side in enumerate(sides):
+        if shown.count(side.name) > 1:
+            parent = side.path.resolve().parent.name
+            unique = f"{parent}/{side.path.stem}" if parent else side.name
+            if [s.name for s in sides].count(unique):
+                unique = f"{unique} #{place}"
+            sides[place] = Side(name=unique, path=side.path, runs=side.runs, notes=side.notes)
+    names_now = [side.name for side in sides]
+    if len(set(names_now)) != len(names_now):
+        sides = [
+            Side(name=f"{side.name} #{place}", path=side.path, runs=side.runs, notes=side.notes)
+            for place, side in enumerate(sides)
+        ]
+    return sides

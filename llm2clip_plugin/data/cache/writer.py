@@ -1,0 +1,213 @@
+"""Writing an embedding cache, by any number of ranks; cache.py says what its files hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from llm2clip_plugin.contracts import (
+    CacheManifest,
+    ContractError,
+    TeacherIdentity,
+    canonical_json,
+    sha256_text,
+    whole_file,
+)
+from llm2clip_plugin.data.cache.reader import DTYPES, differences, has_text
+from llm2clip_plugin.data.cache.shard_file import META, ShardFile, tensors_digest
+from llm2clip_plugin.data.sources.records import Caption, caption_hash
+
+INT8_COSINE = 0.999  # the least that int8 may keep of a row's direction
+FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
+
+
+def hash_to_int(digest: str) -> int:
+    """A caption's 16 hex characters as a signed 64-bit number."""
+    return int.from_bytes(bytes.fromhex(digest), "big", signed=True)
+
+
+def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, str]]:
+    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
+    rows: list[tuple[int, str]] = []
+    for index, of_sample in enumerate(captions):
+        distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
+        rows.extend((index, digest) for digest in distinct)
+    return rows
+
+
+def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, str]]) -> str:
+    """Identity of what a shard's rows belong to: changes with any key, caption or order."""
+    return sha256_text(canonical_json([list(keys), [list(row) for row in rows]]))
+
+
+def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding."""
+    largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    if dtype == "int8":
+        scales = largest / 127.0
+        return (embeddings / scales[:, None]).round_().to(torch.int8), scales
+    scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
+    return (embeddings / scales[:, None]).to(torch.float16), scales
+
+
+class CacheWriter:
+    """Writes the shards of one cache; any number of ranks may write different shards of one directory.
+
+    Raises ContractError if the directory holds another teacher's, or another dtype's, embeddings.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16") -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown cache dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        self.directory = Path(directory)
+        self.identity = identity
+        self.dtype = dtype
+        self._written: list[str] = []
+        manifest = self.directory / CacheManifest.FILE
+        if manifest.is_file():
+            self._refuse_another(CacheManifest.read(manifest), manifest)
+        else:
+            self._manifest({}, complete=False).write(manifest)
+
+    def _refuse_another(self, found: CacheManifest, path: Path) -> None:
+        """Stop if the directory belongs to another teacher or is stored otherwise."""
+        if found.fingerprint != self.identity.fingerprint:
+            raise ContractError(
+                f"{path} belongs to another teacher ({differences(found.teacher, self.identity)}; fingerprint "
+                f"{found.fingerprint[:12]}, yours is {self.identity.fingerprint[:12]}); choose another --cache"
+            )
+        if found.dtype != self.dtype:
+            raise ContractError(
+                f"{path} stores {found.dtype}, you asked for {self.dtype}; "
+                f"choose another --cache or --dtype {found.dtype}"
+            )
+
+    def _manifest(self, shards: dict[str, dict[str, object]], *, complete: bool) -> CacheManifest:
+        return CacheManifest(
+            teacher=dict(vars(self.identity)),
+            fingerprint=self.identity.fingerprint,
+            dtype=self.dtype,
+            width=self.identity.width,
+            shards=shards,
+            complete=complete,
+        )
+
+    def path(self, shard: str) -> Path:
+        """The file of a shard."""
+        return self.directory / shard_file(shard)
+
+    def is_whole(self, shard: str, keys: Sequence[str], rows: Sequence[tuple[int, str]]) -> bool:
+        """Whether the shard's file is there, not cut short, and of these keys and captions by this teacher."""
+        path = self.path(shard)
+        if not path.is_file():
+            return False
+        try:
+            meta = ShardFile(path).meta
+        except ContractError:
+            return False
+        return (
+            meta.get("fingerprint") == self.identity.fingerprint
+            and meta.get("dtype") == self.dtype
+            and meta.get("rows_sha256") == rows_digest(keys, rows)
+        )
+
+    def write_shard(
+        self,
+        shard: str,
+        keys: Sequence[str],
+        rows: Sequence[tuple[int, str]],
+        embeddings: torch.Tensor,
+        *,
+        truncated: int = 0,
+    ) -> None:
+        """Write one shard whole.
+
+        shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index, caption hash) in order
+        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum.
+        Raises ValueError for a wrong shape or a non-finite row, ContractError if int8 loses too much.
+        """
+        embeddings = embeddings.float()
+        shape, expected = tuple(embeddings.shape), (len(rows), self.identity.width)
+        if shape != expected:
+            raise ValueError(f"shard {shard}: embeddings of shape {shape}, expected {expected}")
+        indices = [index for index, _ in rows]
+        if indices != sorted(indices) or (indices and not 0 <= indices[0] <= indices[-1] < len(keys)):
+            raise ValueError(f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}")
+        finite = torch.isfinite(embeddings).all(dim=1)
+        if not bool(finite.all()):
+            worst = int((~finite).nonzero()[0])
+            raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
+        stored, scales = quantize(embeddings, self.dtype)
+        self._hold_direction(shard, embeddings, stored)
+        encoded = [key.encode() for key in keys]
+        tensors = {
+            "embeddings": stored,
+            "scales": scales,
+            "row_starts": torch.tensor(np.searchsorted(indices, np.arange(len(keys) + 1)), dtype=torch.int64),
+            "caption_hashes": torch.tensor([hash_to_int(digest) for _, digest in rows], dtype=torch.int64),
+            "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
+            "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
+        }
+        metadata = {
+            "shard": shard,
+            "fingerprint": self.identity.fingerprint,
+            "dtype": self.dtype,
+            "rows_sha256": rows_digest(keys, rows),
+            "sha256": tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()}),
+            "truncated": str(truncated),
+        }
+        with whole_file(self.path(shard)) as aside:
+            save_file(tensors, str(aside), metadata={META: canonical_json(metadata)})  # one entry: their order varies
+        self._written.append(shard)
+
+    def _hold_direction(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:
+        """int8 is refused where a few huge dimensions would leave nothing of the others."""
+        if self.dtype != "int8" or not len(embeddings):
+            return
+        cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)
+        cosine = cosine[embeddings.abs().amax(dim=1) > 0]
+        if len(cosine) and float(cosine.min()) < INT8_COSINE:
+            raise ContractError(
+                f"shard {shard}: int8 keeps a cosine similarity of only {float(cosine.min()):.5f} to the embedding, "
+                f"{INT8_COSINE} is the least allowed; use --dtype float16"
+            )
+
+    def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
+        """Write the complete manifest if every shard is there, and return it; None while other ranks still write.
+
+        shards: the names that must be there; by default those that this writer wrote. What the manifest listed before
+        stays, so the splits of a data set share a directory.
+        """
+        path = self.directory / CacheManifest.FILE
+        entries: dict[str, dict[str, object]] = {
+            name: entry for name, entry in CacheManifest.read(path).shards.items() if self.path(name).is_file()
+        }
+        for shard in self._written if shards is None else shards:
+            if not self.path(shard).is_file():
+                return None
+            file = ShardFile(self.path(shard))
+            entries[shard] = {
+                "file": shard_file(shard),
+                "samples": file.samples,
+                "captions": file.captions,
+                "truncated": int(file.meta["truncated"]),
+                "rows_sha256": file.meta["rows_sha256"],
+                "sha256": file.meta["sha256"],
+            }
+        manifest = self._manifest(entries, complete=True)
+        manifest.write(path)
+        return manifest
+
+
+def shard_file(shard: str) -> str:
+    """The file name of a shard, relative to the cache; a name that could leave the folder is hashed instead."""
+    parts = Path(shard).parts
+    if not parts or Path(shard).is_absolute() or ".." in parts:
+        return f"shard-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"
+    return f"{shard}.safetensors"

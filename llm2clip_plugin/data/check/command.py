@@ -1,0 +1,37 @@
+"""``llm2clip data check PATH``: read a data set once, every image decoded, and say what is in it and what is broken."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import tyro
+
+from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
+from llm2clip_plugin.data.check.report import as_text, build_report
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.progress import track
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; 1 if training on this data would stop, else 0."""
+    config = tyro.cli(CheckConfig, args=argv, prog="llm2clip data check")
+    report = check_data(config)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else as_text(report, config.show))
+    return 0 if report["fit_for_training"] else 1
+
+
+def check_data(config: CheckConfig) -> dict[str, Any]:
+    """Read all of ``config.path``; the report that ``--json`` prints.
+
+    Raises FileNotFoundError if nothing is there, ValueError for a format that can't be told or a tokenizer that
+    can't be read.
+    """
+    load_counter(config.tokenizer)  # an error now, not in a worker
+    broken_shards: dict[str, str] = {}
+    source = open_source(config, broken_shards)
+    reading = Reading()
+    for one in track(read_all(source, config), total=len(source), label="data check", unit="samples"):
+        if one is not None:
+            reading.add(one)
+    return build_report(config, source, broken_shards, reading)

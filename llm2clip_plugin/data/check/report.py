@@ -1,0 +1,186 @@
+"""The report of ``llm2clip data check``: one dictionary for machines, and the same as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llm2clip_plugin.data.sources.base import Source
+
+if TYPE_CHECKING:
+    from llm2clip_plugin.data.check.reading import CheckConfig, Reading
+
+EDGES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower ends of the histogram's bins
+BAR = 40  # characters of the longest bar
+
+
+def build_report(
+    config: CheckConfig, source: Source, broken_shards: dict[str, str], reading: Reading
+) -> dict[str, Any]:
+    """Everything that was found, in plain JSON types."""
+    bad = len(reading.broken) + len(reading.without_captions)  # a sample is named in one of the two, once
+    share = bad / reading.samples if reading.samples else 1.0
+    captions = np.concatenate([np.zeros((0, 3), dtype=np.int64), *reading.caption_rows])
+    keys = np.concatenate([np.zeros((0, 2), dtype=np.int64), *reading.key_rows])
+    by_kind, by_language = Counter(), Counter()
+    for (kind, language), number in reading.captions.items():
+        by_kind[kind] += number
+        by_language[language] += number
+    return {
+        "path": config.path,
+        "shards": len(source.shards),
+        "samples": reading.samples,
+        "fit_for_training": not broken_shards and share <= config.max_broken,
+        "broken_share": share,
+        "max_broken": config.max_broken,
+        "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken_shards.items()],
+        "broken": reading.broken,
+        "without_captions": reading.without_captions,
+        "captions": len(captions),
+        "captions_by_kind": dict(by_kind.most_common()),
+        "captions_by_language": dict(by_language.most_common()),
+        "empty_captions": reading.empty_captions,
+        "captions_with_invalid_utf8": reading.replaced_characters,
+        "duplicate_captions": _doubled_captions(source, captions, config.show),
+        "duplicate_keys": _doubled_keys(source, keys, config.show),
+        "caption_lengths": _lengths(config, source, captions),
+        "images": _images(config, reading),
+    }
+
+
+def _doubled_captions(source: Source, captions: np.ndarray, show: int) -> dict[str, Any]:
+    """Texts that belong to more than one sample; the most frequent ones spelled out."""
+    pairs = np.unique(captions[:, :2], axis=0)  # a text of two kinds in one sample is no duplicate
+    ids, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    order = order[counts[order] > 1]
+    most = []
+    for place in order[:show].tolist():
+        number = int(pairs[first[place], 1])
+        text = _text_of(source, number, int(ids[place]))
+        most.append({"text": text, "samples": int(counts[place])})
+    return {"texts": len(order), "samples": int(counts[order].sum()), "most_frequent": most}
+
+
+def _text_of(source: Source, number: int, wanted: int) -> str:
+    from llm2clip_plugin.data.sources.records import caption_id
+
+    return next(caption.text for caption in source.captions(number)[1] if caption_id(caption.text) == wanted)
+
+
+def _doubled_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:
+    """Keys that more than one sample has, in whichever shard."""
+    hashes, counts = np.unique(keys[:, 0], return_counts=True)
+    doubled = hashes[counts > 1]
+    most = []
+    for value in doubled[:show]:
+        numbers = keys[keys[:, 0] == value, 1].tolist()
+        shards = sorted({source.locate(number)[0] for number in numbers})
+        most.append({"key": source.captions(numbers[0])[0], "samples": len(numbers), "shards": shards[:show]})
+    return {"keys": len(doubled), "samples": int(counts[counts > 1].sum()), "examples": most}
+
+
+def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[str, Any]:
+    """Distribution of caption lengths."""
+    unit = "tokens" if config.tokenizer else "words"
+    lengths = captions[:, 2]
+    if not len(lengths):
+        return {"unit": unit, "histogram": []}
+    bins = np.searchsorted(EDGES, lengths, side="right") - 1
+    ends = [*(edge - 1 for edge in EDGES[1:]), None]
+    histogram = [
+        {"from": EDGES[number], "to": ends[number], "captions": int((bins == number).sum())}
+        for number in range(int(bins.max()) + 1)
+    ]
+    longest = int(captions[lengths.argmax(), 1])
+    shard, key = source.locate(longest)[0], source.captions(longest)[0]
+    return {
+        "unit": unit,
+        "mean": round(float(lengths.mean()), 2),
+        **{name: int(np.percentile(lengths, q)) for name, q in (("median", 50), ("p99", 99), ("max", 100))},
+        "longest": {"shard": shard, "key": key},
+        "limit": config.max_tokens,
+        "over_limit": int((lengths > config.max_tokens).sum()),
+        "histogram": histogram,
+    }
+
+
+def _images(config: CheckConfig, reading: Reading) -> dict[str, Any]:
+    """Formats and sizes of the images that could be decoded."""
+    sides = np.array(reading.sides, dtype=np.int64).reshape(-1, 2)
+    report: dict[str, Any] = {"whole": len(sides), "formats": dict(reading.formats.most_common())}
+    if len(sides):
+        report["mean_bytes"] = reading.image_bytes // len(sides)
+        for axis, name in enumerate(("width", "height")):
+            values = sides[:, axis]
+            report[name] = {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
+    report["small_side"] = config.small_side
+    report["small"] = int((sides.min(axis=1) < config.small_side).sum()) if len(sides) else 0
+    return report
+
+
+def as_text(report: dict[str, Any], show: int) -> str:
+    """The report for people."""
+    images, lengths = report["images"], report["caption_lengths"]
+    lines = [
+        f"{report['path']}: {report['samples']} samples in {report['shards']} shards, {report['captions']} captions",
+        f"  kinds       {_counts(report['captions_by_kind'])}",
+        f"  languages   {_counts(report['captions_by_language'])}",
+        f"  images      {_counts(images['formats'])}",
+    ]
+    if images["whole"]:
+        width, height = images["width"], images["height"]
+        lines.append(
+            f"  sizes       {width['min']} to {width['max']} x {height['min']} to {height['max']} pixels, median "
+            f"{width['median']} x {height['median']}, {images['mean_bytes'] / 1000:.1f} kB; "
+            f"{images['small']} smaller than {images['small_side']} pixels"
+        )
+    lines += _length_lines(lengths) + _problem_lines(report, show)
+    verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
+    lines.append(f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed")
+    return "\n".join(lines)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in counts.items()) or "none"
+
+
+def _length_lines(lengths: dict[str, Any]) -> list[str]:
+    if not lengths["histogram"]:
+        return []
+    unit = lengths["unit"]
+    lines = [
+        f"  caption lengths in {unit}: mean {lengths['mean']}, median {lengths['median']}, 99 % to {lengths['p99']}, "
+        f"longest {lengths['max']} ({lengths['longest']['shard']}: {lengths['longest']['key']}); "
+        f"{lengths['over_limit']} over {lengths['limit']}"
+    ]
+    largest = max(bin["captions"] for bin in lengths["histogram"])
+    for bin in lengths["histogram"]:
+        span = f"{bin['from']}-{bin['to']}" if bin["to"] else f"{bin['from']}+"
+        bar = "#" * -(-bin["captions"] * BAR // largest)
+        lines.append(f"    {span:>9} {bin['captions']:>9} {bar}")
+    return lines
+
+
+def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
+    lines: list[str] = []
+    for title, found in (
+        ("broken shards", [f"{one['shard']}: {one['reason']}" for one in report["broken_shards"]]),
+        ("broken samples", [f"{one['shard']}: {one['key']}: {one['reason']}" for one in report["broken"]]),
+        (
+            "samples without a caption",
+            [f"{one['shard']}: {one['key']}: {one['reason']}" for one in report["without_captions"]],
+        ),
+    ):
+        lines.append(f"  {title}: {len(found)}")
+        lines += [f"    {text}" for text in found[:show]]
+        lines += [f"    ... and {len(found) - show} more"] if len(found) > show else []
+    doubled, keys = report["duplicate_captions"], report["duplicate_keys"]
+    lines.append(f"  empty captions: {report['empty_captions']}; not UTF-8: {report['captions_with_invalid_utf8']}")
+    lines.append(f"  captions that several samples share: {doubled['texts']}, in {doubled['samples']} samples")
+    lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in doubled["most_frequent"]]
+    lines.append(f"  keys that several samples share: {keys['keys']}, in {keys['samples']} samples")
+    lines += [f"    {one['samples']} x {one['key']!r} in {', '.join(one['shards'])}" for one in keys["examples"]]
+    return lines

@@ -1,0 +1,100 @@
+"""Which fields of a sample are captions: ``caption=short``, ``long_caption=long``, ``de=short:de``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip_plugin.data.sources.records import Caption
+
+# "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the sample's JSON.
+DEFAULT_FIELDS = (
+    "txt=short",
+    "caption=short",
+    "short_caption=short",
+    "long_caption=long",
+    "captions=short",
+    "gpt=short",
+)
+
+
+@dataclass(frozen=True)
+class CaptionField:
+    """One field that holds captions, and what to call them."""
+
+    name: str
+    kind: str
+    language: str
+
+
+def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionField, ...]:
+    """Read ``NAME=KIND`` or ``NAME=KIND:LANGUAGE`` (``language`` where none is said).
+
+    Raises ValueError for another form, no fields at all, or a name given twice.
+    """
+    fields: dict[str, CaptionField] = {}
+    for text in specifications:
+        name, equals, rest = text.partition("=")
+        kind, _, own_language = rest.partition(":")
+        if not (name and equals and kind):
+            raise ValueError(f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in long_caption=long")
+        if name in fields:
+            raise ValueError(f"caption field {name!r} is given twice: {', '.join(specifications)}")
+        fields[name] = CaptionField(name, kind, own_language or language)
+    if not fields:
+        raise ValueError("no caption fields are configured; give at least one, as in caption=short")
+    return tuple(fields.values())
+
+
+def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tuple[Caption, ...]:
+    """The captions among a sample's ``values``, in the order of ``fields``.
+
+    A value may be a text, a list of texts, a mapping language -> text, or a list of objects
+    ``{"text": ..., "kind": ..., "language": ...}`` whose own kind and language win. Texts are
+    stripped; empty ones and repetitions within the sample are left out.
+    """
+    found: dict[Caption, None] = {}
+    for field in fields:
+        for caption in _expand(values.get(field.name), field):
+            if caption.text:
+                found.setdefault(caption)
+    return tuple(found)
+
+
+def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
+    """Captions of one field's value, empty texts included; raises ValueError for a shape that isn't known."""
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield Caption(_clean(value), field.kind, field.language)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _expand(item, field)
+    elif isinstance(value, dict) and "text" in value:
+        if not isinstance(value["text"], str):
+            raise ValueError(f"caption field {field.name!r} holds a text of type {type(value['text']).__name__}")
+        kind, language = value.get("kind") or field.kind, value.get("language") or field.language
+        yield Caption(_clean(value["text"]), well_formed(str(kind)), well_formed(str(language)))
+    elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+        for language, text in value.items():
+            yield Caption(_clean(text), field.kind, well_formed(language))
+    else:
+        raise ValueError(
+            f"caption field {field.name!r} holds a {type(value).__name__}; expected a text, a list of texts, "
+            "{language: text}, or objects with a text"
+        )
+
+
+def _clean(text: str) -> str:
+    return well_formed(text.strip())
+
+
+def well_formed(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can hold and UTF-8 can't, joined or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def count_empty(values: dict[str, Any], fields: Sequence[CaptionField]) -> int:
+    """How many captions of a sample are there but empty."""
+    return sum(not caption.text for field in fields for caption in _expand(values.get(field.name), field))

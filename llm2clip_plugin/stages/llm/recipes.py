@@ -1,0 +1,71 @@
+"""Stage 1's named runs, ``llm2clip finetune-llm --recipe NAME``: the paper's LLMs with its settings.
+
+Published settings (LLM2CLIP's own training configurations, arXiv 2411.04997): LoRA r 16, alpha 32, dropout 0.05 on
+every linear layer, lr 2e-4 after 300 steps of warm-up, one epoch, batch 512 = 8 x 64, scale 50, 512 tokens, an
+instruction on the queries alone that is left out of the pooling. ZeRO-2 is the command line's: --deepspeed
+scripts/zero2.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llm2clip_plugin.stages.llm.run import FinetuneConfig
+from llm2clip_plugin.stages.tower.recipes import TEACHERS, Mixture
+from llm2clip_plugin.text.contrast import ContrastConfig
+from llm2clip_plugin.text.lora import LoraSettings
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.train.optim import OptimConfig
+
+MIXTURE = Mixture(  # sizes are nominal: part of the links is dead by now
+    sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("E5's text pairs", 1.5)),
+    captions="a pair is two of an image's captions (DreamLIP's) or a text pair, every batch from one source",
+)
+INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
+
+
+def llama_1b() -> FinetuneConfig:
+    """Llama 3.2 1B Instruct: embeddings 2048 wide."""
+    return _paper("llama-1b", gradient_checkpointing=False)
+
+
+def llama_8b() -> FinetuneConfig:
+    """Llama 3 8B Instruct: embeddings 4096 wide."""
+    return _paper("llama-8b", gradient_checkpointing=True)
+
+
+def _paper(teacher: str, *, gradient_checkpointing: bool) -> FinetuneConfig:
+    """The published stage-1 settings over an LLM; captions (the paper's: MIXTURE) are the user's."""
+    known = TEACHERS[teacher]
+    return FinetuneConfig(
+        output_dir=f"runs/{teacher}",
+        encoder=EncoderConfig(
+            llm=known.base,
+            preset=known.preset,
+            query_prompt=INSTRUCTION,
+            max_tokens=512,
+            compute_dtype="bfloat16",
+        ),
+        lora=LoraSettings(r=16, alpha=32, dropout=0.05),
+        contrast=ContrastConfig(scale=50.0),
+        optim=OptimConfig(
+            lr=2e-4, weight_decay=0.0, layer_decay=1.0, betas=(0.9, 0.999), max_grad_norm=1.0, warmup_steps=300
+        ),
+        train=TrainConfig(
+            global_batch=512,
+            num_train_epochs=1.0,
+            gradient_checkpointing=gradient_checkpointing,
+            save_steps=500,
+        ),
+    )
+
+
+LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {"llama-1b": llama_1b, "llama-8b": llama_8b}
+
+
+def llm_recipe(name: str) -> FinetuneConfig:
+    """The recipe of that name; ValueError lists the known ones."""
+    if name not in LLM_RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(LLM_RECIPES)}")
+    return LLM_RECIPES[name]()

@@ -1,0 +1,195 @@
+"""Named runs, each a function that returns a whole configuration; the command line overrides single fields.
+
+Published settings: LLM2CLIP's own training configurations (arXiv 2411.04997): AdamW, lr 1e-5 on both sides,
+weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, global batch 4096 = 8 x 512, joint width
+1280 for the large towers, a short and a long caption drawn evenly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import llm2clip_plugin
+from llm2clip_plugin.data.images import AugmentConfig
+from llm2clip_plugin.data.sources.base import ReadConfig
+from llm2clip_plugin.evaluate.measure import RetrievalConfig
+from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
+from llm2clip_plugin.train.heads import HeadsConfig
+from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.train.model import TowerConfig
+from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.vision.dual import DualConfig
+
+EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"
+
+
+def quickstart() -> RunConfig:
+    """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two CPU cores.
+
+    Say --tower.path (the quickstart makes one) and --data.cache.
+    """
+    return RunConfig(
+        output_dir="runs/quickstart",
+        data=DataConfig(
+            path=(str(EMOJI / "train-*.tar"),),
+            read=ReadConfig(kinds=("short", "long"), languages=("en",)),
+            augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
+        ),
+        tower=TowerConfig(architecture="facebook/dinov2-small", image_size=56),  # 4 x 4 patches
+        dual=DualConfig(
+            joint_width=384,
+            pool="cls_mean",
+            projection_norm=True,
+            input_scale="sqrt_width",
+            input_noise=0.5,
+        ),
+        optim=OptimConfig(
+            lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0, warmup_ratio=0.15
+        ),
+        heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
+        train=TrainConfig(global_batch=128, max_steps=100, save_minutes=2.0, save_total_limit=1),
+        evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group="concept"),
+    )
+
+
+def openai_l14_336() -> RunConfig:
+    """OpenAI's CLIP ViT-L/14 at 336 px, which LLaVA 1.5 uses, with the paper's settings."""
+    return _paper("openai-l14-336", TowerConfig(path="openai/clip-vit-large-patch14-336"))
+
+
+def openai_l14_224() -> RunConfig:
+    """OpenAI's CLIP ViT-L/14 at 224 px."""
+    return _paper("openai-l14-224", TowerConfig(path="openai/clip-vit-large-patch14"))
+
+
+def openai_b16() -> RunConfig:
+    """OpenAI's CLIP ViT-B/16."""
+    return _paper("openai-b16", TowerConfig(path="openai/clip-vit-base-patch16"))
+
+
+def eva02_l14_336() -> RunConfig:
+    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then say --tower.path."""
+    return _paper("eva02-l14-336", TowerConfig(architecture="eva02-l14-336"))
+
+
+def eva02_l14_224() -> RunConfig:
+    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then say --tower.path."""
+    return _paper("eva02-l14-224", TowerConfig(architecture="eva02-l14-224"))
+
+
+def eva02_b16() -> RunConfig:
+    """EVA02-CLIP B/16: `llm2clip import` its .pt, then say --tower.path."""
+    return _paper("eva02-b16", TowerConfig(architecture="eva02-b16"))
+
+
+def eva02_bige14() -> RunConfig:
+    """EVA02-CLIP bigE/14 (4.3 G parameters) with the settings of the smaller ones; the paper did not train it."""
+    return _paper("eva02-bige14", TowerConfig(architecture="eva02-bige14"))
+
+
+def siglip2_so400m_224() -> RunConfig:
+    """SigLIP 2 so400m/14 at 224 px; its own pooled output is what the projection reads."""
+    return _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"), joint_width=1152)
+
+
+def _paper(name: str, tower: TowerConfig, *, joint_width: int = 1280) -> RunConfig:
+    """The published stage-2 settings over a tower; data (the paper's: MIXTURES) and caches are the user's."""
+    return RunConfig(
+        output_dir=f"runs/{name}",
+        tower=tower,
+        dual=DualConfig(joint_width=joint_width),
+        optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
+        train=TrainConfig(
+            global_batch=4096,
+            num_train_epochs=4.0,
+            precision="bf16",
+            gradient_checkpointing=True,
+            dataloader_num_workers=8,
+            save_steps=1000,
+            eval_steps=1000,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """An LLM of the paper: the one that stage 1 starts from, and the released one that has stage 1 behind it."""
+
+    base: str  # Hub id
+    released: str  # Hub id
+    preset: str  # how the released one reads a caption (llm2clip embed --preset)
+    width: int  # of an embedding: what a cache of it holds
+
+
+TEACHERS = {
+    "llama-1b": Teacher(
+        base="meta-llama/Llama-3.2-1B-Instruct",
+        released="microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
+        preset="llm2clip-llama3",
+        width=2048,
+    ),
+    "llama-8b": Teacher(
+        base="meta-llama/Meta-Llama-3-8B-Instruct",
+        released="microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+        preset="llm2clip-llama3",
+        width=4096,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Data that the paper trained on: sets and their sizes, each sample equally often."""
+
+    sets: tuple[tuple[str, float], ...]  # name, samples in millions
+    captions: str  # which of a sample
+
+    def __str__(self) -> str:
+        listed = " + ".join(f"{name} ({size:g} M)" for name, size in self.sets)
+        return f"{sum(size for _, size in self.sets):g} M = {listed}; {self.captions}"
+
+
+SHORT_AND_LONG = "its own short caption or a long one of an MLLM (DreamLIP's, Recap's), drawn evenly"
+MIXTURES = (  # of stage 2; sizes are nominal: part of the links is dead by now
+    Mixture(sets=(("CC3M", 3), ("CC12M", 12)), captions=SHORT_AND_LONG),
+    Mixture(
+        sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("a part of Recap-DataComp-1B", 30)),
+        captions=SHORT_AND_LONG,
+    ),
+)
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function
+    for function in (
+        quickstart,
+        openai_l14_336,
+        openai_l14_224,
+        openai_b16,
+        eva02_l14_336,
+        eva02_l14_224,
+        eva02_b16,
+        eva02_bige14,
+        siglip2_so400m_224,
+    )
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The recipe of that name; ``TOWER/TEACHER`` takes caches of that LLM alone. ValueError lists the known ones."""
+    tower, slash, llm = name.replace("-", "_").partition("/")
+    llm = llm.replace("_", "-")
+    if tower not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, each also as NAME/TEACHER")
+    config = RECIPES[tower]()
+    if not slash:
+        return config
+    if llm not in TEACHERS:
+        raise ValueError(f"unknown teacher {llm!r} in recipe {name!r}; known: {', '.join(TEACHERS)}")
+    return dataclasses.replace(
+        config,
+        output_dir=f"{config.output_dir}-{llm}",
+        dual=dataclasses.replace(config.dual, llm_width=TEACHERS[llm].width),
+    )

@@ -1,0 +1,142 @@
+"""Read the tensors of a checkpoint file or folder without running anything that is in it."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert.source_config import section
+from llm2clip_plugin.vision.towers import read_json
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+SAFE_TORCH = (2, 6)  # older `weights_only=True` can be made to run code (CVE-2025-32434)
+WRAPPERS = ("model", "module", "state_dict")  # of a training checkpoint, in the reference's order
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors, .pt, .pth or .bin file, by name; wrappers and ``module.`` prefixes gone.
+
+    Raises ContractError: not whole, holds code, holds something that is not a tensor, unknown suffix.
+    """
+    if path.suffix == ".safetensors":
+        return _strip_prefixes(_read_safetensors(path))
+    if path.suffix in PICKLE_SUFFIXES:
+        return _strip_prefixes(_only_tensors(_unwrap(_read_pickle(path)), path))
+    raise ContractError(f"{path} is no checkpoint that can be read; known: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a folder: a known name, the shards of an index, or the only checkpoint in it.
+
+    Raises FileNotFoundError if there is none, ContractError if several fit.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return [directory / name]
+        if (directory / f"{name}.index.json").is_file():
+            return _shards(directory / f"{name}.index.json")
+    found = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
+    if len(found) > 1:
+        raise ContractError(f"{directory} holds several checkpoints, name one: {', '.join(p.name for p in found)}")
+    return found
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of shards names."""
+    files = section(read_json(index), "weight_map", where=str(index)).values()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ContractError(f'{index} has no "weight_map" from tensors to files; download or copy it again')
+    return sorted({index.parent / Path(file).name for file in files})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ContractError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise ContractError(
+            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, mended in 2.6); "
+            "import it in the training environment, or convert it to .safetensors"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ContractError(
+            f"{path} {_beside_tensors(str(error))} and was refused, nothing in it was run; take a .safetensors file of "
+            "these weights, or, where you trust this one, convert it to .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        if "TorchScript" in str(error):
+            raise ContractError(
+                f"{path} is a TorchScript archive, which is a program; take the same weights from the Hub, "
+                "for OpenAI's CLIP openai/clip-vit-*"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ContractError(f"{path} is not a whole torch checkpoint ({reason}); download or copy it again") from error
+
+
+def _beside_tensors(reason: str) -> str:
+    """What a refused pickle holds, from torch's reason, which is long and otherwise tells how to run it all the same.
+
+    >>> _beside_tensors("Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default.")
+    'would run or construct argparse.Namespace'
+    """
+    name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", reason)
+    if name is None:
+        return "holds code or objects beside tensors, or is no torch checkpoint,"
+    return f"would run or construct {name[1]}"
+
+
+def _unwrap(value: Any) -> Any:
+    """The state dict inside a training checkpoint such as {epoch, name, state_dict}."""
+    for name in WRAPPERS:
+        if isinstance(value, dict) and isinstance(value.get(name), dict):
+            return value[name]
+    return value
+
+
+def _only_tensors(value: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(value, dict):
+        raise ContractError(f"{path} holds a {type(value).__name__}, expected a dict of tensors")
+    if others := sorted(str(key) for key, item in value.items() if not isinstance(item, Tensor)):
+        raise ContractError(f"{path} holds things that are not tensors: {others[:10]}; expected a dict of tensors")
+    if not value:
+        raise ContractError(f"{path} holds no tensors")
+    return value
+
+
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that wrappers of a model leave on every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def require(state: dict[str, Tensor], *names: str) -> None:
+    """ContractError for tensors that every checkpoint of a layout has."""
+    if missing := [name for name in names if name not in state]:
+        raise ContractError(f"the checkpoint lacks {missing}, which every one of its layout has")
+
+
+def patch_shape(weight: Tensor, name: str) -> tuple[int, int]:
+    """Width of a tower and side of its square patches, from its patch convolution (H, 3, P, P); ContractError else."""
+    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
+        raise ContractError(f"{name} is {tuple(weight.shape)}, expected (width, 3, patch, patch): transposed or cut?")
+    return weight.shape[0], weight.shape[2]
