@@ -51,7 +51,7 @@ train_environment() {
 # LLaVA 1.5 as published, with the versions in which it runs on any machine; its own pins would fight with each other.
 LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15,<0.16 accelerate==0.34.2 peft==0.10.0 deepspeed==0.19.1 ninja
     numpy==1.26.4 einops==0.6.1 timm==0.6.13 sentencepiece==0.2.3 protobuf pydantic pillow setuptools shortuuid requests tqdm
-    bitsandbytes fastapi uvicorn easy-vqa==1.0 pytest"
+    bitsandbytes fastapi uvicorn easy-vqa==1.0 pytest pytest-xdist"
 LLAVA_WHEEL="llava-torch==1.2.2.post1"
 
 install_llava() {
