@@ -1,72 +1,62 @@
-"""A progress bar with rate and time left, on stderr; one line now and then where there is no terminal."""
+"""Progress bars: tqdm on stderr with rate and time left; where stderr is not a terminal, a line every ten seconds."""
+
+from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Item = TypeVar("Item")
 
-PLAIN_EVERY = 10.0  # seconds between lines where stderr is not a terminal
+LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
 
 
-def track(iterable: Iterable[Item], *, total: int | None, label: str, unit: str) -> Iterator[Item]:
-    """Yield from ``iterable`` while showing ``label``, done/total, units a second and the time left.
+class _Lines:
+    """A file for tqdm that turns every redrawn bar into a line of stderr."""
 
-    ``total`` is the number of items, or None where nobody knows; each item counts as one ``unit``.
+    def write(self, text: str) -> None:
+        if text := text.strip():  # tqdm starts a redraw with \r, and pads it with spaces
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(
+    *, total: int | None, label: str, unit: str, initial: int = 0, show: bool = True, delay: float = LINE_EVERY
+) -> tqdm:
+    """A tqdm bar to be moved by ``update(count)`` and closed; it is a context manager.
+
+    total: units of the whole job, None if unknown. initial: units done before. show: False for a silent bar, as on
+    every rank but one. delay: seconds before the first line where stderr is not a terminal; a job that ends earlier
+    prints none. With 0 the first and the last state are always printed.
     """
-    if sys.stderr.isatty():
-        yield from _bar(iterable, total, label, unit)
-    else:
-        yield from _lines(iterable, total, label, unit)
+    from tqdm import tqdm
 
-
-def _bar(iterable: Iterable[Item], total: int | None, label: str, unit: str) -> Iterator[Item]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=f" {unit}",
+        initial=initial,
+        disable=not show,
+        bar_format=BAR if terminal else LINE,
+        file=sys.stderr if terminal else _Lines(),
+        mininterval=0.1 if terminal else LINE_EVERY,
+        miniters=1,
+        delay=0 if terminal else delay,
+        dynamic_ncols=terminal,
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    started = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, rate="")
-        for done, item in enumerate(iterable, 1):
+
+def track(iterable: Iterable[Item], *, total: int | None, label: str, unit: str, show: bool = True) -> Iterator[Item]:
+    """Yield from ``iterable`` under a bar that counts each item as one ``unit``; arguments as of ``progress_bar``."""
+    with progress_bar(total=total, label=label, unit=unit, show=show) as bar:
+        for item in iterable:
             yield item
-            rate = done / max(time.monotonic() - started, 1e-9)
-            progress.update(task, advance=1, rate=f"{rate:.3g} {unit}/s")
-
-
-def _lines(iterable: Iterable[Item], total: int | None, label: str, unit: str) -> Iterator[Item]:
-    started = said = time.monotonic()
-    done = 0
-    for done, item in enumerate(iterable, 1):
-        yield item
-        now = time.monotonic()
-        if now - said >= PLAIN_EVERY:
-            said = now
-            print(describe(label, done, total, now - started, unit), file=sys.stderr, flush=True)
-    if said != started:
-        print(describe(label, done, total, time.monotonic() - started, unit), file=sys.stderr, flush=True)
-
-
-def describe(label: str, done: int, total: int | None, seconds: float, unit: str) -> str:
-    """``embed: 1200/4800 captions, 64.1 captions/s, 56 s left``."""
-    rate = done / max(seconds, 1e-9)
-    if total is None:
-        return f"{label}: {done} {unit}, {rate:.3g} {unit}/s"
-    left = (total - done) / max(rate, 1e-9)
-    return f"{label}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {left:.0f} s left"
+            bar.update()
