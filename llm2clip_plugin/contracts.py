@@ -130,16 +130,31 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def rename_keys(body: dict[str, Any], names: dict[str, str], path: str = "") -> dict[str, Any]:
+    """``body`` with renamed keys, nested ones by dotted names: ``{"dual.joint_width": "dual.projection_dim"}``.
+
+    Raises ContractError if ``body`` has a key under its old and its new name.
+    """
+    out: dict[str, Any] = {}
+    for key, value in body.items():
+        new = names.get(f"{path}{key}", f"{path}{key}").removeprefix(path)
+        if new in out or (new != key and new in body):
+            raise ContractError(f"{path}{key} and {path}{new} are the same setting; delete one of them")
+        out[new] = rename_keys(value, names, f"{path}{key}.") if isinstance(value, dict) else value
+    return out
+
+
 @dataclass(frozen=True, kw_only=True)
 class VersionedRecord:
     """A dataclass that is written to JSON with its kind and format version, and refuses others."""
 
     KIND: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
+    KEYS: ClassVar[dict[str, str]] = {}  # field -> its key in the file, where they differ; a reader accepts both
 
     def to_json(self) -> str:
         """The record as indented JSON."""
-        body = {"kind": self.KIND, "format_version": self.VERSION, **dataclasses.asdict(self)}
+        body = {"kind": self.KIND, "format_version": self.VERSION, **rename_keys(dataclasses.asdict(self), self.KEYS)}
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -171,6 +186,10 @@ class VersionedRecord:
                 "write it again with this release, or install the release that wrote it"
             )
         values = {name: value for name, value in body.items() if name not in ("kind", "format_version")}
+        try:
+            values = rename_keys(values, {key: field_name for field_name, key in cls.KEYS.items()})
+        except ContractError as error:
+            raise ContractError(f"{where}: {error}") from error
         known = {item.name: item for item in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(known)):
             raise ContractError(f"{where} has unknown fields {unknown}; known: {sorted(known)}")
@@ -189,6 +208,8 @@ class TowerCard(VersionedRecord):
     """``llm2clip.json`` of a tower directory: what the tower is, where it comes from, what it weighs."""
 
     KIND: ClassVar[str] = "llm2clip-tower"
+    # version 0.1 calls it joint_width: kept in the file, so that a LLaVA environment with 0.1 opens new towers
+    KEYS: ClassVar[dict[str, str]] = {"projection_dim": "joint_width", "dual.projection_dim": "dual.joint_width"}
 
     family: str  # key of vision.towers' registry: clip, siglip, dinov2, eva02
     origin: str  # path or Hub id that the tower's weights started from
@@ -198,7 +219,7 @@ class TowerCard(VersionedRecord):
     image_size: int  # pixels; positions in the file are of exactly this grid
     has_cls: bool
     weights_sha256: str  # sha256_weights(model.safetensors)
-    joint_width: int = 0  # 0: no projection, the directory holds a tower alone
+    projection_dim: int = 0  # 0: no projection, the directory holds a tower alone
     adapter_sha256: str = ""  # sha256_weights(text_adapter.safetensors); "" without one
     dual: dict[str, Any] = field(default_factory=dict)  # DualConfig: pooling, adapter kind, LLM width ...
     teacher: dict[str, Any] = field(default_factory=dict)  # TeacherIdentity as a dict; {} if never trained

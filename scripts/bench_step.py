@@ -109,7 +109,7 @@ def make_dual(name: str) -> DualEncoder:
 
     torch.manual_seed(0)
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **TOWERS[name]))
-    return DualEncoder(tower, DualConfig(joint_width=512, llm_width=WIDTH)).train()
+    return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=WIDTH)).train()
 
 
 def make_batch(size: int) -> dict[str, Any]:

@@ -73,7 +73,9 @@ def measure(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
     directory, device = fetch_directory(config.tower), choose_device(config.device)
     tower: Any = load_tower(directory)
     width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
-    encoder = DualEncoder(tower, DualConfig(projection="none", joint_width=width, pool=config.pool)).to(device).eval()
+    encoder = (
+        DualEncoder(tower, DualConfig(projection="none", projection_dim=width, pool=config.pool)).to(device).eval()
+    )
     preparation = ImageConfig.from_preprocessor(preprocessor_config(directory))
     options = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     sides = [open_labelled(path, config.label, config.cluster) for path in (config.train, config.test)]

@@ -162,7 +162,7 @@ def model_of(shape: LlmShape, pair: Kept, precision: str, *, checkpointing: bool
         frozen_size=shape.frozen_bytes / shape.parameters,
         kept=pair,
         kept_text=0,
-        joint_width=shape.width,
+        projection_dim=shape.width,
         pixels=0,
         at_once=at_once,
         in_flight=IN_FLIGHT if shape.dtype == DTYPES[precision] else IN_FLIGHT_MIXED,

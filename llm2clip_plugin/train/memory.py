@@ -115,7 +115,7 @@ class Model:
     frozen: int  # parameters that rest
     kept: Kept
     kept_text: int  # bytes that the text adapter keeps of one caption
-    joint_width: int
+    projection_dim: int
     pixels: int  # values of one image
     frozen_size: float = 0.0  # bytes of a parameter that rests; 0: as of one that trains
     at_once: float = 1.0  # share of a micro-batch that a block sees in one call
@@ -138,7 +138,7 @@ def model_of(dual: DualEncoder, small: Tower, precision: str, *, checkpointing: 
         frozen=counts[False],
         kept=kept_by_tower(small, precision).times(tokens_of(dual.tower) / tokens_of(small)),
         kept_text=kept_by_adapter(dual.config, precision),
-        joint_width=dual.config.joint_width,
+        projection_dim=dual.config.projection_dim,
         pixels=3 * dual.tower.config.image_size**2,
     )
 
@@ -166,7 +166,7 @@ def rank_bytes(
     if model.pixels:
         found["images"] = share * model.pixels * size
     # both sides of the share and all ranks' texts, with gradients; logits in blocks of 512 MiB at most, three at once
-    found["loss"] = 8 * model.joint_width * (2 * share + global_batch) + 3 * min(4 * share * global_batch, 1 << 29)
+    found["loss"] = 8 * model.projection_dim * (2 * share + global_batch) + 3 * min(4 * share * global_batch, 1 << 29)
     found["buckets"] = bucket_bytes(zero, size, model.trained + model.frozen, model.trained * size + resting)
     return found
 

@@ -40,7 +40,7 @@ class TextAdapter(nn.Module):
     def __init__(
         self,
         llm_width: int,
-        joint_width: int,
+        projection_dim: int,
         *,
         blocks: int = 4,
         expansion: int = 2,
@@ -54,8 +54,10 @@ class TextAdapter(nn.Module):
             raise ValueError(f"unknown adapter kind {kind!r}; known: {', '.join(KINDS)}")
         if input_scale not in INPUT_SCALES:
             raise ValueError(f"unknown input_scale {input_scale!r}; known: {', '.join(INPUT_SCALES)}")
-        if kind == "none" and llm_width != joint_width:
-            raise ValueError(f"adapter kind 'none' needs llm_width == joint_width, got {llm_width} and {joint_width}")
+        if kind == "none" and llm_width != projection_dim:
+            raise ValueError(
+                f"adapter kind 'none' needs llm_width == projection_dim, got {llm_width} and {projection_dim}"
+            )
         self.llm_width = llm_width
         self.normalise_input = normalise_input
         self.input_gain = llm_width**0.5 if input_scale == "sqrt_width" else 1.0
@@ -63,7 +65,7 @@ class TextAdapter(nn.Module):
         depth = blocks if kind == "mlp" else 0
         self.blocks = nn.ModuleList(AdapterBlock(llm_width, expansion) for _ in range(depth))
         self.norm = nn.Identity() if kind == "none" else nn.LayerNorm(llm_width, eps=1e-5)
-        self.projection = nn.Identity() if kind == "none" else nn.Linear(llm_width, joint_width)
+        self.projection = nn.Identity() if kind == "none" else nn.Linear(llm_width, projection_dim)
 
     def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
         """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype.

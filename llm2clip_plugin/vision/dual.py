@@ -31,7 +31,7 @@ MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 class DualConfig:
     """How the tower and the LLM's embeddings meet."""
 
-    joint_width: int = 1280  # width of the joint space
+    projection_dim: int = 1280  # width of the joint space
     llm_width: int = 0  # width of an LLM embedding; 0: no text side (a tower with its projection alone)
     pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (both, joined)
     projection: str = "linear"  # linear | none (the pooled feature is the embedding; widths must agree)
@@ -63,13 +63,13 @@ class DualEncoder(nn.Module):
         self.tower = tower
         self.config = config
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
-        if config.projection == "none" and width != config.joint_width:
+        if config.projection == "none" and width != config.projection_dim:
             raise ValueError(
-                f"projection 'none' needs joint_width {width} (the pooled feature), got {config.joint_width}"
+                f"projection 'none' needs projection_dim {width} (the pooled feature), got {config.projection_dim}"
             )
         self.visual_norm = nn.LayerNorm(width) if config.projection_norm else nn.Identity()
         self.visual_projection = (
-            nn.Linear(width, config.joint_width, bias=config.projection_bias)
+            nn.Linear(width, config.projection_dim, bias=config.projection_bias)
             if config.projection == "linear"
             else nn.Identity()
         )
@@ -162,15 +162,15 @@ def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
         raise ValueError(f"unknown projection {config.projection!r}; known: {', '.join(PROJECTIONS)}")
     if config.pool in ("cls", "cls_mean") and not has_cls:
         raise ValueError(f"pool {config.pool!r} needs a class token, which this tower lacks; use pooled or mean")
-    if config.joint_width < 1 or config.llm_width < 0:
-        raise ValueError(f"joint_width {config.joint_width} and llm_width {config.llm_width} must be positive")
+    if config.projection_dim < 1 or config.llm_width < 0:
+        raise ValueError(f"projection_dim {config.projection_dim} and llm_width {config.llm_width} must be positive")
 
 
 def make_adapter(config: DualConfig) -> TextAdapter:
     """The text adapter that a configuration describes."""
     return TextAdapter(
         config.llm_width,
-        config.joint_width,
+        config.projection_dim,
         blocks=config.adapter_blocks,
         expansion=config.adapter_expansion,
         kind=config.adapter,
@@ -196,7 +196,7 @@ def dual_config_from_card(card: TowerCard, *, where: Path) -> DualConfig:
 def read_dual_card(directory: Path) -> TowerCard:
     """The card of a directory that holds more than a tower; ValueError if it doesn't."""
     card = TowerCard.read(directory / TowerCard.FILE)
-    if not card.joint_width:
+    if not card.projection_dim:
         raise ValueError(f"{directory} holds a tower alone, without a projection; load_tower opens it")
     return card
 

@@ -70,7 +70,7 @@ def export_tower(
             **tower_facts(tower),
             origin=origin,
             weights_sha256=sha256_weights(aside / WEIGHTS_FILE),
-            joint_width=dual.config.joint_width if dual is not None else 0,
+            projection_dim=dual.config.projection_dim if dual is not None else 0,
             adapter_sha256=adapter_hash,
             dual=dataclasses.asdict(dual.config) if dual is not None else {},
             teacher=teacher or {},
@@ -223,7 +223,7 @@ def reexport(source: str | os.PathLike[str], output: str | os.PathLike[str], *, 
     """A tower directory written again by this release: same weights, same card but for the versions."""
     directory = fetch_directory(source)
     card = check_card(directory)
-    model = load_dual(directory)[0] if card.joint_width else load_tower(directory)
+    model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
     return export_tower(
         model,
         output,

@@ -36,8 +36,8 @@ def model_card(card: TowerCard) -> str:
     ]
     if "resized_from" in card.training:
         rows.append(("positions interpolated from", f"{card.training['resized_from']} px"))
-    if card.joint_width:
-        rows.append(("joint space", f"{card.joint_width} wide"))
+    if card.projection_dim:
+        rows.append(("joint space", f"{card.projection_dim} wide"))
     if needs := families()[card.family].needs:
         rows.append(("needs beside this package", f"`pip install '{needs}'`"))
     if card.teacher:
@@ -58,6 +58,6 @@ def model_card(card: TowerCard) -> str:
     lines += ["In Python:", ""]
     lines += ["```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
     lines += ['tower = load_tower("PATH_OR_HUB_ID")']
-    if card.joint_width:
+    if card.projection_dim:
         lines += ['dual = load_dual_encoder("PATH_OR_HUB_ID")', "image_features = dual.encode_image(pixel_values)"]
     return "\n".join([*lines, "```", ""])

@@ -89,7 +89,7 @@ def tiny_dual():
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
     tower = CLIPVisionModel(config).eval()
-    return DualEncoder(tower, DualConfig(joint_width=16, llm_width=WIDTH, adapter_blocks=1)).eval()
+    return DualEncoder(tower, DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1)).eval()
 
 
 def write_tower(directory: Path, identity=None) -> Path:

@@ -1,5 +1,6 @@
 """Records survive a round trip and refuse what they are not; outputs appear whole or not at all."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -52,9 +53,24 @@ def test_round_trip(tmp_path: Path) -> None:
     assert card().num_patches == 16
 
 
+@pytest.mark.parametrize("key", ["joint_width", "projection_dim"])
+def test_a_card_reads_the_projection_dim_under_both_names_and_writes_that_of_version_0_1(tmp_path: Path, key: str):
+    new = dataclasses.replace(card(), projection_dim=8, dual={"projection_dim": 8, "llm_width": 12})
+    body = json.loads(new.to_json())
+    assert (body["joint_width"], body["dual"]) == (8, {"joint_width": 8, "llm_width": 12})
+    body = {**body, "dual": {key: 8, "llm_width": 12}}
+    body[key] = body.pop("joint_width")
+    (tmp_path / "card.json").write_text(json.dumps(body))
+    assert TowerCard.read(tmp_path / "card.json") == new
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        (
+            {"joint_width": 8, "projection_dim": 8},
+            "card.json: joint_width and projection_dim are the same setting; delete one",
+        ),
         ({"kind": "llm2clip-scores"}, "expected a 'llm2clip-tower'"),
         ({"format_version": 2}, "format version 2, this release reads 1"),
         ({"colour": "blue"}, r"unknown fields \['colour'\]"),

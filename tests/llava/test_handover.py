@@ -40,7 +40,7 @@ pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
 for seed, (name, make) in enumerate(made.items()):
     torch.manual_seed(seed)
     tower = make()
-    dual = DualEncoder(tower, DualConfig(joint_width=16, llm_width=12)).train()
+    dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=12)).train()
     images, embeddings = torch.randn(8, 3, 42, 42), torch.randn(8, 12)
     optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=2e-3)
     losses = []

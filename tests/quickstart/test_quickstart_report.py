@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     models.build_tiny_tower(folder / "tiny", 28)
     for name, seed in (("raw", 0), ("raw", 1), ("shuffled", 1)):
         torch.manual_seed(seed)
-        dual = DualEncoder(load_tower(folder / "tiny"), DualConfig(joint_width=8, llm_width=WIDTH, pool="cls"))
+        dual = DualEncoder(load_tower(folder / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"))
         teacher = dataclasses.asdict(IDENTITY)
         export_tower(dual, folder / "out" / "towers" / f"{name}-seed{seed}", origin="tiny", teacher=teacher)
     return folder

@@ -195,6 +195,19 @@ def test_changed_settings_are_named_and_can_be_allowed():
         refuse_changes(saved, now, ("optim.lrr",), where="run")
 
 
+def test_settings_of_version_0_1_keep_their_meaning(tmp_path: Path):
+    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
+    saved["dual"]["joint_width"] = saved["dual"].pop("projection_dim")
+    assert from_plain(RunConfig, saved, where="run.json") == recipes.quickstart()
+    now = dataclasses.asdict(recipes.quickstart())
+    refuse_changes(saved, now, (), where="run")
+    now["dual"]["projection_dim"] = 8
+    with pytest.raises(ValueError, match=r"dual.projection_dim: 384.0 there, 8.0 now"):
+        refuse_changes(saved, now, (), where="run")
+    refuse_changes(saved, now, ("dual.joint_width",), where="run")
+    assert read_command(["--recipe", "quickstart", "--dual.joint-width", "8"]).dual.projection_dim == 8
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -64,7 +64,7 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
     assert (train.global_batch, train.num_train_epochs, train.precision) == (4096, 4.0, "bf16")
     assert config.dual.llm_width == {"llama-1b": 2048, "llama-8b": 4096}[teacher]
     assert (config.dual.adapter, config.dual.adapter_blocks, config.dual.adapter_expansion) == ("mlp", 4, 2)
-    assert config.dual.joint_width == (1152 if "siglip2" in name else 1280)
+    assert config.dual.projection_dim == (1152 if "siglip2" in name else 1280)
     assert config.output_dir.endswith(teacher)
 
 
@@ -137,7 +137,7 @@ def test_what_has_no_shape_lists_what_has():
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_first_blocks": 1}, {"image_size": 24}])
 def test_a_shape_trains_what_the_tower_trains(options: dict, tmp_path: Path):
     config = TowerConfig(path=str(make_tower(tmp_path / "tower")), **options)
-    dual = DualConfig(joint_width=8, llm_width=12)
+    dual = DualConfig(projection_dim=8, llm_width=12)
     real, shape = build_dual(config, dual, seed=0), shape_dual(config, dual)
     described = [
         [(t.name, tuple(t.parameter.shape), t.lr, t.decay) for t in trained_parameters(model, OptimConfig())]

@@ -118,7 +118,7 @@ def test_what_rests_keeps_less():
 
 @pytest.mark.parametrize("options", [{}, {"adapter": "linear"}, {"adapter_blocks": 2, "adapter_expansion": 3}])
 def test_the_adapter_keeps_what_is_counted(options: dict):
-    config = DualConfig(llm_width=96, joint_width=40, **options)
+    config = DualConfig(llm_width=96, projection_dim=40, **options)
     adapter, embeddings = make_adapter(config).train(), torch.randn(50, 96)
     counted = kept_bytes(adapter, lambda: adapter(embeddings))
     assert kept_by_adapter(config, "fp32") * 50 == pytest.approx(counted, rel=0.1)
@@ -173,7 +173,7 @@ def model(**changes) -> Model:
         "frozen": 100,
         "kept": Kept(block=8, state=2, rest=4, blocks=10),
         "kept_text": 3,
-        "joint_width": 5,
+        "projection_dim": 5,
         "pixels": 7,
     }
     return Model(**{**fields, **changes})

@@ -30,7 +30,7 @@ from llm2clip_plugin.train.progress import MetricsFile, Progress
 from llm2clip_plugin.vision.dual import DualConfig
 from llm2clip_plugin.vision.towers import preprocessor_config
 
-DUAL = DualConfig(joint_width=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
+DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
 
 
 @pytest.fixture(scope="module", params=["clip", "dinov2"])

@@ -10,7 +10,7 @@ from llm2clip_plugin.vision.dual import DualConfig, beside_tower_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
-DUAL = DualConfig(joint_width=8, llm_width=24, pool="mean")
+DUAL = DualConfig(projection_dim=8, llm_width=24, pool="mean")
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def test_heads_of_the_directory_go_on(tower, tmp_path):
     kept = beside_tower_state(first)
     assert all(torch.equal(value, kept[name]) for name, value in beside_tower_state(again).items())
     assert not torch.equal(fresh.visual_projection.weight, first.visual_projection.weight)
-    with pytest.raises(ValueError, match="have joint_width 8, not 6: set dual"):
+    with pytest.raises(ValueError, match="have projection_dim 8, not 6: set dual"):
         build_dual(
             TowerConfig(path=str(tmp_path / "trained"), keep_heads=True),
-            DualConfig(joint_width=6, llm_width=24, pool="mean"),
+            DualConfig(projection_dim=6, llm_width=24, pool="mean"),
             seed=2,
         )
     with pytest.raises(FileNotFoundError, match="no llm2clip-tower"):

@@ -74,7 +74,7 @@ def test_kinds():
         TextAdapter(8, 6, kind="conv")
     with pytest.raises(ValueError, match="unknown input_scale"):
         TextAdapter(8, 6, input_scale="log")
-    with pytest.raises(ValueError, match="needs llm_width == joint_width"):
+    with pytest.raises(ValueError, match="needs llm_width == projection_dim"):
         TextAdapter(8, 6, kind="none")
     with pytest.raises(ValueError, match="embeddings are 9 wide, this text adapter takes 8"):
         TextAdapter(8, 6)(torch.zeros(1, 9))

@@ -15,7 +15,7 @@ POOLS = ["pooled", "cls", "mean", "cls_mean"]
 
 
 def dual(name: str, **options) -> DualEncoder:
-    config = DualConfig(**{"joint_width": 8, "llm_width": 12, **options})
+    config = DualConfig(**{"projection_dim": 8, "llm_width": 12, **options})
     return DualEncoder(load_tower(TRANSFORMERS_TOWERS / name), config).eval()
 
 
@@ -82,8 +82,8 @@ def test_choices_are_checked():
     for options, message in [
         ({"pool": "max"}, "unknown pool 'max'; known: pooled, cls, mean, cls_mean"),
         ({"projection": "mlp"}, "unknown projection 'mlp'; known: linear, none"),
-        ({"projection": "none"}, "projection 'none' needs joint_width 32"),
-        ({"joint_width": 0}, "joint_width 0"),
+        ({"projection": "none"}, "projection 'none' needs projection_dim 32"),
+        ({"projection_dim": 0}, "projection_dim 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             dual("clip_vision", **options)

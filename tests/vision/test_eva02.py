@@ -46,7 +46,7 @@ def check_states(tower, golden) -> None:
 def test_every_state_equals_the_reference(name, tmp_path):
     folder, golden = TOWERS / name, read(TOWERS / name)
     card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", config=folder / "config.json")
-    assert (card.family, card.has_cls, card.joint_width) == ("eva02", True, golden_config(folder)["embed_dim"])
+    assert (card.family, card.has_cls, card.projection_dim) == ("eva02", True, golden_config(folder)["embed_dim"])
     check_states(load_tower(tmp_path / "tower"), golden)
     dual = load_dual_encoder(tmp_path / "tower")
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_transformers_own_loaders_open_a_tower(tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
     dual = DualEncoder(
-        Eva02VisionModel(tiny_config(**VARIANTS[variant])), DualConfig(joint_width=16, llm_width=12)
+        Eva02VisionModel(tiny_config(**VARIANTS[variant])), DualConfig(projection_dim=16, llm_width=12)
     ).train()
     dual.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     losses, pixels = train_twenty_steps(dual, lr=3e-3), torch.randn(2, 3, 28, 28)

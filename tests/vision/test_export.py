@@ -21,7 +21,7 @@ from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_d
 
 def tiny_dual(name: str = "clip_vision", image_size: int | None = None) -> DualEncoder:
     tower = load_tower(TRANSFORMERS_TOWERS / name, image_size=image_size)
-    return DualEncoder(tower, DualConfig(joint_width=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0))
+    return DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0))
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
@@ -82,7 +82,7 @@ def test_dual_encoder_comes_back(name, tmp_path):
         metrics={"i2t_r1": 0.5},
     )
     assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
-    assert (card.num_layers, card.joint_width, card.teacher["llm"]) == (
+    assert (card.num_layers, card.projection_dim, card.teacher["llm"]) == (
         len(probe_features(dual.tower)) - 3,
         8,
         "some/llm",
@@ -182,7 +182,7 @@ def test_damaged_directories_are_refused(tmp_path):
 
 def test_a_tower_alone_has_no_dual_encoder(tmp_path, capsys):
     card = export_tower(load_tower(TRANSFORMERS_TOWERS / "siglip_vision"), tmp_path / "tower", origin="x")
-    assert card.joint_width == 0 and not (tmp_path / "tower" / "text_adapter.safetensors").exists()
+    assert card.projection_dim == 0 and not (tmp_path / "tower" / "text_adapter.safetensors").exists()
     with pytest.raises(ValueError, match="holds a tower alone"):
         load_dual(tmp_path / "tower")
     assert export_command.main([str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0

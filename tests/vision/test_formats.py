@@ -83,7 +83,7 @@ def test_open_clip_itself_opens_the_clip_tower(clip, tmp_path):
 def test_siglip_to_open_clip_and_back(projection, tmp_path):
     tower = load_tower(TRANSFORMERS_TOWERS / "siglip_vision")
     width = tower.config.hidden_size
-    config = DualConfig(joint_width=width, llm_width=12, projection=projection, logit_bias_init=-9.0)
+    config = DualConfig(projection_dim=width, llm_width=12, projection=projection, logit_bias_init=-9.0)
     first = export_tower(DualEncoder(tower, config), tmp_path / "tower", origin="x")
     formats.convert(tmp_path / "tower", tmp_path / "out", "openclip")
     assert ("visual.head.proj.weight" in read(tmp_path / "out", "open_clip_model.safetensors")) == (
@@ -105,7 +105,7 @@ def test_open_clip_itself_opens_a_siglip_tower_of_a_released_width(projection, t
 
     config = SiglipVisionConfig(num_hidden_layers=1, intermediate_size=64)
     dual = DualEncoder(
-        SiglipVisionModel(config), DualConfig(joint_width=768 if projection == "none" else 8, projection=projection)
+        SiglipVisionModel(config), DualConfig(projection_dim=768 if projection == "none" else 8, projection=projection)
     )
     export_tower(dual, tmp_path / "tower", origin="x")
     formats.convert(tmp_path / "tower", tmp_path / "out", "openclip")
@@ -173,7 +173,7 @@ def test_onnx_without_its_packages_says_what_to_install(clip, tmp_path, monkeypa
 
 def dual_with(**options) -> DualEncoder:
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
-    return DualEncoder(tower, DualConfig(**{"joint_width": 8, "llm_width": 12, **options}))
+    return DualEncoder(tower, DualConfig(**{"projection_dim": 8, "llm_width": 12, **options}))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def dual_with(**options) -> DualEncoder:
         ({"projection_bias": True}, "openclip", "projection without bias"),
         ({"input_scale": "sqrt_width"}, "openclip", "input_scale 'sqrt_width'"),
         ({"adapter": "linear"}, "openclip", "the paper's adapter"),
-        ({"projection": "none", "joint_width": 32}, "openclip", "projection 'none'"),
+        ({"projection": "none", "projection_dim": 32}, "openclip", "projection 'none'"),
         ({}, "gguf", "unknown format 'gguf'; known: tower, clip, openclip, onnx"),
     ],
 )
@@ -201,7 +201,7 @@ def test_families_and_towers_alone_are_refused(tmp_path):
     with pytest.raises(ValueError, match="this directory has a tower alone"):
         formats.convert(tmp_path / "alone", tmp_path / "out", "clip")
     tower = load_tower(TRANSFORMERS_TOWERS / "dinov2")
-    export_tower(DualEncoder(tower, DualConfig(joint_width=8)), tmp_path / "dino", origin="x")
+    export_tower(DualEncoder(tower, DualConfig(projection_dim=8)), tmp_path / "dino", origin="x")
     with pytest.raises(ValueError, match="holds clip towers, this is a dinov2"):
         formats.convert(tmp_path / "dino", tmp_path / "out", "clip")
 

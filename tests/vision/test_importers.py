@@ -50,7 +50,7 @@ def test_eva02_checkpoint_needs_no_config(tmp_path):
 
 def test_clip_release(tmp_path):
     card, report = import_tower(RELEASE, tmp_path / "tower")
-    assert (card.family, card.joint_width, card.dual["llm_width"]) == ("clip", 20, 30)
+    assert (card.family, card.projection_dim, card.dual["llm_width"]) == ("clip", 20, 30)
     assert any("text_adapter.adaptor.5.weight -> text_adapter.projection.weight" in line for line in report)
     golden, dual = read(RELEASE), load_dual_encoder(tmp_path / "tower")
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_a_clip_is_not_imported_without_its_projection(tmp_path):
         import_tower(tmp_path / "model", tmp_path / "tower")
     alone = {name: value for name, value in state.items() if name.startswith("vision_model.")}
     save_file(alone, tmp_path / "model" / "model.safetensors")
-    assert import_tower(tmp_path / "model", tmp_path / "tower")[0].joint_width == 0
+    assert import_tower(tmp_path / "model", tmp_path / "tower")[0].projection_dim == 0
     save_file(alone | {"logit_scale": torch.zeros(())}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
         import_tower(tmp_path / "model", tmp_path / "other")
@@ -539,7 +539,7 @@ def test_adapter_structure():
     state = read(CHECKPOINT, "checkpoint.safetensors")
     assert "text.text_adaptor." in candidate_prefixes(state)
     found = match_adapter(state, "text.text_adaptor.")
-    assert (found.llm_width, found.joint_width, found.blocks, found.expansion) == (26, 24, 4, 2)
+    assert (found.llm_width, found.projection_dim, found.blocks, found.expansion) == (26, 24, 4, 2)
     assert match_adapter(state, "visual.blocks.") is None
     # expansion 1: both Linears are square, the order of their names decides
     square = {

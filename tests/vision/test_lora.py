@@ -19,7 +19,7 @@ pytest.importorskip("peft", reason="PEFT is of the training environment")
 @pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2", "eva02"])
 def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     tower = Eva02VisionModel(tiny_config()) if name == "eva02" else load_tower(TRANSFORMERS_TOWERS / name)
-    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12)).eval()
+    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12)).eval()
     before = {key: value.clone() for key, value in tower.state_dict().items()}
     features = probe_features(dual)
     add_lora(tower, rank=4, alpha=8)

@@ -80,7 +80,7 @@ def test_states_and_outputs_of_a_timm_tower(tower):
 def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     size = tower.config.patch_size * 4
     tower = resize_tower(tower, size)
-    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12)).train()
+    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12)).train()
     tower.gradient_checkpointing_enable()
     losses = train_twenty_steps(dual)
     assert losses[-1] < 0.5 * losses[0]
@@ -182,7 +182,7 @@ def test_dinov3(tmp_path, capsys):
         assert torch.equal(mine[:, 0], theirs[:, 0]) and torch.equal(mine[:, 1:], theirs[:, 4:])
     assert torch.equal(found.pooler_output, expected.pooler_output)
     assert torch.equal(again.pooler_output, expected.pooler_output)
-    dual = DualEncoder(tower, DualConfig(joint_width=8, llm_width=12, pool="cls_mean")).train()
+    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, pool="cls_mean")).train()
     losses = train_twenty_steps(dual)
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)

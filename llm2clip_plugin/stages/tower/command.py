@@ -42,6 +42,7 @@ ALIASES = {  # as in LLaVA's scripts -> here
     "gradient_checkpointing": "train.gradient_checkpointing",
     "torch_compile": "train.torch_compile",
     "resume_from_checkpoint": "resume",
+    "dual.joint_width": "dual.projection_dim",  # its name in version 0.1
 }
 TRUTH = {"true": True, "false": False}
 

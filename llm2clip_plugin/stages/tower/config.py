@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.contracts import canonical_json, rename_keys, sha256_text
 from llm2clip_plugin.data.images import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.measure import RetrievalConfig
@@ -55,6 +55,10 @@ HARMLESS = (
     "train.gradient_checkpointing",
     "train.torch_compile",
 )
+
+
+# Names of earlier releases, in configuration files, run.json and state.json.
+RENAMED = {"dual.joint_width": "dual.projection_dim"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +161,7 @@ def flat_essentials(config: dict[str, Any], allowed: tuple[str, ...] = ()) -> It
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
     """Raise ValueError naming every field that decides what is learned and differs from the checkpoint's."""
+    saved, allowed = rename_keys(saved, RENAMED), tuple(RENAMED.get(name, name) for name in allowed)
     known = dict(flat(now)) | dict(flat(saved))
     for name in allowed:
         if not any(field_ == name or field_.startswith(f"{name}.") for field_ in known):
@@ -184,6 +189,7 @@ def from_plain(cls: type[Settings], body: dict[str, Any], *, where: str, path: s
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(body, dict):
         raise ValueError(f"{where}: {path or 'the file'} is {body!r}, expected an object with fields of {known}")
+    body = body if path else rename_keys(body, RENAMED)
     for name in body:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

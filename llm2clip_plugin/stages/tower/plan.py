@@ -58,7 +58,7 @@ def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
         *(f"assumed: {note}" for note in numbers.notes),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
-        f"joint width {config.dual.joint_width}, LLM embeddings {numbers.width} wide",
+        f"projection_dim {config.dual.projection_dim}, LLM embeddings {numbers.width} wide",
         plans.describe_run(plan, ds_config, samples=numbers.samples, world=world),
         plans.describe_parameters(trained, plan.weight_decay),
         cache_line(numbers),

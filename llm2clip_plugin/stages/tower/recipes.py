@@ -40,7 +40,7 @@ def quickstart() -> RunConfig:
         ),
         tower=TowerConfig(architecture="facebook/dinov2-small", image_size=56),  # 4 x 4 patches
         dual=DualConfig(
-            joint_width=384,
+            projection_dim=384,
             pool="cls_mean",
             projection_norm=True,
             input_scale="sqrt_width",
@@ -92,15 +92,15 @@ def eva02_bige14() -> RunConfig:
 
 def siglip2_so400m_224() -> RunConfig:
     """SigLIP 2 so400m/14 at 224 px; its own pooled output is what the projection reads."""
-    return _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"), joint_width=1152)
+    return _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"), projection_dim=1152)
 
 
-def _paper(name: str, tower: TowerConfig, *, joint_width: int = 1280) -> RunConfig:
+def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
     """The published stage-2 settings over a tower; data (the paper's: MIXTURES) and caches are the user's."""
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
-        dual=DualConfig(joint_width=joint_width),
+        dual=DualConfig(projection_dim=projection_dim),
         optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
         train=TrainConfig(
             global_batch=4096,

@@ -24,7 +24,7 @@ class AdapterMatch:
     """A found adapter: its sizes, its tensors under our names, and our name -> the checkpoint's name."""
 
     llm_width: int
-    joint_width: int
+    projection_dim: int
     blocks: int
     expansion: int
     normalise_input: bool = True

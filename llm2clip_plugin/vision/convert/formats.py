@@ -51,7 +51,7 @@ def convert(
         raise ValueError(f"unknown format {format_name!r}; known: tower, {', '.join(FORMATS)}")
     directory = fetch_directory(source)
     card = check_card(directory)
-    model = load_dual(directory)[0] if card.joint_width else load_tower(directory)
+    model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
     preprocessor = (directory / PREPROCESSOR_FILE).read_text(encoding="utf-8")
     with whole_directory(output, replace=replace) as aside:
         FORMATS[format_name](model.eval(), aside, json.loads(preprocessor))
@@ -88,7 +88,7 @@ def write_clip(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     state["visual_projection.weight"] = dual.visual_projection.weight.detach()
     save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config |= {"projection_dim": dual.config.joint_width, "architectures": ["CLIPVisionModelWithProjection"]}
+    config |= {"projection_dim": dual.config.projection_dim, "architectures": ["CLIPVisionModelWithProjection"]}
     _write_json(directory / "config.json", config)
     _write_json(directory / PREPROCESSOR_FILE, preprocessor)
     again: Any = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
@@ -123,7 +123,7 @@ def _open_clip_visual(dual: DualEncoder, directory: Path) -> dict[str, Tensor]:
     family, projection = family_of(dual.tower).name, dual.visual_projection
     if family == "eva02":
         state = eva_state(dual.tower.state_dict(), dual.tower.config)
-        bias = torch.zeros(dual.config.joint_width) if projection.bias is None else projection.bias
+        bias = torch.zeros(dual.config.projection_dim) if projection.bias is None else projection.bias
         return {**state, "visual.head.weight": projection.weight, "visual.head.bias": bias}
     if dual.config.projection_bias:
         raise ValueError(f"format 'openclip' has a projection without bias for {family} towers, this tower's has one")
@@ -142,7 +142,7 @@ def open_clip_fields(dual: DualEncoder) -> dict[str, Any]:
         text = {"use_embedding": True, "llm_embedding_dim": dual.config.llm_width}
     if family_of(dual.tower).name == "siglip":
         return {
-            "embed_dim": dual.config.joint_width,
+            "embed_dim": dual.config.projection_dim,
             "vision_cfg": siglip_vision_fields(dual),
             "text_cfg": text,
             "quick_gelu": False,
@@ -155,7 +155,7 @@ def open_clip_fields(dual: DualEncoder) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "mlp_ratio": config.intermediate_size / config.hidden_size,
     }
-    fields: dict[str, Any] = {"embed_dim": dual.config.joint_width, "vision_cfg": vision, "text_cfg": text}
+    fields: dict[str, Any] = {"embed_dim": dual.config.projection_dim, "vision_cfg": vision, "text_cfg": text}
     if family_of(dual.tower).name == "clip":
         return {**fields, "quick_gelu": config.hidden_act == "quick_gelu"}
     vision["mlp_ratio"] = (config.intermediate_size + 0.5) / config.hidden_size  # truncated by readers: aim between

@@ -119,13 +119,15 @@ def _with_projection(tower: Tower, parsed: Parsed, *, source: str) -> torch.nn.M
     if parsed.projection is not None and parsed.projection.shape[-1] != tower.config.hidden_size:
         shape, inputs = tuple(parsed.projection.shape), tower.config.hidden_size
         raise ContractError(
-            f"{source}: the visual projection is {shape}, expected (joint width, {inputs}): transposed?"
+            f"{source}: the visual projection is {shape}, expected (projection_dim, {inputs}): transposed?"
         )
     width = tower.config.hidden_size if parsed.projection is None else parsed.projection.shape[0]
-    if adapter is not None and adapter.joint_width != width:
-        raise ContractError(f"{source}: image features are {width} wide, the text adapter gives {adapter.joint_width}")
+    if adapter is not None and adapter.projection_dim != width:
+        raise ContractError(
+            f"{source}: image features are {width} wide, the text adapter gives {adapter.projection_dim}"
+        )
     config = DualConfig(
-        joint_width=width,
+        projection_dim=width,
         llm_width=adapter.llm_width if adapter is not None else 0,
         projection="none" if parsed.projection is None else "linear",
         projection_bias=parsed.projection_bias is not None,
@@ -163,7 +165,7 @@ def _import_own(
     card = TowerCard.read(directory / TowerCard.FILE)
     if image_size in (None, card.image_size):
         return reexport(directory, output, replace=replace), ["a tower directory: the same weights, checked"]
-    if card.joint_width:
+    if card.projection_dim:
         model: torch.nn.Module = load_dual(directory)[0]
         model.tower = resize_tower(model.tower, image_size)
     else:

@@ -277,7 +277,7 @@ def report(parsed: Parsed) -> list[str]:
     if (adapter := parsed.adapter) is not None:
         lines.append(
             f"text adapter matched by structure: {adapter.blocks} blocks of {adapter.llm_width} x {adapter.expansion}, "
-            f"then {adapter.llm_width} -> {adapter.joint_width}"
+            f"then {adapter.llm_width} -> {adapter.projection_dim}"
         )
         lines += [f"  {theirs} -> text_adapter.{ours}" for ours, theirs in adapter.names.items()]
         lines += [f"  {note}" for note in adapter.notes]
