@@ -133,7 +133,7 @@ def benchmark(name: str) -> Benchmark:
     """The benchmark of that name; ValueError lists the known ones."""
     if name not in MODULES:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(MODULES)}")
-    return importlib.import_module(f"{__package__}.{name}").BENCHMARK
+    return importlib.import_module(f"{__package__}.rules.{name}").BENCHMARK
 
 
 def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.evaluate.embedding import Dual, EmbeddedPairs, embed_pairs
 from llm2clip_plugin.evaluate.retrieval import KS, Retrieval, retrieve, shuffled
 from llm2clip_plugin.evaluate.retrieval_ranks import TieRule

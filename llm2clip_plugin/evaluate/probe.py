@@ -15,9 +15,9 @@ import tyro
 from torch import Tensor
 
 from llm2clip_plugin import __version__
+from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
 from llm2clip_plugin.evaluate.classes import LabelledImages, open_labelled
 from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.features import ImageFeatures, image_features

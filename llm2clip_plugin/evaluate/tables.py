@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from llm2clip_plugin.evaluate.bootstrap import Interval
+from llm2clip_plugin.bootstrap import Interval
 from llm2clip_plugin.evaluate.measure import RetrievalReport
 
 TIES = {

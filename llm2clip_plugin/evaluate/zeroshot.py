@@ -17,11 +17,11 @@ import tyro
 from torch import Tensor
 
 from llm2clip_plugin import __version__
+from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text, whole_file
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
 from llm2clip_plugin.evaluate.classes import open_labelled, prompt, read_class_names, read_templates
 from llm2clip_plugin.evaluate.distributed import choose_device, gather_objects, process_group
 from llm2clip_plugin.evaluate.embedding import Dual, encode_texts

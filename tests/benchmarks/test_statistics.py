@@ -12,10 +12,8 @@ from llava_integration.compare.statistics import (
     holm,
     mcnemar_p,
     pair,
-    t_cdf,
-    t_quantile,
-    weights,
 )
+from llm2clip_plugin.bootstrap import bootstrap_mean, resample, t_cdf, t_quantile
 
 SIMULATIONS = 1000  # standard error of a coverage of 95 %: 0.7 %
 RESAMPLES = 400
@@ -104,6 +102,21 @@ def test_intervals_over_runs_cover():
     assert blind / 300 < covered / 300  # one seed a side knows nothing of seeds
 
 
+@pytest.mark.parametrize("size", [1, 7], ids=["one item an image", "up to seven"])
+def test_evaluate_and_compare_give_the_same_interval(size):
+    """One bootstrap: the mean of the differences item by item, and the difference of the two sides."""
+    rng = np.random.default_rng(6)
+    names = [f"image {n}" for n in range(50) for _ in range(rng.integers(1, size + 1))]
+    base, new = rng.random((2, len(names)))
+    order = rng.permutation(len(names))  # neither depends on the order of the items
+    alone = bootstrap_mean((new - base)[order], [names[n] for n in order], resamples=1000, seed=5)
+    paired = compare(pair([mean_statistic(base)], [mean_statistic(new)], names), resamples=1000, seed=5)
+    assert (100 * alone.mean, 100 * alone.low, 100 * alone.high) == pytest.approx(
+        (paired.difference, paired.low, paired.high), abs=1e-9
+    )
+    assert alone.clusters == 50
+
+
 def test_equal_files_give_zero_and_no_win():
     scores = np.random.default_rng(0).random(100)
     result = compare(pair([mean_statistic(scores)], [mean_statistic(scores)], [str(n) for n in range(100)]))
@@ -135,7 +148,7 @@ def test_detectable_difference_is_found_four_times_in_five():
 
 def test_weights_are_whole_draws_within_strata():
     strata = np.array([0, 0, 0, 1, 1, 2])
-    drawn = np.concatenate(list(weights(strata, 2000, np.random.default_rng(0))))
+    drawn = np.concatenate(list(resample(strata, 2000, np.random.default_rng(0))))
     assert drawn.shape == (2000, 6)
     for stratum, size in ((0, 3), (1, 2), (2, 1)):
         assert (drawn[:, strata == stratum].sum(axis=1) == size).all()
@@ -150,7 +163,7 @@ def test_bootstrap_is_the_naive_loop():
     statistic = f1_statistic(said, truth)
     paired = pair([statistic], [statistic], names)
     order = sorted(set(names))
-    for block in weights(paired.strata, 20, np.random.default_rng(4)):
+    for block in resample(paired.strata, 20, np.random.default_rng(4)):
         for weight in block:
             rows = [r for c, n in enumerate(weight) for _ in range(int(n)) for r in range(36) if names[r] == order[c]]
             naive = 200 * (said[rows] * truth[rows]).sum() / (said[rows].sum() + truth[rows].sum())

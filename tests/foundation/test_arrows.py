@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "llm2clip_plugin"
 # Floors from the bottom up: a room may import from the floors below its own, never beside or above.
 FLOORS = (
-    ("contracts", "discovery", "finding", "progress"),
+    ("bootstrap", "contracts", "discovery", "finding", "progress", "templates"),
     ("data", "vision"),
     ("train",),
     ("text",),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
 from llm2clip_plugin.evaluate.measure import WHOLE
 from llm2clip_plugin.evaluate.paper import TABLES
 from llm2clip_plugin.evaluate.suites.registry import suites

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
+from llm2clip_plugin.bootstrap import bootstrap_mean
 
 
 def simulated(rng, clusters, size, shared):
@@ -34,7 +34,7 @@ def test_ignoring_the_clusters_would_be_too_narrow():
 def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(monkeypatch):
     values, clusters = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0], ["a", "b", "b", "b", "c", "c"]
     whole = bootstrap_mean(values, clusters, seed=3)
-    monkeypatch.setattr("llm2clip_plugin.evaluate.bootstrap.DRAWS_AT_ONCE", 7)
+    monkeypatch.setattr("llm2clip_plugin.bootstrap.BLOCK", 7)
     assert bootstrap_mean(values, clusters, seed=3) == whole
     assert whole.mean == 0.5 and whole.low == 0.0 and whole.high == 1.0
 

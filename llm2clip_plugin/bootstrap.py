@@ -1,0 +1,145 @@
+"""Bootstrap over clusters: the one interval of ``llm2clip evaluate`` and ``llm2clip compare``. NumPy only.
+
+Several captions of one image, or several questions about it, are right or wrong together; drawing them one by one
+makes the interval too narrow. So whole clusters are drawn with replacement, and a statistic is a function of the sums
+over the drawn items (a ratio: clusters may differ in size).
+
+Shapes: N items, C clusters, K sums, R resamples.
+
+Sources: Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 3.8 and 5.3; the percentiles are
+those of Hesterberg (2015), The American Statistician 69, "expanded percentile".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+
+BLOCK = 1 << 22  # weights made at once: 32 MiB
+NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean and the interval around it."""
+
+    mean: float
+    low: float
+    high: float
+    clusters: int
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean of ``values``; ``clusters`` names each value's cluster (None: every value is its own).
+
+    For the difference of two models on the same items, pass the differences item by item. Raises ValueError for no
+    values, or if ``clusters`` has another length. With one cluster the interval is unknown: low and high are NaN.
+    """
+    value_N = np.asarray(values, dtype=np.float64)
+    if value_N.ndim != 1 or not len(value_N):
+        raise ValueError(f"a bootstrap needs a list of values, got shape {value_N.shape}")
+    if clusters is None:
+        sums_C2 = np.stack([value_N, np.ones(len(value_N))], axis=1)
+    else:
+        if len(clusters) != len(value_N):
+            raise ValueError(f"{len(clusters)} clusters for {len(value_N)} values")
+        code_N, count = cluster_codes(clusters)
+        sums_C2 = cluster_sums(np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count)
+    mean, count = float(value_N.mean()), len(sums_C2)
+    if count < 2:
+        return Interval(mean=mean, low=math.nan, high=math.nan, clusters=count, level=level)
+    one_stratum_C = np.zeros(count, dtype=int)
+    totals = [weight_RC @ sums_C2 for weight_RC in resample(one_stratum_C, resamples, np.random.default_rng(seed))]
+    low, high = percentile_interval(np.concatenate([t[:, 0] / t[:, 1] for t in totals]), count, count - 1, level)
+    return Interval(mean=mean, low=low, high=high, clusters=count, level=level)
+
+
+def cluster_codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+    """(N,) cluster numbers and how many there are; numbered by name, so that the items' order does not matter."""
+    number = {name: place for place, name in enumerate(sorted(set(clusters), key=str))}
+    return np.array([number[name] for name in clusters], dtype=np.int64), len(number)
+
+
+def cluster_sums(sums_NK: np.ndarray, code_N: np.ndarray, count: int) -> np.ndarray:
+    """(C, K) sums over the items of each cluster."""
+    total_CK = np.zeros((count, sums_NK.shape[1]))
+    np.add.at(total_CK, code_N, sums_NK)
+    return total_CK
+
+
+def resample(stratum_C: np.ndarray, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Blocks (r, C) of weights: how often each cluster is drawn; clusters are drawn within their stratum."""
+    members = [np.flatnonzero(stratum_C == stratum) for stratum in np.unique(stratum_C)]
+    done = 0
+    while done < resamples:
+        rows = min(resamples - done, max(1, BLOCK // len(stratum_C)))
+        weight_RC = np.zeros((rows, len(stratum_C)))
+        for member in members:
+            drawn = rng.integers(0, len(member), size=(rows, len(member)))
+            drawn += np.arange(rows)[:, None] * len(member)
+            weight_RC[:, member] = np.bincount(drawn.ravel(), minlength=rows * len(member)).reshape(rows, -1)
+        yield weight_RC
+        done += rows
+
+
+def percentile_interval(draw_R: np.ndarray, clusters: int, freedom: int, level: float) -> tuple[float, float]:
+    """Interval of resampled values: their percentiles, at levels that make up for few clusters.
+
+    Percentiles alone are too narrow by sqrt((n - 1) / n) and by the normal quantile in place of Student's; the expanded
+    level has both. ``freedom``: clusters less strata.
+    """
+    tail = NORMAL.cdf(-expansion(clusters, freedom) * t_quantile(0.5 + level / 2, freedom))
+    low, high = np.quantile(draw_R, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def expansion(clusters: int, freedom: int) -> float:
+    """sqrt(n / (n - strata)): what the standard deviation of resampled values lacks; 1 for a single cluster."""
+    return math.sqrt(clusters / freedom) if clusters > 1 else 1.0
+
+
+@cache
+def t_quantile(level: float, freedom: int) -> float:
+    """Student's quantile, by bisection of its distribution; the normal one above 2000 degrees of freedom."""
+    if freedom > 2000:
+        return NORMAL.inv_cdf(level)
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, freedom) < level else (low, middle)
+    return (low + high) / 2
+
+
+def t_cdf(value: float, freedom: int) -> float:
+    """Student's distribution function for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(value / math.sqrt(freedom))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    term, total = 1.0, 1.0
+    if freedom % 2:
+        if freedom == 1:
+            return 0.5 + angle / math.pi
+        term = total = cosine
+        for k in range(3, freedom - 1, 2):
+            term *= cosine * cosine * (k - 1) / k
+            total += term
+        return 0.5 + (angle + sine * total) / math.pi
+    for k in range(2, freedom - 1, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    return 0.5 + sine * total / 2
