@@ -118,7 +118,7 @@ def make_batch(size: int) -> dict[str, Any]:
     return {
         "pixel_values": torch.randn(size, 3, 224, 224, generator=generator),
         "embeddings": torch.randn(size, WIDTH, generator=generator),
-        "caption_ids": torch.arange(size),
+        "caption_hashes": torch.arange(size),
         "image_ids": torch.arange(size),
         "keys": [str(i) for i in range(size)],
         "position": size,

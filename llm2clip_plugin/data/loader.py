@@ -24,7 +24,7 @@ from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import AugmentConfig, BrokenImage, ImageConfig, Normalise, TrainTransform
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_id
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash
 
 __all__ = ["GlobalBatches", "PairDataset", "PairLoader", "Row", "eval_pairs", "make_loader"]
 
@@ -149,7 +149,7 @@ class Collate:
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         batch: dict[str, Any] = {
             "pixel_values": self.normalise(np.stack([row.pixels for row in rows])),
-            "caption_ids": torch.tensor([caption_id(row.caption.text) for row in rows]),
+            "caption_hashes": torch.tensor([caption_hash(row.caption.text) for row in rows]),
             "image_ids": torch.tensor([row.image_id for row in rows]),
             "captions": [row.caption.text for row in rows],
             "keys": [row.key for row in rows],
@@ -225,7 +225,7 @@ def make_loader(
 ) -> PairLoader:
     """Batches from ``position`` on, without end.
 
-    A batch: pixel_values (b, 3, S, S) float32, embeddings (b, W) float32 (absent without caches), caption_ids and
+    A batch: pixel_values (b, 3, S, S) float32, embeddings (b, W) float32 (absent without caches), caption_hashes and
     image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after this batch.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples were broken.
     """

@@ -128,12 +128,12 @@ def caption_terms(config: ContrastConfig) -> dict[str, tuple[float, Term]]:
     """The one term of the loss: symmetric InfoNCE, with hard negatives where the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        texts, images = (x.caption_ids, x.image_ids) if config.mask_same else (None, None)
+        texts, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
         query, positive, scale = x.image_bD, x.text_bD[:, 0], x.log_scale.exp()
         if x.text_bD.shape[1] == 1:
-            return contrastive_loss(query, positive, scale, caption_ids=texts, image_ids=images)
+            return contrastive_loss(query, positive, scale, caption_hashes=texts, image_ids=images)
         negative = x.text_bD[:, 1]
-        return hard_negative_loss(query, positive, negative, scale, caption_ids=texts, image_ids=images)
+        return hard_negative_loss(query, positive, negative, scale, caption_hashes=texts, image_ids=images)
 
     return {"infonce": (1.0, infonce)}
 
@@ -144,7 +144,7 @@ def hard_negative_loss(
     negative_bW: Tensor,
     scale: Tensor,
     *,
-    caption_ids: Tensor | None = None,
+    caption_hashes: Tensor | None = None,
     image_ids: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE where each query also has the hard negatives of all N pairs against it (Wang et al. 2022, E5).
@@ -159,7 +159,7 @@ def hard_negative_loss(
     b, first = len(query_bW), rank() * len(query_bW)
     s = scale.float()
     all_NW = [gather_with_gradient(features) for features in (query_bW, positive_bW, negative_bW)]
-    excluded_bN = same_ids(caption_ids, image_ids, first)
+    excluded_bN = same_ids(caption_hashes, image_ids, first)
     there_bN = (s * query_bW.float() @ all_NW[1].float().T).masked_fill(excluded_bN, EXCLUDED)
     hard_bN = s * query_bW.float() @ all_NW[2].float().T
     back_bN = (s * positive_bW.float() @ all_NW[0].float().T).masked_fill(excluded_bN, EXCLUDED)
@@ -176,9 +176,9 @@ def gather_with_gradient(local: Tensor) -> Tensor:
     return torch.cat(all_gather(local.contiguous()))
 
 
-def same_ids(caption_ids: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor:
+def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor:
     """(b, N) bool: off-diagonal pairs that share an id; (1, 1) False without ids."""
-    given = [ids.reshape(-1, ids.shape[-1]) for ids in (caption_ids, image_ids) if ids is not None]
+    given = [ids.reshape(-1, ids.shape[-1]) for ids in (caption_hashes, image_ids) if ids is not None]
     if not given:
         return torch.zeros(1, 1, dtype=torch.bool)
     ids_kb = torch.cat(given)
@@ -190,6 +190,6 @@ def same_ids(caption_ids: Tensor | None, image_ids: Tensor | None, first: int) -
 
 def masked_per_row(batch: Batch) -> float:
     """Pairs of this rank that share a text or an image with a pair, a pair on average: false negatives otherwise."""
-    ids_kb = torch.cat([batch["caption_ids"].reshape(-1, len(batch["keys"])), batch["image_ids"][None]])
+    ids_kb = torch.cat([batch["caption_hashes"].reshape(-1, len(batch["keys"])), batch["image_ids"][None]])
     same_bb = (ids_kb[:, :, None] == ids_kb[:, None, :]).any(0)
     return (float(same_bb.sum()) - len(same_bb)) / len(same_bb)

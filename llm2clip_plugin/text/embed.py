@@ -139,7 +139,7 @@ def embed_source(
         text_of = {caption_hash(caption.text): caption.text for of_sample in captions for caption in of_sample}
         before = encoder.count_truncated
         label = "" if quiet else f"embed {number}/{len(mine)} {shard.name}"
-        embeddings = memo.embed(encoder, [text_of[digest] for _, digest in rows], tokens_per_batch, label)
+        embeddings = memo.embed(encoder, [text_of[value] for _, value in rows], tokens_per_batch, label)
         cut = encoder.count_truncated - before
         writer.write_shard(shard.name, keys, rows, embeddings, truncated=cut)
         tally.shards += 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.data.sampler import Mixture, hash_words, rank_rows, sample_rng
-from llm2clip_plugin.data.sources.records import caption_id
+from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.text.pairs import Pair, PairKind, PairSource
 
 SUBSTITUTES = 100  # samples tried in the place of one that has no pair of the batch's kind
@@ -54,7 +54,7 @@ class PairBatches:
             position += self.global_batch
 
     def batch(self, position: int) -> dict[str, Any]:
-        """``pairs``, ``keys``, ``caption_ids`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
+        """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
         step, rest = divmod(position, self.global_batch)
         assert rest == 0, f"position {position} is not at a batch's start"
         number = self._source_of(step)
@@ -65,11 +65,11 @@ class PairBatches:
         draws = self.orders[number].batch_indices(start, count)
         pairs = [self._pair(number, draw.index, draw.epoch, kind) for draw in draws]
         images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
-        texts = [[caption_id(pair.positive) for pair in pairs], [caption_id(pair.query) for pair in pairs]]
+        texts = [[caption_hash(pair.positive) for pair in pairs], [caption_hash(pair.query) for pair in pairs]]
         return {
             "pairs": pairs,
             "keys": [pair.key for pair in pairs],
-            "caption_ids": torch.tensor(texts, dtype=torch.int64),
+            "caption_hashes": torch.tensor(texts, dtype=torch.int64),
             "image_ids": torch.tensor(images, dtype=torch.int64),
             "position": position + self.global_batch,
         }

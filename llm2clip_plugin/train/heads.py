@@ -26,7 +26,7 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import caption_id
+from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, local_world_size, rank, world_size
 from llm2clip_plugin.train.loss import LossConfig
@@ -60,7 +60,7 @@ class FrozenFeatures:
 
     pooled_IP: Tensor
     embedding_MW: Tensor
-    caption_ids_M: Tensor
+    caption_hashes_M: Tensor
     first_I: Tensor  # an image's first caption
     count_I: Tensor  # and how many it has
 
@@ -147,7 +147,7 @@ def frozen_features(
     return FrozenFeatures(
         pooled_IP=pooled,
         embedding_MW=embedding,
-        caption_ids_M=ids,
+        caption_hashes_M=ids,
         first_I=counts.cumsum(0) - counts,
         count_I=counts,
     )
@@ -163,7 +163,7 @@ def _blocks(length: int, limit: int) -> list[list[int]]:
 def _encode(model: DualEncoder, batch: dict, device: torch.device) -> tuple[Tensor, ...]:
     """Pooled features, embeddings, caption ids, and the number of captions of each image."""
     pooled = model.pool(batch["pixel_values"].to(device)).float().cpu()
-    ids = torch.tensor([caption_id(caption.text) for caption in batch["captions"]])
+    ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
     return pooled, batch["embeddings"], ids, counts
 
@@ -225,6 +225,6 @@ def _features(
         text_bD=model.encode_text(embedding_BW, noise_BW),
         log_scale=model.logit_scale,
         bias=bias,
-        caption_ids=features.caption_ids_M[caption_B].to(device),
+        caption_hashes=features.caption_hashes_M[caption_B].to(device),
         image_ids=chosen_B.to(device),
     )

@@ -48,7 +48,7 @@ def contrastive_loss(
     text_bD: Tensor,
     scale: Tensor,
     *,
-    caption_ids: Tensor | None = None,
+    caption_hashes: Tensor | None = None,
     image_ids: Tensor | None = None,
     block: int = 0,
     group: Group = None,
@@ -62,7 +62,7 @@ def contrastive_loss(
     Args:
         image_bD, text_bD: L2-normalised, any float dtype; products are taken in it, everything else in fp32.
         scale: s, one element, already exponentiated.
-        caption_ids, image_ids: (b,) int64; off-diagonal pairs with an equal id are left out of both sums.
+        caption_hashes, image_ids: (b,) int64; off-diagonal pairs with an equal value are left out of both sums.
         block: rows of the logits at once; 0 chooses by device.
         group: ranks that hold the batch, b rows on each; None is the default group.
 
@@ -70,7 +70,7 @@ def contrastive_loss(
     gradient); that with respect to ``scale`` is this rank's share of it, so that the mean over ranks is right.
     Weights put on the result must be the same on every rank. Not for one pair alone, which has no negatives.
     """
-    ids_k2b = _stack_ids(caption_ids, image_ids)
+    ids_k2b = _stack_ids(caption_hashes, image_ids)
     return _InfoNCE.apply(image_bD, text_bD, scale, ids_k2b, block, group)  # pyright: ignore
 
 
@@ -80,7 +80,7 @@ def sigmoid_loss(
     scale: Tensor,
     bias: Tensor,
     *,
-    caption_ids: Tensor | None = None,
+    caption_hashes: Tensor | None = None,
     image_ids: Tensor | None = None,
     block: int = 0,
     group: Group = None,
@@ -92,7 +92,7 @@ def sigmoid_loss(
     Arguments as for contrastive_loss; ``bias`` has one element. Start it near -ln(N), or the negatives drown
     the first steps.
     """
-    ids_k2b = _stack_ids(caption_ids, image_ids)
+    ids_k2b = _stack_ids(caption_hashes, image_ids)
     return _Sigmoid.apply(image_bD, text_bD, scale, bias, ids_k2b, block, group)  # pyright: ignore
 
 

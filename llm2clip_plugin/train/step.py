@@ -44,7 +44,7 @@ class Features:
     text_bD: Tensor  # L2-normalised
     log_scale: Tensor  # (1,), natural logarithm
     bias: Tensor  # (1,), of the sigmoid loss; 0 where the module has none
-    caption_ids: Tensor  # (b,) int64
+    caption_hashes: Tensor  # (b,) int64
     image_ids: Tensor  # (b,) int64
 
 
@@ -91,7 +91,7 @@ def loss_terms(config: LossConfig, *, group: Group = None) -> dict[str, tuple[fl
 
 def _shared(x: Features, config: LossConfig, group: Group) -> dict[str, Any]:
     return {
-        "caption_ids": x.caption_ids if config.mask_same_caption else None,
+        "caption_hashes": x.caption_hashes if config.mask_same_caption else None,
         "image_ids": x.image_ids if config.mask_same_image else None,
         "block": config.block,
         "group": group,
@@ -101,8 +101,8 @@ def _shared(x: Features, config: LossConfig, group: Group) -> dict[str, Any]:
 class ContrastiveStep(ABC):
     """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are.
 
-    ``batch``: caption_ids and image_ids (b,), keys (b), ``position``, the number of samples that the run has consumed
-    after this batch, and what the subclass encodes.
+    ``batch``: caption_hashes and image_ids (b,), keys (b), ``position``, the number of samples that the run has
+    consumed after this batch, and what the subclass encodes.
     """
 
     def __init__(self, engine: Engine, terms: dict[str, tuple[float, Term]], *, seed: int) -> None:
@@ -178,7 +178,7 @@ class ContrastiveStep(ABC):
             text_bD=text_bD,
             log_scale=log_scale,
             bias=bias,
-            caption_ids=batch["caption_ids"],
+            caption_hashes=batch["caption_hashes"],
             image_ids=batch["image_ids"],
         )
         parts = {name: weight * term(features) for name, (weight, term) in self.terms.items()}

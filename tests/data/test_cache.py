@@ -100,13 +100,13 @@ def test_int8_refuses_rows_that_one_dimension_fills(tmp_path: Path) -> None:
     row = torch.full((1, 4096), 3.9)
     row[0, 0] = 1000.0
     with pytest.raises(ContractError, match=r"int8 keeps a cosine similarity of only 0\.9\d+ .* --dtype float16"):
-        writer.write_shard("s", ["k"], [(0, "0" * 16)], row)
+        writer.write_shard("s", ["k"], [(0, 0)], row)
 
 
 def test_float16_holds_rows_beyond_its_range(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, dataclasses.replace(TEACHER, width=4))
     rows = torch.tensor([[3e5, -1.0, 2e4, 7.0], [0.5, 0.25, -0.125, 0.0]])
-    writer.write_shard("s", ["k"], [(0, "0" * 16), (0, "1" * 16)], rows)
+    writer.write_shard("s", ["k"], [(0, 0), (0, 1)], rows)
     writer.finish()
     found = EmbeddingCache.open(tmp_path).shard("s").embeddings(slice(None))
     assert torch.allclose(found, rows, rtol=1e-3) and torch.isfinite(found).all()
@@ -288,11 +288,11 @@ def test_manifest_cannot_lead_out_of_the_cache(source, tmp_path: Path) -> None:
 def test_writer_refuses_bad_rows(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, TEACHER)
     with pytest.raises(ValueError, match=r"shape \(1, 8\), expected \(1, 640\)"):
-        writer.write_shard("s", ["k"], [(0, "0" * 16)], torch.zeros(1, 8))
+        writer.write_shard("s", ["k"], [(0, 0)], torch.zeros(1, 8))
     with pytest.raises(ValueError, match="a caption of 'k' is not finite"):
-        writer.write_shard("s", ["k"], [(0, "0" * 16)], torch.full((1, WIDTH), np.inf))
+        writer.write_shard("s", ["k"], [(0, 0)], torch.full((1, WIDTH), np.inf))
     with pytest.raises(ValueError, match="in order of sample"):
-        writer.write_shard("s", ["k", "l"], [(1, "0" * 16), (0, "1" * 16)], torch.zeros(2, WIDTH))
+        writer.write_shard("s", ["k", "l"], [(1, 0), (0, 1)], torch.zeros(2, WIDTH))
     with pytest.raises(ValueError, match="unknown cache dtype 'fp8'; known: float16, int8"):
         CacheWriter(tmp_path, TEACHER, "fp8")
     assert not (tmp_path / "s.safetensors").exists()

@@ -1,7 +1,9 @@
+import hashlib
+
 import pytest
 
 from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, caption_id
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, hash_hex
 
 
 def test_fields_give_kind_and_language() -> None:
@@ -45,7 +47,7 @@ def test_empty_captions_are_left_out_and_counted() -> None:
 def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
     (caption,) = read_captions({"txt": "a \ud83d\ude00 and \ud83d"}, parse_fields(("txt=short",), "en"))
     assert caption.text == "a \U0001f600 and \ufffd"
-    assert len(caption_hash(caption.text)) == 16
+    assert len(hash_hex(caption_hash(caption.text))) == 16
 
 
 def test_lone_surrogates_in_kind_and_language_are_replaced() -> None:
@@ -66,10 +68,10 @@ def test_other_shapes_are_refused(value: object) -> None:
         read_captions({"caption": value}, parse_fields(("caption=short",), "en"))
 
 
-def test_caption_id_is_the_hash_as_a_signed_number() -> None:
+def test_caption_hash_is_the_start_of_sha256_as_a_signed_number() -> None:
     for text in ("a", "b", "c", "ß", ""):
-        assert -(1 << 63) <= caption_id(text) < 1 << 63
-        assert caption_id(text) % (1 << 64) == int(caption_hash(text), 16)
+        assert -(1 << 63) <= caption_hash(text) < 1 << 63
+        assert hash_hex(caption_hash(text)) == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_a_broken_sample_crosses_processes() -> None:

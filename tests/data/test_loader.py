@@ -15,12 +15,12 @@ from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.images import AugmentConfig, ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, eval_pairs, make_loader
 from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import caption_id
+from llm2clip_plugin.data.sources.records import caption_hash
 
 IMAGES = ImageConfig(size=16)
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)
 WIDTH = 4
-EXACT = ("pixel_values", "embeddings", "caption_ids", "image_ids")
+EXACT = ("pixel_values", "embeddings", "caption_hashes", "image_ids")
 
 
 def identity() -> TeacherIdentity:
@@ -32,7 +32,7 @@ def identity() -> TeacherIdentity:
 
 def embedding_of(text: str) -> torch.Tensor:
     """A vector that only this text has, exact in float16."""
-    return torch.tensor([(caption_id(text) >> shift) % 1024 / 512 - 1 for shift in (0, 10, 20, 30)])
+    return torch.tensor([(caption_hash(text) >> shift) % 1024 / 512 - 1 for shift in (0, 10, 20, 30)])
 
 
 def embed(source: Source, folder: Path) -> EmbeddingCache:
@@ -76,7 +76,7 @@ def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None
     for number, (key, text) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
         assert str(int(key)) in text  # the caption is the image's own
         assert torch.equal(batch["embeddings"][number], embedding_of(text))
-        assert batch["caption_ids"][number] == caption_id(text)
+        assert batch["caption_hashes"][number] == caption_hash(text)
     kinds = {text.startswith("a longer") for text in batch["captions"]}
     assert kinds == {True, False}  # both kinds are drawn
 

@@ -45,7 +45,7 @@ def teacher(**changes):
 
 
 def embedding(text):
-    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(int(caption_hash(text), 16) % (1 << 62)))
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(caption_hash(text) % (1 << 62)))
 
 
 def write_data(folder: Path, shades=(0, 20, 40)) -> Path:

@@ -15,7 +15,7 @@ from scores import TESTS
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import caption_id
+from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
@@ -45,7 +45,9 @@ def write_cache(data, directory, identity=IDENTITY) -> None:
         rows = caption_rows(captions for _, captions in samples)
         texts = [caption.text for _, captions in samples for caption in captions]
         assert len(texts) == len(rows)
-        vectors = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(abs(caption_id(text)))) for text in texts]
+        vectors = [
+            torch.randn(WIDTH, generator=torch.Generator().manual_seed(abs(caption_hash(text)))) for text in texts
+        ]
         writer.write_shard(shard.name, [key for key, _ in samples], rows, torch.stack(vectors))
     writer.finish()
 

@@ -269,7 +269,7 @@ def test_hard_negatives(llama: Path, tmp_path: Path) -> None:
         pair = float((s * query[i] @ positive[i]).exp())
         total -= 0.5 * (torch.log(torch.tensor(pair / sum(there + hard))) + torch.log(torch.tensor(pair / sum(back))))
     ids = torch.tensor([0, 1, 2, 3, 3, 5])
-    found = float(hard_negative_loss(query, positive, negative, s, caption_ids=ids))
+    found = float(hard_negative_loss(query, positive, negative, s, caption_hashes=ids))
     assert found == pytest.approx(float(total) / 6, 1e-5)
 
     words = [f"{WORDS[i % 16]} {i}" for i in range(33)]

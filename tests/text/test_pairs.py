@@ -65,7 +65,7 @@ def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> 
         whole = one.batch(position)
         parts = [loader.batch(position) for loader in many]
         assert [pair for part in parts for pair in part["pairs"]] == whole["pairs"]
-        for name in ("caption_ids", "image_ids"):
+        for name in ("caption_hashes", "image_ids"):
             assert torch.equal(torch.cat([part[name] for part in parts], dim=-1), whole[name])
 
 
@@ -109,7 +109,7 @@ def test_group_and_equal_texts_have_equal_ids(tmp_path: Path) -> None:
     rows = [{"query": "a", "positive": "b"}, {"query": "c", "positive": "b"}, {"query": "a", "positive": "d"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     batch = batches(PairsConfig(data=(str(tmp_path / "pairs.jsonl"),)), size=3).batch(0)
-    positives, queries = batch["caption_ids"].tolist()
+    positives, queries = batch["caption_hashes"].tolist()
     assert len(set(positives)) == 2 and len(set(queries)) == 2
 
 

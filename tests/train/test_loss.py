@@ -111,7 +111,7 @@ def test_blocks_and_masks_equal_the_full_matrix(block: int):
         image, text = features()
         scale = torch.tensor([20.0], requires_grad=True)
         if masked:
-            loss = contrastive_loss(image, text, scale, caption_ids=captions, image_ids=images, block=block)
+            loss = contrastive_loss(image, text, scale, caption_hashes=captions, image_ids=images, block=block)
         else:
             loss = naive(image, text, scale, torch.stack([captions, images]))
         (2.5 * loss).backward()
@@ -123,7 +123,7 @@ def test_blocks_and_masks_equal_the_full_matrix(block: int):
 def test_masks_change_the_loss():
     image, text = features()
     ids = torch.zeros(24, dtype=torch.int64)
-    assert float(contrastive_loss(image, text, torch.tensor(20.0), caption_ids=ids).detach()) < 1e-6
+    assert float(contrastive_loss(image, text, torch.tensor(20.0), caption_hashes=ids).detach()) < 1e-6
     assert contrastive_loss(image, text, torch.tensor(20.0)) > 1
 
 
@@ -135,7 +135,7 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
     kept = (ids[:, None] != ids[None]) | torch.eye(24, dtype=torch.bool)
     expected = -(F.logsigmoid(sign * (scale * image @ text.T + bias)) * kept).sum() / 24
     expected_grads = torch.autograd.grad(expected, (image, text, scale, bias))
-    actual = sigmoid_loss(image, text, scale, bias, caption_ids=ids, block=7)
+    actual = sigmoid_loss(image, text, scale, bias, caption_hashes=ids, block=7)
     torch.testing.assert_close(actual, expected)
     for one, other in zip(torch.autograd.grad(actual, (image, text, scale, bias)), expected_grads, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

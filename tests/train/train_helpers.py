@@ -75,7 +75,7 @@ def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> d
     batch = {
         "pixel_values": pixels,
         "embeddings": pixels.flatten(1) @ mixing.T,
-        "caption_ids": torch.where(ids % 7 == 0, 7, ids),
+        "caption_hashes": torch.where(ids % 7 == 0, 7, ids),
         "image_ids": ids.clone(),
     }
     local = rows // world

@@ -27,7 +27,7 @@ import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.shard_file import REDO, TENSORS, ShardFile, tensors_digest
-from llm2clip_plugin.data.sources.records import Caption, caption_hash, caption_id
+from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
 DTYPES = ("float16", "int8")
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
@@ -147,7 +147,7 @@ class EmbeddingCache:
         position = {int(value): row for row, value in enumerate(file["caption_hashes"][start:stop], start)}
         picked = []
         for caption in captions:
-            row = position.get(caption_id(caption.text))
+            row = position.get(caption_hash(caption.text))
             if row is None:
                 raise ContractError(self._changed(file, index_in_shard, caption, position))
             picked.append(row)
@@ -155,9 +155,10 @@ class EmbeddingCache:
 
     def _changed(self, file: ShardFile, index: int, caption: Caption, known: Mapping[int, int]) -> str:
         """The message for a caption that was not embedded."""
-        there = ", ".join(int(value).to_bytes(8, "big", signed=True).hex() for value in known) or "none"
+        there = ", ".join(map(hash_hex, known)) or "none"
         text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-        reason = "is blank" if not has_text(caption) else f"(hash {caption_hash(caption.text)}) was not embedded"
+        digest = hash_hex(caption_hash(caption.text))
+        reason = f"(hash {digest}) was not embedded" if has_text(caption) else "is blank"
         return (
             f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; the cache holds hashes {there}; "
             f"{REDO}"
@@ -185,7 +186,7 @@ class EmbeddingCache:
                 start, stop = file.span(index)
                 known = {int(value): row for row, value in enumerate(file["caption_hashes"][start:stop], start)}
                 for caption in captions:
-                    if has_text(caption) and caption_id(caption.text) not in known:
+                    if has_text(caption) and caption_hash(caption.text) not in known:
                         raise ContractError(self._changed(file, index, caption, known))
 
     def verify(self) -> None:

@@ -21,29 +21,24 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.data.cache.reader import DTYPES, differences, has_text
 from llm2clip_plugin.data.cache.shard_file import META, ShardFile, tensors_digest
-from llm2clip_plugin.data.sources.records import Caption, caption_hash
+from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
 INT8_COSINE = 0.999  # the least that int8 may keep of a row's direction
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 
 
-def hash_to_int(digest: str) -> int:
-    """A caption's 16 hex characters as a signed 64-bit number."""
-    return int.from_bytes(bytes.fromhex(digest), "big", signed=True)
-
-
-def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, str]]:
+def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
     """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
-    rows: list[tuple[int, str]] = []
+    rows: list[tuple[int, int]] = []
     for index, of_sample in enumerate(captions):
         distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
-        rows.extend((index, digest) for digest in distinct)
+        rows.extend((index, value) for value in distinct)
     return rows
 
 
-def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, str]]) -> str:
+def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     """Identity of what a shard's rows belong to: changes with any key, caption or order."""
-    return sha256_text(canonical_json([list(keys), [list(row) for row in rows]]))
+    return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
 
 
 def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +97,7 @@ class CacheWriter:
         """The file of a shard."""
         return self.directory / shard_file(shard)
 
-    def is_whole(self, shard: str, keys: Sequence[str], rows: Sequence[tuple[int, str]]) -> bool:
+    def is_whole(self, shard: str, keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> bool:
         """Whether the shard's file is there, not cut short, and of these keys and captions by this teacher."""
         path = self.path(shard)
         if not path.is_file():
@@ -121,7 +116,7 @@ class CacheWriter:
         self,
         shard: str,
         keys: Sequence[str],
-        rows: Sequence[tuple[int, str]],
+        rows: Sequence[tuple[int, int]],
         embeddings: torch.Tensor,
         *,
         truncated: int = 0,
@@ -150,7 +145,7 @@ class CacheWriter:
             "embeddings": stored,
             "scales": scales,
             "row_starts": torch.tensor(np.searchsorted(indices, np.arange(len(keys) + 1)), dtype=torch.int64),
-            "caption_hashes": torch.tensor([hash_to_int(digest) for _, digest in rows], dtype=torch.int64),
+            "caption_hashes": torch.tensor([value for _, value in rows], dtype=torch.int64),
             "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
             "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
         }

@@ -15,7 +15,7 @@ import tyro
 
 from llm2clip_plugin.data.images import BrokenImage, load, open_header
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_id
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash
 
 CHUNK = 64  # samples that a worker reads at a time
 
@@ -125,8 +125,8 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
     caption_rows, key_rows = [], []
     for number in numbers:
         key, captions = source.captions(number)
-        key_rows.append((caption_id(key), number))
-        caption_rows += [(caption_id(caption.text), number, count(caption.text)) for caption in captions]
+        key_rows.append((caption_hash(key), number))
+        caption_rows += [(caption_hash(caption.text), number, count(caption.text)) for caption in captions]
         _note_captions(captions, reading)
         named = {"shard": source.locate(number)[0], "key": key}
         if reason := _why_broken(source, number, reading):

@@ -65,9 +65,9 @@ def _doubled_captions(source: Source, captions: np.ndarray, show: int) -> dict[s
 
 
 def _text_of(source: Source, number: int, wanted: int) -> str:
-    from llm2clip_plugin.data.sources.records import caption_id
+    from llm2clip_plugin.data.sources.records import caption_hash
 
-    return next(caption.text for caption in source.captions(number)[1] if caption_id(caption.text) == wanted)
+    return next(caption.text for caption in source.captions(number)[1] if caption_hash(caption.text) == wanted)
 
 
 def _doubled_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:

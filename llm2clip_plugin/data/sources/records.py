@@ -39,12 +39,11 @@ class BrokenSample(ValueError):  # noqa: N818 - it names what was found, as Stop
         return BrokenSample, (self.shard, self.key, self.reason)  # crosses process borders whole
 
 
-def caption_hash(text: str) -> str:
-    """Identity of a caption: the first 16 hexadecimal characters of its SHA-256 (64 bits)."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def caption_hash(text: str) -> int:
+    """The first 64 bits of the text's SHA-256, as a signed integer that fits a torch.int64 tensor."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-def caption_id(text: str) -> int:
-    """``caption_hash`` as a signed 64-bit integer, to fit a torch.int64 tensor."""
-    value = int(caption_hash(text), 16)
-    return value - (1 << 64) if value >= 1 << 63 else value
+def hash_hex(value: int) -> str:
+    """A caption hash as the 16 hexadecimal characters that manifests and messages show."""
+    return value.to_bytes(8, "big", signed=True).hex()
