@@ -12,7 +12,7 @@ from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdent
 from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.distributed import gather_objects
-from llm2clip_plugin.text.embed import default_cache, embed_source
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -26,7 +26,7 @@ class Teacher:
     def __init__(self, card: TowerCard, config: EncoderConfig, device: torch.device, dtype: str = "float16") -> None:
         self.identity = TeacherIdentity(**card.teacher) if card.teacher else None
         self.llm_width = int(card.dual.get("llm_width", 0))
-        self.config = config if self.identity is None else settings_of(self.identity, config)
+        self.config = config if self.identity is None else encoder_config(self.identity, config)
         self.device = device
         self.dtype = dtype
         self._encoder: CaptionEncoder | None = None
@@ -38,7 +38,7 @@ class Teacher:
         found is not the tower's teacher, or the directory is another teacher's; FileNotFoundError without the LLM.
         """
         if directory is None:
-            directory = default_cache(source.path, self.fingerprint)
+            directory = default_cache_folder(source.path, self.fingerprint)
         cache = self._whole(source, directory)
         if any(gather_objects(cache is None, all_ranks)):  # decided together: a fast rank may have finished its share
             rank, world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
@@ -86,7 +86,7 @@ class Teacher:
         return cache
 
 
-def settings_of(identity: TeacherIdentity, where: EncoderConfig) -> EncoderConfig:
+def encoder_config(identity: TeacherIdentity, where: EncoderConfig) -> EncoderConfig:
     """The encoder that a card describes, with the LLM and adapter where ``where`` says they lie.
 
     Raises ValueError if the card's teacher has an adapter and none is given.

@@ -56,7 +56,7 @@ class Tally:
         return out
 
 
-def default_cache(source_path: str, fingerprint: str) -> Path:
+def default_cache_folder(source_path: str, fingerprint: str) -> Path:
     """``embeddings-<fingerprint>`` in the folder of the data; raises ValueError for data at a URL."""
     if is_url(source_path):
         raise ValueError(f"{source_path} is not a local folder; say where the cache goes with --cache DIR")

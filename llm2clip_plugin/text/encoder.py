@@ -20,19 +20,17 @@ from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
 from llm2clip_plugin.text.post import load_post
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
-    caption_ids,
+    build_frame,
     collate,
-    frame_of,
     length_batches,
     literal_template,
-    room_of,
+    token_ids,
     tokenize,
     tokenizer_identity,
 )
 
 CPU_TOKENS = 1024  # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 GPU_TOKENS = 65536
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # "auto" is measured
 
 
 def default_device() -> torch.device:
@@ -90,9 +88,10 @@ class CaptionEncoder:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         template = literal_template(self.tokenizer, config.chat_template)
         self.config = replace_template(config, template)
-        self.frame = frame_of(self.tokenizer, template, config.prompt)
-        self.query_frame = frame_of(self.tokenizer, template, config.query_prompt)
-        self.dtype = DTYPES.get(config.compute_dtype) or fastest_dtype(self.device)
+        self.frame = build_frame(self.tokenizer, template, config.prompt)
+        self.query_frame = build_frame(self.tokenizer, template, config.query_prompt)
+        auto = config.compute_dtype == "auto"
+        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
         llm = load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
@@ -152,9 +151,9 @@ class CaptionEncoder:
     def lengths(self, captions: Sequence[str], *, query: bool = False) -> list[int]:
         """Tokens of each caption with template and prompt (or query prompt), before any cut."""
         frame = self.query_frame if query else self.frame
-        room_of(frame, self.config.max_tokens)
-        found = caption_ids(self.tokenizer, frame, captions) if captions else []
-        return [frame.size + len(ids) for ids in found]
+        frame.caption_budget(self.config.max_tokens)  # raises if there is none
+        uncut = token_ids(self.tokenizer, frame, captions) if captions else []
+        return [frame.size + len(ids) for ids in uncut]
 
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:

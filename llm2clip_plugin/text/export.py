@@ -26,7 +26,6 @@ from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 CHECKED = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # embedded before and after
 # of an embedding's norm: the same float32 weights, summed in another order once
 TOLERANCE = 1e-4
-POOLING_MODES = {"mean": "mean", "last": "lasttoken"}  # ours -> sentence-transformers'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # LLMs whose config.json the Hub gives to
 }
 
 
-def settings_of(config: EncoderConfig) -> PretrainedConfig:
+def llm_config(config: EncoderConfig) -> PretrainedConfig:
     """The LLM's configuration: of its folder, known here, or its config.json from the Hub.
 
     Raises FileNotFoundError saying what was looked for.

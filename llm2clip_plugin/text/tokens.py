@@ -31,6 +31,15 @@ class Frame:
         """Tokens besides the caption's."""
         return len(self.head) + len(self.tail)
 
+    def caption_budget(self, max_tokens: int) -> int:
+        """Tokens left for a caption; raises ValueError if there are none."""
+        if max_tokens <= self.size:
+            raise ValueError(
+                f"prompt and template use {self.size} tokens and max_tokens is {max_tokens}, which leaves none for the "
+                "caption; raise max_tokens or shorten them"
+            )
+        return max_tokens - self.size
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -62,7 +71,7 @@ def literal_template(tokenizer, chat_template: str) -> str:
     return text
 
 
-def frame_of(tokenizer, template: str, prompt: str) -> Frame:
+def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     """The tokens around a caption, from a literal template ("" for none) and a prompt.
 
     Without a template the tokenizer's own special tokens go around; a template brings its own end, and gets the
@@ -90,30 +99,21 @@ def tokenize(tokenizer, frame: Frame, captions: Sequence[str], max_tokens: int) 
     A caption that spells a special token ("</s>") is read as plain text. Raises ValueError for a blank caption, and if
     the frame alone fills ``max_tokens``.
     """
-    room = room_of(frame, max_tokens)
+    budget = frame.caption_budget(max_tokens)
     for index, caption in enumerate(captions):
         if not caption.strip():
             raise ValueError(f"caption {index} of {len(captions)} is blank: nothing to embed")
     if not captions:
         return [], 0
-    found = caption_ids(tokenizer, frame, captions)
-    rows = [[*frame.head, *ids[:room], *frame.tail] for ids in found]
-    return rows, sum(len(ids) > room for ids in found)
+    uncut = token_ids(tokenizer, frame, captions)
+    rows = [[*frame.head, *ids[:budget], *frame.tail] for ids in uncut]
+    return rows, sum(len(ids) > budget for ids in uncut)
 
 
-def caption_ids(tokenizer, frame: Frame, captions: Sequence[str]) -> list[list[int]]:
-    """Token ids of at least one caption, without its frame and not cut."""
+def token_ids(tokenizer, frame: Frame, captions: Sequence[str]) -> list[list[int]]:
+    """Token ids of each caption, without its frame and not truncated; at least one caption."""
     texts = [frame.lead + caption for caption in captions]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
-
-def room_of(frame: Frame, max_tokens: int) -> int:
-    """Tokens that a frame leaves to a caption. Raises ValueError if it leaves none."""
-    if max_tokens <= frame.size:
-        raise ValueError(
-            f"prompt and template take {frame.size} tokens, max_tokens is {max_tokens}; raise it or shorten them"
-        )
-    return max_tokens - frame.size
 
 
 def collate(

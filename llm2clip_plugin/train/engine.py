@@ -38,7 +38,6 @@ from llm2clip_plugin.train.distributed import rank, set_single_process_environme
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_ranks() -> torch.device:

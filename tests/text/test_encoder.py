@@ -147,7 +147,7 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
 def test_blank_caption_and_overlong_prompt_are_refused(llama: Path) -> None:
     with pytest.raises(ValueError, match="caption 1 of 2 is blank"):
         encoder(llama).encode(["a", " \n"])
-    with pytest.raises(ValueError, match=r"take \d+ tokens, max_tokens is 8"):
+    with pytest.raises(ValueError, match=r"use \d+ tokens and max_tokens is 8"):
         encoder(llama, max_tokens=8, prompt="Instruct: find the picture. Query: ").encode(["a"])
 
 

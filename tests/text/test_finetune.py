@@ -332,7 +332,7 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
         (("--targets", "query"), "unknown LoRA targets ['query']; this LLM's linear layers are: down_proj"),
         (zero3, "ZeRO-3 can't cut up 4-bit weights"),
         (("--precision", "bf16"), "would turn the LLM's float32 weights into it"),
-        (("--max-tokens", "8"), "prompt and template take"),
+        (("--max-tokens", "8"), "prompt and template use"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries looked at are longer than max_tokens 36"),
         (("--chat-template", "user", "--llm", str(bare)), "has no chat template; write it out"),
         (("--fields", "label=short"), "kinds of captions there (samples that have them): none"),

@@ -19,7 +19,7 @@ from llm2clip_plugin.cli import run
 from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, add_lora
-from llm2clip_plugin.text.memory import NF4_BYTES, SHAPES, kept_by_token, model_of, settings_of, shape_llm
+from llm2clip_plugin.text.memory import NF4_BYTES, SHAPES, kept_by_token, model_of, llm_config, shape_llm
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.memory import rank_bytes
 
@@ -80,7 +80,7 @@ def test_nf4_weighs_what_bitsandbytes_stores(tmp_path: Path, make_llm):
     states = [p.quant_state for p in llm.parameters() if isinstance(p, Params4bit)]
     stored = sum(p.nbytes for p in llm.parameters())
     stored += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
-    expected = shape_llm(settings_of(config), config, LoraSettings(), "fp32").frozen_bytes
+    expected = shape_llm(llm_config(config), config, LoraSettings(), "fp32").frozen_bytes
     assert len(states) == 14 and stored == pytest.approx(expected, rel=2e-3)
 
 
@@ -107,11 +107,11 @@ def test_a_shape_trains_what_the_llm_trains(any_llm: Path, options: dict):
     real = CaptionEncoder(config, "cpu").model.llm
     count = sum(p.numel() for p in real.parameters())
     real = add_lora(real, lora, base="")
-    shape = shape_llm(settings_of(config), config, lora, "fp32")
+    shape = shape_llm(llm_config(config), config, lora, "fp32")
     assert shape.parameters == count and {p.device for p in shape.llm.parameters()} == {torch.device("meta")}
     trained = [{n: p.shape for n, p in llm.named_parameters() if p.requires_grad} for llm in (real, shape.llm)]
     assert trained[0] == trained[1]
-    kept = kept_by_token(settings_of(config), config, lora, "fp32")
+    kept = kept_by_token(llm_config(config), config, lora, "fp32")
     assert kept.blocks == 2 and kept.state == 32 * 4 and kept.block > 4 * kept.state
 
 
@@ -136,7 +136,7 @@ def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtyp
     command = [sys.executable, "-W", "ignore", *words, str(texts), str(tokens)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     config, lora = EncoderConfig(llm=str(four_blocks), compute_dtype=dtype), LoraSettings()
-    settings = settings_of(config)
+    settings = llm_config(config)
     pair = kept_by_token(settings, config, lora, "fp32").times(2 * tokens)
     shape = shape_llm(settings, config, lora, "fp32")
     model = model_of(shape, pair, "fp32", checkpointing=checkpointing, at_once=1 / 4)
@@ -147,4 +147,4 @@ def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtyp
 
 def test_shapes_known_by_name_are_decoders():
     for name in SHAPES:
-        assert settings_of(EncoderConfig(llm=name)).vocab_size == 128256
+        assert llm_config(EncoderConfig(llm=name)).vocab_size == 128256

@@ -29,7 +29,7 @@ from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdent
 from llm2clip_plugin.data.cache.shard_file import REDO, TENSORS, ShardFile, tensors_digest
 from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
-DTYPES = ("float16", "int8")
+CACHE_DTYPES = ("float16", "int8")
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
 
 
@@ -215,8 +215,8 @@ def refuse_damaged(manifest: CacheManifest, path: Path) -> None:
     for name, entry in manifest.shards.items():
         if missing := [value for value in ENTRY if value not in entry]:
             raise ContractError(f"{path}: its entry of shard {name!r} lacks {', '.join(missing)}; {REDO}")
-    if manifest.dtype not in DTYPES:
-        raise ContractError(f"{path} has dtype {manifest.dtype!r}; known: {', '.join(DTYPES)}")
+    if manifest.dtype not in CACHE_DTYPES:
+        raise ContractError(f"{path} has dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
     try:
         teacher = TeacherIdentity(**manifest.teacher)
     except TypeError as error:

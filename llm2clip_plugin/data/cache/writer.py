@@ -19,7 +19,7 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     whole_file,
 )
-from llm2clip_plugin.data.cache.reader import DTYPES, differences, has_text
+from llm2clip_plugin.data.cache.reader import CACHE_DTYPES, differences, has_text
 from llm2clip_plugin.data.cache.shard_file import META, ShardFile, tensors_digest
 from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
@@ -58,8 +58,8 @@ class CacheWriter:
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16") -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown cache dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(f"unknown cache dtype {dtype!r}; known: {', '.join(CACHE_DTYPES)}")
         self.directory = Path(directory)
         self.identity = identity
         self.dtype = dtype

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample
-from llm2clip_plugin.data.sources.remote import Downloads, default_cache
+from llm2clip_plugin.data.sources.remote import Downloads, default_download_folder
 
 FORMATS = ("auto", "webdataset", "jsonl", "llava")
 
@@ -58,7 +58,7 @@ class SourceConfig(ReadConfig):
     @property
     def downloads(self) -> Downloads:
         """The local folder for what lies at a URL."""
-        folder = Path(self.cache_folder) if self.cache_folder else default_cache()
+        folder = Path(self.cache_folder) if self.cache_folder else default_download_folder()
         return Downloads(folder, limit_bytes=int(self.cache_gb * 1e9))
 
     def usable(self, captions: tuple[Caption, ...]) -> tuple[Caption, ...]:

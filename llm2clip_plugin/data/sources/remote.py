@@ -41,7 +41,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def default_cache() -> Path:
+def default_download_folder() -> Path:
     """Folder for downloaded shards: LLM2CLIP_CACHE, or ``llm2clip/shards`` under XDG_CACHE_HOME or ~/.cache."""
     if "LLM2CLIP_CACHE" in os.environ:
         return Path(os.environ["LLM2CLIP_CACHE"])

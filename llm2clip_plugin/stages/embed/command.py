@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.data.cache.reader import DTYPES
+from llm2clip_plugin.data.cache.reader import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.embed.plan import cache_plan
-from llm2clip_plugin.text.embed import default_cache, embed_source, verify
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -34,8 +34,8 @@ class EmbedConfig:
     verify: bool = False  # write nothing: read every byte of the cache, compare it with the data, embed a sample again
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown cache dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.dtype not in CACHE_DTYPES:
+            raise ValueError(f"unknown cache dtype {self.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
 
@@ -63,14 +63,16 @@ def main(argv: list[str]) -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not config.cache:
-        default_cache(config.source.path, "")  # refuses a URL before anything is downloaded
+        default_cache_folder(config.source.path, "")  # refuses a URL before anything is downloaded
     source = open_source(config.source)
     if config.dry_run:
         if rank == 0:
             print(cache_plan(source, config.encoder))
         return 0
     encoder = CaptionEncoder(config.encoder)
-    directory = Path(config.cache) if config.cache else default_cache(source.path, encoder.identity().fingerprint)
+    directory = (
+        Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
+    )
     if config.verify:
         print(verify(source, encoder, directory))
         return 0

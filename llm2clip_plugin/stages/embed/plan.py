@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm2clip_plugin.data.cache.reader import DTYPES
+from llm2clip_plugin.data.cache.reader import CACHE_DTYPES
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.data.cache.writer import caption_rows
 from llm2clip_plugin.data.sources.open import Source
@@ -28,7 +28,7 @@ def cache_plan(source: Source, config: EncoderConfig) -> str:
     for size in (width,) if width else USUAL_WIDTHS:
         listed = (
             f"{dtype} {readable(shard_bytes(len(source), rows, size, dtype, key_bytes=0) + key_bytes)}"
-            for dtype in DTYPES
+            for dtype in CACHE_DTYPES
         )
         lines.append(f"cache on disk: {rows:,} captions x {size}: {', '.join(listed)}")
     return "\n".join(lines)

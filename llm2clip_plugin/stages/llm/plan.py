@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.llm.recipes import MIXTURE
 from llm2clip_plugin.stages.llm.run import FinetuneConfig, engine_plan, open_data, refuse_combinations
-from llm2clip_plugin.text.memory import LlmShape, kept_by_token, model_of, settings_of, shape_llm
+from llm2clip_plugin.text.memory import LlmShape, kept_by_token, llm_config, model_of, shape_llm
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
-from llm2clip_plugin.text.tokens import caption_ids, frame_of, literal_template, room_of
+from llm2clip_plugin.text.tokens import build_frame, literal_template, token_ids
 from llm2clip_plugin.train.deepspeed_config import complete, read_deepspeed_json
 from llm2clip_plugin.train.memory import Kept, Model
 from llm2clip_plugin.train.optim import Trained, is_vector
@@ -66,7 +66,7 @@ def llm_plan(config: FinetuneConfig, command: Sequence[str]) -> str:
         plans.describe_run(plan, ds_config, samples=numbers.pairs, world=world),
     ]
     try:
-        settings = settings_of(encoder)
+        settings = llm_config(encoder)
     except FileNotFoundError as error:
         parts.append(f"memory is not planned: {error}")
     else:
@@ -132,9 +132,9 @@ def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
     )
     counts = []
     for prompt, texts in sides:
-        frame = frame_of(tokenizer, template, prompt)
-        room = room_of(frame, encoder.max_tokens)
-        counts += [frame.size + min(len(ids), room) for ids in caption_ids(tokenizer, frame, texts)]
+        frame = build_frame(tokenizer, template, prompt)
+        budget = frame.caption_budget(encoder.max_tokens)
+        counts += [frame.size + min(len(ids), budget) for ids in token_ids(tokenizer, frame, texts)]
     return counts
 
 

@@ -15,7 +15,7 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.recipes import MIXTURES, TEACHERS
-from llm2clip_plugin.stages.tower.run import default_cache, engine_plan, open_data
+from llm2clip_plugin.stages.tower.run import engine_plan, find_cache, open_data
 from llm2clip_plugin.train.deepspeed_config import complete, read_deepspeed_json
 from llm2clip_plugin.train.memory import PROBE_GRID, model_of
 from llm2clip_plugin.train.model import shape_dual, trained_parameters, with_llm_width
@@ -99,7 +99,7 @@ def _has_caches(config: RunConfig) -> bool:
         return True
     try:
         for path in config.data.path:
-            default_cache(path)
+            find_cache(path)
     except FileNotFoundError:
         return False
     return True

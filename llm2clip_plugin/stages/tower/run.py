@@ -155,12 +155,12 @@ def open_pair(config: SourceConfig, cache_path: str, teacher: str | None) -> tup
             "(--data.validation-cache DIR for the held-out split)"
         )
     source = open_source(config)
-    cache = EmbeddingCache.open(cache_path or default_cache(config.path), expect_fingerprint=teacher)
+    cache = EmbeddingCache.open(cache_path or find_cache(config.path), expect_fingerprint=teacher)
     cache.check(source)
     return source, cache
 
 
-def default_cache(source: str) -> str:
+def find_cache(source: str) -> str:
     """The one ``embeddings-*`` folder beside the data; FileNotFoundError or ValueError if there is not just one."""
     folder = data_folder(source)
     found = sorted(str(path.parent) for path in folder.glob("embeddings-*/manifest.json"))
