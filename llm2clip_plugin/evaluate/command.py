@@ -43,7 +43,7 @@ class EvaluateConfig:
 def main(argv: list[str]) -> int:
     """Parse, measure, print; rank 0 alone prints and writes."""
     if any(word == "--suite" or word.startswith("--suite=") for word in argv):
-        from llm2clip_plugin.evaluate.suites.command import main as suites
+        from llm2clip_plugin.evaluate.suite_command import main as suites
 
         return suites(argv)
     config = parse(argv)

@@ -26,7 +26,7 @@ from llm2clip_plugin.evaluate.classes import open_labelled, prompt, read_class_n
 from llm2clip_plugin.evaluate.distributed import choose_device, gather_objects, process_group
 from llm2clip_plugin.evaluate.embedding import Dual, encode_texts
 from llm2clip_plugin.evaluate.features import ImageFeatures, image_features
-from llm2clip_plugin.evaluate.listing import ListedSource, Row
+from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
 from llm2clip_plugin.evaluate.pairing import rank_both
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -96,7 +96,7 @@ def measure(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
     )
 
 
-def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> ListedSource:
+def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
     """A data set without images: a class is a sample, its prompts are the captions; named by what they say."""
     prompts = [[prompt(template, name) for template in templates] for name in names]
     digest = sha256_text(canonical_json(prompts))[:12]
@@ -105,10 +105,10 @@ def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> 
         for number, texts in enumerate(prompts)
     ]
     folder = Path(data) if Path(data).is_dir() else Path(data).parent
-    return ListedSource(f"prompts-{digest}", folder, rows)
+    return InMemorySource(f"prompts-{digest}", folder, rows)
 
 
-def class_vectors(dual: Dual, prompts: ListedSource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:
+def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:
     """(C, D): the mean of each class's normalised prompts, normalised again (Radford et al. 2021, section 3.1.4)."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
     mine: dict[int, Tensor] = {}

@@ -1,20 +1,22 @@
-"""The named benchmarks: each layout read, what is missing said, the paper's tables, SugarCrepe's rule, resume."""
+"""The retrieval suites: their files, their readers, their measures, the tables, a new suite in one file."""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from evaluate_world import COLOURS, square, write_llm, write_tower
 
+import llm2clip_plugin.evaluate.suites as suites_package
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
-from llm2clip_plugin.evaluate.suites.readers import first_items
-from llm2clip_plugin.evaluate.suites.registry import SETS, chosen, suites
-from llm2clip_plugin.evaluate.suites.run import right_against_wrong
+from llm2clip_plugin.evaluate.suite_measures import hard_negative_scores
+from llm2clip_plugin.evaluate.suites import select_suites, suites
+from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -159,7 +161,7 @@ def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
 def test_flickr_cn_in_no_known_spelling_is_named(tmp_path):
     images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
     text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", "image\tcaption\n")
-    with pytest.raises(ValueError, match=r"flickr30k_cna_test.txt is not laid out as expected"):
+    with pytest.raises(ValueError, match=r"unexpected layout of .*flickr30k_cna_test.txt: no line starts with"):
         suites()["flickr30k-cn"].open(tmp_path)
 
 
@@ -176,28 +178,29 @@ def test_a_huge_array_is_read_no_further_than_needed(tmp_path):
         first_items(path, 3)
 
 
-def test_what_is_missing_is_said_with_where_it_is_to_be_had(tmp_path, setting, capsys):
+def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):
     _, tower, _ = setting
     for name, suite in suites().items():
         lines = suite.missing(tmp_path)
-        assert len(lines) == len(suite.needs)
+        assert len(lines) == len(suite.requires)
         assert all(str(tmp_path / name) in line and ("http" in line or "get it from" in line) for line in lines)
     assert cli(["evaluate", str(tower), "--suite", "docci", "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
     with pytest.raises(ValueError, match="unknown suite 'cocoo'; known: paper, all, flickr30k"):
-        chosen("cocoo")
-    assert [suite.name for suite in chosen("coco,paper")][:2] == ["coco", "flickr30k"]
-    assert {suite.name for suite in chosen("all")} == set(suites()) > set(SETS["paper"])
+        select_suites("cocoo")
+    assert [suite.name for suite in select_suites("coco,paper")][:3] == ["coco", "flickr30k", "sharegpt4v-1k"]
+    assert [suite.name for suite in select_suites("all")] == list(suites())
+    assert [suite.name for suite in select_suites("paper")] == list(suites())[:-1]  # SugarCrepe is not in the paper
 
 
-def test_a_file_of_another_layout_is_named(tmp_path):
+def test_a_file_with_another_layout_is_named(tmp_path):
     images(tmp_path / "docci" / "images", ["x.jpg"])
     text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": "test", "image_file": "x.jpg"}\n')
-    with pytest.raises(ValueError, match=r"docci_descriptions.jsonlines is not laid out as expected: KeyError"):
+    with pytest.raises(ValueError, match=r"layout of .*docci_descriptions.jsonlines: KeyError\('example_id'\)"):
         suites()["docci"].open(tmp_path)
     text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": \n')
-    with pytest.raises(ValueError, match="line 1: not JSON"):
+    with pytest.raises(ValueError, match="line 1: not valid JSON"):
         suites()["docci"].open(tmp_path)
 
 
@@ -237,7 +240,7 @@ def test_another_llm_than_the_teacher_is_refused(setting, tmp_path, capsys):
     assert not list((tmp_path / "root" / "docci").rglob(CacheManifest.FILE))
 
 
-def test_right_against_wrong_counts_a_tie_as_half():
+def test_hard_negatives_count_a_tie_as_half():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text_vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
     kinds = ["swap/1/right", "swap/1/wrong", "add/7/right", "add/7/wrong", "add/8/right", "add/8/wrong"]
@@ -250,7 +253,67 @@ def test_right_against_wrong_counts_a_tie_as_half():
         meta=[{}, {}],
         broken=[],
     )
-    scores = right_against_wrong(pairs)
+    scores = hard_negative_scores(pairs)
     assert scores.metrics == {"swap": 1.0, "add": 0.25, "mean": 0.625}
     assert {item["id"]: item["score"] for item in scores.items} == {"swap/1": 1.0, "add/7": 0.0, "add/8": 0.5}
     assert {item["cluster"] for item in scores.items} == {"x", "y"}
+
+
+PHOTOS_100 = '''
+"""Photos-100: a hundred photos, one caption each."""
+
+from llm2clip_plugin.evaluate.in_memory_source import Row
+from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suites.readers import read_json, to_captions
+
+
+def read(folder):
+    """``captions.json`` (file name -> caption) with ``photos/``."""
+    captions = read_json(folder / "captions.json")
+    return [Row(name, folder / "photos" / name, to_captions([text])) for name, text in captions.items()]
+
+
+SUITE = Suite(
+    name="photos-100",
+    title="Photos-100",
+    requires=(RequiredFile(names=("captions.json", "photos"), get="https://photos.example/"),),
+    read=read,
+    images=100,
+    table="Retrieval, English",
+    paper={"CLIP-L-336": (12.3, 45.6)},
+)
+'''
+
+
+def test_one_file_adds_a_suite_that_is_listed_read_measured_and_shown(setting, tmp_path, monkeypatch, capsys):
+    _, tower, llm = setting
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "photos_100.py").write_text(PHOTOS_100, encoding="utf-8")
+    monkeypatch.setattr(suites_package, "__path__", [*suites_package.__path__, str(tmp_path / "plugins")])
+    monkeypatch.delitem(sys.modules, f"{suites_package.__name__}.photos_100", raising=False)
+
+    words = ["evaluate", str(tower), "--suite", "photos-100", "--root", str(tmp_path), "--teacher.llm", str(llm)]
+    assert list(suites())[-1] == "photos-100" and "photos-100" in [suite.name for suite in select_suites("paper")]
+    with pytest.raises(SystemExit):
+        cli([*words, "--help"])
+    assert "sugarcrepe, photos-100;" in " ".join(capsys.readouterr().out.split())
+    assert cli(words) == 2
+    assert "get it from https://photos.example/" in capsys.readouterr().err
+
+    images(tmp_path / "photos-100" / "photos", ["a.jpg", "b.jpg"])
+    text(tmp_path / "photos-100" / "captions.json", {"a.jpg": "a red square", "b.jpg": "a green square"})
+    assert cli([*words, "--output", str(tmp_path), "--resamples", "0"]) == 0
+    printed = capsys.readouterr().out
+    scores = ScoreFile.read(tmp_path / "photos-100.scores.json")
+    i2t, t2i = (100 * scores.metrics[f"{side}_r1"] for side in ("i2t", "t2i"))
+    table = {line.split("│")[1].strip(): line.split("│")[-2].strip() for line in printed.splitlines() if "│" in line}
+    assert table["CLIP-L-336"] == "12.3 / 45.6" and table["EVA02-L-336"] == ""
+    assert table["tower"] == f"{i2t:.1f} / {t2i:.1f}" and "2 images, the published test set has 100" in printed
+
+
+def test_the_columns_of_a_table_have_the_same_rows_from_the_same_source():
+    tables = {}
+    for suite in suites().values():
+        if suite.table:
+            tables.setdefault(suite.table, set()).add((suite.paper_source, *suite.paper))
+    assert all(len(rows) == 1 for rows in tables.values()), tables

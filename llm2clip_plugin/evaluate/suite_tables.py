@@ -1,4 +1,4 @@
-"""A tower's suites beside the paper's rows, on the terminal."""
+"""A tower's results on the suites, next to the paper's, on the terminal."""
 
 from __future__ import annotations
 
@@ -9,35 +9,43 @@ from rich.table import Table
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.evaluate.measure import WHOLE
-from llm2clip_plugin.evaluate.paper import TABLES
-from llm2clip_plugin.evaluate.suites.registry import suites
+from llm2clip_plugin.evaluate.suite import Suite
+from llm2clip_plugin.evaluate.suites import suites
 from llm2clip_plugin.evaluate.tables import wide_console
 
 SIDES = ("i2t", "t2i")
 
 
 def print_suites(model: str, results: Mapping[str, ScoreFile], resamples: int) -> None:
-    """The paper's tables with our row, then every metric of each suite, then what was found on the way."""
-    console = wide_console()
-    for title, (columns, rows) in TABLES.items():
-        if any(name in results for name in columns):
-            console.print(paper_table(title, columns, rows, model, results, resamples))
+    """The paper's tables with a row for ``model``, then every metric of each suite with its notes."""
+    console, known = wide_console(), suites()
+    for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
+        columns = [suite for suite in known.values() if suite.table == title]
+        if any(suite.name in results for suite in columns):
+            console.print(paper_table(title, columns, model, results, resamples))
     for name, scores in results.items():
-        console.print(suite_table(suites()[name].title, scores))
+        console.print(suite_table(known[name].title, scores))
         for note in scores.notes:
             console.print(f"{name}: {note}", markup=False, soft_wrap=True)
 
 
-def paper_table(title: str, columns: Sequence[str], rows, model: str, results, resamples: int) -> Table:
+def paper_table(
+    title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile], resamples: int
+) -> Table:
     """R@1 image->text / text->image in percent; the paper's rows first, ours last with 95 % intervals."""
     table = Table(title=title, caption="R@1 image->text / text->image, percent; the paper's rows are single runs")
     table.add_column("tower")
     table.add_column("source")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row.name, f"paper, {row.source}", *(_pair(row.scores.get(name)) for name in columns))
-    ours = [_ours(results[name], resamples) if name in results else "not there" for name in columns]
+    for suite in columns:
+        table.add_column(suite.name, justify="right")
+    sources = {row: suite.paper_source for suite in columns for row in suite.paper}
+    base = ""
+    for row, source in sources.items():
+        if not row.startswith(f"{base} + "):
+            base = row
+        shown = row if row == base else row.removeprefix(f"{base} ")  # "+ LLM2CLIP", below the tower it starts from
+        table.add_row(shown, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
+    ours = [_ours(results[suite.name], resamples) if suite.name in results else "not measured" for suite in columns]
     table.add_section()
     table.add_row(model.rstrip("/").rpartition("/")[2], "measured", *ours, style="bold")
     return table
@@ -48,10 +56,10 @@ def _pair(scores: tuple[float, float] | None) -> str:
 
 
 def _ours(scores: ScoreFile, resamples: int) -> str:
-    """The headline, and below it how wide its intervals are to either side."""
+    """The headline, and below it the half-widths of its intervals."""
     first = _pair((100 * scores.metrics["i2t_r1"], 100 * scores.metrics["t2i_r1"]))
-    whole = f"{WHOLE}/i2t_r1" not in scores.metrics  # a mean over languages has no interval of its own
-    if not resamples or not whole:
+    is_mean = f"{WHOLE}/i2t_r1" in scores.metrics  # a mean over languages has no interval
+    if not resamples or is_mean:
         return first
     widths = []
     for side in SIDES:
@@ -63,7 +71,7 @@ def _ours(scores: ScoreFile, resamples: int) -> str:
 
 
 def suite_table(title: str, scores: ScoreFile) -> Table:
-    """Every metric of a suite, percent: a row a part, a column a metric."""
+    """Every metric of a suite in percent: one row per part, one column per metric."""
     rows: dict[str, dict[str, float]] = {}
     for key, value in scores.metrics.items():
         part, slash, metric = key.rpartition("/")

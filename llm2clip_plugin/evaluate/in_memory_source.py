@@ -1,4 +1,4 @@
-"""A data set given as a list of image files and captions: benchmarks, and the prompts of zero-shot classes."""
+"""A data source whose rows are in memory: a benchmark's images and captions, or the prompts of zero-shot classes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 
 @dataclass(frozen=True)
 class Row:
-    """One image with its captions, as a benchmark's files say it."""
+    """One image and its captions."""
 
     key: str
-    image: Path | None  # None: captions alone
+    image: Path | None  # None: captions only
     captions: tuple[Caption, ...]
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class ListedSource(Source):
-    """One shard of rows. Captions are taken as they are: a benchmark counts a repeated one twice."""
+class InMemorySource(Source):
+    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a duplicate twice."""
 
     def __init__(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
         if not rows:
-            raise ValueError(f"{name}: nothing is listed in {folder}")
+            raise ValueError(f"{name}: no images found in {folder}")
         self.rows = list(rows)
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
@@ -39,7 +39,7 @@ class ListedSource(Source):
     def image(self, number: int) -> bytes:
         row = self.rows[number]
         if row.image is None:
-            raise BrokenSample(self.name, row.key, "it is text without an image")
+            raise BrokenSample(self.name, row.key, "the row has no image")
         try:
             return row.image.read_bytes()
         except OSError as error:

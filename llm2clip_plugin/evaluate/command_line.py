@@ -1,0 +1,94 @@
+"""What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+from llm2clip_plugin import __version__
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.evaluate.bootstrap import bootstrap_mean
+from llm2clip_plugin.evaluate.distributed import choose_device, process_group
+from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
+from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+NOTES_SHOWN = 10
+
+
+def parse_options(
+    config: type[Config], argv: Sequence[str], *, prog: str, first: str = "--tower", description: str | None = None
+) -> Config:
+    """The configuration that a command line describes; the first word may stand without its option ``first``."""
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, first)
+    return tyro.cli(config, args=words, prog=prog, description=description)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedTower:
+    """A dual encoder on its device, and how its images are preprocessed."""
+
+    dual: LoadedDualEncoder
+    images: ImageConfig
+    device: torch.device
+
+
+def open_tower(tower: str, device: str) -> OpenedTower:
+    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one."""
+    directory, chosen = fetch_directory(tower), choose_device(device)
+    images = ImageConfig.from_preprocessor(preprocessor_config(directory))
+    return OpenedTower(dual=load_dual_encoder(directory).to(chosen), images=images, device=chosen)
+
+
+def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
+    """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit status."""
+    with process_group() as (rank, world):
+        result = measure(world > 1)
+        if rank == 0:
+            report(result)
+    return 0
+
+
+def provenance(**values: Any) -> dict[str, Any]:
+    """``values`` and the versions of what measured."""
+    return values | {"versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}}
+
+
+def tower_provenance(dual: LoadedDualEncoder, **values: Any) -> dict[str, Any]:
+    """`provenance` with the hashes of a dual encoder's weights."""
+    card = dual.card
+    return provenance(weights_sha256=card.weights_sha256, adapter_sha256=card.adapter_sha256, **values)
+
+
+def dataset_name(path: str) -> str:
+    """The last part of a path or URL."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def print_scores(scores: ScoreFile, intervals: dict[str, str]) -> None:
+    """Each metric in percent, with the interval of those in ``intervals`` (metric -> field of the items)."""
+    clusters = [item["cluster"] for item in scores.items]
+    for name, value in scores.metrics.items():
+        shown = ""
+        if name in intervals:
+            interval = bootstrap_mean([item[intervals[name]] for item in scores.items], clusters)
+            shown = f"  [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+        print(f"{name:22} {100 * value:6.2f} %{shown}")
+    for note in scores.notes[:NOTES_SHOWN]:
+        print(note)
+
+
+def write_scores(scores: ScoreFile, path: str | Path) -> None:
+    """Write a score file and name it; nothing for path ""."""
+    if path:
+        print(f"wrote {scores.write(path)}")

@@ -1,0 +1,97 @@
+"""What a suite can measure: recall, recall averaged over languages, or the caption against its hard negative."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from typing import Protocol
+
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.evaluate.command_line import OpenedTower
+from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.measure import WHOLE, RetrievalConfig, evaluate_retrieval
+
+
+class Measure(Protocol):
+    """Metrics (fractions) and the score of every query; called by all ranks together if ``all_ranks``."""
+
+    def __call__(
+        self, tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
+    ) -> ScoreFile: ...
+
+
+def recall(
+    tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
+) -> ScoreFile:
+    """Recall@k in both directions over all captions; see `evaluate_retrieval`."""
+    report = evaluate_retrieval(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks)
+    return ScoreFile(
+        benchmark="",
+        metrics=report.metrics(),
+        items=report.items(),
+        counts=report.counts,
+        notes=[f"left out: {error}" for error in report.pairs.broken],
+    )
+
+
+def recall_by_language(
+    tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
+) -> ScoreFile:
+    """The mean of the languages' recalls, each over its own captions; recall over all captions is ``all/...``."""
+    scores = recall(tower, source, cache, config, all_ranks)
+    parts = sorted({key.split("/")[0] for key in scores.metrics if "/" in key} - {"shuffled", "chance"})
+    if not parts:
+        return scores
+    metrics = dict(scores.metrics)
+    for name in [key for key in scores.metrics if "/" not in key]:
+        metrics[f"{WHOLE}/{name}"] = scores.metrics[name]
+        metrics[name] = sum(scores.metrics[f"{part}/{name}"] for part in parts) / len(parts)
+    notes = [*scores.notes, f"headline: mean over {len(parts)} languages"]
+    return dataclasses.replace(scores, metrics=metrics, notes=notes)
+
+
+def hard_negatives(
+    tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
+) -> ScoreFile:
+    """How often an image scores its caption above the caption's hard negative; see `hard_negative_scores`."""
+    pairs = embed_pairs(
+        tower.dual,
+        source,
+        cache,
+        tower.images,
+        limit=config.limit,
+        batch=config.batch,
+        workers=config.workers,
+        all_ranks=all_ranks,
+    )
+    return hard_negative_scores(pairs)
+
+
+def hard_negative_scores(pairs: EmbeddedPairs) -> ScoreFile:
+    """Captions of kind ``GROUP/ID/right`` against ``GROUP/ID/wrong`` of the same image; a tie counts one half.
+
+    Metrics: one for each group, and ``mean``, the unweighted mean of the groups; chance is 0.5.
+    Source: Hsieh et al., SugarCrepe (2023), section 4.
+    """
+    score_M = (pairs.image_ND[pairs.owner_M].double() * pairs.text_MD.double()).sum(1)
+    sides: dict[str, dict[str, int]] = defaultdict(dict)
+    for position, caption in enumerate(pairs.captions):
+        item, _, side = caption.kind.rpartition("/")
+        sides[item][side] = position
+    items, groups = [], defaultdict(list)
+    for item, position in sides.items():
+        gap = float(score_M[position["right"]] - score_M[position["wrong"]])
+        hit, group = 0.5 if gap == 0 else float(gap > 0), item.split("/")[0]
+        cluster = pairs.keys[int(pairs.owner_M[position["right"]])]
+        items.append({"id": item, "score": hit, "cluster": cluster, "part": group})
+        groups[group].append(hit)
+    metrics = {group: sum(hits) / len(hits) for group, hits in groups.items()}
+    return ScoreFile(
+        benchmark="",
+        metrics=metrics | {"mean": sum(metrics.values()) / len(metrics)},
+        items=items,
+        counts={"images": len(pairs.keys), "items": len(items), "left_out": len(pairs.broken)},
+        notes=[f"left out: {error}" for error in pairs.broken],
+    )

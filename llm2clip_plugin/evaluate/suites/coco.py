@@ -1,0 +1,35 @@
+"""COCO, the Karpathy test split: 5,000 images, five captions each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2clip_plugin.evaluate.in_memory_source import Row
+from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suites.readers import COCO_VAL2014, KARPATHY, karpathy_test
+
+
+def read(folder: Path) -> list[Row]:
+    """``dataset_coco.json`` and ``val2014/``."""
+    return karpathy_test(folder / "dataset_coco.json", lambda item: folder / item["filepath"] / item["filename"])
+
+
+SUITE = Suite(
+    name="coco",
+    title="COCO (Karpathy test, 5k)",
+    requires=(
+        RequiredFile(names=("dataset_coco.json",), get=KARPATHY),
+        RequiredFile(names=("val2014",), get=COCO_VAL2014),
+    ),
+    read=read,
+    images=5000,
+    order=2,
+    table="Retrieval, English",
+    paper={
+        "CLIP-L-336": (58.0, 37.1),
+        "CLIP-L-336 + LLM2CLIP (15 M)": (65.5, 53.6),
+        "EVA02-L-336": (64.2, 47.9),
+        "EVA02-L-336 + LLM2CLIP (15 M)": (68.7, 55.7),
+        "EVA02-L-224, LLM without CC": (56.7, 41.8),
+    },
+)

@@ -1,0 +1,46 @@
+"""COCO-CN, the test split: 1,000 images of COCO with captions written in Chinese."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2clip_plugin.evaluate.in_memory_source import Row
+from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suites.readers import COCO_VAL2014, first_existing, to_captions
+
+NAMES, CAPTIONS = "coco-cn_test.txt", "imageid.human-written-caption.txt"
+HOME = "https://github.com/li-xirong/coco-cn (on request)"
+COCO_TRAIN2014 = "http://images.cocodataset.org/zips/train2014.zip"
+
+
+def read(folder: Path) -> list[Row]:
+    """``coco-cn_test.txt`` (image names) and ``imageid.human-written-caption.txt`` (``NAME#N<TAB>CAPTION``)."""
+    captions: dict[str, list[str]] = {}
+    for line in (folder / CAPTIONS).read_text("utf-8").splitlines():
+        name, tab, text = line.partition("\t")
+        if tab and text.strip():
+            captions.setdefault(name.split("#")[0], []).append(text.strip())
+    rows = []
+    for name in (folder / NAMES).read_text("utf-8").split():
+        split = "val2014" if "val2014" in name else "train2014"
+        images = first_existing(folder / split, folder.parent / "coco" / split)
+        rows.append(Row(name, images / f"{name}.jpg", to_captions(captions.get(name, []), language="zh")))
+    return rows
+
+
+SUITE = Suite(
+    name="coco-cn",
+    title="COCO-CN (test)",
+    requires=(
+        RequiredFile(names=(NAMES,), get=HOME),
+        RequiredFile(names=(CAPTIONS,), get=HOME),
+        RequiredFile(names=("val2014", "../coco/val2014"), get=COCO_VAL2014),
+        RequiredFile(names=("train2014", "../coco/train2014"), get=COCO_TRAIN2014),
+    ),
+    read=read,
+    images=1000,
+    order=7,
+    table="Retrieval, cross-lingual (trained on English alone)",
+    paper={"EVA02-L-224": (2.6, 1.0), "EVA02-L-224 + LLM2CLIP": (72.0, 70.1)},
+    paper_source="site",
+)

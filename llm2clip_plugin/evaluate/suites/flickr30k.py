@@ -1,0 +1,35 @@
+"""Flickr30k, the Karpathy test split: 1,000 images, five captions each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2clip_plugin.evaluate.in_memory_source import Row
+from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suites.readers import FLICKR30K_IMAGES, KARPATHY, karpathy_test
+
+
+def read(folder: Path) -> list[Row]:
+    """``dataset_flickr30k.json`` and ``flickr30k-images/``."""
+    return karpathy_test(folder / "dataset_flickr30k.json", lambda item: folder / "flickr30k-images" / item["filename"])
+
+
+SUITE = Suite(
+    name="flickr30k",
+    title="Flickr30k (Karpathy test)",
+    requires=(
+        RequiredFile(names=("dataset_flickr30k.json",), get=KARPATHY),
+        RequiredFile(names=("flickr30k-images",), get=FLICKR30K_IMAGES),
+    ),
+    read=read,
+    images=1000,
+    order=1,
+    table="Retrieval, English",
+    paper={
+        "CLIP-L-336": (87.7, 67.0),
+        "CLIP-L-336 + LLM2CLIP (15 M)": (91.2, 82.1),
+        "EVA02-L-336": (89.6, 78.0),
+        "EVA02-L-336 + LLM2CLIP (15 M)": (93.9, 83.8),
+        "EVA02-L-224, LLM without CC": (87.9, 75.6),
+    },
+)
