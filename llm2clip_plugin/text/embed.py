@@ -133,7 +133,7 @@ def embed_source(
         keys, captions = shard_captions(source, shard, tally)
         rows = caption_rows(captions)
         left -= shard.size
-        if writer.is_whole(shard.name, keys, rows):
+        if writer.is_complete(shard.name, keys, rows):
             tally.skipped += 1
             continue
         text_of = {caption_hash(caption.text): caption.text for of_sample in captions for caption in of_sample}

@@ -1,7 +1,7 @@
-"""The embedding cache: one safetensors file a shard, and a manifest that says whose embeddings they are.
+"""The embedding cache: one safetensors file a shard, and a manifest that names the teacher.
 
 ```
-<directory>/manifest.json             CacheManifest; complete = false while a run is at work
+<directory>/manifest.json             CacheManifest; complete = false until embedding has finished
 <directory>/<shard name>.safetensors  the rows of one shard
 ```
 
@@ -26,20 +26,20 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache.shard_file import REDO, TENSORS, ShardFile, tensors_digest
+from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, REDO, TENSORS, ShardFile, tensors_digest
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
-CACHE_DTYPES = ("float16", "int8")
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
 
 
 def has_text(caption: Caption) -> bool:
-    """Blank captions get no embedding; everything that joins captions and rows asks here."""
+    """Whether a caption gets an embedding: blank ones don't."""
     return bool(caption.text.strip())
 
 
 class EmbeddingCache:
-    """A complete cache, opened for reading; its files are mapped, so any number of processes share the memory."""
+    """A complete cache, opened for reading. Its files are memory-mapped: local processes share their pages."""
 
     def __init__(self, directory: Path, manifest: CacheManifest) -> None:
         self.directory = directory
@@ -56,24 +56,24 @@ class EmbeddingCache:
     ) -> EmbeddingCache:
         """Open a cache.
 
-        Raises FileNotFoundError without one, ContractError if it is another teacher's, of another width, incomplete, or
-        a shard is missing or cut short; the message has both values.
+        Raises FileNotFoundError if there is none, ContractError if its teacher or width is another, it is incomplete,
+        or a shard is missing or truncated; the message has both values.
         """
         directory = Path(directory)
         path = directory / CacheManifest.FILE
         manifest = CacheManifest.read(path)
         if not manifest.complete:
             raise ContractError(f"{path} is incomplete: embedding has not finished; {REDO}")
-        refuse_damaged(manifest, path)
+        _refuse_damaged(manifest, path)
         if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
             raise ContractError(
                 f"{directory} holds embeddings of {manifest.teacher['llm']} with fingerprint {manifest.fingerprint}, "
-                f"expected fingerprint {expect_fingerprint}; embed with the expected LLM, or choose its cache"
+                f"expected fingerprint {expect_fingerprint}; embed with the expected LLM, or use its cache"
             )
         if expect_width is not None and manifest.width != expect_width:
             raise ContractError(
                 f"{directory} holds embeddings of width {manifest.width} ({manifest.teacher['llm']}), expected "
-                f"{expect_width}; choose the cache of the LLM that the text adapter was made for"
+                f"{expect_width}; use the cache of the LLM that the text adapter was made for"
             )
         cache = cls(directory, manifest)
         for shard in manifest.shards:
@@ -87,7 +87,7 @@ class EmbeddingCache:
 
     @property
     def teacher(self) -> TeacherIdentity:
-        """Whose embeddings these are."""
+        """The teacher that the embeddings come from."""
         return TeacherIdentity(**self.manifest.teacher)
 
     @property
@@ -96,18 +96,19 @@ class EmbeddingCache:
         return self.manifest.fingerprint
 
     def __getstate__(self) -> dict[str, object]:
-        return {"directory": self.directory, "manifest": self.manifest, "_files": {}}  # maps are made anew in a worker
+        return {"directory": self.directory, "manifest": self.manifest, "_files": {}}  # a worker maps the files itself
 
     def shard(self, name: str) -> ShardFile:
-        """A shard's file; raises ContractError if the cache lacks it or the file is not what the manifest says."""
+        """A shard's file; raises ContractError if it is missing or differs from the manifest."""
         if name in self._files:
             return self._files[name]
         entry = self.manifest.shards.get(name)
         if entry is None:
             known = ", ".join(list(self.manifest.shards)[:5])
             raise ContractError(
-                f"{self.directory} has no shard {name!r}; its {len(self.manifest.shards)} shards are {known} ...; "
-                f"{REDO}"
+                f"{self.directory} has no shard {name!r}; known: {known}"
+                + (f" ... ({len(self.manifest.shards)} shards)" if len(self.manifest.shards) > 5 else "")
+                + f"; {REDO}"
             )
         path = self.directory / entry["file"]
         if not path.resolve().is_relative_to(self.directory.resolve()):
@@ -115,13 +116,13 @@ class EmbeddingCache:
                 f"{self.directory}: the file of shard {name!r}, {entry['file']!r}, lies outside the cache"
             )
         if not path.is_file():
-            raise ContractError(f"{path} is missing: the manifest lists shard {name!r}; {REDO}")
+            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
         file = ShardFile(path)
-        found = (file.meta["fingerprint"], file.width, file.samples, file.captions, file.meta["rows_sha256"])
+        actual = (file.meta["fingerprint"], file.width, file.samples, file.captions, file.meta["rows_sha256"])
         expected = (self.fingerprint, self.width, entry["samples"], entry["captions"], entry["rows_sha256"])
-        if found != expected:
+        if actual != expected:
             raise ContractError(
-                f"{path} is not the shard of the manifest: (fingerprint, width, samples, captions, rows) is {found}, "
+                f"{path} differs from the manifest: (fingerprint, width, samples, captions, rows) is {actual}, "
                 f"expected {expected}; {REDO}"
             )
         self._files[name] = file
@@ -130,42 +131,14 @@ class EmbeddingCache:
     def rows(self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = "") -> torch.Tensor:
         """(len(captions), W) float32: the embeddings of a sample's captions, in the captions' order.
 
-        key: the sample's key, compared with the cache's if given. Raises ContractError if the key or a caption is not
+        key: the sample's key, compared with the cache's unless "". Raises ContractError if the key or a caption is not
         the one that was embedded.
         """
         file = self.shard(shard_name)
-        if not 0 <= index_in_shard < file.samples:
-            raise ContractError(
-                f"{file.path}: sample {index_in_shard} asked for, the shard had {file.samples} when embedded; {REDO}"
-            )
-        if key and file.key(index_in_shard) != key:
-            raise ContractError(
-                f"{file.path}: sample {index_in_shard} has key {key!r} in the data, "
-                f"{file.key(index_in_shard)!r} in the cache; {REDO}"
-            )
-        start, stop = file.span(index_in_shard)
-        position = {int(value): row for row, value in enumerate(file["caption_hashes"][start:stop], start)}
-        picked = []
-        for caption in captions:
-            row = position.get(caption_hash(caption.text))
-            if row is None:
-                raise ContractError(self._changed(file, index_in_shard, caption, position))
-            picked.append(row)
-        return file.embeddings(picked)
+        return file.embeddings(_row_numbers(file, shard_name, index_in_shard, captions, key, "the data"))
 
-    def _changed(self, file: ShardFile, index: int, caption: Caption, known: Mapping[int, int]) -> str:
-        """The message for a caption that was not embedded."""
-        there = ", ".join(map(hash_hex, known)) or "none"
-        text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-        digest = hash_hex(caption_hash(caption.text))
-        reason = f"(hash {digest}) was not embedded" if has_text(caption) else "is blank"
-        return (
-            f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; the cache holds hashes {there}; "
-            f"{REDO}"
-        )
-
-    def check(self, source) -> None:
-        """Hold the cache against a source: shard names, counts, keys and the hash of every caption.
+    def check(self, source: Source) -> None:
+        """Compare the cache with a source: shard names, counts, keys and the hash of every caption.
 
         Raises ContractError at the first difference, with both values.
         """
@@ -178,51 +151,70 @@ class EmbeddingCache:
                 )
             for index in range(shard.size):
                 key, captions = source.captions(shard.start + index)
-                if file.key(index) != key:
-                    raise ContractError(
-                        f"{file.path}: sample {index} of shard {shard.name!r} has key {key!r} in {source.path}, "
-                        f"{file.key(index)!r} in the cache; {REDO}"
-                    )
-                start, stop = file.span(index)
-                known = {int(value): row for row, value in enumerate(file["caption_hashes"][start:stop], start)}
-                for caption in captions:
-                    if has_text(caption) and caption_hash(caption.text) not in known:
-                        raise ContractError(self._changed(file, index, caption, known))
+                _row_numbers(file, shard.name, index, list(filter(has_text, captions)), key, source.path)
 
     def verify(self) -> None:
-        """Read every byte: each shard's tensors must have the SHA-256 of the manifest."""
+        """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
         for name, entry in self.manifest.shards.items():
             file = self.shard(name)
-            found = tensors_digest({tensor: file[tensor] for tensor in TENSORS})
-            if found != entry["sha256"]:
+            digest = tensors_digest({tensor: file[tensor] for tensor in TENSORS})
+            if digest != entry["sha256"]:
                 raise ContractError(
-                    f"{file.path} is damaged: SHA-256 {found}, the manifest says {entry['sha256']}; delete it, then "
-                    f"{REDO}"
+                    f"{file.path} is damaged: SHA-256 {digest}, expected {entry['sha256']}; delete it and {REDO}"
                 )
 
 
-def differences(found: Mapping[str, object], expected: TeacherIdentity) -> str:
+def _row_numbers(
+    file: ShardFile, shard: str, index: int, captions: Sequence[Caption], key: str, data: str
+) -> list[int]:
+    """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
+    if not 0 <= index < file.samples:
+        raise ContractError(
+            f"{file.path} has no sample {index}: shard {shard!r} had {file.samples} samples when it was embedded; "
+            f"{REDO}"
+        )
+    if key and file.key(index) != key:
+        raise ContractError(
+            f"{file.path}: sample {index} of shard {shard!r} has key {key!r} in {data}, {file.key(index)!r} in the "
+            f"cache; {REDO}"
+        )
+    row_of = file.row_numbers(index)
+    hashes = [caption_hash(caption.text) for caption in captions]
+    for value, caption in zip(hashes, captions, strict=True):
+        if value not in row_of:
+            known = ", ".join(map(hash_hex, row_of)) or "none"
+            text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
+            reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
+            raise ContractError(
+                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; the cache holds hashes {known}; "
+                f"{REDO}"
+            )
+    return [row_of[value] for value in hashes]
+
+
+def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     """Which settings of two teachers differ, with both values."""
-    wanted = vars(expected)
-    named = [
-        f"{name} {found.get(name)!r}, yours {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
+    settings = [
+        f"{name} {stored.get(name)!r}, yours {value!r}"
+        for name, value in vars(yours).items()
+        if stored.get(name) != value
     ]
-    return "; ".join(named) or "the same settings"
+    return "; ".join(settings) or "the same settings"
 
 
-def refuse_damaged(manifest: CacheManifest, path: Path) -> None:
-    """A manifest must agree with itself: known dtype, whole entries, fingerprint and width of its own teacher."""
+def _refuse_damaged(manifest: CacheManifest, path: Path) -> None:
+    """ContractError unless a manifest agrees with itself: dtype, entries, and its teacher's fingerprint and width."""
     for name, entry in manifest.shards.items():
         if missing := [value for value in ENTRY if value not in entry]:
-            raise ContractError(f"{path}: its entry of shard {name!r} lacks {', '.join(missing)}; {REDO}")
+            raise ContractError(f"{path}: the entry of shard {name!r} lacks {', '.join(missing)}; {REDO}")
     if manifest.dtype not in CACHE_DTYPES:
-        raise ContractError(f"{path} has dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
+        raise ContractError(f"{path} has unknown dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
     try:
         teacher = TeacherIdentity(**manifest.teacher)
     except TypeError as error:
-        raise ContractError(f"{path}: its teacher is not what this release writes ({error}); {REDO}") from error
+        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {REDO}") from error
     if teacher.fingerprint != manifest.fingerprint or teacher.width != manifest.width:
         raise ContractError(
-            f"{path} was changed by hand: fingerprint {manifest.fingerprint} and width {manifest.width}, its "
-            f"teacher gives {teacher.fingerprint} and {teacher.width}; {REDO}"
+            f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
+            f"settings give {teacher.fingerprint} and {teacher.width}; {REDO}"
         )

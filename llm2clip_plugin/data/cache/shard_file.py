@@ -1,101 +1,81 @@
-"""One shard's file of an embedding cache (its tensors are described in data.cache): read by its header, mapped."""
+"""One shard of an embedding cache as a file; ``reader`` lists its tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import struct
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from llm2clip_plugin.contracts import ContractError
 
-NUMPY_DTYPES = {"F16": np.float16, "I8": np.int8, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
 META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
-REDO = "run `llm2clip embed` again: it redoes only what is not whole"
-
-
-ROW_BYTES = {"float16": 2, "int8": 1}  # of a value
+REDO = "rerun `llm2clip embed`; complete shards are skipped"
+VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
+CACHE_DTYPES = tuple(VALUE_BYTES)
 
 
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
-    """Bytes of the tensors of a cache: a row, its scale (4) and caption hash (8) a caption; the key, and where key and
-    rows start (8 each), a sample."""
-    return captions * (width * ROW_BYTES[dtype] + 12) + samples * (key_bytes + 16)
+    """Bytes of a cache's tensors.
+
+    A caption has a row, its scale (4) and its hash (8); a sample has a key of ``key_bytes`` and the starts of its key
+    and of its rows (8 each).
+    """
+    return captions * (width * VALUE_BYTES[dtype] + 12) + samples * (key_bytes + 16)
 
 
 class ShardFile:
-    """One shard's file, its header read and its tensors mapped, not loaded.
+    """One shard's file. Its header is read at once; its tensors are mapped when the first row is used.
 
-    Raises ContractError if the file is no whole cache shard.
+    Raises ContractError if the file is truncated or not a shard of a cache.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if length > size - 8:
-                raise ContractError(f"{path} is cut short ({size} bytes); {REDO}")
-            try:
-                self._entries, self.meta = _read_header(file.read(length))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ContractError(f"{path} is no shard of an embedding cache ({error!r}); {REDO}") from error
-        self._start = 8 + length
-        end = max(entry["data_offsets"][1] for entry in self._entries.values())
-        if self._start + end != size:
-            raise ContractError(f"{path} is cut short: {size} bytes, its header asks for {self._start + end}; {REDO}")
-        self.captions, self.width = self._entries["embeddings"]["shape"]
-        self.samples = self._entries["row_starts"]["shape"][0] - 1
-        self._maps: dict[str, np.ndarray] = {}
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in TENSORS}
+                self.meta: dict[str, str] = json.loads(file.metadata()[META])
+            if missing := {*METADATA} - {*self.meta}:
+                raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
+            self.captions, self.width = shapes["embeddings"]
+            self.samples = shapes["row_starts"][0] - 1
+        except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ContractError(
+                f"{path} is truncated or not a shard of an embedding cache ({error}); {REDO}"
+            ) from error
+
+    @cached_property
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Views of one memory map; no file descriptor stays open."""
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name).numpy() for name in TENSORS}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor of the file, mapped read-only."""
-        if name not in self._maps:
-            entry = self._entries[name]
-            shape, dtype = tuple(entry["shape"]), NUMPY_DTYPES[entry["dtype"]]
-            if 0 in shape:  # nothing to map
-                self._maps[name] = np.empty(shape, dtype)
-            else:
-                offset = self._start + entry["data_offsets"][0]
-                self._maps[name] = np.memmap(self.path, dtype, "r", offset, shape)
-        return self._maps[name]
+        """A tensor of the file, mapped."""
+        return self._tensors[name]
 
     def key(self, index: int) -> str:
         """The key of a sample."""
-        start, stop = self["key_starts"][index : index + 2]
-        return bytes(self["keys"][start:stop]).decode()
+        start, stop = self["key_starts"][index : index + 2].tolist()
+        return self["keys"][start:stop].tobytes().decode()
 
-    def span(self, index: int) -> tuple[int, int]:
-        """First row of a sample, and the row after its last."""
-        start, stop = self["row_starts"][index : index + 2]
-        return int(start), int(stop)
+    def row_numbers(self, index: int) -> dict[int, int]:
+        """Caption hash -> row number, for the captions of a sample."""
+        start, stop = self["row_starts"][index : index + 2].tolist()
+        return {value: row for row, value in enumerate(self["caption_hashes"][start:stop].tolist(), start)}
 
     def embeddings(self, rows: Sequence[int] | slice) -> torch.Tensor:
         """(n, W) float32 of these rows."""
         values = self["embeddings"][rows].astype(np.float32) * self["scales"][rows][:, None]
         return torch.from_numpy(values)
-
-
-def _read_header(head: bytes) -> tuple[dict[str, dict], dict[str, str]]:
-    """Tensor -> its entry, and METADATA. Raises ValueError, or what a damaged header leads to."""
-    entries = json.loads(head)
-    meta = json.loads(entries.pop("__metadata__")[META])
-    if missing := {*TENSORS, *METADATA} - {*entries, *meta}:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    for name, entry in entries.items():
-        start, stop = entry["data_offsets"]
-        size = math.prod(entry["shape"]) * np.dtype(NUMPY_DTYPES[entry["dtype"]]).itemsize
-        if stop - start != size or len(entry["shape"]) != 1 + (name == "embeddings"):
-            raise ValueError(f"{name} has {stop - start} bytes, its entry is {entry}")
-    return entries, meta
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:

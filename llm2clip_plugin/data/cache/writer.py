@@ -1,4 +1,4 @@
-"""Writing an embedding cache, by any number of ranks; cache.py says what its files hold."""
+"""Write an embedding cache, from any number of ranks; ``reader`` lists what its files hold."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     whole_file,
 )
-from llm2clip_plugin.data.cache.reader import CACHE_DTYPES, differences, has_text
-from llm2clip_plugin.data.cache.shard_file import META, ShardFile, tensors_digest
+from llm2clip_plugin.data.cache.reader import differences, has_text
+from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, tensors_digest
 from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
-INT8_COSINE = 0.999  # the least that int8 may keep of a row's direction
+INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 
 
@@ -37,7 +37,7 @@ def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]
 
 
 def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
-    """Identity of what a shard's rows belong to: changes with any key, caption or order."""
+    """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
     return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
 
 
@@ -70,17 +70,17 @@ class CacheWriter:
         else:
             self._manifest({}, complete=False).write(manifest)
 
-    def _refuse_another(self, found: CacheManifest, path: Path) -> None:
-        """Stop if the directory belongs to another teacher or is stored otherwise."""
-        if found.fingerprint != self.identity.fingerprint:
+    def _refuse_another(self, existing: CacheManifest, path: Path) -> None:
+        """ContractError if the directory has another teacher or dtype."""
+        if existing.fingerprint != self.identity.fingerprint:
             raise ContractError(
-                f"{path} belongs to another teacher ({differences(found.teacher, self.identity)}; fingerprint "
-                f"{found.fingerprint[:12]}, yours is {self.identity.fingerprint[:12]}); choose another --cache"
+                f"{path} belongs to another teacher ({differences(existing.teacher, self.identity)}; fingerprint "
+                f"{existing.fingerprint[:12]}, yours is {self.identity.fingerprint[:12]}); choose another --cache"
             )
-        if found.dtype != self.dtype:
+        if existing.dtype != self.dtype:
             raise ContractError(
-                f"{path} stores {found.dtype}, you asked for {self.dtype}; "
-                f"choose another --cache or --dtype {found.dtype}"
+                f"{path} stores {existing.dtype}, not {self.dtype}; choose another --cache, or use "
+                f"--dtype {existing.dtype}"
             )
 
     def _manifest(self, shards: dict[str, dict[str, object]], *, complete: bool) -> CacheManifest:
@@ -97,14 +97,11 @@ class CacheWriter:
         """The file of a shard."""
         return self.directory / shard_file(shard)
 
-    def is_whole(self, shard: str, keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> bool:
-        """Whether the shard's file is there, not cut short, and of these keys and captions by this teacher."""
-        path = self.path(shard)
-        if not path.is_file():
-            return False
+    def is_complete(self, shard: str, keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> bool:
+        """Whether the shard's file exists, is not truncated, and has this teacher, these keys and these captions."""
         try:
-            meta = ShardFile(path).meta
-        except ContractError:
+            meta = ShardFile(self.path(shard)).meta
+        except (FileNotFoundError, ContractError):
             return False
         return (
             meta.get("fingerprint") == self.identity.fingerprint
@@ -121,7 +118,7 @@ class CacheWriter:
         *,
         truncated: int = 0,
     ) -> None:
-        """Write one shard whole.
+        """Write one shard; its file appears only when complete.
 
         shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index, caption hash) in order
         of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum.
@@ -139,7 +136,7 @@ class CacheWriter:
             worst = int((~finite).nonzero()[0])
             raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
         stored, scales = quantize(embeddings, self.dtype)
-        self._hold_direction(shard, embeddings, stored)
+        self._refuse_inaccurate(shard, embeddings, stored)
         encoded = [key.encode() for key in keys]
         tensors = {
             "embeddings": stored,
@@ -149,7 +146,7 @@ class CacheWriter:
             "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
             "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
         }
-        metadata = {
+        metadata = {  # kept as one entry: safetensors writes entries in random order
             "shard": shard,
             "fingerprint": self.identity.fingerprint,
             "dtype": self.dtype,
@@ -157,27 +154,27 @@ class CacheWriter:
             "sha256": tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()}),
             "truncated": str(truncated),
         }
-        with whole_file(self.path(shard)) as aside:
-            save_file(tensors, str(aside), metadata={META: canonical_json(metadata)})  # one entry: their order varies
+        with whole_file(self.path(shard)) as temporary:
+            save_file(tensors, str(temporary), metadata={META: canonical_json(metadata)})
         self._written.append(shard)
 
-    def _hold_direction(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:
-        """int8 is refused where a few huge dimensions would leave nothing of the others."""
+    def _refuse_inaccurate(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:
+        """ContractError for int8 where a few huge dimensions would round the others away."""
         if self.dtype != "int8" or not len(embeddings):
             return
         cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)
         cosine = cosine[embeddings.abs().amax(dim=1) > 0]
         if len(cosine) and float(cosine.min()) < INT8_COSINE:
             raise ContractError(
-                f"shard {shard}: int8 keeps a cosine similarity of only {float(cosine.min()):.5f} to the embedding, "
-                f"{INT8_COSINE} is the least allowed; use --dtype float16"
+                f"shard {shard}: the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}, "
+                f"lower than {INT8_COSINE}; use --dtype float16"
             )
 
     def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
-        """Write the complete manifest if every shard is there, and return it; None while other ranks still write.
+        """Write and return the complete manifest if every shard exists; None while other ranks still write.
 
-        shards: the names that must be there; by default those that this writer wrote. What the manifest listed before
-        stays, so the splits of a data set share a directory.
+        shards: the names that must exist; by default those that this writer wrote. Shards that the manifest listed
+        before stay in it, so the splits of a data set can share a directory.
         """
         path = self.directory / CacheManifest.FILE
         entries: dict[str, dict[str, object]] = {
@@ -201,7 +198,7 @@ class CacheWriter:
 
 
 def shard_file(shard: str) -> str:
-    """The file name of a shard, relative to the cache; a name that could leave the folder is hashed instead."""
+    """File name of a shard, relative to the cache; a hash for a shard name that would lead out of the folder."""
     parts = Path(shard).parts
     if not parts or Path(shard).is_absolute() or ".." in parts:
         return f"shard-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"

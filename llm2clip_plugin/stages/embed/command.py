@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.data.cache.reader import CACHE_DTYPES
+from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.embed.plan import cache_plan

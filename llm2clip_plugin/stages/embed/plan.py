@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm2clip_plugin.data.cache.reader import CACHE_DTYPES
-from llm2clip_plugin.data.cache.shard_file import shard_bytes
+from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, shard_bytes
 from llm2clip_plugin.data.cache.writer import caption_rows
 from llm2clip_plugin.data.sources.open import Source
 from llm2clip_plugin.progress import track
