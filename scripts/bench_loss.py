@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from llm2clip_plugin.train.loss import contrastive_loss
+    from llm2clip_plugin.train.losses.infonce import contrastive_loss
 
     def full(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         logits = scale * image @ text.T

@@ -38,10 +38,10 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.loss import LossConfig
+from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig, parameter_groups
-from llm2clip_plugin.train.step import Scaled, Step, loss_terms
+from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 
 TOWERS = {
@@ -135,7 +135,7 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device) ->
     labels = torch.arange(len(batch["keys"]), device=device)
 
     def forward_backward() -> Tensor:
-        image, text = dual(batch["pixel_values"].to(device), batch["embeddings"].to(device))
+        image, text, *_ = dual(batch["pixel_values"].to(device), batch["embeddings"].to(device))
         logits = dual.logit_scale.exp() * image @ text.T
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device) ->
     return step, float(counter.get_total_flops())
 
 
-def our_step(dual: DualEncoder, size: int) -> Step:
+def our_step(dual: DualEncoder, size: int) -> TowerStep:
     """The step of a run of one rank under ZeRO-0."""
     plan = EnginePlan(
         global_batch=size,
@@ -172,11 +172,11 @@ def our_step(dual: DualEncoder, size: int) -> Step:
     )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     adam = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps}
-    engine = Engine(Scaled(dual), groups, adam, complete({}, plan))
-    return Step(engine, loss_terms(LossConfig()), seed=0, noisy=False)
+    engine = Engine(dual, groups, adam, complete({}, plan))
+    return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False)
 
 
-def wait_share(step: Step, options: argparse.Namespace) -> float:
+def wait_share(step: TowerStep, options: argparse.Namespace) -> float:
     """Share of the time of ``rounds`` steps spent waiting for the loader, after one step to start it."""
     with tempfile.TemporaryDirectory() as folder:
         waited, total, start = 0.0, 0.0, 0.0

@@ -15,9 +15,9 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.shards import data_folder
-from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval
+from llm2clip_plugin.train.distributed import choose_device, process_group
 from llm2clip_plugin.vision.dual import load_dual_encoder
 from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
 

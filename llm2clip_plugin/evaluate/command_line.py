@@ -14,7 +14,7 @@ from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate.distributed import choose_device, process_group
+from llm2clip_plugin.train.distributed import choose_device, process_group
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
 from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
 

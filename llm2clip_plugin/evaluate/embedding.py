@@ -19,9 +19,9 @@ from llm2clip_plugin.data.evaluation import EvalPairs, eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption
-from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.evaluate.pairing import row_digests
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.train.distributed import gather_objects, group_of
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 
 Dual = DualEncoder | LoadedDualEncoder  # encode_image and encode_text into one space
@@ -128,7 +128,7 @@ def _images(encoders: Dual, share: EvalPairs, size: int, all_ranks: bool, show: 
     """This rank's share of the images through the tower, then everybody's."""
     device = next(encoders.parameters()).device
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
-    calls = max(gather_objects(len(share), all_ranks))
+    calls = max(gather_objects(len(share), group_of(all_ranks)))
     mine, batches = _Images([], [], [], [], []), iter(share)
     for _ in track(range(calls), total=calls, label="images", unit="batches") if show else range(calls):
         batch = next(batches, None)
@@ -140,7 +140,7 @@ def _images(encoders: Dual, share: EvalPairs, size: int, all_ranks: bool, show: 
         mine.keys += batch["keys"]
         mine.meta += batch["meta"]
     mine.broken = share.broken
-    every = gather_objects(mine, all_ranks)
+    every = gather_objects(mine, group_of(all_ranks))
     return _Images(
         [index for part in every for index in part.index],
         [key for part in every for key in part.keys],
@@ -186,7 +186,7 @@ def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) ->
         vectors = encoders.encode_text(rows.to(device)).float().cpu()
         if number < len(batches):
             done[number] = vectors
-    every = {number: rows for part in gather_objects(done, all_ranks) for number, rows in part.items()}
+    every = {number: rows for part in gather_objects(done, group_of(all_ranks)) for number, rows in part.items()}
     return torch.cat([every[number] for number in range(len(batches))])
 
 

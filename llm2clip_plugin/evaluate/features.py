@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip_plugin.data.images import BrokenImage, EvalTransform, ImageConfig, Normalise
 from llm2clip_plugin.data.sources.records import BrokenSample
 from llm2clip_plugin.evaluate.classes import LabelledImages
-from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.train.distributed import gather_objects, group_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def image_features(
                 pixels = normalise(np.stack([pixels for _, pixels in good])).to(device)
                 vectors.append(encode(pixels).float().cpu())
                 kept += [number for number, _ in good]
-    every = gather_objects((kept, vectors, broken), all_ranks)
+    every = gather_objects((kept, vectors, broken), group_of(all_ranks))
     kept = [number for part in every for number in part[0]]
     broken = [error for part in every for error in part[2]]
     if not kept:

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm2clip_plugin.evaluate.distributed import sum_over_ranks
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
+from llm2clip_plugin.train.distributed import sum_over_ranks
 
 TILE = 512  # rows and columns of a tile: 1 MiB of scores, which stays in cache
 

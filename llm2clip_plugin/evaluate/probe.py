@@ -19,8 +19,8 @@ from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.classes import LabelledImages, open_labelled
-from llm2clip_plugin.evaluate.distributed import choose_device, process_group
 from llm2clip_plugin.evaluate.features import ImageFeatures, image_features
+from llm2clip_plugin.train.distributed import choose_device, process_group
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.towers import family_of, fetch_directory, load_tower, preprocessor_config
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.evaluate.distributed import gather_objects
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.distributed import gather_objects, group_of
 
 
 class Teacher:
@@ -40,7 +40,8 @@ class Teacher:
         if directory is None:
             directory = default_cache_folder(source.path, self.fingerprint)
         cache = self._whole(source, directory)
-        if any(gather_objects(cache is None, all_ranks)):  # decided together: a fast rank may have finished its share
+        # decided together: a fast rank may have finished its part
+        if any(gather_objects(cache is None, group_of(all_ranks))):
             rank, world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
             embed_source(source, self.encoder, directory, self.dtype, rank, world, quiet=rank != 0)
             if all_ranks:

@@ -23,13 +23,13 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.classes import open_labelled, prompt, read_class_names, read_templates
-from llm2clip_plugin.evaluate.distributed import choose_device, gather_objects, process_group
 from llm2clip_plugin.evaluate.embedding import Dual, encode_texts
 from llm2clip_plugin.evaluate.features import ImageFeatures, image_features
 from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
 from llm2clip_plugin.evaluate.pairing import rank_both
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, process_group
 from llm2clip_plugin.vision.dual import load_dual_encoder
 from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
 
@@ -117,7 +117,7 @@ def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *,
             key, captions = prompts.captions(number)
             teacher_PW = cache.rows(*prompts.locate(number), captions, key=key)
             mine[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
-    every = {number: row for part in gather_objects(mine, all_ranks) for number, row in part.items()}
+    every = {number: row for part in gather_objects(mine, group_of(all_ranks)) for number, row in part.items()}
     return torch.stack([every[number] for number in range(len(prompts))])
 
 

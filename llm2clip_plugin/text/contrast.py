@@ -21,8 +21,11 @@ from llm2clip_plugin.text.tokens import Batch as TokenBatch
 from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.loss import EXCLUDED, contrastive_loss
-from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, Features, Term
+from llm2clip_plugin.train.losses.base import Features
+from llm2clip_plugin.train.losses.blocks import EXCLUDED, stack_ids
+from llm2clip_plugin.train.losses.config import Terms
+from llm2clip_plugin.train.losses.infonce import contrastive_loss
+from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class CaptionStep(ContrastiveStep):
     def __init__(
         self,
         engine: Engine,
-        terms: dict[str, tuple[float, Term]],
+        terms: Terms,
         encoder: CaptionEncoder,
         config: ContrastConfig,
         *,
@@ -85,10 +88,10 @@ class CaptionStep(ContrastiveStep):
     def _on_device(self, batch: Batch) -> Batch:
         return {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
-    def _part(self, batch: Batch, rows: slice) -> Batch:
+    def _rows(self, batch: Batch, rows: slice) -> Batch:
         return {"pairs": batch["pairs"][rows]}
 
-    def _forward(self, micro: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _forward(self, micro: Batch) -> Encoded:
         pairs: Sequence[Pair] = micro["pairs"]
         queries = self.encoder.tokenize([pair.query for pair in pairs], query=True)
         others = self.encoder.tokenize([pair.positive for pair in pairs])
@@ -109,8 +112,8 @@ class CaptionStep(ContrastiveStep):
         sorted_RW, log_scale = self.engine(*tensors)
         features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
         query_mW = features_RW[: len(pairs)]
-        others_mkW = features_RW[len(pairs) :].unflatten(0, (-1, len(pairs))).transpose(0, 1)
-        return query_mW, others_mkW, log_scale, torch.zeros_like(log_scale)
+        positive_mkW = features_RW[len(pairs) :].unflatten(0, (-1, len(pairs))).transpose(0, 1)
+        return Encoded(query_mW, positive_mkW, log_scale, torch.zeros_like(log_scale))
 
     def _after_update(self) -> None:
         if self.config.learn_scale:
@@ -124,18 +127,18 @@ def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def caption_terms(config: ContrastConfig) -> dict[str, tuple[float, Term]]:
+def caption_terms(config: ContrastConfig) -> Terms:
     """The one term of the loss: symmetric InfoNCE, with hard negatives where the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        texts, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
-        query, positive, scale = x.image_bD, x.text_bD[:, 0], x.log_scale.exp()
-        if x.text_bD.shape[1] == 1:
-            return contrastive_loss(query, positive, scale, caption_hashes=texts, image_ids=images)
-        negative = x.text_bD[:, 1]
-        return hard_negative_loss(query, positive, negative, scale, caption_hashes=texts, image_ids=images)
+        hashes, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
+        positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
+        if x.positive_bkD.shape[1] == 1:
+            return contrastive_loss(x.anchor_bD, positive_bW, scale, caption_hashes=hashes, image_ids=images)
+        negative_bW = x.positive_bkD[:, 1]
+        return hard_negative_loss(x.anchor_bD, positive_bW, negative_bW, scale, caption_hashes=hashes, image_ids=images)
 
-    return {"infonce": (1.0, infonce)}
+    return {"infonce": infonce}
 
 
 def hard_negative_loss(
@@ -178,10 +181,9 @@ def gather_with_gradient(local: Tensor) -> Tensor:
 
 def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor:
     """(b, N) bool: off-diagonal pairs that share an id; (1, 1) False without ids."""
-    given = [ids.reshape(-1, ids.shape[-1]) for ids in (caption_hashes, image_ids) if ids is not None]
-    if not given:
+    ids_kb = stack_ids(caption_hashes, image_ids)
+    if ids_kb is None:
         return torch.zeros(1, 1, dtype=torch.bool)
-    ids_kb = torch.cat(given)
     ids_kN = gather_rows(ids_kb.T.contiguous()).T
     same_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
     same_bN.diagonal(first)[: same_bN.shape[0]].fill_(False)

@@ -27,7 +27,7 @@ from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.distributed import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.step import NAMED_KEYS, Batch, place_seed
+from llm2clip_plugin.train.step import NAMED_KEYS, Batch, position_seed
 
 MASKED_SHARE = 0.2  # of the tokens
 MASK_WORD = "_"  # stands in for a masked token, as in LLM2Vec: decoders have no token for it
@@ -72,7 +72,7 @@ class MaskedStep:
         texts = [list(dict.fromkeys((pair.query, pair.positive))) for pair in pairs]
         rows = [self.encoder.tokenize(of_pair) for of_pair in texts]
         masks = [
-            [choose_masked(len(ids), place_seed(self.seed, 2 * (first + i) + j)) for j, ids in enumerate(of_pair)]
+            [choose_masked(len(ids), position_seed(self.seed, 2 * (first + i) + j)) for j, ids in enumerate(of_pair)]
             for i, of_pair in enumerate(rows)
         ]
         masked = torch.tensor([float(sum(len(mask) for of_pair in masks for mask in of_pair))])
@@ -81,7 +81,7 @@ class MaskedStep:
         loss = torch.zeros((), device=self.engine.device)
         for start in range(0, len(pairs), size):
             part = slice(start, start + size)
-            torch.manual_seed(place_seed(self.seed, first + start))  # dropout
+            torch.manual_seed(position_seed(self.seed, first + start))  # dropout
             summed = self.engine(*self._inputs(list(chain(*rows[part])), list(chain(*masks[part]))))
             loss += summed.detach()
             if not math.isfinite(float(sum_over_ranks(loss.clone()))):

@@ -1,29 +1,38 @@
-"""The process group: how ranks find each other, and the few collectives that training needs.
+"""The launcher's processes: join them, choose their device, exchange what they hold.
 
-Everything here also works in one process without a group, so callers never ask "is it distributed?".
+Everything here also works in one process without a process group, so callers need no special case for it.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+Value = TypeVar("Value")
+
 
 class Alone(Enum):
-    """In the place of a process group: this rank by itself, whatever other ranks there are."""
+    """Stands for a process group of this rank alone, whatever other ranks exist."""
 
     ALONE = "alone"
 
 
 ALONE = Alone.ALONE
 Group = ProcessGroup | Alone | None  # None: all ranks
+
+
+def group_of(all_ranks: bool) -> Group:
+    """The default group, or this rank alone."""
+    return None if all_ranks else ALONE
 
 
 def world_size(group: Group = None) -> int:
@@ -37,8 +46,34 @@ def rank(group: Group = None) -> int:
 
 
 def local_world_size() -> int:
-    """Number of ranks on this machine, as DeepSpeed's or torch's launcher told it; 1 without a launcher."""
+    """Number of ranks on this machine as set by DeepSpeed's or torch's launcher; 1 without a launcher."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def choose_device(name: str = "") -> torch.device:
+    """The named device; by default this rank's GPU, or the CPU if there is none."""
+    if name:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size) of the launcher's processes, which form a group inside the block; (0, 1) for one process."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    device = choose_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
 
 
 def free_port() -> int:
@@ -48,19 +83,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def set_single_process_environment() -> bool:
-    """Set what a launcher would set, for one process; False where a launcher has done so.
-
-    Without RANK and the others DeepSpeed would ask for mpi4py.
-    """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return False
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    return True
+def set_single_process_environment() -> None:
+    """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        port = str(free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def gather_rows(local: Tensor, group: Group = None) -> Tensor:
-    """(b, ...) on each rank -> (world x b, ...), in order of rank, without gradient. Every rank must hold b rows."""
+    """(b, ...) on each rank -> (world * b, ...) in order of rank, without gradient. Every rank must hold b rows."""
     local = local.detach().contiguous()
     if world_size(group) == 1:
         return local
@@ -70,31 +101,27 @@ def gather_rows(local: Tensor, group: Group = None) -> Tensor:
 
 
 def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
-    """Sum in place over ranks, and return it."""
-    if world_size(group) > 1:
-        dist.all_reduce(value, group=group)
+    """Sum in place over ranks; returns ``value``. Its device may be one that the backend cannot send from."""
+    if world_size(group) == 1:
+        return value
+    if value.device.type == "cpu" and dist.get_backend() == "nccl":
+        on_gpu = value.cuda()
+        dist.all_reduce(on_gpu, group=group)
+        return value.copy_(on_gpu)
+    dist.all_reduce(value, group=group)
     return value
 
 
-def any_rank(flag: bool, device: torch.device, group: Group = None) -> bool:
-    """True on every rank if ``flag`` is true on one of them."""
-    if world_size(group) == 1:
-        return flag
-    value = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
-    return bool(value.item())
-
-
-def gather_objects(value: Any, group: Group = None) -> list[Any]:
-    """One small Python value a rank, in order of rank, on every rank."""
+def gather_objects(value: Value, group: Group = None) -> list[Value]:
+    """The (small) value of every rank, in order of rank, on every rank."""
     if world_size(group) == 1:
         return [value]
-    values: list[Any] = [None] * world_size(group)
+    values = [value] * world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_object(value: Any, group: Group = None) -> Any:
+def broadcast_object(value: Value, group: Group = None) -> Value:
     """Rank 0's value on every rank."""
     if world_size(group) == 1:
         return value

@@ -119,7 +119,7 @@ class Engine:
 
     # one step -------------------------------------------------------------------------------------
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         """The module's forward pass."""
         return self.device_engine(*inputs)
 

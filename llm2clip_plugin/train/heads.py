@@ -29,9 +29,10 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, local_world_size, rank, world_size
-from llm2clip_plugin.train.loss import LossConfig
+from llm2clip_plugin.train.losses.base import Features
+from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
 from llm2clip_plugin.train.optim import is_vector
-from llm2clip_plugin.train.step import MAX_LOG_SCALE, Features, loss_terms, place_seed
+from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder
 
 IMAGES = 64  # images a forward pass of the frozen tower
@@ -187,8 +188,8 @@ def _fit(
         lr=config.lr,
         betas=(0.9, 0.98),
     )
-    terms = loss_terms(loss_config, group=ALONE)
-    generator = torch.Generator().manual_seed(place_seed(seed, -1))
+    terms = weighted_terms(loss_config, group=ALONE)
+    generator = torch.Generator().manual_seed(position_seed(seed, -1))
     queue = torch.empty(0, dtype=torch.int64)
     size = min(config.batch, len(features.count_I))
     value = 0.0
@@ -198,7 +199,7 @@ def _fit(
         chosen, queue = queue[:size], queue[size:]
         with products:
             batch = _features(model, features, chosen, generator, device)
-        loss = torch.stack([weight * term(batch) for weight, term in terms.values()]).sum()
+        loss = torch.stack([term(batch) for term in terms.values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -221,8 +222,8 @@ def _features(
     image_BD = F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1)
     bias = torch.zeros(1, device=device) if model.logit_bias is None else model.logit_bias
     return Features(
-        image_bD=image_BD,
-        text_bD=model.encode_text(embedding_BW, noise_BW),
+        anchor_bD=image_BD,
+        positive_bkD=model.encode_text(embedding_BW, noise_BW)[:, None],
         log_scale=model.logit_scale,
         bias=bias,
         caption_hashes=features.caption_hashes_M[caption_B].to(device),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
-from llm2clip_plugin.vision.architectures import skeleton
+from llm2clip_plugin.vision.architectures import meta_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
@@ -68,7 +68,7 @@ def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
     if not source:
         raise ValueError("no tower to plan with: say --tower.path, or --tower.architecture with a name that is known")
     with torch.device("meta"):
-        return _with_rest(DualEncoder(skeleton(source, image_size=tower.image_size or None), dual), tower)
+        return _with_rest(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
 
 
 def _with_rest(model: DualEncoder, tower: TowerConfig) -> DualEncoder:

@@ -67,14 +67,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # name or Hub id -> fa
 }
 
 
-def skeleton(source: str, *, image_size: int | None = None) -> Tower:
+def meta_tower(source: str, *, image_size: int | None = None) -> Tower:
     """A tower's modules on the meta device: every shape, no weights, nothing downloaded.
 
     ``source``: a tower directory (its config.json), a name of the table, or ``timm:NAME``. Raises ValueError for
     anything else, FileNotFoundError for a directory without config.json.
     """
     if source.startswith(TIMM_PREFIX):
-        return _timm_skeleton(source.removeprefix(TIMM_PREFIX), image_size)
+        return _timm_meta_tower(source.removeprefix(TIMM_PREFIX), image_size)
     if Path(source).expanduser().is_dir():
         directory = Path(source).expanduser()
         model_type = str(read_json(directory / "config.json").get("model_type"))
@@ -96,7 +96,7 @@ def skeleton(source: str, *, image_size: int | None = None) -> Tower:
         return family.vision_class()(config)
 
 
-def _timm_skeleton(name: str, image_size: int | None) -> Tower:
+def _timm_meta_tower(name: str, image_size: int | None) -> Tower:
     """timm's rates of stochastic depth are read from tensors while a model is built, so it is built with memory."""
     from llm2clip_plugin.vision.timm_tower import timm_tower
 

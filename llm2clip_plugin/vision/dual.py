@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,15 @@ class DualConfig:
     input_noise: float = 0.0  # deviation of Gaussian noise on the scaled embedding, in training alone
     logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the scale
     logit_bias_init: float | None = None  # SigLIP's sigmoid loss: a learned bias that starts here (paper: -10)
+
+
+class DualFeatures(NamedTuple):
+    """One forward pass of a dual encoder, in float32."""
+
+    image_BD: Tensor  # L2-normalized
+    text_ND: Tensor  # L2-normalized
+    log_scale: Tensor  # (1,) natural logarithm of the logits' factor
+    bias: Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
 
 
 class DualEncoder(nn.Module):
@@ -127,9 +136,12 @@ class DualEncoder(nn.Module):
             raise ValueError("this tower has no text adapter (llm_width is 0): it cannot encode captions")
         return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
 
-    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, S, S) and embeddings (N, W) -> image (B, D) and text (N, D) features."""
-        return self.encode_image(pixel_values), self.encode_text(embeddings, noise)
+    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> DualFeatures:
+        """Pixels (B, 3, S, S), LLM embeddings (N, W) and ``noise`` (see encode_text) -> what a loss needs of them."""
+        image_BD, text_ND = self.encode_image(pixel_values), self.encode_text(embeddings, noise)
+        bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
+        # products, not the parameters themselves: ZeRO-3 frees those when this call ends
+        return DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1)
 
 
 class LoadedDualEncoder(nn.Module):

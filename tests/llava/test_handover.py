@@ -45,7 +45,7 @@ for seed, (name, make) in enumerate(made.items()):
     optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for _ in range(20):
-        image, text = dual(images, embeddings)
+        image, text, *_ = dual(images, embeddings)
         loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
         optimizer.zero_grad()
         loss.backward()

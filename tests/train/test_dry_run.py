@@ -16,7 +16,7 @@ from llm2clip_plugin.stages.tower.plan import tower_plan
 from llm2clip_plugin.stages.tower.recipes import RECIPES, TEACHERS, recipe
 from llm2clip_plugin.train.model import TowerConfig, build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig
-from llm2clip_plugin.vision.architectures import ARCHITECTURES, skeleton
+from llm2clip_plugin.vision.architectures import ARCHITECTURES, meta_tower
 from llm2clip_plugin.vision.dual import DualConfig
 
 PAPER = [name for name in RECIPES if name != "quickstart"]
@@ -44,14 +44,14 @@ def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shapes_of_known_towers_have_the_published_number_of_parameters(name: str):
-    tower = skeleton(name)
+    tower = meta_tower(name)
     assert {p.device.type for p in tower.parameters()} == {"meta"}
     assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], rel=2e-3)
 
 
 def test_every_known_shape_can_be_made():
     for name in ARCHITECTURES:
-        assert skeleton(name).config.hidden_size
+        assert meta_tower(name).config.hidden_size
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
@@ -125,11 +125,11 @@ def test_data_and_caches_that_are_there_are_counted(tmp_path: Path, capsys: pyte
 
 def test_what_has_no_shape_lists_what_has():
     with pytest.raises(ValueError, match=r"no shape is known by that name; known: openai/clip-vit-base-patch32, "):
-        skeleton("somebody/else")
+        meta_tower("somebody/else")
     with pytest.raises(ValueError, match=r"unknown teacher 'llama-7b' in recipe .* known: llama-1b, llama-8b"):
         recipe("openai-b16/llama-7b")
     with pytest.raises(ValueError, match="image_size 100 is not a multiple of the patch size 16; try 96"):
-        skeleton("eva02-b16", image_size=100)
+        meta_tower("eva02-b16", image_size=100)
     with pytest.raises(ValueError, match=r"no tower to train: .* a eva02-l14-336: `llm2clip import` makes one"):
         build_dual(recipe("eva02_l14_336").tower, DualConfig(), seed=0)
 

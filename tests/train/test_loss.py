@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
-from llm2clip_plugin.train.loss import LossConfig, contrastive_loss, sigmoid_loss
+from llm2clip_plugin.train.losses.config import LossConfig
+from llm2clip_plugin.train.losses.infonce import contrastive_loss
+from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
 CLIP = GOLDEN / "D_losses" / "clip_loss.safetensors"
 SIGLIP = GOLDEN / "D_losses" / "siglip_loss.safetensors"
@@ -162,7 +164,7 @@ def test_non_finite_features_give_a_non_finite_loss():
 
 def test_wrong_shapes_and_settings_are_named():
     image, text = features()
-    with pytest.raises(ValueError, match=r"\(24, 8\) and texts \(23, 8\)"):
+    with pytest.raises(ValueError, match=r"anchors \(24, 8\) and positives \(23, 8\)"):
         contrastive_loss(image, text[:-1], torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"unknown loss.kind 'infonse'; known: infonce, sigmoid"):
         LossConfig(kind="infonse")  # type: ignore[arg-type]

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2clip_plugin.vision.dual import DualFeatures
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference"
 
 
@@ -57,13 +59,15 @@ class TinyDual(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.full((1,), -3.0)) if bias else None
 
-    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> DualFeatures:
         image = self.visual_projection(self.dropout(self.tower(pixel_values)))
         text = F.normalize(embeddings, dim=-1)
         if noise is not None:
             text = text + self.noise * noise
         text = self.text_adapter(text.to(self.visual_projection.weight.dtype))
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
+        return DualFeatures(image, text, self.logit_scale.float() * 1, bias.float() * 1)
 
 
 def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> dict[str, Any]:
@@ -101,10 +105,9 @@ def tiny_engine(
     from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
     from llm2clip_plugin.train.engine import Engine
     from llm2clip_plugin.train.optim import Trained, is_vector, parameter_groups
-    from llm2clip_plugin.train.step import Scaled
 
     torch.manual_seed(0)
-    module = Scaled(dual or TinyDual())
+    module = dual or TinyDual()
     if weights:
         module.load_state_dict(weights)
     trained = [
@@ -138,7 +141,7 @@ def tiny_engine(
 
 def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any:
     """The step over a tiny engine."""
-    from llm2clip_plugin.train.loss import LossConfig
-    from llm2clip_plugin.train.step import Step, loss_terms
+    from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
+    from llm2clip_plugin.train.step import TowerStep
 
-    return Step(engine, loss_terms(LossConfig(kind=kind)), seed=5, noisy=noisy)  # type: ignore[arg-type]
+    return TowerStep(engine, weighted_terms(LossConfig(kind=kind)), seed=5, text_noise=noisy)

@@ -27,7 +27,7 @@ def test_every_trainable_parameter_gets_a_gradient(name, pool):
             dual(name, pool=pool)
         return
     model = dual(name, pool=pool, projection_norm=True, logit_bias_init=-10.0)
-    image, text = model(read(TRANSFORMERS_TOWERS / name)["pixels"], torch.randn(3, 12))
+    image, text, *_ = model(read(TRANSFORMERS_TOWERS / name)["pixels"], torch.randn(3, 12))
     assert image.shape == (2, 8) and text.shape == (3, 8)
     assert torch.allclose(image.norm(dim=-1), torch.ones(2)) and torch.allclose(text.norm(dim=-1), torch.ones(3))
     logits = model.scale * image @ text.T + model.logit_bias
@@ -91,7 +91,7 @@ def test_choices_are_checked():
 
 def test_half_precision_towers_give_float32_features():
     model = dual("dinov2").to(torch.bfloat16)
-    image, text = model(read(TRANSFORMERS_TOWERS / "dinov2")["pixels"], torch.randn(3, 12))
+    image, text, *_ = model(read(TRANSFORMERS_TOWERS / "dinov2")["pixels"], torch.randn(3, 12))
     assert image.dtype == text.dtype == torch.float32
 
 

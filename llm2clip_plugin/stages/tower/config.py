@@ -21,7 +21,7 @@ from llm2clip_plugin.evaluate.measure import RetrievalConfig
 from llm2clip_plugin.stages.plan_text import PlanConfig
 from llm2clip_plugin.train.heads import HeadsConfig
 from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.loss import LossConfig
+from llm2clip_plugin.train.losses.config import LossConfig
 from llm2clip_plugin.train.model import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.dual import DualConfig
@@ -124,10 +124,7 @@ class RunConfig:
         needs no data."""
         if not self.data.path and not planned:
             raise ValueError("no data to train on: say --data.path, or take a recipe that names some")
-        if self.loss.kind == "sigmoid" and self.dual.logit_bias_init is None:
-            raise ValueError("loss.kind sigmoid learns a bias: set --dual.logit-bias-init (the paper starts at -10)")
-        if self.loss.kind == "infonce" and self.dual.logit_bias_init is not None:
-            raise ValueError("dual.logit_bias_init is for loss.kind sigmoid; leave it out for infonce")
+        self.loss.check(self.dual)
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError("tower.freeze with no projection and no adapter leaves nothing to train")
         return self

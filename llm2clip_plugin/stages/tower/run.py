@@ -29,9 +29,10 @@ from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.heads import fit_heads
 from llm2clip_plugin.train.loop import LoopParts, run_loop
+from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import parameter_groups
-from llm2clip_plugin.train.step import Scaled, Step, loss_terms
+from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
 from llm2clip_plugin.vision.attention import use_fastest_attention
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -71,9 +72,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     checkpoints = Checkpoints(Path(config.output_dir), keep=config.train.save_total_limit)
     identity = {**dataclasses.asdict(config), "teacher": data.caches[0].teacher.fingerprint, "samples": data.samples}
     resumed = resume(checkpoints, config, identity)
-    module = Scaled(dual)
     if resumed is not None:
-        module.load_state_dict(resumed.weights)
+        dual.load_state_dict(resumed.weights)
     elif config.heads.steps:
         fit_heads(
             dual,
@@ -88,14 +88,19 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         )
     prepare(dual, config, device)
     adam = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
-    engine = Engine(module, parameter_groups(trained, config.optim.weight_decay), adam, ds_config)
+    engine = Engine(dual, parameter_groups(trained, config.optim.weight_decay), adam, ds_config)
     state = start_state(config, identity) if resumed is None else resumed.state
     if resumed is not None:
         engine.restore(resumed.weights, resumed.moments, vars(state))
     record(config, state, data.teacher)
     state = run_loop(
         LoopParts(
-            step=Step(engine, loss_terms(config.loss), seed=config.train.seed, noisy=config.dual.input_noise > 0),
+            step=TowerStep(
+                engine,
+                weighted_terms(config.loss),
+                seed=config.train.seed,
+                text_noise=config.dual.input_noise > 0,
+            ),
             batches=batches(config, data, images, state.samples),
             engine=engine,
             average=moving_average(engine, config, resumed),
@@ -302,11 +307,11 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
     loaded = load(path)
     if averaged and not loaded.averages:
         raise ValueError(f"{path} holds no moving average: the run had --train.ema-decay 0")
-    module = Scaled(build_dual(config.tower, config.dual, seed=config.train.seed))
-    module.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
+    dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
     state = loaded.state
     export_tower(
-        module.dual,
+        dual,
         output,
         origin=config.tower.path,
         teacher=record_.teacher,

@@ -1,0 +1,11 @@
+"""Loss terms, one a file: a file that defines ``TERM`` is the loss of ``--loss.kind NAME``."""
+
+from __future__ import annotations
+
+from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.train.losses.base import LossTerm
+
+
+def loss_terms() -> dict[str, type[LossTerm]]:
+    """Every loss term by name."""
+    return discover(__name__, "TERM")

@@ -1,0 +1,60 @@
+"""What a loss term gets and what it is.
+
+Shape letters: b this rank's pairs, k texts that belong to an anchor, D width of the features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from llm2clip_plugin.train.distributed import Group
+from llm2clip_plugin.vision.dual import DualConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """This rank's rows of a batch, as the terms of a loss see them."""
+
+    anchor_bD: Tensor  # L2-normalized: images (stage 2) or queries (stage 1)
+    positive_bkD: Tensor  # L2-normalized: the caption or positive first; with k = 2 a hard negative second
+    log_scale: Tensor  # (1,) natural logarithm of the logits' factor
+    bias: Tensor  # (1,) of the logits; 0 where the model learns none
+    caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are no negatives of each other
+    image_ids: Tensor | None  # (b,) int64, likewise
+    block: int = 0  # rows of the logits held at once; 0 chooses by device
+    group: Group = None  # the ranks that hold the batch, b rows on each
+
+    @property
+    def of_batch(self) -> dict[str, Any]:
+        """The keyword arguments that contrastive_loss and sigmoid_loss have in common."""
+        return {
+            "caption_hashes": self.caption_hashes,
+            "image_ids": self.image_ids,
+            "block": self.block,
+            "group": self.group,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerm(ABC):
+    """One loss. Subclasses are frozen dataclasses; their fields are the term's own settings, with defaults, which
+    ``--loss.args NAME=VALUE`` sets."""
+
+    name: ClassVar[str]  # of ``--loss.kind``
+
+    @classmethod
+    def check(cls, dual: DualConfig) -> None:
+        """Raise ValueError if the dual encoder lacks what the term needs, or has what it does not use."""
+        if dual.logit_bias_init is not None:
+            raise ValueError(f"loss.kind {cls.name} has no logit bias: leave dual.logit_bias_init unset")
+
+    @abstractmethod
+    def __call__(self, features: Features) -> Tensor:
+        """This rank's loss, a scalar whose mean over ranks is the loss of the whole batch.
+
+        Its gradient with respect to the features is that of the sum over ranks; the engine averages over ranks.
+        """

@@ -1,0 +1,97 @@
+"""SigLIP's loss: each pair of an anchor and a positive is classified by itself as matching or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip_plugin.train.distributed import Group, sum_over_ranks
+from llm2clip_plugin.train.losses.base import Features, LossTerm
+from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.vision.dual import DualConfig
+
+
+def sigmoid_loss(
+    anchor_bD: Tensor,
+    positive_bD: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    caption_hashes: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    block: int = 0,
+    group: Group = None,
+) -> Tensor:
+    """SigLIP's pairwise loss (Zhai et al. 2023, arXiv 2303.15343, algorithm 1) of this rank's anchors, all positives.
+
+    loss_r = -1/b sum_i sum_j log sigmoid(z_ij (s x_i.y_j + bias)), z = 1 on the pair and -1 elsewhere.
+
+    Arguments as for contrastive_loss; ``bias`` has one element. Start it near -ln(N), or the negatives drown
+    the first steps.
+    """
+    ids_jb = stack_ids(caption_hashes, image_ids)
+    return _Sigmoid.apply(anchor_bD, positive_bD, scale, bias, ids_jb, block, group)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(LossTerm):
+    """``--loss.kind sigmoid``: the captions against the images, with a learned bias of the logits."""
+
+    name: ClassVar[str] = "sigmoid"
+
+    @classmethod
+    def check(cls, dual: DualConfig) -> None:
+        if dual.logit_bias_init is None:
+            raise ValueError("loss.kind sigmoid learns a logit bias: set --dual.logit-bias-init (SigLIP starts at -10)")
+
+    def __call__(self, features: Features) -> Tensor:
+        scale, positive_bD = features.log_scale.exp(), features.positive_bkD[:, 0]
+        return sigmoid_loss(features.anchor_bD, positive_bD, scale, features.bias, **features.of_batch)
+
+
+TERM = Sigmoid
+
+
+class _Sigmoid(torch.autograd.Function):
+    """One pass: the loss of a pair depends on its own logit alone, so its gradient is known with it."""
+
+    @staticmethod
+    def forward(ctx, anchor_bD, positive_bD, scale, bias, ids_jb, block, group):
+        blocks = PairBlocks(anchor_bD, positive_bD, ids_jb, block, group)
+        s, shift = scale.detach().float().reshape(()), bias.detach().float().reshape(())
+        loss, anchor_grad_bD, positive_grad_ND, bias_grad = _loss_and_gradients(blocks, s, shift)
+        scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
+        positive_grad_bD = sum_over_ranks(positive_grad_ND, group)[blocks.own_columns]
+        grads = (anchor_grad_bD * s, positive_grad_bD * s, scale_grad, bias_grad)
+        ctx.save_for_backward(*gradients_as(grads, anchor_bD, positive_bD, scale, bias))
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return *(upstream * grad for grad in ctx.saved_tensors), None, None, None
+
+
+def _loss_and_gradients(blocks: PairBlocks, s: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), gradients with respect to s x anchors (b, D), s x all positives (N, D) and the bias ()."""
+    device, dtype = blocks.anchor_bD.device, blocks.anchor_bD.dtype
+    anchor_grad_bD = torch.empty(blocks.anchor_bD.shape, device=device)
+    positive_grad_ND = torch.zeros(blocks.positive_ND.shape, device=device)
+    loss, bias_grad = torch.zeros((), device=device), torch.zeros((), device=device)
+    for rows in blocks:
+        logits_RN = blocks.cosines(rows).mul_(s).add_(shift)
+        blocks.diagonal(rows, logits_RN).neg_()  # now every pair's loss is softplus(logit), its slope sigmoid(logit)
+        excluded_RN = blocks.excluded(rows)
+        if excluded_RN is not None:
+            logits_RN.masked_fill_(excluded_RN, EXCLUDED)
+        loss += F.softplus(logits_RN).sum() / blocks.rows
+        grad_RN = logits_RN.sigmoid_().div_(blocks.rows)
+        blocks.diagonal(rows, grad_RN).neg_()
+        bias_grad += grad_RN.sum()
+        grad_RN = grad_RN.to(dtype)
+        anchor_grad_bD[rows] = (grad_RN @ blocks.positive_ND).float()
+        positive_grad_ND.add_((grad_RN.T @ blocks.anchor_bD[rows]).float())
+    return loss, anchor_grad_bD, positive_grad_ND, bias_grad
