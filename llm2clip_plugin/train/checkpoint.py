@@ -27,6 +27,7 @@ from llm2clip_plugin.contracts import ContractError, VersionedRecord, whole_dire
 from llm2clip_plugin.train.distributed import broadcast_object, rank
 
 FOLDER = "checkpoints"
+PREFIX_V01 = "dual."  # of every tensor of a tower's checkpoint that version 0.1 wrote
 LATEST = "latest"
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 
@@ -177,7 +178,7 @@ def load(path: Path) -> Loaded:
                 continue
             raise FileNotFoundError(f"the checkpoint {path} lacks {file.name}; resume from another one")
         try:
-            tensors[name] = load_file(file)
+            tensors[name] = {key.removeprefix(PREFIX_V01): value for key, value in load_file(file).items()}
         except SafetensorError as error:
             raise ContractError(f"{file} is damaged ({error}); resume from another checkpoint") from error
     return Loaded(

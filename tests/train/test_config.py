@@ -16,7 +16,9 @@ from llm2clip_plugin.stages.tower.config import RunConfig, from_plain, refuse_ch
 from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.train.losses.config import LossConfig
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor
+from llm2clip_plugin.vision.dual import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -198,6 +200,7 @@ def test_changed_settings_are_named_and_can_be_allowed():
 def test_settings_of_version_0_1_keep_their_meaning(tmp_path: Path):
     saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
     saved["dual"]["joint_width"] = saved["dual"].pop("projection_dim")
+    del saved["loss"]["args"]
     assert from_plain(RunConfig, saved, where="run.json") == recipes.quickstart()
     now = dataclasses.asdict(recipes.quickstart())
     refuse_changes(saved, now, (), where="run")
@@ -219,6 +222,9 @@ def test_settings_of_version_0_1_keep_their_meaning(tmp_path: Path):
         (lambda: TrainConfig(max_steps=0, num_train_epochs=0), "nothing to train"),
         (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --train.global-batch 64"),
         (lambda: RunConfig().validate(), "no data to train on: say --data.path"),
+        (lambda: LossConfig(args=("margin=1",)), r"loss.args: 'margin=1' is not a setting of InfoNCE; settings: none"),
+        (lambda: LossConfig(kind="sigmoid").check(DualConfig()), "sigmoid learns a logit bias: set --dual.logit-bias"),
+        (lambda: LossConfig().check(DualConfig(logit_bias_init=-10.0)), "infonce has no logit bias: leave dual.logit"),
     ],
 )
 def test_the_door_refuses_with_values(make: Any, message: str):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_run import STEPS, losses, options
+from tiny_data import make_all
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
+from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.train.losses.config import LossConfig
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
@@ -168,3 +172,57 @@ def test_wrong_shapes_and_settings_are_named():
         contrastive_loss(image, text[:-1], torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"unknown loss.kind 'infonse'; known: infonce, sigmoid"):
         LossConfig(kind="infonse")  # type: ignore[arg-type]
+
+
+HARDEST_NEGATIVE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.train.losses.base import Features, LossTerm
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardestNegative(LossTerm):
+    """A caption of another image stays ``margin`` below the image's own (VSE++, arXiv 1707.05612, equation 6)."""
+
+    name: ClassVar[str] = "hardest_negative"
+    margin: float = 0.2  # cosine
+
+    def __call__(self, features: Features) -> Tensor:
+        cosine_bb = features.anchor_bD @ features.positive_bkD[:, 0].T
+        own = torch.eye(len(cosine_bb), dtype=torch.bool)
+        hardest_b = cosine_bb.masked_fill(own, -1.0).amax(1)
+        return (self.margin + hardest_b - cosine_bb.diagonal()).clamp(min=0).mean()
+
+
+TERM = HardestNegative
+'''
+
+
+def train_with_new_term(rank: int, world: int, folder: str, argv: list[str]) -> str:
+    """The command in this process, with a folder of members of its own; returns the settings of the term."""
+    from llm2clip_plugin.stages.tower.command import read_command
+    from llm2clip_plugin.stages.tower.run import train_tower
+    from llm2clip_plugin.train import losses
+
+    losses.__path__.append(folder)
+    config = read_command(argv)
+    train_tower(config)
+    return str(config.loss.term())
+
+
+def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path):
+    members = tmp_path / "members"
+    members.mkdir()
+    (members / "hardest_negative.py").write_text(HARDEST_NEGATIVE)
+    run = tmp_path / "run"
+    loss = ("--loss.kind", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
+    argv = options(make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003")
+    (term,) = run_ranks(train_with_new_term, 1, str(members), argv)
+    assert term == "HardestNegative(margin=0.5)"
+    values = losses(run)
+    assert values[1] > 0.5 and values[STEPS] < values[1] - 0.02
+    assert load_dual_encoder(run / "tower").logit_scale.shape == (1,)

@@ -59,6 +59,8 @@ HARMLESS = (
 
 # Names of earlier releases, in configuration files, run.json and state.json.
 RENAMED = {"dual.joint_width": "dual.projection_dim"}
+# Settings that checkpoints of earlier releases lack, and the values that they stand for.
+ADDED: dict[str, Any] = {"loss.args": [], "optim.name": "adamw", "optim.args": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(f"allow_changed: no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     old, new = dict(flat_essentials(saved, allowed)), dict(flat_essentials(now, allowed))
+    old = {name: value for name, value in ADDED.items() if name in new} | old
     changed = [
         f"{name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} now"
         for name in sorted(old.keys() | new.keys())
