@@ -1,1 +1,1 @@
-"""Scoring rules, one file a benchmark; paired comparison of towers; the report."""
+"""Scoring MLLM answers: one file a benchmark in ``rules/``, the commands ``score`` and ``bench-mllm``."""

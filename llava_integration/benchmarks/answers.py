@@ -1,4 +1,4 @@
-"""Reading answers: LLaVA's JSONL, JSON files made for servers, lmms-eval's ``--log_samples``, told apart by content.
+"""Reading answers: LLaVA's JSONL, submission files for servers, lmms-eval's ``--log_samples``; detected by content.
 
 | layout       | a row                                                                                    |
 |--------------|------------------------------------------------------------------------------------------|
@@ -7,7 +7,7 @@
 | lmms_eval    | ``doc_id, target, filtered_resps`` a line (v0.2.3 and later), or ``{"logs": [...]}``        |
 | judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
 
-A file may also be a folder: of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
+Also a folder of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,30 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said to one question."""
+    """A model's answer to one question."""
 
     id: int | str | None  # as written; None where the layout has no id
     text: str | None  # None: the row holds no text
     prompt: str  # "" where the layout has none
-    line: int  # 1-based, for messages
-    row: Row  # everything else that the row holds
+    line: int  # 1-based
+    row: Row  # the whole row
+    layout: str  # of the file, as in Answers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """An answers file, read."""
+    """The content of an answers file."""
 
     path: Path
     layout: str  # llava | submission | lmms_eval | judge
     rows: tuple[Answer, ...]
-    unparsable: int = 0  # lines that are no JSON object
-    first_unparsable: str = ""  # where, for messages
+    unparsable: int = 0  # lines that are not JSON objects
+    first_unparsable: str = ""  # the first of them, for messages
     notes: tuple[str, ...] = field(default=())
 
     @property
     def model(self) -> str:
-        """The model's name as the file has it, or the file's."""
+        """The model's name in the rows, or the file's."""
         for answer in self.rows:
             if name := answer.row.get("model_id"):
                 return str(name)
@@ -54,7 +55,7 @@ class Answers:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text; ValueError names the first byte that is not, or says that the file is empty."""
+    """A UTF-8 file's text; ValueError names the first byte that is not UTF-8, or says that the file is empty."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     raw = path.read_bytes()
@@ -65,13 +66,12 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}, line {line}; "
-            "write the file again as UTF-8 (in another encoding the answers would be other words)"
+            f"{path} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}, line {line}; save it as UTF-8"
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path} holds NUL bytes: it was cut off while it was written, or is not text; make it again")
+        raise ValueError(f"{path} has NUL bytes: it is truncated or not a text file; write it again")
     if not text.strip():
-        raise ValueError(f"{path} is empty: the evaluation wrote nothing into it; run it again")
+        raise ValueError(f"{path} is empty; run the evaluation again")
     return text
 
 
@@ -85,16 +85,16 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a JSONL file of the benchmark's own; any broken line is an error that names it."""
+    """Rows of a benchmark's JSONL file; ValueError names the first line that is not a JSON object."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); fetch the file again") from error
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); download the file again") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} holds a {type(row).__name__}, expected an object")
+                raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object")
             rows.append(row)
     return rows
 
@@ -102,8 +102,8 @@ def read_jsonl(path: Path) -> list[Row]:
 def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
     """Read an answers file or folder.
 
-    ``tasks`` are lmms-eval's names of the benchmark, to choose among a folder's logs.
-    Raises FileNotFoundError, or ValueError for an empty file, a wrong encoding, or rows of no known layout.
+    ``tasks``: lmms-eval's names of the benchmark, to choose among a folder's logs. Raises FileNotFoundError, or
+    ValueError for an empty file, a wrong encoding or an unknown layout.
     """
     path = Path(path)
     if path.is_dir():
@@ -112,15 +112,15 @@ def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
         raise FileNotFoundError(f"no answers at {path}")
     text = read_text(path)
     try:
-        whole = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        whole = None
-    if isinstance(whole, list):
-        return _from_rows(path, whole, lines=range(1, len(whole) + 1))
-    if isinstance(whole, dict) and isinstance(whole.get("logs"), list):
-        return _from_rows(path, whole["logs"], lines=range(1, len(whole["logs"]) + 1))
-    if isinstance(whole, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(whole):
-        return _from_mapping(path, whole)
+        value = None
+    if isinstance(value, list):
+        return _from_rows(path, value, lines=range(1, len(value) + 1))
+    if isinstance(value, dict) and isinstance(value.get("logs"), list):
+        return _from_rows(path, value["logs"], lines=range(1, len(value["logs"]) + 1))
+    if isinstance(value, dict) and not {"text", "filtered_resps", "answer", "prediction", "tuple"} & set(value):
+        return _from_mapping(path, value)
     return _from_lines(path, text)
 
 
@@ -143,37 +143,19 @@ def _from_lines(path: Path, text: str) -> Answers:
             broken += 1
             first = first or f"line {number} ({reason})"
     if not rows:
-        raise ValueError(f"{path} holds no answers: none of its {broken} lines is a JSON object; {first}")
+        raise ValueError(f"{path} has no answers: none of its {broken} lines is a JSON object; {first}")
     return _from_rows(path, rows, lines=lines, unparsable=broken, first=first)
 
 
 def _from_rows(
     path: Path, rows: Sequence[Any], *, lines: Sequence[int], unparsable: int = 0, first: str = ""
 ) -> Answers:
-    """Tell the layout from the rows' keys and unify them."""
+    """Detect the layout by the rows' keys and unify them."""
     if not rows:
-        raise ValueError(f"{path} holds no answers")
+        raise ValueError(f"{path} has no answers")
     head = rows[0] if isinstance(rows[0], dict) else {}
-    if "filtered_resps" in head or "resps" in head:
-        layout, build = "lmms_eval", _lmms_row
-    elif "tuple" in head:
-        layout, build = "judge", _judge_row
-    elif "text" in head and (
-        "prompt" in head or "answer_id" in head or "model_id" in head or set(head) <= {"question_id", "text"}
-    ):
-        layout, build = "llava", _llava_row
-    elif ("answer" in head or "prediction" in head) and {"question_id", "questionId", "image", "index"} & set(head):
-        layout, build = "submission", _submission_row
-    elif {"question_id", "image", "text"} <= set(head):
-        raise ValueError(
-            f"{path} is a question file (its 'text' is the question), not answers: --answers is what "
-            "llava.eval.model_vqa* wrote to --answers-file"
-        )
-    else:
-        raise ValueError(
-            f"{path}: rows hold {sorted(head)[:12]}; expected LLaVA's answers (question_id, prompt, text), a "
-            "submission (question_id, answer), or lmms-eval's --log_samples (doc_id, filtered_resps)"
-        )
+    layout = _layout(path, head)
+    build = {"lmms_eval": _lmms_row, "judge": _judge_row, "llava": _llava_row, "submission": _submission_row}[layout]
     answers = []
     for row, line in zip(rows, lines, strict=True):
         if isinstance(row, dict):
@@ -184,35 +166,67 @@ def _from_rows(
     return Answers(path=path, layout=layout, rows=tuple(answers), unparsable=unparsable, first_unparsable=first)
 
 
+def _layout(path: Path, head: Row) -> str:
+    """The layout of rows with the keys of ``head``; ValueError for an unknown one."""
+    keys = set(head)
+    if keys & {"filtered_resps", "resps"}:
+        return "lmms_eval"
+    if "tuple" in keys:
+        return "judge"
+    if "text" in keys and (keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}):
+        return "llava"
+    if keys & {"answer", "prediction"} and keys & {"question_id", "questionId", "image", "index"}:
+        return "submission"
+    if {"question_id", "image", "text"} <= keys:
+        raise ValueError(
+            f"{path} is a question file (its 'text' is the question); --answers is the --answers-file of "
+            "llava.eval.model_vqa*"
+        )
+    raise ValueError(
+        f"{path}: rows have {sorted(keys)[:12]}; expected LLaVA's answers (question_id, prompt, text), a submission "
+        "(question_id, answer), or lmms-eval's --log_samples (doc_id, filtered_resps)"
+    )
+
+
 def _text_or_none(value: Any) -> str | None:
-    """A text as it is, but for halves of surrogate pairs, which no UTF-8 file can hold; None for anything else."""
+    """A string without lone surrogates, which UTF-8 can't encode; None for anything else."""
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
 
 
-def _whole(identifier: Any) -> Any:
-    """An id as written, but 7.0 is 7: tables turn whole numbers into floats where one is missing."""
+def _int_if_integral(identifier: Any) -> Any:
+    """An id as written, but 7.0 becomes 7: tables turn integers into floats where one is missing."""
     return int(identifier) if isinstance(identifier, float) and identifier.is_integer() else identifier
 
 
 def _llava_row(row: Row, line: int) -> Answer:
     prompt = row.get("prompt")
     return Answer(
-        id=_whole(row.get("question_id")),
+        id=_int_if_integral(row.get("question_id")),
         text=_text_or_none(row.get("text")),
         prompt=prompt if isinstance(prompt, str) else "",
         line=line,
         row=row,
+        layout="llava",
     )
 
 
 def _submission_row(row: Row, line: int) -> Answer:
     keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
     text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-    return Answer(id=_whole(row[keys[0]]) if keys else None, text=_text_or_none(text), prompt="", line=line, row=row)
+    return Answer(
+        id=_int_if_integral(row[keys[0]]) if keys else None,
+        text=_text_or_none(text),
+        prompt="",
+        line=line,
+        row=row,
+        layout="submission",
+    )
 
 
 def _judge_row(row: Row, line: int) -> Answer:
-    return Answer(id=row.get("question_id"), text=_text_or_none(row.get("content")), prompt="", line=line, row=row)
+    return Answer(
+        id=row.get("question_id"), text=_text_or_none(row.get("content")), prompt="", line=line, row=row, layout="judge"
+    )
 
 
 def _lmms_row(row: Row, line: int) -> Answer:
@@ -226,21 +240,29 @@ def _lmms_row(row: Row, line: int) -> Answer:
     if not isinstance(prompt, str):
         document = row.get("doc")
         prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
-    return Answer(id=None, text=_text_or_none(response), prompt=prompt, line=line, row=row)
+    return Answer(id=None, text=_text_or_none(response), prompt=prompt, line=line, row=row, layout="lmms_eval")
 
 
-def _from_mapping(path: Path, whole: dict[str, Any]) -> Answers:
+def _from_mapping(path: Path, value: dict[str, Any]) -> Answers:
     """``{id: text}`` (MM-Vet's results) or ``{id: {"score": [...]}}`` (its judge's file)."""
-    if not whole:
-        raise ValueError(f"{path} holds no answers")
-    judged = all(isinstance(value, dict) and "score" in value for value in whole.values())
-    if not judged and not all(isinstance(value, str) for value in whole.values()):
-        raise ValueError(f"{path} is a JSON object with {sorted(whole)[:8]}; expected answers, one a line")
+    if not value:
+        raise ValueError(f"{path} has no answers")
+    judged = all(isinstance(entry, dict) and "score" in entry for entry in value.values())
+    if not judged and not all(isinstance(entry, str) for entry in value.values()):
+        raise ValueError(f"{path} is a JSON object with {sorted(value)[:8]}; expected answers, one a line")
+    layout = "judge" if judged else "submission"
     rows = tuple(
-        Answer(id=key, text=_text_or_none(value), prompt="", line=number, row=value if judged else {})
-        for number, (key, value) in enumerate(whole.items(), start=1)
+        Answer(
+            id=key,
+            text="" if judged else _text_or_none(entry),
+            prompt="",
+            line=number,
+            row=entry if judged else {},
+            layout=layout,
+        )
+        for number, (key, entry) in enumerate(value.items(), start=1)
     )
-    return Answers(path=path, layout="judge" if judged else "submission", rows=rows)
+    return Answers(path=path, layout=layout, rows=rows)
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
@@ -259,8 +281,8 @@ def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
         answers = read_answers(newest)
         if len(logs) == 1:
             return answers
-        note = f"{folder} holds {len(logs)} logs of {', '.join(tasks)}; scored the newest, {newest.relative_to(folder)}"
-        return Answers(**{**vars(answers), "notes": (*answers.notes, note)})
+        note = f"{folder} has {len(logs)} logs of {', '.join(tasks)}; scored the newest, {newest.relative_to(folder)}"
+        return replace(answers, notes=(*answers.notes, note))
     if (folder / "merge.jsonl").is_file():
         return read_answers(folder / "merge.jsonl")
     chunks = {match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))}
@@ -268,10 +290,10 @@ def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
         total = max(int(match[2]) for match in chunks.values())
         names = [f"{number}_{total}.jsonl" for number in range(total)]
         if missing := [name for name in names if name not in chunks]:
-            raise FileNotFoundError(f"{folder} lacks the chunks {missing} of {total}; run those again")
+            raise FileNotFoundError(f"{folder} lacks the chunks {missing} of {total}; run them again")
         return _from_lines(folder, "\n".join(read_text(folder / name) for name in names))
     files = sorted(path.name for path in folder.iterdir())[:12]
     raise FileNotFoundError(
-        f"{folder} holds no answers of {'/'.join(tasks) or 'this benchmark'}: no *_samples_<task>.jsonl, merge.jsonl "
-        f"or chunks; it holds {files}"
+        f"{folder} has no answers of {'/'.join(tasks) or 'this benchmark'}: expected *_samples_<task>.jsonl, "
+        f"merge.jsonl or chunks; it has {files}"
     )

@@ -1,4 +1,4 @@
-"""``llm2clip score``: one answers file against a benchmark's own files, by the official rule."""
+"""``llm2clip score``: score one answers file against a benchmark's annotations, by the official rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answers, read_answers
-from llava_integration.benchmarks.base import MODULES, Benchmark, Options, benchmark, data_digest
+from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.benchmark import Benchmark
+from llava_integration.benchmarks.match import OtherBenchmarkError
+from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 
 
@@ -19,19 +22,20 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         prog="llm2clip score", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(MODULES))
+    parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks()))
     parse.add_argument("--data", required=True, type=Path, help="LLaVA's evaluation folder of the benchmark")
     parse.add_argument(
         "--answers",
         required=True,
         type=Path,
-        help="answers of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)",
+        help="answers of LLaVA's scripts, a submission file, or lmms-eval --log_samples\n(file or folder)",
     )
-    parse.add_argument("--json", type=Path, help="where to write the score file")
-    parse.add_argument("--submission", type=Path, help="also write the file that the benchmark's server takes")
-    parse.add_argument("--reviews", type=Path, help="the judge's file (llava_bench, mmvet)")
-    parse.add_argument("--model", default="", help="name of the model in reports; default: as the answers file has it")
-    parse.add_argument("--corrected", action="store_true", help="also the rule without the official script's quirks")
+    parse.add_argument("--json", type=Path, help="score file to write")
+    parse.add_argument("--submission", type=Path, help="file to write for the benchmark's server")
+    judged = ", ".join(name for name, member in benchmarks().items() if member.judge)
+    parse.add_argument("--reviews", type=Path, help=f"the judge's file ({judged})")
+    parse.add_argument("--model", default="", help="the model's name in reports (default: from the answers file)")
+    parse.add_argument("--corrected", action="store_true", help="also score without the official script's quirks")
     parse.add_argument(
         "--allow-missing",
         "--allow-faults",
@@ -40,36 +44,52 @@ def parser() -> argparse.ArgumentParser:
         const=1.0,
         default=0.10,
         type=float,
-        metavar="SHARE",
-        help="largest share of missing, doubled, broken or foreign answers (default 0.10;\nwithout a number: any)",
+        metavar="FRACTION",
+        help="largest fraction of missing, duplicate, unreadable or unknown answers (default: 0.10;\n"
+        "without a value: 1.0)",
     )
     return parse
 
 
 def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:
-    """Score answers that were read; the ScoreFile says what it was made from."""
-    chosen = benchmark(name)
-    scored = chosen.score(data, answers, options)
+    """Score answers. Raises ValueError for answers to another benchmark, and says to which."""
+    member = benchmark(name)
+    try:
+        scored = member.score(data, answers, options)
+    except OtherBenchmarkError as error:
+        raise OtherBenchmarkError(f"{error}{_lookalikes(member, answers)}") from error
     notes = list(scored.notes)
     if answers.layout == "lmms_eval":
-        notes.append("the answers are lmms-eval's log: its prompts may differ from LLaVA's (TextVQA has no OCR tokens)")
+        notes.append("answers from lmms-eval: its prompts may differ from LLaVA's (TextVQA has no OCR tokens)")
+    metrics = {
+        key: value for key, value in scored.metrics.items() if options.corrected or not key.startswith("corrected_")
+    }
     return ScoreFile(
         benchmark=name,
-        metrics=scored.metrics,
+        metrics=metrics,
         items=scored.items,
         counts=scored.counts,
         model=model or answers.model,
-        provenance=provenance(chosen, data, answers),
+        provenance=provenance(member, data, answers),
         notes=notes,
     )
 
 
-def provenance(chosen: Benchmark, data: Path, answers: Answers) -> dict:
-    """Where a score comes from: files with their hashes, layout, versions."""
+def _lookalikes(member: Benchmark, answers: Answers) -> str:
+    """Which other benchmarks the answers look like; "" for none."""
+    first = answers.rows[0]
+    if member.recognizes(first):
+        return ""
+    names = [name for name, other in benchmarks().items() if other.recognizes(first)]
+    return f". The answers look like {' or '.join(names)}" if names else ""
+
+
+def provenance(member: Benchmark, data: Path, answers: Answers) -> dict:
+    """What a score was made from: files with their hashes, layout, versions."""
     files = {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {}
     return {
         "data": str(data.resolve()),
-        "data_sha256": data_digest(chosen, data),
+        "data_sha256": member.data_digest(data),
         "answers": str(answers.path),
         "answers_sha256": files,
         "layout": answers.layout,
@@ -77,13 +97,13 @@ def provenance(chosen: Benchmark, data: Path, answers: Answers) -> dict:
     }
 
 
-def describe(chosen: Benchmark, record: ScoreFile) -> str:
-    """What the terminal shows: headline, counts that are not zero, notes, the other metrics."""
-    value = record.metrics.get(chosen.headline)
+def describe(member: Benchmark, record: ScoreFile) -> str:
+    """What the terminal shows: headline, counts above zero, notes, the other metrics."""
+    value = record.metrics.get(member.headline)
     lines = []
     if value is not None:
         lines.append(
-            f"{chosen.title} of {record.model}: {value * chosen.scale:.2f} {chosen.unit}   ({chosen.headline})"
+            f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"
         )
     lines.append("  " + ", ".join(f"{name} {count}" for name, count in record.counts.items() if count))
     lines += [f"  note: {note}" for note in record.notes]
@@ -95,25 +115,25 @@ def describe(chosen: Benchmark, record: ScoreFile) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Score one answers file."""
     args = parser().parse_args(argv)
-    chosen = benchmark(args.benchmark)
+    member = benchmark(args.benchmark)
     if not 0 <= args.allow <= 1:
-        raise ValueError(f"--allow-missing {args.allow} is not a share; expected 0 to 1")
+        raise ValueError(f"--allow-missing {args.allow} is not a fraction between 0 and 1")
     if not args.data.is_dir():
         raise FileNotFoundError(f"no folder {args.data}; --data is LLaVA's evaluation folder of {args.benchmark}")
-    answers = read_answers(args.answers, tasks=chosen.tasks)
+    answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
     if args.submission:
-        if chosen.submission is None:
-            raise ValueError(f"{args.benchmark} has no server to submit to; leave out --submission")
-        chosen.submission(args.data, answers, args.submission)
-        print(f"wrote {args.submission} for the server of {chosen.title}", file=sys.stderr)
+        if not member.submission_format:
+            raise ValueError(f"{args.benchmark} has no server to submit to; remove --submission")
+        member.write_submission(args.data, answers, args.submission)
+        print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.json:
             return 0
     options = Options(allow=args.allow, corrected=args.corrected, reviews=args.reviews)
     record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
-    if args.json:  # first, so that `| head` doesn't stop it
+    if args.json:  # before printing, which `| head` may end
         record.write(args.json)
         print(f"wrote {args.json}", file=sys.stderr)
-    print(describe(chosen, record))
+    print(describe(member, record))
     return 0
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llava_integration.benchmarks.base import MODULES, Item, statistic_of
-from llava_integration.benchmarks.references import REFERENCES
+from llava_integration.benchmarks.base import Item, Statistic, mean_of_parts, mean_statistic
+from llava_integration.benchmarks.rules import benchmarks, published
 from llava_integration.compare.sides import Side
 from llava_integration.compare.statistics import Difference, compare, counted, holm, mcnemar_p, pair
 from llm2clip_plugin.contracts import ContractError, ScoreFile
@@ -95,8 +95,26 @@ def _flat(result: Difference) -> dict[str, Any]:
 
 def ordered(names: Iterable[str]) -> list[str]:
     """Benchmarks in the usual order of tables, others behind by name."""
-    known = list(MODULES)
+    known = list(benchmarks())
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:
+    """Statistic, title, unit and a note for a score file's items.
+
+    An unknown benchmark, or items without what its composite needs, get the plain mean of their scores.
+    """
+    known = benchmarks().get(name)
+    lacking = [field for field in known.item_fields if any(field not in item for item in items)] if known else []
+    if known and not lacking:
+        return known.statistic(items), known.title, known.unit, ""
+    scores = [float(item["score"]) for item in items]
+    note = f"items lack {', '.join(lacking)}: mean score instead of {known.headline}" if known else ""
+    scale, unit = (100.0, "%") if all(0 <= score <= 1 for score in scores) else (1.0, "score")
+    title = known.title if known else name
+    if items and all("equal_parts" in item for item in items):
+        return mean_of_parts([item["equal_parts"] for item in items], scores, scale), title, unit, note
+    return mean_statistic(scores, scale=scale), title, unit, note
 
 
 def build(
@@ -134,7 +152,7 @@ def build(
         units=units,
         references={
             label: {name: value for name, value in values.items() if name in shared}
-            for label, values in REFERENCES.items()
+            for label, values in published().items()
             if references and shared & set(values)
         },
         settings={"resamples": resamples, "level": level, "seed": seed},

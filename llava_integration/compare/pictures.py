@@ -13,13 +13,14 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_integration.benchmarks.base import MODULES, Item, benchmark
+from llava_integration.benchmarks.base import Item
+from llava_integration.benchmarks.benchmark import find_image
+from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.compare.sides import Side
 
 SIDE = 256  # pixels of the longer side in the page
 QUALITY = 70
 OWN = ("", "images")  # where the pictures of a benchmark of the user's own may be, below its folder
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Pictures:
@@ -54,13 +55,15 @@ class Pictures:
         return key
 
     def _read(self, name: str, item: Item) -> bytes | None:
-        known = benchmark(name) if name in MODULES else None
+        known = benchmarks().get(name)
         for folder in self._folders[name]:
-            if known and known.image_bytes is not None:
-                if (found := known.image_bytes(folder, item)) is not None:
-                    return found
-            elif (path := find(known.image_folders if known else OWN, folder, str(item["image"]))) is not None:
-                return path.read_bytes()
+            if known:
+                image = known.image_bytes(folder, item)
+            else:
+                path = find_image(OWN, folder, str(item["image"]))
+                image = path.read_bytes() if path else None
+            if image is not None:
+                return image
         return None
 
     def notes(self) -> list[str]:
@@ -74,20 +77,10 @@ class Pictures:
 def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list[Path]:
     """Where a benchmark's pictures may be: below --images, else beside the data that was scored."""
     if root is not None:
-        below = [root / folder for folder in (benchmark(name).folders if name in MODULES else ())]
+        known = benchmarks().get(name)
+        below = [root / folder for folder in (known.folders if known else ())]
         return [folder for folder in (*below, root) if folder.is_dir()]
     return [Path(folder) for folder in dict.fromkeys(filter(None, scored)) if Path(folder).is_dir()]
-
-
-def find(image_folders: Sequence[str], folder: Path, name: str) -> Path | None:
-    """An image file of a benchmark, whatever its ending; never outside the folder, whatever the name."""
-    inside = folder.resolve()
-    for below in image_folders:
-        base = folder / below / name
-        for path in (base, *(base.with_suffix(ending) for ending in ENDINGS)):
-            if path.is_file() and inside in path.resolve().parents:
-                return path
-    return None
 
 
 def encode(raw: bytes | None) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_integration.benchmarks.references import NOTE
 from llava_integration.compare.comparison import Comparison, Row
 
+NOTE = "reported by others, one run, no interval; VQAv2, VizWiz and MMBench on splits that a server scores"
 HEADER = ("benchmark", "base", "new", "difference", "interval", "p", "p (Holm)", "wins", "losses", "verdict")
 
 

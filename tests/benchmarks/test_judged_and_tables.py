@@ -8,7 +8,8 @@ import pytest
 from golden_mllm import ROOT, answers
 
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.base import Options, benchmark
+from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import main, score_answers
 
 
@@ -53,7 +54,7 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
 
 def test_answers_are_no_reviews(llava_bench):
     folder, said, _ = llava_bench
-    with pytest.raises(ValueError, match="holds no marks"):
+    with pytest.raises(ValueError, match="holds no judge's scores"):
         score_answers("llava_bench", folder, read_answers(said), Options(reviews=said))
 
 
@@ -133,7 +134,7 @@ def test_log_in_another_order_is_joined_or_refused(tmp_path):
         {**row, "doc_id": 1000 + n, "input": rows[0]["input"], "target": "none of them"} for n, row in enumerate(rows)
     ]
     assert texts.count(rows[0]["input"]) > 1
-    with pytest.raises(ValueError, match=r"name no question, and several|are to no question"):
+    with pytest.raises(ValueError, match=r"name no question, and several|match no question"):
         score_answers("gqa", ROOT / "gqa", read_answers(write_lines(tmp_path / "y_samples_gqa.jsonl", same)), Options())
 
 

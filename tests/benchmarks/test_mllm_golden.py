@@ -7,7 +7,8 @@ import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers, expected
 
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.base import Options, benchmark
+from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import score_answers
 
 # sums of the same floats in another order, or statistics.mean's exact rational: a few units in the last place
@@ -147,7 +148,7 @@ LOGS = {  # lmms-eval's task, and the metric of ours that is its aggregate
 @pytest.mark.parametrize("name", LOGS)
 def test_lmms_eval_logs_give_the_same_as_llava_files(name, model):
     folder = ROOT / "lmms_eval" / f"synthetic__{model}"
-    record = score_answers(name, ROOT / name, read_answers(folder, tasks=benchmark(name).tasks), Options())
+    record = score_answers(name, ROOT / name, read_answers(folder, tasks=benchmark(name).lmms_eval_tasks), Options())
     llava = {item["id"]: item for item in score(name, model).items}
     task, aggregates = LOGS[name]
     for item in record.items:
@@ -192,7 +193,7 @@ def test_lmms_eval_items_equal_their_own_log(name, model, ours):
 def test_older_lmms_eval_layouts(name, version):
     """The first 40 documents in an older layout give the same item scores; a part of a benchmark has to be allowed."""
     folder = ROOT / "lmms_eval_old" / version / "synthetic__model-b"
-    read = read_answers(folder, tasks=benchmark(name).tasks)
+    read = read_answers(folder, tasks=benchmark(name).lmms_eval_tasks)
     with pytest.raises(ValueError, match="have no answer"):
         score_answers(name, ROOT / name, read, Options())
     record = score_answers(name, ROOT / name, read, Options(allow=1.0))
@@ -236,7 +237,7 @@ def test_scienceqa_corrected_keeps_missing_questions():
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "seedbench", "mmbench"])
 def test_submission_is_the_official_converters(name, model, tmp_path):
     output = tmp_path / "submission.json"
-    benchmark(name).submission(ROOT / name, read_answers(answers(name, model)), output)
+    benchmark(name).write_submission(ROOT / name, read_answers(answers(name, model)), output)
     official = {
         "vqav2": f"answers_upload/llava_vqav2_mscoco_val2014/{model}.json",
         "vizwiz": f"answers_upload/{model}.json",
@@ -256,7 +257,7 @@ def test_submission_file_scores_as_the_answers_do(name, tmp_path):
     """A submission can be scored too, where its rule keeps what scoring needs."""
     output = tmp_path / "submission.json"
     read = read_answers(answers(name, "model-b"))
-    benchmark(name).submission(ROOT / name, read, output)
+    benchmark(name).write_submission(ROOT / name, read, output)
     record = score_answers(name, ROOT / name, read_answers(output), Options())
     headline = benchmark(name).headline if name != "vizwiz" else "vqa_api.overall"
     assert record.metrics[headline] == pytest.approx(score(name, "model-b").metrics[headline], abs=TOLERANCE)

@@ -9,9 +9,9 @@ import pytest
 from golden_mllm import MODELS, ROOT, answers
 from PIL import Image
 
+from llava_integration.benchmarks.benchmark import find_image
 from llava_integration.benchmarks.score import main as score
 from llava_integration.compare.command import main as compare
-from llava_integration.compare.pictures import find
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"
@@ -166,7 +166,7 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     assert "12 pictures of our own were not found; pass --images" in (tmp_path / "x.html").read_text()
     compare([*arguments, "--image-folder", str(tmp_path / "pictures")])
     assert all(question["image"] for question in embedded(tmp_path / "x.html")["questions"])
-    assert find(("",), tmp_path / "pictures", "../old/own.scores.json") is None
+    assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
     with pytest.raises(FileNotFoundError, match="for --images"):
         compare([*arguments, "--images", str(tmp_path / "nowhere")])
 

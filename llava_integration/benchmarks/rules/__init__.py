@@ -1,0 +1,29 @@
+"""One file a benchmark; each defines ``BENCHMARK``. A new file is a new benchmark: it is found here."""
+
+from __future__ import annotations
+
+from llava_integration.benchmarks.benchmark import Benchmark
+from llm2clip_plugin.discovery import discover
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """Every benchmark by name, in the order of LLaVA's table."""
+    members: dict[str, Benchmark] = discover(__name__, "BENCHMARK")
+    return dict(sorted(members.items(), key=lambda member: (member[1].order, member[0])))
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark with that name. Raises ValueError with the known names for an unknown one."""
+    known = benchmarks()
+    if name not in known:
+        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}")
+    return known[name]
+
+
+def published() -> dict[str, dict[str, float]]:
+    """Published headline numbers: model -> benchmark -> number."""
+    table: dict[str, dict[str, float]] = {}
+    for name, member in benchmarks().items():
+        for model, value in member.published.items():
+            table.setdefault(model, {})[name] = value
+    return table

@@ -1,9 +1,9 @@
-"""LLaVA-Bench (in the wild): a judge gives two marks of 1-10 to the reference's and the model's answer.
+"""LLaVA-Bench (in the wild): a judge gives scores of 1-10 to the reference's and to the model's answer.
 
-The judge is a GPT model that this package does not ask: ``--reviews`` is the file that LLaVA's
-``eval_gpt_review_bench.py`` wrote, one JSON line a question with ``tuple: [reference, model]``. Score of
+The judge is a GPT model that this package never calls: ``--reviews`` is the file of LLaVA's
+``eval_gpt_review_bench.py``, one JSON line a question with ``tuple: [reference, model]``. Score of
 ``summarize_gpt_review.py``: 100 x mean(model) / mean(reference), means rounded to 3 places, the score to 1. A review
-that failed to parse is [-1, -1] and averaged in by the official script; ``corrected`` leaves it out.
+that cannot be parsed is [-1, -1], which the official script averages in; ``corrected`` leaves it out.
 """
 
 from __future__ import annotations
@@ -13,84 +13,77 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_integration.benchmarks.answers import Answer, Answers, read_answers, read_jsonl
-from llava_integration.benchmarks.base import (
+from llava_integration.benchmarks.answers import Answer, Answers, read_jsonl
+from llava_integration.benchmarks.base import Item, Options, Question, Scored, Statistic, item_of, ratio, text_of
+from llava_integration.benchmarks.benchmark import (
+    LLAVA_7B,
+    LLAVA_7B_REPRODUCED,
+    LLAVA_13B,
+    LLM2CLIP_7B,
+    LONG_ANSWERS,
     Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    Statistic,
-    need_file,
-    ratio,
-    shown,
-    text_of,
 )
-from llava_integration.benchmarks.match import match
 
 
-def load(folder: Path) -> list[Question]:
-    """The questions, in the file's order."""
-    path = need_file(
-        folder,
-        "questions.jsonl",
-        benchmark_name="llava_bench",
-        where="from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
-    )
-    return [
-        Question(
-            id=row["question_id"],
-            text=row["text"],
-            cluster=row["image"],
-            truth="",
-            image=row["image"],
-            category=row.get("category", ""),
+class LLaVABench(Benchmark):
+    """The judge's score relative to the reference's, overall and by category."""
+
+    def load(self, folder: Path) -> list[Question]:
+        """The questions, in the file's order."""
+        where = "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+        return [
+            Question(
+                id=row["question_id"],
+                text=row["text"],
+                cluster=row["image"],
+                truth="",
+                image=row["image"],
+                category=row.get("category", ""),
+            )
+            for row in read_jsonl(self.require(folder, *self.annotations, where=where))
+        ]
+
+    def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
+        """Notes the failed reviews."""
+        scored = super().score(folder, answers, options)
+        if failed := scored.counts["failed_reviews"]:
+            scored.notes.append(f"{failed} reviews have no scores; the official script averages them in as -1")
+        return scored
+
+    def score_item(self, question: Question, answer: Answer | None) -> Item:
+        """``answer`` is the review; the model's score out of 10 is the item's."""
+        row = answer.row if answer else {}
+        reference, model = _marks(answer)
+        return item_of(
+            question,
+            answer,
+            score=model / 10,
+            mark_reference=reference,
+            mark_model=model,
+            failed=answer is not None and (reference < 0 or model < 0),
+            answer=row.get("model_answer", ""),
+            review=text_of(answer),
+            category=str(row.get("category", question.category)),
         )
-        for row in read_jsonl(path)
-    ]
 
+    def counts(self, items: Sequence[Item]) -> dict[str, int]:
+        """Reviews that could not be parsed."""
+        return {"failed_reviews": sum(item["failed"] for item in items)}
 
-def score(folder: Path, answers: Answers, options: Options) -> Scored:
-    """Relative score overall and by category, from the judge's marks."""
-    reviews = answers if answers.layout == "judge" else _reviews(answers, options)
-    questions = load(folder)
-    matched = match(
-        questions,
-        reviews,
-        options,
-        name="llava_bench",
-    )
-    texts = {} if answers is reviews else {str(answer.id): answer.text or "" for answer in answers.rows}
-    items = [score_one(question, review, texts) for question, review in zip(questions, matched.answers, strict=True)]
-    failed = sum(item["failed"] for item in items)
-    counts = {**matched.counts, "failed_reviews": failed}
-    notes = list(matched.notes)
-    if failed:
-        notes.append(f"{failed} reviews gave no marks; the official script averages them in as -1")
-    metrics = numbers([item for item in items if not item["missing"]])
-    if options.corrected:
-        kept = [item for item in items if not item["missing"] and not item["failed"]]
-        metrics.update({f"corrected_{key}": value for key, value in numbers(kept).items()})
-    return Scored(metrics=metrics, items=items, counts=counts, notes=notes)
+    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+        """See ``numbers``, over all reviews and without the failed ones."""
+        reviewed = [item for item in items if not item["missing"]]
+        corrected = numbers([item for item in reviewed if not item["failed"]])
+        return {**numbers(reviewed), **{f"corrected_{key}": value for key, value in corrected.items()}}
 
-
-def _reviews(answers: Answers, options: Options) -> Answers:
-    if options.reviews is None:
-        raise ValueError(
-            f"LLaVA-Bench needs a judge: {answers.path} holds answers, not marks. Run LLaVA's "
-            "eval_gpt_review_bench.py on it and pass the file that it writes as --reviews (or as --answers); "
-            "marks are never made up here"
-        )
-    reviews = read_answers(options.reviews)
-    if reviews.layout != "judge":
-        raise ValueError(
-            f"{options.reviews} holds no marks: expected lines with question_id and tuple, as LLaVA's "
-            "eval_gpt_review_bench.py writes"
-        )
-    return reviews
+    def statistic(self, items: Sequence[Item]) -> Statistic:
+        """100 x sum of the model's scores / sum of the reference's."""
+        sums = np.array([[item["mark_model"], item["mark_reference"]] for item in items], dtype=float)
+        return Statistic(sums, lambda totals: 100 * ratio(totals[..., 0], totals[..., 1]))
 
 
 def _marks(review: Answer | None) -> tuple[float, float]:
+    """The judge's scores of the reference's and the model's answer."""
     if review is None:
         return 0.0, 0.0
     marks = review.row.get("tuple")
@@ -99,54 +92,34 @@ def _marks(review: Answer | None) -> tuple[float, float]:
     return float(marks[0]), float(marks[1])
 
 
-def score_one(question: Question, review: Answer | None, texts: dict[str, str]) -> Item:
-    """One question's item: the model's mark out of 10 as its score."""
-    reference, model = _marks(review)
-    category = str(review.row.get("category", question.category)) if review else question.category
-    return {
-        **shown(question, review),
-        "score": model / 10,
-        "mark_reference": reference,
-        "mark_model": model,
-        "failed": review is not None and (reference < 0 or model < 0),
-        "answer": texts.get(str(question.id), ""),
-        "review": text_of(review),
-        "category": category,
-    }
-
-
 def numbers(items: Sequence[Item]) -> dict[str, float]:
-    """``<category>``: relative score; ``.reference`` and ``.model``: mean marks x 10, all as printed."""
+    """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all rounded as printed."""
     metrics = {}
     for name in ("all", *sorted({item["category"] for item in items})):
         chosen = [item for item in items if name in ("all", item["category"])]
-        reference = round(float(np.mean([item["mark_reference"] for item in chosen])), 3) if chosen else 0.0
-        model = round(float(np.mean([item["mark_model"] for item in chosen])), 3) if chosen else 0.0
+        reference, model = (
+            round(float(np.mean([item[field] for item in chosen])), 3) if chosen else 0.0
+            for field in ("mark_reference", "mark_model")
+        )
         metrics[name] = round(model / reference * 100, 1) if reference else 0.0
         metrics[f"{name}.reference"] = round(reference * 10, 1)
         metrics[f"{name}.model"] = round(model * 10, 1)
     return metrics
 
 
-def statistic(items: Sequence[Item]) -> Statistic:
-    """100 x sum of the model's marks / sum of the reference's."""
-    sums = np.array([[item["mark_model"], item["mark_reference"]] for item in items], dtype=float)
-    return Statistic(sums, lambda totals: 100 * ratio(totals[..., 0], totals[..., 1]))
-
-
-BENCHMARK = Benchmark(
+BENCHMARK = LLaVABench(
     name="llava_bench",
     title="LLaVA-Bench",
+    order=11,
     headline="all",
     unit="relative %",
     folders=("llava-bench-in-the-wild", "llava_bench"),
-    questions=("questions.jsonl",),
-    image_folders=("images", ""),
-    item_fields=("mark_model", "mark_reference"),
-    tasks=("llava_in_the_wild",),
     annotations=("questions.jsonl",),
-    load=load,
-    score=score,
-    statistic=statistic,
-    needs="a judge",
+    question_files=("questions.jsonl",),
+    image_folders=("images", ""),
+    evaluate_options=LONG_ANSWERS,
+    lmms_eval_tasks=("llava_in_the_wild",),
+    judge="LLaVA's eval_gpt_review_bench.py",
+    item_fields=("mark_model", "mark_reference"),
+    published={LLAVA_7B: 65.4, LLAVA_13B: 72.5, LLAVA_7B_REPRODUCED: 58.0, LLM2CLIP_7B: 62.7},
 )

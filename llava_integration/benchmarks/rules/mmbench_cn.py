@@ -1,32 +1,22 @@
-"""MMBench-CN dev: the same questions in Chinese, scored as MMBench is."""
+"""MMBench-CN dev: the same questions in Chinese, scored by the same rule."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
-from llava_integration.benchmarks.base import Benchmark, Item
+from llava_integration.benchmarks.benchmark import LLAVA_7B, LLAVA_7B_REPRODUCED, LLAVA_13B, LLM2CLIP_7B
 from llava_integration.benchmarks.rules import mmbench
 
 PATTERNS = ("mmbench_dev_cn*.tsv", "mmbench_test_cn*.tsv", "mmbench_cn*.tsv")
-
-
-def image_bytes(folder: Path, item: Item) -> bytes | None:
-    """The picture of a group, out of the Chinese table."""
-    return mmbench.image_bytes(folder, item, PATTERNS)
-
-
-BENCHMARK = Benchmark(
+BENCHMARK = replace(
+    mmbench.BENCHMARK,
     name="mmbench_cn",
     title="MMBench-CN",
-    headline="vlmevalkit_exact_matching.overall",
-    scale=100.0,
+    order=9,
     folders=("mmbench", "mmbench_cn"),  # LLaVA keeps both languages in one folder
-    questions=PATTERNS,
-    tasks=("mmbench_cn_dev", "mmbench_cn_dev_static", "mmbench_cn_dev_lite", "mmbench_cn"),
     annotations=PATTERNS,
-    load=mmbench.loader("mmbench_cn", PATTERNS),
-    score=mmbench.scorer("mmbench_cn", PATTERNS),
-    statistic=mmbench.statistic,
-    submission=mmbench.submitter(PATTERNS),
-    image_bytes=image_bytes,
+    question_files=PATTERNS,
+    evaluate_options=(*mmbench.BENCHMARK.evaluate_options, "--lang", "cn"),
+    lmms_eval_tasks=("mmbench_cn_dev", "mmbench_cn_dev_static", "mmbench_cn_dev_lite", "mmbench_cn"),
+    published={LLAVA_7B: 58.3, LLAVA_13B: 63.6, LLAVA_7B_REPRODUCED: 60.39, LLM2CLIP_7B: 60.40},
 )

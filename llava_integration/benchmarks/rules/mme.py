@@ -3,40 +3,154 @@
 Rule of its ``eval_tool/calculation.py`` after LLaVA's ``convert_answer_to_mme.py``: the first four characters of the
 lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which is wrong ('Not sure' and 'Snow' are no,
 'Y' is other). The official tool takes two consecutive lines for an image; here a pair is the two questions of an image
-file, whatever the order. Perception sums ten subtasks (2000), cognition four (800). ``corrected`` reads the first word
-yes or no of the answer.
+file, in any order. Perception sums ten subtasks (2000), cognition four (800). ``corrected`` reads the first word yes or
+no of the answer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_jsonl, read_text
+from llava_integration.benchmarks.answers import Answer, read_jsonl, read_text
 from llava_integration.benchmarks.base import (
-    Benchmark,
     Item,
-    Options,
     Question,
-    Scored,
     Statistic,
     flatten,
-    optional_file,
+    item_of,
+    precision_recall_f1,
     ratio,
-    shown,
     text_of,
 )
-from llava_integration.benchmarks.match import match, squeeze
+from llava_integration.benchmarks.benchmark import (
+    LLAVA_7B,
+    LLAVA_7B_REPRODUCED,
+    LLAVA_13B,
+    LLM2CLIP_7B,
+    Benchmark,
+    first_file,
+    logged_field,
+)
+from llava_integration.benchmarks.match import squeeze
 
+RELEASE = "MME_Benchmark_release_version"
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUFFIXES = ("answer the question using a single word or phrase.", "please answer yes or no.")
 FIRST_WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+LOGGED_SCORES = ("mme_perception_score", "mme_percetion_score", "mme_cognition_score")  # percetion: up to v0.2.4
+
+
+class MME(Benchmark):
+    """Scores of the subtasks and their sums."""
+
+    def load(self, folder: Path) -> list[Question]:
+        """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two a file."""
+        root = folder / RELEASE
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no {RELEASE} (a folder a subtask, a .txt an image); request it as described at "
+                "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
+            )
+        images = self._images(folder)
+        questions = []
+        for category in (*PERCEPTION, *COGNITION):
+            inner = root / category / "questions_answers_YN"
+            source = inner if inner.is_dir() else root / category
+            order = {stem: place for place, (known, stem) in enumerate(images) if known == category}
+            for path in sorted(source.glob("*.txt"), key=lambda path: (order.get(path.stem, len(images)), path.name)):
+                questions += _pair(path, category, images)
+        if not questions:
+            raise FileNotFoundError(f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
+        return questions
+
+    def _images(self, folder: Path) -> dict[tuple[str, str], str]:
+        """Image paths by (subtask, file stem), from LLaVA's question file if the folder has one."""
+        path = first_file(folder, *self.question_files)
+        rows = read_jsonl(path) if path else []
+        return {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
+
+    def question_keys(self, question: Question) -> tuple[Hashable, ...]:
+        """(subtask/stem, question)."""
+        return ((question.cluster, question.text),)
+
+    def answer_key(self, answer: Answer) -> Hashable | None:
+        """LLaVA's id is the image's path."""
+        return _key(answer.id, answer.prompt)
+
+    def logged_key(self, answer: Answer) -> Hashable | None:
+        """lmms-eval's id is like LLaVA's."""
+        identifier = logged_field(answer, "question_id", *LOGGED_SCORES)
+        return None if identifier is None else _key(identifier, answer.prompt)
+
+    def recognizes(self, answer: Answer) -> bool:
+        """By the id, an image's path."""
+        return "/" in str(answer.id) and "." in str(answer.id)
+
+    def score_item(self, question: Question, answer: Answer | None) -> Item:
+        """A missing answer is 'other', so wrong."""
+        text = text_of(answer)
+        return item_of(
+            question,
+            answer,
+            score=int(parse(text) == question.truth),
+            question_id=question.image,
+            gt=question.truth,
+            parsed=parse(text),
+            parsed_lmms_eval=parse_lmms_eval(text),
+            parsed_corrected=parse_corrected(text),
+            **question.extra,
+        )
+
+    def counts(self, items: Sequence[Item]) -> dict[str, int]:
+        """Answers that are neither yes nor no."""
+        return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
+
+    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+        """By the official rule, by lmms-eval's, and corrected."""
+        logged, corrected = numbers(items, "parsed_lmms_eval"), numbers(items, "parsed_corrected")
+        return {
+            **numbers(items, "parsed"),
+            "lmms_eval.mme_perception_score": logged["perception"],
+            "lmms_eval.mme_cognition_score": logged["cognition"],
+            **{f"corrected_{name}": corrected[name] for name in ("perception", "cognition", "total")},
+        }
+
+    def statistic(self, items: Sequence[Item]) -> Statistic:
+        """Perception, of 2000, which LLaVA's table calls MME; images are resampled within a subtask.
+
+        Sum over subtasks of 100 x right / questions + 100 x whole pairs / images.
+        """
+        whole = whole_pairs(items, [bool(item["score"]) for item in items])
+        sums = np.zeros((len(items), 4 * len(PERCEPTION)))
+        seen: set[str] = set()
+        for row, item in enumerate(items):
+            if item["category"] in PERCEPTION:
+                column = 4 * PERCEPTION.index(item["category"])
+                sums[row, column : column + 2] = item["score"], 1
+                if item["cluster"] not in seen:  # an image's pair is counted at its first question
+                    seen.add(item["cluster"])
+                    sums[row, column + 2 : column + 4] = whole[item["cluster"]], 1
+
+        def value(totals: np.ndarray) -> np.ndarray:
+            accuracy = ratio(totals[..., 0::4], totals[..., 1::4])
+            accuracy_plus = ratio(totals[..., 2::4], totals[..., 3::4])
+            return 100 * (accuracy + accuracy_plus).sum(axis=-1)
+
+        names = sorted({item["category"] for item in items})
+        return Statistic(
+            sums,
+            value,
+            strata=np.array([names.index(item["category"]) for item in items]),
+            counted=sums[:, 1::4].sum(axis=1) > 0,
+        )
 
 
 def plain(question: str) -> str:
@@ -45,34 +159,6 @@ def plain(question: str) -> str:
     for suffix in SUFFIXES:
         text = text.replace(suffix, "")
     return text.strip()
-
-
-def load(folder: Path) -> list[Question]:
-    """The questions of all subtasks found, in the tool's order and LLaVA's within a subtask; two a file."""
-    root = folder / "MME_Benchmark_release_version"
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{folder} has no MME_Benchmark_release_version (a folder a subtask, a .txt an image); ask for it as "
-            "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation says"
-        )
-    images = _images(folder)
-    questions = []
-    for category in (*PERCEPTION, *COGNITION):
-        inner = root / category / "questions_answers_YN"
-        source = inner if inner.is_dir() else root / category
-        order = {stem: place for place, (known, stem) in enumerate(images) if known == category}
-        for path in sorted(source.glob("*.txt"), key=lambda path: (order.get(path.stem, len(images)), path.name)):
-            questions += _pair(path, category, images)
-    if not questions:
-        raise FileNotFoundError(f"{root} holds none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
-    return questions
-
-
-def _images(folder: Path) -> dict[tuple[str, str], str]:
-    """Image paths by (subtask, file stem), from LLaVA's question file if it is there."""
-    path = optional_file(folder, *BENCHMARK.questions)
-    rows = read_jsonl(path) if path else []
-    return {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
 
 
 def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list[Question]:
@@ -96,6 +182,15 @@ def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list
     return questions
 
 
+def _key(identifier: object, prompt: str) -> tuple[str, str] | None:
+    """(subtask/stem, question) from an image's path and a prompt."""
+    name = str(identifier)
+    if "/" not in name:
+        return None
+    # the official converter cuts the file name at its first full stop
+    return f"{name.split('/')[0]}/{name.split('/')[-1].split('.')[0]}", plain(prompt)
+
+
 def parse(text: str) -> str:
     """'yes', 'no' or 'other', as the official tool reads it."""
     head = text.lower()[:4]
@@ -104,8 +199,8 @@ def parse(text: str) -> str:
 
 def parse_corrected(text: str) -> str:
     """The first word yes or no, in any case; 'other' without one."""
-    found = FIRST_WORD.search(text)
-    return found[1].lower() if found else "other"
+    word = FIRST_WORD.search(text)
+    return word[1].lower() if word else "other"
 
 
 def parse_lmms_eval(text: str) -> str:
@@ -118,149 +213,62 @@ def parse_lmms_eval(text: str) -> str:
     return parse(text)
 
 
-def _key(identifier: object, prompt: str) -> tuple[str, str] | None:
-    """(subtask/stem, question) of a row; the id is LLaVA's image path, or lmms-eval's like it."""
-    name = str(identifier)
-    if "/" not in name:
-        return None
-    # the official converter cuts the file name at its first full stop
-    return f"{name.split('/')[0]}/{name.split('/')[-1].split('.')[0]}", plain(prompt)
-
-
-def _logged_key(row: Row) -> tuple[str, str] | None:
-    prompt = row.get("input") or (row.get("doc") or {}).get("question", "")
-    while isinstance(prompt, list) and prompt:
-        prompt = prompt[0]
-    # releases up to v0.2.4 spelled it percetion
-    for name in ("mme_perception_score", "mme_percetion_score", "mme_cognition_score"):
-        if isinstance(entry := row.get(name), dict):
-            return _key(entry["question_id"], str(prompt))
-    return None
-
-
-def score(folder: Path, answers: Answers, options: Options) -> Scored:
-    """Scores of the subtasks and their sums."""
-    questions = load(folder)
-    matched = match(
-        questions,
-        answers,
-        options,
-        name="mme",
-        question_key=lambda question: (question.cluster, question.text),
-        answer_key=lambda answer: _key(answer.id, answer.prompt),
-        logged_key=_logged_key,
-    )
-    items = [score_one(question, answer) for question, answer in zip(questions, matched.answers, strict=True)]
-    counts = {**matched.counts, "other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
-    metrics = numbers(items, "parsed")
-    logged = numbers(items, "parsed_lmms_eval")
-    metrics["lmms_eval.mme_perception_score"] = logged["perception"]
-    metrics["lmms_eval.mme_cognition_score"] = logged["cognition"]
-    if options.corrected:
-        for name in ("perception", "cognition", "total"):
-            metrics[f"corrected_{name}"] = numbers(items, "parsed_corrected")[name]
-    return Scored(metrics=metrics, items=items, counts=counts, notes=matched.notes)
-
-
-def score_one(question: Question, answer: Answer | None) -> Item:
-    """One question's item; a missing answer is 'other', so wrong."""
-    text = text_of(answer)
-    return {
-        **shown(question, answer),
-        "score": int(parse(text) == question.truth),
-        "file": question.extra["file"],
-        "nth": question.extra["nth"],
-        "question_id": question.image,
-        "gt": question.truth,
-        "parsed": parse(text),
-        "parsed_lmms_eval": parse_lmms_eval(text),
-        "parsed_corrected": parse_corrected(text),
-    }
-
-
 def numbers(items: Sequence[Item], field: str) -> dict[str, float]:
-    """Each subtask's numbers and the sums; precision and recall leave out 'other', as the tool does."""
+    """Each subtask's numbers and the sums."""
     categories = {}
     for category in (*PERCEPTION, *COGNITION):
         if chosen := [item for item in items if item["category"] == category]:
             categories[category] = subtask(chosen, field)
-    sums = {
-        "perception": sum(categories[name]["score"] for name in PERCEPTION if name in categories),
-        "cognition": sum(categories[name]["score"] for name in COGNITION if name in categories),
-    }
-    return flatten({"categories": categories, **sums, "total": sums["perception"] + sums["cognition"]})
+    perception, cognition = (
+        sum(categories[name]["score"] for name in names if name in categories) for names in (PERCEPTION, COGNITION)
+    )
+    sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
+    return flatten({"categories": categories, **sums})
+
+
+def whole_pairs(items: Sequence[Item], right: Sequence[bool]) -> dict[str, bool]:
+    """Whether all questions of an image are right, by image."""
+    whole: dict[str, bool] = {}
+    for item, is_right in zip(items, right, strict=True):
+        whole[item["cluster"]] = whole.get(item["cluster"], True) and is_right
+    return whole
 
 
 def subtask(items: Sequence[Item], field: str) -> dict[str, float]:
-    """One subtask: confusion counts, accuracy, accuracy of whole images, score."""
-    pairs = [(item[field], item["gt"]) for item in items]
-    true_yes, false_no = pairs.count(("yes", "yes")), pairs.count(("no", "yes"))
-    true_no, false_yes = pairs.count(("no", "no")), pairs.count(("yes", "no"))
-    whole: dict[str, bool] = {}
-    for item in items:
-        whole[item["cluster"]] = whole.get(item["cluster"], True) and item[field] == item["gt"]
-    accuracy = (true_yes + true_no) / len(pairs)
+    """One subtask: confusion counts, accuracy, accuracy of whole images, score; 'other' is in no confusion count."""
+    counts = Counter((item[field], item["gt"]) for item in items)
+    true_yes, false_no = counts["yes", "yes"], counts["no", "yes"]
+    true_no, false_yes = counts["no", "no"], counts["yes", "no"]
+    precision, recall, _ = precision_recall_f1(true_yes, false_yes, false_no)
+    whole = whole_pairs(items, [item[field] == item["gt"] for item in items])
+    accuracy = (true_yes + true_no) / len(items)
     accuracy_plus = sum(whole.values()) / len(whole)
     return {
         "TP": true_yes,
         "FN": false_no,
         "TN": true_no,
         "FP": false_yes,
-        "precision": true_yes / (true_yes + false_yes) if true_yes + false_yes else 0.0,
-        "recall": true_yes / (true_yes + false_no) if true_yes + false_no else 0.0,
-        "other_num": sum(parsed == "other" for parsed, _ in pairs),
+        "precision": precision,
+        "recall": recall,
+        "other_num": counts["other", "yes"] + counts["other", "no"],
         "acc": accuracy,
         "acc_plus": accuracy_plus,
         "score": accuracy * 100 + accuracy_plus * 100,
     }
 
 
-def _sums(items: Sequence[Item], categories: Sequence[str]) -> Statistic:
-    """Sum over subtasks of 100 x right/questions + 100 x whole pairs/images; images resampled within a subtask."""
-    right: dict[str, bool] = {}
-    for item in items:
-        right[item["cluster"]] = right.get(item["cluster"], True) and bool(item["score"])
-    sums = np.zeros((len(items), 4 * len(categories)))
-    seen: set[str] = set()
-    for row, item in enumerate(items):
-        if item["category"] in categories:
-            column = 4 * categories.index(item["category"])
-            sums[row, column : column + 2] = item["score"], 1
-            if item["cluster"] not in seen:  # an image's pair is counted at its first question
-                seen.add(item["cluster"])
-                sums[row, column + 2 : column + 4] = right[item["cluster"]], 1
-
-    def value(totals: np.ndarray) -> np.ndarray:
-        accuracy = ratio(totals[..., 0::4], totals[..., 1::4])
-        whole = ratio(totals[..., 2::4], totals[..., 3::4])
-        return 100 * (accuracy + whole).sum(axis=-1)
-
-    names = sorted({item["category"] for item in items})
-    return Statistic(
-        sums,
-        value,
-        strata=np.array([names.index(item["category"]) for item in items]),
-        counted=sums[:, 1::4].sum(axis=1) > 0,
-    )
-
-
-def statistic(items: Sequence[Item]) -> Statistic:
-    """Perception, of 2000: what LLaVA's table calls MME."""
-    return _sums(items, PERCEPTION)
-
-
-BENCHMARK = Benchmark(
+BENCHMARK = MME(
     name="mme",
     title="MME perception",
+    order=7,
     headline="perception",
     unit="points",
     folders=("MME", "mme"),
-    questions=("llava_mme.jsonl", "llava_mme*.jsonl"),
-    image_folders=("MME_Benchmark_release_version", ""),
+    annotations=(f"{RELEASE}/**/*.txt",),
+    question_files=("llava_mme.jsonl", "llava_mme*.jsonl"),
+    image_folders=(RELEASE, ""),
+    joined_by_prompt=True,
+    lmms_eval_tasks=("mme",),
     item_fields=("category", "cluster"),
-    tasks=("mme",),
-    annotations=("MME_Benchmark_release_version/**/*.txt",),
-    load=load,
-    score=score,
-    statistic=statistic,
+    published={LLAVA_7B: 1510.7, LLAVA_13B: 1531.3, LLAVA_7B_REPRODUCED: 1476.69, LLM2CLIP_7B: 1505.82},
 )

@@ -1,165 +1,127 @@
-"""TextVQA, val 0.5.1: ten human answers, read with the M4C evaluator as LLaVA's ``eval_textvqa.py`` does.
+"""TextVQA, val 0.5.1: ten human answers, compared with the M4C evaluator as in LLaVA's ``eval_textvqa.py``.
 
-An answer line is joined by its image and the question parsed out of its *prompt*. Annotations with the same image and
-question are one for the official script, the last; unanswered questions cost nothing, since it divides by the number of
-answer lines. ``corrected`` scores each annotation on its own and an unanswered question as 0.
+LLaVA's answers have the image's id, so they are joined by it and by the question in their *prompt*. Annotations with
+the same image and question are one for the official script, the last; unanswered questions cost nothing, since it
+divides by the number of answers. ``corrected`` scores each annotation by its own truth, an unanswered question as 0.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
-from llava_integration.benchmarks.base import (
+from llava_integration.benchmarks.answers import Answer, read_json
+from llava_integration.benchmarks.base import Item, Question, Statistic, item_of, mean_of, mean_statistic, text_of
+from llava_integration.benchmarks.benchmark import (
+    LLAVA_7B,
+    LLAVA_7B_REPRODUCED,
+    LLAVA_13B,
+    LLM2CLIP_7B,
     Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    Statistic,
-    mean,
-    mean_statistic,
-    need_file,
-    shown,
-    text_of,
+    logged_field,
 )
-from llava_integration.benchmarks.match import match
 from llava_integration.benchmarks.vqa_text import m4c, m4c_accuracy
 
 TOKENS_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
-def load(folder: Path) -> list[Question]:
-    """The annotated questions, in the file's order."""
-    path = need_file(
-        folder,
-        "TextVQA_0.5.1_val.json",
-        "TextVQA*val*.json",
-        benchmark_name="textvqa",
-        where="https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
-    )
-    return [
-        Question(
-            id=entry["question_id"],
-            text=entry["question"],
-            cluster=entry["image_id"],
-            truth=entry["answers"],
-            image=f"{entry['image_id']}.jpg",
-            category=(entry.get("image_classes") or [""])[0],
+class TextVQA(Benchmark):
+    """M4C accuracy over the answered questions."""
+
+    def load(self, folder: Path) -> list[Question]:
+        """The annotated questions, in the file's order; ``extra`` has the truth that the official script uses."""
+        path = self.require(
+            folder,
+            "TextVQA_0.5.1_val.json",
+            "TextVQA*val*.json",
+            where="https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
         )
-        for entry in read_json(path)["data"]
-    ]
+        entries = read_json(path)["data"]
+        official = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}  # the last of twins
+        return [
+            Question(
+                id=entry["question_id"],
+                text=entry["question"],
+                cluster=entry["image_id"],
+                truth=entry["answers"],
+                image=f"{entry['image_id']}.jpg",
+                category=(entry.get("image_classes") or [""])[0],
+                extra={"official": official[entry["image_id"], entry["question"].lower()]},
+            )
+            for entry in entries
+        ]
+
+    def question_keys(self, question: Question) -> tuple[Hashable, ...]:
+        """The annotation's id, and its image with the question."""
+        return str(question.id), (question.cluster, question.text.lower())
+
+    def answer_key(self, answer: Answer) -> Hashable | None:
+        """Image and question; the annotation's id for a submission."""
+        if not answer.prompt:
+            return str(answer.id)
+        text = question_in(answer.prompt)
+        return None if text is None else (str(answer.id), text)
+
+    def logged_key(self, answer: Answer) -> str | None:
+        """The annotation's id."""
+        return logged_field(answer, "question_id", "submission", "doc")
+
+    def recognizes(self, answer: Answer) -> bool:
+        """By LLaVA's prompt."""
+        return "Reference OCR token" in answer.prompt
+
+    def score_item(self, question: Question, answer: Answer | None) -> Item:
+        """``line``: the answer's line in the file, from 0; -1 for none."""
+        text, official = text_of(answer), question.extra["official"]
+        return item_of(
+            question,
+            answer,
+            score=m4c_accuracy(text, official["answers"]) if answer else 0.0,
+            line=answer.line - 1 if answer else -1,
+            question_id=question.cluster,  # LLaVA's question_id is the image's
+            annotation_question_id=official["question_id"],
+            normalized=m4c(text),
+            score_own_annotation=m4c_accuracy(text, question.truth) if answer else 0.0,
+            truth=official["answers"],
+        )
+
+    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+        """Mean accuracy over the answers, also rounded as printed."""
+        given = [item for item in items if not item["missing"]]
+        return {
+            "samples": float(len(given)),
+            "accuracy_percent": 100 * mean_of(given),
+            "accuracy_printed": round(100 * mean_of(given), 2),
+            "lmms_eval.exact_match": mean_of(given, "score_own_annotation"),
+            "corrected_accuracy_percent": 100 * mean_of(items, "score_own_annotation"),
+        }
+
+    def statistic(self, items: Sequence[Item]) -> Statistic:
+        """Mean accuracy over the answered questions, percent."""
+        return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
 
 
-def question_of(prompt: str) -> str | None:
+def question_in(prompt: str) -> str | None:
     """The question in one of LLaVA's four prompt forms, lower case; None in any other."""
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
-        found = TOKENS_FIRST.search(prompt)
-        return found[1].lower() if found else None
+        question = TOKENS_FIRST.search(prompt)
+        return question[1].lower() if question else None
     if "Reference OCR token: " in prompt and len(lines) == 3:
         return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
     return lines[0].lower() if len(lines) == 2 else None
 
 
-class Numbering:
-    """Which annotation the k-th answer to the same image and question is: the k-th, and the last ever after."""
-
-    def __init__(self, questions: Sequence[Question]):
-        self.groups: dict[tuple[str, str], list[Question]] = defaultdict(list)
-        for question in questions:
-            self.groups[question.cluster, question.text.lower()].append(question)
-        self.seen: dict[tuple[str, str], int] = defaultdict(int)
-
-    def last(self, question: Question) -> Question:
-        """The annotation that the official script takes for this one."""
-        return self.groups[question.cluster, question.text.lower()][-1]
-
-    def key(self, answer: Answer) -> str | None:
-        """The id of the annotation that an answer belongs to."""
-        if not answer.prompt:
-            return str(answer.id)  # a submission: ids are the annotations' own
-        text = question_of(answer.prompt)
-        group = self.groups.get((str(answer.id), text)) if text is not None else None
-        if not group:
-            return None
-        place = self.seen[str(answer.id), group[0].text.lower()]
-        self.seen[str(answer.id), group[0].text.lower()] += 1
-        return str(group[min(place, len(group) - 1)].id)
-
-
-def logged_key(row: Row) -> str | None:
-    """The annotation's id in an lmms-eval row."""
-    entry = row.get("submission")
-    document = row.get("doc")
-    for source in (entry, document):
-        if isinstance(source, dict) and "question_id" in source:
-            return str(source["question_id"])
-    return None
-
-
-def score(folder: Path, answers: Answers, options: Options) -> Scored:
-    """Mean accuracy over the answer lines."""
-    questions = load(folder)
-    numbering = Numbering(questions)
-    matched = match(
-        questions,
-        answers,
-        options,
-        name="textvqa",
-        answer_key=numbering.key,
-        logged_key=logged_key,
-    )
-    numbers = {answer.line: place for place, answer in enumerate(answers.rows)}
-    items = [
-        score_one(question, numbering.last(question), answer, numbers)
-        for question, answer in zip(questions, matched.answers, strict=True)
-    ]
-    given = [item for item in items if not item["missing"]]
-    metrics = {
-        "samples": float(len(given)),
-        "accuracy_percent": 100 * mean([item["score"] for item in given]),
-        "accuracy_printed": round(100 * mean([item["score"] for item in given]), 2),
-        "lmms_eval.exact_match": mean([item["score_own_annotation"] for item in given]),
-    }
-    if options.corrected:
-        metrics["corrected_accuracy_percent"] = 100 * mean([item["score_own_annotation"] for item in items])
-    return Scored(metrics=metrics, items=items, counts=matched.counts, notes=matched.notes)
-
-
-def score_one(own: Question, official: Question, answer: Answer | None, numbers: dict[int, int]) -> Item:
-    """One annotation's item; ``line`` is the answer's place in the file, from 0."""
-    text = text_of(answer)
-    return {
-        **shown(own, answer),
-        "score": m4c_accuracy(text, official.truth) if answer else 0.0,
-        "line": numbers[answer.line] if answer else -1,
-        "question_id": own.cluster,  # LLaVA's question_id is the image's
-        "annotation_question_id": official.id,
-        "normalized": m4c(text),
-        "score_own_annotation": m4c_accuracy(text, own.truth) if answer else 0.0,
-        "truth": official.truth,
-    }
-
-
-def statistic(items: Sequence[Item]) -> Statistic:
-    """Mean accuracy over the answered questions, percent."""
-    return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
-
-
-BENCHMARK = Benchmark(
+BENCHMARK = TextVQA(
     name="textvqa",
     title="TextVQA",
-    headline="accuracy_percent",
+    order=5,
     folders=("textvqa",),
-    questions=("llava_textvqa*.jsonl",),
-    image_folders=("train_images", "train_val_images/train_images", "images", ""),
-    tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
     annotations=("TextVQA*val*.json",),
-    load=load,
-    score=score,
-    statistic=statistic,
+    question_files=("llava_textvqa*.jsonl",),
+    image_folders=("train_images", "train_val_images/train_images", "images", ""),
+    joined_by_prompt=True,
+    lmms_eval_tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
+    published={LLAVA_7B: 58.2, LLAVA_13B: 61.3, LLAVA_7B_REPRODUCED: 57.48, LLM2CLIP_7B: 58.35},
 )

@@ -1,168 +1,153 @@
-"""VQAv2: ten human answers a question; on test-dev only the server has them.
+"""VQAv2: ten human answers a question; those of test-dev are known to the server only.
 
-Rule: https://visualqa.org/evaluation.html, on what LLaVA's ``convert_vqav2_for_submission.py`` makes of the answers
-(``converted_submission``, the headline: it is what LLaVA's published numbers went through) and on the raw texts
-(``raw_text``). The converter splits ``'s`` off as a word, which no human answer has, so possessives score 0 through it;
-unanimous humans are compared unnormalised. ``corrected`` normalises both sides the same way, always.
+Rule: https://visualqa.org/evaluation.html, on LLaVA's ``convert_vqav2_for_submission.py`` of the answers
+(``converted_submission``, the headline: LLaVA's published numbers went through it) and on the raw texts (``raw_text``).
+The converter splits ``'s`` off as a word, which no human answer has, so possessives score 0 through it; unanimous human
+answers are compared without normalization. ``corrected`` always normalizes both sides in the same way.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_integration.benchmarks.answers import Answer, Answers, read_json, read_jsonl
-from llava_integration.benchmarks.base import (
+from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
+from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean, mean_of, text_of
+from llava_integration.benchmarks.benchmark import (
+    LLAVA_7B,
+    LLAVA_7B_REPRODUCED,
+    LLAVA_13B,
+    LLM2CLIP_7B,
+    SHORT_ANSWER,
     Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    Statistic,
-    by_group,
-    flatten,
-    mean,
-    mean_statistic,
-    need_file,
-    optional_file,
-    shown,
-    text_of,
+    first_file,
 )
-from llava_integration.benchmarks.match import match
 from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, vqa_api_accuracy
-from llm2clip_plugin.contracts import whole_file
+
+VAL_QUESTIONS = ("*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.json")
 
 
-def load(folder: Path) -> list[Question]:
-    """Questions with their human answers, in the question file's order.
+class VQAv2(Benchmark):
+    """The VQA API's accuracy on val2014; test-dev answers are converted for the server."""
 
-    Raises FileNotFoundError where the annotations are not public (test2015) or not there.
-    """
-    annotations = need_file(
-        folder,
-        "*val2014_annotations*.json",
-        "*annotations*.json",
-        benchmark_name="vqav2",
-        where="val2014's are at https://visualqa.org/download.html; for test-dev use --submission FILE and the server "
-        "https://eval.ai/web/challenges/challenge-page/830",
-    )
-    asked = need_file(
-        folder,
-        "*OpenEnded*val2014_questions*.json",
-        "*OpenEnded*questions*.json",
-        benchmark_name="vqav2",
-        where="https://visualqa.org/download.html",
-    )
-    truths = {entry["question_id"]: entry for entry in read_json(annotations)["annotations"]}
-    images = question_images(folder)
-    questions = []
-    for entry in read_json(asked)["questions"]:
-        truth = truths.get(entry["question_id"])
-        if truth is None:
-            raise ValueError(
-                f"{annotations} has no answers to question {entry['question_id']} of {asked}: another split?"
-            )
-        questions.append(
-            Question(
-                id=entry["question_id"],
-                text=entry["question"],
-                cluster=str(entry["image_id"]),
-                truth=[answer["answer"] for answer in truth["answers"]],
-                image=images.get(str(entry["question_id"]), f"COCO_val2014_{entry['image_id']:012d}.jpg"),
-                category=truth["answer_type"],
-                extra={"question_type": truth["question_type"]},
-            )
+    def load(self, folder: Path) -> list[Question]:
+        """Questions with their human answers, in the order of the question file."""
+        annotations = self.require(
+            folder,
+            "*val2014_annotations*.json",
+            "*annotations*.json",
+            where="val2014's are at https://visualqa.org/download.html; for test-dev write --submission FILE for the "
+            "server https://eval.ai/web/challenges/challenge-page/830",
         )
-    return questions
+        path = self.require(folder, *VAL_QUESTIONS, where="https://visualqa.org/download.html")
+        truths = {entry["question_id"]: entry for entry in read_json(annotations)["annotations"]}
+        images = self._images(folder)
+        questions = []
+        for entry in read_json(path)["questions"]:
+            truth = truths.get(entry["question_id"])
+            if truth is None:
+                raise ValueError(
+                    f"{annotations} has no answers to question {entry['question_id']} of {path}; they are of different "
+                    "splits"
+                )
+            questions.append(
+                Question(
+                    id=entry["question_id"],
+                    text=entry["question"],
+                    cluster=str(entry["image_id"]),
+                    truth=[answer["answer"] for answer in truth["answers"]],
+                    image=images.get(str(entry["question_id"]), _val_image(entry)),
+                    category=truth["answer_type"],
+                    extra={"question_type": truth["question_type"]},
+                )
+            )
+        return questions
+
+    def _images(self, folder: Path) -> dict[str, str]:
+        """Image files by question id, from LLaVA's question file if the folder has one."""
+        path = first_file(folder, *self.question_files)
+        return {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(path)} if path else {}
+
+    def score_item(self, question: Question, answer: Answer | None) -> Item:
+        """A missing answer is submitted as '' by the converter."""
+        text = text_of(answer)
+        submission = text if answer and answer.layout == "submission" else m4c(text)
+        converted, raw = vqa_api_accuracy(submission, question.truth), vqa_api_accuracy(text, question.truth)
+        return item_of(
+            question,
+            answer,
+            score=converted,
+            submission=submission,
+            score_raw=raw,
+            score_corrected=corrected_accuracy(text, question.truth),
+            score_converted_percent=round(100 * converted, 2),
+            score_raw_percent=round(100 * raw, 2),
+            question_type=question.extra["question_type"],
+        )
+
+    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+        """The VQA API's numbers on the converted and on the raw answers, and lmms-eval's."""
+        return flatten(
+            {
+                "converted_submission": _api_numbers(items, "score"),
+                "raw_text": _api_numbers(items, "score_raw"),
+                "lmms_eval.exact_match": mean_of(items, "score_corrected"),
+                "corrected_overall": 100 * mean_of(items, "score_corrected"),
+            }
+        )
+
+    def question_rows(self, folder: Path) -> list[Row]:
+        """VQAv2 val with LLaVA's prompt."""
+        path = first_file(folder, *VAL_QUESTIONS)
+        return [
+            {
+                "question_id": entry["question_id"],
+                "image": _val_image(entry),
+                "text": f"{entry['question']}\n{SHORT_ANSWER}",
+                "category": "default",
+            }
+            for entry in (read_json(path)["questions"] if path else [])
+        ]
+
+    def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
+        """One normalized answer for every question of LLaVA's question file, '' where missing."""
+        path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
+        texts = {str(answer.id): answer.text for answer in answers.rows}
+        return [
+            {"question_id": row["question_id"], "answer": m4c(texts.get(str(row["question_id"])) or "")}
+            for row in read_jsonl(path)
+        ]
 
 
-def question_images(folder: Path) -> dict[str, str]:
-    """Image files by question id, from LLaVA's question file if it is there."""
-    path = optional_file(folder, *BENCHMARK.questions)
-    return {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(path)} if path else {}
+def _val_image(entry: Row) -> str:
+    return f"COCO_val2014_{entry['image_id']:012d}.jpg"
 
 
-def score(folder: Path, answers: Answers, options: Options) -> Scored:
-    """Accuracy of the VQA API on LLaVA's converted answers and on the raw texts."""
-    questions = load(folder)
-    matched = match(
-        questions,
-        answers,
-        options,
-        name="vqav2",
-    )
-    submitted = answers.layout == "submission"  # went through the converter already
-    items = [
-        score_one(question, answer, submitted=submitted, corrected=options.corrected)
-        for question, answer in zip(questions, matched.answers, strict=True)
-    ]
-    metrics = flatten(
-        {"converted_submission": api_numbers(items, "score"), "raw_text": api_numbers(items, "score_raw")}
-    )
-    metrics["lmms_eval.exact_match"] = mean([item["score_corrected"] for item in items])
-    if options.corrected:
-        metrics["corrected_overall"] = 100 * metrics["lmms_eval.exact_match"]
-    return Scored(metrics=metrics, items=items, counts=matched.counts, notes=matched.notes)
-
-
-def score_one(question: Question, answer: Answer | None, *, submitted: bool, corrected: bool) -> Item:
-    """One question's item; a missing answer is submitted as '' by the converter."""
-    text = text_of(answer)
-    submission = text if submitted else m4c(text)
-    converted, raw = vqa_api_accuracy(submission, question.truth), vqa_api_accuracy(text, question.truth)
-    return {
-        **shown(question, answer),
-        "score": converted,
-        "submission": submission,
-        "score_raw": raw,
-        "score_corrected": corrected_accuracy(text, question.truth),
-        "score_converted_percent": round(100 * converted, 2),
-        "score_raw_percent": round(100 * raw, 2),
-        "question_type": question.extra["question_type"],
-    }
-
-
-def api_numbers(items: Sequence[Item], field: str) -> dict:
+def _api_numbers(items: Sequence[Item], field: str) -> dict:
     """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
+
+    def percents(group: str) -> dict[str, float]:
+        return {key: round(100 * mean(values), 2) for key, values in by_group(items, group, field).items()}
+
     return {
-        "overall": round(100 * mean([item[field] for item in items]), 2),
-        "overall_unrounded": 100 * mean([item[field] for item in items]),
-        "per_answer_type": {key: round(100 * mean(v), 2) for key, v in by_group(items, "category", field).items()},
-        "per_question_type": {
-            key: round(100 * mean(v), 2) for key, v in by_group(items, "question_type", field).items()
-        },
+        "overall": round(100 * mean_of(items, field), 2),
+        "overall_unrounded": 100 * mean_of(items, field),
+        "per_answer_type": percents("category"),
+        "per_question_type": percents("question_type"),
     }
 
 
-def statistic(items: Sequence[Item]) -> Statistic:
-    """Mean accuracy, percent."""
-    return mean_statistic([item["score"] for item in items])
-
-
-def submission(folder: Path, answers: Answers, output: Path) -> None:
-    """The file for the server: one normalised answer for every question of LLaVA's question file, '' where missing."""
-    asked = need_file(folder, *BENCHMARK.questions, benchmark_name="vqav2", where="it is in LLaVA's eval.zip")
-    texts = {str(answer.id): answer.text for answer in answers.rows}
-    rows = [
-        {"question_id": row["question_id"], "answer": m4c(texts.get(str(row["question_id"])) or "")}
-        for row in read_jsonl(asked)
-    ]
-    with whole_file(output) as aside:
-        aside.write_text(json.dumps(rows), encoding="utf-8")
-
-
-BENCHMARK = Benchmark(
+BENCHMARK = VQAv2(
     name="vqav2",
     title="VQAv2",
+    order=1,
     headline="converted_submission.overall_unrounded",
     folders=("vqav2",),
-    questions=("llava_vqav2*.jsonl",),
-    image_folders=("val2014", "test2015", "images", ""),
-    tasks=("vqav2_val", "vqav2_val_lite", "vqav2"),
     annotations=("*annotations*.json", "*OpenEnded*questions*.json"),
-    load=load,
-    score=score,
-    statistic=statistic,
-    submission=submission,
+    question_files=("llava_vqav2*.jsonl",),
+    scored_question_files=("llava_vqav2*val*.jsonl",),
+    image_folders=("val2014", "test2015", "images", ""),
+    lmms_eval_tasks=("vqav2_val", "vqav2_val_lite", "vqav2"),
+    submission_format="json",
+    published={LLAVA_7B: 78.5, LLAVA_13B: 80.0, LLAVA_7B_REPRODUCED: 79.04, LLM2CLIP_7B: 79.80},
 )

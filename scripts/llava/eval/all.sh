@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
-# Every benchmark whose files are in DATA, one after another; one that fails doesn't take the rest with it.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench "vqav2 gqa vizwiz scienceqa textvqa pope mme mmbench mmbench_cn seedbench llava_bench mmvet" "$@"
+# Every benchmark whose files are in DATA, one after another; one that fails does not stop the others.
+exec bash "$(dirname "$0")/benchmark.sh" all "$@"

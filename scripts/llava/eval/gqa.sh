@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # GQA, testdev_balanced: exact match.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench gqa "$@"
+exec bash "$(dirname "$0")/benchmark.sh" gqa "$@"

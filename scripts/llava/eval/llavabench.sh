@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # LLaVA-Bench (in the wild): answers here, scores by a judge's reviews.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench llava_bench "$@"
+exec bash "$(dirname "$0")/benchmark.sh" llava_bench "$@"

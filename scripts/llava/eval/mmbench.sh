@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
-# MMBench, dev: every rotation of the options has to be right; makes the server's file too.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench mmbench "$@"
+# MMBench, dev: a question is right if every rotation of its options is.
+exec bash "$(dirname "$0")/benchmark.sh" mmbench "$@"

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # MMBench-CN, dev.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench mmbench_cn "$@"
+exec bash "$(dirname "$0")/benchmark.sh" mmbench_cn "$@"

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # MME: accuracy and accuracy+ of each subtask, perception and cognition.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench mme "$@"
+exec bash "$(dirname "$0")/benchmark.sh" mme "$@"

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # POPE: random, popular, adversarial; F1 and its mean.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench pope "$@"
+exec bash "$(dirname "$0")/benchmark.sh" pope "$@"

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
-# SEED-Bench: accuracy by type of question.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench seedbench "$@"
+# SEED-Bench: accuracy by question type.
+exec bash "$(dirname "$0")/benchmark.sh" seedbench "$@"

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # TextVQA, val 0.5.1, with OCR tokens in the prompt: soft accuracy.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench textvqa "$@"
+exec bash "$(dirname "$0")/benchmark.sh" textvqa "$@"

@@ -1,6 +1,3 @@
 #!/usr/bin/env bash
 # VQAv2: test-dev makes the file for the evaluation server, val (its annotations in DATA/vqav2) is scored here.
-#
-set -euo pipefail
-. "$(dirname "$0")/common.sh"
-bench vqav2 "$@"
+exec bash "$(dirname "$0")/benchmark.sh" vqav2 "$@"
