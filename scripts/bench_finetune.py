@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, trained_module
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.run import trained_module
 from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings

@@ -94,6 +94,58 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert other is None or may_import(room, other), f"{path.relative_to(ROOT)}: {room} may not import {name}"
 
 
+STAGES = f"{PACKAGE}.stages"
+STAGE_FOLDERS = {f"{STAGES}.{name}" for name in ("tower", "llm", "embed")}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def arrows() -> dict[str, set[str]]:
+    """Every file of both packages -> the files that it imports, inside functions and under TYPE_CHECKING too."""
+    modules = {module_of(path): path for path in sources()}
+    return {name: {other for other in imported(path) if other in modules} - {name} for name, path in modules.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The files of one circle of imports, the first one repeated at the end; [] if there is none."""
+    done: set[str] = set()
+
+    def search(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        path = next(filter(None, (search(other, [*way, name]) for other in sorted(graph[name]))), [])
+        done.add(name)
+        return path
+
+    return next(filter(None, (search(name, []) for name in sorted(graph))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_circle_of_files() -> None:
+    assert circle(arrows()) == []
+
+
+def test_stages_do_not_import_each_other() -> None:
+    """Nor do the files that they share import a stage."""
+    folder_of = {
+        name: next((folder for folder in STAGE_FOLDERS if name == folder or name.startswith(f"{folder}.")), STAGES)
+        for name in arrows()
+        if name.startswith(f"{STAGES}.")
+    }
+    for name, targets in arrows().items():
+        for other in targets & folder_of.keys():
+            allowed = (STAGES, folder_of.get(name)) if name.startswith(f"{STAGES}.") else (*STAGE_FOLDERS, STAGES)
+            assert folder_of[other] in allowed, f"{name} may not import {other}"
+
+
 @pytest.mark.parametrize("package, homes", HOMES.items(), ids=HOMES)
 def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
     for path in sources():

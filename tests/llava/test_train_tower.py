@@ -24,28 +24,41 @@ sys.meta_path.insert(0, Absent())
 import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in ("tyro", "rich") else real(name, package)
+from dataclasses import replace
 from pathlib import Path
 import tiny_data
 from llm2clip_plugin.cli import run
+from llm2clip_plugin.stages.tower.recipes import recipe
+from llm2clip_plugin.stages.tower.run import train_tower
 
 folder = Path(sys.argv[1])
 tiny_data.make_all(folder)
-options = ["--recipe", "quickstart", "--tower.path", str(folder / "tower"), "--tower.image-size", "16"]
-options += ["--data_path", str(folder / "data"), "--output_dir", str(folder / "run"), "--max_steps", "3"]
-options += ["--train.global-batch", "16", "--train.micro-batch", "8", "--heads.steps", "2", "--evaluation.group", ""]
-options += ["--data.validation", str(folder / "data"), "--deepspeed", "scripts/zero2.json", "--heads.batch", "16"]
-sys.exit(run("train-tower", options))
+assert run("train-tower", ["--recipe", "quickstart"]) == 2
+config = recipe("quickstart")
+config = replace(
+    config,
+    output_dir=str(folder / "run"),
+    deepspeed="scripts/zero2.json",
+    data=replace(config.data, path=(str(folder / "data"),), validation=str(folder / "data")),
+    tower=replace(config.tower, path=str(folder / "tower"), image_size=16),
+    heads=replace(config.heads, steps=2, batch=16),
+    train=replace(config.train, global_batch=16, micro_batch=8, max_steps=3),
+    evaluation=replace(config.evaluation, group=""),
+)
+print("tower:", train_tower(config))
 """
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed >= 0.16 beside LLaVA")
 def test_a_tower_trains_here_too(tmp_path: Path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "train")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert 'tyro, or all of training: pip install "llm2clip-plugin[train]"' in done.stderr  # of the command line
+    assert done.stdout.endswith(f"tower: {tmp_path / 'run' / 'tower'}\n")
     assert "step 3/3 loss" in done.stderr and "R@1" in done.stderr
     from llm2clip_plugin import load_tower
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.stages.llm.command import parse
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, pretrain_llm, trained_module
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.run import pretrain_llm, trained_module
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.mntp import UNMASKED, MaskedModule, choose_masked, output_head
 from llm2clip_plugin.text.settings import EncoderConfig

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_run import STEPS, losses, options
 from tiny_data import make_all
 from torch import Tensor
+from tower_runs import STEPS, losses, options
 from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin import load_dual_encoder

@@ -19,7 +19,7 @@ from llm2clip_plugin.data.loader import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
-from llm2clip_plugin.stages.tower.run import open_data
+from llm2clip_plugin.stages.tower.opening import open_data
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.loop import TrainConfig

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import ROOT, environment, losses, options
 from tiny_data import make_all
 from torch import Tensor
+from tower_runs import ROOT, environment, losses, options
 
 from llm2clip_plugin.train.distributed import free_port
 

@@ -1,4 +1,4 @@
-"""``llm2clip embed ... --dry-run``: how large the cache will be, from the captions and the LLM's config.json alone."""
+"""``llm2clip embed ... --dry-run``: the cache's size, from the captions and the LLM's config.json alone."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ from pathlib import Path
 
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, shard_bytes
 from llm2clip_plugin.data.cache.writer import caption_rows
-from llm2clip_plugin.data.sources.open import Source
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.stages.embed.config import EmbedConfig
+from llm2clip_plugin.stages.paper import TEACHERS
+from llm2clip_plugin.text.embed import default_cache_folder
 from llm2clip_plugin.text.settings import EncoderConfig
 
-USUAL_WIDTHS = (2048, 4096)  # of the paper's LLMs: Llama 3.2 1B and 3 8B
 
+def cache_plan(config: EmbedConfig) -> str:
+    """The number of captions and the cache's size in both formats; reads every caption, but no weights.
 
-def cache_plan(source: Source, config: EncoderConfig) -> str:
-    """Captions, and the cache's bytes on disk in both formats; every caption is read, no weight is."""
+    Raises ValueError for data at a URL without ``cache``.
+    """
+    if not config.cache:
+        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    source = open_source(config.source)
     rows = key_bytes = 0
     for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
         key, captions = source.captions(number)
         key_bytes += len(key.encode())
         rows += len(caption_rows([captions]))
-    width = width_of(config)
+    width = width_of(config.encoder)
     lines = [f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"]
     if not width:
-        lines.append(f"{config.llm}: no config.json here says how wide its embeddings are; the paper's LLMs:")
-    for size in (width,) if width else USUAL_WIDTHS:
+        lines.append(f"no config.json of {config.encoder.llm} on this machine; for embeddings of the paper's LLMs:")
+    for size in (width,) if width else [teacher.width for teacher in TEACHERS.values()]:
         listed = (
             f"{dtype} {readable(shard_bytes(len(source), rows, size, dtype, key_bytes=0) + key_bytes)}"
             for dtype in CACHE_DTYPES
@@ -34,14 +41,14 @@ def cache_plan(source: Source, config: EncoderConfig) -> str:
 
 
 def readable(size: float) -> str:
-    """Bytes in the unit that leaves 1 to 999 of them."""
+    """A number of bytes in the unit that gives 1 to 999."""
     units = ("kB", "MB", "GB", "TB")
     step = next((n for n in range(len(units)) if size < 1000 ** (n + 2)), len(units) - 1)
     return f"{size / 1000 ** (step + 1):.1f} {units[step]}"
 
 
 def width_of(config: EncoderConfig) -> int:
-    """Width of the LLM's states by its config.json, in its folder or in the Hub's cache on this machine; 0: unknown."""
+    """Width of the LLM's states, from the config.json in its folder or in the local Hub cache; 0 if there is none."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 

@@ -1,53 +1,67 @@
-"""``llm2clip finetune-llm`` and ``llm2clip pretrain-llm``: a command line into a stage 1 run."""
+"""The command lines of stage 1: ``llm2clip finetune-llm`` and ``llm2clip pretrain-llm``."""
 
 from __future__ import annotations
 
-import argparse
-import os
-
+from llm2clip_plugin.stages.command_line import override, rank_and_world, split_options
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.plan import llm_plan, pretraining_plan
 from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES, llm_recipe
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, finetune_llm, pretrain_llm
+from llm2clip_plugin.stages.llm.run import finetune_llm, pretrain_llm
 
-PLAN_OPTIONS = {  # as train-tower has them -> here
+ABOUT = {
+    "finetune-llm": f"""\
+llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --pair-kinds short:long --output-dir runs/llm
+
+Fine-tune an LLM contrastively on captions: DATA [DATA ...] and --llm PATH_OR_HUB_ID, or --recipe NAME
+({", ".join(LLM_RECIPES)}) for the paper's LLMs and settings. Rerun the same command to resume.""",
+    "pretrain-llm": """\
+llm2clip pretrain-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output-dir runs/mntp
+
+Warm an LLM up for fine-tuning: masked next-token prediction (MNTP) on captions. Rerun the same command to resume.""",
+}
+PLAN_OPTIONS = {  # train-tower's spelling -> ours
     "--plan.images": "--assumed-pairs",
     "--plan.gpu-gib": "--gpu-gib",
     "--plan.gpu_gib": "--gpu-gib",
 }
 
 
-def parse(argv: list[str], prog: str = "llm2clip finetune-llm") -> FinetuneConfig:
-    """The configuration from a command line; data sets may stand first, without ``--data``. ``--recipe NAME`` gives the
-    fields that the other options override."""
-    import tyro
+def parse(argv: list[str], command: str = "finetune-llm") -> FinetuneConfig:
+    """The configuration of a command line; data sets may come first, without ``--data``.
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="")
-    first.add_argument("--local_rank", "--local-rank", default="")  # the DeepSpeed launcher's; LOCAL_RANK says it too
-    chosen, words = first.parse_known_args(argv)
+    ``--recipe NAME`` gives the full configuration, the other options override single fields.
+    """
+    first, words = split_options(argv, "recipe")
     words = [PLAN_OPTIONS.get(name, name) + equals + value for name, equals, value in (w.partition("=") for w in words)]
     if words and not words[0].startswith("-"):
         words.insert(0, "--data")
-    default = llm_recipe(chosen.recipe) if chosen.recipe else FinetuneConfig()
-    about = (
-        "Teach an LLM to tell captions apart. Usage: llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID, or "
-        f"--recipe NAME ({', '.join(LLM_RECIPES)}) for the paper's LLMs and settings."
-    )
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[FinetuneConfig], args=words, default=default, prog=prog, description=about
-    )
+    default = llm_recipe(first["recipe"]) if first["recipe"] else FinetuneConfig()
+    return override(FinetuneConfig, words, command=command, about=ABOUT[command], default=default, sections=False)
 
 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    adapter = finetune_llm(parse(argv), argv)
-    if adapter is not None and os.environ.get("RANK", "0") == "0":
+    config = parse(argv)
+    first_rank = rank_and_world()[0] == 0
+    if config.dry_run:
+        if first_rank:
+            print(llm_plan(config, argv), flush=True)
+        return 0
+    adapter = finetune_llm(config)
+    if adapter is not None and first_rank:
         print(f"adapter: {adapter}")
     return 0
 
 
 def main_pretrain(argv: list[str]) -> int:
     """``llm2clip pretrain-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    adapter = pretrain_llm(parse(argv, "llm2clip pretrain-llm"))
-    if adapter is not None and os.environ.get("RANK", "0") == "0":
-        print(f"adapter: {adapter}; merge it with llm2clip export-llm, then fine-tune what that wrote")
+    config = parse(argv, "pretrain-llm")
+    first_rank = rank_and_world()[0] == 0
+    if config.dry_run:
+        if first_rank:
+            print(pretraining_plan(config), flush=True)
+        return 0
+    adapter = pretrain_llm(config)
+    if adapter is not None and first_rank:
+        print(f"adapter: {adapter}; merge it with llm2clip export-llm, then fine-tune the merged LLM")
     return 0

@@ -7,18 +7,19 @@ what it assumes.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm2clip_plugin.stages import plan_text as plans
-from llm2clip_plugin.stages.llm.recipes import MIXTURE
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, engine_plan, open_data, refuse_combinations
+from llm2clip_plugin.stages.command_line import rank_and_world
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.opening import open_data
+from llm2clip_plugin.stages.llm.run import plan_stage
+from llm2clip_plugin.stages.paper import LLM_MIXTURE
 from llm2clip_plugin.text.memory import LlmShape, kept_by_token, llm_config, model_of, shape_llm
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import build_frame, literal_template, token_ids
-from llm2clip_plugin.train.deepspeed_config import complete, read_deepspeed_json
 from llm2clip_plugin.train.memory import Kept, Model
 from llm2clip_plugin.train.optim import Trained, is_vector
 
@@ -52,14 +53,12 @@ def llm_plan(config: FinetuneConfig, command: Sequence[str]) -> str:
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself; an LLM that is not to be
     had leaves the memory out.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world = rank_and_world()
     encoder = apply_preset(config.encoder)
     encoder = apply_card(encoder, find_card(encoder.adapter or encoder.llm), encoder.adapter or encoder.llm)
     config = dataclasses.replace(config, encoder=encoder)
     numbers = look(config)
-    plan = engine_plan(config, numbers.pairs, world)
-    ds_config = complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
-    refuse_combinations(config, ds_config)
+    plan, ds_config = plan_stage(config, numbers.pairs, world)
     parts = [
         *numbers.lines,
         *(f"assumed: {note}" for note in numbers.notes),
@@ -92,6 +91,15 @@ def llm_plan(config: FinetuneConfig, command: Sequence[str]) -> str:
     return "\n".join([*parts, plans.describe_deepspeed(ds_config)])
 
 
+def pretraining_plan(config: FinetuneConfig) -> str:
+    """What ``pretrain-llm`` would do: its pairs, steps and DeepSpeed configuration, without memory."""
+    _, world = rank_and_world()
+    data = open_data(config, rank=0, world=world)
+    plan, ds_config = plan_stage(config, data.samples, world)
+    described = plans.describe_run(plan, ds_config, samples=data.samples, world=world)
+    return "\n".join([*data.lines(), described, plans.describe_deepspeed(ds_config)])
+
+
 def look(config: FinetuneConfig) -> Numbers:
     """The data as it is; what is missing is assumed, and said."""
     encoder, lines, notes = config.encoder, [], []
@@ -105,7 +113,7 @@ def look(config: FinetuneConfig) -> Numbers:
         missing = "the LLM's tokenizer isn't here"
     else:
         samples, texts, lengths, missing = config.plan.assumed_pairs, 2, [], "no DATA"
-        lines = [f"the paper's data: {MIXTURE}"]
+        lines = [f"the paper's data: {LLM_MIXTURE}"]
         notes.append(f"{samples:,} pairs of a query and a positive (--plan.images, or DATA)")
     if not lengths:
         lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]

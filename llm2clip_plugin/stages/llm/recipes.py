@@ -2,7 +2,7 @@
 
 Published settings (LLM2CLIP's own training configurations, arXiv 2411.04997): LoRA r 16, alpha 32, dropout 0.05 on
 every linear layer, lr 2e-4 after 300 steps of warm-up, one epoch, batch 512 = 8 x 64, scale 50, 512 tokens, an
-instruction on the queries alone that is left out of the pooling. ZeRO-2 is the command line's: --deepspeed
+instruction before the queries only, which is left out of the pooling. For the paper's ZeRO-2 add --deepspeed
 scripts/zero2.json.
 """
 
@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llm2clip_plugin.stages.llm.run import FinetuneConfig
-from llm2clip_plugin.stages.tower.recipes import TEACHERS, Mixture
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.text.contrast import ContrastConfig
 from llm2clip_plugin.text.lora import LoraSettings
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.optim import OptimConfig
 
-MIXTURE = Mixture(  # sizes are nominal: part of the links is dead by now
-    sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("E5's text pairs", 1.5)),
-    captions="a pair is two of an image's captions (DreamLIP's) or a text pair, every batch from one source",
-)
 INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
 
 
@@ -36,7 +32,7 @@ def llama_8b() -> FinetuneConfig:
 
 
 def _paper(teacher: str, *, gradient_checkpointing: bool) -> FinetuneConfig:
-    """The published stage-1 settings over an LLM; captions (the paper's: MIXTURE) are the user's."""
+    """The published stage-1 settings over an LLM; captions (the paper's: LLM_MIXTURE) are the user's."""
     known = TEACHERS[teacher]
     return FinetuneConfig(
         output_dir=f"runs/{teacher}",

@@ -1,6 +1,6 @@
 """``llm2clip export``: a training run as a tower directory, or a tower directory in another format.
 
-Tower directories need nothing beyond LLaVA's environment; a run is read by what trained it.
+A tower directory is exported with LLaVA's environment alone; a run needs the training environment.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import argparse
 from pathlib import Path
 
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.stages.settings import from_plain
+from llm2clip_plugin.train.checkpoint import FOLDER, RESUME_AUTO, Checkpoints, load
+from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.vision.convert.formats import FORMATS, convert, push_to_hub
-from llm2clip_plugin.vision.export import reexport
+from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import summary
 
 FORMAT_HELP = (
@@ -27,14 +30,13 @@ def main(argv: list[str]) -> int:
     if options.format != "tower":
         if is_run or options.push:
             raise ValueError(
-                f"--format {options.format} converts a tower directory and is not pushed: export the run as a tower "
-                "first, then that"
+                f"--format {options.format} converts a tower directory and can't be pushed; export the run as a tower "
+                "first, then convert that"
             )
-        print(f"{convert(options.source, options.output, options.format, replace=options.overwrite)}: read back equal")
+        written = convert(options.source, options.output, options.format, replace=options.overwrite)
+        print(f"{written}: verified by reloading")
         return 0
     if is_run:
-        from llm2clip_plugin.stages.tower.run import export_run
-
         export_run(
             Path(options.source),
             Path(options.output),
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
         )
         card = TowerCard.read(Path(options.output) / TowerCard.FILE)
     elif options.ema or options.checkpoint:
-        raise ValueError(f"--ema and --checkpoint choose from a run; {options.source} has no {RunRecord.FILE}")
+        raise ValueError(f"--ema and --checkpoint are for a training run; {options.source} has no {RunRecord.FILE}")
     else:
         card = reexport(options.source, options.output, replace=options.overwrite)
     print(summary(options.output, card))
@@ -67,3 +69,37 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--public", action="store_true", help="the uploaded repository is public")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
     return parser.parse_args(argv)
+
+
+def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool = False, replace: bool = False) -> None:
+    """Write a run's checkpoint (the newest, unless ``checkpoint`` is the name or path of one) as a tower directory."""
+    # imports DeepSpeed, which LLaVA's environment may lack and the export of a tower directory doesn't need
+    from llm2clip_plugin.stages.tower.config import RunConfig
+
+    record = RunRecord.read(run / RunRecord.FILE)
+    config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
+    inside = run / FOLDER / checkpoint
+    path = Checkpoints(run, keep=0).find(str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO)
+    if path is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint yet")
+    loaded = load(path)
+    if averaged and not loaded.averages:
+        raise ValueError(f"{path} holds no moving average: the run had --train.ema-decay 0")
+    dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
+    export_tower(
+        dual,
+        output,
+        origin=config.tower.path,
+        teacher=record.teacher,
+        training={
+            "steps": loaded.state.step,
+            "samples": loaded.state.samples,
+            "global_batch": config.train.global_batch,
+            "data": [Path(path).name for path in config.data.path],
+            "config_hash": loaded.state.config_hash,
+            "moving_average": averaged,
+        },
+        metrics={} if averaged else loaded.state.metrics,
+        replace=replace,
+    )

@@ -6,17 +6,17 @@ No weights are read and nothing is downloaded; where there is no data or no cach
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
+from llm2clip_plugin.stages.command_line import rank_and_world
+from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
+from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.recipes import MIXTURES, TEACHERS
-from llm2clip_plugin.stages.tower.run import engine_plan, find_cache, open_data
-from llm2clip_plugin.train.deepspeed_config import complete, read_deepspeed_json
+from llm2clip_plugin.stages.tower.opening import find_cache, open_data
 from llm2clip_plugin.train.memory import PROBE_GRID, model_of
 from llm2clip_plugin.train.model import shape_dual, trained_parameters, with_llm_width
 
@@ -39,13 +39,14 @@ def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
 
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world = rank_and_world()
     numbers = look(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, numbers.width))
     dual = shape_dual(config.tower, config.dual)
     train, tower = config.train, dual.tower.config
-    plan = engine_plan(config, samples=numbers.samples, hidden_size=tower.hidden_size, world=world)
-    ds_config = complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
+    plan, ds_config = plan_engine(
+        config, train, config.optim, samples=numbers.samples, world=world, hidden_size=tower.hidden_size
+    )
     small = dataclasses.replace(config.tower, image_size=PROBE_GRID * tower.patch_size)
     model = model_of(
         dual, shape_dual(small, config.dual).tower, train.precision, checkpointing=train.gradient_checkpointing
@@ -73,7 +74,7 @@ def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
 
 def look(config: RunConfig) -> Numbers:
     """Data and caches as they are; what is missing is assumed, and said."""
-    config.validate(planned=True)
+    config.validate(needs_data=False)
     notes = []
     if config.data.path and _has_caches(config):
         data = open_data(config)
@@ -85,7 +86,7 @@ def look(config: RunConfig) -> Numbers:
         notes.append(f"no embedding cache beside the data; {config.plan.captions} captions an image")
     else:
         notes.append(f"{samples:,} images x {config.plan.captions} captions (--plan.images, or --data.path)")
-        notes += [f"data as the paper's, {mixture}" for mixture in MIXTURES]
+        notes += [f"data as the paper's, {mixture}" for mixture in TOWER_MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())

@@ -1,4 +1,4 @@
-"""Named runs, each a function that returns a whole configuration; the command line overrides single fields.
+"""Stage 2's named runs, each a function that returns a full configuration; the command line overrides single fields.
 
 Published settings: LLM2CLIP's own training configurations (arXiv 2411.04997): AdamW, lr 1e-5 on both sides,
 weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, global batch 4096 = 8 x 512, joint width
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import llm2clip_plugin
 from llm2clip_plugin.data.images import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.evaluate.measure import RetrievalConfig
+from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.heads import HeadsConfig
 from llm2clip_plugin.train.loop import TrainConfig
@@ -29,7 +29,7 @@ EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"
 def quickstart() -> RunConfig:
     """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two CPU cores.
 
-    Say --tower.path (the quickstart makes one) and --data.cache.
+    Set --tower.path (the quickstart makes a tower) and --data.cache.
     """
     return RunConfig(
         output_dir="runs/quickstart",
@@ -56,7 +56,7 @@ def quickstart() -> RunConfig:
 
 
 def openai_l14_336() -> RunConfig:
-    """OpenAI's CLIP ViT-L/14 at 336 px, which LLaVA 1.5 uses, with the paper's settings."""
+    """OpenAI's CLIP ViT-L/14 at 336 px, LLaVA 1.5's own tower, with the paper's settings."""
     return _paper("openai-l14-336", TowerConfig(path="openai/clip-vit-large-patch14-336"))
 
 
@@ -71,17 +71,17 @@ def openai_b16() -> RunConfig:
 
 
 def eva02_l14_336() -> RunConfig:
-    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then say --tower.path."""
+    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then set --tower.path."""
     return _paper("eva02-l14-336", TowerConfig(architecture="eva02-l14-336"))
 
 
 def eva02_l14_224() -> RunConfig:
-    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then say --tower.path."""
+    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then set --tower.path."""
     return _paper("eva02-l14-224", TowerConfig(architecture="eva02-l14-224"))
 
 
 def eva02_b16() -> RunConfig:
-    """EVA02-CLIP B/16: `llm2clip import` its .pt, then say --tower.path."""
+    """EVA02-CLIP B/16: `llm2clip import` its .pt, then set --tower.path."""
     return _paper("eva02-b16", TowerConfig(architecture="eva02-b16"))
 
 
@@ -96,7 +96,7 @@ def siglip2_so400m_224() -> RunConfig:
 
 
 def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
-    """The published stage-2 settings over a tower; data (the paper's: MIXTURES) and caches are the user's."""
+    """The published stage-2 settings over a tower; data (the paper's: TOWER_MIXTURES) and caches are the user's."""
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
@@ -113,53 +113,6 @@ def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunC
         ),
     )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """An LLM of the paper: the one that stage 1 starts from, and the released one that has stage 1 behind it."""
-
-    base: str  # Hub id
-    released: str  # Hub id
-    preset: str  # how the released one reads a caption (llm2clip embed --preset)
-    width: int  # of an embedding: what a cache of it holds
-
-
-TEACHERS = {
-    "llama-1b": Teacher(
-        base="meta-llama/Llama-3.2-1B-Instruct",
-        released="microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
-        preset="llm2clip-llama3",
-        width=2048,
-    ),
-    "llama-8b": Teacher(
-        base="meta-llama/Meta-Llama-3-8B-Instruct",
-        released="microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
-        preset="llm2clip-llama3",
-        width=4096,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Data that the paper trained on: sets and their sizes, each sample equally often."""
-
-    sets: tuple[tuple[str, float], ...]  # name, samples in millions
-    captions: str  # which of a sample
-
-    def __str__(self) -> str:
-        listed = " + ".join(f"{name} ({size:g} M)" for name, size in self.sets)
-        return f"{sum(size for _, size in self.sets):g} M = {listed}; {self.captions}"
-
-
-SHORT_AND_LONG = "its own short caption or a long one of an MLLM (DreamLIP's, Recap's), drawn evenly"
-MIXTURES = (  # of stage 2; sizes are nominal: part of the links is dead by now
-    Mixture(sets=(("CC3M", 3), ("CC12M", 12)), captions=SHORT_AND_LONG),
-    Mixture(
-        sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("a part of Recap-DataComp-1B", 30)),
-        captions=SHORT_AND_LONG,
-    ),
-)
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
@@ -178,7 +131,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The recipe of that name; ``TOWER/TEACHER`` takes caches of that LLM alone. ValueError lists the known ones."""
+    """The recipe of that name; ``TOWER/TEACHER`` accepts only caches as wide as that LLM's embeddings.
+
+    Raises ValueError listing the known names.
+    """
     tower, slash, llm = name.replace("-", "_").partition("/")
     llm = llm.replace("_", "-")
     if tower not in RECIPES:

@@ -1,4 +1,4 @@
-"""Shared by the tests of text/: adapters that do something."""
+"""Shared by the tests of text/ and stages/: adapters that do something."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, card_of, trained_module
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.run import card_of, trained_module
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings, save_adapter
 from llm2clip_plugin.text.settings import EncoderConfig

@@ -1,4 +1,4 @@
-"""The door: misspelt options, contradictions, DeepSpeed's JSON, changed settings on resume, the command line."""
+"""DeepSpeed's JSON with the run's values, contradictions, schedules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_plugin.stages.tower import recipes
-from llm2clip_plugin.stages.tower.command import override, read_command, translate
-from llm2clip_plugin.stages.tower.config import RunConfig, from_plain, refuse_changes
-from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
+from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.losses.config import LossConfig
@@ -105,112 +102,6 @@ def test_files_that_are_no_configuration(tmp_path: Path):
         read_deepspeed_json(str(tmp_path / "x.json"))
 
 
-def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
-        from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
-    with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):
-        from_plain(RunConfig, {"train": {"global_bach": 1}}, where="x.json")
-    with pytest.raises(ValueError, match=r"train.global_batch is '8', expected <class 'int'>"):
-        from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
-    with pytest.raises(SystemExit) as stopped:
-        read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
-    assert stopped.value.code == 2
-    assert "--train.global-batch" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: quickstart"):
-        read_command(["--recipe", "quickstrat"])
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["tyro", "without tyro"])
-def test_the_command_line_overrides_a_recipe(plain: bool, monkeypatch: pytest.MonkeyPatch):
-    if plain:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    argv = ["--local_rank=1", "--recipe", "quickstart", "--deepspeed", "scripts/zero1.json", "--optim.lr", "2e-4"]
-    argv += [
-        "--output_dir=runs/x",
-        "--data_path",
-        "a",
-        "b",
-        "--learning_rate",
-        "3e-4",
-        "--gradient_checkpointing",
-        "True",
-    ]
-    argv += [
-        "--bf16",
-        "True",
-        "--vision_tower",
-        "t",
-        "--per_device_train_batch_size",
-        "4",
-        "--report_to",
-        "tensorboard",
-    ]
-    argv += ["--dual.projection-norm", "False"]
-    config = read_command(argv)
-    assert config.optim.lr == 3e-4 and config.deepspeed == "scripts/zero1.json" and config.output_dir == "runs/x"
-    assert config.data.path == ("a", "b") and config.tower.path == "t" and config.train.micro_batch == 4
-    assert config.train.gradient_checkpointing and config.train.precision == "bf16"
-    assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
-    assert config.heads == recipes.quickstart().heads
-
-
-def test_without_tyro_a_misspelt_option_is_refused_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"unknown option 'optim.lrr'"):
-        override(recipes.quickstart(), ["--optim.lrr", "1"])
-    silent = override(recipes.quickstart(), translate(["--report_to", "none", "--optim.lr", "0.5"]))
-    assert silent.train.report_to == () and silent.optim.lr == 0.5
-
-
-def test_names_of_llava_s_scripts():
-    assert translate(["--bf16", "False", "--fp16=True"]) == ["--train.precision", "fp16"]
-    assert translate(["--torch_compile", "False"]) == ["--train.no-torch_compile"]
-    silent = read_command(["--report_to", "none", "--seed", "7"])
-    assert silent.train.report_to == () and silent.train.seed == 7
-    assert translate(["--learning_rate", "1e-4"]) == ["--optim.lr", "1e-4"]
-
-
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_recipes_survive_json(name: str):
-    config = recipe(name)
-    again = from_plain(RunConfig, json.loads(json.dumps(dataclasses.asdict(config))), where=name)
-    assert again == config and again.hash == config.hash
-
-
-def test_the_hash_sees_what_is_learned_alone():
-    config = recipes.quickstart()
-    moved = dataclasses.replace(config, output_dir="elsewhere", deepspeed="zero3.json", resume="never")
-    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3))
-    assert moved.hash == config.hash != other.hash
-
-
-def test_changed_settings_are_named_and_can_be_allowed():
-    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
-    now = dataclasses.asdict(recipes.quickstart())
-    refuse_changes(saved, {**now, "output_dir": "x"}, (), where="run")
-    now["optim"]["lr"] = 1e-3
-    with pytest.raises(ValueError, match=r"optim.lr: 0.0004 there, 0.001 now(.|\n)*--allow-changed optim.lr"):
-        refuse_changes(saved, now, (), where="run")
-    refuse_changes(saved, now, ("optim.lr",), where="run")
-    refuse_changes(saved, now, ("optim",), where="run")
-    with pytest.raises(ValueError, match=r"no field 'optim.lrr'; did you mean 'optim.lr'"):
-        refuse_changes(saved, now, ("optim.lrr",), where="run")
-
-
-def test_settings_of_version_0_1_keep_their_meaning(tmp_path: Path):
-    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
-    saved["dual"]["joint_width"] = saved["dual"].pop("projection_dim")
-    del saved["loss"]["args"]
-    assert from_plain(RunConfig, saved, where="run.json") == recipes.quickstart()
-    now = dataclasses.asdict(recipes.quickstart())
-    refuse_changes(saved, now, (), where="run")
-    now["dual"]["projection_dim"] = 8
-    with pytest.raises(ValueError, match=r"dual.projection_dim: 384.0 there, 8.0 now"):
-        refuse_changes(saved, now, (), where="run")
-    refuse_changes(saved, now, ("dual.joint_width",), where="run")
-    assert read_command(["--recipe", "quickstart", "--dual.joint-width", "8"]).dual.projection_dim == 8
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -221,10 +112,10 @@ def test_settings_of_version_0_1_keep_their_meaning(tmp_path: Path):
         (lambda: TrainConfig(report_to=("mlflow",)), "unknown train.report_to"),  # type: ignore[arg-type]
         (lambda: TrainConfig(max_steps=0, num_train_epochs=0), "nothing to train"),
         (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --train.global-batch 64"),
-        (lambda: RunConfig().validate(), "no data to train on: say --data.path"),
         (lambda: LossConfig(args=("margin=1",)), r"loss.args: 'margin=1' is not a setting of InfoNCE; settings: none"),
         (lambda: LossConfig(kind="sigmoid").check(DualConfig()), "sigmoid learns a logit bias: set --dual.logit-bias"),
         (lambda: LossConfig().check(DualConfig(logit_bias_init=-10.0)), "infonce has no logit bias: leave dual.logit"),
+        (lambda: RunConfig().validate(), "no training data; set --data.path"),
     ],
 )
 def test_the_door_refuses_with_values(make: Any, message: str):

@@ -23,7 +23,8 @@ from text_helpers import moved, write_moved
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
 from llm2clip_plugin.stages.llm.command import parse
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, finetune_llm
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.run import finetune_llm
 from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts, hard_negative_loss
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.lora import LoraSettings
@@ -283,7 +284,7 @@ def test_hard_negatives(llama: Path, tmp_path: Path) -> None:
 def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(f"{WORDS[i % 16]} {WORDS[i * 5 % 16]} {i}" for i in range(32)))
     arguments = options(tmp_path / "texts.txt", llama, tmp_path / "run", "--learn-scale")
-    with pytest.raises(ValueError, match=r"differs by dropout alone, and lora\.dropout is 0"):
+    with pytest.raises(ValueError, match=r"differs only by dropout, and lora\.dropout is 0"):
         finetune_llm(parse(arguments))
     finetune_llm(parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -330,10 +331,10 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
     zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
     for more, said in (
         (("--targets", "query"), "unknown LoRA targets ['query']; this LLM's linear layers are: down_proj"),
-        (zero3, "ZeRO-3 can't cut up 4-bit weights"),
-        (("--precision", "bf16"), "would turn the LLM's float32 weights into it"),
+        (zero3, "ZeRO-3 can't partition 4-bit weights"),
+        (("--precision", "bf16"), "would convert the LLM's float32 weights"),
         (("--max-tokens", "8"), "prompt and template use"),
-        (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries looked at are longer than max_tokens 36"),
+        (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries are longer than max_tokens 36"),
         (("--chat-template", "user", "--llm", str(bare)), "has no chat template; write it out"),
         (("--fields", "label=short"), "kinds of captions there (samples that have them): none"),
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
@@ -348,7 +349,9 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
 def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
     more = ("--max-tokens", "36", "--pair-kinds", "long:short", "--cut-queries", "--max-steps", "1")
     assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
-    found = re.search(r"of (\d+) pairs (\d+) queries and 0 positives are cut to 36 tokens", capsys.readouterr().out)
+    found = re.search(
+        r"of the first (\d+) pairs (\d+) queries and 0 positives are truncated to 36 tokens", capsys.readouterr().out
+    )
     assert found and 0 < int(found[2]) < int(found[1])
 
 

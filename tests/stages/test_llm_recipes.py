@@ -8,7 +8,7 @@ from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.llm.recipes import INSTRUCTION, LLM_RECIPES, llm_recipe
 from llm2clip_plugin.stages.llm.run import finetune_llm
-from llm2clip_plugin.stages.tower.recipes import TEACHERS
+from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.text.settings import PRESETS
 
 

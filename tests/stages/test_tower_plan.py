@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny_data import make_cache, make_shards, make_tower
 
+from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.tower import command as tower_command
 from llm2clip_plugin.stages.tower.config import DataConfig
 from llm2clip_plugin.stages.tower.plan import tower_plan
-from llm2clip_plugin.stages.tower.recipes import RECIPES, TEACHERS, recipe
+from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 from llm2clip_plugin.train.model import TowerConfig, build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.architectures import ARCHITECTURES, meta_tower

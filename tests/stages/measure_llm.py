@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.stages.llm.run import FinetuneConfig, trained_module
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.run import trained_module
 from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig

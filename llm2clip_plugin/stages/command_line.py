@@ -1,0 +1,48 @@
+"""What the stages' command lines share: options that are read before the others, tyro, and the launcher's variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, from the launcher's environment; (0, 1) without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def split_options(argv: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
+    """The values of the options ``--NAME VALUE`` ("" if absent), and the other words.
+
+    ``--local_rank``, which the DeepSpeed launcher adds, is dropped: LOCAL_RANK says the same.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--local_rank", "--local-rank", dest="_local_rank")
+    values, words = parser.parse_known_args(argv)
+    return {name: getattr(values, name) for name in names}, words
+
+
+def override(
+    kind: type[Settings],
+    words: Sequence[str],
+    *,
+    command: str,
+    about: str,
+    default: Settings | None = None,
+    sections: bool = True,
+) -> Settings:
+    """``default`` with the fields that a command line sets, as --SECTION.FIELD or (``sections`` False) as --FIELD.
+
+    Exits with status 2 for an unknown option. Raises ModuleNotFoundError without tyro, which the train extra installs.
+    """
+    import tyro
+
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    form: Any = kind if sections else tyro.conf.OmitArgPrefixes[kind]
+    return tyro.cli(form, args=list(words), prog=f"llm2clip {command}", description=about, **options)

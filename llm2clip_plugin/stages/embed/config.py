@@ -1,0 +1,28 @@
+"""EmbedConfig: the captions, the LLM and the cache of ``llm2clip embed``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.text.settings import EncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """One pass of a data set's captions through a frozen LLM (stage 1.5)."""
+
+    source: SourceConfig  # the captioned images
+    encoder: EncoderConfig  # the LLM
+    cache: str = ""  # folder of the cache; "": embeddings-<fingerprint> in the data's folder
+    dtype: str = "float16"  # storage: float16, or int8 with a scale for each row (half the size)
+    tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
+    dry_run: bool = False  # print the number of captions and the size of the cache, then exit
+    verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CACHE_DTYPES:
+            raise ValueError(f"unknown cache dtype {self.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
+        if self.tokens_per_batch < 0:
+            raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")

@@ -1,0 +1,55 @@
+"""Stage 1.5 assembled: captions and a frozen LLM in, a cache of embeddings out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.stages.command_line import rank_and_world
+from llm2clip_plugin.stages.embed.config import EmbedConfig
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
+from llm2clip_plugin.text.encoder import CaptionEncoder
+
+
+def embed_captions(config: EmbedConfig) -> list[str]:
+    """Embed this rank's shards; returns the report as lines. Ranks meet only in the file system."""
+    rank, world = rank_and_world()
+    source, encoder, directory = open_all(config)
+    manifest, tally = embed_source(
+        source,
+        encoder,
+        directory,
+        config.dtype,
+        rank,
+        world,
+        tokens_per_batch=config.tokens_per_batch,
+        quiet=rank != 0,
+    )
+    prefix = f"rank {rank}: " if world > 1 else ""
+    lines = [prefix + line for line in tally.lines(encoder.config.max_tokens)]
+    if manifest is not None:
+        lines.append(
+            f"{directory}: {manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}, complete"
+        )
+    return lines
+
+
+def verify_cache(config: EmbedConfig) -> str:
+    """Compare the cache with the data and the LLM; ContractError at the first difference."""
+    return verify(*open_all(config))
+
+
+def open_all(config: EmbedConfig) -> tuple[Source, CaptionEncoder, Path]:
+    """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
+    if not config.cache:
+        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    source = open_source(config.source)
+    encoder = CaptionEncoder(config.encoder)
+    folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
+    return source, encoder, folder

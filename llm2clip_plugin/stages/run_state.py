@@ -1,0 +1,162 @@
+"""A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
+from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
+from llm2clip_plugin.train.distributed import barrier, rank
+from llm2clip_plugin.train.ema import MovingAverage
+from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
+from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
+from llm2clip_plugin.train.step import Batch
+from llm2clip_plugin.train.stopping import StopRequest
+from llm2clip_plugin.vision.export import library_versions
+
+
+def plan_engine(
+    config: TrainingConfig, train: TrainConfig, optim: OptimConfig, *, samples: int, world: int, hidden_size: int
+) -> tuple[EnginePlan, dict[str, Any]]:
+    """The run in DeepSpeed's terms, and the configuration that DeepSpeed gets.
+
+    ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
+    equally, or a DeepSpeed JSON that contradicts the run.
+    """
+    _, micro, accumulation = train.rows(world)
+    steps = train.steps(samples)
+    plan = EnginePlan(
+        global_batch=train.global_batch,
+        micro_batch=micro,
+        accumulation=accumulation,
+        precision=train.precision,
+        max_grad_norm=optim.max_grad_norm,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        schedule=optim.schedule,
+        warmup_steps=optim.warmup(steps),
+        total_steps=steps,
+        hidden_size=hidden_size,
+        report_to=train.report_to,
+        output_dir=config.output_dir,
+        run_name=Path(config.output_dir).name,
+    )
+    return plan, complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A run's folder and settings, and the checkpoint that it resumes from."""
+
+    config: TrainingConfig
+    config_hash: str
+    train: TrainConfig
+    optim: OptimConfig
+    run_settings: dict[str, Any]  # what a checkpoint is compared with: the configuration, and what it was applied to
+    teacher: dict[str, Any]  # TeacherIdentity as a dict; {} in stage 1
+    total_steps: int
+    deepspeed: dict[str, Any]  # DeepSpeed's configuration
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.output_dir)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this run's folder."""
+        return Checkpoints(self.folder, keep=self.train.save_total_limit)
+
+    def find_checkpoint(self) -> Loaded | None:
+        """The checkpoint to resume from, None for a new run; ValueError if it was saved with other settings."""
+        path = self.checkpoints.find(self.config.resume)
+        if path is None:
+            return None
+        loaded = load(path)
+        refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
+        state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
+        return dataclasses.replace(loaded, state=state)
+
+    def make_engine(
+        self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
+    ) -> Engine:
+        """DeepSpeed's engine over the module; AdamW continues from the checkpoint, whose weights the module holds."""
+        adam = {"lr": self.optim.lr, "betas": self.optim.betas, "eps": self.optim.eps}
+        groups = parameter_groups(trained, self.optim.weight_decay)
+        engine = Engine(module, groups, adam, self.deepspeed, keep_frozen=keep_frozen)
+        if resumed is not None:
+            engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
+        return engine
+
+    def start_state(self, resumed: Loaded | None) -> TrainState:
+        """Where training starts."""
+        if resumed is not None:
+            return resumed.state
+        return TrainState(
+            step=0, samples=0, config=self.run_settings, config_hash=self.config_hash, seed=self.train.seed
+        )
+
+    def train_to_end(
+        self,
+        engine: Engine,
+        state: TrainState,
+        *,
+        step: StepFunction,
+        batches: Iterator[Batch],
+        evaluate: Evaluate | None,
+        stop: StopRequest,
+        average: MovingAverage | None = None,
+    ) -> TrainState:
+        """Run the training loop and record its start and end in run.json; returns where it ended or was stopped."""
+        self._record(state)
+        state = run_loop(
+            LoopParts(
+                step=step,
+                batches=batches,
+                engine=engine,
+                average=average,
+                checkpoints=self.checkpoints,
+                evaluate=evaluate,
+                train=self.train,
+                optim=self.optim,
+                total_steps=self.total_steps,
+                run_folder=self.folder,
+                state=state,
+                stop=stop,
+            )
+        )
+        self._record(state)
+        return state
+
+    def write_result(self, state: TrainState, write: Callable[[], object]) -> bool:
+        """Call ``write`` on rank 0 if the run is at its end; all ranks wait. Returns whether it is."""
+        finished = state.step >= self.total_steps
+        if finished and rank() == 0:
+            write()
+        barrier()
+        return finished
+
+    def _record(self, state: TrainState) -> None:
+        """Write run.json, on rank 0."""
+        if rank() == 0:
+            RunRecord(
+                config=dataclasses.asdict(self.config),
+                config_hash=self.config_hash,
+                teacher=self.teacher,
+                step=state.step,
+                samples=state.samples,
+                finished=state.step >= self.total_steps,
+                metrics=state.metrics,
+                versions=library_versions(),
+            ).write(self.folder / RunRecord.FILE)

@@ -1,0 +1,166 @@
+"""Settings as dataclasses and as JSON: read with their types checked, flattened, and compared with a checkpoint's.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from llm2clip_plugin.contracts import rename_keys
+
+Settings = TypeVar("Settings")
+
+# Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
+# learns.
+IGNORED_ON_RESUME = (
+    "output_dir",
+    "resume",
+    "allow_changed",
+    "dry_run",
+    "deepspeed",
+    "evaluation",
+    "plan",
+    "tower.architecture",
+    "data.cache",
+    "data.validation",
+    "data.validation_cache",
+    "data.read.cache_folder",
+    "data.read.cache_gb",
+    "loss.block",
+    "contrast.length_groups",
+    "train.save_steps",
+    "train.save_minutes",
+    "train.save_total_limit",
+    "train.eval_steps",
+    "train.logging_steps",
+    "train.report_to",
+    "train.dataloader_num_workers",
+    "train.gradient_checkpointing",
+    "train.torch_compile",
+)
+
+# Names of earlier releases in configuration files, run.json, state.json and on the command line -> names now.
+RENAMED = {"dual.joint_width": "dual.projection_dim"}
+# Settings that checkpoints of earlier releases lack, and the values that they stand for.
+ADDED: dict[str, Any] = {"loss.args": [], "optim.name": "adamw", "optim.args": []}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What the configurations of both training stages share."""
+
+    output_dir: str = "runs/run"  # checkpoints, metrics.jsonl, run.json and, at the end, what was trained
+    deepspeed: str = ""  # DeepSpeed JSON (scripts/zero*.json, or LLaVA's own); "": ZeRO-0
+    resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
+    allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, e.g. optim.lr or all of optim
+    dry_run: bool = False  # print steps, memory and commands, then exit; needs no weights
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested dicts; a list is a leaf, and a tuple becomes a list."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from flat(item, f"{path}.{name}" if path else name)
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON returns it, numbers as floats: 4 and 4.0 are the same setting."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def flat_essentials(config: dict[str, Any], allowed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The leaves that decide what is learned, without the ``allowed`` ones."""
+    skipped = (*IGNORED_ON_RESUME, *allowed)
+    return {
+        name: value
+        for name, value in flat(config)
+        if not any(name == skip or name.startswith(f"{skip}.") for skip in skipped)
+    }
+
+
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
+    """Raise ValueError naming every field that decides what is learned and differs from the checkpoint's."""
+    saved, allowed = rename_keys(saved, RENAMED), tuple(RENAMED.get(name, name) for name in allowed)
+    known = {name for settings in (now, saved) for name, _ in flat(settings)}
+    for name in allowed:
+        if not any(path == name or path.startswith(f"{name}.") for path in known):
+            raise ValueError(f"allow_changed: no field {name!r}{_did_you_mean(name, sorted(known))}")
+    old, new = flat_essentials(saved, allowed), flat_essentials(now, allowed)
+    old = {name: value for name, value in ADDED.items() if name in new} | old
+    changed = {
+        name: f"{old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+    }
+    if changed:
+        listed = "\n  ".join(f"{name}: {values}" for name, values in changed.items())
+        raise ValueError(
+            f"{where} was saved with other settings:\n  {listed}\n"
+            f"restore them, choose another --output_dir, or accept the changes with --allow-changed {' '.join(changed)}"
+        )
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") -> Settings:
+    """A settings dataclass from parsed JSON.
+
+    Raises ValueError for an unknown field (with the nearest known name) and for a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(body, dict):
+        raise ValueError(f"{where}: {path or 'the file'} is {body!r}; expected an object with the fields {known}")
+    body = body if path else rename_keys(body, RENAMED)
+    for name in body:
+        if name not in known:
+            hint = _did_you_mean(name, known) or f"; known: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{hint}")
+    return cls(
+        **{
+            name: _typed(hints[name], value, where=where, path=f"{path}.{name}".lstrip("."))
+            for name, value in body.items()
+        }
+    )
+
+
+def _typed(hint: Any, value: Any, *, where: str, path: str) -> Any:
+    """``value`` checked against a type annotation, JSON's lists as tuples."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value, where=where, path=path)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is not Ellipsis and len(arguments) != len(value):
+            raise ValueError(f"{where}: {path} has {len(value)} values; expected {len(arguments)}")
+        hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(
+            _typed(h, item, where=where, path=f"{path}.{i}")
+            for i, (h, item) in enumerate(zip(hints, value, strict=True))
+        )
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _typed(arguments[0], value, where=where, path=path)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: {path} is {value!r}; known: {', '.join(map(str, arguments))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: {path} is {value!r}; expected {hint}")
+    return value

@@ -1,0 +1,81 @@
+"""Stage 2's input: captioned images with the cached embeddings of their captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.remote import is_url
+from llm2clip_plugin.data.sources.shards import data_folder
+from llm2clip_plugin.stages.tower.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Opened sources with their caches, checked against each other."""
+
+    sources: list[Source]
+    caches: list[EmbeddingCache]
+    validation: Source | None
+    validation_cache: EmbeddingCache | None
+
+    @property
+    def samples(self) -> int:
+        """Training samples of one epoch over all sources: the sum of weight x size."""
+        return sum(epoch_draws(list(map(len, self.sources)), [source.config.weight for source in self.sources]))
+
+    @property
+    def teacher(self) -> TeacherIdentity:
+        """The LLM whose embeddings the caches hold."""
+        return self.caches[0].teacher
+
+
+def open_data(config: RunConfig) -> Data:
+    """Open every source and cache.
+
+    Raises ContractError if two caches have different teachers, or one doesn't fit its data.
+    """
+    paths = config.data.cache or ("",) * len(config.data.path)
+    sources, caches = [], []
+    fingerprint = None
+    for item, path in zip(config.data.sources, paths, strict=True):
+        source, cache = open_pair(item, path, fingerprint)
+        fingerprint = cache.fingerprint
+        sources.append(source)
+        caches.append(cache)
+    held_out = config.data.held_out
+    pair = open_pair(held_out, config.data.validation_cache, fingerprint) if held_out else (None, None)
+    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1])
+
+
+def open_pair(config: SourceConfig, cache_path: str, fingerprint: str | None) -> tuple[Source, EmbeddingCache]:
+    """A source and its cache, checked against each other and against the teacher's fingerprint."""
+    if is_url(config.path) and not cache_path:  # before anything is downloaded
+        raise ValueError(
+            f"{config.path} is not a local folder; set its embedding cache with --data.cache DIR "
+            "(--data.validation-cache DIR for the held-out split)"
+        )
+    source = open_source(config)
+    cache = EmbeddingCache.open(cache_path or find_cache(config.path), expect_fingerprint=fingerprint)
+    cache.check(source)
+    return source, cache
+
+
+def find_cache(source: str) -> str:
+    """The only ``embeddings-*`` folder next to the data.
+
+    Raises FileNotFoundError if there is none, ValueError if there are several.
+    """
+    folder = data_folder(source)
+    caches = sorted(str(path.parent) for path in folder.glob("embeddings-*/manifest.json"))
+    if not caches:
+        raise FileNotFoundError(
+            f"no embedding cache (embeddings-*) in {folder}; create one with llm2clip embed {source} ..."
+        )
+    if len(caches) > 1:
+        raise ValueError(f"{folder} holds the caches {', '.join(caches)}; choose one with --data.cache")
+    return caches[0]

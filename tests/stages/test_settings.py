@@ -1,0 +1,70 @@
+"""Settings from JSON: misspelt and mistyped fields, hashes, what may change on resume, names of version 0.1."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from llm2clip_plugin.stages.settings import from_plain, refuse_changes
+from llm2clip_plugin.stages.tower import recipes
+from llm2clip_plugin.stages.tower.command import read_command
+from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
+
+
+def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
+        from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
+    with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):
+        from_plain(RunConfig, {"train": {"global_bach": 1}}, where="x.json")
+    with pytest.raises(ValueError, match=r"train.global_batch is '8'; expected <class 'int'>"):
+        from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
+    with pytest.raises(SystemExit) as stopped:
+        read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
+    assert stopped.value.code == 2
+    assert "--train.global-batch" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: quickstart"):
+        read_command(["--recipe", "quickstrat"])
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipes_survive_json(name: str):
+    config = recipe(name)
+    again = from_plain(RunConfig, json.loads(json.dumps(dataclasses.asdict(config))), where=name)
+    assert again == config and again.hash == config.hash
+
+
+def test_the_hash_sees_what_is_learned_alone():
+    config = recipes.quickstart()
+    moved = dataclasses.replace(config, output_dir="elsewhere", deepspeed="zero3.json", resume="never")
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3))
+    assert moved.hash == config.hash != other.hash
+
+
+def test_changed_settings_are_named_and_can_be_allowed():
+    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
+    now = dataclasses.asdict(recipes.quickstart())
+    refuse_changes(saved, {**now, "output_dir": "x"}, (), where="run")
+    now["optim"]["lr"] = 1e-3
+    with pytest.raises(ValueError, match=r"optim.lr: 0.0004 there, 0.001 now(.|\n)*--allow-changed optim.lr"):
+        refuse_changes(saved, now, (), where="run")
+    refuse_changes(saved, now, ("optim.lr",), where="run")
+    refuse_changes(saved, now, ("optim",), where="run")
+    with pytest.raises(ValueError, match=r"no field 'optim.lrr'; did you mean 'optim.lr'"):
+        refuse_changes(saved, now, ("optim.lrr",), where="run")
+
+
+def test_settings_of_version_0_1_keep_their_meaning():
+    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
+    saved["dual"]["joint_width"] = saved["dual"].pop("projection_dim")
+    del saved["loss"]["args"]
+    assert from_plain(RunConfig, saved, where="run.json") == recipes.quickstart()
+    now = dataclasses.asdict(recipes.quickstart())
+    refuse_changes(saved, now, (), where="run")
+    now["dual"]["projection_dim"] = 8
+    with pytest.raises(ValueError, match=r"dual.projection_dim: 384.0 there, 8.0 now"):
+        refuse_changes(saved, now, (), where="run")
+    refuse_changes(saved, now, ("dual.joint_width",), where="run")
+    assert read_command(["--recipe", "quickstart", "--dual.joint-width", "8"]).dual.projection_dim == 8

@@ -1,0 +1,60 @@
+"""train-tower's command line: recipes, overrides, the Trainer's names, and what it says without tyro."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from llm2clip_plugin import cli
+from llm2clip_plugin.stages.tower import recipes
+from llm2clip_plugin.stages.tower.command import read_command, translate
+
+
+def test_the_command_line_overrides_a_recipe():
+    argv = ["--local_rank=1", "--recipe", "quickstart", "--deepspeed", "scripts/zero1.json", "--optim.lr", "2e-4"]
+    argv += [
+        "--output_dir=runs/x",
+        "--data_path",
+        "a",
+        "b",
+        "--learning_rate",
+        "3e-4",
+        "--gradient_checkpointing",
+        "True",
+    ]
+    argv += [
+        "--bf16",
+        "True",
+        "--vision_tower",
+        "t",
+        "--per_device_train_batch_size",
+        "4",
+        "--report_to",
+        "tensorboard",
+    ]
+    argv += ["--dual.projection-norm", "False"]
+    config = read_command(argv)
+    assert config.optim.lr == 3e-4 and config.deepspeed == "scripts/zero1.json" and config.output_dir == "runs/x"
+    assert config.data.path == ("a", "b") and config.tower.path == "t" and config.train.micro_batch == 4
+    assert config.train.gradient_checkpointing and config.train.precision == "bf16"
+    assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
+    assert config.heads == recipes.quickstart().heads
+
+
+@pytest.mark.parametrize("command", ["train-tower", "finetune-llm", "pretrain-llm", "embed"])
+def test_without_tyro_one_line_says_what_to_install(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert cli.main([command, "--seed", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "tyro" in line and 'pip install "llm2clip-plugin[train]"' in line
+
+
+def test_names_of_llava_s_scripts():
+    assert translate(["--bf16", "False", "--fp16=True"]) == ["--train.precision", "fp16"]
+    assert translate(["--torch_compile", "False"]) == ["--train.no-torch_compile"]
+    silent = read_command(["--report_to", "none", "--seed", "7"])
+    assert silent.train.report_to == () and silent.train.seed == 7
+    assert translate(["--learning_rate", "1e-4"]) == ["--optim.lr", "1e-4"]

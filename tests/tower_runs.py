@@ -1,0 +1,78 @@
+"""Short runs of train-tower as commands, and what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.train.distributed import free_port
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def options(tiny: Path, run: Path, *more: str) -> list[str]:
+    """A short run with everything that must come back: heads, noise, layer decay, schedule, moving average."""
+    return [
+        *("--recipe", "quickstart", "--tower.path", str(tiny / "tower"), "--tower.image-size", "16"),
+        *("--data_path", str(tiny / "data"), "--output_dir", str(run), "--max_steps", str(STEPS)),
+        *("--tower.freeze-first-blocks", "0"),
+        *("--train.global-batch", "16", "--heads.steps", "3", "--heads.batch", "16", "--train.ema-decay", "0.9"),
+        *("--train.save-minutes", "0", "--save_steps", "2", "--evaluation.group", "", *more),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a rank, the package of this checkout, and no place among the ranks of another test."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ours = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
+
+
+def start(argv: list[str], world: int) -> list[subprocess.Popen[bytes]]:
+    """The script in ``world`` processes, as a launcher starts it."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "scripts/train_tower.py", f"--local_rank={rank}", *argv],
+            cwd=ROOT,
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(world)
+    ]
+
+
+def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """``deepspeed --num_gpus 2 WORDS``, to its end."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = [launcher, "--num_gpus", "2", "--master_port", str(free_port()), *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    return [process.wait(timeout=900) for process in processes]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds; a line that a kill cut short is left out."""
+    path = run / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
