@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "write a trained run as a tower directory, or in other formats",
     ),
     "import": (
-        "llm2clip_plugin.vision.convert.importers",
+        "llm2clip_plugin.vision.convert.command",
         "main",
         "turn an existing vision checkpoint into a tower directory",
     ),

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llm2clip_plugin.vision.convert.eva_names import eva_state
-from llm2clip_plugin.vision.convert.open_clip_names import open_clip_state
+from llm2clip_plugin.vision.convert.layouts.eva_clip import eva_state
+from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 
@@ -72,7 +72,7 @@ def timm_tower(name: str, ours: nn.Module) -> nn.Module:
         return model
     from llm2clip_plugin.vision.towers import core_of
 
-    state = open_clip_state({f"vision_model.{k}": v for k, v in core_of(ours).state_dict().items()}, None)
+    state = NAMES.to_theirs({f"vision_model.{k}": v for k, v in core_of(ours).state_dict().items()})
     state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)
     model.load_state_dict(state)
     return model

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import CLIPImageProcessor
 
 from llava_integration.towers.names import Place
-from llm2clip_plugin.vision.towers import family_named, load_config, load_tower, tower_blocks
+from llm2clip_plugin.vision.families import read_config
+from llm2clip_plugin.vision.towers import load_tower, tower_blocks
 
 FEATURES = ("patch", "cls_patch")
 
@@ -45,7 +46,7 @@ class LLM2CLIPVisionTower(nn.Module):
         if not delay_load or self.unfrozen:
             self.load_model()
         else:
-            self.cfg_only = load_config(place.directory, family_named(place.card.family))
+            self.cfg_only = read_config(place.directory)[1]
 
     def load_model(self, device_map: Any = None) -> None:
         """Read the weights, once; ``device_map`` as LLaVA passes it: None, "auto", a device, or {"": device}.

@@ -18,8 +18,9 @@ from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval
 from llm2clip_plugin.train.distributed import choose_device, process_group
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import load_dual_encoder
-from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 
 @dataclass(frozen=True, kw_only=True)

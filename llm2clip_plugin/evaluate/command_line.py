@@ -15,8 +15,9 @@ from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.train.distributed import choose_device, process_group
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
-from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")

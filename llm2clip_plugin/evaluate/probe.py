@@ -21,8 +21,11 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.classes import LabelledImages, open_labelled
 from llm2clip_plugin.evaluate.features import ImageFeatures, image_features
 from llm2clip_plugin.train.distributed import choose_device, process_group
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
-from llm2clip_plugin.vision.towers import family_of, fetch_directory, load_tower, preprocessor_config
+from llm2clip_plugin.vision.families import family_of
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.towers import load_tower
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))  # tried for the linear probe
 HELD_OUT = 5  # one in five clusters of the training images chooses the penalty

@@ -30,8 +30,9 @@ from llm2clip_plugin.evaluate.pairing import rank_both
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, process_group
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import load_dual_encoder
-from llm2clip_plugin.vision.towers import fetch_directory, preprocessor_config
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
-from llm2clip_plugin.vision.towers import family_of, tower_blocks
+from llm2clip_plugin.vision.towers import tower_blocks
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

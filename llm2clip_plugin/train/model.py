@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
-from llm2clip_plugin.vision.architectures import meta_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
+from llm2clip_plugin.vision.meta_tower import meta_tower
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
 

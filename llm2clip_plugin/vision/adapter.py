@@ -1,6 +1,6 @@
-"""The text side of stage 2: a cached LLM embedding into the joint space.
+"""The text side of stage 2: maps a cached LLM embedding to the space of the image features.
 
-Shapes: N captions, W width of an LLM embedding, D joint width.
+Shapes: N captions, W width of an LLM embedding, D projection_dim.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class AdapterBlock(nn.Module):
 
 
 class TextAdapter(nn.Module):
-    """LLM2CLIP's adapter: L2 normalise, residual MLP blocks, LayerNorm, Linear (arXiv 2411.04997, section 3).
+    """LLM2CLIP's adapter: L2 normalization, residual MLP blocks, LayerNorm, Linear (arXiv 2411.04997, section 3).
 
-    ``kind``: "mlp" as above; "linear" leaves the blocks out; "none" passes the scaled input through
-    (then W must equal D). The output is not normalised.
-    ``input_scale``: "unit" keeps the L2-normalised input, "sqrt_width" multiplies it by sqrt(W), so that its
-    entries have unit variance and the first norm's eps does not count.
-    ``input_noise``: deviation of Gaussian noise added to the scaled input in training; drawn from torch's
-    global generator of the input's device, so a second forward pass needs the same generator state to repeat it.
+    ``kind``: "mlp" as above; "linear" has no blocks; "none" returns the scaled input (then W must equal D).
+    The output is not normalized.
+    ``input_scale``: "unit" keeps the L2-normalized input, "sqrt_width" multiplies it by sqrt(W), so that its entries
+    have unit variance and the eps of the first norm is negligible.
+    ``input_noise``: standard deviation of Gaussian noise added to the scaled input in training, from torch's global
+    generator of the input's device; a second forward pass repeats it only from the same generator state.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TextAdapter(nn.Module):
             )
         self.llm_width = llm_width
         self.normalise_input = normalise_input
-        self.input_gain = llm_width**0.5 if input_scale == "sqrt_width" else 1.0
+        self.input_factor = llm_width**0.5 if input_scale == "sqrt_width" else 1.0
         self.input_noise = input_noise
         depth = blocks if kind == "mlp" else 0
         self.blocks = nn.ModuleList(AdapterBlock(llm_width, expansion) for _ in range(depth))
@@ -70,19 +70,18 @@ class TextAdapter(nn.Module):
     def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
         """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype.
 
-        ``noise_NW``: standard normal values to use, in training, instead of the generator's.
-
-        Raises ValueError if the width is not the adapter's.
+        ``noise_NW``: standard normal values to use in training instead of the generator's.
+        Raises ValueError for another W.
         """
         if embeddings_NW.shape[-1] != self.llm_width:
             raise ValueError(
-                f"LLM embeddings are {embeddings_NW.shape[-1]} wide, this text adapter takes {self.llm_width}; "
-                "use the cache of the LLM that it was made for"
+                f"LLM embeddings have width {embeddings_NW.shape[-1]}, but the text adapter expects {self.llm_width}; "
+                "use embeddings of the LLM that it was trained with"
             )
         x_NW = embeddings_NW.float()
         if self.normalise_input:
             x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
-        x_NW = x_NW * self.input_gain
+        x_NW = x_NW * self.input_factor
         if self.training and self.input_noise > 0:
             x_NW = x_NW + self.input_noise * (torch.randn_like(x_NW) if noise_NW is None else noise_NW)
         if isinstance(self.projection, nn.Linear):

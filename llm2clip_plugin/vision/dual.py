@@ -1,6 +1,6 @@
-"""The dual encoder of stage 2: a vision tower with a projection, and the text adapter over LLM embeddings.
+"""The dual encoder of stage 2: a vision tower with a projection, and a text adapter on LLM embeddings.
 
-Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM embedding, D joint width.
+Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM embedding, D projection_dim.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.vision.adapter import TextAdapter
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
+from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
-from llm2clip_plugin.vision.towers import core_prefix, family_of, fetch_directory, final_norm, load_tower
+from llm2clip_plugin.vision.towers import core_prefix, final_norm, load_tower
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
 PROJECTIONS = ("linear", "none")
-ADAPTER_FILE = "text_adapter.safetensors"
 MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 
 
 @dataclass(frozen=True, kw_only=True)
 class DualConfig:
-    """How the tower and the LLM's embeddings meet."""
+    """How image features and LLM embeddings are mapped to one space."""
 
-    projection_dim: int = 1280  # width of the joint space
-    llm_width: int = 0  # width of an LLM embedding; 0: no text side (a tower with its projection alone)
-    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (both, joined)
-    projection: str = "linear"  # linear | none (the pooled feature is the embedding; widths must agree)
+    projection_dim: int = 1280  # width of the space that images and captions share
+    llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
+    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
+    projection: str = "linear"  # linear | none (the pooled feature is the embedding; projection_dim is its width)
     projection_norm: bool = False  # a LayerNorm before the projection
-    projection_bias: bool = False  # the projection has a bias
+    projection_bias: bool = False  # a bias in the projection
     adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none
     adapter_blocks: int = 4  # residual MLP blocks
-    adapter_expansion: int = 2  # hidden width of a block, in LLM widths
-    normalise_input: bool = True  # L2-normalise LLM embeddings first
-    input_scale: str = "unit"  # unit | sqrt_width: gain on the normalised embedding
-    input_noise: float = 0.0  # deviation of Gaussian noise on the scaled embedding, in training alone
-    logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the scale
-    logit_bias_init: float | None = None  # SigLIP's sigmoid loss: a learned bias that starts here (paper: -10)
+    adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
+    normalise_input: bool = True  # L2-normalize LLM embeddings first
+    input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
+    input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
+    logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the initial scale
+    logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
 
 
 class DualFeatures(NamedTuple):
@@ -57,10 +58,10 @@ class DualFeatures(NamedTuple):
 
 
 class DualEncoder(nn.Module):
-    """Tower and adapter with one joint space; both encoders give L2-normalised float32 features.
+    """Tower and text adapter; both encoders return L2-normalized float32 features.
 
-    ``logit_scale`` is a parameter of shape (1,) (DeepSpeed refuses 0-dim ones) that holds the natural logarithm;
-    ``scale`` is the factor itself. Parameters that no gradient can reach with this pooling are frozen.
+    ``logit_scale`` is a parameter of shape (1,), because DeepSpeed refuses 0-dim ones, and holds the natural logarithm
+    of ``scale``. Parameters that receive no gradient with this pooling are frozen.
     """
 
     tower: Tower
@@ -68,7 +69,8 @@ class DualEncoder(nn.Module):
 
     def __init__(self, tower: Tower, config: DualConfig) -> None:
         super().__init__()
-        check_dual_config(config, has_cls=family_of(tower).has_cls)
+        self.family = family_of(tower)
+        check_dual_config(config, has_cls=self.family.has_cls)
         self.tower = tower
         self.config = config
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
@@ -83,17 +85,17 @@ class DualEncoder(nn.Module):
             else nn.Identity()
         )
         if config.projection == "linear":
-            nn.init.normal_(self.visual_projection.weight, std=width**-0.5)  # as CLIP initialises it
+            nn.init.normal_(self.visual_projection.weight, std=width**-0.5)  # as in CLIP
         self.text_adapter = make_adapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
-        for parameter in self._unreached_parameters():
+        for parameter in self._unused_parameters():
             parameter.requires_grad_(False)
 
-    def _unreached_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the tower that no gradient reaches: a mask token, the pooling head if it is not used."""
-        family, prefix = family_of(self.tower), core_prefix(self.tower)
+    def _unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the tower that receive no gradient: a mask token, the pooling head if it is not used."""
+        family, prefix = self.family, core_prefix(self.tower)
         names = list(family.never_trained)
         if family.pooling_head and self.config.pool != "pooled":
             names.append(f"{family.pooling_head}.")
@@ -106,34 +108,34 @@ class DualEncoder(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The logits' factor, ``exp(logit_scale)`` clamped to 100, shape (1,)."""
+        """``exp(logit_scale)``, at most 100, shape (1,)."""
         return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
     def pool(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> the image feature before the projection, (B, H) or, for cls_mean, (B, 2H)."""
+        """(B, 3, S, S) -> the image feature before the projection: (B, H), or (B, 2H) for cls_mean."""
         output = self.tower(pixel_values=pixel_values.to(self.tower.dtype))
         if self.config.pool == "pooled":
             return output.pooler_output
-        family, tokens_BTH = family_of(self.tower), output.last_hidden_state
-        if not family.last_state_is_normed:
+        tokens_BTH = output.last_hidden_state
+        if not self.family.last_state_is_normed:
             tokens_BTH = final_norm(self.tower)(tokens_BTH)
-        patches_BTH = tokens_BTH[:, 1:] if family.has_cls else tokens_BTH
+        patches_BTH = tokens_BTH[:, 1:] if self.family.has_cls else tokens_BTH
         if self.config.pool == "mean":
             return patches_BTH.mean(dim=1)
         cls_BH = tokens_BTH[:, 0]
         return cls_BH if self.config.pool == "cls" else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalised, float32."""
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32."""
         return F.normalize(self.visual_projection(self.visual_norm(self.pool(pixel_values))).float(), dim=-1)
 
     def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(N, W) LLM embeddings -> (N, D), L2-normalised, float32; ValueError without a text side or on another W.
+        """(N, W) LLM embeddings -> (N, D), L2-normalized, float32; ValueError without an adapter or for another W.
 
         ``noise`` (N, W): see TextAdapter.
         """
         if self.text_adapter is None:
-            raise ValueError("this tower has no text adapter (llm_width is 0): it cannot encode captions")
+            raise ValueError("cannot encode captions: the dual encoder has no text adapter (llm_width is 0)")
         return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
 
     def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> DualFeatures:
@@ -145,7 +147,7 @@ class DualEncoder(nn.Module):
 
 
 class LoadedDualEncoder(nn.Module):
-    """A trained dual encoder for retrieval: ``logit_scale`` is already exponentiated."""
+    """A trained dual encoder for retrieval."""
 
     def __init__(self, dual: DualEncoder, card: TowerCard) -> None:
         super().__init__()
@@ -154,28 +156,32 @@ class LoadedDualEncoder(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor of the logits, shape (1,)."""
+        """The factor of the logits (not its logarithm), shape (1,)."""
         return self.dual.scale.detach()
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalised, float32."""
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32."""
         return self.dual.encode_image(pixel_values)
 
     def encode_text(self, llm_embeddings: Tensor) -> Tensor:
-        """(N, W) LLM embeddings -> (N, D), L2-normalised, float32."""
+        """(N, W) LLM embeddings -> (N, D), L2-normalized, float32."""
         return self.dual.encode_text(llm_embeddings)
 
 
 def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
-    """Raise ValueError for an unknown choice or one that the tower cannot serve."""
+    """ValueError for an unknown option or one that the tower does not support."""
     if config.pool not in POOLS:
         raise ValueError(f"unknown pool {config.pool!r}; known: {', '.join(POOLS)}")
     if config.projection not in PROJECTIONS:
         raise ValueError(f"unknown projection {config.projection!r}; known: {', '.join(PROJECTIONS)}")
     if config.pool in ("cls", "cls_mean") and not has_cls:
-        raise ValueError(f"pool {config.pool!r} needs a class token, which this tower lacks; use pooled or mean")
+        raise ValueError(
+            f"pool {config.pool!r} needs a class token, which this tower does not have; use pooled or mean"
+        )
     if config.projection_dim < 1 or config.llm_width < 0:
-        raise ValueError(f"projection_dim {config.projection_dim} and llm_width {config.llm_width} must be positive")
+        raise ValueError(
+            f"projection_dim {config.projection_dim} must be at least 1, llm_width {config.llm_width} at least 0"
+        )
 
 
 def make_adapter(config: DualConfig) -> TextAdapter:
@@ -192,57 +198,59 @@ def make_adapter(config: DualConfig) -> TextAdapter:
     )
 
 
-def beside_tower_state(dual: DualEncoder) -> dict[str, Tensor]:
-    """What text_adapter.safetensors holds: every tensor of the dual encoder that is not the tower's."""
+def heads_state(dual: DualEncoder) -> dict[str, Tensor]:
+    """Every tensor of the dual encoder except the tower's: the contents of text_adapter.safetensors."""
     return {name: value for name, value in dual.state_dict().items() if not name.startswith("tower.")}
 
 
 def dual_config_from_card(card: TowerCard, *, where: Path) -> DualConfig:
-    """The DualConfig written in a card; ContractError for fields that this release does not know."""
+    """The DualConfig in a card; ContractError for unknown fields."""
     known = {field.name for field in dataclasses.fields(DualConfig)}
     if unknown := sorted(set(card.dual) - known):
-        raise ContractError(f"{where} has unknown dual fields {unknown}; known: {sorted(known)}")
+        raise ContractError(f"{where}: unknown fields of dual: {unknown}; known: {sorted(known)}")
     return DualConfig(**card.dual)
 
 
 def read_dual_card(directory: Path) -> TowerCard:
-    """The card of a directory that holds more than a tower; ValueError if it doesn't."""
+    """The card of a directory that contains a dual encoder; ValueError if it contains only a tower."""
     card = TowerCard.read(directory / TowerCard.FILE)
     if not card.projection_dim:
-        raise ValueError(f"{directory} holds a tower alone, without a projection; load_tower opens it")
+        raise ValueError(f"{directory} contains a tower alone, without a projection; open it with load_tower")
     return card
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
-    """Everything beside the tower (projection, text adapter, logit scale) from a tower directory, in place.
+    """Load the projection, text adapter and logit scale of a tower directory into ``dual``, in place.
 
-    Raises ValueError if the directory holds a tower alone, or if its heads are of another kind than ``dual``'s, naming
-    each setting with both values; ContractError if its tensors don't fit its card.
+    Raises ValueError if the directory contains only a tower, or has other settings than ``dual``, naming each with both
+    values; ContractError if its tensors don't match its card.
     """
     from safetensors.torch import load_file
 
     directory = fetch_directory(source)
     theirs = dual_config_from_card(read_dual_card(directory), where=directory / TowerCard.FILE)
-    harmless = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
+    initial = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
     if theirs.logit_bias_init is not None and dual.config.logit_bias_init is not None:
-        harmless["logit_bias_init"] = dual.config.logit_bias_init
-    ours, theirs = dataclasses.asdict(dual.config), dataclasses.asdict(theirs) | harmless
+        initial["logit_bias_init"] = dual.config.logit_bias_init
+    ours, theirs = dataclasses.asdict(dual.config), dataclasses.asdict(theirs) | initial
     if different := [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if ours[name] != theirs[name]]:
-        raise ValueError(f"the heads in {directory} have {'; '.join(different)}: set dual.* to the directory's")
+        raise ValueError(
+            f"cannot load the heads in {directory}, which have {'; '.join(different)}; set dual.* accordingly"
+        )
     state = load_file(directory / ADAPTER_FILE)
-    expected = {name: tuple(value.shape) for name, value in beside_tower_state(dual).items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))
-        raise ContractError(f"{directory / ADAPTER_FILE} doesn't fit {TowerCard.FILE}: {wrong}")
-    dual.load_state_dict(state, strict=False)  # every tensor beside the tower's, as just checked
+    expected = {name: tuple(value.shape) for name, value in heads_state(dual).items()}
+    actual = {name: tuple(value.shape) for name, value in state.items()}
+    if actual != expected:
+        wrong = sorted(set(actual.items()) ^ set(expected.items()))
+        raise ContractError(f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}")
+    dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
 
 
 def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
     """The dual encoder of a tower directory, to train further or to export, and its card.
 
-    Raises FileNotFoundError without a card, ValueError if the directory holds a tower alone, ContractError if
-    the adapter's tensors don't fit the card.
+    Raises FileNotFoundError without a card, ValueError if the directory contains only a tower, ContractError if the
+    adapter's tensors don't match the card.
     """
     directory = fetch_directory(source)
     card = read_dual_card(directory)
@@ -254,7 +262,7 @@ def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
 
 
 def load_dual_encoder(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> LoadedDualEncoder:
-    """``encode_image(pixel_values)`` and ``encode_text(llm_embeddings)``, both (B, D) and L2-normalised, and
-    ``logit_scale`` (already exponentiated), from a tower directory or Hub id; in eval mode."""
+    """``encode_image(pixel_values)`` and ``encode_text(llm_embeddings)``, both (B, D) and L2-normalized, and
+    ``logit_scale`` (the factor, not its logarithm), from a tower directory or Hub id; in eval mode."""
     dual, card = load_dual(source, dtype=dtype)
     return LoadedDualEncoder(dual, card).eval()

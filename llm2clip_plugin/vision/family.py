@@ -1,42 +1,63 @@
-"""What the package needs to know of a family of vision towers, as plain data."""
+"""What the package needs to know about a family of vision towers, as plain data."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
 
-# channel means and deviations of pixels in [0, 1], as the families were pretrained
+# channel means and standard deviations of pixels in [0, 1], as in pretraining
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
+# sizes that several families share, as fields of config.json
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of towers. Dotted names are relative to the module that holds the blocks: transformers
-    4.x wraps CLIP and SigLIP in ``vision_model``, 5.x does not; ``towers.core_of`` finds it."""
+    """One family of towers.
 
-    name: str  # key in the registry and in the TowerCard
-    model_types: tuple[str, ...]  # `model_type` in config.json, of a vision model and of a whole model
-    vision_class: Callable[[], Any]  # the Hugging Face class; imported only when it is needed
-    has_cls: bool  # a class token in front of the patches
-    file_prefix: str = ""  # what the hub puts before the core's names in a file
-    positions: str  # the position table, relative to the core; "" if the family has none
+    Dotted names are relative to the module that holds the blocks: transformers 4 wraps CLIP and SigLIP in
+    ``vision_model``, transformers 5 does not; ``towers.core_of`` returns it.
+    """
+
+    name: str  # in the TowerCard
+    model_types: tuple[str, ...]  # `model_type` in config.json, of the vision model and of models that contain it
+    vision_class: Callable[[], Any]  # returns the Hugging Face class, which is imported only then
+    has_cls: bool  # a class token precedes the patches
+    positions: str  # the position table; "" if the family has none
     blocks: str  # the ModuleList of transformer blocks
     embeddings: tuple[str, ...]  # modules and parameters below the first block
-    final_norm: str  # the norm behind the last block
-    last_state_is_normed: bool  # whether last_hidden_state has gone through final_norm
-    pooling_head: str = ""  # module that only the pooled output uses (SigLIP's attention pool)
-    never_trained: tuple[str, ...] = ()  # parameters that no forward pass of a tower reads
-    mean: tuple[float, float, float] = OPENAI_MEAN  # preprocessor, where the source has none
+    final_norm: str  # the norm after the last block
+    last_state_is_normed: bool  # last_hidden_state is the output of final_norm
+    pooling_head: str = ""  # module that only pooler_output uses (SigLIP's attention pooling)
+    never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
+    file_prefix: str = ""  # of the tower's tensors in files on the Hub
+    not_tower: tuple[str, ...] = ()  # prefixes of the other tensors in a file, such as a text tower's
+    whole_class: Callable[[], Any] | None = None  # the class of the image-text model that contains the tower
+    whole_extras: tuple[str, ...] = ()  # tensors that every image-text model of the family has
+    mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't say
     std: tuple[float, float, float] = OPENAI_STD
-    needs: str = ""  # a requirement beyond the package's own, for the model card
-    beside_tower: tuple[str, ...] = ()  # prefixes of a whole model's tensors that are not the tower's
+    needs: str = ""  # requirement beyond the package's own, for the model card
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name or Hub id -> config.json, for --dry-run
+
+
+def in_transformers(name: str) -> Callable[[], Any]:
+    """A function that imports and returns ``transformers.NAME``."""
+    return functools.partial(_class_in_transformers, name)
+
+
+def _class_in_transformers(name: str) -> Any:
+    return getattr(importlib.import_module("transformers"), name)
 
 
 def tower_in(model: Any) -> Tower:
-    """The tower of a dual encoder, or the model itself if it is one."""
+    """The tower of a dual encoder, or the model itself if it is a tower."""
     return model.tower if "tower" in dict(model.named_children()) else model

@@ -1,4 +1,4 @@
-"""LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights rest.
+"""LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are frozen.
 
 Merged into the weights on export, so a tower directory never needs PEFT.
 """

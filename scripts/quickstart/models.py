@@ -181,7 +181,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     from safetensors.torch import save_file
 
     from llm2clip_plugin.vision.positions import resize_positions
-    from llm2clip_plugin.vision.towers import preprocessor_config
+    from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
     state = read_dinov2(onnx_file())
     state["embeddings.position_embeddings"] = resize_positions(
@@ -201,7 +201,7 @@ def build_tiny_tower(directory: Path, image_size: int) -> None:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from llm2clip_plugin.vision.towers import preprocessor_config
+    from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
     torch.manual_seed(0)
     config = Dinov2Config(**dinov2_config(image_size, width=64, blocks=2, heads=2))

@@ -32,7 +32,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
 from llm2clip_plugin.vision.dual import load_dual_encoder
-from llm2clip_plugin.vision.towers import preprocessor_config
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 TEACHERS = {  # part of a folder's name -> what the table calls it
     "raw": "LLM as it is",

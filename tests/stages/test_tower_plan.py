@@ -17,8 +17,9 @@ from llm2clip_plugin.stages.tower.plan import tower_plan
 from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 from llm2clip_plugin.train.model import TowerConfig, build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig
-from llm2clip_plugin.vision.architectures import ARCHITECTURES, meta_tower
 from llm2clip_plugin.vision.dual import DualConfig
+from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.meta_tower import meta_tower
 
 PAPER = [name for name in RECIPES if name != "quickstart"]
 PARAMETERS = {  # published: the Hub's model pages and EVA-CLIP's table 8, in millions
@@ -51,7 +52,7 @@ def test_shapes_of_known_towers_have_the_published_number_of_parameters(name: st
 
 
 def test_every_known_shape_can_be_made():
-    for name in ARCHITECTURES:
+    for name in [name for family in families().values() for name in family.shapes]:
         assert meta_tower(name).config.hidden_size
 
 
@@ -125,7 +126,7 @@ def test_data_and_caches_that_are_there_are_counted(tmp_path: Path, capsys: pyte
 
 
 def test_what_has_no_shape_lists_what_has():
-    with pytest.raises(ValueError, match=r"no shape is known by that name; known: openai/clip-vit-base-patch32, "):
+    with pytest.raises(ValueError, match=r"nor a known architecture; known: openai/clip-vit-base-patch32, "):
         meta_tower("somebody/else")
     with pytest.raises(ValueError, match=r"unknown teacher 'llama-7b' in recipe .* known: llama-1b, llama-8b"):
         recipe("openai-b16/llama-7b")

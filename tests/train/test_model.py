@@ -28,7 +28,7 @@ from llm2clip_plugin.train.model import TowerConfig, build_dual, trainable_names
 from llm2clip_plugin.train.optim import OptimConfig, parameter_groups, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress
 from llm2clip_plugin.vision.dual import DualConfig
-from llm2clip_plugin.vision.towers import preprocessor_config
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
 

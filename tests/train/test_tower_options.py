@@ -6,7 +6,7 @@ from tiny_data import make_tower
 
 from llm2clip_plugin.train.model import TowerConfig, build_dual, trainable_names, trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig
-from llm2clip_plugin.vision.dual import DualConfig, beside_tower_state
+from llm2clip_plugin.vision.dual import DualConfig, heads_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
@@ -23,10 +23,10 @@ def test_heads_of_the_directory_go_on(tower, tmp_path):
     export_tower(first, tmp_path / "trained", origin="x")
     again = build_dual(TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), DUAL, seed=2)
     fresh = build_dual(TowerConfig(path=str(tmp_path / "trained")), DUAL, seed=2)
-    kept = beside_tower_state(first)
-    assert all(torch.equal(value, kept[name]) for name, value in beside_tower_state(again).items())
+    kept = heads_state(first)
+    assert all(torch.equal(value, kept[name]) for name, value in heads_state(again).items())
     assert not torch.equal(fresh.visual_projection.weight, first.visual_projection.weight)
-    with pytest.raises(ValueError, match="have projection_dim 8, not 6: set dual"):
+    with pytest.raises(ValueError, match="have projection_dim 8, not 6; set dual"):
         build_dual(
             TowerConfig(path=str(tmp_path / "trained"), keep_heads=True),
             DualConfig(projection_dim=6, llm_width=24, pool="mean"),

@@ -38,7 +38,7 @@ def train_twenty_steps(dual: torch.nn.Module, *, lr: float = 2e-3) -> list[float
     optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=lr)
     losses = []
     for _ in range(20):
-        image, text = dual(pixels, embeddings)
+        image, text, *_ = dual(pixels, embeddings)
         loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
         optimizer.zero_grad()
         loss.backward()

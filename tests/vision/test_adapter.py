@@ -76,7 +76,7 @@ def test_kinds():
         TextAdapter(8, 6, input_scale="log")
     with pytest.raises(ValueError, match="needs llm_width == projection_dim"):
         TextAdapter(8, 6, kind="none")
-    with pytest.raises(ValueError, match="embeddings are 9 wide, this text adapter takes 8"):
+    with pytest.raises(ValueError, match="embeddings have width 9, but the text adapter expects 8"):
         TextAdapter(8, 6)(torch.zeros(1, 9))
 
 

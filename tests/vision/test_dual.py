@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, beside_tower_state, load_heads
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, heads_state, load_heads
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
 
@@ -101,6 +101,6 @@ def test_heads_of_a_directory_go_on(tmp_path):
     export_tower(first, tmp_path / "tower", origin="x")
     again = dual("clip_vision", pool="mean")  # another noise is no other head
     load_heads(again, tmp_path / "tower")
-    assert all(torch.equal(value, beside_tower_state(first)[name]) for name, value in beside_tower_state(again).items())
-    with pytest.raises(ValueError, match="have pool 'mean', not 'cls'; adapter_blocks 4, not 2: set dual"):
+    assert all(torch.equal(value, heads_state(first)[name]) for name, value in heads_state(again).items())
+    with pytest.raises(ValueError, match="have pool 'mean', not 'cls'; adapter_blocks 4, not 2; set dual"):
         load_heads(dual("clip_vision", pool="cls", adapter_blocks=2), tmp_path / "tower")

@@ -10,8 +10,8 @@ from transformers import AutoModel
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.convert.eva_names import config_from_tensors, eva_state
-from llm2clip_plugin.vision.convert.importers import import_tower
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.convert.layouts.eva_clip import config_from_tensors, eva_state
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.eva02 import (
     Eva02Config,
@@ -95,7 +95,7 @@ def test_another_size_is_never_taken_silently(tmp_path):
     vision = golden_config(folder)["vision_cfg_of_model"]
     (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": vision}))
     with pytest.raises(
-        ContractError, match=r"those of image size 28, but the configuration says 42; .* --image-size 42"
+        ContractError, match=r"rows, for image size 28, but the configuration says 42; .* --image-size 42"
     ):
         import_tower(folder / "weights.safetensors", tmp_path / "tower", config=tmp_path / "config.json")
     tower = Eva02VisionModel(tiny_config())

@@ -11,10 +11,11 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision import export
-from llm2clip_plugin.vision.convert import importers
+from llm2clip_plugin.vision.convert import command
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
-from llm2clip_plugin.vision.export import export_tower, probe_features
+from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
+from llm2clip_plugin.vision.verify import compare_features, probe_features
 
 from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read, train_twenty_steps
 
@@ -49,7 +50,7 @@ def test_resized_towers_carry_the_same_names(name, tmp_path):
 
 @pytest.mark.parametrize("name", WHOLE_MODELS)
 def test_whole_models_leave_a_tower(name, tmp_path):
-    importers.main([str(TRANSFORMERS_TOWERS / name), "--output", str(tmp_path / "tower")])
+    command.main([str(TRANSFORMERS_TOWERS / name), "--output", str(tmp_path / "tower")])
     golden = read(TRANSFORMERS_TOWERS / name)
     with torch.no_grad():
         output = load_tower(tmp_path / "tower")(pixel_values=golden["pixels"], output_hidden_states=True)
@@ -115,7 +116,7 @@ def test_twenty_steps_are_in_what_comes_back(name, tmp_path):
 def test_export_of_an_export_is_identical(tmp_path):
     export_tower(tiny_dual("dinov2", 36), tmp_path / "one", origin="a/b", training={"steps": 3})
     assert export_command.main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
-    assert importers.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
+    assert command.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
     first = (tmp_path / "one" / "llm2clip.json").read_text()
     for name in ("two", "three"):
         assert (tmp_path / name / "llm2clip.json").read_text() == first
@@ -131,17 +132,17 @@ def test_export_leaves_training_mode_and_gradients_alone(tmp_path):
 
 
 def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):
-    dual, kept = tiny_dual(), export.save_beside_tower
+    dual, kept = tiny_dual(), export.save_heads
 
     def spoiled(model, directory):
-        kept(model, directory)
+        fields = kept(model, directory)
         state = load_file(directory / "text_adapter.safetensors")
         state["visual_projection.weight"][0, 0] += 1
         save_file(state, directory / "text_adapter.safetensors")
-        return "0" * 64
+        return {**fields, "adapter_sha256": "0" * 64}
 
-    monkeypatch.setattr(export, "save_beside_tower", spoiled)
-    with pytest.raises(ContractError, match=r"don't read back as written: .*visual_projection.weight"):
+    monkeypatch.setattr(export, "save_heads", spoiled)
+    with pytest.raises(ContractError, match=r"tensors differ after reloading: .*visual_projection.weight"):
         export_tower(dual, tmp_path / "tower", origin="x")
     assert list(tmp_path.iterdir()) == []
 
@@ -150,10 +151,10 @@ def test_features_that_differ_are_refused():
     features = probe_features(tiny_dual().eval())
     spoiled = {**features, "pooler_output": features["pooler_output"] + 1e-2}
     with pytest.raises(ContractError, match="there: pooler_output differs"):
-        export.compare_features(features, spoiled, where="there")
+        compare_features(features, spoiled, where="there")
     spoiled["pooler_output"] = features["pooler_output"] * float("nan")
     with pytest.raises(ContractError, match="pooler_output differs by nan"):
-        export.compare_features(features, spoiled, where="there")
+        compare_features(features, spoiled, where="there")
 
 
 def test_existing_directory_is_kept(tmp_path):
@@ -171,19 +172,19 @@ def test_damaged_directories_are_refused(tmp_path):
     state = load_file(tmp_path / "tower" / "text_adapter.safetensors")
     del state["text_adapter.norm.bias"]
     save_file(state, tmp_path / "tower" / "text_adapter.safetensors")
-    with pytest.raises(ContractError, match=r"doesn't fit llm2clip.json.*text_adapter.norm.bias"):
+    with pytest.raises(ContractError, match=r"does not match llm2clip.json: .*text_adapter.norm.bias"):
         load_dual(tmp_path / "tower")
     weights = load_file(tmp_path / "tower" / "model.safetensors")
     weights["vision_model.post_layernorm.bias"] += 1
     save_file(weights, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ContractError, match="its card says"):
+    with pytest.raises(ContractError, match=r"but llm2clip\.json records"):
         export.reexport(tmp_path / "tower", tmp_path / "again")
 
 
 def test_a_tower_alone_has_no_dual_encoder(tmp_path, capsys):
     card = export_tower(load_tower(TRANSFORMERS_TOWERS / "siglip_vision"), tmp_path / "tower", origin="x")
     assert card.projection_dim == 0 and not (tmp_path / "tower" / "text_adapter.safetensors").exists()
-    with pytest.raises(ValueError, match="holds a tower alone"):
+    with pytest.raises(ValueError, match="contains a tower alone"):
         load_dual(tmp_path / "tower")
     assert export_command.main([str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0
     assert "needs" not in capsys.readouterr().out

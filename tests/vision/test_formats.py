@@ -12,8 +12,10 @@ import torch
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision.convert import formats
-from llm2clip_plugin.vision.convert.importers import import_tower
+from llm2clip_plugin.vision.convert.exporting import convert
+from llm2clip_plugin.vision.convert.formats import onnx
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import push_to_hub
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
@@ -48,7 +50,7 @@ def test_clip_with_projection(clip, tmp_path):
 
 
 def test_eva_checkpoint_comes_back_tensor_for_tensor(eva, tmp_path):
-    formats.convert(eva, tmp_path / "out", "openclip")
+    convert(eva, tmp_path / "out", "openclip")
     written, original = (
         read(tmp_path / "out", "open_clip_model.safetensors"),
         read(CHECKPOINT, "checkpoint.safetensors"),
@@ -62,7 +64,7 @@ def test_eva_checkpoint_comes_back_tensor_for_tensor(eva, tmp_path):
 
 
 def test_clip_release_to_open_clip_and_back(clip, tmp_path):
-    formats.convert(clip, tmp_path / "out", "openclip")
+    convert(clip, tmp_path / "out", "openclip")
     card, _ = import_tower(tmp_path / "out", tmp_path / "again")
     first = TowerCard.read(clip / "llm2clip.json")
     assert (card.weights_sha256, card.adapter_sha256) == (first.weights_sha256, first.adapter_sha256)
@@ -70,7 +72,7 @@ def test_clip_release_to_open_clip_and_back(clip, tmp_path):
 
 def test_open_clip_itself_opens_the_clip_tower(clip, tmp_path):
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not part of LLaVA's environment")
-    formats.convert(clip, tmp_path / "out", "openclip")
+    convert(clip, tmp_path / "out", "openclip")
     golden = read(RELEASE)
     with torch.no_grad():
         found = image_tower_of(open_clip, tmp_path / "out")(golden["pixels"])
@@ -85,14 +87,14 @@ def test_siglip_to_open_clip_and_back(projection, tmp_path):
     width = tower.config.hidden_size
     config = DualConfig(projection_dim=width, llm_width=12, projection=projection, logit_bias_init=-9.0)
     first = export_tower(DualEncoder(tower, config), tmp_path / "tower", origin="x")
-    formats.convert(tmp_path / "tower", tmp_path / "out", "openclip")
+    convert(tmp_path / "tower", tmp_path / "out", "openclip")
     assert ("visual.head.proj.weight" in read(tmp_path / "out", "open_clip_model.safetensors")) == (
         projection == "linear"
     )
     card, _ = import_tower(tmp_path / "out", tmp_path / "again")
     assert (card.weights_sha256, card.adapter_sha256) == (first.weights_sha256, first.adapter_sha256)
     assert (card.dual["projection"], card.dual["logit_bias_init"]) == (projection, -9.0)
-    formats.convert(tmp_path / "again", tmp_path / "twice", "openclip")
+    convert(tmp_path / "again", tmp_path / "twice", "openclip")
     for name in ("open_clip_model.safetensors", "open_clip_config.json"):
         assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -108,7 +110,7 @@ def test_open_clip_itself_opens_a_siglip_tower_of_a_released_width(projection, t
         SiglipVisionModel(config), DualConfig(projection_dim=768 if projection == "none" else 8, projection=projection)
     )
     export_tower(dual, tmp_path / "tower", origin="x")
-    formats.convert(tmp_path / "tower", tmp_path / "out", "openclip")
+    convert(tmp_path / "tower", tmp_path / "out", "openclip")
     whole = timm.create_model
     # small for speed; timm's own base has the exact GELU, the hub's the tanh one: features differ by 1e-4
     small = {"depth": 1, "mlp_ratio": 64 / 768, "act_layer": "gelu_tanh"}
@@ -132,13 +134,13 @@ def image_tower_of(open_clip, directory):
 
 def test_a_logit_bias_is_kept(tmp_path):
     first = export_tower(dual_with(logit_bias_init=-9.0), tmp_path / "tower", origin="x")
-    formats.convert(tmp_path / "tower", tmp_path / "out", "openclip")
+    convert(tmp_path / "tower", tmp_path / "out", "openclip")
     card, _ = import_tower(tmp_path / "out", tmp_path / "again")
     assert card.adapter_sha256 == first.adapter_sha256
 
 
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in formats.ONNX_PACKAGES), reason="ONNX is not installed"
+    any(importlib.util.find_spec(name) is None for name in onnx.PACKAGES), reason="ONNX is not installed"
 )
 
 
@@ -151,8 +153,8 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
     if name == "siglip":
         import_tower(TRANSFORMERS_TOWERS / "siglip_vision", tmp_path / "tower")
     source = tmp_path / "tower" if name == "siglip" else request.getfixturevalue("eva")
-    formats.convert(source, tmp_path / "out", "onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "out" / formats.ONNX_FILE))
+    convert(source, tmp_path / "out", "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE))
     size = TowerCard.read(source / "llm2clip.json").image_size
     pixels = torch.randn(5, 3, size, size)
     found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
@@ -165,9 +167,9 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
 
 
 def test_onnx_without_its_packages_says_what_to_install(clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "ONNX_PACKAGES", ("onnx_of_another_world",))
+    monkeypatch.setattr(onnx, "PACKAGES", ("onnx_of_another_world",))
     with pytest.raises(ValueError, match="pip install onnx_of_another_world"):
-        formats.convert(clip, tmp_path / "out", "onnx")
+        convert(clip, tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
 
 
@@ -179,31 +181,35 @@ def dual_with(**options) -> DualEncoder:
 @pytest.mark.parametrize(
     "options, format_name, message",
     [
-        ({"pool": "mean"}, "clip", "this has pool 'mean'"),
+        ({"pool": "mean"}, "clip", "this tower has pool 'mean'"),
         ({"projection_norm": True}, "openclip", "projection_norm True"),
-        ({"projection_bias": True}, "clip", "projection without bias"),
-        ({"projection_bias": True}, "openclip", "projection without bias"),
+        ({"projection_bias": True}, "clip", "has no projection bias for clip towers"),
+        ({"projection_bias": True}, "openclip", "has no projection bias for clip towers"),
         ({"input_scale": "sqrt_width"}, "openclip", "input_scale 'sqrt_width'"),
         ({"adapter": "linear"}, "openclip", "the paper's adapter"),
-        ({"projection": "none", "projection_dim": 32}, "openclip", "projection 'none'"),
-        ({}, "gguf", "unknown format 'gguf'; known: tower, clip, openclip, onnx"),
+        (
+            {"projection": "none", "projection_dim": 32},
+            "openclip",
+            "projection linear .* this tower has .* projection 'none'",
+        ),
+        ({}, "gguf", "unknown format 'gguf'; known: tower, clip, onnx, openclip"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(options, format_name, message, tmp_path):
     export_tower(dual_with(**options), tmp_path / "tower", origin="x")
     with pytest.raises(ValueError, match=message):
-        formats.convert(tmp_path / "tower", tmp_path / "out", format_name)
+        convert(tmp_path / "tower", tmp_path / "out", format_name)
     assert not (tmp_path / "out").exists()
 
 
 def test_families_and_towers_alone_are_refused(tmp_path):
     export_tower(load_tower(TRANSFORMERS_TOWERS / "clip_vision"), tmp_path / "alone", origin="x")
-    with pytest.raises(ValueError, match="this directory has a tower alone"):
-        formats.convert(tmp_path / "alone", tmp_path / "out", "clip")
+    with pytest.raises(ValueError, match="this directory contains a tower alone"):
+        convert(tmp_path / "alone", tmp_path / "out", "clip")
     tower = load_tower(TRANSFORMERS_TOWERS / "dinov2")
     export_tower(DualEncoder(tower, DualConfig(projection_dim=8)), tmp_path / "dino", origin="x")
-    with pytest.raises(ValueError, match="holds clip towers, this is a dinov2"):
-        formats.convert(tmp_path / "dino", tmp_path / "out", "clip")
+    with pytest.raises(ValueError, match="supports clip towers, not dinov2"):
+        convert(tmp_path / "dino", tmp_path / "out", "clip")
 
 
 def test_what_only_a_run_has_is_refused_for_a_tower(clip, tmp_path):
@@ -279,7 +285,7 @@ def hub(monkeypatch):
 
 def test_push_sends_every_file_of_the_directory(clip, hub):
     handler, address = hub
-    assert formats.push_to_hub(clip, "o/n") == f"{address}/o/n/commit/1"
+    assert push_to_hub(clip, "o/n") == f"{address}/o/n/commit/1"
     assert handler.files == {path.name: path.read_bytes() for path in clip.iterdir()}
     assert b"SHA-256" in handler.files["README.md"]
 
@@ -287,6 +293,6 @@ def test_push_sends_every_file_of_the_directory(clip, hub):
 def test_push_refuses_weights_that_are_not_the_cards(clip, eva, hub):
     handler, _ = hub
     shutil.copy(eva / "model.safetensors", clip / "model.safetensors")
-    with pytest.raises(ContractError, match="its card says"):
-        formats.push_to_hub(clip, "o/n")
+    with pytest.raises(ContractError, match=r"but llm2clip\.json records"):
+        push_to_hub(clip, "o/n")
     assert not handler.files and not handler.calls

@@ -6,9 +6,10 @@ import torch
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02VisionModel
-from llm2clip_plugin.vision.export import export_tower, probe_features
+from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.lora import add_lora, has_lora, merged
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
+from llm2clip_plugin.vision.verify import probe_features
 
 from .conftest import TRANSFORMERS_TOWERS
 from .test_eva02 import tiny_config
@@ -31,7 +32,7 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=1e-2)
     size = tower.config.image_size
     for _ in range(3):
-        image, text = dual(torch.randn(4, 3, size, size), torch.randn(4, 12))
+        image, text, *_ = dual(torch.randn(4, 3, size, size), torch.randn(4, 12))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(4)).backward()
         optimizer.step()

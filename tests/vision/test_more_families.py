@@ -7,17 +7,12 @@ from safetensors.torch import load_file, save_file
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision import towers
-from llm2clip_plugin.vision.convert.importers import import_tower
+from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import (
-    family_of_type,
-    preprocessor_config,
-    resize_tower,
-    tower_blocks,
-    tower_embeddings_parameters,
-)
+from llm2clip_plugin.vision.families import family_of, family_of_type
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.towers import resize_tower, tower_blocks, tower_embeddings_parameters
 
 from .conftest import largest_difference, train_twenty_steps
 
@@ -144,14 +139,14 @@ def test_timm_by_name_and_size(timm, monkeypatch):
     monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests
     tower = load_tower("timm:vit_tiny_patch16_224", image_size=32, dtype=torch.bfloat16)
     assert (tower.config.image_size, tower.dtype) == (32, torch.bfloat16)
-    assert towers.family_of(tower).name == "timm"
+    assert family_of(tower).name == "timm"
 
 
 def test_dinov3(tmp_path, capsys):
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        with pytest.raises(ValueError, match="DINOv3 needs transformers 5"):
+        with pytest.raises(ValueError, match="DINOv3 requires transformers 5"):
             family_of_type("dinov3_vit", where="x").vision_class()
         return
     config = transformers.DINOv3ViTConfig(

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.convert.importers import import_tower
+from llm2clip_plugin.vision.convert.importing import import_tower
 
 from .conftest import REFERENCE, largest_difference, read
 
@@ -40,7 +40,7 @@ def test_clip(quick_gelu, tmp_path):
     model = randomised(open_clip.CLIP(**{k: fields[k] for k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}))
     save_as_on_the_hub(model, fields, tmp_path / "hub")
     card, report = import_tower(tmp_path / "hub", tmp_path / "tower")
-    assert card.family == "clip" and any("own text tower" in line for line in report)
+    assert card.family == "clip" and any("text tower, replaced by the LLM" in line for line in report)
     pixels = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         expected = model.encode_image(pixels, normalize=True)
@@ -71,7 +71,7 @@ def test_clip_without_its_activation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="doesn't say its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"quick_gelu": true}')
-    with pytest.raises(ValueError, match="no known CLIP tower is 64 wide"):
+    with pytest.raises(ValueError, match="no known CLIP tower has width 64"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
 
 

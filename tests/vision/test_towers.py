@@ -10,16 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.convert.importers import import_tower
-from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.families import families, family_named, family_of
 from llm2clip_plugin.vision.positions import resize_positions
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import (
-    family_named,
-    family_of,
-    fetch_directory,
     freeze_tower,
     load_tower,
-    preprocessor_config,
     resize_tower,
     resized_from,
     tower_blocks,
@@ -153,7 +151,7 @@ def test_blocks_embeddings_and_freezing(name):
     assert {id(p) for p in tower_blocks(tower)[1].parameters()} <= trainable
     freeze_tower(tower)
     assert not any(p.requires_grad for p in tower.parameters())
-    with pytest.raises(ValueError, match="cannot freeze the first 9 blocks"):
+    with pytest.raises(ValueError, match="cannot freeze the first 9 blocks: the tower has"):
         freeze_tower(tower, first_blocks=9)
 
 
@@ -197,7 +195,7 @@ def test_unknown_families_and_sources_say_what_is_known(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(ValueError, match=r"model_type 'resnet'.*clip_vision_model"):
         load_tower(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no file or directory ./nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no file or directory ./nowhere; it is not a Hub id"):
         fetch_directory("./nowhere")
     with pytest.raises(FileNotFoundError, match="is a file"):
         fetch_directory(tmp_path / "config.json")
@@ -220,14 +218,16 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
     if damage == "cut":
         state[key] = value[:-1].contiguous()
     save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ContractError, match=r"don't fit its config.json") as refused:
+    with pytest.raises(ContractError, match=r"don't match its config.json") as refused:
         load_tower(tmp_path / "tower")
     message, core_name = str(refused.value), key.removeprefix("vision_model.")
-    wrong = {"missing": "missing [", "renamed": "unknown [", "transposed": "misshapen [", "cut": "misshapen ["}[damage]
+    wrong = {"missing": "missing [", "renamed": "unexpected [", "transposed": "misshapen [", "cut": "misshapen ["}[
+        damage
+    ]
     assert core_name.replace("fc1", "fc9" if damage == "renamed" else "fc1") in message.split(wrong)[1].split("]")[0]
     if damage in ("transposed", "cut"):
         assert f"is {tuple(state[key].shape)}, expected {tuple(value.shape)}" in message
-        assert "missing []" in message and "unknown []" in message
+        assert "missing []" in message and "unexpected []" in message
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "clip_full", "siglip_vision"])
@@ -240,7 +240,7 @@ def test_old_files_hold_position_ids(tmp_path, name):
     save_file(state | counter, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
     load_tower(tmp_path / "tower")
     card, report = import_tower(tmp_path / "tower", tmp_path / "imported")
-    assert any("a counter, no weight: 1 tensors" in line for line in report)
+    assert any("(a counter, not a weight): 1 tensors" in line for line in report)
     assert card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
 
 

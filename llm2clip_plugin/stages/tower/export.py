@@ -12,15 +12,11 @@ from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.stages.settings import from_plain
 from llm2clip_plugin.train.checkpoint import FOLDER, RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.vision.convert.formats import FORMATS, convert, push_to_hub
+from llm2clip_plugin.vision.convert.exporting import convert
+from llm2clip_plugin.vision.convert.formats import formats
+from llm2clip_plugin.vision.directory import push_to_hub
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import summary
-
-FORMAT_HELP = (
-    "tower: a tower directory (the default); clip: transformers' CLIPVisionModelWithProjection; openclip: OpenCLIP's "
-    "names (CLIP, SigLIP) or EVA-CLIP's (EVA02) with the LLM's adapter, for their image towers and `llm2clip import`, "
-    "not for OpenCLIP's create_model, which wants a text tower; onnx: ONNX Runtime"
-)
 
 
 def main(argv: list[str]) -> int:
@@ -62,7 +58,14 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("source", help="folder of a training run, tower directory, or Hub id")
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--format", default="tower", choices=["tower", *FORMATS], help=FORMAT_HELP)
+    known = formats()
+    format_help = "; ".join(f"{name}: {known[name].help}" for name in known)
+    parser.add_argument(
+        "--format",
+        default="tower",
+        choices=["tower", *known],
+        help=f"tower: a tower directory (the default); {format_help}",
+    )
     parser.add_argument("--checkpoint", default="", help="a run's checkpoint other than the newest")
     parser.add_argument("--ema", action="store_true", help="a run's moving averages instead of its weights")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the written tower directory to the Hub, too")

@@ -28,7 +28,7 @@ from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
 from llm2clip_plugin.vision.attention import use_fastest_attention
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import preprocessor_config
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 TOWER, TOWER_EMA = "tower", "tower-ema"
 

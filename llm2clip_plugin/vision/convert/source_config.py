@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint: what lies beside it, and what the user says over that."""
+"""The configuration of a checkpoint: the file next to it, with the user's --config on top."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.towers import PREPROCESSOR_FILE, read_json
+from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.preprocessor import own_preprocessor
 
 
-def config_beside(place: Path, state: dict[str, Tensor]) -> dict[str, Any]:
-    """The configuration that lies in a folder with these tensors; {} if there is none.
+def config_in(place: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The configuration file in the folder of a checkpoint; {} without one.
 
-    Some repositories hold a model twice, as OpenCLIP's and as Hugging Face's, each with its file.
+    Some repositories contain a model twice, in OpenCLIP's and in Hugging Face's layout, each with its own file.
     """
-    names = ("open_clip_config.json", "config.json") if any(key.startswith("visual.") for key in state) else ()
-    found = [place / name for name in (*names, "config.json") if place.is_dir() and (place / name).is_file()]
-    return read_json(found[0]) if found else {}
+    is_open_clip = any(key.startswith("visual.") for key in state)
+    names = ("open_clip_config.json", "config.json") if is_open_clip else ("config.json",)
+    files = [place / name for name in names if (place / name).is_file()]
+    return read_json(files[0]) if files else {}
 
 
-def preprocessor_beside(place: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Mean and deviation as OpenCLIP's ``preprocess_cfg`` has them, else the folder's preprocessor_config.json."""
-    if "model_cfg" in config:
-        chosen = section(config, "preprocess_cfg")
-        return {f"image_{key}": chosen[key] for key in ("mean", "std") if key in chosen}
-    file = place / PREPROCESSOR_FILE
-    return read_json(file) if place.is_dir() and file.is_file() else {}
+def preprocessor_in(place: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Mean and deviation from OpenCLIP's ``preprocess_cfg``, else from the folder's preprocessor_config.json."""
+    if "model_cfg" not in config:
+        return own_preprocessor(place)
+    values = section(config, "preprocess_cfg")
+    return {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
 
 
-def opened(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the fields of ``model_cfg``, where OpenCLIP's file on the hub has them, at its top."""
+def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the fields of ``model_cfg``, where OpenCLIP's files on the Hub nest them, at the top."""
     return {**config, **section(config, "model_cfg")}
 
 
-def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with the keys of ``above`` over it, inside objects too."""
-    inside = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
-    return {**below, **above, **{key: over(below[key], above[key]) for key in inside}}
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` overridden by ``above``, key by key in nested objects too."""
+    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
 
 
 def section(config: dict[str, Any], name: str, *, where: str = "config.json") -> dict[str, Any]:
@@ -47,3 +48,15 @@ def section(config: dict[str, Any], name: str, *, where: str = "config.json") ->
     if value is not None and not isinstance(value, dict):
         raise ContractError(f'{where}: "{name}" is {value!r}, expected an object')
     return value or {}
+
+
+def vision_fields(config: Any) -> dict[str, Any]:
+    """OpenCLIP's ``vision_cfg`` for the configuration of a CLIP or EVA-CLIP tower."""
+    return {
+        "image_size": config.image_size,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "head_width": config.hidden_size // config.num_attention_heads,
+        "patch_size": config.patch_size,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+    }

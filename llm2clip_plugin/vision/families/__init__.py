@@ -1,11 +1,42 @@
-"""One file a family; each defines ``FAMILY``. A new file is a new family: the registry finds it here."""
+"""One file per family of towers, each defining ``FAMILY``; a new file is a new family."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.family import Family, Tower
 
 
 def families() -> dict[str, Family]:
     """Every family by name."""
     return discover(__name__, "FAMILY")
+
+
+def family_named(name: str) -> Family:
+    """The family of that name; ValueError lists the known ones."""
+    if name not in families():
+        raise ValueError(f"unknown tower family {name!r}; known: {', '.join(sorted(families()))}")
+    return families()[name]
+
+
+def family_of_type(model_type: str, *, where: str) -> Family:
+    """The family whose config.json has this ``model_type``; ``where`` is named in the error."""
+    known = {kind: family for family in families().values() for kind in family.model_types}
+    if model_type not in known:
+        raise ValueError(f"{where}: no tower family has model_type {model_type!r}; known: {', '.join(sorted(known))}")
+    return known[model_type]
+
+
+def family_of(tower: Tower) -> Family:
+    """The family of a loaded tower."""
+    return family_of_type(tower.config.model_type, where=type(tower).__name__)
+
+
+def read_config(directory: Path) -> tuple[Family, Any]:
+    """Family and vision configuration of a directory; the latter is part of an image-text model's, if it is one."""
+    file = directory / "config.json"
+    family = family_of_type(str(read_json(file).get("model_type")), where=str(file))
+    return family, family.vision_class().config_class.from_pretrained(directory)

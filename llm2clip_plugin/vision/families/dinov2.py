@@ -1,20 +1,16 @@
-"""DINOv2: class token, layer scale, positions of the pretraining grid (37 x 37 for the released models)."""
+"""DINOv2: class token, layer scale, positions for the grid of pretraining (37 x 37 in the released models)."""
 
 from __future__ import annotations
 
-from llm2clip_plugin.vision.family import IMAGENET_MEAN, IMAGENET_STD, Family
+from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_transformers
 
-
-def _vision_class() -> type:
-    from transformers import Dinov2Model
-
-    return Dinov2Model
-
+SIZE = {"image_size": 518, "patch_size": 14}
+GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}
 
 FAMILY = Family(
     name="dinov2",
     model_types=("dinov2",),
-    vision_class=_vision_class,
+    vision_class=in_transformers("Dinov2Model"),
     has_cls=True,
     positions="embeddings.position_embeddings",
     blocks="encoder.layer",
@@ -22,7 +18,13 @@ FAMILY = Family(
     final_norm="layernorm",
     last_state_is_normed=True,
     never_trained=("embeddings.mask_token",),
+    not_tower=("classifier.",),
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
-    beside_tower=("classifier.",),
+    shapes={
+        "facebook/dinov2-small": {**BASE, **SIZE, "hidden_size": 384, "num_attention_heads": 6},
+        "facebook/dinov2-base": {**BASE, **SIZE},
+        "facebook/dinov2-large": {**LARGE, **SIZE},
+        "facebook/dinov2-giant": {**GIANT, **SIZE},
+    },
 )

@@ -1,4 +1,4 @@
-"""DINOv3 (transformers 5): rotary positions at any grid; its register tokens are left out of the states."""
+"""DINOv3 (transformers 5): rotary positions for any grid; the states leave out its register tokens."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ def _vision_class() -> type:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        raise ValueError(f"DINOv3 needs transformers 5 or newer, this is {transformers.__version__}")
+        raise ValueError(f"DINOv3 requires transformers 5 or newer; {transformers.__version__} is installed")
 
     class DINOv3ViTModel(transformers.DINOv3ViTModel):  # the hub's class name, which config.json keeps
-        """DINOv3 whose states are the class token and the patches."""
+        """DINOv3 whose states are the class token and the patches, without registers."""
 
         def forward(self, pixel_values, output_hidden_states=None):
-            """As DINOv3ViTModel, the registers between class token and patches taken out."""
+            """See DINOv3ViTModel; removes the registers between class token and patches."""
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
             output: Any = super().forward(pixel_values, output_hidden_states=output_hidden_states)
-            patches = 1 + self.config.num_register_tokens
+            first_patch = 1 + self.config.num_register_tokens
 
-            def without(state):
-                return state[:, [0, *range(patches, state.shape[1])]]
+            def without_registers(state):
+                return state[:, [0, *range(first_patch, state.shape[1])]]
 
-            output.last_hidden_state = without(output.last_hidden_state)
+            output.last_hidden_state = without_registers(output.last_hidden_state)
             if output_hidden_states:
-                output.hidden_states = tuple(without(state) for state in output.hidden_states)
+                output.hidden_states = tuple(without_registers(state) for state in output.hidden_states)
             return output
 
     return DINOv3ViTModel

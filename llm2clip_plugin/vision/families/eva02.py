@@ -1,8 +1,11 @@
-"""EVA-CLIP towers (EVA02 and EVA01), written in this package."""
+"""EVA-CLIP towers (EVA02 and EVA01), implemented in this package.
+
+Sizes: EVA-CLIP's model configurations (arXiv 2303.15389, table 8; arXiv 2303.11331, table 2 for SwiGLU's widths).
+"""
 
 from __future__ import annotations
 
-from llm2clip_plugin.vision.family import Family
+from llm2clip_plugin.vision.family import BASE, LARGE, Family
 
 
 def _vision_class() -> type:
@@ -10,6 +13,12 @@ def _vision_class() -> type:
 
     return Eva02VisionModel
 
+
+B = {**BASE, "intermediate_size": 2048, "patch_size": 16, "rope_pretrained_grid": 16}
+L = {**LARGE, "intermediate_size": 2730, "patch_size": 14, "rope_pretrained_grid": 16}  # int(1024 * 2.6667)
+PLAIN = {"hidden_act": "gelu", "sub_norm": False, "rope": False, "num_attention_heads": 16, "patch_size": 14}
+BIG_E = {**PLAIN, "hidden_size": 1792, "num_hidden_layers": 64, "intermediate_size": 15360, "post_norm": True}
+G = {**PLAIN, "hidden_size": 1408, "num_hidden_layers": 40, "intermediate_size": 6144}
 
 FAMILY = Family(
     name="eva02",
@@ -21,4 +30,11 @@ FAMILY = Family(
     embeddings=("embeddings",),
     final_norm="norm",
     last_state_is_normed=True,
+    shapes={
+        "eva02-b16": {**B, "image_size": 224},
+        "eva02-l14-224": {**L, "image_size": 224},
+        "eva02-l14-336": {**L, "image_size": 336},
+        "eva02-bige14": {**BIG_E, "image_size": 224},
+        "eva01-g14": {**G, "image_size": 224},
+    },
 )

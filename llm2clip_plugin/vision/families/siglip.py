@@ -1,29 +1,34 @@
-"""SigLIP and SigLIP2 at a fixed resolution (both are ``siglip`` on the hub): no class token, attention pooling."""
+"""SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention pooling."""
 
 from __future__ import annotations
 
-from llm2clip_plugin.vision.family import HALF_MEAN, HALF_STD, Family
+from llm2clip_plugin.vision.family import BASE, HALF_MEAN, HALF_STD, Family, in_transformers
 
-
-def _vision_class() -> type:
-    from transformers import SiglipVisionModel
-
-    return SiglipVisionModel
-
+B = {**BASE, "intermediate_size": 3072, "patch_size": 16}
+SO400M = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
 
 FAMILY = Family(
     name="siglip",
     model_types=("siglip_vision_model", "siglip"),
-    vision_class=_vision_class,
+    vision_class=in_transformers("SiglipVisionModel"),
     has_cls=False,
-    file_prefix="vision_model.",
     positions="embeddings.position_embedding.weight",
     blocks="encoder.layers",
     embeddings=("embeddings",),
     final_norm="post_layernorm",
     last_state_is_normed=True,
     pooling_head="head",
+    file_prefix="vision_model.",
+    not_tower=("text_model.", "text_adapter.", "visual_projection.", "logit_scale", "logit_bias"),
+    whole_class=in_transformers("SiglipModel"),
+    whole_extras=("logit_bias",),
     mean=HALF_MEAN,
     std=HALF_STD,
-    beside_tower=("text_model.", "text_adapter.", "visual_projection.", "logit_scale", "logit_bias"),
+    shapes={
+        "google/siglip-base-patch16-224": {**B, "image_size": 224},
+        "google/siglip-so400m-patch14-384": {**SO400M, "image_size": 384, "patch_size": 14},
+        "google/siglip2-base-patch16-224": {**B, "image_size": 224},
+        "google/siglip2-so400m-patch14-224": {**SO400M, "image_size": 224, "patch_size": 14},
+        "google/siglip2-so400m-patch14-384": {**SO400M, "image_size": 384, "patch_size": 14},
+    },
 )

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file or folder without running anything that is in it."""
+"""Read the tensors of a checkpoint file or folder without running any code in it."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.source_config import section
-from llm2clip_plugin.vision.towers import read_json
+from llm2clip_plugin.vision.directory import read_json
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-SAFE_TORCH = (2, 6)  # older `weights_only=True` can be made to run code (CVE-2025-32434)
+SAFE_TORCH = (2, 6)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
 WRAPPERS = ("model", "module", "state_dict")  # of a training checkpoint, in the reference's order
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors, .pt, .pth or .bin file, by name; wrappers and ``module.`` prefixes gone.
+    """Every tensor of a .safetensors, .pt, .pth or .bin file by name, without wrappers and ``module.`` prefixes.
 
-    Raises ContractError: not whole, holds code, holds something that is not a tensor, unknown suffix.
+    Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix.
     """
     if path.suffix == ".safetensors":
         return _strip_prefixes(_read_safetensors(path))
     if path.suffix in PICKLE_SUFFIXES:
         return _strip_prefixes(_only_tensors(_unwrap(_read_pickle(path)), path))
-    raise ContractError(f"{path} is no checkpoint that can be read; known: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+    raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a folder: a known name, the shards of an index, or the only checkpoint in it.
+    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint.
 
-    Raises FileNotFoundError if there is none, ContractError if several fit.
+    Raises FileNotFoundError if there is none, ContractError if several qualify.
     """
     for name in WEIGHT_FILES:
         if (directory / name).is_file():
             return [directory / name]
         if (directory / f"{name}.index.json").is_file():
             return _shards(directory / f"{name}.index.json")
-    found = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
-    if not found:
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
+    if not files:
         raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
-    if len(found) > 1:
-        raise ContractError(f"{directory} holds several checkpoints, name one: {', '.join(p.name for p in found)}")
-    return found
+    if len(files) > 1:
+        raise ContractError(
+            f"{directory} contains several checkpoints; choose one of {', '.join(p.name for p in files)}"
+        )
+    return files
 
 
 def _shards(index: Path) -> list[Path]:
@@ -65,41 +67,41 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ContractError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from error
+        raise ContractError(f"{path} is not a complete safetensors file ({error}); download it again") from error
 
 
 def _read_pickle(path: Path) -> Any:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise ContractError(
-            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, mended in 2.6); "
+            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, fixed in 2.6); "
             "import it in the training environment, or convert it to .safetensors"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ContractError(
-            f"{path} {_beside_tensors(str(error))} and was refused, nothing in it was run; take a .safetensors file of "
-            "these weights, or, where you trust this one, convert it to .safetensors"
+            f"{path} {_refusal(str(error))}; nothing in it was run. Use a .safetensors file of these weights, or, if "
+            "you trust this file, convert it to .safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         if "TorchScript" in str(error):
             raise ContractError(
-                f"{path} is a TorchScript archive, which is a program; take the same weights from the Hub, "
+                f"{path} is a TorchScript archive, which is a program; use the same weights from the Hub, "
                 "for OpenAI's CLIP openai/clip-vit-*"
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ContractError(f"{path} is not a whole torch checkpoint ({reason}); download or copy it again") from error
+        raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error
 
 
-def _beside_tensors(reason: str) -> str:
-    """What a refused pickle holds, from torch's reason, which is long and otherwise tells how to run it all the same.
+def _refusal(reason: str) -> str:
+    """Why a pickle is refused, from torch's own reason, which is long and explains how to run it nevertheless.
 
-    >>> _beside_tensors("Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default.")
+    >>> _refusal("Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default.")
     'would run or construct argparse.Namespace'
     """
     name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", reason)
     if name is None:
-        return "holds code or objects beside tensors, or is no torch checkpoint,"
+        return "contains code or objects other than tensors, or is not a torch checkpoint"
     return f"would run or construct {name[1]}"
 
 
@@ -113,30 +115,17 @@ def _unwrap(value: Any) -> Any:
 
 def _only_tensors(value: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(value, dict):
-        raise ContractError(f"{path} holds a {type(value).__name__}, expected a dict of tensors")
+        raise ContractError(f"{path} contains a {type(value).__name__}, expected a dict of tensors")
     if others := sorted(str(key) for key, item in value.items() if not isinstance(item, Tensor)):
-        raise ContractError(f"{path} holds things that are not tensors: {others[:10]}; expected a dict of tensors")
+        raise ContractError(f"{path}: values of {others[:10]} are not tensors; expected a dict of tensors")
     if not value:
-        raise ContractError(f"{path} holds no tensors")
+        raise ContractError(f"{path} contains no tensors")
     return value
 
 
 def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that wrappers of a model leave on every name."""
+    """Names without the prefixes of DistributedDataParallel and torch.compile."""
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-
-def require(state: dict[str, Tensor], *names: str) -> None:
-    """ContractError for tensors that every checkpoint of a layout has."""
-    if missing := [name for name in names if name not in state]:
-        raise ContractError(f"the checkpoint lacks {missing}, which every one of its layout has")
-
-
-def patch_shape(weight: Tensor, name: str) -> tuple[int, int]:
-    """Width of a tower and side of its square patches, from its patch convolution (H, 3, P, P); ContractError else."""
-    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
-        raise ContractError(f"{name} is {tuple(weight.shape)}, expected (width, 3, patch, patch): transposed or cut?")
-    return weight.shape[0], weight.shape[2]

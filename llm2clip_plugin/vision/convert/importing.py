@@ -1,0 +1,146 @@
+"""Turn vision checkpoints into tower directories.
+
+A source is a tower directory of this package (llm2clip.json), a checkpoint in one of the layouts of ``parse.py``, or
+``timm:NAME``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.convert.parse import parse_checkpoint
+from llm2clip_plugin.vision.convert.parsed import ParsedCheckpoint
+from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, heads_state
+from llm2clip_plugin.vision.export import export_tower, reexport
+from llm2clip_plugin.vision.family import Tower
+from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower
+
+
+def import_tower(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    replace: bool = False,
+) -> tuple[TowerCard, list[str]]:
+    """Write ``source`` (file, directory, Hub id or timm:NAME) as a tower directory; returns its card and a report.
+
+    ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's) for a source that has none and whose tensors
+    don't determine the architecture, or fields that override the source's own. ``image_size``, in pixels, interpolates
+    the positions if it is not the source's own; the card records it.
+    Raises FileNotFoundError, ValueError (architecture unknown), ContractError (a tensor without a place, missing or
+    misshapen; a file that is truncated or contains code).
+    """
+    if str(source).startswith(TIMM_PREFIX):
+        if config is not None:
+            raise ValueError(f"{source}: timm describes the architecture; remove --config")
+        model, imported_as = load_tower(source, image_size=image_size), "timm"
+        origin, report = str(source), [f"layout timm: {len(model.state_dict())} tensors of the tower"]
+    else:
+        path = Path(source).expanduser()
+        place = path if path.is_file() else fetch_directory(source)
+        if place.is_dir() and (place / TowerCard.FILE).is_file():
+            return _import_own(place, output, image_size=image_size, replace=replace)
+        parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
+        model = build_model(parsed, source=str(source), temporary=Path(output).resolve().parent, image_size=image_size)
+        imported_as, report = parsed.layout, parsed.report()
+        origin = path.name if path.exists() else str(source)
+    card = export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
+    if (old_size := card.training.get("resized_from")) is not None:
+        report.append(f"positions interpolated from {old_size} to {card.image_size} px")
+    return card, report
+
+
+def _import_own(
+    directory: Path, output: str | os.PathLike[str], *, image_size: int | None, replace: bool
+) -> tuple[TowerCard, list[str]]:
+    """A tower directory of this package, optionally with interpolated positions."""
+    old_size = TowerCard.read(directory / TowerCard.FILE).image_size
+    card = reexport(directory, output, image_size=image_size, replace=replace)
+    if card.image_size == old_size:
+        return card, ["a tower directory: weights verified and unchanged"]
+    return card, [f"a tower directory: positions interpolated from {old_size} to {card.image_size} px"]
+
+
+def build_model(parsed: ParsedCheckpoint, *, source: str, temporary: Path, image_size: int | None = None) -> nn.Module:
+    """A parsed checkpoint as a dual encoder, or as a tower if it contains nothing else.
+
+    ``temporary``: folder for temporary files of the tower's size. ``source`` is named in errors.
+    """
+    tower = _build_tower(parsed, source=source, temporary=temporary, image_size=image_size)
+    if parsed.projection is None and parsed.adapter is None and parsed.logit_scale is None:
+        return tower
+    dual = DualEncoder(tower, _dual_config(parsed, tower, source=source))
+    _load_heads(dual, parsed, source=source)
+    return dual
+
+
+def _build_tower(parsed: ParsedCheckpoint, *, source: str, temporary: Path, image_size: int | None) -> Tower:
+    """The tower, loaded as strictly as any tower directory."""
+    from safetensors.torch import save_file
+
+    temporary.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=temporary, prefix=".import-") as name:
+        folder = Path(name)
+        write_json(folder / "config.json", parsed.config)
+        write_json(folder / PREPROCESSOR_FILE, parsed.preprocessor)
+        tensors = {name: value.contiguous().clone() for name, value in parsed.tower.items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            return load_tower(folder, image_size=image_size)
+        except ContractError as error:
+            raise ContractError(str(error).replace(name, source)) from error
+
+
+def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> DualConfig:
+    """The configuration of the heads; ContractError if projection, adapter and tower don't match in width."""
+    adapter, projection, width = parsed.adapter, parsed.projection, tower.config.hidden_size
+    if projection is not None and projection.shape[-1] != width:
+        raise ContractError(
+            f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width}); "
+            "the tensor is transposed, or belongs to another tower"
+        )
+    width = width if projection is None else projection.shape[0]
+    if adapter is not None and adapter.projection_dim != width:
+        raise ContractError(
+            f"{source}: image features have width {width}, but the text adapter's outputs {adapter.projection_dim}"
+        )
+    config = DualConfig(
+        projection_dim=width,
+        projection="none" if projection is None else "linear",
+        projection_bias=parsed.projection_bias is not None,
+        logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias.reshape(()).item()),
+    )
+    if adapter is None:
+        return config
+    return dataclasses.replace(
+        config,
+        llm_width=adapter.llm_width,
+        adapter_blocks=adapter.blocks,
+        adapter_expansion=adapter.expansion,
+        normalise_input=adapter.normalise_input,
+    )
+
+
+def _load_heads(dual: DualEncoder, parsed: ParsedCheckpoint, *, source: str) -> None:
+    """Load everything but the tower; only the logit scale may be missing, and then keeps CLIP's initial value."""
+    adapter = {} if parsed.adapter is None else parsed.adapter.state
+    tensors: dict[str, Tensor | None] = {f"text_adapter.{name}": value for name, value in adapter.items()}
+    tensors |= {"visual_projection.weight": parsed.projection, "visual_projection.bias": parsed.projection_bias}
+    for name, value in (("logit_scale", parsed.logit_scale), ("logit_bias", parsed.logit_bias)):
+        tensors[name] = None if value is None else value.reshape(1)
+    state = {name: value for name, value in tensors.items() if value is not None}
+    expected = heads_state(dual)
+    missing = sorted(expected.keys() - state.keys() - {"logit_scale"})
+    wrong = sorted(name for name in state if name not in expected or state[name].shape != expected[name].shape)
+    if missing or wrong:
+        raise ContractError(f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}")
+    dual.load_state_dict(state, strict=False)  # the tower is loaded; the rest was just checked

@@ -1,0 +1,306 @@
+"""EVA-CLIP and LLM2CLIP-EVA02-*.pt: ``visual.blocks.*``, also under timm's names (``visual.trunk.blocks.*``).
+
+Shapes: H width of the tower, E width of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert.parsed import COMPUTED, NESTED_TEXT, Layout, ParsedCheckpoint
+from llm2clip_plugin.vision.convert.source_config import section, vision_fields
+from llm2clip_plugin.vision.convert.tensor_names import TensorNames
+from llm2clip_plugin.vision.convert.tensor_shapes import depth, patch_shape, require
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
+
+BLOCKS = "visual.blocks."
+TRUNK = "visual.trunk."
+IN_BLOCK = {
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "gamma_1": "scale1",
+    "gamma_2": "scale2",
+    "attn.inner_attn_ln.": "attention.inner_norm.",
+    "attn.proj.": "attention.out_proj.",
+    "mlp.w1.": "mlp.gate_proj.",
+    "mlp.w2.": "mlp.up_proj.",
+    "mlp.ffn_ln.": "mlp.norm.",
+    "mlp.w3.": "mlp.down_proj.",
+    "mlp.fc1.": "mlp.fc1.",
+    "mlp.fc2.": "mlp.fc2.",
+}
+SPLIT = {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
+BIASES = {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"}
+FUSED_NAMES = TensorNames(  # as the reference writes towers without sub-norms
+    prefixes=("visual.", ""),
+    outside={
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj.": "embeddings.patch_embedding.",
+        "norm.": "norm.",
+    },
+    blocks=("blocks.", "blocks."),
+    inside=IN_BLOCK | BIASES,
+    fused=("attn.qkv.", "attention.{}_proj."),
+)
+SPLIT_NAMES = dataclasses.replace(FUSED_NAMES, inside=IN_BLOCK | SPLIT)  # and towers with sub-norms
+READ_NAMES = dataclasses.replace(FUSED_NAMES, inside=IN_BLOCK | SPLIT | BIASES)
+TIMM_IN_BLOCK = {  # timm -> EVA-CLIP, in towers with SwiGLU
+    "attn.norm.": "attn.inner_attn_ln.",
+    "mlp.fc1_g.": "mlp.w1.",
+    "mlp.fc1_x.": "mlp.w2.",
+    "mlp.norm.": "mlp.ffn_ln.",
+    "mlp.fc2.": "mlp.w3.",
+}
+HEAD_WIDTHS = {768: 64, 1024: 64, 1408: 88, 1792: 112}  # of the released EVA-CLIP towers, by width
+
+
+def is_timm_eva(state: dict[str, Tensor]) -> bool:
+    """Whether an EVA-CLIP tower is stored under timm's names: with SwiGLU, or fused q, k, v with separate biases."""
+    return any(f"{TRUNK}blocks.0.{name}" in state for name in ("mlp.fc1_g.weight", "attn.q_bias"))
+
+
+def matches(state: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint contains an EVA-CLIP tower."""
+    return any(name.startswith(BLOCKS) for name in state) or is_timm_eva(state)
+
+
+def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that timm names under EVA-CLIP's names; all others unchanged."""
+    if not is_timm_eva(state):
+        return state
+    has_swiglu = f"{TRUNK}blocks.0.mlp.fc1_g.weight" in state
+    renamed = {}
+    for key, value in state.items():
+        name = key.replace(TRUNK, "visual.", 1)
+        match = re.fullmatch(r"(visual\.blocks\.\d+\.)(\w+\.\w+\.)(.+)", name)
+        if has_swiglu and match:
+            name = f"{match[1]}{TIMM_IN_BLOCK.get(match[2], match[2])}{match[3]}"
+        renamed[name] = value
+    return renamed
+
+
+def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split what some writers pack: ``mlp.w12`` (gate and up in one, as in xformers) and a fused ``attn.qkv.bias``;
+    drop key biases that are all zero, because EVA-CLIP has none.
+
+    Raises ContractError for a key bias that is not zero, or a packed tensor that cannot be split.
+    """
+    unpacked: dict[str, Tensor] = {}
+    for key, value in state.items():
+        match = re.fullmatch(
+            r"(visual\.blocks\.\d+\.)(mlp\.w12\.|attn\.qkv\.bias|attn\.k_bias|attn\.k_proj\.bias)(.*)", key
+        )
+        if match is None:
+            unpacked[key] = value
+            continue
+        block, part, rest = match.groups()
+        count = {"mlp.w12.": 2, "attn.qkv.bias": 3}.get(part, 1)
+        if value.shape[0] % count:
+            raise ContractError(f"{key} has {value.shape[0]} rows, expected {count} equal parts")
+        pieces = value.chunk(count)
+        if part == "mlp.w12.":
+            unpacked |= {f"{block}mlp.w1.{rest}": pieces[0], f"{block}mlp.w2.{rest}": pieces[1]}
+            continue
+        if pieces[count // 2].any():
+            raise ContractError(f"{key} is a nonzero key bias, which EVA-CLIP towers don't have")
+        if count == 3:
+            unpacked |= {f"{block}attn.q_bias": pieces[0], f"{block}attn.v_bias": pieces[2]}
+    return unpacked
+
+
+def config_from_fields(vision: dict[str, Any]) -> Eva02Config:
+    """A configuration from the ``vision_cfg`` of an EVA-CLIP config.json; ValueError for unsupported settings."""
+    if vision.get("global_average_pool"):
+        raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
+    width, image_size, patch = vision["width"], vision["image_size"], vision["patch_size"]
+    rope, grid = bool(vision.get("rope", False)), image_size // patch
+    pretrained_grid = vision.get("pt_hw_seq_len", 16)
+    if rope and not vision.get("intp_freq", False) and grid != pretrained_grid:
+        raise ValueError(
+            f"intp_freq is false, but the grid of {grid} x {grid} patches differs from pt_hw_seq_len {pretrained_grid}"
+        )
+    return Eva02Config(
+        hidden_size=width,
+        num_hidden_layers=vision["layers"],
+        num_attention_heads=width // vision.get("head_width", 64),
+        intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),  # truncated, as in the reference
+        image_size=image_size,
+        patch_size=patch,
+        hidden_act="swiglu" if vision.get("naiveswiglu", False) else "gelu",
+        sub_norm=bool(vision.get("subln", False)),
+        post_norm=bool(vision.get("postnorm", False)),
+        rope=rope,
+        rope_pretrained_grid=pretrained_grid,
+        layer_scale=vision.get("ls_init_value") is not None,
+        qkv_bias=bool(vision.get("qkv_bias", True)),
+    )
+
+
+def config_from_tensors(state: dict[str, Tensor]) -> Eva02Config:
+    """The configuration of a checkpoint, inferred from its tensors.
+
+    Widths and depth are in the shapes; the width of a head and the grid of pretraining are in the rotary tables if the
+    checkpoint has them, else those of the released tower of this width. Post-norm leaves no trace: only bigE has it.
+    Raises ValueError if the tensors are not enough; then a config.json is needed.
+    """
+    first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
+    swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
+    hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
+    require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
+    width, patch = patch_shape(state, "visual.patch_embed.proj.weight")
+    cosines = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
+    if cosines is None and width not in HEAD_WIDTHS:
+        raise ValueError(
+            f"the width of an attention head is unknown: no released EVA-CLIP tower has width {width}; "
+            "describe the architecture with --config config.json"
+        )
+    head_width, pretrained_grid = (HEAD_WIDTHS[width], 16) if cosines is None else read_rope_table(cosines)
+    return Eva02Config(
+        hidden_size=width,
+        num_hidden_layers=depth(state, BLOCKS),
+        num_attention_heads=width // head_width,
+        intermediate_size=state[hidden].shape[0],
+        image_size=round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch,
+        patch_size=patch,
+        hidden_act="swiglu" if swiglu else "gelu",
+        sub_norm="attn.inner_attn_ln.weight" in first,
+        post_norm=width == 1792,
+        rope=swiglu,  # the released towers have both or neither; some files omit the tables
+        rope_pretrained_grid=pretrained_grid,
+        layer_scale="gamma_1" in first,
+        qkv_bias="attn.q_bias" in first or "attn.q_proj.bias" in first,
+    )
+
+
+def read_rope_table(cosines: Tensor) -> tuple[int, int]:
+    """Width of a head and grid of pretraining that a table of cosines (grid * grid, E) was computed for."""
+    head_width, grid = cosines.shape[-1], round(cosines.shape[0] ** 0.5)
+    for pretrained_grid in range(1, 129):
+        table = rope_tables(grid=grid, pretrained_grid=pretrained_grid, head_width=head_width)[0]
+        if table.shape == cosines.shape and torch.allclose(table, cosines.float(), atol=table_tolerance(cosines)):
+            return head_width, pretrained_grid
+    raise ContractError(f"rotary table {tuple(cosines.shape)} matches no pretraining grid up to 128 x 128")
+
+
+def table_tolerance(table: Tensor) -> float:
+    """Absolute tolerance of cosines and sines: half precision rounds values near 1 by 4e-3."""
+    return 1e-4 if table.dtype == torch.float32 else 1e-2
+
+
+def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
+    """Names of a checkpoint's rotary tables, after comparing each with what the configuration gives for its grid.
+
+    They are recomputed for the grid in use, so none is kept; but a difference means another architecture, and an
+    incomplete set a damaged file: ContractError names the first one.
+    """
+    names = sorted(key for key in state if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key))
+    if names and not config.rope:
+        raise ContractError(f"the checkpoint contains {names[0]}, but its configuration has no rotary positions")
+    for places in (["visual."], [f"{BLOCKS}{i}.attn." for i in range(config.num_hidden_layers)]):
+        tables = [f"{place}rope.freqs_{kind}" for place in places for kind in ("cos", "sin")]
+        if set(names) & set(tables):
+            require(state, *tables)
+    for name in names:
+        table, grid = state[name], round(state[name].shape[0] ** 0.5)
+        expected = tables_of(config, grid)[name.endswith("sin")]
+        fits = table.shape == expected.shape
+        if not fits or not torch.allclose(table.float(), expected, atol=table_tolerance(table)):
+            raise ContractError(
+                f"{name} {tuple(table.shape)} differs from the table {tuple(expected.shape)} for grid {grid}, "
+                f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads; "
+                "is config.json the one of this checkpoint?"
+            )
+    return names
+
+
+def tables_of(config: Eva02Config, grid: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (grid * grid, E) of a configuration."""
+    head_width = config.hidden_size // config.num_attention_heads
+    return rope_tables(grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width)
+
+
+def check_positions(state: dict[str, Tensor], config: Eva02Config) -> None:
+    """ContractError if the position table is for another image size than the configuration's."""
+    require(state, "visual.pos_embed")
+    rows, size = state["visual.pos_embed"].shape[-2], config.image_size
+    if rows != 1 + (size // config.patch_size) ** 2:
+        raise ContractError(
+            f"visual.pos_embed has {rows} rows, for image size {round((rows - 1) ** 0.5) * config.patch_size}, but the "
+            f"configuration says {size}; pass the checkpoint's own --config, and --image-size {size} to interpolate"
+        )
+
+
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+    """``visual.*``, ``text.*`` (adapter or EVA-CLIP's own text tower), ``logit_scale``."""
+    state = unpack(rename_timm(state))
+    vision = section(config, "vision_cfg")
+    # a config.json in the same folder may be of another kind, or name a timm model; then the tensors are enough
+    if "width" not in vision and (section(given, "vision_cfg") or "model_type" in given):
+        raise ValueError(f"--config: an EVA-CLIP tower needs vision_cfg.width; the configuration has {sorted(config)}")
+    tower_config = config_from_fields(vision) if "width" in vision else config_from_tensors(state)
+    tower_config.architectures = ["Eva02VisionModel"]
+    check_positions(state, tower_config)
+    tower, used = READ_NAMES.to_ours(state)
+    fields = json.loads(tower_config.to_json_string(use_diff=False))
+    parsed = ParsedCheckpoint(layout="eva-clip", state=state, config=fields, tower=tower, used=used)
+    parsed.left_out.update(dict.fromkeys(check_rope_tables(state, tower_config), COMPUTED))
+    parsed.projection = parsed.take("visual.head.weight")
+    parsed.projection_bias = parsed.take("visual.head.bias")
+    parsed.take_text_side(*NESTED_TEXT)
+    require(state, "visual.head.weight", "visual.head.bias")
+    return parsed
+
+
+def eva_state(tower_state: dict[str, Tensor], config: Eva02Config) -> dict[str, Tensor]:
+    """``visual.*`` of an EVA-CLIP checkpoint: q, k, v split if the tower has sub-norms and fused if not, as in the
+    reference, and the rotary tables of the tower's grid."""
+    state = (SPLIT_NAMES if config.sub_norm else FUSED_NAMES).to_theirs(tower_state)
+    if config.rope:
+        cos, sin = tables_of(config, config.image_size // config.patch_size)
+        for place in ("visual.", *(f"{BLOCKS}{index}.attn." for index in range(config.num_hidden_layers))):
+            state |= {f"{place}rope.freqs_cos": cos, f"{place}rope.freqs_sin": sin}
+    return state
+
+
+def visual_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tower and its projection, with a bias of zeros if it has none."""
+    projection = dual.visual_projection
+    bias = torch.zeros(dual.config.projection_dim) if projection.bias is None else projection.bias
+    state = eva_state(tower_file, dual.tower.config)
+    return state | {"visual.head.weight": projection.weight, "visual.head.bias": bias}
+
+
+def model_config(dual: DualEncoder) -> dict[str, Any]:
+    """EVA-CLIP's configuration file."""
+    config = dual.tower.config
+    vision = vision_fields(config) | {
+        "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,  # readers truncate: aim between
+        "qkv_bias": config.qkv_bias,
+        "rope": config.rope,
+        "pt_hw_seq_len": config.rope_pretrained_grid,
+        "intp_freq": config.rope,
+        "naiveswiglu": config.hidden_act == "swiglu",
+        "subln": config.sub_norm,
+        "postnorm": config.post_norm,
+        "ls_init_value": 0.1 if config.layer_scale else None,
+    }
+    return {"embed_dim": dual.config.projection_dim, "vision_cfg": vision}
+
+
+LAYOUT = Layout(
+    name="eva-clip",
+    matches=matches,
+    parse=parse,
+    family="eva02",
+    visual_state=visual_state,
+    model_config=model_config,
+)

@@ -1,0 +1,135 @@
+"""OpenCLIP's CLIP: ``visual.transformer.resblocks.*``, with its own text tower or with LLM2CLIP's adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert.parsed import NESTED_TEXT, OPEN_CLIP_TEXT, Layout, ParsedCheckpoint
+from llm2clip_plugin.vision.convert.source_config import section, vision_fields
+from llm2clip_plugin.vision.convert.tensor_names import TensorNames
+from llm2clip_plugin.vision.convert.tensor_shapes import depth, patch_shape, require
+from llm2clip_plugin.vision.dual import DualEncoder
+
+BLOCKS = "visual.transformer.resblocks."
+NAMES = TensorNames(
+    prefixes=("visual.", "vision_model."),
+    outside={
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "conv1.": "embeddings.patch_embedding.",
+        "ln_pre.": "pre_layrnorm.",
+        "ln_post.": "post_layernorm.",
+    },
+    blocks=("transformer.resblocks.", "encoder.layers."),
+    inside={
+        "ln_1.": "layer_norm1.",
+        "ln_2.": "layer_norm2.",
+        "attn.out_proj.": "self_attn.out_proj.",
+        "mlp.c_fc.": "mlp.fc1.",
+        "mlp.c_proj.": "mlp.fc2.",
+    },
+    fused=("attn.in_proj_", "self_attn.{}_proj."),
+)
+HEAD_WIDTHS = dict.fromkeys((384, 512, 640, 768, 896, 1024), 64) | {1280: 80, 1408: 88, 1664: 104}  # by tower width
+# settings of vision_cfg that leave no trace in the tensors: a tower with them would be imported as another one
+UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kwargs")
+
+
+def matches(state: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint contains OpenCLIP's own vision transformer."""
+    return any(name.startswith(BLOCKS) for name in state)
+
+
+def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
+    """A CLIP vision config.json from the tensors; ``fields`` is OpenCLIP's model config (embed_dim, vision_cfg ...).
+
+    Raises ValueError if ``fields`` don't say the activation, which leaves no trace in the tensors, or describe an
+    unsupported model; ContractError if they contradict the tensors.
+    """
+    vision = section(fields, "vision_cfg")
+    if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
+        raise ValueError(
+            "an OpenCLIP checkpoint doesn't say its activation: OpenAI's weights need QuickGELU, LAION's GELU, and the "
+            'wrong one loads without an error. Set it with --config: a file with {"quick_gelu": true} or '
+            '{"quick_gelu": false}, or the model\'s open_clip_config.json'
+        )
+    hidden = f"{BLOCKS}0.mlp.c_fc.weight"
+    require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
+    width, patch = patch_shape(state, "visual.conv1.weight")
+    image_size = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
+    layers = depth(state, BLOCKS)
+    _check_vision(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
+    head_width = vision.get("head_width") or HEAD_WIDTHS.get(width)
+    if head_width is None:
+        raise ValueError(f"no known CLIP tower has width {width}; set vision_cfg.head_width with --config")
+    return {
+        "model_type": "clip_vision_model",
+        "architectures": ["CLIPVisionModel"],
+        "hidden_act": "quick_gelu" if fields.get("quick_gelu", False) else "gelu",
+        "hidden_size": width,
+        "image_size": image_size,
+        "intermediate_size": state[hidden].shape[0],
+        "layer_norm_eps": 1e-5,
+        "num_attention_heads": width // head_width,
+        "num_hidden_layers": layers,
+        "patch_size": patch,
+        "projection_dim": state["visual.proj"].shape[1] if "visual.proj" in state else width,
+    }
+
+
+def _check_vision(vision: dict[str, Any], **sizes: int) -> None:
+    """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors; ValueError for an unsupported pooling,
+    activation or norm."""
+    for name, size in sizes.items():
+        configured = vision.get(name)
+        if configured not in (None, size, [size, size]):
+            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
+            raise ContractError(
+                f"vision_cfg.{name} is {configured}, but the tensors have {size}: the checkpoint is incomplete, or the "
+                f"configuration belongs to another one{hint}"
+            )
+    if vision.get("pool_type") not in (None, "tok"):
+        raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
+    if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
+        raise ValueError(f"vision_cfg has {', '.join(settings)}, which is not supported")
+
+
+def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
+    """A CLIP needs its projection if the checkpoint has a text side."""
+    tower_config = clip_config(state, config)
+    tower, used = NAMES.to_ours(state)
+    parsed = ParsedCheckpoint(layout="open_clip", state=state, config=tower_config, tower=tower, used=used)
+    projection = parsed.take("visual.proj")  # (H, D): OpenCLIP multiplies from the right
+    parsed.projection = None if projection is None else projection.T.contiguous()
+    parsed.take_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
+    if parsed.is_image_text:
+        require(state, "visual.proj")
+    return parsed
+
+
+def visual_state(dual: DualEncoder, tower_file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tower and its projection."""
+    return NAMES.to_theirs(tower_file) | {"visual.proj": dual.visual_projection.weight.T}
+
+
+def model_config(dual: DualEncoder) -> dict[str, Any]:
+    """OpenCLIP's model configuration."""
+    config = dual.tower.config
+    return {
+        "embed_dim": dual.config.projection_dim,
+        "vision_cfg": vision_fields(config),
+        "quick_gelu": config.hidden_act == "quick_gelu",
+    }
+
+
+LAYOUT = Layout(
+    name="open_clip",
+    matches=matches,
+    parse=parse,
+    family="clip",
+    visual_state=visual_state,
+    model_config=model_config,
+)

@@ -1,0 +1,42 @@
+"""What a format that towers are converted to consists of, and checks that formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.families import family_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A format for other software."""
+
+    name: str
+    help: str  # for `llm2clip export --help`
+    write: Callable[[nn.Module, Path, dict[str, Any]], None]  # model, directory, preprocessor; verifies what it wrote
+
+
+def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]) -> DualEncoder:
+    """The dual encoder, if the format can represent it: a pooled token, then one matrix; ValueError says why not."""
+    if not isinstance(model, DualEncoder):
+        raise ValueError(f"format {format_name!r} needs a projection, but this directory contains a tower alone")
+    family, config = family_of(model.tower).name, model.config
+    if family not in families:
+        raise ValueError(f"format {format_name!r} supports {', '.join(families)} towers, not {family}")
+    # pooled and cls are the same except in SigLIP, whose own models have no projection
+    pools, projections = (("pooled",), ("linear", "none")) if family == "siglip" else (("pooled", "cls"), ("linear",))
+    if config.pool not in pools or config.projection not in projections or config.projection_norm:
+        raise ValueError(
+            f"format {format_name!r} needs pool {' or '.join(pools)}, projection {' or '.join(projections)} and no "
+            f"projection_norm; this tower has pool {config.pool!r}, projection {config.projection!r}, "
+            f"projection_norm {config.projection_norm}"
+        )
+    if config.projection_bias and family != "eva02":
+        raise ValueError(f"format {format_name!r} has no projection bias for {family} towers, but this tower has one")
+    return model

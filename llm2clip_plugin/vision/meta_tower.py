@@ -1,0 +1,46 @@
+"""A tower without weights, for plans: every shape on torch's meta device, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llm2clip_plugin.vision.families import families, read_config
+from llm2clip_plugin.vision.family import Tower
+from llm2clip_plugin.vision.towers import TIMM_PREFIX, check_size, resize_tower
+
+
+def meta_tower(source: str, *, image_size: int | None = None) -> Tower:
+    """A tower's modules on the meta device.
+
+    ``source``: a tower directory (its config.json), one of the families' ``shapes``, or ``timm:NAME``. Raises
+    ValueError for anything else, FileNotFoundError for a directory without config.json.
+    """
+    if source.startswith(TIMM_PREFIX):
+        return _meta_timm_tower(source.removeprefix(TIMM_PREFIX), image_size)
+    shapes = {name: (family, shape) for family in families().values() for name, shape in family.shapes.items()}
+    if (directory := Path(source).expanduser()).is_dir():
+        family, config = read_config(directory)
+    elif source in shapes:
+        family, shape = shapes[source]
+        config = family.vision_class().config_class(**shape)
+    else:
+        raise ValueError(
+            f"{source!r} is neither a tower directory nor a known architecture; known: {', '.join(shapes)}, timm:NAME"
+        )
+    if image_size:
+        check_size(config, image_size)
+        config.image_size = image_size
+    with torch.device("meta"):
+        return family.vision_class()(config)
+
+
+def _meta_timm_tower(name: str, image_size: int | None) -> Tower:
+    """Built in memory first: timm reads the rates of stochastic depth from tensors while it builds a model."""
+    from llm2clip_plugin.vision.timm_tower import timm_tower
+
+    tower = timm_tower(name, pretrained=False)
+    if image_size and image_size != tower.config.image_size:
+        tower = resize_tower(tower, image_size)
+    return tower.to("meta")
