@@ -1,7 +1,7 @@
-"""``llm2clip compare``: is the new tower better? Paired statistics over score files, and the report.
+"""``llm2clip compare``: is the new tower better? Paired statistics over score files, and a report.
 
-BASE and NEW are score files of `llm2clip score`, or folders of them; several files of one benchmark below a folder
-are several runs (seeds) of it.
+BASE and NEW are score files of `llm2clip score`, or folders of them; several files of one benchmark in a folder are
+its runs (seeds).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_integration.compare import tables
-from llava_integration.compare.comparison import Comparison, build
+from llava_integration.compare.build import build
+from llava_integration.compare.comparison import Comparison
 from llava_integration.compare.page import PageOptions, page
 from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import whole_file
@@ -26,26 +27,30 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         prog="llm2clip compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("base", metavar="BASE", type=Path, help="score file or folder that the others are compared with")
-    parse.add_argument("new", metavar="NEW", type=Path, nargs="+", help="score files or folders to compare with it")
+    parse.add_argument("base", metavar="BASE", type=Path, help="score file or folder of the baseline")
+    parse.add_argument("new", metavar="NEW", type=Path, nargs="+", help="score files or folders to compare with BASE")
     parse.add_argument("--names", nargs="+", default=[], help="names of the sides in the report, base first")
-    parse.add_argument("--out", type=Path, help="folder for compare.json, .md, .tex and .html")
-    parse.add_argument("--json", type=Path, help="only this file")
-    parse.add_argument("--markdown", type=Path, help="only this file")
-    parse.add_argument("--latex", type=Path, help="only this file")
-    parse.add_argument("--html", type=Path, help="only this file")
-    parse.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap and the permutation test")
-    parse.add_argument("--level", type=float, default=0.95, help="of the intervals")
-    parse.add_argument("--seed", type=int, default=0, help="of the resampling")
-    parse.add_argument("--no-references", action="store_true", help="leave out the published numbers")
+    parse.add_argument("--out", type=Path, help="folder for compare.json, compare.md, compare.tex and compare.html")
+    parse.add_argument("--json", type=Path, help="write only this file")
+    parse.add_argument("--markdown", type=Path, help="write only this file")
+    parse.add_argument("--latex", type=Path, help="write only this file")
+    parse.add_argument("--html", type=Path, help="write only this file")
     parse.add_argument(
-        "--images", "--image-folder", type=Path, help="for the pictures in the page: LLaVA's evaluation folders "
-        "(playground/data/eval), one benchmark's, or the folder of a benchmark of your own; default: the folder that "
-        "the answers were scored with"
+        "--resamples", type=int, default=10_000, help="resamples of the bootstrap and of the permutation test"
+    )
+    parse.add_argument("--level", type=float, default=0.95, help="confidence level of the intervals")
+    parse.add_argument("--seed", type=int, default=0, help="seed of the resampling")
+    parse.add_argument("--no-references", action="store_true", help="omit the published numbers")
+    parse.add_argument(
+        "--images", "--image-folder", type=Path, help="folder of the page's pictures: LLaVA's playground/data/eval, or "
+        "one benchmark's folder (default: the --data that the answers were scored with)"
     )  # fmt: skip
-    parse.add_argument("--no-images", action="store_true", help="no pictures in the page")
+    parse.add_argument("--no-images", action="store_true", help="omit the pictures from the page")
     parse.add_argument(
-        "--questions", type=int, default=80, help="questions a benchmark in the page's browser (wins and losses evenly)"
+        "--questions",
+        type=int,
+        default=80,
+        help="questions per benchmark in the page's browser, wins and losses evenly",
     )
     return parse
 
@@ -60,7 +65,7 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], options: PageOptions) -> None:
-    """Write the chosen reports, each whole or not at all."""
+    """Write the chosen reports."""
     for kind, path in files.items():
         if kind == "json":
             text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -70,8 +75,8 @@ def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], opt
             text = tables.latex(comparison)
         else:
             text = page(comparison, sides, options)
-        with whole_file(path) as aside:
-            aside.write_text(text, encoding="utf-8")
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
 
 
@@ -79,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     """Compare score files and write the reports."""
     args = parser().parse_args(argv)
     if args.resamples < 100:
-        raise ValueError(f"--resamples {args.resamples} is too few for an interval; at least 100, better 10000")
+        raise ValueError(f"--resamples {args.resamples} is too few for an interval; use at least 100, better 10000")
     if not 0.5 <= args.level < 1:
-        raise ValueError(f"--level {args.level} is not a level; expected 0.5 to below 1, usually 0.95")
+        raise ValueError(f"--level {args.level} is not in [0.5, 1); use 0.95, for example")
     sides = load_sides([args.base, *args.new], args.names)
 
     def progress(tasks: list) -> Iterable:
@@ -96,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         progress=progress,
     )
     options = PageOptions(images=args.images, with_images=not args.no_images, questions=args.questions)
-    write(comparison, sides, outputs(args), options)  # first, so that `| head` doesn't stop it
+    write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
     print(tables.terminal(comparison))
     return 0
 

@@ -1,18 +1,11 @@
-"""From score files to a comparison: questions paired by id, statistics per benchmark, everything the reports show."""
+"""What a comparison says: one row a benchmark and pair of sides, and what the reports show besides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llava_integration.benchmarks.base import Item, Statistic, mean_of_parts, mean_statistic
-from llava_integration.benchmarks.rules import benchmarks, published
-from llava_integration.compare.sides import Side
-from llava_integration.compare.statistics import Difference, compare, counted, holm, mcnemar_p, pair
-from llm2clip_plugin.contracts import ContractError, ScoreFile
-
-FEWEST_IN_COMMON = 0.9  # share of questions that both sides must have
+from llava_integration.compare.statistics import Difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +15,18 @@ class Row:
     benchmark: str
     title: str
     unit: str
-    base: str  # name of the side
+    base: str  # name of the base side
     new: str
     result: Difference
     p_holm: float  # adjusted over the benchmarks of this pair of sides
-    p_mcnemar: float | None  # where scores are right or wrong and there is one run a side
-    wins: int  # questions that new does better
+    p_mcnemar: float | None  # None unless scores are 0 or 1 and each side has one run
+    wins: int  # questions with a higher score in new
     losses: int
     ties: int
     questions: int
     images: int
     runs: tuple[int, int]
-    categories: dict[str, tuple[float, float, int]]  # mean score base, new, and how many questions
+    categories: dict[str, tuple[float, float, int]]  # mean score of base and of new, number of questions
     notes: tuple[str, ...]
 
     @property
@@ -44,36 +37,36 @@ class Row:
         return "better" if self.result.difference > 0 else "worse"
 
     def power_line(self) -> str:
-        """Which difference this many questions could have shown."""
-        if not self.result.detectable:
-            return f"{self.questions} questions on {self.images} images, none of which the sides score differently"
+        """The difference that this many questions can detect."""
+        size, detectable = abs(self.result.difference), self.result.detectable
+        start = f"{self.questions} questions on {self.images} images"
+        if not detectable:
+            return f"{start}; both sides have the same score on each"
         unit = "points" if self.unit == "%" else self.unit
-        found = (
-            f"{self.questions} questions on {self.images} images: a true difference of {self.result.detectable:.2f} "
-            f"{unit} would be found 4 times in 5"
-        )
-        size = abs(self.result.difference)
-        if 0 < size < self.result.detectable:
-            times = (self.result.detectable / size) ** 2
-            found += f"; to find one of {size:.2f} takes {times:.1f} times the questions" if times < 100 else ""
-        return found
+        line = f"{start}: a difference of {detectable:.2f} {unit} is detectable with 80 % power"
+        times = (detectable / size) ** 2 if size else 0.0
+        return f"{line}; detecting {size:.2f} needs {times:.1f} times the questions" if 1 < times < 100 else line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All rows, the scores of every side, and how they were made."""
+    """All rows, the headline numbers of every side, and the settings."""
 
     names: tuple[str, ...]  # sides, base first
     rows: tuple[Row, ...]
     scores: dict[str, dict[str, float]]  # benchmark -> side -> headline number
     titles: dict[str, str]
     units: dict[str, str]
-    references: dict[str, dict[str, float]]
+    references: dict[str, dict[str, float]]  # model -> benchmark -> published number
     settings: dict[str, Any]
     notes: tuple[str, ...]
 
+    def pairs(self) -> list[tuple[str, list[Row]]]:
+        """Rows by the side that is compared with the base."""
+        return [(name, [row for row in self.rows if row.new == name]) for name in self.names[1:]]
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; derived sentences included."""
+        """For JSON, with the verdicts and power lines."""
         rows = [
             {**asdict(row), **_flat(row.result), "verdict": row.verdict, "power": row.power_line()} for row in self.rows
         ]
@@ -91,194 +84,3 @@ def _flat(result: Difference) -> dict[str, Any]:
         "new_value": body.pop("new"),
         "interval": [body["low"], body["high"]],
     }
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Benchmarks in the usual order of tables, others behind by name."""
-    known = list(benchmarks())
-    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
-
-
-def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str, str]:
-    """Statistic, title, unit and a note for a score file's items.
-
-    An unknown benchmark, or items without what its composite needs, get the plain mean of their scores.
-    """
-    known = benchmarks().get(name)
-    lacking = [field for field in known.item_fields if any(field not in item for item in items)] if known else []
-    if known and not lacking:
-        return known.statistic(items), known.title, known.unit, ""
-    scores = [float(item["score"]) for item in items]
-    note = f"items lack {', '.join(lacking)}: mean score instead of {known.headline}" if known else ""
-    scale, unit = (100.0, "%") if all(0 <= score <= 1 for score in scores) else (1.0, "score")
-    title = known.title if known else name
-    if items and all("equal_parts" in item for item in items):
-        return mean_of_parts([item["equal_parts"] for item in items], scores, scale), title, unit, note
-    return mean_statistic(scores, scale=scale), title, unit, note
-
-
-def build(
-    sides: Sequence[Side],
-    *,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-    references: bool = True,
-    progress: Callable[[list], Iterable] = list,
-) -> Comparison:
-    """Compare every side with the first; ``progress`` wraps the list of comparisons to be made."""
-    base, *others = sides
-    notes = [note for side in sides for note in side.notes]
-    tasks = [(new, name) for new in others for name in ordered(set(base.runs) & set(new.runs))]
-    for new in others:
-        if not set(base.runs) & set(new.runs):
-            raise ValueError(
-                f"{base.name} ({', '.join(ordered(base.runs))}) and {new.name} ({', '.join(ordered(new.runs))}) have "
-                "no benchmark in common"
-            )
-        for name in ordered(set(base.runs) ^ set(new.runs)):
-            notes.append(f"{name} is scored for {base.name if name in base.runs else new.name} alone: not compared")
-    rows = [
-        compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in progress(tasks)
-    ]
-    rows = [row for new in others for row in _adjust([row for row in rows if row.new == new.name])]
-    titles, units, scores = _scores(sides)
-    shared = {row.benchmark for row in rows}
-    return Comparison(
-        names=tuple(side.name for side in sides),
-        rows=tuple(rows),
-        scores=scores,
-        titles=titles,
-        units=units,
-        references={
-            label: {name: value for name, value in values.items() if name in shared}
-            for label, values in published().items()
-            if references and shared & set(values)
-        },
-        settings={"resamples": resamples, "level": level, "seed": seed},
-        notes=tuple(dict.fromkeys(notes)),
-    )
-
-
-def _adjust(rows: Sequence[Row]) -> list[Row]:
-    """Rows with Holm's p over the benchmarks of one pair of sides."""
-    adjusted = holm([row.result.p for row in rows])
-    return [Row(**{**vars(row), "p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
-
-
-def _scores(sides: Sequence[Side]) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, float]]]:
-    """Headline numbers of every side, each on its own questions."""
-    titles, units, scores = {}, {}, {}
-    for name in ordered(name for side in sides for name in side.runs):
-        scores[name] = {}
-        for side in sides:
-            values = []
-            for record in side.runs.get(name, ()):
-                statistic, titles[name], units[name], _ = statistic_of(name, record.items)
-                values.append(statistic.full())
-            if values:
-                scores[name][side.name] = sum(values) / len(values)
-    return titles, units, scores
-
-
-def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int) -> Row:
-    """One benchmark: pair the questions, resample, count wins."""
-    base_runs, new_runs = base.runs[name], new.runs[name]
-    common, notes = questions_in_common(name, base, new)
-    base_items, new_items = ([_pick(record, common) for record in runs] for runs in (base_runs, new_runs))
-    statistics = [[statistic_of(name, items) for items in side] for side in (base_items, new_items)]
-    _, title, unit, note = statistics[0][0]
-    clusters = [str(item.get("cluster", item["id"])) for item in base_items[0]]
-    of_base, of_new = ([entry[0] for entry in side] for side in statistics)
-    result = compare(pair(of_base, of_new, clusters), resamples=resamples, level=level, seed=seed)
-    keep = [place for place, counts in enumerate(counted([*of_base, *of_new])) if counts]
-    old, now = ([scores[place] for place in keep] for scores in map(_mean_scores, (base_items, new_items)))
-    clusters = [clusters[place] for place in keep]
-    wins = sum(b > a for a, b in zip(old, now, strict=True))
-    losses = sum(b < a for a, b in zip(old, now, strict=True))
-    binary = len(base_runs) == len(new_runs) == 1 and {*old, *now} <= {0.0, 1.0}
-    if len(set(clusters)) == 1 and len(clusters) > 1:
-        notes.append("all questions are of one image: the interval says nothing")
-    return Row(
-        benchmark=name,
-        title=title,
-        unit=unit,
-        base=base.name,
-        new=new.name,
-        result=result,
-        p_holm=result.p,
-        p_mcnemar=mcnemar_p(losses, wins) if binary else None,
-        wins=wins,
-        losses=losses,
-        ties=len(old) - wins - losses,
-        questions=len(keep),
-        images=len(set(clusters)),
-        runs=(len(base_runs), len(new_runs)),
-        categories=_categories([base_items[0][place] for place in keep], old, now),
-        notes=tuple(dict.fromkeys([*notes, *([note] if note else []), *_fault_notes(base, new, name)])),
-    )
-
-
-def questions_in_common(name: str, base: Side, new: Side) -> tuple[list[str], list[str]]:
-    """Ids that every run of both sides has, in the base's order, and notes; ContractError for other questions."""
-    records = [*base.runs[name], *new.runs[name]]
-    shared = set.intersection(*({str(item["id"]) for item in record.items} for record in records))
-    largest = max(len(record.items) for record in records)
-    if len(shared) < FEWEST_IN_COMMON * largest:
-        sizes = ", ".join(str(len(record.items)) for record in records)
-        raise ContractError(
-            f"{name}: the score files of {base.name} and {new.name} share {len(shared)} questions of {sizes}; they "
-            "were made from other data or another split. Score both with the same --data"
-        )
-    order = [str(item["id"]) for item in records[0].items if str(item["id"]) in shared]
-    truths = {str(item["id"]): item.get("truth") for item in records[0].items}
-    for record in records[1:]:
-        for item in record.items:
-            identifier = str(item["id"])
-            if identifier in shared and item.get("truth") != truths[identifier]:
-                raise ContractError(
-                    f"{name}: question {identifier} has the truth {truths[identifier]!r} in {base.name} and "
-                    f"{item.get('truth')!r} in {record.model}; score both with the same --data"
-                )
-    notes = [] if len(shared) == largest else [f"{largest - len(shared)} questions are not in every file; left out"]
-    layouts = {record.provenance.get("layout", "") for record in records} - {"", "submission", "judge"}
-    if len({record.provenance.get("data_sha256", "") for record in records} - {""}) > 1:
-        notes.append("the sides were scored with different annotation files (the questions in common agree)")
-    if len(layouts) > 1:
-        notes.append("one side was evaluated by lmms-eval, the other by LLaVA's scripts: their prompts differ")
-    return order, notes
-
-
-def _pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
-    items = {str(item["id"]): item for item in record.items}
-    return [items[identifier] for identifier in common]
-
-
-def _mean_scores(runs: Sequence[Sequence[Item]]) -> list[float]:
-    """Each question's score, mean over runs."""
-    return [sum(float(item["score"]) for item in question) / len(question) for question in zip(*runs, strict=True)]
-
-
-def _categories(
-    items: Sequence[Item], old: Sequence[float], now: Sequence[float]
-) -> dict[str, tuple[float, float, int]]:
-    """Mean scores by category, largest first."""
-    groups: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(str(item.get("category") or ""), []).append(place)
-    if len(groups) < 2:
-        return {}
-    return {
-        key: (sum(old[p] for p in places) / len(places), sum(now[p] for p in places) / len(places), len(places))
-        for key, places in sorted(groups.items(), key=lambda group: -len(group[1]))
-    }
-
-
-def _fault_notes(base: Side, new: Side, name: str) -> list[str]:
-    """What scoring had to say, by side; what it said of both, once and without a name."""
-    said = [{note: "" for record in side.runs[name] for note in record.notes} for side in (base, new)]
-    return [
-        note if note in said[0] and note in said[1] else f"{side.name}: {note}"
-        for side, notes in zip((base, new), said, strict=True)
-        for note in notes
-    ]

@@ -1,13 +1,13 @@
 "use strict";
-// Everything that comes from a file becomes a text node; nothing is parsed as HTML.
+// Everything from a score file becomes a text node; nothing is parsed as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 20;
 
 function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
 function sortable(table) {
@@ -39,7 +39,7 @@ function answer(question, side) {
 }
 
 function card(question) {
-  const made = element("article", "card");
+  const article = element("article", "card");
   const left = element("div");
   if (question.image) {
     const picture = element("img");
@@ -47,7 +47,7 @@ function card(question) {
     picture.alt = "picture of the question";
     left.append(picture);
   } else {
-    left.append(element("p", "no-picture", "no picture here"));
+    left.append(element("p", "no-picture", "no picture"));
   }
   const right = element("div");
   const where = [question.benchmark, question.category, "id " + question.id].filter(Boolean).join(" · ");
@@ -58,8 +58,8 @@ function card(question) {
   const truth = element("p", "truth");
   truth.append(element("b", "", "truth: "), element("span", "", question.truth));
   right.append(truth, answer(question, 0), answer(question, 1));
-  made.append(left, right);
-  return made;
+  article.append(left, right);
+  return article;
 }
 
 const control = (name) => document.getElementById(name);
@@ -80,36 +80,36 @@ function chosen() {
   const outcome = control("filter-outcome").value;
   const category = control("filter-category").value;
   const words = control("filter-text").value.toLowerCase();
-  const found = data.questions.filter((question) =>
+  const matches = data.questions.filter((question) =>
     (!benchmark || question.benchmark === benchmark) &&
     (!pair || String(question.pair) === pair) &&
     (!outcome || (outcome === "new") === (gain(question) > 0)) &&
     (!category || question.category === category) &&
     (!words || [question.question, question.truth, ...question.answers].join("\n").toLowerCase().includes(words)));
   const order = control("sort").value;
-  if (order === "gap") found.sort((a, b) => Math.abs(gain(b)) - Math.abs(gain(a)));
-  if (order === "question" || order === "category") found.sort((a, b) => a[order].localeCompare(b[order]));
-  return found;
+  if (order === "gap") matches.sort((a, b) => Math.abs(gain(b)) - Math.abs(gain(a)));
+  if (order === "question" || order === "category") matches.sort((a, b) => a[order].localeCompare(b[order]));
+  return matches;
 }
 
 function show() {
-  const found = chosen();
-  const pages = Math.max(1, Math.ceil(found.length / PAGE));
+  const questions = chosen();
+  const pages = Math.max(1, Math.ceil(questions.length / PAGE));
   page = Math.min(Math.max(page, 0), pages - 1);
-  control("shown").textContent = `${found.length} of ${data.questions.length} questions in this page`;
+  control("shown").textContent = `${questions.length} of ${data.questions.length} questions in this page`;
   control("place").textContent = `${page + 1} / ${pages}`;
   control("previous").disabled = page === 0;
   control("next").disabled = page === pages - 1;
-  control("questions").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(card));
+  control("questions").replaceChildren(...questions.slice(page * PAGE, (page + 1) * PAGE).map(card));
 }
 
-// The choice is kept behind the # of the address, so that a link leads to what one sees.
+// Filters are kept in the fragment of the address, so that a link reproduces the view.
 const CHOICES = ["filter-benchmark", "filter-pair", "filter-outcome", "filter-category", "filter-text", "sort"];
 const short = (name) => name.replace("filter-", "");
 
 function remember() {
-  const made = CHOICES.map((name) => [short(name), control(name).value]).filter(([, value]) => value);
-  history.replaceState(null, "", made.length ? "#" + new URLSearchParams(made) : location.pathname);
+  const pairs = CHOICES.map((name) => [short(name), control(name).value]).filter(([, value]) => value);
+  history.replaceState(null, "", pairs.length ? "#" + new URLSearchParams(pairs) : location.pathname);
 }
 
 function restore() {

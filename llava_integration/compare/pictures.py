@@ -1,7 +1,7 @@
-"""Pictures of a benchmark's questions, found beside its data and made small enough to travel inside the report.
+"""Pictures of the questions, read from the benchmarks' folders and embedded into the report as small JPEGs.
 
-A benchmark of the user's own (score files with a name that is not among ours) has its pictures below the folder that
-its score files name as ``provenance["data"]``, or below ``--images``; an item's ``image`` is a path from there.
+The pictures of a benchmark without a rule (score files from elsewhere) are below ``provenance["data"]`` of its score
+files, or below ``--images``; an item's ``image`` is a path relative to that.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from llava_integration.compare.sides import Side
 
 SIDE = 256  # pixels of the longer side in the page
 QUALITY = 70
-OWN = ("", "images")  # where the pictures of a benchmark of the user's own may be, below its folder
+IMAGE_FOLDERS = ("", "images")  # below the folder of a benchmark without a rule
 
 
 class Pictures:
-    """Data URIs by key, each picture once however many questions ask about it."""
+    """Data URIs by key; questions about one picture share it."""
 
     def __init__(self, sides: Sequence[Side], root: Path | None, *, enabled: bool):
         self.encoded: dict[str, str] = {}
         self.missing: dict[str, int] = {}
         self._enabled = enabled
+        self._benchmarks = benchmarks()
         self._folders = {
             name: _folders(
                 name, root, [record.provenance.get("data") for side in sides for record in side.runs.get(name, ())]
@@ -38,11 +39,11 @@ class Pictures:
         }
         if root is not None and not root.is_dir():
             raise FileNotFoundError(
-                f"no folder {root} for --images; it is LLaVA's playground/data/eval, or one of its folders"
+                f"no folder {root} for --images; pass LLaVA's playground/data/eval or one of its folders"
             )
 
     def key(self, name: str, item: Item) -> str:
-        """The key of an item's picture, "" if there is none; encodes it when it is first asked for."""
+        """The key of an item's picture, "" if there is none; encodes it at first use."""
         if not self._enabled or not item.get("image"):
             return ""
         key = f"{name}/{item['image']}"
@@ -55,27 +56,27 @@ class Pictures:
         return key
 
     def _read(self, name: str, item: Item) -> bytes | None:
-        known = benchmarks().get(name)
+        known = self._benchmarks.get(name)
         for folder in self._folders[name]:
             if known:
                 image = known.image_bytes(folder, item)
             else:
-                path = find_image(OWN, folder, str(item["image"]))
+                path = find_image(IMAGE_FOLDERS, folder, str(item["image"]))
                 image = path.read_bytes() if path else None
             if image is not None:
                 return image
         return None
 
     def notes(self) -> list[str]:
-        """Which pictures were not found."""
+        """How many pictures were not found."""
         return [
-            f"{count} pictures of {name} were not found; pass --images with their folder to see them"
+            f"{count} pictures of {name} were not found; pass their folder with --images"
             for name, count in sorted(self.missing.items())
         ]
 
 
 def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list[Path]:
-    """Where a benchmark's pictures may be: below --images, else beside the data that was scored."""
+    """Folders to search for a benchmark's pictures: below --images, else the data that the answers were scored with."""
     if root is not None:
         known = benchmarks().get(name)
         below = [root / folder for folder in (known.folders if known else ())]
@@ -84,7 +85,7 @@ def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list
 
 
 def encode(raw: bytes | None) -> str | None:
-    """A small JPEG as a data URI; None if the bytes are no picture."""
+    """A small JPEG as a data URI; None for bytes that are not a picture."""
     if not raw:
         return None
     try:

@@ -1,8 +1,8 @@
-"""Score files of ``llm2clip evaluate`` as rows of a comparison: recall of either direction, whole and by part.
+"""Score files of ``llm2clip evaluate`` as rows of a comparison: recall in each direction, overall and by part.
 
 Their items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k (``r1`` ...);
-SugarCrepe's are pairs of captions without a side, whose ``part`` is one of seven groups that count the same. XM3600's
-number is the mean over its languages, each its own pool.
+SugarCrepe's are pairs of captions without a side, whose ``part`` is one of seven groups with equal weight. XM3600's
+number is the mean over its languages, each with its own candidates.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import replace
 from llava_integration.benchmarks.base import Item
 from llm2clip_plugin.contracts import ScoreFile
 
-WHOLE = "all"  # the part that holds every caption
+WHOLE = "all"  # the part with every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
-MOST_PARTS = 8  # more would drown the rest, and cost every row power
+MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
 
 
 def expand(record: ScoreFile) -> list[ScoreFile]:
-    """The record itself, or one record a part, direction and k where its items are queries of both directions."""
+    """One record for each part, direction and k if the items are queries in both directions; else the record itself."""
     if record.benchmark == "retrieval:sugarcrepe":
         return [replace(record, benchmark="sugarcrepe", items=[_equal(item) for item in record.items])]
     if not record.items or any("side" not in item or "r1" not in item for item in record.items):
@@ -29,7 +29,7 @@ def expand(record: ScoreFile) -> list[ScoreFile]:
         return _rows(record, "xm3600", items or record.items, ("r1", "r10"))
     parts = list(dict.fromkeys(str(item.get("part", WHOLE)) for item in record.items))
     if len(parts) > MOST_PARTS + 1:
-        record = replace(record, notes=[*record.notes, f"only the whole of {len(parts)} parts is compared"])
+        record = replace(record, notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"])
         parts = [part for part in parts if part == WHOLE] or parts[:MOST_PARTS]
     name, records = record.benchmark.removeprefix("retrieval:"), []
     for part in parts:

@@ -1,10 +1,10 @@
-"""The sides of a comparison: score files of one model, gathered by benchmark, several runs where there are several."""
+"""The sides of a comparison: the score files of one model, by benchmark; several files of one are its runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_integration.compare.retrieval import expand
@@ -22,28 +22,26 @@ class Side:
 
 
 def load_side(path: Path, name: str = "") -> Side:
-    """Read a score file, or every score file below a folder; files of one benchmark are runs (seeds) of it.
+    """Read a score file, or every score file below a folder; files of one benchmark are its runs (seeds).
 
-    Raises FileNotFoundError, or ContractError for a file that is not what it should be.
+    Raises FileNotFoundError, or ContractError for a score file that can't be compared.
     """
     if path.is_dir():
-        records = [(found, ScoreFile.read(found)) for found in sorted(path.rglob("*.json")) if _is_score_file(found)]
+        records = [(file, ScoreFile.read(file)) for file in sorted(path.rglob("*.json")) if _is_score_file(file)]
         if not records:
-            raise FileNotFoundError(f"{path} holds no score files; `llm2clip score ... --json FILE` writes them")
+            raise FileNotFoundError(f"{path} has no score files; `llm2clip score ... --json FILE` writes them")
     elif path.is_file():
         records = [(path, ScoreFile.read(path))]
     else:
         raise FileNotFoundError(f"no score file or folder {path}")
     runs: dict[str, list[ScoreFile]] = {}
     notes = []
-    for found, record in records:
-        _check(found, record)
-    for found, record in [(found, part) for found, whole in records for part in expand(whole)]:
+    for file, record in records:
+        _check(file, record)
+    for file, record in [(file, part) for file, whole in records for part in expand(whole)]:
         earlier = runs.setdefault(record.benchmark, [])
         if any(record.items == other.items for other in earlier):
-            notes.append(
-                f"{found} has the same answers as another file of {record.benchmark}: not counted as another run"
-            )
+            notes.append(f"{file} duplicates another file of {record.benchmark}: not counted as another run")
         else:
             earlier.append(record)
     models = {record.model for _, record in records}
@@ -54,7 +52,7 @@ def load_side(path: Path, name: str = "") -> Side:
 
 
 def _is_score_file(path: Path) -> bool:
-    """Whether a JSON file says it is a score file; others below a folder are passed over."""
+    """Whether a JSON file is a score file; others below a folder are ignored."""
     if path.name.endswith(".scores.json"):
         return True
     try:
@@ -67,19 +65,19 @@ def _is_score_file(path: Path) -> bool:
 def _check(path: Path, record: ScoreFile) -> None:
     """ContractError if a score file's items can't be compared."""
     if not record.items:
-        raise ContractError(f"{path} holds no items: only files with an item a question can be compared")
+        raise ContractError(f"{path} has no items; a comparison needs one item a question")
     if any(not isinstance(item, dict) or "id" not in item or "score" not in item for item in record.items):
         raise ContractError(f"{path}: every item needs id, score and cluster")
     names = [str(item["id"]) for item in record.items]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ContractError(f"{path} holds item {twice} twice; score the answers again")
+        raise ContractError(f"{path} has item {twice} twice; score the answers again")
 
 
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
-    """Read all sides; their names are made different where folders are called alike."""
+    """Read all sides; equal names get the parent folder's name or a number."""
     if names and len(names) != len(paths):
-        raise ValueError(f"{len(names)} --names for {len(paths)} sides; give one for each, base first")
+        raise ValueError(f"{len(names)} --names for {len(paths)} sides; pass one name a side, base first")
     sides = [load_side(path, names[place] if names else "") for place, path in enumerate(paths)]
     shown = [side.name for side in sides]
     for place, side in enumerate(sides):
@@ -88,11 +86,7 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
             unique = f"{parent}/{side.path.stem}" if parent else side.name
             if [s.name for s in sides].count(unique):
                 unique = f"{unique} #{place}"
-            sides[place] = Side(name=unique, path=side.path, runs=side.runs, notes=side.notes)
-    names_now = [side.name for side in sides]
-    if len(set(names_now)) != len(names_now):
-        sides = [
-            Side(name=f"{side.name} #{place}", path=side.path, runs=side.runs, notes=side.notes)
-            for place, side in enumerate(sides)
-        ]
+            sides[place] = replace(side, name=unique)
+    if len({side.name for side in sides}) < len(sides):
+        sides = [replace(side, name=f"{side.name} #{place}") for place, side in enumerate(sides)]
     return sides

@@ -1,4 +1,4 @@
-"""Three plots as inline SVG: forest of differences, radar of scores, bars by category. No script, readable on paper."""
+"""Three plots as inline SVG without scripts: forest of differences, radar of scores, bars by category."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from html import escape
 from llava_integration.compare.comparison import Comparison, Row
 from llava_integration.compare.tables import number
 
-SIDES = 6  # colours of page.css, base first
+SIDES = 6  # colors of page.css, base first
+MOST_BARS = 20  # categories of a benchmark
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
 WIDTH = 860
 
 
-def colour(place: int) -> str:
-    """A side's colour, as page.css has it for light and dark."""
+def color(place: int) -> str:
+    """A side's color; page.css defines it for light and dark."""
     return f"var(--side-{place % SIDES})"
 
 
@@ -25,7 +26,7 @@ def text(x: float, y: float, content: str, anchor: str = "start", extra: str = "
 
 
 def short(name: str, most: int) -> str:
-    """A name that fits beside a plot."""
+    """A name cut to a length."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -36,7 +37,7 @@ def line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float =
 
 
 def figure(width: float, height: float, parts: Sequence[str], label: str, name: str) -> str:
-    """An SVG element that scales with the page and has a name for screen readers."""
+    """An SVG element that scales with the page, with a label for screen readers."""
     return (
         f'<svg id="{name}" role="img" aria-label="{escape(label, quote=True)}" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
@@ -52,7 +53,7 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 
 def forest(comparison: Comparison) -> str:
-    """Differences with their intervals, a line a benchmark and side; right of 0 the new tower is better."""
+    """Differences with their intervals, a line a benchmark and side; new is better right of 0."""
     order = list(comparison.titles)
     rows = sorted(comparison.rows, key=lambda row: order.index(row.benchmark))  # stable: sides in their order
     ends = [value / _size(row) for row in rows for value in (row.result.low, row.result.high)]
@@ -68,7 +69,7 @@ def forest(comparison: Comparison) -> str:
     for place, row in enumerate(rows):
         first = place == 0 or row.benchmark != rows[place - 1].benchmark
         y += 30 if first else 20  # the sides of a benchmark stand together
-        lines += _forest_row(row, colour(comparison.names.index(row.new)), x, y, left, right, named=first)
+        lines += _forest_row(row, color(comparison.names.index(row.new)), x, y, left, right, named=first)
     bottom = y + 15
     base, new = ("base", "new") if several else comparison.names
     parts = [
@@ -95,7 +96,7 @@ def _size(row: Row) -> float:
 def _forest_row(
     row: Row, paint: str, x: Callable[[float], float], y: float, left: float, right: float, *, named: bool
 ) -> list[str]:
-    """One difference: name, interval, estimate (filled where it is shown to be one), numbers."""
+    """One difference: name, interval, estimate (filled if significant), numbers."""
     result, size = row.result, _size(row)
     low, high = (number(value, row.unit, signed=True) for value in (result.low, result.high))
     label = f"{number(result.difference, row.unit, signed=True)} [{low}, {high}]"
@@ -113,7 +114,7 @@ def _forest_row(
 
 
 def radar(comparison: Comparison) -> str:
-    """Scores of every side, each axis in shares of its best; "" with fewer than three benchmarks."""
+    """Scores of every side relative to the best side of each axis; "" with fewer than three benchmarks."""
     names = [name for name in comparison.titles if len(comparison.scores[name]) == len(comparison.names)]
     if len(names) < 3:
         return ""
@@ -142,30 +143,28 @@ def radar(comparison: Comparison) -> str:
     for order, side in enumerate(comparison.names):
         corners = " ".join("{:.1f},{:.1f}".format(*point(place, share)) for place, share in enumerate(shares[side]))
         parts.append(
-            f'<polygon class="side" points="{corners}" fill="{colour(order)}" fill-opacity="0.08" '
-            f'stroke="{colour(order)}" stroke-width="2"><title>{escape(side)}</title></polygon>'
+            f'<polygon class="side" points="{corners}" fill="{color(order)}" fill-opacity="0.08" '
+            f'stroke="{color(order)}" stroke-width="2"><title>{escape(side)}</title></polygon>'
         )
     parts += legend(comparison.names, 600, 60)
-    note = f"outer ring: best side; centre: {floor:.0%} of it"
+    note = f"outer ring: best side; center: {floor:.0%} of it"
     parts.append(text(600, 60 + 24 * len(comparison.names) + 10, note, extra='class="dim"'))
     return figure(WIDTH, 2 * middle, parts, "Scores of all sides, relative to the best", "radar")
 
 
 def legend(names: Sequence[str], x: float, y: float, first: int = 0) -> list[str]:
-    """Coloured names, one below another; ``first`` is the place of the first among the sides."""
+    """Colored names, one below another; ``first`` is the first one's number among the sides."""
     parts = []
     for order, name in enumerate(names):
-        paint = colour(order + first)
+        paint = color(order + first)
         parts.append(f'<rect x="{x}" y="{y + 24 * order - 10:.0f}" width="14" height="12" fill="{paint}"/>')
         parts.append(text(x + 22, y + 24 * order, short(name, 34)))
     return parts
 
 
-def bars(comparison: Comparison, row: Row, most: int = 20) -> str:
-    """Mean score of base and new in each category of a benchmark, the largest categories."""
-    shown = list(row.categories.items())[:most]
-    if not shown:
-        return ""
+def bars(comparison: Comparison, row: Row) -> str:
+    """Mean score of base and new in the largest categories of a benchmark that has some."""
+    shown = list(row.categories.items())[:MOST_BARS]
     percent = all(0 <= value <= 1 for old, now, _ in row.categories.values() for value in (old, now))
     scale = 100.0 if percent else 1.0
     top_value = 1.0 if percent else max(max(old, now) for _, (old, now, _) in shown) or 1.0
@@ -178,7 +177,7 @@ def bars(comparison: Comparison, row: Row, most: int = 20) -> str:
             length = max(0.0, value / top_value) * (right - left)
             box = f'x="{left}" y="{y + offset:.0f}" width="{length:.1f}" height="11"'
             parts.append(
-                f'<rect class="bar" {box} fill="{colour(order)}">'
+                f'<rect class="bar" {box} fill="{color(order)}">'
                 f"<title>{escape(f'{name}: {scale * value:.1f}, {count} questions')}</title></rect>"
             )
         step_text = f"{scale * old:.1f} → {scale * now:.1f} ({scale * (now - old):+.1f}), n {count}"

@@ -11,14 +11,14 @@ HEADER = ("benchmark", "base", "new", "difference", "interval", "p", "p (Holm)",
 
 
 def number(value: float, unit: str = "%", *, signed: bool = False) -> str:
-    """Two places, one for points in the thousands."""
+    """Two decimals; one for points in the thousands."""
     places = 1 if unit == "points" else 2
     text = f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
     return text.replace("-0.00", "0.00") if signed and float(text) == 0 else text
 
 
 def p_value(value: float) -> str:
-    """Three places; what is smaller as a bound."""
+    """Three decimals; smaller values as a bound."""
     return "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0") if value < 1 else "1"
 
 
@@ -44,7 +44,7 @@ def _spread(spread: float, row: Row) -> str:
 
 
 def method_lines(comparison: Comparison) -> list[str]:
-    """How the numbers were made, in sentences."""
+    """The statistical methods, in sentences."""
     settings = comparison.settings
     lines = [
         f"Intervals: {settings['level']:.0%}, paired bootstrap over images ({settings['resamples']} resamples, seed "
@@ -53,24 +53,19 @@ def method_lines(comparison: Comparison) -> list[str]:
     ]
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append(
-            "Where a side has several runs, their variance is in the interval, and p is Student's (±: s.d. of runs)."
+            "With several runs a side, the interval includes their variance, and p is Student's (±: s.d. over runs)."
         )
     if any(row.runs == (1, 1) for row in comparison.rows):
         mme = any(row.benchmark == "mme" for row in comparison.rows)
         lines.append(
-            "One run a side: the interval covers the choice of questions, not the seed of training"
-            + ("; MME moves by about 20 points between identical runs." if mme else ".")
+            "With one run a side, the interval covers the choice of questions but not the training seed"
+            + ("; MME varies by about 20 points between identical runs." if mme else ".")
         )
     return lines
 
 
-def pairs(comparison: Comparison) -> list[tuple[str, list[Row]]]:
-    """Rows by the side that is compared with the base."""
-    return [(name, [row for row in comparison.rows if row.new == name]) for name in comparison.names[1:]]
-
-
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Plain columns: first left, others right."""
+    """Plain columns: first and last aligned left, others right."""
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
     return [
         "  ".join(
@@ -84,7 +79,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def terminal(comparison: Comparison) -> str:
     """What `llm2clip compare` prints."""
     lines = []
-    for name, rows in pairs(comparison):
+    for name, rows in comparison.pairs():
         lines += [f"{name} (new) against {comparison.names[0]} (base)", ""]
         lines += aligned(HEADER, [cells(row) for row in rows])
         lines += ["", *(f"  {row.title}: {row.power_line()}" for row in rows)]
@@ -92,7 +87,7 @@ def terminal(comparison: Comparison) -> str:
         lines += [f"  {row.title}: note: {note}" for row in rows for note in row.notes]
         lines.append("")
     if comparison.references:
-        names = [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
+        names = _published_names(comparison)
         lines += [f"Published, not measured here ({NOTE}):", ""]
         lines += aligned(
             ["", *(comparison.titles[name] for name in names), ""],
@@ -103,12 +98,17 @@ def terminal(comparison: Comparison) -> str:
     return "\n".join([*lines, *method_lines(comparison)])
 
 
+def _published_names(comparison: Comparison) -> list[str]:
+    """The benchmarks with a published number."""
+    return [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
+
+
 def _reference(values: dict[str, float], names: Sequence[str]) -> list[str]:
     return [f"{values[name]:g}" if name in values else "" for name in names]
 
 
 def escape_markdown(text: str) -> str:
-    """Text that no Markdown reader takes for markup or a column."""
+    """Text without Markdown's markup and column separators."""
     for letter in "\\`*_{}[]<>|#":
         text = text.replace(letter, "\\" + letter)
     return text.replace("\n", " ")
@@ -117,7 +117,7 @@ def escape_markdown(text: str) -> str:
 def markdown(comparison: Comparison) -> str:
     """The tables for a README or an issue."""
     lines = ["# Comparison", ""]
-    for name, rows in pairs(comparison):
+    for name, rows in comparison.pairs():
         lines += [f"## {escape_markdown(name)} (new) against {escape_markdown(comparison.names[0])} (base)", ""]
         lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
         lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in rows]
@@ -125,7 +125,7 @@ def markdown(comparison: Comparison) -> str:
         lines += [f"- {escape_markdown(row.title)}: {escape_markdown(note)}." for row in rows for note in row.notes]
         lines.append("")
     if comparison.references:
-        names = [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
+        names = _published_names(comparison)
         lines += [f"Published, not measured here ({NOTE}):", ""]
         lines += ["| | " + " | ".join(comparison.titles[name] for name in names) + " |", "|---|" + "---:|" * len(names)]
         lines += [
@@ -143,14 +143,14 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 
 
 def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Text that LaTeX prints literally."""
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def latex(comparison: Comparison) -> str:
-    """One booktabs table: a line a model, a column a benchmark; significant differences are bold, references italic."""
+    """One booktabs table, models x benchmarks: significant differences are bold, published models italic."""
     names = [name for name in comparison.titles if any(row.benchmark == name for row in comparison.rows)]
-    found = {(row.new, row.benchmark): row for row in comparison.rows}
+    rows = {(row.new, row.benchmark): row for row in comparison.rows}
     base = comparison.names[0]
     lines = [
         "% needs \\usepackage{booktabs}",
@@ -171,7 +171,7 @@ def latex(comparison: Comparison) -> str:
     for name in comparison.names[1:]:
         shown, steps = [], []
         for benchmark in names:
-            row = found.get((name, benchmark))
+            row = rows.get((name, benchmark))
             text = number(row.result.new, row.unit) if row else ""
             shown.append(f"\\textbf{{{text}}}" if row and row.verdict != "no difference shown" else text)
             steps.append(_latex_step(row))

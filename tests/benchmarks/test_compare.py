@@ -7,8 +7,8 @@ import pytest
 from golden_mllm import MODELS, ROOT, answers
 
 from llava_integration.benchmarks.score import main as score
+from llava_integration.compare.build import build
 from llava_integration.compare.command import main
-from llava_integration.compare.comparison import build
 from llava_integration.compare.sides import load_side, load_sides
 from llm2clip_plugin.contracts import ContractError, ScoreFile
 
@@ -54,7 +54,7 @@ def test_golden_models(scored, tmp_path, capsys):
     assert rows["scienceqa"]["verdict"] == "no difference shown"
     for text in (shown, (tmp_path / "compare.md").read_text(), (tmp_path / "compare.tex").read_text()):
         assert "+23.1" in text and "LLaVA-1.5 7B (official)" in text
-    assert "4 times in 5" in shown and "2 of 145 questions of vqav2 have no answer" in shown
+    assert "detectable with 80 % power" in shown and "2 of 145 questions of vqav2 have no answer" in shown
     markdown = (tmp_path / "compare.md").read_text().splitlines()
     table = [line for line in markdown if line.startswith("|")]
     assert len({line.count("|") - line.count("\\|") for line in table[:11]}) == 1  # as many cells in each row
@@ -206,7 +206,7 @@ def test_power_line(tmp_path):
     base = simulated(tmp_path, "base", [0, 1] * 50)
     new = simulated(tmp_path, "new", [1, 1] + [0, 1] * 49)
     row = build(load_sides([base, new], []), resamples=500).rows[0]
-    assert "100 questions on 100 images" in row.power_line() and "takes" in row.power_line()
+    assert "100 questions on 100 images" in row.power_line() and "needs" in row.power_line()
 
 
 def test_equal_answers_show_no_power_and_a_note_of_both_sides_once(tmp_path):
@@ -216,7 +216,7 @@ def test_equal_answers_show_no_power_and_a_note_of_both_sides_once(tmp_path):
         record = ScoreFile(benchmark="own", metrics={}, items=items, model=name, notes=["small", f"of {name}"])
         paths.append(record.write(tmp_path / f"{name}.scores.json"))
     row = build(load_sides(paths, []), resamples=100).rows[0]
-    assert row.power_line() == "9 questions on 9 images, none of which the sides score differently"
+    assert row.power_line() == "9 questions on 9 images; both sides have the same score on each"
     assert row.notes == ("small", "base: of base", "new: of new")
 
 
@@ -241,7 +241,7 @@ def test_other_questions_are_refused(tmp_path):
     with pytest.raises(ContractError, match=r"share 20 questions of 40, 40.*same --data"):
         main([str(base), str(shifted)])
     other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
-    with pytest.raises(ContractError, match="has the truth"):
+    with pytest.raises(ContractError, match="the truth of question 0 is"):
         main([str(simulated(tmp_path, "truth-a", [0, 1], truth="no")), str(other)])
 
 
@@ -252,13 +252,13 @@ def test_what_cannot_be_compared(tmp_path):
     with pytest.raises(FileNotFoundError, match="no score file or folder"):
         main([str(base), str(tmp_path / "absent")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no score files"):
+    with pytest.raises(FileNotFoundError, match="has no score files"):
         main([str(base), str(tmp_path / "empty")])
     twice = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}, {"id": 1, "score": 0}])
-    with pytest.raises(ContractError, match="holds item 1 twice"):
+    with pytest.raises(ContractError, match="has item 1 twice"):
         main([str(base), str(twice.write(tmp_path / "twice.scores.json"))])
     bare = ScoreFile(benchmark="gqa", metrics={"x": 1.0}, items=[])
-    with pytest.raises(ContractError, match="holds no items"):
+    with pytest.raises(ContractError, match="has no items"):
         main([str(base), str(bare.write(tmp_path / "bare.scores.json"))])
     (tmp_path / "broken.scores.json").write_text("{")
     with pytest.raises(ContractError, match="not valid JSON"):
