@@ -1,34 +1,35 @@
-"""Start-up hook: watches for LLaVA's modules and hands each to ``register`` right after it has run.
+"""Start-up hook: completes three modules of LLaVA, each right after Python has executed it.
 
-``llm2clip_llava.pth`` in site-packages puts a watcher of six lines on ``sys.meta_path`` of every Python process of
-the environment; this module is imported when the first of LLaVA's model modules is. So it reaches ``python -m
-llava.train.train``, a script path under the DeepSpeed launcher and a notebook that imports only ``llava``, and a
-process without LLaVA pays for the six lines alone. Nothing here may raise: ``llava.model`` swallows import errors, and
-the user would see "cannot import name LlavaLlamaForCausalLM". ``LLM2CLIP_LLAVA_HOOK=0`` switches it off.
+``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python process of the
+environment; the watcher imports this module when a process imports the first ``llava.model.*`` module. That covers
+``python -m llava.train.train``, a script path under the DeepSpeed launcher, and a notebook that imports only ``llava``.
+Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
+LlavaLlamaForCausalLM". ``LLM2CLIP_LLAVA_HOOK=0`` disables the hook.
 """
 
+import importlib
 import os
 import sys
 
-# The three places of LLaVA that are completed, each as soon as it has run:
-WATCHED = (
-    "llava.model.multimodal_encoder.builder",  # learns the tower's name, before llava_arch binds the function
-    "llava.model.llava_arch",  # writes into the configuration which tower a model is trained with
-    "llava.model.builder",  # knows the checkpoint's folder, where a bundled tower lies
-)
-WATCHER = "LLM2CLIPWatcher"  # name of the watcher's class, here and in the .pth file
+# LLaVA's module -> ours, whose complete(module) is called with it
+WATCHED = {
+    "llava.model.multimodal_encoder.builder": "llava_integration.hook.encoder_builder",  # before llava_arch binds it
+    "llava.model.llava_arch": "llava_integration.hook.llava_arch",
+    "llava.model.builder": "llava_integration.hook.model_builder",
+}
+WATCHER = "LLM2CLIPWatcher"  # class name, here and in the .pth file
 
 
 class LLM2CLIPWatcher:
-    """The watcher of the ``.pth`` file, for processes that don't read it."""
+    """The watcher of the ``.pth`` file, for processes that do not read it."""
 
     def find_spec(self, name, path=None, target=None):
-        """As any finder's."""
+        """See ``importlib.abc.MetaPathFinder``."""
         return find_spec(name, path, target)
 
 
 def find_spec(name, path=None, target=None):
-    """For WATCHED alone: the spec that the other finders have for it, its loader told to call ``register``."""
+    """For a module in WATCHED: the spec of the other finders, with a loader that calls ``complete``; else None."""
     if name not in WATCHED or os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return None
     for finder in sys.meta_path:
@@ -41,44 +42,42 @@ def find_spec(name, path=None, target=None):
 
 
 def watch(spec):
-    """Wrap ``exec_module`` on the loader's instance: its class, and other modules' loaders, stay as they are."""
+    """Wrap ``exec_module`` on the loader's instance, so that other modules' loaders are unaffected."""
     loader = spec.loader
-    run = getattr(loader, "exec_module", None)
-    if run is None:  # a namespace package or a loader of the old protocol: not LLaVA
+    original = getattr(loader, "exec_module", None)
+    if original is None:  # a namespace package or a loader of the old protocol: not LLaVA
         return
 
     def exec_module(module):
-        run(module)
+        original(module)
         complete(module)
 
     try:
         loader.exec_module = exec_module
-    except AttributeError as error:  # a loader with slots, from another import hook
+    except AttributeError as error:  # a loader with __slots__, from another import hook
         report(error)
 
 
 def complete(module):
-    """Give a module of LLaVA that has just run its addition; says on stderr why if that fails."""
+    """Complete a module of LLaVA that has been executed; an error is printed, not raised."""
     try:
-        from llava_integration.hook import register
-
-        register.complete(module)
+        importlib.import_module(WATCHED[module.__name__]).complete(module)
     except Exception as error:
         report(error)
 
 
 def report(error):
-    """One line on stderr: LLaVA goes on, without the tower."""
-    print(f"llm2clip: --vision_tower llm2clip is unknown in this process: {error!r}", file=sys.stderr)
+    """Print the error in one line on stderr; LLaVA continues without our towers."""
+    print(f"llm2clip: --vision_tower llm2clip is not available in this process: {error!r}", file=sys.stderr)
 
 
 def watching():
-    """Whether a watcher is at work in this process."""
+    """Whether the hook is active in this process."""
     return os.environ.get("LLM2CLIP_LLAVA_HOOK") != "0" and any(type(f).__name__ == WATCHER for f in sys.meta_path)
 
 
 def install():
-    """Start to watch where the ``.pth`` file was not read; modules of LLaVA that are loaded are completed at once."""
+    """Activate the hook where the ``.pth`` file was not read, and complete LLaVA's modules that are loaded already."""
     if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return
     if not watching():

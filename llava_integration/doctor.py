@@ -1,4 +1,4 @@
-"""What ``llm2clip doctor`` asks in LLaVA's environment: LLaVA, the start-up hook, the chosen tower."""
+"""The checks of ``llm2clip doctor`` for LLaVA's environment: LLaVA, transformers, the start-up hook, the tower."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from llava_integration import boot
-from llava_integration.towers import commands, names
+from llava_integration.towers import names
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.finding import Finding, numbers
 
-OLDEST, NEWEST = (4, 36, 2), (4, 37, 99)  # transformers in which LLaVA 1.5 both trains and generates
+OLDEST, NEWEST = (4, 36, 2), (4, 37, 99)  # transformers versions with which LLaVA 1.5 both trains and generates
+PINNED = "pip install transformers==4.37.2"
 
 
 def check_llava() -> Iterator[Finding]:
-    """LLaVA is there with a transformers that it works with, knows our tower, and has one to load."""
+    """Every check of LLaVA's environment."""
     yield check_wheel()
     yield check_transformers()
     yield check_hook()
@@ -24,50 +25,48 @@ def check_llava() -> Iterator[Finding]:
 
 
 def check_wheel() -> Finding:
-    """LLaVA can be found; it is not imported, which takes seconds."""
+    """LLaVA is importable; it is not imported here, which takes seconds."""
     if find_spec("llava") is None:
-        mend = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
-        return Finding(subject="llava", state="fail", found="missing", mend=mend)
+        fix = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
+        return Finding(subject="llava", state="fail", found="missing", fix=fix)
     for distribution in ("llava-torch", "llava"):
         try:
             return Finding(subject="llava", state="ok", found=f"{distribution} {version(distribution)}")
         except PackageNotFoundError:
             continue
-    return Finding(subject="llava", state="ok", found="on the path, not installed")
+    return Finding(subject="llava", state="ok", found="on sys.path, not installed")
 
 
 def check_transformers() -> Finding:
-    """LLaVA 1.5 fails to generate from 4.38 on, and to train after 4.46."""
+    """LLaVA 1.5 cannot generate from transformers 4.38 on, nor train after 4.46."""
+    subject = "transformers for LLaVA"
     try:
-        found = version("transformers")
+        installed = version("transformers")
     except PackageNotFoundError:
-        return Finding(
-            subject="transformers for LLaVA", state="fail", found="missing", mend="pip install transformers==4.37.2"
-        )
-    fits = OLDEST <= numbers(found) <= NEWEST
-    mend = "" if fits else "pip install transformers==4.37.2 (LLaVA 1.5 fails to generate with others)"
-    return Finding(subject="transformers for LLaVA", state="ok" if fits else "warn", found=found, mend=mend)
+        return Finding(subject=subject, state="fail", found="missing", fix=PINNED)
+    if OLDEST <= numbers(installed) <= NEWEST:
+        return Finding(subject=subject, state="ok", found=installed)
+    fix = f"{PINNED} (LLaVA 1.5 fails to generate with other versions)"
+    return Finding(subject=subject, state="warn", found=installed, fix=fix)
 
 
 def check_hook() -> Finding:
-    """Every process of this environment knows ``--vision_tower llm2clip``."""
+    """``--vision_tower llm2clip`` works in every process of this environment."""
+    subject = "start-up hook"
     if boot.watching():
-        return Finding(subject="start-up hook", state="ok", found="watching")
+        return Finding(subject=subject, state="ok", found="active")
     if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
-        return Finding(subject="start-up hook", state="warn", found="LLM2CLIP_LLAVA_HOOK=0", mend="unset it")
-    return Finding(
-        subject="start-up hook",
-        state="fail",
-        found="its .pth file was not read",
-        mend="pip install llm2clip-plugin (not --target), or start LLaVA by `python -m llava_integration.launch ...`",
-    )
+        return Finding(subject=subject, state="warn", found="disabled", fix="unset LLM2CLIP_LLAVA_HOOK")
+    fix = "pip install llm2clip-plugin (without --target), or start LLaVA with `python -m llava_integration.launch ...`"
+    return Finding(subject=subject, state="fail", found="not active: Python did not read llm2clip_llava.pth", fix=fix)
 
 
 def check_tower() -> Finding:
-    """What ``--vision_tower llm2clip`` means here."""
+    """The tower that ``--vision_tower llm2clip`` loads."""
+    subject = "--vision_tower llm2clip"
     try:
-        place = names.locate_chosen()
+        location = names.locate_default()
     except (FileNotFoundError, ContractError) as error:
-        mend = "llm2clip use PATH_OR_HUB_ID (needed for the bare name alone)"
-        return Finding(subject="--vision_tower llm2clip", state="warn", found=str(error), mend=mend)
-    return Finding(subject="--vision_tower llm2clip", state="ok", found=f"{place.how}: {commands.describe(place)}")
+        fix = "llm2clip use PATH_OR_HUB_ID (only needed for the bare name)"
+        return Finding(subject=subject, state="warn", found=str(error), fix=fix)
+    return Finding(subject=subject, state="ok", found=f"{location.how}: {location.describe()}")

@@ -1,4 +1,4 @@
-"""``python -m llava_integration.launch MODULE_OR_SCRIPT ...``: LLaVA with the hook (see ``hook.launch``)."""
+"""``python -m llava_integration.launch MODULE_OR_SCRIPT ...``: LLaVA with the start-up hook (``hook.launch``)."""
 
 import sys
 

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from llm2clip_plugin.finding import Finding, numbers
@@ -30,7 +29,7 @@ def check_python() -> Iterator[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
     state = "ok" if sys.version_info >= (3, 10) else "fail"
     yield Finding(
-        subject="python", state=state, found=found, mend="" if state == "ok" else "install Python 3.10 or newer"
+        subject="python", state=state, found=found, fix="" if state == "ok" else "install Python 3.10 or newer"
     )
 
 
@@ -48,21 +47,21 @@ def check_packages(extra: str) -> Iterator[Finding]:
     try:
         lines = requires("llm2clip-plugin") or []
     except PackageNotFoundError:
-        yield Finding(subject="llm2clip-plugin", state="fail", found="not installed", mend='pip install -e ".[train]"')
+        yield Finding(subject="llm2clip-plugin", state="fail", found="not installed", fix='pip install -e ".[train]"')
         return
     needed: dict[str, str] = {}  # name -> the least version that the core or the extra takes
     for name, least, needed_by in map(requirement_parts, lines):
         if needed_by in ("", extra):
             needed[name] = max(needed.get(name, ""), least, key=numbers)
     for name, least in needed.items():
-        mend = f'pip install "{name}>={least}"' if least else f"pip install {name}"
+        fix = f'pip install "{name}>={least}"' if least else f"pip install {name}"
         try:
             found = version(name)
         except PackageNotFoundError:
-            yield Finding(subject=name, state="fail", found="missing", mend=mend)
+            yield Finding(subject=name, state="fail", found="missing", fix=fix)
             continue
         state = "ok" if not least or numbers(found) >= numbers(least) else "fail"
-        yield Finding(subject=name, state=state, found=found, mend="" if state == "ok" else mend)
+        yield Finding(subject=name, state=state, found=found, fix="" if state == "ok" else fix)
 
 
 def check_compiler() -> Iterator[Finding]:
@@ -71,7 +70,7 @@ def check_compiler() -> Iterator[Finding]:
     if not words or shutil.which(words[0]) is None:
         words = ["c++"]
     if shutil.which(words[0]) is None:
-        yield Finding(subject="C++ compiler", state="fail", found="none", mend="apt-get install g++ (or set CXX)")
+        yield Finding(subject="C++ compiler", state="fail", found="none", fix="apt-get install g++ (or set CXX)")
         return
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
     yield judge_compiler(done.stdout)
@@ -85,14 +84,14 @@ def judge_compiler(told: str) -> Finding:
     if match is None:
         known = " or ".join(f"{name} >= {newest}" for name, (_, newest) in LEAST_COMPILERS.items())
         return Finding(
-            subject="C++ compiler", state="warn", found=first or "tells no version", mend=f"set CXX to {known}"
+            subject="C++ compiler", state="warn", found=first or "tells no version", fix=f"set CXX to {known}"
         )
     name, version_ = "clang" if clang else "g++", int(match.group(1))
     least, newest = LEAST_COMPILERS[name]
     state = "fail" if version_ < least else "warn" if version_ < newest else "ok"
     lacks = "C++17" if state == "fail" else "C++20, which current torch builds with"
-    mend = "" if state == "ok" else f"{name} {version_} lacks {lacks}: install {name} >= {newest} and point CXX at it"
-    return Finding(subject="C++ compiler", state=state, found=first, mend=mend)
+    fix = "" if state == "ok" else f"{name} {version_} lacks {lacks}: install {name} >= {newest} and point CXX at it"
+    return Finding(subject="C++ compiler", state=state, found=first, fix=fix)
 
 
 def check_launcher() -> Iterator[Finding]:
@@ -100,13 +99,13 @@ def check_launcher() -> Iterator[Finding]:
     launcher = shutil.which("deepspeed")
     beside = os.path.join(os.path.dirname(sys.executable), "deepspeed")
     if launcher is None and not os.path.exists(beside):
-        yield Finding(subject="deepspeed launcher", state="fail", found="not on PATH", mend="pip install deepspeed")
+        yield Finding(subject="deepspeed launcher", state="fail", found="not on PATH", fix="pip install deepspeed")
     elif launcher is None or os.path.realpath(launcher) != os.path.realpath(beside):
         yield Finding(
             subject="deepspeed launcher",
             state="warn",
             found=launcher or beside,
-            mend=f"activate this environment first: source {os.path.dirname(sys.executable)}/activate",
+            fix=f"activate this environment first: source {os.path.dirname(sys.executable)}/activate",
         )
     else:
         yield Finding(subject="deepspeed launcher", state="ok", found=launcher)
@@ -117,7 +116,7 @@ def check_accelerator() -> Iterator[Finding]:
     try:
         import torch
     except ImportError:
-        yield Finding(subject="accelerator", state="fail", found="torch is missing", mend="pip install torch")
+        yield Finding(subject="accelerator", state="fail", found="torch is missing", fix="pip install torch")
         return
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -128,7 +127,7 @@ def check_accelerator() -> Iterator[Finding]:
             subject="accelerator",
             state="warn",
             found=f"none; everything runs on the CPU ({torch.get_num_threads()} threads)",
-            mend="for a GPU, install the torch build of your CUDA or ROCm version",
+            fix="for a GPU, install the torch build of your CUDA or ROCm version",
         )
 
 
@@ -139,12 +138,12 @@ def check_threads(ranks: int) -> Iterator[Finding]:
     threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
     found = f"{cores} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
     share = max(1, cores // ranks)
-    mend = ""
+    fix = ""
     if threads == "unset" and ranks > 1:
-        mend = f"export OMP_NUM_THREADS={share} OMP_WAIT_POLICY=PASSIVE; unset, ranks of llm2clip take 1 thread"
+        fix = f"export OMP_NUM_THREADS={share} OMP_WAIT_POLICY=PASSIVE; unset, ranks of llm2clip take 1 thread"
     elif threads.isdigit() and ranks * int(threads) > max(cores, ranks):
-        mend = f"export OMP_NUM_THREADS={share} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
-    yield Finding(subject="threads", state="warn" if mend else "ok", found=found, mend=mend)
+        fix = f"export OMP_NUM_THREADS={share} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
+    yield Finding(subject="threads", state="warn" if fix else "ok", found=found, fix=fix)
 
 
 def _usual_ranks(cores: int) -> int:
@@ -163,10 +162,8 @@ def check_port(port: int) -> Iterator[Finding]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
-    mend = f"pass --master_port {free} to the deepspeed launcher" if taken else ""
-    yield Finding(
-        subject=f"port {port}", state="warn" if taken else "ok", found="taken" if taken else "free", mend=mend
-    )
+    fix = f"pass --master_port {free} to the deepspeed launcher" if taken else ""
+    yield Finding(subject=f"port {port}", state="warn" if taken else "ok", found="taken" if taken else "free", fix=fix)
 
 
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
@@ -177,13 +174,13 @@ def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
         where = os.path.dirname(where)
     free = shutil.disk_usage(where).free
     found = f"{free / GIB:.1f} GiB free at {where}; {captions:,} captions x {width} need {need / GIB:.1f} GiB in fp16"
-    mend = ""
+    fix = ""
     if not os.access(where, os.W_OK):
-        mend = f"{where} can't be written to; choose another --cache"
+        fix = f"{where} can't be written to; choose another --cache"
     elif free <= need:
-        mend = f"free space, choose another --cache, or --dtype int8 ({need / 2 / GIB:.1f} GiB)"
-    state = "fail" if mend else "ok"
-    yield Finding(subject="disk for the cache", state=state, found=found, mend=mend)
+        fix = f"free space, choose another --cache, or --dtype int8 ({need / 2 / GIB:.1f} GiB)"
+    state = "fail" if fix else "ok"
+    yield Finding(subject="disk for the cache", state=state, found=found, fix=fix)
 
 
 def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
@@ -219,14 +216,14 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     findings = [finding for check in checks(options) for finding in check()]
     if options.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:
         for finding in findings:
             print(f"[{finding.state:>4}] {finding.subject}: {finding.found}")
-            if finding.mend:
-                print(f"       -> {finding.mend}")
+            if finding.fix:
+                print(f"       -> {finding.fix}")
         worst = [finding.subject for finding in findings if finding.state == "fail"]
-        print(f"{len(worst)} to mend: {', '.join(worst)}" if worst else "nothing to mend")
+        print(f"{len(worst)} to fix: {', '.join(worst)}" if worst else "no problems found")
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 

@@ -1,4 +1,4 @@
-"""What ``llm2clip doctor`` reports, line by line; standard library only."""
+"""The lines that ``llm2clip doctor`` prints; standard library only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ class Finding:
 
     subject: str
     state: str  # one of STATES
-    found: str
-    mend: str = ""  # the command or step that mends it; "" when ok
+    found: str  # version, path or state of the subject
+    fix: str = ""  # command or step that fixes it; "" when ok
+
+    def as_json(self) -> dict[str, str]:
+        """The entry of ``llm2clip doctor --json``, with the keys that version 0.1 wrote."""
+        return {"subject": self.subject, "state": self.state, "found": self.found, "mend": self.fix}
 
 
 def numbers(text: str) -> tuple[int, ...]:

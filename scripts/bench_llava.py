@@ -32,7 +32,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
 from llava_integration.answer import generate as evaluate
-from llava_integration.hook.register import build
+from llava_integration.hook.encoder_builder import build
 from llm2clip_plugin.vision.export import export_tower
 
 SHAPES = {  # width, blocks, heads, image size, patch size

@@ -1,7 +1,7 @@
-"""``python -m llava_integration.launch MODULE_OR_SCRIPT ...``: LLaVA where ``.pth`` files are not read.
+"""``python -m llava_integration.launch MODULE_OR_SCRIPT ...``: run LLaVA where ``.pth`` files are not read.
 
-For ``pip install --target``, ``python -S``, zip imports: installs the start-up hook, then runs the module or script as
-``python -m`` or ``python SCRIPT`` would. Also under the launcher:
+For ``pip install --target``, ``python -S`` and zip imports: activates the start-up hook, then runs the module or script
+as ``python -m`` or ``python SCRIPT`` would. With DeepSpeed's launcher:
 ``deepspeed --module llava_integration.launch llava.train.train --deepspeed zero2.json ...``
 """
 
@@ -13,28 +13,30 @@ import sys
 
 from llava_integration import boot
 
+USAGE = "usage: python -m llava_integration.launch MODULE_OR_SCRIPT ..."
 
-def arranged(words: list[str]) -> list[str]:
-    """The target first: DeepSpeed's launcher puts ``--local_rank=N`` before it, LLaVA wants it behind.
 
-    >>> arranged(["--local_rank=1", "llava.train.train", "--bf16", "True"])
+def target_first(words: list[str]) -> list[str]:
+    """Move the ``--local_rank=N`` that DeepSpeed's launcher puts first behind the target.
+
+    >>> target_first(["--local_rank=1", "llava.train.train", "--bf16", "True"])
     ['llava.train.train', '--local_rank=1', '--bf16', 'True']
     """
-    flags = [word for word in words[:1] if word.startswith("--local_rank=") or word.startswith("--local-rank=")]
+    flags = [word for word in words[:1] if word.startswith(("--local_rank=", "--local-rank="))]
     rest = words[len(flags) :]
     return rest[:1] + flags + rest[1:]
 
 
 def main(argv: list[str]) -> None:
-    """Run ``argv[0]`` (a module's name or a script's path) with the rest as its arguments."""
-    words = arranged(argv)
+    """Run ``argv[0]``, a module's name or a script's path, with the rest as its arguments."""
+    words = target_first(argv)
     if not words or words[0].startswith("-"):
-        raise SystemExit(f"usage: {(__doc__ or '').splitlines()[0].strip('`').partition('``')[0]}")
+        raise SystemExit(USAGE)
     boot.install()
     target, sys.argv[1:] = words[0], words[1:]
     if target.endswith(".py") or os.path.sep in target:
         sys.argv[0] = target
-        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as for `python SCRIPT`
+        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python SCRIPT` does
         runpy.run_path(target, run_name="__main__")
     else:
         runpy.run_module(target, run_name="__main__", alter_sys=True)

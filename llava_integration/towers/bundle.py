@@ -1,4 +1,4 @@
-"""``llm2clip llava bundle CHECKPOINT``: put the tower into a LLaVA checkpoint, so that it travels with it."""
+"""``llm2clip llava bundle CHECKPOINT``: copy the tower into a LLaVA checkpoint, so that they move together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava_integration.towers import names, provenance
-from llava_integration.towers.names import Place
+from llava_integration.towers import names
+from llava_integration.towers.location import TowerLocation
+from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_record
 from llm2clip_plugin.contracts import ContractError, TowerCard, whole_directory, whole_file
 
 CONFIG = "config.json"
@@ -20,73 +21,80 @@ CONFIG = "config.json"
 def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Path:
     """Copy the checkpoint's tower to ``CHECKPOINT/vision_tower`` and return that folder.
 
-    The tower is looked for as on load; ``tower`` (path, known name or Hub id) says where it is instead. A checkpoint
-    without a record of its tower gets one. Raises ContractError if the tower found is not the one that the checkpoint
-    was trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
+    The tower is the one that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id). A checkpoint
+    without a record of its tower gets one. Raises ContractError if that is not the tower that the checkpoint was
+    trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
     """
     config = read_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
-        raise ContractError(f"{checkpoint} was trained with the vision tower {name!r}, which is none of this package's")
-    place = find(checkpoint, name, config, tower)
-    target = checkpoint / provenance.BUNDLE
-    if already_bundled(target, place):
+        raise ContractError(
+            f"{checkpoint} was trained with the vision tower {name!r}, which is not a tower of this package"
+        )
+    location = locate_tower(checkpoint, name, config, tower)
+    target = checkpoint / BUNDLE
+    if already_bundled(target, location):
         return target
-    with whole_directory(target, replace=overwrite) as aside:
-        copy_tower(place, aside)
-    if provenance.KEY not in config:
-        config[provenance.KEY] = provenance.record_of(place, name, config["mm_hidden_size"])
-        with whole_file(checkpoint / CONFIG) as aside:
-            aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with whole_directory(target, replace=overwrite) as temporary:
+        copy_tower(location, temporary)
+    if KEY not in config:
+        config[KEY] = tower_record(location, name, config["mm_hidden_size"])
+        with whole_file(checkpoint / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a LLaVA checkpoint (full, LoRA or projector alone); FileNotFoundError if there is none."""
+    """config.json of a LLaVA checkpoint (full, LoRA or projector); raises FileNotFoundError if there is none."""
     if not (checkpoint / CONFIG).is_file():
-        raise FileNotFoundError(f"{checkpoint} is no LLaVA checkpoint: it holds no {CONFIG}")
+        raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
     return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
 
 
-def find(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> Place:
-    """The tower of the checkpoint, from where ``tower`` says or else where the load would find it."""
+def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
+    """The tower at ``tower``, or else the one that loading the checkpoint finds.
+
+    Raises ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
+    """
     if not tower:
-        return provenance.find(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
-    place = names.locate_spec(tower, how=f"--tower {tower}")
-    wanted = config.get(provenance.KEY, {}).get("weights_sha256", place.card.weights_sha256)
-    if place.card.weights_sha256 != wanted:
+        return find_tower(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
+    location = names.locate_spec(tower, how=f"--tower {tower}")
+    recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
+    if location.sha256 != recorded:
         raise ContractError(
-            f"{checkpoint} was trained with the tower sha256 {wanted}, "
-            f"{place.directory} has sha256 {place.card.weights_sha256}"
+            f"{checkpoint} was trained with the tower sha256 {recorded}, "
+            f"but {location.directory} has sha256 {location.sha256}"
         )
-    return place
+    return location
 
 
-def already_bundled(target: Path, place: Place) -> bool:
-    """Whether ``target`` holds that tower; ContractError if it does but is damaged."""
+def already_bundled(target: Path, location: TowerLocation) -> bool:
+    """Whether ``target`` holds that tower; raises ContractError if it does but its weights are damaged."""
     if not (target / TowerCard.FILE).is_file():
         return False
-    there = names.place_of(target, how="bundled")
-    if there.card.weights_sha256 != place.card.weights_sha256:
+    bundled = TowerLocation.of(target, how="bundled")
+    if bundled.sha256 != location.sha256:
         return False
-    there.check_weights()
+    bundled.check_weights()
     return True
 
 
-def copy_tower(place: Place, target: Path) -> None:
-    """Copy the files of a tower directory (links followed) and hold the copy to its card."""
-    for source in sorted(place.directory.iterdir()):
+def copy_tower(location: TowerLocation, target: Path) -> None:
+    """Copy the files of a tower directory, links followed, and check the copied weights against the card."""
+    for source in sorted(location.directory.iterdir()):
         if source.is_file() and not source.name.startswith("."):
             shutil.copyfile(source, target / source.name)
-    replace(place, directory=target).check_weights()
+    replace(location, directory=target).check_weights()
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip llava bundle``: put the tower into LLaVA checkpoints, so that they load on another machine."""
+    """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
     parser = argparse.ArgumentParser(prog="llm2clip llava bundle", description=main.__doc__)
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="folder with config.json")
-    parser.add_argument("--tower", default="", help="where the tower is, if not where the checkpoint says")
-    parser.add_argument("--overwrite", action="store_true", help="replace another tower that is bundled already")
+    parser.add_argument(
+        "--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a different tower that is already bundled")
     options = parser.parse_args(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)

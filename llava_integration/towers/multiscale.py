@@ -1,10 +1,10 @@
-"""S2: one tower looked through at several scales (Shi et al. 2024, "When Do We Not Need Larger Vision Models?").
+"""S2: one tower applied at several scales (Shi et al. 2024, "When Do We Not Need Larger Vision Models?").
 
-LLaVA's repository asks for it by ``s2: true`` and ``s2_scales: "336,672,1008"`` in the configuration. The image is
-resized to each scale, cut into tiles of the first, every tile goes through the tower, the tiles' features are put
-together again, averaged down to the first scale's grid and joined along the width.
+Enabled, as in LLaVA's repository, by ``s2: true`` and ``s2_scales: "336,672,1008"`` in the configuration. The image is
+resized to each scale and cut into tiles of the first scale; the tower encodes every tile; the tiles' features are
+stitched together, averaged down to the first scale's grid and concatenated along the width.
 
-Shape letters: B images, N patches of the first scale, H hidden width, G patches along a side.
+Shape letters: B images, N patches of the first scale, H hidden width, S image size in pixels, G patches along a side.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llava_integration.towers.names import Place
+from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.tower import LLM2CLIPVisionTower
 
 DEFAULT_SCALES = "336,672,1008"
 
 
 class MultiscaleVisionTower(LLM2CLIPVisionTower):
-    """The tower's features at every scale, side by side: (B, N, H x scales)."""
+    """Features of every scale, concatenated: (B, N, H x scales)."""
 
-    def __init__(self, name: str, place: Place, args: Any, delay_load: bool = False):
+    def __init__(self, name: str, location: TowerLocation, args: Any, delay_load: bool = False):
         """Raises ValueError unless the first scale is the tower's image size and the others are multiples of it."""
-        self.scales = parse_scales(getattr(args, "s2_scales", DEFAULT_SCALES), place.card.image_size)
-        super().__init__(name, place, args, delay_load)
+        self.scales = parse_scales(getattr(args, "s2_scales", DEFAULT_SCALES), location.card.image_size)
+        super().__init__(name, location, args, delay_load)
         if self.select_feature != "patch":
-            raise ValueError("s2 joins grids of patches; mm_vision_select_feature must be 'patch'")
+            raise ValueError(f"s2 needs mm_vision_select_feature 'patch', got {self.select_feature!r}")
 
     def load_model(self, device_map: Any = None) -> None:
-        """As the tower's, with images prepared at the largest scale."""
+        """Read the weights, and let the image processor resize to the largest scale."""
         super().load_model(device_map)
         largest = self.scales[-1]
         self.image_processor.size = {"shortest_edge": largest}
@@ -41,12 +41,12 @@ class MultiscaleVisionTower(LLM2CLIPVisionTower):
         """(B, 3, S, S) at any size -> (B, N, H x scales)."""
         grids = [self.grid_at(images, scale) for scale in self.scales]
         side = self.num_patches_per_side
-        # In float32: averaging in half precision would round every patch.
+        # In float32: averaging in half precision rounds every patch.
         joined = [F.interpolate(grid.float(), size=(side, side), mode="area").to(grid.dtype) for grid in grids]
         return torch.cat(joined, dim=1).flatten(2).transpose(1, 2)
 
     def grid_at(self, images: torch.Tensor, scale: int) -> torch.Tensor:
-        """(B, 3, S, S) -> features (B, H, G, G) of the image at ``scale`` pixels, seen in tiles of the first scale."""
+        """(B, 3, S, S) -> features (B, H, G, G) of the image at ``scale`` pixels, encoded in tiles."""
         tile, tiles = self.scales[0], scale // self.scales[0]
         resized = F.interpolate(images.float(), size=(scale, scale), mode="bicubic").to(images.dtype)
         batch = resized.shape[0]
@@ -63,12 +63,12 @@ class MultiscaleVisionTower(LLM2CLIPVisionTower):
 
 
 def parse_scales(text: str, image_size: int) -> list[int]:
-    """``"336,672"`` -> [336, 672], sorted; ValueError says what fits a tower of ``image_size`` pixels."""
+    """``"336,672"`` -> [336, 672], sorted. Raises ValueError unless they are ``image_size`` and multiples of it."""
     try:
         scales = sorted(int(part) for part in str(text).split(","))
     except ValueError as error:
-        raise ValueError(f"s2_scales {text!r} is not a list of sizes such as {DEFAULT_SCALES!r}") from error
+        raise ValueError(f"s2_scales {text!r} is not a comma-separated list of sizes, as {DEFAULT_SCALES!r}") from error
     if scales[0] != image_size or any(scale % image_size for scale in scales):
         fit = ",".join(str(image_size * factor) for factor in (1, 2, 3))
-        raise ValueError(f"s2_scales {text!r} must be multiples of the tower's {image_size} px; try {fit!r}")
+        raise ValueError(f"s2_scales {text!r} must be the tower's {image_size} px and multiples of it; try {fit!r}")
     return scales

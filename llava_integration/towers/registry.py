@@ -1,7 +1,7 @@
-"""The towers that a user knows by name, and the chosen one.
+"""The towers that the user registered by name, and the selected one.
 
-One JSON file, ``$LLM2CLIP_HOME/towers.json``, by default in ``$XDG_CONFIG_HOME/llm2clip`` or
-``~/.config/llm2clip``.
+One JSON file: ``$LLM2CLIP_HOME/towers.json``, else ``$XDG_CONFIG_HOME/llm2clip/towers.json``, else
+``~/.config/llm2clip/towers.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llm2clip_plugin.contracts import VersionedRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Registry(VersionedRecord):
-    """``towers.json``: what `llm2clip towers` lists."""
+    """The contents of ``towers.json``."""
 
     KIND: ClassVar[str] = "llm2clip-towers"
     FILE: ClassVar[str] = "towers.json"
@@ -25,14 +25,18 @@ class Registry(VersionedRecord):
     towers: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> {"spec", "weights_sha256"}
 
     def summary(self) -> str:
-        """What is known, for the end of an error message."""
+        """The registered towers, to end an error message with."""
         if not self.towers:
-            return f"`llm2clip towers` knows none ({registry_file()})"
-        return "known towers: " + ", ".join(f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items()))
+            return f"no towers are registered in {registry_file()}"
+        return "registered towers: " + ", ".join(f"{name} ({entry['spec']})" for name, entry in self.entries())
+
+    def entries(self) -> list[tuple[str, dict[str, str]]]:
+        """(name, entry) by name."""
+        return sorted(self.towers.items())
 
 
 def registry_file() -> Path:
-    """Where the registry lies; the file need not exist."""
+    """Path of the registry; the file need not exist."""
     home = os.environ.get("LLM2CLIP_HOME")
     if home:
         return Path(home).expanduser() / Registry.FILE
@@ -41,23 +45,23 @@ def registry_file() -> Path:
 
 
 def read() -> Registry:
-    """The registry; an empty one before the first entry."""
+    """The registry, empty if there is no file."""
     path = registry_file()
     return Registry.read(path) if path.is_file() else Registry()
 
 
-def remember(spec: str, weights_sha256: str, *, choose: bool, name: str = "") -> str:
-    """Enter a tower (``spec`` = absolute path or Hub id) and return the name under which it is known."""
+def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name."""
     known = read()
     name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
     name = name or free_name(spec, known)
     towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
-    replace(known, chosen=name if choose or not known.chosen else known.chosen, towers=towers).write(registry_file())
+    replace(known, chosen=name, towers=towers).write(registry_file())
     return name
 
 
 def free_name(spec: str, known: Registry) -> str:
-    """The last part of ``spec``, numbered if another tower has it already."""
+    """The last part of ``spec``, with a number appended if the name is taken."""
     stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
     return next(
         name
@@ -67,9 +71,9 @@ def free_name(spec: str, known: Registry) -> str:
 
 
 def forget(name: str) -> None:
-    """Drop an entry; ValueError lists the known ones if there is none of that name."""
+    """Remove an entry; raises ValueError with the registered names if there is none called ``name``."""
     known = read()
     if name not in known.towers:
-        raise ValueError(f"no tower is known as {name!r}; {known.summary()}")
+        raise ValueError(f"unknown tower {name!r}; {known.summary()}")
     towers = {key: entry for key, entry in known.towers.items() if key != name}
     replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())

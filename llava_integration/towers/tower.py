@@ -1,4 +1,4 @@
-"""The surface that LLaVA expects of a vision tower, over a tower directory.
+"""A tower directory with the interface that LLaVA expects of a vision tower.
 
 Shape letters: B images, N patches, H hidden width, S image size in pixels.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPImageProcessor
 
-from llava_integration.towers.names import Place
+from llava_integration.towers.location import TowerLocation
 from llm2clip_plugin.vision.families import read_config
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
 
@@ -21,42 +21,42 @@ FEATURES = ("patch", "cls_patch")
 class LLM2CLIPVisionTower(nn.Module):
     """A tower directory as LLaVA's ``model.vision_tower``.
 
-    The features are bit for bit those of LLaVA's own CLIPVisionTower on the same directory. Blocks above the
-    selected hidden state are dropped on load: nobody reads them. Parameters are frozen unless the
-    configuration says ``unfreeze_mm_vision_tower``.
+    Its features equal those of LLaVA's own CLIPVisionTower on the same directory bit for bit. Blocks above the selected
+    hidden state are deleted on load. Parameters are frozen unless ``unfreeze_mm_vision_tower`` is set.
     """
 
-    def __init__(self, name: str, place: Place, args: Any, delay_load: bool = False):
-        """``name`` is what LLaVA was told; ``args`` its model arguments or configuration.
+    def __init__(self, name: str, location: TowerLocation, args: Any, delay_load: bool = False):
+        """``name``: LLaVA's ``--vision_tower``; ``args``: its model arguments or configuration.
 
-        With ``delay_load`` the weights wait for ``load_model``, while widths, patches and config are known.
+        With ``delay_load`` the weights are read by ``load_model``; hidden_size, num_patches and config work before it.
+        Raises ValueError for an unknown ``mm_vision_select_feature`` or a ``mm_vision_select_layer`` out of range.
         """
         super().__init__()
         self.is_loaded = False
         self.vision_tower_name = name
-        self.place = place
+        self.location = location
         self.select_layer: int = args.mm_vision_select_layer
         self.select_feature: str = getattr(args, "mm_vision_select_feature", "patch")
         self.unfrozen: bool = getattr(args, "unfreeze_mm_vision_tower", False)
-        self.has_cls = place.card.has_cls
-        self.blocks_used = blocks_below(self.select_layer, place.card.num_layers)
+        self.has_cls = location.card.has_cls
+        self.blocks_used = blocks_below(self.select_layer, location.card.num_layers)
         if self.select_feature not in FEATURES:
             raise ValueError(f"unknown mm_vision_select_feature {self.select_feature!r}; known: {', '.join(FEATURES)}")
-        # An unfrozen tower's weights come out of LLaVA's checkpoint, so its parameters must exist by then.
+        # LLaVA's checkpoint holds the weights of an unfrozen tower: its parameters must exist when they are loaded.
         if not delay_load or self.unfrozen:
             self.load_model()
         else:
-            self.cfg_only = read_config(place.directory)[1]
+            self.cfg_only = read_config(location.directory)[1]
 
     def load_model(self, device_map: Any = None) -> None:
-        """Read the weights, once; ``device_map`` as LLaVA passes it: None, "auto", a device, or {"": device}.
+        """Read the weights; a second call does nothing. ``device_map``: None, "auto", a device, or {"": device}.
 
-        Raises ContractError if the weights are not those of the tower's card.
+        Raises ContractError if the weights do not match the tower's card.
         """
         if self.is_loaded:
             return
-        directory = self.place.directory
-        self.place.check_weights()
+        directory = self.location.directory
+        self.location.check_weights()
         self.image_processor = CLIPImageProcessor.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
         del tower_blocks(self.vision_tower)[self.blocks_used :]
@@ -72,25 +72,25 @@ class LLM2CLIPVisionTower(nn.Module):
         return self.features(images)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, N, hidden_size), without gradient unless a parameter of the tower asks for one."""
+        """(B, 3, S, S) -> (B, N, hidden_size), without gradient if every parameter of the tower is frozen."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains):
             return self.patch_states(images).to(images.dtype)
 
     def patch_states(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> the selected hidden state (B, N, H), its class token kept or dropped as selected."""
+        """(B, 3, S, S) -> the selected hidden state (B, N, H); without its class token if ``patch`` is selected."""
         outputs = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
         states = outputs.hidden_states[self.blocks_used]
         return states[:, 1:] if self.has_cls and self.select_feature == "patch" else states
 
     @property
     def config(self) -> Any:
-        """The Hugging Face configuration of the tower, known before the weights are read."""
+        """The Hugging Face configuration, available before the weights are read."""
         return self.vision_tower.config if self.is_loaded else self.cfg_only
 
     @property
     def hidden_size(self) -> int:
-        """Width of one feature: what LLaVA's projector gets."""
+        """Width of a patch's feature, the input width of LLaVA's projector."""
         return self.config.hidden_size
 
     @property
@@ -100,50 +100,50 @@ class LLM2CLIPVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image, the class token not counted."""
+        """Patches of an image, without the class token."""
         return self.num_patches_per_side**2
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; float32 until they are read."""
+        """Dtype of the weights; float32 before they are read."""
         return self.vision_tower.dtype if self.is_loaded else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Of the weights; the CPU until they are read."""
+        """Device of the weights; the CPU before they are read."""
         return self.vision_tower.device if self.is_loaded else torch.device("cpu")
 
     @property
     def dummy_feature(self) -> torch.Tensor:
-        """(1, hidden_size) zeros."""
+        """Zeros, (1, hidden_size)."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
 
 def blocks_below(select_layer: int, num_layers: int) -> int:
-    """How many blocks make the selected hidden state: 24 blocks have 25 states, so -2 is the one after 23.
+    """Blocks below the selected hidden state: 24 blocks have 25 states, so layer -2 is the state after block 23.
 
     Raises ValueError if there is no such state.
     """
     states = num_layers + 1
     if not -states <= select_layer < states:
         raise ValueError(
-            f"there is no hidden state {select_layer} (mm_vision_select_layer): "
-            f"a tower of {num_layers} blocks has {-states} to {states - 1}"
+            f"mm_vision_select_layer {select_layer} is out of range: "
+            f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
         )
     return select_layer % states
 
 
 def device_of_map(device_map: Any) -> Any:
-    """The one device of a device map; a tower is small enough for one. None leaves the weights where they are.
+    """The device that a device map puts the tower on; None leaves the weights where they are.
 
-    Raises ValueError for a map that splits the tower.
+    Raises ValueError for a map that splits the tower over devices.
     """
     if device_map is None:
         return None
     if isinstance(device_map, dict):
         if set(device_map) != {""}:
             raise ValueError(
-                f"the vision tower goes to one device, got the device map {device_map}; pass {{'': device}}"
+                f"the vision tower cannot be split over devices (device_map {device_map}); pass {{'': device}}"
             )
         return device_map[""]
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):

@@ -98,7 +98,7 @@ def test_doctor_says_what_a_too_small_disk_needs(capsys: pytest.CaptureFixture[s
 def test_doctor_judges_compilers(told: str, state: str) -> None:
     finding = doctor.judge_compiler(told)
     assert (finding.subject, finding.state) == ("C++ compiler", state)
-    assert bool(finding.mend) is (state != "ok")
+    assert bool(finding.fix) is (state != "ok")
 
 
 @pytest.mark.parametrize(
@@ -110,19 +110,19 @@ def test_doctor_judges_threads(threads: str | None, ranks: int, state: str, monk
     if threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     (finding,) = doctor.check_threads(ranks)
-    assert finding.state == state and ("OMP_NUM_THREADS=" in finding.mend) is (state == "warn")
+    assert finding.state == state and ("OMP_NUM_THREADS=" in finding.fix) is (state == "warn")
 
 
 def test_doctor_finds_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (finding,) = doctor.check_compiler()
-    assert finding.state == "fail" and "CXX" in finding.mend
+    assert finding.state == "fail" and "CXX" in finding.fix
     old = tmp_path / "old-c++"
     old.write_text("#!/bin/sh\necho 'g++ (GCC) 7.3.0'\n")
     old.chmod(0o755)
     monkeypatch.setenv("CXX", str(old))
     (finding,) = doctor.check_compiler()
-    assert finding.state == "fail" and "g++ 7 lacks C++17" in finding.mend
+    assert finding.state == "fail" and "g++ 7 lacks C++17" in finding.fix
 
 
 def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:

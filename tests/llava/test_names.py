@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_integration.towers import commands, names, registry
-from llava_integration.towers.names import TowerNotFoundError
+from llava_integration.towers.location import TowerNotFoundError
 from llm2clip_plugin.contracts import ContractError
 
 
@@ -45,25 +45,25 @@ def test_known_names(world, home, tmp_path, capsys):
     twin = tmp_path / "clip"
     twin.symlink_to(world.towers["other"])
     assert registry.free_name(str(twin), registry.read()) == "clip-2"
-    with pytest.raises(TowerNotFoundError, match=r"known towers: clip .*, sig "):
+    with pytest.raises(TowerNotFoundError, match=r"registered towers: clip .*, sig "):
         names.locate("llm2clip:nobody")
     capsys.readouterr()
     commands.main_towers([])
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("  clip: ") and told[1].startswith("* sig: ")
-    assert "width 32, 3 blocks, 28 px, 2 x 2 = 4 patches" in told[0] and str(world.towers["clip"]) in told[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("  clip: ") and lines[1].startswith("* sig: ")
+    assert "width 32, 3 blocks, 28 px, 2 x 2 = 4 patches" in lines[0] and str(world.towers["clip"]) in lines[0]
     commands.main_towers(["--forget", "sig", "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == ["clip"] and rows[0]["card"]["hidden_size"] == 32
     assert registry.read().chosen == ""
-    with pytest.raises(ValueError, match="known towers: clip"):
+    with pytest.raises(ValueError, match="registered towers: clip"):
         registry.forget("sig")
 
 
 def test_no_tower_directory(home, tmp_path):
     with pytest.raises(ContractError, match=r"llm2clip import .* --output DIR"):
         names.locate(f"llm2clip:{tmp_path}")
-    with pytest.raises(TowerNotFoundError, match="no directory '/nowhere'"):
+    with pytest.raises(TowerNotFoundError, match="no directory '/nowhere', and not a Hub id"):
         names.locate("llm2clip:/nowhere")
 
 
@@ -71,7 +71,7 @@ def test_hub_unreachable(home, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(TowerNotFoundError, match=r"the Hub could not give it .*`llm2clip:PATH`"):
+    with pytest.raises(TowerNotFoundError, match=r"downloading it from the Hub failed .*pass llm2clip:PATH"):
         names.locate("llm2clip:someone/some-tower")
 
 
@@ -91,7 +91,7 @@ def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     wanted = names.locate(str(world.towers["clip"])).card.weights_sha256
     for spec in ("someone/some-tower", "someone/some-tower@v1", f"someone/some-tower@{commit}"):
-        place = names.locate(f"llm2clip:{spec}")
-        assert place.card.weights_sha256 == wanted and place.origin == spec
+        location = names.locate(f"llm2clip:{spec}")
+        assert location.sha256 == wanted and location.origin == spec
     with pytest.raises(TowerNotFoundError):
         names.locate("llm2clip:someone/some-tower@v2")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
-from llava_integration.hook import register
+from llava_integration.hook.encoder_builder import build
 from llava_integration.towers import bundle, commands, provenance
-from llava_integration.towers.names import TowerNotFoundError
+from llava_integration.towers.location import TowerNotFoundError
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import ContractError, TowerCard
 
@@ -55,7 +55,7 @@ def mine(world, tmp_path):
 
 def test_found_as_named(mine):
     tower, checkpoint = mine
-    assert load(checkpoint).place.directory == tower
+    assert load(checkpoint).location.directory == tower
 
 
 def test_moved_without_its_tower(mine, tmp_path):
@@ -65,10 +65,10 @@ def test_moved_without_its_tower(mine, tmp_path):
     shutil.rmtree(tower)
     with pytest.raises(TowerNotFoundError) as error:
         load(moved)
-    told = str(error.value)
-    assert json.loads((moved / "config.json").read_text())["llm2clip_tower"]["weights_sha256"] in told
+    message = str(error.value)
+    assert json.loads((moved / "config.json").read_text())["llm2clip_tower"]["weights_sha256"] in message
     for part in (str(tower), f"{moved}/vision_tower", "llm2clip use PATH", f"llm2clip llava bundle {moved}"):
-        assert part in told
+        assert part in message
 
 
 def test_bundled_it_travels(mine, tmp_path, capsys):
@@ -79,10 +79,10 @@ def test_bundled_it_travels(mine, tmp_path, capsys):
     moved = shutil.move(checkpoint, tmp_path / "elsewhere")
     features = load(moved)(torch.ones(1, 3, 28, 28))
     shutil.rmtree(tower)
-    found = load(moved)
-    assert found.place.directory == moved / "vision_tower" and found.place.origin == str(tower)
-    assert torch.equal(found(torch.ones(1, 3, 28, 28)), features)
-    assert f"is taken from {moved / 'vision_tower'}" in capsys.readouterr().out
+    bundled = load(moved)
+    assert bundled.location.directory == moved / "vision_tower" and bundled.location.origin == str(tower)
+    assert torch.equal(bundled(torch.ones(1, 3, 28, 28)), features)
+    assert f"from {moved / 'vision_tower'} (in {moved}/vision_tower)" in capsys.readouterr().out
 
 
 def test_found_in_the_registry_by_its_hash(mine, world):
@@ -91,7 +91,7 @@ def test_found_in_the_registry_by_its_hash(mine, world):
     commands.main_use([str(world.towers["other"])])
     commands.main_use([str(world.towers["clip"])])  # the same weights, elsewhere
     commands.main_use([str(world.towers["siglip"])])
-    assert load(checkpoint).place.directory == world.towers["clip"]
+    assert load(checkpoint).location.directory == world.towers["clip"]
 
 
 def test_another_tower_under_the_name_is_refused(mine, world):
@@ -101,8 +101,8 @@ def test_another_tower_under_the_name_is_refused(mine, world):
     shutil.copytree(world.towers["other"], tower)
     with pytest.raises(ContractError) as error:
         load(checkpoint)
-    told = str(error.value)
-    assert wanted in told and hash_of(world.towers["other"]) in told and "llm2clip llava bundle" in told
+    message = str(error.value)
+    assert wanted in message and hash_of(world.towers["other"]) in message and "llm2clip llava bundle" in message
 
 
 def test_another_choice_for_the_bare_name_is_refused(world, tmp_path, monkeypatch):
@@ -111,19 +111,19 @@ def test_another_choice_for_the_bare_name_is_refused(world, tmp_path, monkeypatc
     monkeypatch.setenv("LLM2CLIP_TOWER", str(mine))
     checkpoint = train(world, "llm2clip", tmp_path / "llava-bare")
     monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["other"]))
-    assert load(checkpoint).place.directory == mine  # where it was, it still is
+    assert load(checkpoint).location.directory == mine  # where it was, it still is
     shutil.rmtree(mine)
     with pytest.raises(ContractError, match=hash_of(world.towers["other"])):
         load(checkpoint)
     bundle.bundle(checkpoint, tower=str(world.towers["clip"]))
-    assert load(checkpoint).place.directory == checkpoint / "vision_tower"
+    assert load(checkpoint).location.directory == checkpoint / "vision_tower"
 
 
 def test_nothing_chosen_for_the_bare_name(world, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["clip"]))
     checkpoint = train(world, "llm2clip", tmp_path / "llava-bare")
     monkeypatch.delenv("LLM2CLIP_TOWER")
-    assert load(checkpoint).place.directory == world.towers["clip"]
+    assert load(checkpoint).location.directory == world.towers["clip"]
 
 
 def test_hub_unreachable(world, tmp_path, monkeypatch):
@@ -136,10 +136,10 @@ def test_hub_unreachable(world, tmp_path, monkeypatch):
     config["mm_vision_tower"] = "llm2clip:someone/some-tower@v1"
     config["llm2clip_tower"]["origin"] = "someone/some-tower@v1"
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TowerNotFoundError, match=r"(?s)the Hub could not give it.*llm2clip llava bundle"):
+    with pytest.raises(TowerNotFoundError, match=r"(?s)downloading it from the Hub failed.*llm2clip llava bundle"):
         load(checkpoint)
     bundle.bundle(checkpoint, tower=str(world.towers["clip"]))
-    assert load(checkpoint).place.directory == checkpoint / "vision_tower"
+    assert load(checkpoint).location.directory == checkpoint / "vision_tower"
 
 
 def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
@@ -157,7 +157,7 @@ def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
     theirs = train(world, f"llm2clip:{world.towers['clip']}", tmp_path / "llava-theirs")
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip-vit-large-patch14"}))
-    with pytest.raises(ContractError, match="none of this package's"):
+    with pytest.raises(ContractError, match="which is not a tower of this package"):
         bundle.bundle(theirs)
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_bundle_is_said(mine):
     weights = (target / "model.safetensors").read_bytes()
     (target / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x01\x02\x03")
     shutil.rmtree(tower)
-    with pytest.raises(ContractError, match="changed or copied in part"):
+    with pytest.raises(ContractError, match="modified or only partly copied"):
         load(checkpoint)
 
 
@@ -188,10 +188,10 @@ def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
     config = SimpleNamespace(**json.loads((checkpoint / "config.json").read_text()))
     config._name_or_path = "the/base-model"
     with pytest.raises(TowerNotFoundError):
-        register.build(config.mm_vision_tower, config, delay_load=True)
+        build(config.mm_vision_tower, config, delay_load=True)
     with provenance.loading(str(checkpoint)):
-        found = register.build(config.mm_vision_tower, config, delay_load=True)
-    assert found.place.directory == checkpoint / "vision_tower"
+        tower = build(config.mm_vision_tower, config, delay_load=True)
+    assert tower.location.directory == checkpoint / "vision_tower"
 
 
 def test_another_width_is_said_before_the_projector_fails(mine, world):
@@ -200,7 +200,7 @@ def test_another_width_is_said_before_the_projector_fails(mine, world):
     del config["llm2clip_tower"]  # as trained by LLaVA's own tower under a name that now means ours
     config["mm_vision_tower"] = str(world.towers["wide"])
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ContractError, match=r"takes features of width 32, the tower .* gives 48"):
+    with pytest.raises(ContractError, match=r"expects features of width 32, but the tower .* has hidden_size 48"):
         load(checkpoint)
 
 
@@ -213,8 +213,9 @@ def test_a_projector_of_another_width_is_said(world, tmp_path):
         pretrain_mm_mlp_adapter=str(projector),
         tune_mm_mlp_adapter=False,
     )
-    with pytest.raises(ContractError, match=rf"{projector} takes features of width 32, the tower .* gives 48"):
-        register.build(arguments.vision_tower, arguments)
+    expected = rf"{projector} expects features of width 32, but the tower .* has hidden_size 48"
+    with pytest.raises(ContractError, match=expected):
+        build(arguments.vision_tower, arguments)
 
 
 def test_a_model_keeps_its_tower_or_says_so(mine, world):

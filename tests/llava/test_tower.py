@@ -117,7 +117,7 @@ def test_what_can_be_asked_wrongly(world):
         build_vision_tower(arguments(world.towers["clip"], feature="cls"))
     with pytest.raises(ValueError, match="28,56,84"):
         build_vision_tower(arguments(world.towers["clip"], s2=True, s2_scales="336,672"))
-    with pytest.raises(ValueError, match="one device"):
+    with pytest.raises(ValueError, match="cannot be split over devices"):
         device_of_map({"vision_tower": 0, "lm_head": 1})
 
 
