@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "stage 2: train the vision tower against the cache",
     ),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.caption_set", "main", "how well an LLM tells captions apart"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.captions", "main", "how well an LLM tells captions apart"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "classification by the classes' names alone"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "kNN and linear probe on a tower's features"),
     "export": (

@@ -1,36 +1,170 @@
-"""Caption retrieval accuracy (CRA): does a text encoder tell captions apart, without any image?
+"""``llm2clip evaluate captions``: caption retrieval accuracy of an LLM's embeddings, within and across languages.
 
-Two captions of each item; a query of one set ranks all captions of the other by cosine similarity, and the
-best must be its partner (paper: two captions of each COCO-5K image, top-1).
+Caption retrieval accuracy (CRA, the paper's measure): N images with two captions each; every first caption ranks the N
+second ones by cosine similarity, and the top one must be of the same image. Images are not read. Ties count half.
 
-Shape letters: N pairs of captions, W embedding width.
+Shapes: N pairs of captions, W width of an embedding.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
-from llm2clip_plugin.evaluate.pairing import rank_both
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.evaluate.command_line import parse_options, write_scores
+from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+
+LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSetConfig:
+    """Which captions retrieve which."""
+
+    captions: str = ""  # captioned images; only the captions are read
+    retrieve: tuple[str, ...] = ("short:long",)  # FIRST:SECOND, kinds of captions: the first retrieves the second
+    home: str = "en"  # language of these captions, and the target of cross-lingual retrieval
+    across: bool = True  # also retrieve from every other language into the home language
+    across_kind: str = "short"  # kind of caption for cross-lingual retrieval
+    limit: int = 5000  # use the first images, at most this many
+
+    def __post_init__(self) -> None:
+        for text in self.retrieve:
+            if text.count(":") != 1 or not all(text.split(":")):
+                raise ValueError(f"--retrieve {text!r} is not of the form FIRST:SECOND, as in short:long")
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """One row of the table; accuracies are fractions."""
+
+    name: str  # short->long, de->en ..., or languages
+    cra: float  # first retrieves second, top-1
+    reverse: float  # second retrieves first
+    centred: float  # as cra, after subtracting each set's mean
+    pairs: int  # N; chance is 1 / N
+    hits: tuple[float, ...] = ()  # of each first caption, 0 to 1
+    keys: tuple[str, ...] = ()  # their sample keys
+
+
+def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[CaptionScore]:
+    """One row per ``retrieve``, per further language, and their mean.
+
+    Raises ValueError if no image has both kinds of captions.
+    """
+    source = open_source(SourceConfig(path=config.captions))
+    captions = [source.captions(number) for number in range(min(len(source), config.limit))]
+    rows = [
+        score_pairs(encoder, f"{first}->{second}", find_pairs(captions, (first, config.home), (second, config.home)))
+        for first, second in (text.split(":") for text in config.retrieve)
+    ]
+    empty = [row.name for row in rows if not row.pairs]
+    if empty:
+        raise ValueError(
+            f"{config.captions}: no image has captions of both kinds for {', '.join(empty)}; "
+            f"available kinds: {available_kinds(source)}"
+        )
+    if config.across:
+        home = (config.across_kind, config.home)
+        foreign = [
+            score_pairs(
+                encoder, f"{language}->{config.home}", find_pairs(captions, (config.across_kind, language), home)
+            )
+            for language in other_languages(captions, config)
+        ]
+        rows += [*foreign, *mean_row(foreign)]
+    return rows
+
+
+Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
+
+
+def find_pairs(
+    captions: Sequence[tuple[str, Sequence[Caption]]], first: tuple[str, str], second: tuple[str, str]
+) -> Pairs:
+    """Distinct pairs of different captions; ``first`` and ``second`` are (kind, language), the first of each counts."""
+    pairs: dict[tuple[str, str], str] = {}
+    for key, of_sample in captions:
+        left = next((c.text for c in of_sample if (c.kind, c.language) == first), None)
+        right = next((c.text for c in of_sample if (c.kind, c.language) == second and c.text != left), None)
+        if left and right:
+            pairs.setdefault((left, right), key)
+    return [(key, left, right) for (left, right), key in pairs.items()]
+
+
+def other_languages(captions: Sequence[tuple[str, Sequence[Caption]]], config: CaptionSetConfig) -> list[str]:
+    """Languages other than ``home`` that have captions of ``across_kind``."""
+    languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == config.across_kind}
+    return sorted(languages - {config.home})
+
+
+def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScore:
+    """Embed both captions of each pair (the first as queries) and rank in both directions."""
+    if not pairs:
+        return CaptionScore(name, 0.0, 0.0, 0.0, 0)
+    first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
+    second_NW = encoder.encode([right for _, _, right in pairs])
+    texts = {text: number for number, text in enumerate(dict.fromkeys(right for _, _, right in pairs))}
+    group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally right
+    forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
+    centred, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
+    hits = forward.hits(1)
+    return CaptionScore(
+        name=name,
+        cra=float(hits.mean()),
+        reverse=float(backward.hits(1).mean()),
+        centred=float(centred.hits(1).mean()),
+        pairs=len(pairs),
+        hits=tuple(hits.tolist()),
+        keys=tuple(key for key, _, _ in pairs),
+    )
+
+
+def mean_row(rows: Sequence[CaptionScore]) -> Iterator[CaptionScore]:
+    """The mean over languages; none without languages."""
+    if rows:
+        means = [sum(vars(row)[name] for row in rows) / len(rows) for name in ("cra", "reverse", "centred", "pairs")]
+        yield CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3]))
+
+
+def available_kinds(source: Source) -> str:
+    """The kinds of captions in a source's first samples."""
+    kinds = {c.kind for number in range(min(len(source), 1000)) for c in source.captions(number)[1]}
+    return ", ".join(sorted(kinds)) or "none"
 
 
 def caption_ranks(
-    first_NW: Tensor, second_NW: Tensor, *, centre: bool = False, group_N: Tensor | None = None
+    first_NW: Tensor, second_NW: Tensor, *, center: bool = False, group_N: Tensor | None = None
 ) -> tuple[QueryRanks, QueryRanks]:
     """Ranks of first -> second and second -> first, for hits item by item.
 
-    ``centre``: subtract each set's own mean before normalising. A raw LLM's embeddings share one large common
-    direction; without it, much of the gain of fine-tuning is gone already, so report both.
-    ``group_N``: int, pairs with the same label are partners of each other too (several items of one concept).
+    ``center``: subtract each set's mean before normalizing. A raw LLM's embeddings share one large common direction;
+    subtracting it closes much of the gap to a fine-tuned LLM, so report both.
+    ``group_N``: int, pairs with the same label are right for each other too (several items of one concept).
+    Raises ValueError for shapes that don't match.
     """
     if first_NW.shape != second_NW.shape or first_NW.ndim != 2:
         raise ValueError(
-            f"captions must be two (N, W) sets in pairs, got {tuple(first_NW.shape)}, {tuple(second_NW.shape)}"
+            f"expected two (N, W) arrays of the same shape, got {tuple(first_NW.shape)} and {tuple(second_NW.shape)}"
         )
     label_N = torch.arange(len(first_NW), device=first_NW.device) if group_N is None else group_N
-    first, second = (_unit(embedding_NW.float(), centre) for embedding_NW in (first_NW, second_NW))
+    first, second = (_normalize(embedding_NW.float(), center) for embedding_NW in (first_NW, second_NW))
     return rank_both(first, second, label_N, label_N)
 
 
@@ -38,18 +172,68 @@ def caption_retrieval_accuracy(
     first_NW: Tensor,
     second_NW: Tensor,
     *,
-    centre: bool = False,
+    center: bool = False,
     group_N: Tensor | None = None,
     ties: TieRule = "half",
 ) -> dict[str, float]:
     """Top-1 as fractions: ``first_to_second``, ``second_to_first`` and their mean ``cra``; see `caption_ranks`."""
-    there, back = caption_ranks(first_NW, second_NW, centre=centre, group_N=group_N)
-    there_r1, back_r1 = (float(ranks.hits(1, ties).mean()) for ranks in (there, back))
-    return {"first_to_second": there_r1, "second_to_first": back_r1, "cra": (there_r1 + back_r1) / 2}
+    ranks = caption_ranks(first_NW, second_NW, center=center, group_N=group_N)
+    forward, backward = (float(direction.hits(1, ties).mean()) for direction in ranks)
+    return {"first_to_second": forward, "second_to_first": backward, "cra": (forward + backward) / 2}
 
 
-def _unit(embedding_NW: Tensor, centre: bool) -> Tensor:
-    """Rows of length one, after taking off the mean if asked."""
-    if centre:
+def _normalize(embedding_NW: Tensor, center: bool) -> Tensor:
+    if center:
         embedding_NW = embedding_NW - embedding_NW.mean(0, keepdim=True)
     return F.normalize(embedding_NW, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCaptionsConfig:
+    """Caption retrieval accuracy of an LLM. Usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [options]."""
+
+    measure: Annotated[CaptionSetConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CaptionSetConfig)
+    encoder: Annotated[EncoderConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EncoderConfig)
+    json: str = ""  # write the metrics and every caption's hit here (a score file)
+
+
+def table(scores: Sequence[CaptionScore]) -> str:
+    """The rows as text, top-1 accuracy as fractions: first to second, second to first, the former after centering."""
+    width = max(len(row.name) for row in scores)
+    lines = [f"{'top-1':<{width}}  {'there':>6} {'back':>6} {'centred':>7} {'pairs':>6} {'chance':>6}"]
+    for row in scores:
+        numbers = f"{row.cra:6.3f} {row.reverse:6.3f} {row.centred:7.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
+        lines.append(f"{row.name:<{width}}  {numbers}")
+    return "\n".join(lines)
+
+
+def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions: str) -> ScoreFile:
+    """The record that `llm2clip compare` reads: one item per caption."""
+    items = [
+        {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
+        for row in scores
+        for key, hit in zip(row.keys, row.hits, strict=True)
+    ]
+    metrics = {f"{row.name}/{name}": vars(row)[name] for row in scores for name in ("cra", "reverse", "centred")}
+    return ScoreFile(
+        benchmark=f"caption retrieval, {Path(captions).name}",
+        metrics=metrics,
+        items=items,
+        counts={row.name: row.pairs for row in scores},
+        model=encoder.config.adapter or encoder.config.llm,
+        provenance={"teacher": dataclasses.asdict(encoder.identity())},
+    )
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long]``."""
+    config = parse_options(EvaluateCaptionsConfig, argv, prog="llm2clip evaluate captions", first="--captions")
+    if not config.measure.captions:
+        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
+    encoder = CaptionEncoder(config.encoder)
+    scores = measure_captions(encoder, config.measure)
+    print(table(scores))
+    if encoder.count_truncated:
+        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
+    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import tyro
+from rich.console import Console
 
 from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import bootstrap_mean
@@ -89,7 +90,12 @@ def print_scores(scores: ScoreFile, intervals: dict[str, str]) -> None:
         print(note)
 
 
-def write_scores(scores: ScoreFile, path: str | Path) -> None:
-    """Write a score file and name it; nothing for path ""."""
+def write_scores(scores: ScoreFile, path: str, *, file: TextIO | None = None) -> None:
+    """Write a score file and print its path to ``file`` (stdout by default); nothing for path ""."""
     if path:
-        print(f"wrote {scores.write(path)}")
+        print(f"wrote {scores.write(path)}", file=file)
+
+
+def wide_console() -> Console:
+    """Standard output; in a log or a pipe with lines that are long enough for any table."""
+    return Console(width=None if sys.stdout.isatty() else 200)

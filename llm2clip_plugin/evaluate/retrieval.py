@@ -1,9 +1,9 @@
-"""Image-text retrieval over embeddings: recall@k both ways, with any number of captions an image.
+"""Image-text retrieval over embeddings: recall@k in both directions, with any number of captions per image.
 
-Shape letters: N images, M captions, D joint width, Q queries of one direction.
+Shapes: N images, M captions, D projection dimension, Q queries of one direction.
 
-``i2t`` takes an image as the query and ranks the captions: a hit if any right caption is among the k best (other
-code calls this text retrieval). ``t2i`` takes a caption as the query and ranks the images (image retrieval).
+``i2t``: an image is the query and the captions are ranked, a hit if any right caption is in the top k (other code
+calls this text retrieval). ``t2i``: a caption is the query and the images are ranked (image retrieval).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.evaluate.pairing import TILE, rank_both
+from llm2clip_plugin.evaluate.rank_counting import TILE, rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
 
 KS = (1, 5, 10)
-UNIT = 1e-6  # what fp32 leaves of 1 after a division by the norm, at some thousand dimensions
+UNIT_TOLERANCE = 1e-6  # error of a norm after fp32 normalization, at some thousand dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Retrieval:
         return {f"{side}_r{k}": float(ranks.hits(k, ties).mean()) for k in ks for side, ranks in sides.items()}
 
     def chance(self, ks: Sequence[int] = KS) -> dict[str, float]:
-        """What a random order would reach, under the keys of `metrics`."""
+        """Expected value of each of `metrics` for a random order."""
         image_label_Q = self.image_label_N[self.image_index_Q]
         sides = {"i2t": (image_label_Q, self.caption_label_Q), "t2i": (self.caption_label_Q, self.image_label_N)}
         return {f"{side}_r{k}": _chance(*labels, k) for k in ks for side, labels in sides.items()}
@@ -56,28 +56,26 @@ def recall(
     block: int = TILE,
     all_ranks: bool = False,
 ) -> dict[str, float]:
-    """Recall@k both ways by cosine similarity, as fractions: ``i2t_r1``, ``t2i_r1`` ...
+    """Recall@k in both directions by cosine similarity, as fractions: ``i2t_r1``, ``t2i_r1`` ...
 
-    ``image_ND``, ``text_MD``: embeddings, normalised here. ``owner_M``: int, the image of each caption;
-    any number of captions an image, at least one. ``group_N``: int, one label an image: every caption of an
-    image of the same group is right for it, and every image of the group is right for the caption
-    (several pictures of one concept); without it an image is alone in its group.
-    ``ties``: see `QueryRanks.hits`. ``block``: rows and columns of the scores held at once.
-    ``all_ranks``: see `rank_both`.
+    ``image_ND``, ``text_MD``: embeddings, normalized here. ``owner_M``: int, the image of each caption; every image
+    has at least one. ``group_N``: int, a label per image (several pictures of one concept): the captions of a group
+    are right for all of its images, and its images for all of its captions; None: every image is its own group.
+    ``ties``: see `QueryRanks.hits`. ``block``: rows and columns of a tile of scores. ``all_ranks``: see `rank_both`.
 
-    Raises ValueError for an image without a caption, an owner outside the images, non-finite embeddings.
+    Raises ValueError for an image without a caption, an owner that is not an image, or non-finite embeddings.
     """
     label_N = torch.arange(len(image_ND)) if group_N is None else group_N.cpu()
     owner_M = owner_M.cpu()
     if len(owner_M) and (int(owner_M.min()) < 0 or int(owner_M.max()) >= len(image_ND)):
         raise ValueError(
-            f"captions name images {int(owner_M.min())} to {int(owner_M.max())}, there are {len(image_ND)}"
+            f"owner_M ranges from {int(owner_M.min())} to {int(owner_M.max())}, but there are {len(image_ND)} images"
         )
-    found = retrieve(image_ND, text_MD, label_N, label_N[owner_M], block=block, all_ranks=all_ranks)
-    if len(found.image_index_Q) < len(image_ND):
-        lacking = sorted(set(range(len(image_ND))) - set(found.image_index_Q.tolist()))
-        raise ValueError(f"{len(lacking)} of {len(image_ND)} images have no caption; the first is image {lacking[0]}")
-    return found.metrics(ks, ties)
+    retrieval = retrieve(image_ND, text_MD, label_N, label_N[owner_M], block=block, all_ranks=all_ranks)
+    if len(retrieval.image_index_Q) < len(image_ND):
+        uncaptioned = sorted(set(range(len(image_ND))) - set(retrieval.image_index_Q.tolist()))
+        raise ValueError(f"{len(uncaptioned)} of {len(image_ND)} images have no caption (first: {uncaptioned[0]})")
+    return retrieval.metrics(ks, ties)
 
 
 def retrieve(
@@ -90,17 +88,17 @@ def retrieve(
     block: int = TILE,
     all_ranks: bool = False,
 ) -> Retrieval:
-    """Rank in both directions; a caption and an image belong together when their labels (int) are equal.
+    """Rank in both directions; a caption is right for an image if their labels (int) are equal.
 
-    ``captions``: positions or a mask of the captions that count (one kind, one language); all without it.
-    An image that has no right caption among them stays in the pool of t2i, but is no query of i2t.
+    ``captions``: positions or a mask of the captions to use (one kind, one language); None: all. An image without a
+    right caption among them stays in the pool of t2i, but is not a query of i2t.
     """
     image_label_N, caption_label_M = image_label_N.cpu(), caption_label_M.cpu()
     caption_index = torch.arange(len(text_MD))
     if captions is not None:
         caption_index = caption_index[captions.cpu()]
-    chosen_MD = text_MD if captions is None else text_MD[caption_index.to(text_MD.device)]
-    image, text = unit_rows(image_ND), unit_rows(chosen_MD)
+    used_MD = text_MD if captions is None else text_MD[caption_index.to(text_MD.device)]
+    image, text = unit_rows(image_ND), unit_rows(used_MD)
     caption_label = caption_label_M[caption_index]
     i2t, t2i = rank_both(image, text, image_label_N, caption_label, tile=block, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.right_equal_Q).flatten()
@@ -115,24 +113,25 @@ def retrieve(
 
 
 def unit_rows(vectors_ND: Tensor) -> Tensor:
-    """Rows of length 1 in fp32; the same tensor, without a copy, if they are so to fp32's precision."""
+    """L2-normalized rows in fp32; the same tensor, not a copy, if they are normalized to fp32's precision."""
     vectors_ND = vectors_ND.float()
-    away = (torch.linalg.vector_norm(vectors_ND, dim=1) - 1).abs()
-    return vectors_ND if bool((away <= UNIT).all()) else F.normalize(vectors_ND, dim=1)
+    error_N = (torch.linalg.vector_norm(vectors_ND, dim=1) - 1).abs()
+    return vectors_ND if bool((error_N <= UNIT_TOLERANCE).all()) else F.normalize(vectors_ND, dim=1)
 
 
 def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
     """(N,) labels for the control: every group of images gets the captions of another group.
 
-    Recall of the images under these labels must be at chance; what is above it does not come from the images.
+    Recall under these labels must be at chance; any more does not come from the images.
+    Raises ValueError for a single group.
     """
     label = torch.unique(label_N)
     if len(label) < 2:
-        raise ValueError("the shuffled control needs images of at least two groups")
+        raise ValueError("--control needs images of at least two groups")
     order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed)).to(label.device)
-    following = torch.empty_like(label)
-    following[order] = label[order.roll(-1)]  # one cycle through all groups, so none keeps its own
-    return following[torch.searchsorted(label, label_N)]
+    successor = torch.empty_like(label)
+    successor[order] = label[order.roll(-1)]  # one cycle through all groups, so none keeps its own
+    return successor[torch.searchsorted(label, label_N)]
 
 
 def _chance(query_label_Q: Tensor, pool_label_I: Tensor, k: int) -> float:

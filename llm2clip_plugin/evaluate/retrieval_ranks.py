@@ -1,8 +1,8 @@
-"""Where a query's best right item stands among all items, and the rule for ties.
+"""The rank of each query's best right item among all items, and the rules for ties.
 
-Recall, caption retrieval accuracy and their bootstrap all read `QueryRanks`; `pairing.rank_both` counts them.
+Recall, caption retrieval accuracy and their bootstrap read `QueryRanks`; `rank_counting.rank_both` counts them.
 
-Shape letters: Q queries.
+Shapes: Q queries.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ TieRule = Literal["half", "optimistic", "pessimistic", "lowest_index_first"]
 
 @dataclass(frozen=True, kw_only=True)
 class QueryRanks:
-    """Four counts a query, from which a hit follows under every rule for ties (all int64)."""
+    """Four int64 counts per query that decide its hit under every rule for ties."""
 
     higher_Q: Tensor  # wrong items that score strictly above the best right item
     wrong_equal_Q: Tensor  # wrong items with exactly its score
-    right_equal_Q: Tensor  # right items with exactly its score, itself included; 0: the query has no right item
-    equal_before_Q: Tensor  # of wrong_equal, those before the first of right_equal in the items' order
+    right_equal_Q: Tensor  # right items with exactly its score, itself included; 0 if the query has no right item
+    equal_before_Q: Tensor  # items of wrong_equal that precede the first one of right_equal
 
     def __len__(self) -> int:
         return len(self.higher_Q)
 
     def select(self, index: Tensor) -> QueryRanks:
-        """The same for some of the queries; ``index`` is a mask or positions."""
+        """The counts of some queries; ``index`` is a mask or positions."""
         return QueryRanks(
             higher_Q=self.higher_Q[index],
             wrong_equal_Q=self.wrong_equal_Q[index],
@@ -38,22 +38,24 @@ class QueryRanks:
         )
 
     def hits(self, k: int, ties: TieRule = "half") -> Tensor:
-        """(Q,) float64 in [0, 1]: is a right item among the ``k`` best?
+        """(Q,) float64 in [0, 1]: is a right item in the top ``k``?
 
-        - ``half``: items of equal score stand in random order, and the hit is the chance that a right one
-          is among the k best. A tie with one wrong item counts one half, with n - 1 wrong ones 1 / n; so
-          a tower that gives everything the same embedding gets chance, not a half.
-        - ``optimistic``: the right item stands first among its equals.
-        - ``pessimistic``: every wrong item of equal score stands before it.
-        - ``lowest_index_first``: equal scores stand in the items' order (a stable sort).
+        - ``half``: items of equal score are in random order, and the hit is the probability that a right one is in
+          the top k. A tie with one wrong item counts one half, with n - 1 wrong ones 1 / n; a tower that gives
+          everything the same embedding gets chance.
+        - ``optimistic``: the right item comes first among its equals.
+        - ``pessimistic``: every wrong item of equal score comes before it.
+        - ``lowest_index_first``: equal scores keep the order of the items (a stable sort).
+
+        Raises ValueError for k < 1, an unknown rule, or a query without a right item.
         """
         if k < 1:
             raise ValueError(f"recall@{k}: k must be at least 1")
         if bool((self.right_equal_Q == 0).any()):
-            lacking = torch.nonzero(self.right_equal_Q == 0).flatten()
+            unmatched = torch.nonzero(self.right_equal_Q == 0).flatten()
             raise ValueError(
-                f"{len(lacking)} of {len(self)} queries have no right item (the first is query {int(lacking[0])}); "
-                "leave them out"
+                f"{len(unmatched)} of {len(self)} queries have no right item (first: query {int(unmatched[0])}); "
+                "exclude them with select()"
             )
         if ties == "optimistic":
             return (self.higher_Q < k).double()
@@ -66,7 +68,7 @@ class QueryRanks:
         return 1.0 - self._miss_chance(k)
 
     def _miss_chance(self, k: int) -> Tensor:
-        """Chance that the places left by the higher items go to wrong ones alone: hypergeometric.
+        """Probability that only wrong items fill the top k after the higher ones: hypergeometric.
 
         C(e, s) / C(e + r, s) = product over j < s of (e - j) / (e + r - j): s places, e wrong and r right equals.
         """

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch.distributed as dist
 import tyro
 from rich.console import Console
 
@@ -21,12 +20,13 @@ from llm2clip_plugin.evaluate.command_line import (
     parse_options,
     tower_provenance,
 )
-from llm2clip_plugin.evaluate.measure import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig
 from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suite_tables import print_suites
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.distributed import group_of, rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def measure(config: SuitesConfig, ready: list[Suite], *, all_ranks: bool) -> dic
         results[suite.name] = dataclasses.replace(
             scores, benchmark=f"retrieval:{suite.name}", model=config.tower, provenance=provenance, notes=notes
         )
-        if not all_ranks or dist.get_rank() == 0:
+        if rank(group_of(all_ranks)) == 0:
             results[suite.name].write(path)
     return results
 

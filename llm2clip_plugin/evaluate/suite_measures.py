@@ -10,8 +10,8 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.command_line import OpenedTower
-from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.measure import WHOLE, RetrievalConfig, evaluate_retrieval
+from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.retrieval_report import ALL, RetrievalConfig, evaluate_retrieval
 
 
 class Measure(Protocol):
@@ -46,7 +46,7 @@ def recall_by_language(
         return scores
     metrics = dict(scores.metrics)
     for name in [key for key in scores.metrics if "/" not in key]:
-        metrics[f"{WHOLE}/{name}"] = scores.metrics[name]
+        metrics[f"{ALL}/{name}"] = scores.metrics[name]
         metrics[name] = sum(scores.metrics[f"{part}/{name}"] for part in parts) / len(parts)
     notes = [*scores.notes, f"headline: mean over {len(parts)} languages"]
     return dataclasses.replace(scores, metrics=metrics, notes=notes)

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.evaluate.measure import WHOLE
+from llm2clip_plugin.evaluate.command_line import wide_console
+from llm2clip_plugin.evaluate.retrieval_report import ALL
 from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites import suites
-from llm2clip_plugin.evaluate.tables import wide_console
 
 SIDES = ("i2t", "t2i")
 
@@ -58,12 +58,12 @@ def _pair(scores: tuple[float, float] | None) -> str:
 def _ours(scores: ScoreFile, resamples: int) -> str:
     """The headline, and below it the half-widths of its intervals."""
     first = _pair((100 * scores.metrics["i2t_r1"], 100 * scores.metrics["t2i_r1"]))
-    is_mean = f"{WHOLE}/i2t_r1" in scores.metrics  # a mean over languages has no interval
+    is_mean = f"{ALL}/i2t_r1" in scores.metrics  # a mean over languages has no interval
     if not resamples or is_mean:
         return first
     widths = []
     for side in SIDES:
-        items = [item for item in scores.items if item["part"] == WHOLE and item["side"] == side]
+        items = [item for item in scores.items if item["part"] == ALL and item["side"] == side]
         hits, clusters = [item["score"] for item in items], [item["cluster"] for item in items]
         interval = bootstrap_mean(hits, clusters, resamples=resamples)
         widths.append(f"±{50 * (interval.high - interval.low):.1f}")

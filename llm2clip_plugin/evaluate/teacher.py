@@ -1,4 +1,4 @@
-"""The tower's teacher, for captions that are not cached yet: loaded when it is first needed."""
+"""The tower's teacher: the cache of its embeddings, and the LLM itself for captions that are not cached yet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
@@ -14,13 +13,36 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.train.distributed import gather_objects, group_of
+from llm2clip_plugin.train.distributed import barrier, gather_objects, group_of, rank, world_size
+
+
+def open_teacher_cache(card: TowerCard, directory: str, data_path: str, *, any_teacher: bool = False) -> EmbeddingCache:
+    """The existing cache of the tower's teacher; ``directory`` "" is the default folder for ``data_path``.
+
+    Raises FileNotFoundError without a cache, ValueError if the tower's card names no teacher and no directory is
+    given, ContractError for a cache of another width or of another teacher (allowed with ``any_teacher``).
+    """
+    teacher = TeacherIdentity(**card.teacher) if card.teacher else None
+    if not directory and teacher is None:
+        raise ValueError("the tower's card names no teacher, so there is no default cache; pass --cache DIR")
+    folder = Path(directory) if directory or teacher is None else default_cache_folder(data_path, teacher.fingerprint)
+    if not (folder / CacheManifest.FILE).is_file():
+        llm = teacher.llm if teacher else "LLM"
+        raise FileNotFoundError(f"no embedding cache at {folder}; create it: llm2clip embed {data_path} --llm {llm}")
+    cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
+    if teacher is not None and cache.fingerprint != teacher.fingerprint and not any_teacher:
+        raise ContractError(
+            f"the cache {folder} is from another teacher than the tower's: "
+            f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
+            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher"
+        )
+    return cache
 
 
 class Teacher:
-    """Caches of the captions of any data set, by the LLM that the tower's card names.
+    """Opens or creates the embedding cache of any data source, with the LLM that the tower's card names.
 
-    ``config``: where its LLM and adapter lie; the card decides everything else, if it names a teacher.
+    ``config``: where the LLM and its adapter are; if the card names a teacher, it decides every other setting.
     """
 
     def __init__(self, card: TowerCard, config: EncoderConfig, device: torch.device, dtype: str = "float16") -> None:
@@ -32,75 +54,78 @@ class Teacher:
         self._encoder: CaptionEncoder | None = None
 
     def cache(self, source: Source, directory: Path | None = None, *, all_ranks: bool = False) -> EmbeddingCache:
-        """The cache of ``source``: as it lies there if it is whole, else made now, by all ranks together.
+        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
 
         ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. Raises ContractError if the LLM
-        found is not the tower's teacher, or the directory is another teacher's; FileNotFoundError without the LLM.
+        is not the tower's teacher or the directory belongs to another one; FileNotFoundError without the LLM.
         """
         if directory is None:
             directory = default_cache_folder(source.path, self.fingerprint)
-        cache = self._whole(source, directory)
-        # decided together: a fast rank may have finished its part
-        if any(gather_objects(cache is None, group_of(all_ranks))):
-            rank, world = (dist.get_rank(), dist.get_world_size()) if all_ranks else (0, 1)
-            embed_source(source, self.encoder, directory, self.dtype, rank, world, quiet=rank != 0)
+        cache = self._open_complete(source, directory)
+        group = group_of(all_ranks)
+        if any(gather_objects(cache is None, group)):  # decided together: a fast rank may have finished its part
+            number, ranks = rank(group), world_size(group)
+            embed_source(source, self.encoder, directory, self.dtype, number, ranks, quiet=number != 0)
             if all_ranks:
-                dist.barrier()
+                barrier()
             cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
             cache.check(source)
         assert cache is not None
         if self.llm_width and cache.width != self.llm_width:
-            raise ContractError(f"{directory} is {cache.width} wide, the tower's adapter takes {self.llm_width}")
+            raise ContractError(
+                f"the cache {directory} has width {cache.width}, but the tower's adapter expects {self.llm_width}"
+            )
         return cache
 
     @property
     def fingerprint(self) -> str:
-        """The teacher's fingerprint: the card's, or that of the LLM that was named."""
+        """The teacher's fingerprint, from the card, else from the LLM."""
         return (self.identity or self.encoder.identity()).fingerprint
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The LLM, loaded once, held against the card."""
+        """The LLM, loaded on first use and compared with the card."""
         if self._encoder is None:
             if not self.config.llm:
-                raise ValueError("the tower's card names no teacher; say which LLM embeds captions: --teacher.llm PATH")
+                raise ValueError(
+                    "the tower's card names no teacher; pass the LLM that embeds captions with --teacher.llm PATH"
+                )
             encoder = CaptionEncoder(self.config, self.device)
-            found = encoder.identity()
-            if self.identity is not None and found.fingerprint != self.identity.fingerprint:
+            loaded = encoder.identity()
+            if self.identity is not None and loaded.fingerprint != self.identity.fingerprint:
                 raise ContractError(
-                    f"{self.config.llm} is not the tower's teacher: the tower's "
-                    f"{differences(vars(self.identity), found)}; give the right one with --teacher.llm and "
-                    "--teacher.adapter"
+                    f"{self.config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
+                    "pass the right one with --teacher.llm and --teacher.adapter"
                 )
             self._encoder = encoder
         return self._encoder
 
-    def _whole(self, source: Source, directory: Path) -> EmbeddingCache | None:
-        """The cache if it holds every caption of ``source``, else None."""
+    def _open_complete(self, source: Source, directory: Path) -> EmbeddingCache | None:
+        """The cache if it has every caption of ``source``, else None."""
         if not (directory / CacheManifest.FILE).is_file():
             return None
         try:
             cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
             cache.check(source)
         except ContractError:
-            return None  # embedding again redoes what is not whole, and refuses another teacher's directory
+            return None  # embedding redoes incomplete shards, and refuses another teacher's directory
         return cache
 
 
-def encoder_config(identity: TeacherIdentity, where: EncoderConfig) -> EncoderConfig:
-    """The encoder that a card describes, with the LLM and adapter where ``where`` says they lie.
+def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:
+    """The settings of the card's teacher, with the LLM and adapter that ``config`` locates.
 
-    Raises ValueError if the card's teacher has an adapter and none is given.
+    Raises ValueError if the teacher has an adapter and ``config`` names none.
     """
-    if identity.adapter_sha256 and not where.adapter:
+    if identity.adapter_sha256 and not config.adapter:
         raise ValueError(
-            f"the tower's teacher is {identity.llm} with an adapter (weights {identity.adapter_sha256[:12]}); "
-            "its captions are not cached, so say where the adapter lies: --teacher.adapter DIR"
+            f"the tower's teacher is {identity.llm} with an adapter (weights {identity.adapter_sha256[:12]}), which is "
+            "needed to embed captions that are not cached; pass it with --teacher.adapter DIR"
         )
     return dataclasses.replace(
-        where,
-        llm=where.llm or identity.llm,
-        revision=where.revision or ("" if where.llm else identity.revision),
+        config,
+        llm=config.llm or identity.llm,
+        revision=config.revision or ("" if config.llm else identity.revision),
         attention=identity.attention,
         pooling=identity.pooling,
         layer=identity.layer,

@@ -30,7 +30,7 @@ from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdent
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
+from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
 from llm2clip_plugin.vision.dual import load_dual_encoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 

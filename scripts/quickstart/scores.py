@@ -21,8 +21,8 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
-from llm2clip_plugin.evaluate.embedding import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.measure import RetrievalConfig, RetrievalReport, report_retrieval
+from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig, RetrievalReport, report_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 SEEN_STYLES = "{noto,twemoji,fluent}"

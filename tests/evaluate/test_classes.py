@@ -13,10 +13,11 @@ from evaluate_world import COLOURS, WIDTH, square, tiny_dual, write_data, write_
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate.classes import open_labelled, read_class_names, read_templates
-from llm2clip_plugin.evaluate.features import ImageFeatures, image_features
+from llm2clip_plugin.evaluate.class_prompts import class_vectors, prompt_source, read_class_names, read_templates
+from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
+from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
 from llm2clip_plugin.evaluate.probe import fit_logistic, knn, linear_probe, predict
-from llm2clip_plugin.evaluate.zeroshot import class_vectors, classification_scores, prompt_source
+from llm2clip_plugin.evaluate.zeroshot import classification_scores
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -57,15 +58,15 @@ def features(feature, label, clusters=None):
 
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
-    folders = open_labelled(str(write_folders(tmp_path / "folders")))
+    folders = open_labeled_images(str(write_folders(tmp_path / "folders")))
     assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders) == 12
     assert read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
-    from_tars = open_labelled(str(tars))
+    from_tars = open_labeled_images(str(tars))
     assert from_tars.labels == [0, 0, 1, 1, 2, 2, 3, 3]
     assert read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
     assert read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
-    from_field = open_labelled(str(write_data(tmp_path / "data")), "colour", "colour")
+    from_field = open_labeled_images(str(write_data(tmp_path / "data")), "colour", "colour")
     assert from_field.classes == sorted(COLOURS) and set(from_field.clusters) == set(COLOURS)
     for images in (folders, from_tars, from_field):
         found = image_features(lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5)
@@ -84,29 +85,29 @@ def test_names_by_class_or_in_order_or_as_json(tmp_path):
     with pytest.raises(ValueError, match=r"three.txt has 3 names, the data has 2 classes"):
         read_class_names(str(tmp_path / "three.txt"), str(tmp_path), classes)
     (tmp_path / "lacking.txt").write_text("n02\tcar\n")
-    with pytest.raises(ValueError, match=r"names no class 'n01' \(1 of 2"):
+    with pytest.raises(ValueError, match=r"has no name for class 'n01' \(1 of 2 missing"):
         read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
     (tmp_path / "templates.txt").write_text("a photo\n")
     with pytest.raises(ValueError, match=r"'a photo' has no \{c\}"):
         read_templates(str(tmp_path / "templates.txt"), str(tmp_path))
 
 
-def test_what_is_no_labelled_data_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no labelled images at"):
-        open_labelled(str(tmp_path / "nowhere"))
+def test_data_without_labels_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no labeled images at .*nowhere"):
+        open_labeled_images(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="neither a folder a class, nor tars"):
-        open_labelled(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"s00.cls holds 'dog', expected the number"):
-        open_labelled(str(write_tars(tmp_path / "words", label=lambda _: "dog")))
-    with pytest.raises(ValueError, match="has no field 'shape'; it has"):
-        open_labelled(str(write_data(tmp_path / "data")), "shape")
+    with pytest.raises(ValueError, match=r"no class folders and no tars with \.cls members"):
+        open_labeled_images(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"s00.cls contains 'dog', expected a class index"):
+        open_labeled_images(str(write_tars(tmp_path / "words", label=lambda _: "dog")))
+    with pytest.raises(ValueError, match=r"has no field 'shape' in its JSON; known: .*colour"):
+        open_labeled_images(str(write_data(tmp_path / "data")), "shape")
 
 
 def test_broken_images_are_left_out_and_named(tmp_path):
     write_folders(tmp_path / "folders")
     (tmp_path / "folders" / "the_red" / "0.png").write_bytes(b"nothing")
-    images = open_labelled(str(tmp_path / "folders"))
+    images = open_labeled_images(str(tmp_path / "folders"))
     found = image_features(lambda pixels: pixels.mean((2, 3)), images, IMAGES, CPU)
     assert len(found.keys) == 11 and [error.key for error in found.broken] == ["the_red/0.png"]
     assert found.label_N.tolist().count(2) == 2
@@ -122,7 +123,7 @@ class PromptCache:
         return torch.stack([self.table[caption.text] for caption in captions])
 
 
-def test_a_class_is_the_mean_of_its_normalised_prompts(tmp_path):
+def test_a_class_is_the_mean_of_its_normalized_prompts(tmp_path):
     dual = tiny_dual()
     table = {text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)}
     prompts = prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
@@ -203,7 +204,7 @@ def test_knn_equals_a_plain_loop():
     assert len(knn(train, test, 1000, 0.07)) == 33
 
 
-def test_the_linear_probe_is_at_the_optimum_and_generalises():
+def test_the_linear_probe_is_at_the_optimum_and_generalizes():
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(0, 3, (300,), generator=generator)
     centre = torch.randn(3, 10, generator=generator)

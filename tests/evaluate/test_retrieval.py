@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from llm2clip_plugin.evaluate.captions import caption_retrieval_accuracy
-from llm2clip_plugin.evaluate.pairing import _Grid, rank_both
+from llm2clip_plugin.evaluate.rank_counting import _Grid, rank_both
 from llm2clip_plugin.evaluate.retrieval import recall, retrieve, shuffled, unit_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference" / "E_retrieval"
@@ -88,7 +88,7 @@ def test_caption_retrieval_accuracy_equals_golden():
     assert ours["cra"] == pytest.approx(expected["mean_of_both"], abs=1e-6)
 
 
-def test_centring_removes_a_direction_that_all_captions_share():
+def test_centering_removes_a_direction_that_all_captions_share():
     generator = torch.Generator().manual_seed(0)
     meaning = torch.randn(200, 16, generator=generator)
     first, second = (meaning + 0.5 * torch.randn(200, 16, generator=generator) for _ in range(2))
@@ -96,8 +96,8 @@ def test_centring_removes_a_direction_that_all_captions_share():
     strength = 1 + 0.2 * torch.randn(200, 1, generator=generator)
     plain = caption_retrieval_accuracy(first + common * strength, second + common * strength.flip(0))["cra"]
     assert plain < caption_retrieval_accuracy(first, second)["cra"] - 0.1
-    shifted = caption_retrieval_accuracy(first + common, second - common, centre=True)["cra"]
-    assert shifted == pytest.approx(caption_retrieval_accuracy(first, second, centre=True)["cra"])
+    shifted = caption_retrieval_accuracy(first + common, second - common, center=True)["cra"]
+    assert shifted == pytest.approx(caption_retrieval_accuracy(first, second, center=True)["cra"])
 
 
 @pytest.mark.parametrize("ties", RULES)
@@ -151,7 +151,7 @@ def test_a_query_is_never_below_itself_though_right_pairs_are_computed_twice(mon
         assert all(torch.equal(value, vars(before)[name]) for name, value in vars(ours).items())
 
 
-def test_rows_of_length_one_are_taken_as_they_are():
+def test_normalized_rows_are_not_copied():
     image, text, owner = golden("generic_150")
     unit = F.normalize(image, dim=1)
     assert unit_rows(unit) is unit
@@ -171,7 +171,7 @@ def test_groups_make_every_caption_of_the_concept_right():
     assert grouped["i2t_r1"] == grouped["t2i_r1"] == 1.0
 
 
-def test_only_the_captions_asked_for_make_the_pool():
+def test_the_pool_is_the_selected_captions():
     image, text, owner = golden("generic_60")
     first = torch.tensor([int((owner == i).nonzero()[0]) for i in range(60)])
     found = retrieve(image, text, torch.arange(60), owner, captions=first)
@@ -211,19 +211,19 @@ def test_bfloat16_autocast_and_settings_do_not_reach_the_scores():
 
 def test_bad_input_is_named():
     image, text, owner = golden("generic_60")
-    with pytest.raises(ValueError, match=r"1 of 61 images have no caption; the first is image 60"):
+    with pytest.raises(ValueError, match=r"1 of 61 images have no caption \(first: 60\)"):
         recall(torch.cat([image, image[:1]]), text, owner)
-    with pytest.raises(ValueError, match="captions name images 0 to 99, there are 60"):
+    with pytest.raises(ValueError, match="owner_M ranges from 0 to 99, but there are 60 images"):
         recall(image, text, owner.clone().fill_(99).index_fill_(0, torch.tensor([0]), 0))
     broken = text.clone()
     broken[5, 3] = float("nan")
-    with pytest.raises(ValueError, match="1 of the second embeddings are not finite; the first is row 5"):
+    with pytest.raises(ValueError, match=r"1 of the second embeddings are not finite \(first: row 5\)"):
         recall(image, broken, owner)
     with pytest.raises(ValueError, match="unknown tie rule 'best'; known: half, optimistic"):
         recall(image, text, owner, ties="best")
-    with pytest.raises(ValueError, match="no right item"):
+    with pytest.raises(ValueError, match=r"60 of 60 queries have no right item \(first: query 0\)"):
         rank_both(image, text, torch.full((60,), 1000), owner)[0].hits(1)
-    with pytest.raises(ValueError, match=r"must be \(N, D\) and \(M, D\)"):
+    with pytest.raises(ValueError, match=r"must be \(N, D\) and \(M, D\), got \(60, 12\) and \(276, 5\)"):
         recall(image, text[:, :5], owner)
 
 

@@ -13,7 +13,7 @@ import llm2clip_plugin.evaluate.suites as suites_package
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.embedding import EmbeddedPairs
+from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
 from llm2clip_plugin.evaluate.suite_measures import hard_negative_scores
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items

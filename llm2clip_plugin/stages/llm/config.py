@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.evaluate.caption_set import CaptionSetConfig
+from llm2clip_plugin.evaluate.captions import CaptionSetConfig
 from llm2clip_plugin.stages.plan_text import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig
 from llm2clip_plugin.text.contrast import ContrastConfig

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.evaluate.caption_set import measure_captions
+from llm2clip_plugin.evaluate.captions import measure_captions
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine

@@ -11,7 +11,7 @@ import torch
 
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.evaluate.measure import evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run

@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluate_world import write_llm
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.caption_set import CaptionSetConfig, find_pairs, measure_captions
+from llm2clip_plugin.evaluate.captions import CaptionSetConfig, find_pairs, measure_captions
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake"]
 GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +46,11 @@ def teacher(llama: Path) -> CaptionEncoder:
     return CaptionEncoder(encoding, "cpu")
 
 
-def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, centre: bool = False) -> float:
+def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False) -> float:
     """By a plain loop; the first as queries."""
     left = torch.cat([encoder.encode([text], query=True) for text in first])
     right = torch.cat([encoder.encode([text]) for text in second])
-    if centre:
+    if center:
         left, right = left - left.mean(0), right - right.mean(0)
     scores = F.normalize(left, dim=1) @ F.normalize(right, dim=1).T
     return sum(int(scores[i].argmax()) == i for i in range(len(first))) / len(first)
@@ -56,7 +62,7 @@ def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Pat
     long = [f"a picture of a {name}" for name in NAMES]
     assert rows["short->long"].pairs == 6  # the same pair of another style counts once
     assert rows["short->long"].cra == pytest.approx(top1(teacher, NAMES, long))
-    assert rows["short->long"].centred == pytest.approx(top1(teacher, NAMES, long, centre=True))
+    assert rows["short->long"].centred == pytest.approx(top1(teacher, NAMES, long, center=True))
     assert rows["de->en"].cra == rows["languages"].cra == pytest.approx(top1(teacher, GERMAN, NAMES))
 
 
@@ -69,12 +75,14 @@ def test_pairs_are_of_two_different_texts() -> None:
 def test_command_prints_a_table_and_writes_scores(llama: Path, captions: Path, tmp_path: Path, capsys) -> None:
     command = ["evaluate", "captions", str(captions), "--llm", str(llama)]
     assert main([*command, "--json", str(tmp_path / "scores.json")]) == 0
-    said = capsys.readouterr().out
-    assert "short->long" in said and "de->en" in said and "chance" in said
+    printed = capsys.readouterr().out
+    assert "short->long" in printed and "de->en" in printed and "chance" in printed
     body = json.loads((tmp_path / "scores.json").read_text())
     hits = [item["score"] for item in body["items"] if item["id"].startswith("short->long/")]
     assert sum(hits) / 6 == pytest.approx(body["metrics"]["short->long/cra"])
     assert main([*command, "--retrieve", "short:poem"]) == 2
-    assert "no image has two captions short->poem; there are long, short" in capsys.readouterr().err
+    assert (
+        "no image has captions of both kinds for short->poem; available kinds: long, short" in capsys.readouterr().err
+    )
     assert main(["evaluate", "captions", "--llm", str(llama)]) == 2
-    assert "no captions are named" in capsys.readouterr().err
+    assert "no captions given; usage: llm2clip evaluate captions" in capsys.readouterr().err

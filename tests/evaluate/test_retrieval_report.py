@@ -16,9 +16,9 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.command import parse
-from llm2clip_plugin.evaluate.embedding import embed_pairs
-from llm2clip_plugin.evaluate.measure import RetrievalConfig, evaluate_retrieval
+from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
 from llm2clip_plugin.evaluate.retrieval import recall
+from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig, evaluate_retrieval
 
 IMAGES = ImageConfig(size=32)
 
@@ -136,7 +136,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     assert report.counts["left_out"] == 1 and report.counts["images"] == 11
     assert "red-0.png" in str(report.pairs.broken[0])
     assert not any(caption.text == "red-0" for caption in report.pairs.captions)
-    with pytest.raises(ValueError, match=r"no image of .* can be used: .*no caption of .*'tall'"):
+    with pytest.raises(ValueError, match=r"has no usable image: .*no caption of .*'tall'"):
         evaluate_retrieval(tiny_dual(), source, cache, IMAGES, RetrievalConfig(kinds=("tall",)))
 
 
@@ -150,7 +150,7 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
 
 
 def test_an_unknown_group_field_lists_the_known_ones(opened):
-    with pytest.raises(ValueError, match=r"'red-0.png' has no field 'shape' in its JSON; it has: .*colour"):
+    with pytest.raises(ValueError, match=r"'red-0.png' has no field 'shape' in its JSON; known: .*colour"):
         evaluate_retrieval(tiny_dual(), *opened, IMAGES, RetrievalConfig(group="shape"))
 
 
