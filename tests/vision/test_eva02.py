@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from transformers import AutoModel
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.convert.layouts.eva_clip import config_from_tensors, eva_state
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.eva02 import (
     Eva02Config,
@@ -62,16 +60,6 @@ def test_original_eva_clip_names_give_the_same_tower(tmp_path):
     two, _ = import_tower(folder / "weights_eva_clip_names.safetensors", tmp_path / "two", config=config)
     assert one.weights_sha256 == two.weights_sha256 and one.adapter_sha256 == two.adapter_sha256
     check_states(load_tower(tmp_path / "two"), golden)
-
-
-@pytest.mark.parametrize("name", ["eva02_b16", "eva02_l14", "eva02_l14_336"])
-def test_rotary_tables_tell_the_architecture(name):
-    """With tables in the checkpoint not even a tiny tower needs a config.json."""
-    found = config_from_tensors(read(TOWERS / name, "weights.safetensors"))
-    vision = golden_config(TOWERS / name)["vision_cfg"]
-    assert found.rope_pretrained_grid == vision["pt_hw_seq_len"]
-    assert found.hidden_size // found.num_attention_heads == vision["head_width"]
-    assert (found.image_size, found.patch_size) == (vision["image_size"], vision["patch_size"])
 
 
 def test_224_to_336(tmp_path):
@@ -241,32 +229,6 @@ def test_a_compiled_tower_gives_the_same_states():
     with torch.no_grad():
         compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")(pixels).last_hidden_state
         assert largest_difference(compiled, tower(pixels).last_hidden_state) < 1e-5
-
-
-def test_released_sizes_are_read_off_the_tensors(tmp_path):
-    """One block of EVA02-CLIP-B/16 in its real width, without rotary tables: nothing has to be told."""
-    config = Eva02Config(
-        hidden_size=768,
-        num_hidden_layers=1,
-        num_attention_heads=12,
-        intermediate_size=2048,
-        image_size=224,
-        patch_size=16,
-    )
-    tower = Eva02VisionModel(config).eval()
-    state = {
-        key: value
-        for key, value in eva_state(tower.state_dict(), config).items()
-        if ".rope." not in key and "visual.rope" not in key
-    }
-    state |= {"visual.head.weight": torch.randn(8, 768), "visual.head.bias": torch.zeros(8)}
-    save_file({key: value.half().contiguous() for key, value in state.items()}, tmp_path / "eva.safetensors")
-    import_tower(tmp_path / "eva.safetensors", tmp_path / "tower")
-    again = load_tower(tmp_path / "tower")
-    for field in ("num_attention_heads", "intermediate_size", "image_size", "rope_pretrained_grid", "rope"):
-        assert getattr(again.config, field) == getattr(config, field)
-    assert {p.dtype for p in again.parameters()} == {torch.float32}
-    assert largest_difference(again.blocks[0].mlp.up_proj.weight, tower.blocks[0].mlp.up_proj.weight) < 1e-4
 
 
 def test_configurations_that_cannot_be_are_refused():

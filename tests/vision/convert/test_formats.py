@@ -20,7 +20,7 @@ from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
 
-from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
+from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
 
 CHECKPOINT, RELEASE = REFERENCE / "C_checkpoint", REFERENCE / "F_release_directory"
 

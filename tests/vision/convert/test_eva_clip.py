@@ -1,10 +1,11 @@
-"""Checkpoints beyond the goldens: all combinations of EVA-CLIP's switches, other packings, other nestings.
+"""EVA-CLIP's layout: the reference's checkpoints, every combination of its switches, other packings, timm's names.
 
-The reference here is a few lines of plain arithmetic over the checkpoint's own tensors, apart from the package's code.
+The reference of the switches is plain arithmetic on the checkpoint's own tensors, independent of the package.
 """
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,10 +14,92 @@ from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert import command
 from llm2clip_plugin.vision.convert.exporting import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.convert.layouts.eva_clip import config_from_tensors, eva_state
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 
-from .conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
+from ..conftest import REFERENCE, golden_config, largest_difference, read
+from .checkpoints import CHECKPOINT, EVA_FILES, LOGITS, TOLERANCE
+
+TOWERS = REFERENCE / "A_vision_towers"
+
+
+@pytest.mark.parametrize("file", EVA_FILES)
+def test_whole_eva02_checkpoint(file, tmp_path, capsys):
+    argv = [str(CHECKPOINT / file), "--output", str(tmp_path / "tower"), "--config", str(CHECKPOINT / "config.json")]
+    assert command.main(argv) == 0
+    assert "text.text_adaptor.0.fn.0.weight -> text_adapter.blocks.0.up.weight" in capsys.readouterr().out
+    golden, dual = read(CHECKPOINT), load_dual_encoder(tmp_path / "tower")
+    with torch.no_grad():
+        image, text = dual.encode_image(golden["pixels"]), dual.encode_text(golden["text_input"])
+    assert largest_difference(image, golden["image_embeddings_normalized"]) < TOLERANCE
+    assert largest_difference(text, golden["text_embeddings_normalized"]) < TOLERANCE
+    assert largest_difference(dual.logit_scale.squeeze(), golden["logit_scale_exp"]) < TOLERANCE
+    assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+
+
+def test_eva02_checkpoint_needs_no_config(tmp_path):
+    told, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "told", config=CHECKPOINT / "config.json")
+    found, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "found")
+    assert (found.weights_sha256, found.adapter_sha256) == (told.weights_sha256, told.adapter_sha256)
+    assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "told" / "config.json").read_text()
+
+
+def test_a_foreign_config_beside_an_eva_checkpoint_does_no_harm(tmp_path):
+    (tmp_path / "hub").mkdir()
+    shutil.copy(CHECKPOINT / "checkpoint.pt", tmp_path / "hub" / "LLM2CLIP-EVA02.pt")
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "clip"}')
+    card, _ = import_tower(tmp_path / "hub", tmp_path / "tower")
+    assert card.weights_sha256 == import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "plain")[0].weights_sha256
+    with pytest.raises(ValueError, match=r"--config: an EVA-CLIP tower needs vision_cfg.width"):
+        import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "x", config=tmp_path / "hub" / "config.json")
+
+
+def test_rotary_tables_of_another_architecture_are_refused(tmp_path):
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config["vision_cfg"]["pt_hw_seq_len"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"freqs_cos .* differs from the table .* for grid 5, pt_hw_seq_len 16"):
+        import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "tower", config=tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["eva02_b16", "eva02_l14", "eva02_l14_336"])
+def test_rotary_tables_tell_the_architecture(name):
+    """With tables in the checkpoint not even a tiny tower needs a config.json."""
+    found = config_from_tensors(read(TOWERS / name, "weights.safetensors"))
+    vision = golden_config(TOWERS / name)["vision_cfg"]
+    assert found.rope_pretrained_grid == vision["pt_hw_seq_len"]
+    assert found.hidden_size // found.num_attention_heads == vision["head_width"]
+    assert (found.image_size, found.patch_size) == (vision["image_size"], vision["patch_size"])
+
+
+def test_released_sizes_are_read_off_the_tensors(tmp_path):
+    """One block of EVA02-CLIP-B/16 in its real width, without rotary tables: nothing has to be told."""
+    config = Eva02Config(
+        hidden_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=2048,
+        image_size=224,
+        patch_size=16,
+    )
+    tower = Eva02VisionModel(config).eval()
+    state = {
+        key: value
+        for key, value in eva_state(tower.state_dict(), config).items()
+        if ".rope." not in key and "visual.rope" not in key
+    }
+    state |= {"visual.head.weight": torch.randn(8, 768), "visual.head.bias": torch.zeros(8)}
+    save_file({key: value.half().contiguous() for key, value in state.items()}, tmp_path / "eva.safetensors")
+    import_tower(tmp_path / "eva.safetensors", tmp_path / "tower")
+    again = load_tower(tmp_path / "tower")
+    for field in ("num_attention_heads", "intermediate_size", "image_size", "rope_pretrained_grid", "rope"):
+        assert getattr(again.config, field) == getattr(config, field)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert largest_difference(again.blocks[0].mlp.up_proj.weight, tower.blocks[0].mlp.up_proj.weight) < 1e-4
+
 
 WIDTH, HEADS, HEAD, PATCH, GRID, JOINT, DEPTH = 24, 3, 8, 4, 3, 10, 2
 HIDDEN = int(WIDTH * 2.6667)
@@ -178,74 +261,53 @@ def test_a_bias_of_the_keys_is_refused(tmp_path):
         import_tower(file, tmp_path / "tower", config=fields)
 
 
-RELEASE = REFERENCE / "F_release_directory"
-OURS = "text_adapter.adaptor."
+def test_eva02_under_timms_names(tmp_path):
+    timm = pytest.importorskip("timm", minversion="1.0")
+    folder = REFERENCE / "A_vision_towers" / "eva02_l14"
+    golden, config = read(folder), json.loads((folder / "config.json").read_text())["vision_cfg"]
+    trunk = timm.models.eva.Eva(
+        img_size=28,
+        patch_size=7,
+        embed_dim=40,
+        depth=3,
+        num_heads=2,
+        mlp_ratio=2.6667,
+        qkv_fused=False,
+        swiglu_mlp=True,
+        scale_mlp=True,
+        scale_attn_inner=True,
+        use_rot_pos_emb=True,
+        ref_feat_shape=(4, 4),
+        num_classes=20,
+        global_pool="token",
+    )
+    weights = timm.models.eva.checkpoint_filter_fn(
+        {k: v for k, v in read(folder, "weights.safetensors").items() if "rope" not in k}, trunk
+    )
+    trunk.load_state_dict(weights, strict=False)
+    state = {f"visual.trunk.{key}": value for key, value in trunk.state_dict().items() if "k_bias" not in key}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "timm.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": config}))
+    import_tower(tmp_path / "timm.safetensors", tmp_path / "tower", config=tmp_path / "config.json")
+    with torch.no_grad():
+        embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
+    assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
 
 
-def nested(how: str) -> dict:
-    """The CLIP-style release with its tensors under other names."""
-    state = read(RELEASE, "model.safetensors")
-    blocks = {"ln.": "norm.", "fn.0.": "mlp.fc1.", "fn.3.": "mlp.fc2."}
-    ends = {"4.": "final_norm.", "5.": "proj."}
-    out = {}
-    for name, value in state.items():
-        rest = name.removeprefix(OURS)
-        if rest == name:
-            out[f"model.{name}" if how == "all under model." else name] = value
-            continue
-        if how == "ends beside the blocks":
-            for old, new in ends.items():
-                rest = rest.replace(old, new, 1) if rest.startswith(old) else rest
-            rest = rest if rest.startswith(tuple(ends.values())) else f"layers.{rest}"
-            out[f"text_adapter.{rest}"] = value
-        elif how == "other names in a block":
-            for old, new in blocks.items():
-                rest = rest.replace(old, new, 1)
-            out[f"text_projection.net.{rest}"] = value
-        elif how == "deeper":
-            out[f"text_adapter.text_proj.adaptor.{rest}"] = value
-        else:
-            out[f"model.{name}"] = value
-    return out
-
-
-@pytest.mark.parametrize("how", ["ends beside the blocks", "other names in a block", "deeper", "all under model."])
-def test_other_nestings_of_a_release_give_the_same_tower(how, tmp_path):
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release" / "config.json").write_bytes((RELEASE / "config.json").read_bytes())
-    save_file(nested(how), tmp_path / "release" / "model.safetensors")
-    one, _ = import_tower(RELEASE, tmp_path / "one")
-    two, _ = import_tower(tmp_path / "release", tmp_path / "two")
-    assert (one.weights_sha256, one.adapter_sha256) == (two.weights_sha256, two.adapter_sha256)
-
-
-@pytest.mark.parametrize("wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"])
-def test_wrappers_of_a_training_checkpoint(wrapper, tmp_path):
-    state = read(REFERENCE / "C_checkpoint", "checkpoint.safetensors")
-    if "module prefix" in wrapper:
-        state = {f"module.{name}": value for name, value in state.items()}
-    key = wrapper.split(",")[0]
-    whole = {key: state, "epoch": 3, "name": "run"} if key in ("state_dict", "model") else state
-    torch.save(whole, tmp_path / "epoch_3.pt")
-    one, _ = import_tower(tmp_path / "epoch_3.pt", tmp_path / "one")
-    two, _ = import_tower(REFERENCE / "C_checkpoint" / "checkpoint.safetensors", tmp_path / "two")
-    assert (one.weights_sha256, one.adapter_sha256) == (two.weights_sha256, two.adapter_sha256)
-
-
-@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
-def test_towers_in_shards(name, tmp_path):
-    source = TRANSFORMERS_TOWERS / name
-    state = list(read(source, "model.safetensors").items())
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_bytes((source / "config.json").read_bytes())
-    files = {f"model-0000{i + 1}-of-00003.safetensors": dict(state[i::3]) for i in range(3)}
-    for file, part in files.items():
-        save_file(part, tmp_path / "model" / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {key: file for file, part in files.items() for key in part}}
-    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    one, _ = import_tower(tmp_path / "model", tmp_path / "one")
-    assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
-    last = sorted(files)[-1]
-    (tmp_path / "model" / last).unlink()
-    with pytest.raises(FileNotFoundError, match=last):
-        import_tower(tmp_path / "model", tmp_path / "three")
+def test_big_e_under_timms_names(tmp_path):
+    """timm keeps EVA-CLIP's names where q, k, v are fused; on the hub its config.json names a timm model."""
+    folder = REFERENCE / "A_vision_towers" / "eva02_bige14"
+    golden, state = read(folder), read(folder, "weights.safetensors")
+    trunk = {key.replace("visual.", "visual.trunk.", 1): value for key, value in state.items()}
+    save_file(trunk, tmp_path / "timm.safetensors")
+    import_tower(tmp_path / "timm.safetensors", tmp_path / "tower", config=folder / "config.json")
+    with torch.no_grad():
+        embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
+    assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
+    (tmp_path / "hub").mkdir()
+    save_file(
+        read(REFERENCE / "C_checkpoint", "checkpoint.safetensors"), tmp_path / "hub" / "open_clip_model.safetensors"
+    )
+    fields = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"timm_model_name": "eva02_large_patch14_clip_336"}}}
+    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(fields))
+    assert import_tower(tmp_path / "hub", tmp_path / "other")[0].family == "eva02"

@@ -1,6 +1,7 @@
-"""OpenCLIP and timm checkpoints, made by those libraries themselves (training environment)."""
+"""OpenCLIP's layouts: checkpoints made by OpenCLIP and timm (training environment), and the release under its names."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
-from .conftest import REFERENCE, largest_difference, read
+from ..conftest import largest_difference
+from .checkpoints import RELEASE, TOLERANCE, open_clip_state_of_the_release, open_clip_vision
 
-open_clip = pytest.importorskip("open_clip", reason="open_clip is not part of LLaVA's environment")
-TOLERANCE = 2e-5
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+@pytest.fixture(scope="module")
+def open_clip():
+    return pytest.importorskip("open_clip", reason="open_clip is not part of LLaVA's environment")
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """No parameter at zero or one, so that a swap of two shows."""
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.1 + (0.7 if parameter.dim() == 1 else 0)
@@ -34,10 +39,10 @@ def save_as_on_the_hub(model, fields, folder) -> None:
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
-def test_clip(quick_gelu, tmp_path):
+def test_clip(open_clip, quick_gelu, tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 2, "head_width": 16}
     fields = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT, "quick_gelu": quick_gelu}
-    model = randomised(open_clip.CLIP(**{k: fields[k] for k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}))
+    model = randomized(open_clip.CLIP(**{k: fields[k] for k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}))
     save_as_on_the_hub(model, fields, tmp_path / "hub")
     card, report = import_tower(tmp_path / "hub", tmp_path / "tower")
     assert card.family == "clip" and any("text tower, replaced by the LLM" in line for line in report)
@@ -49,7 +54,7 @@ def test_clip(quick_gelu, tmp_path):
     assert written["image_mean"] == [0.1, 0.2, 0.3]
 
 
-def test_a_clip_with_its_own_text_tower_needs_its_projection(tmp_path):
+def test_a_clip_with_its_own_text_tower_needs_its_projection(open_clip, tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1, "head_width": 16}
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
     save_as_on_the_hub(model, {"vision_cfg": vision}, tmp_path / "hub")
@@ -61,7 +66,7 @@ def test_a_clip_with_its_own_text_tower_needs_its_projection(tmp_path):
         import_tower(tmp_path / "hub", tmp_path / "tower")
 
 
-def test_clip_without_its_activation_is_refused(tmp_path):
+def test_clip_without_its_activation_is_refused(open_clip, tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1}
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
@@ -88,7 +93,7 @@ def test_siglip_through_timm(tmp_path):
         num_classes=0,
         act_layer="gelu_tanh",
     )
-    trunk = randomised(trunk)
+    trunk = randomized(trunk)
     state = {f"visual.trunk.{key}": value for key, value in trunk.state_dict().items()}
     state |= {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-9.0)}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "siglip.safetensors")
@@ -103,53 +108,49 @@ def test_siglip_through_timm(tmp_path):
         )
 
 
-def test_eva02_under_timms_names(tmp_path):
-    timm = pytest.importorskip("timm", minversion="1.0")
-    folder = REFERENCE / "A_vision_towers" / "eva02_l14"
-    golden, config = read(folder), json.loads((folder / "config.json").read_text())["vision_cfg"]
-    trunk = timm.models.eva.Eva(
-        img_size=28,
-        patch_size=7,
-        embed_dim=40,
-        depth=3,
-        num_heads=2,
-        mlp_ratio=2.6667,
-        qkv_fused=False,
-        swiglu_mlp=True,
-        scale_mlp=True,
-        scale_attn_inner=True,
-        use_rot_pos_emb=True,
-        ref_feat_shape=(4, 4),
-        num_classes=20,
-        global_pool="token",
-    )
-    weights = timm.models.eva.checkpoint_filter_fn(
-        {k: v for k, v in read(folder, "weights.safetensors").items() if "rope" not in k}, trunk
-    )
-    trunk.load_state_dict(weights, strict=False)
-    state = {f"visual.trunk.{key}": value for key, value in trunk.state_dict().items() if "k_bias" not in key}
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "timm.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": config}))
-    import_tower(tmp_path / "timm.safetensors", tmp_path / "tower", config=tmp_path / "config.json")
-    with torch.no_grad():
-        embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
-    assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"layers": 3}, "vision_cfg.layers is 3, but the tensors have 2"),
+        ({"width": 48}, "vision_cfg.width is 48, but the tensors have 32"),
+        ({"patch_size": 14}, "vision_cfg.patch_size is 14, but the tensors have 7"),
+        ({"image_size": 56}, "vision_cfg.image_size is 56, but the tensors have 28.*--image-size 56"),
+        ({"pool_type": "avg"}, "pool_type is 'avg'"),
+        ({"act_kwargs": {"approximate": "tanh"}}, "has act_kwargs {'approximate': 'tanh'}"),
+        ({"norm_kwargs": {"eps": 1e-6}}, "has norm_kwargs"),
+        ({"final_ln_after_pool": True}, "has final_ln_after_pool True"),
+        ({"attentional_pool": True}, "has attentional_pool True"),
+    ],
+)
+def test_an_open_clip_configuration_of_another_tower_is_refused(fields, message, tmp_path):
+    save_file(open_clip_state_of_the_release(), tmp_path / "open_clip_model.safetensors")
+    for name, vision in (("right", open_clip_vision(image_size=[28, 28])), ("wrong", open_clip_vision(**fields))):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"quick_gelu": True, "vision_cfg": vision}))
+    source = tmp_path / "open_clip_model.safetensors"
+    with pytest.raises(ValueError, match=message):
+        import_tower(source, tmp_path / "tower", config=tmp_path / "wrong.json")
+    import_tower(source, tmp_path / "tower", config=tmp_path / "right.json")
 
 
-def test_big_e_under_timms_names(tmp_path):
-    """timm keeps EVA-CLIP's names where q, k, v are fused; on the hub its config.json names a timm model."""
-    folder = REFERENCE / "A_vision_towers" / "eva02_bige14"
-    golden, state = read(folder), read(folder, "weights.safetensors")
-    trunk = {key.replace("visual.", "visual.trunk.", 1): value for key, value in state.items()}
-    save_file(trunk, tmp_path / "timm.safetensors")
-    import_tower(tmp_path / "timm.safetensors", tmp_path / "tower", config=folder / "config.json")
-    with torch.no_grad():
-        embedding = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
-    assert largest_difference(embedding, golden["embedding_normalized"]) < TOLERANCE
-    (tmp_path / "hub").mkdir()
-    save_file(
-        read(REFERENCE / "C_checkpoint", "checkpoint.safetensors"), tmp_path / "hub" / "open_clip_model.safetensors"
-    )
-    fields = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"timm_model_name": "eva02_large_patch14_clip_336"}}}
+def test_a_truncated_open_clip_tower_is_refused(tmp_path):
+    state = {k: v for k, v in open_clip_state_of_the_release().items() if ".resblocks.1." not in k}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": open_clip_vision()}}))
+    with pytest.raises(ContractError, match=r"vision_cfg.layers is 2, but the tensors have 1"):
+        import_tower(tmp_path, tmp_path / "tower")
+
+
+def test_a_repository_that_holds_a_model_twice(tmp_path):
+    """As OpenCLIP's and as Hugging Face's, each with its configuration: that of the tensors that are read counts."""
+    shutil.copytree(RELEASE, tmp_path / "hub")
+    save_file(open_clip_state_of_the_release(), tmp_path / "hub" / "open_clip_model.safetensors")
+    fields = {"model_cfg": {"vision_cfg": open_clip_vision(), "quick_gelu": True}}
     (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(fields))
-    assert import_tower(tmp_path / "hub", tmp_path / "other")[0].family == "eva02"
+    card, _ = import_tower(tmp_path / "hub", tmp_path / "tower")
+    assert card.training["imported_as"] == "hub-clip"
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    again, _ = import_tower(tmp_path / "hub", tmp_path / "again")
+    assert again.training["imported_as"] == "open_clip" and again.adapter_sha256 == card.adapter_sha256
+    (tmp_path / "hub" / "open_clip_config.json").unlink()  # Hugging Face's own doesn't say OpenCLIP's activation
+    with pytest.raises(ValueError, match="doesn't say its activation"):
+        import_tower(tmp_path / "hub", tmp_path / "other")

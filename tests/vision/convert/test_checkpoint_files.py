@@ -1,0 +1,128 @@
+"""Checkpoint files: truncated, wrapped, in shards, pickles with code."""
+
+import argparse
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert import checkpoint_files
+from llm2clip_plugin.vision.convert.importing import import_tower
+
+from ..conftest import REFERENCE, read
+from .checkpoints import (
+    CHECKPOINT,
+    EVA_FILES,
+    RELEASE,
+)
+
+
+@pytest.mark.parametrize("file", EVA_FILES)
+def test_truncated_files_are_refused(file, tmp_path):
+    whole = (CHECKPOINT / file).read_bytes()
+    for part in (len(whole) // 2, 100):
+        (tmp_path / file).write_bytes(whole[:part])
+        with pytest.raises(ContractError, match="is not a complete"):
+            import_tower(tmp_path / file, tmp_path / "tower")
+    assert not (tmp_path / "tower").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{}", r"model.safetensors.index.json has no .weight_map."),
+        ('{"weight_map": []}', r"model.safetensors.index.json: .weight_map. is \[\], expected an object"),
+        ('{"weight_map"', r"model.safetensors.index.json is not valid JSON"),
+    ],
+)
+def test_a_broken_index_of_shards_is_named(text, message, tmp_path):
+    shutil.copy(RELEASE / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ContractError, match=message):
+        import_tower(tmp_path, tmp_path / "tower")
+
+
+class Trap:
+    """A pickle of this writes a file when it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "ran"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", ["zip", "bare"])
+def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
+    trap = tmp_path / "ran.txt"
+    if protocol == "zip":
+        torch.save({"logit_scale": torch.zeros(()), "x": Trap(trap)}, tmp_path / "checkpoint.pt")
+    else:
+        (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps({"x": Trap(trap)}))
+    with pytest.raises(ContractError, match=r"; nothing in it was run. .* convert it to .safetensors") as said:
+        import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
+    assert not trap.exists()
+    assert ("would run or construct getattr" if protocol == "zip" else "contains code or objects") in str(said.value)
+    assert "weights_only" not in str(said.value) and "\x1b" not in str(said.value)
+    pickle.loads(pickle.dumps(Trap(trap)))
+    assert trap.exists()  # the trap does work
+
+
+@pytest.mark.parametrize(
+    "value, name", [(argparse.Namespace(a=1), "argparse.Namespace"), (os.system, f"{os.system.__module__}.system")]
+)
+def test_a_refused_pickle_says_what_it_would_make(value, name, tmp_path):
+    torch.save({"x": value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ContractError, match=rf"would run or construct {name}; nothing in it was run"):
+        import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
+
+
+@pytest.mark.parametrize("text", ["hello world\n", "version https://git-lfs.github.com/spec/v1\n", "<html>"])
+def test_a_text_that_is_called_pt_is_refused(text, tmp_path):
+    (tmp_path / "checkpoint.pt").write_text(text)
+    with pytest.raises(ContractError, match=r"is not a complete torch checkpoint|or is not a torch checkpoint"):
+        import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
+
+
+def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
+    monkeypatch.setattr(checkpoint_files.torch, "__version__", "2.1.2+cu121")
+    with pytest.raises(ContractError, match="CVE-2025-32434"):
+        checkpoint_files.read_tensors(CHECKPOINT / "checkpoint.pt")
+
+
+def test_other_files_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1), "b": 3}, tmp_path / "mixed.pt")
+    torch.save(torch.zeros(1), tmp_path / "one.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    (tmp_path / "notes.txt").write_text("x")
+    for name, message in [
+        ("mixed.pt", r"values of \['b'\] are not tensors"),
+        ("one.pt", "expected a dict of tensors"),
+        ("empty.pt", "contains no tensors"),
+        ("notes.txt", "is not a checkpoint; supported: .safetensors"),
+    ]:
+        with pytest.raises(ContractError, match=message):
+            import_tower(tmp_path / name, tmp_path / "tower")
+    with pytest.raises(ContractError, match=r"several checkpoints; choose one of empty.pt"):
+        import_tower(tmp_path, tmp_path / "tower")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        import_tower(tmp_path / "none", tmp_path / "tower")
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"])
+def test_wrappers_of_a_training_checkpoint(wrapper, tmp_path):
+    state = read(REFERENCE / "C_checkpoint", "checkpoint.safetensors")
+    if "module prefix" in wrapper:
+        state = {f"module.{name}": value for name, value in state.items()}
+    key = wrapper.split(",")[0]
+    whole = {key: state, "epoch": 3, "name": "run"} if key in ("state_dict", "model") else state
+    torch.save(whole, tmp_path / "epoch_3.pt")
+    one, _ = import_tower(tmp_path / "epoch_3.pt", tmp_path / "one")
+    two, _ = import_tower(REFERENCE / "C_checkpoint" / "checkpoint.safetensors", tmp_path / "two")
+    assert (one.weights_sha256, one.adapter_sha256) == (two.weights_sha256, two.adapter_sha256)

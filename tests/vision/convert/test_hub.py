@@ -1,0 +1,279 @@
+"""Hugging Face's layout: vision models, image-text models, releases with a text adapter."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.convert.importing import import_tower
+
+from ..conftest import TRANSFORMERS_TOWERS, largest_difference, read
+from .checkpoints import LOGITS, RELEASE, TOLERANCE
+
+
+def test_clip_release(tmp_path):
+    card, report = import_tower(RELEASE, tmp_path / "tower")
+    assert (card.family, card.projection_dim, card.dual["llm_width"]) == ("clip", 20, 30)
+    assert any("text_adapter.adaptor.5.weight -> text_adapter.projection.weight" in line for line in report)
+    golden, dual = read(RELEASE), load_dual_encoder(tmp_path / "tower")
+    with torch.no_grad():
+        image, text = dual.encode_image(golden["pixels"]), dual.encode_text(golden["text_input"])
+        output = load_tower(tmp_path / "tower")(pixel_values=golden["pixels"], output_hidden_states=True)
+    assert largest_difference(image, golden["image_embeds_normalized"]) < TOLERANCE
+    assert largest_difference(text, golden["text_embeds_normalized"]) < TOLERANCE
+    assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+    for i, state in enumerate(output.hidden_states):
+        assert largest_difference(state, golden[f"vision_hidden_states_{i:02d}"]) < TOLERANCE
+
+
+def test_clip_release_as_a_pickle(tmp_path):
+    (tmp_path / "release").mkdir()
+    shutil.copy(RELEASE / "config.json", tmp_path / "release")
+    torch.save(read(RELEASE, "model.safetensors"), tmp_path / "release" / "pytorch_model.bin")
+    one, _ = import_tower(tmp_path / "release", tmp_path / "one")
+    two, _ = import_tower(RELEASE, tmp_path / "two")
+    assert (one.weights_sha256, one.adapter_sha256) == (two.weights_sha256, two.adapter_sha256)
+
+
+def test_release_in_shards(tmp_path):
+    (tmp_path / "release").mkdir()
+    shutil.copy(RELEASE / "config.json", tmp_path / "release")
+    state = read(RELEASE, "model.safetensors")
+    halves = {"a.safetensors": dict(list(state.items())[::2]), "b.safetensors": dict(list(state.items())[1::2])}
+    for name, half in halves.items():
+        save_file(half, tmp_path / "release" / name)
+    index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
+    (tmp_path / "release" / "model.safetensors.index.json").write_text(json.dumps(index))
+    one, _ = import_tower(tmp_path / "release", tmp_path / "one")
+    assert one.adapter_sha256 == import_tower(RELEASE, tmp_path / "two")[0].adapter_sha256
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_siglip_release_by_structure(prefix, tmp_path):
+    """Key names of the siglip2 release are not public: another nesting of the adapter must do as well."""
+    source = TRANSFORMERS_TOWERS / "siglip_full"
+    state = {k: v for k, v in read(source, "model.safetensors").items() if not k.startswith("text_model.")}
+    width, joint = 20, 24
+    for i in range(2):
+        part = f"text_proj.net.{i}."
+        state |= {f"{part}norm.weight": torch.rand(width), f"{part}norm.bias": torch.rand(width)}
+        state |= {f"{part}ff.0.weight": torch.randn(3 * width, width), f"{part}ff.0.bias": torch.rand(3 * width)}
+        state |= {f"{part}ff.2.weight": torch.randn(width, 3 * width), f"{part}ff.2.bias": torch.rand(width)}
+    state |= {"text_proj.net.2.weight": torch.rand(width), "text_proj.net.2.bias": torch.rand(width)}
+    state |= {"text_proj.net.3.weight": torch.randn(joint, width)}
+    (tmp_path / "release").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "release")
+    save_file({prefix + key: value for key, value in state.items()}, tmp_path / "release" / "model.safetensors")
+    card, report = import_tower(tmp_path / "release", tmp_path / "tower")
+    assert (card.dual["adapter_blocks"], card.dual["adapter_expansion"], card.dual["projection"]) == (2, 3, "none")
+    assert any("has no bias: filled with zeros" in line for line in report)
+    dual, golden = load_dual_encoder(tmp_path / "tower"), read(source)
+    x = torch.nn.functional.normalize(torch.randn(4, width), dim=-1)
+    expected = x
+    for i in range(2):
+        g = {
+            key: state[f"text_proj.net.{i}.{key}"]
+            for key in ("norm.weight", "norm.bias", "ff.0.weight", "ff.0.bias", "ff.2.weight", "ff.2.bias")
+        }
+        h = torch.nn.functional.layer_norm(expected, (width,), g["norm.weight"], g["norm.bias"])
+        h = torch.nn.functional.gelu(h @ g["ff.0.weight"].T + g["ff.0.bias"])
+        expected = expected + h @ g["ff.2.weight"].T + g["ff.2.bias"]
+    expected = torch.nn.functional.layer_norm(
+        expected, (width,), state["text_proj.net.2.weight"], state["text_proj.net.2.bias"]
+    )
+    expected = torch.nn.functional.normalize(expected @ state["text_proj.net.3.weight"].T, dim=-1)
+    with torch.no_grad():
+        assert largest_difference(dual.encode_text(x * 7), expected) < TOLERANCE
+        pooled = torch.nn.functional.normalize(golden["pooler_output"], dim=-1)
+        assert largest_difference(dual.encode_image(golden["pixels"]), pooled) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_vision", "clip_full", "siglip_vision", "siglip_full", "dinov2", "dinov2_swiglu"]
+)
+def test_plain_hugging_face_models(name, tmp_path):
+    import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
+    golden, tower = read(TRANSFORMERS_TOWERS / name), load_tower(tmp_path / "tower")
+    with torch.no_grad():
+        output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
+    assert (
+        largest_difference(output.hidden_states[-2], golden[f"hidden_states_{len(output.hidden_states) - 2:02d}"])
+        < TOLERANCE
+    )
+    assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
+    original = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
+    written = read(tmp_path / "tower", "model.safetensors")
+    assert written and all(torch.equal(value, original[key]) for key, value in written.items())
+
+
+def test_a_file_takes_its_config_from_the_option(tmp_path):
+    source = TRANSFORMERS_TOWERS / "clip_vision"
+    one, _ = import_tower(source / "model.safetensors", tmp_path / "one", config=source / "config.json")
+    assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
+    with pytest.raises(ValueError, match=r"needs its config.json, in the same folder or as --config"):
+        import_tower(source / "model.safetensors", tmp_path / "three")
+
+
+def test_a_clip_is_not_imported_without_its_projection(tmp_path):
+    """Its features would be another space's; one that says no word of texts is a tower alone."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_full", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["text_projection.weight"] = state.pop("visual_projection.weight")
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "tower")
+    alone = {name: value for name, value in state.items() if name.startswith("vision_model.")}
+    save_file(alone, tmp_path / "model" / "model.safetensors")
+    assert import_tower(tmp_path / "model", tmp_path / "tower")[0].projection_dim == 0
+    save_file(alone | {"logit_scale": torch.zeros(())}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "other")
+    save_file(alone, tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["architectures"] = ["CLIPVisionModelWithProjection"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "other")
+
+
+def test_a_users_config_goes_over_the_one_beside(tmp_path):
+    """Keys inside objects too; a whole model's config.json stands alone."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "model")
+    (tmp_path / "part.json").write_text('{"hidden_act": "gelu"}')
+    import_tower(tmp_path / "model", tmp_path / "one", config=tmp_path / "part.json")
+    written = json.loads((tmp_path / "one" / "config.json").read_text())
+    beside = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["hidden_act"] == "gelu" and written["hidden_size"] == beside["hidden_size"]
+    (tmp_path / "whole.json").write_text(json.dumps(beside | {"vision_config": None}))
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "clip", "hidden_act": "gelu"}')
+    import_tower(tmp_path / "model", tmp_path / "two", config=tmp_path / "whole.json")
+    written = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert written["hidden_act"] == beside.get("hidden_act", "quick_gelu")
+
+
+def test_a_release_that_never_had_them_says_so_in_its_config(tmp_path):
+    state = read(RELEASE, "model.safetensors")
+    del state["logit_scale"], state["text_adapter.adaptor.5.bias"]
+    (tmp_path / "release").mkdir()
+    save_file(state, tmp_path / "release" / "model.safetensors")
+    fields = json.loads((RELEASE / "config.json").read_text()) | {"text_cfg": {"proj_bias": False}}
+    (tmp_path / "told.json").write_text(json.dumps(fields))
+    import_tower(tmp_path / "release", tmp_path / "tower", config=tmp_path / "told.json")
+    dual = load_dual_encoder(tmp_path / "tower")
+    assert dual.logit_scale.log().item() == pytest.approx(2.6592, abs=1e-4)
+    assert not dual.dual.text_adapter.projection.bias.any()
+
+
+def test_null_in_a_config_is_as_good_as_absent(tmp_path):
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"vision_config": None}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    card, _ = import_tower(tmp_path / "model", tmp_path / "tower")
+    plain, _ = import_tower(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "plain")
+    assert card.weights_sha256 == plain.weights_sha256
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vision_config": 3}))
+    with pytest.raises(ContractError, match=r"vision_config. is 3, expected an object"):
+        import_tower(tmp_path / "model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("model_type", ["siglip2", "llm2clip_siglip"])
+def test_fixed_resolution_siglip_under_other_names(model_type, tmp_path):
+    """A release may name its model type as it likes: the vision part and the tensors decide."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "siglip_full", tmp_path / "release")
+    config = json.loads((tmp_path / "release" / "config.json").read_text())
+    config["model_type"] = model_type
+    (tmp_path / "release" / "config.json").write_text(json.dumps(config))
+    card, _ = import_tower(tmp_path / "release", tmp_path / "tower")
+    assert (
+        card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / "siglip_full", tmp_path / "plain")[0].weights_sha256
+    )
+    if model_type == "siglip2":
+        state = load_file(tmp_path / "release" / "model.safetensors")
+        name = "vision_model.embeddings.patch_embedding.weight"
+        save_file(state | {name: state[name].flatten(1)}, tmp_path / "release" / "model.safetensors")
+        with pytest.raises(ValueError, match="NaFlex models are not supported"):
+            import_tower(tmp_path / "release", tmp_path / "other")
+
+
+def test_text_towers_are_left_out_by_name_alone(tmp_path):
+    """A tensor that belongs to nothing known is refused even beside a text tower that is left out."""
+    shutil.copytree(TRANSFORMERS_TOWERS / "clip_full", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({**state, "extra.weight": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ContractError, match=r"1 of \d+ tensors have no place in a hub-clip model: \['extra.weight'\]"):
+        import_tower(tmp_path / "model", tmp_path / "tower")
+
+
+OURS = "text_adapter.adaptor."
+
+
+def nested(how: str) -> dict:
+    """The CLIP-style release with its tensors under other names."""
+    state = read(RELEASE, "model.safetensors")
+    blocks = {"ln.": "norm.", "fn.0.": "mlp.fc1.", "fn.3.": "mlp.fc2."}
+    ends = {"4.": "final_norm.", "5.": "proj."}
+    out = {}
+    for name, value in state.items():
+        rest = name.removeprefix(OURS)
+        if rest == name:
+            out[f"model.{name}" if how == "all under model." else name] = value
+            continue
+        if how == "ends beside the blocks":
+            for old, new in ends.items():
+                rest = rest.replace(old, new, 1) if rest.startswith(old) else rest
+            rest = rest if rest.startswith(tuple(ends.values())) else f"layers.{rest}"
+            out[f"text_adapter.{rest}"] = value
+        elif how == "other names in a block":
+            for old, new in blocks.items():
+                rest = rest.replace(old, new, 1)
+            out[f"text_projection.net.{rest}"] = value
+        elif how == "deeper":
+            out[f"text_adapter.text_proj.adaptor.{rest}"] = value
+        else:
+            out[f"model.{name}"] = value
+    return out
+
+
+@pytest.mark.parametrize("how", ["ends beside the blocks", "other names in a block", "deeper", "all under model."])
+def test_other_nestings_of_a_release_give_the_same_tower(how, tmp_path):
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "config.json").write_bytes((RELEASE / "config.json").read_bytes())
+    save_file(nested(how), tmp_path / "release" / "model.safetensors")
+    one, _ = import_tower(RELEASE, tmp_path / "one")
+    two, _ = import_tower(tmp_path / "release", tmp_path / "two")
+    assert (one.weights_sha256, one.adapter_sha256) == (two.weights_sha256, two.adapter_sha256)
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
+def test_towers_in_shards(name, tmp_path):
+    source = TRANSFORMERS_TOWERS / name
+    state = list(read(source, "model.safetensors").items())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((source / "config.json").read_bytes())
+    files = {f"model-0000{i + 1}-of-00003.safetensors": dict(state[i::3]) for i in range(3)}
+    for file, part in files.items():
+        save_file(part, tmp_path / "model" / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: file for file, part in files.items() for key in part}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    one, _ = import_tower(tmp_path / "model", tmp_path / "one")
+    assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
+    last = sorted(files)[-1]
+    (tmp_path / "model" / last).unlink()
+    with pytest.raises(FileNotFoundError, match=last):
+        import_tower(tmp_path / "model", tmp_path / "three")
+
+
+def test_models_saved_without_the_hubs_prefix_are_imported(tmp_path):
+    """transformers 5 writes a CLIP that it made itself without ``vision_model.``, which 4.37 then can't read."""
+    for name in ("clip_vision", "siglip_vision"):
+        (tmp_path / name).mkdir()
+        state = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
+        bare = {key.removeprefix("vision_model."): value for key, value in state.items()}
+        save_file(bare, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_bytes((TRANSFORMERS_TOWERS / name / "config.json").read_bytes())
+        import_tower(tmp_path / name, tmp_path / f"{name}-tower")
+        assert load_file(tmp_path / f"{name}-tower" / "model.safetensors").keys() == state.keys()

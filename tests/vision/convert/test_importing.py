@@ -1,0 +1,70 @@
+"""The import command: round trips, other resolutions, preprocessing, timm by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.vision.convert import command
+from llm2clip_plugin.vision.convert.importing import import_tower
+
+from .checkpoints import RELEASE, SOURCES
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_import_export_import_is_identical(name, tmp_path):
+    from llm2clip_plugin.stages.tower.export import main as export_main
+
+    source, config = SOURCES[name]
+    import_tower(source, tmp_path / "one", config=config)
+    assert export_main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
+    assert command.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
+    first = TowerCard.read(tmp_path / "one" / "llm2clip.json")
+    for again in ("two", "three"):
+        assert TowerCard.read(tmp_path / again / "llm2clip.json") == first
+        assert (tmp_path / again / "model.safetensors").read_bytes() == (
+            tmp_path / "one" / "model.safetensors"
+        ).read_bytes()
+
+
+def test_own_directory_resized_on_import(tmp_path):
+    import_tower(RELEASE, tmp_path / "one")
+    card, _ = import_tower(tmp_path / "one", tmp_path / "two", image_size=42)
+    assert (card.image_size, card.training["resized_from"]) == (42, 28)
+    assert load_dual_encoder(tmp_path / "two").encode_image(torch.randn(1, 3, 42, 42)).shape == (1, 20)
+
+
+def test_a_foreign_source_resized_on_import_says_so(tmp_path):
+    card, report = import_tower(RELEASE, tmp_path / "one", image_size=42)
+    assert card.training["resized_from"] == 28 and report[-1] == "positions interpolated from 28 to 42 px"
+    assert not any("interpolated" in line for line in import_tower(RELEASE, tmp_path / "two")[1])
+
+
+def test_preprocessor_of_the_source_survives(tmp_path):
+    shutil.copytree(RELEASE, tmp_path / "release")
+    own = {"image_mean": [0.4, 0.5, 0.6], "resample": 2, "size": {"shortest_edge": 30}, "crop_size": 30}
+    (tmp_path / "release" / "preprocessor_config.json").write_text(json.dumps(own))
+    import_tower(tmp_path / "release", tmp_path / "tower")
+    written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
+    assert written["image_mean"] == [0.4, 0.5, 0.6] and written["resample"] == 2
+    assert written["size"] == {"shortest_edge": 28}
+
+
+def test_a_timm_model_by_name(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
+    from llm2clip_plugin.vision import timm_tower
+
+    named = timm_tower.timm_tower
+    monkeypatch.setattr(timm_tower, "timm_tower", lambda name: named(name, pretrained=False))  # no Hub in tests
+    argv = ["timm:vit_tiny_patch16_224", "--output", str(tmp_path / "tower"), "--image-size", "32"]
+    assert command.main(argv) == 0
+    assert "positions interpolated from 224 to 32 px" in capsys.readouterr().out
+    card = TowerCard.read(tmp_path / "tower" / "llm2clip.json")
+    assert (card.family, card.image_size, card.origin) == ("timm", 32, "timm:vit_tiny_patch16_224")
+    assert load_tower(tmp_path / "tower").config.timm_name == "vit_tiny_patch16_224"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="remove --config"):
+        command.main([*argv, "--overwrite", "--config", str(tmp_path / "config.json")])

@@ -1,0 +1,95 @@
+"""A family of towers and an export format take one file each, used here from another folder, end to end."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.stages.tower import export as export_command
+from llm2clip_plugin.vision import families
+from llm2clip_plugin.vision.convert import command, formats
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.meta_tower import meta_tower
+from llm2clip_plugin.vision.towers import freeze_tower, tower_blocks, tower_embeddings_parameters
+
+from .conftest import largest_difference, train_twenty_steps
+
+MEMBERS = Path(__file__).parent / "new_members"
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+IMAGES = {"image_size": 28, "patch_size": 7}
+
+
+@pytest.fixture
+def released(monkeypatch, tmp_path) -> Path:
+    """A Chinese-CLIP image-text model, as transformers saves one."""
+    transformers = pytest.importorskip("transformers")
+    for package in (families, formats):
+        folder = MEMBERS / package.__name__.rpartition(".")[2]
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    text = {**SIZE, "vocab_size": 40}
+    config = transformers.ChineseCLIPConfig(text_config=text, vision_config={**SIZE, **IMAGES}, projection_dim=20)
+    model = transformers.ChineseCLIPModel(config).eval()
+    model.save_pretrained(tmp_path / "released", safe_serialization=True)
+    return tmp_path / "released"
+
+
+def test_import_resize_and_heads_of_a_new_family(released, tmp_path, capsys):
+    argv = [str(released), "--output", str(tmp_path / "tower"), "--image-size", "42"]
+    assert command.main(argv) == 0
+    assert "left out (text tower, replaced by the LLM)" in capsys.readouterr().out
+    card = TowerCard.read(tmp_path / "tower" / TowerCard.FILE)
+    assert (card.family, card.projection_dim, card.num_patches) == ("chinese_clip", 20, 36)
+    assert card.training == {"imported_as": "hub-chinese_clip", "resized_from": 28}
+    assert "LLM2CLIP tower (chinese_clip)" in (tmp_path / "tower" / "README.md").read_text()
+
+
+def test_states_training_export_and_reload_of_a_new_family(released, tmp_path):
+    import_tower(released, tmp_path / "start")
+    tower = load_tower(tmp_path / "start", image_size=42)
+    pixels, inputs = torch.randn(2, 3, 42, 42), []
+    tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        assert torch.equal(tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2], inputs[0])
+    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, pool="cls_mean")).train()
+    losses = train_twenty_steps(dual)
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in tower_embeddings_parameters(tower))
+    freeze_tower(tower, first_blocks=2)
+    export_tower(dual, tmp_path / "trained", origin="tiny")
+    with torch.no_grad():
+        reloaded = load_dual_encoder(tmp_path / "trained").encode_image(pixels)
+        assert torch.equal(reloaded, dual.eval().encode_image(pixels))
+
+
+def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):
+    assert meta_tower("OFA-Sys/chinese-clip-vit-base-patch16", image_size=336).config.image_size == 336
+    from llava_integration.towers.names import locate
+    from llava_integration.towers.tower import LLM2CLIPVisionTower
+
+    card, _ = import_tower(released, tmp_path / "tower")
+    args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+    tower = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{tmp_path / 'tower'}"), args, delay_load=True)
+    assert (tower.hidden_size, tower.num_patches, tower.is_loaded) == (32, card.num_patches, False)
+    tower.load_model()
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        states = load_tower(tmp_path / "tower")(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert torch.equal(tower(pixels), states[-2][:, 1:])
+    assert tower.image_processor.crop_size == {"height": 28, "width": 28}
+
+
+def test_a_new_format_is_offered_and_written(released, tmp_path, capsys):
+    import_tower(released, tmp_path / "tower")
+    argv = [str(tmp_path / "tower"), "--output", str(tmp_path / "out"), "--format", "numpy"]
+    assert export_command.main(argv) == 0
+    projection = torch.from_numpy(np.load(tmp_path / "out" / "projection.npy"))
+    assert largest_difference(projection, load_dual_encoder(tmp_path / "tower").dual.visual_projection.weight) == 0
+    with pytest.raises(SystemExit):
+        export_command.main(["--help"])
+    assert "numpy: the projection as projection.npy" in " ".join(capsys.readouterr().out.split())
