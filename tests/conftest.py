@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterator
 
 import pytest
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_rank_variables() -> Iterator[None]:
+    """A run in this process sets what a launcher would; processes that later tests start must not inherit it."""
+    yield
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
