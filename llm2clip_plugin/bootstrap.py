@@ -1,7 +1,7 @@
 """Bootstrap over clusters: the one interval of ``llm2clip evaluate`` and ``llm2clip compare``. NumPy only.
 
 Several captions of one image, or several questions about it, are right or wrong together; drawing them one by one
-makes the interval too narrow. So whole clusters are drawn with replacement, and a statistic is a function of the sums
+makes the interval too narrow. So clusters are drawn with replacement, and a statistic is a function of the sums
 over the drawn items (a ratio: clusters may differ in size).
 
 Shapes: N items, C clusters, K sums, R resamples.

@@ -27,10 +27,10 @@ class Answer:
     """A model's answer to one question."""
 
     id: int | str | None  # as written; None where the layout has no id
-    text: str | None  # None: the row holds no text
+    text: str | None  # None: the row has no text
     prompt: str  # "" where the layout has none
     line: int  # 1-based
-    row: Row  # the whole row
+    row: Row  # the complete row
     layout: str  # of the file, as in Answers
 
 
@@ -126,7 +126,7 @@ def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
 
 def _from_lines(path: Path, text: str) -> Answers:
     rows, lines, broken, first = [], [], 0, ""
-    # not splitlines(): an answer may hold U+2028 and the like, which JSON leaves unescaped
+    # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

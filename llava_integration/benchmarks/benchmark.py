@@ -83,7 +83,7 @@ class Benchmark(ABC):
     # Which answer belongs to which question
 
     def question_keys(self, question: Question) -> tuple[Hashable, ...]:
-        """What its answers are found by. Of several questions with the same key, the k-th gets the k-th answer."""
+        """What its answers are looked up by. Of several questions with the same key, the k-th gets the k-th answer."""
         return (str(question.id),)
 
     def answer_key(self, answer: Answer) -> Hashable | None:
@@ -91,7 +91,7 @@ class Benchmark(ABC):
         return str(answer.id)  # numbers in one file are often strings in the other
 
     def logged_key(self, answer: Answer) -> Hashable | None:
-        """The key of the question that a row of lmms-eval's log names; None: found by doc_id or text."""
+        """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
         return None
 
     def recognizes(self, answer: Answer) -> bool:
@@ -137,14 +137,12 @@ class Benchmark(ABC):
             return answers
         if options.reviews is None:
             raise ValueError(
-                f"{self.title} needs a judge, and {answers.path} holds answers only; run {self.judge} and pass the "
+                f"{self.title} needs a judge, and {answers.path} has answers only; run {self.judge} and pass the "
                 "file that it writes as --reviews (or as --answers)"
             )
         reviews = read_answers(options.reviews)
         if reviews.layout != "judge":
-            raise ValueError(
-                f"{options.reviews} holds no judge's scores; --reviews is the file that {self.judge} writes"
-            )
+            raise ValueError(f"{options.reviews} has no judge's scores; --reviews is the file that {self.judge} writes")
         texts = {self.answer_key(answer): answer.text or "" for answer in answers.rows}
         rows = tuple(
             replace(review, row={**review.row, "model_answer": texts.get(self.answer_key(review), "")})
@@ -194,8 +192,8 @@ class Benchmark(ABC):
 
 def logged_field(answer: Answer, name: str, *entries: str) -> str | None:
     """A field of the first entry of an lmms-eval row that has it, as a string."""
-    found = (answer.row.get(entry) for entry in entries)
-    return next((str(entry[name]) for entry in found if isinstance(entry, dict) and name in entry), None)
+    values = (answer.row.get(entry) for entry in entries)
+    return next((str(entry[name]) for entry in values if isinstance(entry, dict) and name in entry), None)
 
 
 def texts_by_id(answers: Answers, identifiers: Sequence[int | str]) -> dict[str, str]:

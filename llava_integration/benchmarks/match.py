@@ -112,7 +112,7 @@ def _match_log(
     logged_key: Callable[[Answer], Hashable | None],
     ambiguous: list[Answer],
 ) -> list[int | None]:
-    """Places of lmms-eval's rows: by the key that the row holds, by doc_id, by the question's text.
+    """Places of lmms-eval's rows: by the key in the row, by doc_id, by the question's text.
 
     Rows whose text several questions share and whose doc_id is none of theirs are appended to ``ambiguous``.
     """
@@ -185,7 +185,7 @@ def _refuse_faults(counts: dict[str, int], answers: Answers, options: Options, n
     for fault, total, meaning in (
         ("missing", counts["questions"], f"of {counts['questions']} questions of {name} have no answer"),
         ("doubled", counts["questions"], "answers are to a question that an earlier line answered"),
-        ("unparsable", len(answers.rows) + answers.unparsable, "lines hold no answer"),
+        ("unparsable", len(answers.rows) + answers.unparsable, "lines have no answer"),
     ):
         if counts[fault] > options.allow * total:
             where = f"; first: {answers.first_unparsable}" if fault == "unparsable" and answers.first_unparsable else ""
@@ -206,7 +206,7 @@ def _notes(counts: dict[str, int], answers: Answers, name: str) -> list[str]:
         notes.append(f"{counts['foreign']} answers match no question; ignored")
     if counts["unparsable"]:
         first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
-        notes.append(f"{counts['unparsable']} lines hold no answer{first}")
+        notes.append(f"{counts['unparsable']} lines have no answer{first}")
     if counts["empty"]:
         most = 2 * counts["empty"] > counts["answered"]
         notes.append(f"{counts['empty']} answers are empty" + (": did the evaluation fail?" if most else ""))

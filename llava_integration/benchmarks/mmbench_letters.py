@@ -1,7 +1,5 @@
-"""Which option a free answer means: the heuristics of VLMEvalKit's exact matching and of lmms-eval's static MMBench.
-
-Both are described here as they behave at VLMEvalKit e8e78f0 and lmms-eval 75571cf; golden answers hold them to it.
-"""
+"""The option in a free answer: heuristics of VLMEvalKit's exact matching (at e8e78f0) and lmms-eval's static MMBench
+(at 75571cf). Golden answers in the tests pin both."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ LAST_WORDS = 4  # a letter counts only among the last words
 def letter_vlmevalkit(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that VLMEvalKit's exact matching reads: by letter, else by the option's text; None if neither.
 
-    'Z' is a refusal, which is no option and so wrong.
+    'Z' stands for a refusal, which is no option and so wrong.
     """
     return _letter_by_word(answer, options) or _letter_by_text(
         answer, options, longest=2 * sum(map(len, options.values()))
@@ -41,8 +39,8 @@ def _letter_by_word(answer: str, options: Mapping[str, str]) -> str | None:
         return named[0]
     if not named and "Z" in words:
         return "Z"
-    found = ANSWER_IS.search(answer)
-    return found[1].upper() if found and found[1].upper() in options else None
+    named_after = ANSWER_IS.search(answer)
+    return named_after[1].upper() if named_after and named_after[1].upper() in options else None
 
 
 def _letter_by_text(answer: str, options: Mapping[str, str], longest: int | None = None) -> str | None:
@@ -90,10 +88,10 @@ PHRASES = (
 
 
 def mcq_letter(answer: str, letters: Sequence[str]) -> str:
-    """lmms-eval's extraction for what its prefetch leaves: the best placed letter, '' without any.
+    """lmms-eval's extraction where its prefetch gives None: the letter with the highest rank, '' without any.
 
     Ranks: a letter at the start, at the end, behind a phrase like 'the answer is', in parentheses, before '.', ':',
-    ')', a space, anywhere; of one rank the last place wins, of one place the earlier letter in the alphabet.
+    ')', a space, anywhere; within a rank the last place wins, at one place the earlier letter of the alphabet.
     """
     if not answer.strip():
         return ""
@@ -102,16 +100,16 @@ def mcq_letter(answer: str, letters: Sequence[str]) -> str:
         text = text.strip(mark)
     bare = text.strip()
     text = f" {text} "
-    found: list[tuple[int, int, str]] = []  # rank, place, letter
+    candidates: list[tuple[int, int, str]] = []  # rank, place, letter
     for rank, (before, behind) in ((6, ("(", ")")), (5, ("", ".")), (4, ("", ":")), (3, ("", ")")), (2, ("", " "))):
-        found += [(rank, text.rfind(before + x + behind), x) for x in letters if before + x + behind in text]
+        candidates += [(rank, text.rfind(before + x + behind), x) for x in letters if before + x + behind in text]
     low = text.lower()
     for phrase in PHRASES:
         if (start := low.find(phrase)) != -1:
             places = [(text.find(x, start + len(phrase)), x) for x in letters]
-            found += [(7, place, x) for place, x in places if place != -1]
-    found += [(10, 0, x) for x in letters if bare.startswith(x) and not bare[1:2].isalpha()]
-    found += [(9, len(text) - 1, x) for x in letters if bare.endswith(x) and not bare[-2:-1].isalpha()]
-    if not found:
-        found = [(0, text.rfind(x), x) for x in letters if x in text]
-    return max(found, key=lambda entry: entry[:2])[2] if found else ""
+            candidates += [(7, place, x) for place, x in places if place != -1]
+    candidates += [(10, 0, x) for x in letters if bare.startswith(x) and not bare[1:2].isalpha()]
+    candidates += [(9, len(text) - 1, x) for x in letters if bare.endswith(x) and not bare[-2:-1].isalpha()]
+    if not candidates:
+        candidates = [(0, text.rfind(x), x) for x in letters if x in text]
+    return max(candidates, key=lambda entry: entry[:2])[2] if candidates else ""

@@ -1,8 +1,8 @@
-"""Normalising short answers as the VQA evaluation does, and its accuracy against ten human answers.
+"""Normalizing short answers as the VQA evaluation does, and its accuracy against ten human answers.
 
 Two processors exist in the field. The *VQA API* one (``processPunctuation`` and ``processDigitArticle`` of the VQA
 evaluation, https://visualqa.org/evaluation.html) and the *M4C* one, which first splits words; LLaVA uses the latter for
-TextVQA and for the files it sends to the VQAv2 and VizWiz servers. Their quirks are kept: see the comments.
+TextVQA and for the files it sends to the VQAv2 and VizWiz servers. Their quirks are kept; comments mark them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
 
 
 def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """Accuracy of the VQA API: texts are normalised only where the humans disagree.
+    """Accuracy of the VQA API: texts are normalized only where the humans disagree.
 
     So 'Yes' against ten times 'yes' is 0; ``corrected_accuracy`` is without that.
     """

@@ -13,7 +13,7 @@ from dataclasses import replace
 from llava_integration.benchmarks.base import Item
 from llm2clip_plugin.contracts import ScoreFile
 
-WHOLE = "all"  # the part with every caption
+OVERALL = "all"  # the part with every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
 MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
 
@@ -25,17 +25,17 @@ def expand(record: ScoreFile) -> list[ScoreFile]:
     if not record.items or any("side" not in item or "r1" not in item for item in record.items):
         return [record]
     if record.benchmark == "retrieval:xm3600":
-        items = [_equal(item) for item in record.items if item.get("part", WHOLE) != WHOLE]
+        items = [_equal(item) for item in record.items if item.get("part", OVERALL) != OVERALL]
         return _rows(record, "xm3600", items or record.items, ("r1", "r10"))
-    parts = list(dict.fromkeys(str(item.get("part", WHOLE)) for item in record.items))
+    parts = list(dict.fromkeys(str(item.get("part", OVERALL)) for item in record.items))
     if len(parts) > MOST_PARTS + 1:
         record = replace(record, notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"])
-        parts = [part for part in parts if part == WHOLE] or parts[:MOST_PARTS]
+        parts = [part for part in parts if part == OVERALL] or parts[:MOST_PARTS]
     name, records = record.benchmark.removeprefix("retrieval:"), []
     for part in parts:
-        items = [item for item in record.items if item.get("part", WHOLE) == part]
-        whole = part == WHOLE
-        records += _rows(record, name if whole else f"{name} {part}", items, ("r1", "r10") if whole else ("r1",))
+        items = [item for item in record.items if item.get("part", OVERALL) == part]
+        overall = part == OVERALL
+        records += _rows(record, name if overall else f"{name} {part}", items, ("r1", "r10") if overall else ("r1",))
     return records
 
 

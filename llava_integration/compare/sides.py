@@ -38,12 +38,12 @@ def load_side(path: Path, name: str = "") -> Side:
     notes = []
     for file, record in records:
         _check(file, record)
-    for file, record in [(file, part) for file, whole in records for part in expand(whole)]:
-        earlier = runs.setdefault(record.benchmark, [])
-        if any(record.items == other.items for other in earlier):
-            notes.append(f"{file} duplicates another file of {record.benchmark}: not counted as another run")
-        else:
-            earlier.append(record)
+        for part in expand(record):
+            earlier = runs.setdefault(part.benchmark, [])
+            if any(part.items == other.items for other in earlier):
+                notes.append(f"{file} duplicates another file of {part.benchmark}: not counted as another run")
+            else:
+                earlier.append(part)
     models = {record.model for _, record in records}
     default = path.name if path.is_dir() else models.copy().pop() or path.stem
     return Side(

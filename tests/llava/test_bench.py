@@ -1,4 +1,4 @@
-"""``llm2clip bench-mllm`` with a real (tiny) LLaVA: finds what is there, evaluates, scores, goes on after failures."""
+"""``llm2clip bench-mllm`` with a real (tiny) LLaVA: plans, evaluates, scores, continues after failures."""
 
 import base64
 import json
@@ -80,9 +80,11 @@ def test_bench_runs_what_is_there_and_goes_on_after_a_failure(world, checkpoint,
     output = tmp_path / "out"
     command = ("-m", "llava_integration.benchmarks.bench", "--model-path", checkpoint, "--data", root)
     command += ("--output", output)
-    told = world.python(*command, *QUICK, fails=True)
+    printed = world.python(*command, *QUICK, fails=True)
     outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
-    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["vqav2", "pope", "mmbench"], told
+    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["vqav2", "pope", "mmbench"], (
+        printed
+    )
     assert outcomes["gqa"]["status"] == "failed" and "cannot read" in outcomes["gqa"]["detail"]
     assert outcomes["vizwiz"]["status"] == "answered" and "to be scored by its server" in outcomes["vizwiz"]["detail"]
     for name in ("scienceqa", "mme", "seedbench", "mmvet", "llava_bench", "textvqa", "mmbench_cn"):
@@ -99,9 +101,9 @@ def test_bench_runs_what_is_there_and_goes_on_after_a_failure(world, checkpoint,
     written = {name: (output / "answers" / f"{name}.jsonl").stat().st_mtime_ns for name in ("pope", "vqav2", "mmbench")}
     last = read_jsonl(root / "gqa" / "llava_gqa_testdev_balanced.jsonl")[-1]
     picture(root / "gqa" / "data" / "images" / last["image"])
-    told = world.python(*command, *QUICK)
+    printed = world.python(*command, *QUICK)
     outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
-    assert outcomes["gqa"]["status"] == "scored", told
+    assert outcomes["gqa"]["status"] == "scored", printed
     assert written == {name: (output / "answers" / f"{name}.jsonl").stat().st_mtime_ns for name in written}
     assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"
 
@@ -112,9 +114,9 @@ def test_bench_runs_what_is_there_and_goes_on_after_a_failure(world, checkpoint,
 
 def test_plan_and_nothing_to_run(world, root, tmp_path):
     start = ("-m", "llava_integration.benchmarks.bench", "--model-path", "x", "--output", tmp_path / "out")
-    told = world.python(*start, "--data", root, "--plan")
-    assert "pope" in told and "will run" in told and "no folder MME or mme" in told
-    told = world.python(*start, "--data", root, "--benchmarks", "mme", fails=True)
-    assert "no benchmark has its files" in told
-    told = world.python(*start, "--data", root, "--benchmarks", "mmee", fails=True)
-    assert "unknown benchmark 'mmee'" in told
+    printed = world.python(*start, "--data", root, "--plan")
+    assert "pope" in printed and "will run" in printed and "no folder MME or mme" in printed
+    printed = world.python(*start, "--data", root, "--benchmarks", "mme", fails=True)
+    assert "no benchmark has its files" in printed
+    printed = world.python(*start, "--data", root, "--benchmarks", "mmee", fails=True)
+    assert "unknown benchmark 'mmee'" in printed

@@ -1,4 +1,4 @@
-"""One file a benchmark; each defines ``BENCHMARK``. A new file is a new benchmark: it is found here."""
+"""One file a benchmark; each defines ``BENCHMARK``. A new file is a new benchmark; ``benchmarks`` finds it."""
 
 from __future__ import annotations
 

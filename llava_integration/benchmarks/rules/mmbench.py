@@ -47,7 +47,7 @@ SHORT_NAMES = {
 }
 NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category", "prediction"}
 PREDICTION_COLUMN = 6  # where the official converter puts it
-_ENCODED_IMAGES: dict[str, dict[str, str]] = {}  # of one table: it holds every picture
+_ENCODED_IMAGES: dict[str, dict[str, str]] = {}  # of one table, since it has every picture
 
 
 class MMBench(Benchmark):
@@ -62,7 +62,7 @@ class MMBench(Benchmark):
         questions = []
         for row in rows:
             image = row.get("image") or ""
-            if image in by_index:  # newer tables name the row that holds the picture
+            if image in by_index:  # newer tables name the row with the picture
                 image = by_index[image].get("image") or ""
             group = int(row["index"]) % ROTATION
             if row["answer"] not in tuple("ABCD"):

@@ -1,4 +1,4 @@
-"""MME: two yes/no questions an image, 14 subtasks; a subtask scores 100 x accuracy + 100 x accuracy of whole pairs.
+"""MME: two yes/no questions an image, 14 subtasks; a subtask scores 100 x accuracy + 100 x accuracy of complete pairs.
 
 Rule of its ``eval_tool/calculation.py`` after LLaVA's ``convert_answer_to_mme.py``: the first four characters of the
 lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which is wrong ('Not sure' and 'Snow' are no,
@@ -126,9 +126,9 @@ class MME(Benchmark):
     def statistic(self, items: Sequence[Item]) -> Statistic:
         """Perception, of 2000, which LLaVA's table calls MME; images are resampled within a subtask.
 
-        Sum over subtasks of 100 x right / questions + 100 x whole pairs / images.
+        Sum over subtasks of 100 x right / questions + 100 x complete pairs / images.
         """
-        whole = whole_pairs(items, [bool(item["score"]) for item in items])
+        complete = complete_pairs(items, [bool(item["score"]) for item in items])
         sums = np.zeros((len(items), 4 * len(PERCEPTION)))
         seen: set[str] = set()
         for row, item in enumerate(items):
@@ -137,7 +137,7 @@ class MME(Benchmark):
                 sums[row, column : column + 2] = item["score"], 1
                 if item["cluster"] not in seen:  # an image's pair is counted at its first question
                     seen.add(item["cluster"])
-                    sums[row, column + 2 : column + 4] = whole[item["cluster"]], 1
+                    sums[row, column + 2 : column + 4] = complete[item["cluster"]], 1
 
         def value(totals: np.ndarray) -> np.ndarray:
             accuracy = ratio(totals[..., 0::4], totals[..., 1::4])
@@ -226,23 +226,23 @@ def numbers(items: Sequence[Item], field: str) -> dict[str, float]:
     return flatten({"categories": categories, **sums})
 
 
-def whole_pairs(items: Sequence[Item], right: Sequence[bool]) -> dict[str, bool]:
+def complete_pairs(items: Sequence[Item], right: Sequence[bool]) -> dict[str, bool]:
     """Whether all questions of an image are right, by image."""
-    whole: dict[str, bool] = {}
+    complete: dict[str, bool] = {}
     for item, is_right in zip(items, right, strict=True):
-        whole[item["cluster"]] = whole.get(item["cluster"], True) and is_right
-    return whole
+        complete[item["cluster"]] = complete.get(item["cluster"], True) and is_right
+    return complete
 
 
 def subtask(items: Sequence[Item], field: str) -> dict[str, float]:
-    """One subtask: confusion counts, accuracy, accuracy of whole images, score; 'other' is in no confusion count."""
+    """One subtask: confusion counts, accuracy, accuracy of complete pairs, score; 'other' is in no confusion count."""
     counts = Counter((item[field], item["gt"]) for item in items)
     true_yes, false_no = counts["yes", "yes"], counts["no", "yes"]
     true_no, false_yes = counts["no", "no"], counts["yes", "no"]
     precision, recall, _ = precision_recall_f1(true_yes, false_yes, false_no)
-    whole = whole_pairs(items, [item[field] == item["gt"] for item in items])
+    complete = complete_pairs(items, [item[field] == item["gt"] for item in items])
     accuracy = (true_yes + true_no) / len(items)
-    accuracy_plus = sum(whole.values()) / len(whole)
+    accuracy_plus = sum(complete.values()) / len(complete)
     return {
         "TP": true_yes,
         "FN": false_no,

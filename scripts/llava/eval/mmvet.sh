@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MM-Vet: answers here, scores by its evaluator.
+# MM-Vet: answers only; its evaluator scores them.
 exec bash "$(dirname "$0")/benchmark.sh" mmvet "$@"

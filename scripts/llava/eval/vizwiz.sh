@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# VizWiz: test makes the file for the evaluation server, val (val.json in DATA/vizwiz) is scored here.
+# VizWiz: val (val.json in DATA/vizwiz) is scored; for test, the file for the evaluation server is written.
 exec bash "$(dirname "$0")/benchmark.sh" vizwiz "$@"

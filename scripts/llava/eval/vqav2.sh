@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# VQAv2: test-dev makes the file for the evaluation server, val (its annotations in DATA/vqav2) is scored here.
+# VQAv2: val (its annotations in DATA/vqav2) is scored; for test-dev, the file for the evaluation server is written.
 exec bash "$(dirname "$0")/benchmark.sh" vqav2 "$@"
