@@ -29,7 +29,8 @@ import tyro
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llm2clip_plugin.data.images import AugmentConfig, ImageConfig, TrainTransform
+from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
+from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
@@ -170,7 +171,7 @@ def difference(data: str, config: BenchConfig) -> float:
     full = TrainTransform(images, AugmentConfig(scale=config.scale, decode_margin=1e9))  # never at a smaller scale
     total = 0.0
     for number in range(32):
-        pair = [step.pixels(source.image(number), sample_rng(0, 0, 0, number)) for step in (small, full)]
+        pair = [step.pixels(source[number].read_image(), sample_rng(0, 0, 0, number)) for step in (small, full)]
         total += float(np.abs(pair[0].astype(int) - pair[1]).mean())
     return total / 32
 

@@ -1,4 +1,4 @@
-"""Every image of a source once, in order, with all of its captions: what retrieval is measured on.
+"""Every image of a source once, in order, with all of its captions, for retrieval.
 
 Shapes: b images of a batch, m captions of these, S pixels a side, W width of a teacher embedding.
 """
@@ -14,14 +14,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.images import BrokenImage, EvalTransform, ImageConfig, Normalise
+from llm2clip_plugin.data.decode import BrokenImage
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One image with its captions, or why it can't be used."""
+    """One image with its captions, or the reason why it can't be used."""
 
     index: int  # in the source
     key: str
@@ -33,7 +34,7 @@ class EvalItem:
 
 
 class EvalDataset(Dataset):
-    """Images of a source in order, prepared as the tower's own preprocessor does, captions filtered."""
+    """Images of a source in order, prepared as by the tower's own preprocessor, with the selected captions."""
 
     def __init__(
         self,
@@ -58,11 +59,11 @@ class EvalDataset(Dataset):
         try:
             sample = self.source[index]
             key = sample.key
-            captions = tuple(caption for caption in sample.captions if self._wanted(caption))
+            captions = select_captions(sample.captions, self.kinds, self.languages)
             if not captions:
-                wanted = f" of the kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
-                raise BrokenSample(shard, key, f"no caption{wanted}")
-            pixels = self.transform.pixels(sample.image)
+                selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
+                raise BrokenSample(shard, key, f"no caption{selected}")
+            pixels = self.transform.pixels(sample.read_image())
         except BrokenImage as error:
             return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))
         except BrokenSample as error:
@@ -70,25 +71,20 @@ class EvalDataset(Dataset):
         embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=key)
         return EvalItem(index, key, pixels, captions, embeddings, sample.meta, None)
 
-    def _wanted(self, caption: Caption) -> bool:
-        return (not self.kinds or caption.kind in self.kinds) and (
-            not self.languages or caption.language in self.languages
-        )
-
 
 class EvalCollate:
-    """Items to tensors; broken ones are handed on beside them."""
+    """Items to tensors; broken ones are listed under ``broken``."""
 
     def __init__(self, images: ImageConfig) -> None:
         self.size = images.size
-        self.normalise = Normalise(images)
+        self.normalize = Normalize(images)
 
     def __call__(self, items: list[EvalItem]) -> dict[str, Any]:
         good = [item for item in items if item.pixels is not None]
         pixels = [item.pixels for item in good if item.pixels is not None]
         stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
         batch: dict[str, Any] = {
-            "pixel_values": self.normalise(stacked),
+            "pixel_values": self.normalize(stacked),
             "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
             "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],
@@ -103,7 +99,7 @@ class EvalCollate:
 
 
 class EvalPairs:
-    """Batches over a source, once. ``broken`` fills while it is gone through: samples that were left out."""
+    """Batches over a source, once. After iterating, ``broken`` lists the samples that were left out."""
 
     def __init__(self, loader: DataLoader) -> None:
         self._loader = loader
@@ -126,18 +122,18 @@ def eval_pairs(
     images: ImageConfig,
     *,
     batch: int,  # images
-    kinds: Sequence[str] = (),  # captions of these kinds; () is all
-    languages: Sequence[str] = (),  # captions of these languages; () is all
-    indices: Sequence[int] | None = None,  # samples of the source; None is all
+    kinds: Sequence[str] = (),  # only captions of these kinds; empty: all
+    languages: Sequence[str] = (),  # only captions in these languages; empty: all
+    indices: Sequence[int] | None = None,  # samples of the source; None: all
     rank: int = 0,
-    world: int = 1,  # each rank gets its own run of consecutive samples
+    world: int = 1,  # each rank gets consecutive samples of its own
     workers: int = 0,
 ) -> EvalPairs:
     """Batches of this rank's samples, in order.
 
     A batch: pixel_values (b, 3, S, S) float32, image_ids (b,) int64 (number in the source), embeddings (m, W) float32
     (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m Caption), keys and
-    meta (b). An image that is broken or has no wanted caption is left out, its captions too, and named in ``.broken``.
+    meta (b). A sample that is broken or has no selected caption is left out and listed in ``.broken``.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()

@@ -1,9 +1,9 @@
-"""Batches for training and evaluation: an image beside the teacher's embedding of one of its captions.
+"""Training batches: images, each with the teacher's embedding of one of its captions.
 
 Shapes: b images of a batch on one rank, S pixels a side, W width of a teacher embedding, m captions.
 
-The rows of a batch are a function of (seed, position): the same with any number of workers and, put together, of
-ranks. A sample that can't be used is named, counted and replaced by another that (seed, sample) decides.
+The rows of a global batch are a function of (seed, position), whatever the number of workers and ranks. A sample that
+can't be used is reported, counted and replaced by another, which is a function of (seed, sample).
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.evaluation import eval_pairs
-from llm2clip_plugin.data.images import AugmentConfig, BrokenImage, ImageConfig, Normalise, TrainTransform
+from llm2clip_plugin.data.decode import BrokenImage
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash
-
-__all__ = ["GlobalBatches", "PairDataset", "PairLoader", "Row", "eval_pairs", "make_loader"]
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, select_captions
 
 log = logging.getLogger(__name__)
 
-SUBSTITUTES = 20  # samples tried in the place of a broken one
+SUBSTITUTES = 20  # samples tried in place of a broken one
 GRACE = 60  # seconds that a loader process outlives SIGTERM
 SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
 
@@ -45,11 +44,11 @@ class Row:
     image_id: int
     shard: str
     key: str
-    broken: tuple[BrokenSample, ...]  # what this row stands in for
+    broken: tuple[BrokenSample, ...]  # the samples that this row replaces
 
 
 class PairDataset(Dataset):
-    """Row of a draw: the image, augmented, and one of its usable captions, both chosen by (seed, pass, sample)."""
+    """The row of a draw: augmented image and one of its selected captions, a function of (seed, pass, sample)."""
 
     def __init__(
         self,
@@ -61,10 +60,10 @@ class PairDataset(Dataset):
         seed: int,
     ) -> None:
         if len(sources) != len(caches):
-            raise ValueError(f"{len(sources)} sources and {len(caches)} embedding caches; each source needs its own")
+            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; give one for each source")
         if len({cache.width for cache in caches if cache is not None}) > 1:
             widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
-            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with one teacher")
+            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with the same teacher")
         self.sources = list(sources)
         self.caches = list(caches)
         self.seed = seed
@@ -74,7 +73,7 @@ class PairDataset(Dataset):
         return sum(len(source) for source in self.sources)
 
     def mixture(self) -> Mixture:
-        """The order in which these sources are drawn from."""
+        """The order in which samples of these sources are drawn."""
         return Mixture(
             [[shard.size for shard in source.shards] for source in self.sources],
             [source.config.weight for source in self.sources],
@@ -83,7 +82,7 @@ class PairDataset(Dataset):
         )
 
     def __getitem__(self, draw: Draw) -> Row:
-        """Raises ValueError if no sample around a broken one can be used."""
+        """Raises ValueError if a sample and all of its substitutes are broken."""
         broken: list[BrokenSample] = []
         length = len(self.sources[draw.source])
         for attempt in range(SUBSTITUTES + 1):
@@ -95,19 +94,19 @@ class PairDataset(Dataset):
             except BrokenSample as error:
                 broken.append(error)
         listed = "\n".join(f"  {error}" for error in broken)
-        raise ValueError(f"{len(broken)} samples of {self.sources[draw.source].path} in a row can't be used:\n{listed}")
+        raise ValueError(f"{len(broken)} samples of {self.sources[draw.source].path} in a row are broken:\n{listed}")
 
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source, cache = self.sources[draw.source], self.caches[draw.source]
         shard, within = source.locate(draw.index)
         sample = source[draw.index]
-        usable = source.config.usable(sample.captions)
-        if not usable:
+        captions = select_captions(sample.captions, source.config.kinds, source.config.languages)
+        if not captions:
             raise BrokenSample(shard, sample.key, _no_caption(source, sample.captions))
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
-        caption = usable[rng.randrange(len(usable))]
+        caption = captions[rng.randrange(len(captions))]
         try:
-            pixels = self.transform.pixels(sample.image, rng)
+            pixels = self.transform.pixels(sample.read_image(), rng)
         except BrokenImage as error:
             raise BrokenSample(shard, sample.key, str(error)) from error
         embedding = None if cache is None else cache.rows(shard, within, (caption,), key=sample.key)[0]
@@ -118,8 +117,8 @@ class PairDataset(Dataset):
 def _no_caption(source: Source, captions: tuple[Caption, ...]) -> str:
     if not captions:
         return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
-    there = sorted({f"{caption.kind}:{caption.language}" for caption in captions})
-    return f"no caption of the kinds {source.config.kinds} and languages {source.config.languages}; it has {there}"
+    known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
+    return f"no caption of kinds {source.config.kinds} and languages {source.config.languages}; it has {known}"
 
 
 class GlobalBatches:
@@ -127,9 +126,9 @@ class GlobalBatches:
 
     def __init__(self, mixture: Mixture, position: int, rank: int, world: int, local_batch: int) -> None:
         if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world} ranks")
+            raise ValueError(f"rank is {rank}, expected 0 .. {world - 1}")
         if local_batch < 1 or position < 0:
-            raise ValueError(f"local batch {local_batch} and position {position} must be at least 1 and 0")
+            raise ValueError(f"local_batch is {local_batch} and position {position}, expected at least 1 and 0")
         self.mixture, self.position = mixture, position
         self.rank, self.world, self.local_batch = rank, world, local_batch
 
@@ -141,14 +140,14 @@ class GlobalBatches:
 
 
 class Collate:
-    """Rows to tensors; normalises a whole batch at once, in the worker."""
+    """Rows to tensors; pixels are normalized a batch at a time, in the worker."""
 
     def __init__(self, images: ImageConfig) -> None:
-        self.normalise = Normalise(images)
+        self.normalize = Normalize(images)
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         batch: dict[str, Any] = {
-            "pixel_values": self.normalise(np.stack([row.pixels for row in rows])),
+            "pixel_values": self.normalize(np.stack([row.pixels for row in rows])),
             "caption_hashes": torch.tensor([caption_hash(row.caption.text) for row in rows]),
             "image_ids": torch.tensor([row.image_id for row in rows]),
             "captions": [row.caption.text for row in rows],
@@ -162,17 +161,19 @@ class Collate:
 
 
 class PairLoader:
-    """Endless batches of one rank; counts what was broken and stops over the share that may be."""
+    """Endless batches of one rank. Counts broken samples and stops above the allowed fraction."""
 
     def __init__(self, loader: DataLoader, position: int, global_batch: int, samples: int, max_broken: float) -> None:
         self._loader = loader
         self._position = position
         self._global_batch = global_batch
-        self._patience = min(samples, 1000)  # rows that the share is taken of until so many were loaded
+        self._least_rows = min(
+            samples, 1000
+        )  # the fraction is of at least this many rows, so one early sample can't stop a run
         self.max_broken = max_broken
         self.rows = 0  # rows loaded
-        self.substituted = 0  # of these, rows that stand in for a broken sample
-        self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason, of all that were met
+        self.substituted = 0  # of these, rows that replace a broken sample
+        self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         position = self._position
@@ -188,24 +189,23 @@ class PairLoader:
         for error in (error for errors in broken for error in errors):
             if (error.shard, error.key) not in self.broken:
                 self.broken[error.shard, error.key] = error.reason
-                log.warning("broken: %s; another sample takes its place", error)
-        if self.substituted > self.max_broken * max(self.rows, self._patience):
+                log.warning("broken: %s; replaced by another sample", error)
+        if self.substituted > self.max_broken * max(self.rows, self._least_rows):
             listed = [f"  shard {shard!r}, sample {key!r}: {why}" for (shard, key), why in self.broken.items()]
             more = [f"  ... and {len(listed) - 20} more"] if len(listed) > 20 else []
             raise ValueError(
-                f"{self.substituted} of {max(self.rows, self._patience)} samples were broken, more than the share "
-                f"max_broken {self.max_broken:g} allows:\n"
+                f"{self.substituted} of {max(self.rows, self._least_rows)} samples are broken, more than max_broken "
+                f"{self.max_broken:g} allows:\n"
                 + "\n".join(listed[:20] + more)
-                + "\nrun `llm2clip data check` on the data, mend it, or raise max_broken"
+                + "\nrun `llm2clip data check` on the data and fix it, or raise max_broken"
             )
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """In a loader process: go on loading for GRACE seconds after SIGTERM, and leave Ctrl-C to the main process.
+    """In a loader process: keep loading for GRACE seconds after SIGTERM, and ignore Ctrl-C.
 
-    A launcher sends SIGTERM, and a terminal SIGINT, to these processes too; torch's own handler would end them at once,
-    and with them the step after which the run means to save and stop. Not SIG_IGN: a process that never dies would be
-    waited for at exit.
+    Launchers send SIGTERM, and terminals SIGINT, to loader processes too. torch's handler would end them at once, and
+    the run could not finish its step, save and stop. SIGTERM is not ignored: at exit, torch waits for these processes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
@@ -220,14 +220,14 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,  # loader processes; the batches don't depend on it
-    max_broken: float = 0.01,  # share of broken samples over which the run stops
+    max_broken: float = 0.01,  # fraction of broken samples above which the run stops
     pin_memory: bool = False,
 ) -> PairLoader:
-    """Batches from ``position`` on, without end.
+    """Endless batches from ``position`` on.
 
     A batch: pixel_values (b, 3, S, S) float32, embeddings (b, W) float32 (absent without caches), caption_hashes and
     image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after this batch.
-    Iterating raises ValueError when more than ``max_broken`` of this rank's samples were broken.
+    Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
     """
     batches = GlobalBatches(dataset.mixture(), position, rank, world, local_batch)
     loader = DataLoader(

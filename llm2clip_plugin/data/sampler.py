@@ -1,8 +1,7 @@
 """Which sample comes when: a pure function of the seed and the number of samples consumed.
 
-Every source is gone through without replacement, pass after pass. Nothing here knows of ranks, batches or
-workers except ``rank_rows``: the global batch at a position is the same however many ranks share it, so a run
-is resumed, with any number of ranks, by one integer.
+Every source is sampled without replacement, pass after pass. The global batch at a position doesn't depend on the
+number of ranks, batches or workers (``rank_rows`` cuts it), so one integer resumes a run with any number of ranks.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ class Draw(NamedTuple):
 
     source: int  # number of the source
     index: int  # number of the sample in it
-    epoch: int  # passes that the source has behind it
+    epoch: int  # completed passes over the source
 
 
 def hash_words(*words: int | str) -> int:
-    """64 bits that depend on all ``words``, on every platform and version alike."""
+    """64-bit hash of all ``words``, the same on every platform and version."""
     return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
 
 
 def sample_rng(seed: int, epoch: int, source: int, index: int) -> random.Random:
-    """Randomness of one sample in one pass (augmentation, choice of caption), whoever loads it."""
+    """Random generator of one sample in one pass (augmentation, choice of caption), whichever process loads it."""
     return random.Random(hash_words("sample", seed, epoch, source, index))
 
 
@@ -73,8 +72,8 @@ def _mix(values: np.ndarray) -> np.ndarray:
 class PassOrder:
     """The order of one pass over one source.
 
-    ``window`` 0 shuffles the whole source. Else the shards are shuffled, cut into groups of ``window``, and the
-    samples of a group shuffled among themselves: a disk or shard cache then works on ``window`` shards at a time.
+    ``window`` 0 shuffles the entire source. Otherwise the shards are shuffled and cut into groups of ``window``, and
+    the samples of each group are shuffled, so a disk or shard cache serves ``window`` shards at a time.
     """
 
     def __init__(self, shard_sizes: Sequence[int], window: int, key: int) -> None:
@@ -111,8 +110,8 @@ class PassOrder:
 class Mixture:
     """Draws from several sources. An epoch holds round(weight x size) draws of each source, in mixed order.
 
-    With all weights 1 an epoch is every sample once. A source of weight 2 is gone through twice in an epoch, one of
-    weight 0.5 half; it goes on in the next epoch where it stopped, so its passes stay without replacement.
+    With all weights 1 an epoch is every sample once. An epoch makes two passes over a source of weight 2 and half a
+    pass over one of weight 0.5; the next epoch continues that pass, so sampling stays without replacement.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class Mixture:
         windows: Sequence[int] = (),  # shuffle_window of each source; () is 0 for all
     ) -> None:
         if len(shard_sizes) != len(weights) or not shard_sizes:
-            raise ValueError(f"{len(shard_sizes)} sources and {len(weights)} weights; expected as many, at least one")
+            raise ValueError(f"{len(shard_sizes)} sources but {len(weights)} weights; give one weight for each source")
         self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
         self.lengths = [sum(sizes) for sizes in self.shard_sizes]
         if empty := [number for number, length in enumerate(self.lengths) if length == 0]:
@@ -140,7 +139,7 @@ class Mixture:
         return sum(self.draws)
 
     def batch_indices(self, position: int, count: int) -> list[Draw]:
-        """The ``count`` draws from ``position`` on (samples consumed since the start of training)."""
+        """The ``count`` draws from ``position`` (samples consumed since the start of training) on."""
         result: list[Draw] = []
         while len(result) < count:
             epoch, offset = divmod(position + len(result), self.epoch_length)
@@ -193,10 +192,10 @@ class Mixture:
 
 
 def epoch_draws(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Draws of each source in one epoch of a mixture, from the sources' samples and weights."""
+    """Draws of each source in one epoch of a mixture, from the sources' numbers of samples and weights."""
     return [max(1, round(weight * length)) for weight, length in zip(weights, lengths, strict=True)]
 
 
 def rank_rows(position: int, rank: int, local: int) -> tuple[int, int]:
-    """Position and count of the rows of the global batch at ``position`` that ``rank`` takes."""
+    """Position and count of the rows of ``rank`` in the global batch at ``position``."""
     return position + rank * local, local

@@ -23,7 +23,7 @@ from torch import Tensor
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.data.sources.records import Caption, select_captions
 from llm2clip_plugin.evaluate.command_line import parse_options, write_scores
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
@@ -101,8 +101,8 @@ def find_pairs(
     """Distinct pairs of different captions; ``first`` and ``second`` are (kind, language), the first of each counts."""
     pairs: dict[tuple[str, str], str] = {}
     for key, of_sample in captions:
-        left = next((c.text for c in of_sample if (c.kind, c.language) == first), None)
-        right = next((c.text for c in of_sample if (c.kind, c.language) == second and c.text != left), None)
+        left = next((c.text for c in select_captions(of_sample, first[:1], first[1:])), None)
+        right = next((c.text for c in select_captions(of_sample, second[:1], second[1:]) if c.text != left), None)
         if left and right:
             pairs.setdefault((left, right), key)
     return [(key, left, right) for (left, right), key in pairs.items()]

@@ -17,7 +17,7 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import EvalPairs, eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 from llm2clip_plugin.evaluate.rank_counting import row_digests
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
@@ -154,7 +154,7 @@ def _teacher_rows(
     captions: list[Caption] = []
     for image, number in enumerate(index):
         key, of_sample = source.captions(number)
-        used = [c for c in of_sample if (not kinds or c.kind in kinds) and (not languages or c.language in languages)]
+        used = select_captions(of_sample, kinds, languages)
         embedding_mW = cache.rows(*source.locate(number), used, key=key)
         for row, digest in zip(embedding_mW, row_digests(embedding_mW), strict=True):
             if digest not in row_of:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.data.images import BrokenImage, EvalTransform, ImageConfig, Normalise
+from llm2clip_plugin.data.decode import BrokenImage
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
 from llm2clip_plugin.data.sources.records import BrokenSample
 from llm2clip_plugin.evaluate.labeled_images import LabeledImages
 from llm2clip_plugin.progress import track
@@ -82,7 +83,7 @@ def image_features(
     group = group_of(all_ranks)
     own = np.array_split(np.arange(len(images)), world_size(group))[rank(group)].tolist()
     loader = DataLoader(_Pixels(images, config, own), batch, num_workers=workers, collate_fn=list)
-    normalize, readable, vectors, broken = Normalise(config), [], [], []
+    normalize, readable, vectors, broken = Normalize(config), [], [], []
     with torch.no_grad():
         for items in track(loader, total=len(loader), label="images", unit="batches", show=rank(group) == 0):
             good = [(number, pixels) for number, pixels in items if isinstance(pixels, np.ndarray)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.data.sources.base import RawSample, Shard, Source, SourceConfig
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,18 @@ class InMemorySource(Source):
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
 
-    def raw(self, number: int) -> RawSample:
+    def record(self, number: int) -> Record:
         self.place(number)
         row = self.rows[number]
-        return RawSample(row.key, {}, row.meta)
+        return Record(row.key, {}, row.meta, partial(self._read_image, row))
 
-    def image(self, number: int) -> bytes:
-        row = self.rows[number]
+    def __getitem__(self, number: int) -> Sample:
+        return replace(super().__getitem__(number), captions=self.rows[number].captions)
+
+    def _read_image(self, row: Row) -> bytes:
         if row.image is None:
             raise BrokenSample(self.name, row.key, "the row has no image")
         try:
             return row.image.read_bytes()
         except OSError as error:
             raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
-
-    def _captions(self, number: int, raw: RawSample) -> tuple[Caption, ...]:
-        return self.rows[number].captions

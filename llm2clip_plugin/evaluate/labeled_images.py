@@ -92,20 +92,20 @@ class FieldImages(LabeledImages):
         self.source = source
         keys, values, clusters = [], [], []
         for number in range(len(source)):
-            raw = source.raw(number)
+            record = source.record(number)
             for name in filter(None, (field, cluster)):
-                if name not in raw.meta:
-                    known = ", ".join(sorted(raw.meta)) or "none"
-                    raise ValueError(f"{source.path}: {raw.key!r} has no field {name!r} in its JSON; known: {known}")
-            keys.append(raw.key)
-            values.append(str(raw.meta[field]))
-            clusters.append(str(raw.meta[cluster]) if cluster else raw.key)
+                if name not in record.meta:
+                    known = ", ".join(sorted(record.meta)) or "none"
+                    raise ValueError(f"{source.path}: {record.key!r} has no field {name!r} in its JSON; known: {known}")
+            keys.append(record.key)
+            values.append(str(record.meta[field]))
+            clusters.append(str(record.meta[cluster]) if cluster else record.key)
         classes = sorted(set(values))
         number_of = {value: number for number, value in enumerate(classes)}
         super().__init__(source.path, classes, keys, [number_of[value] for value in values], clusters)
 
     def image(self, number: int) -> bytes:
-        return self.source.image(number)
+        return self.source.record(number).read_image()
 
 
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:

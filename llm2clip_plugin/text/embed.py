@@ -20,8 +20,8 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences, has_t
 from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
 from llm2clip_plugin.data.sources.open import Shard, Source
 from llm2clip_plugin.data.sources.records import Caption, caption_hash
-from llm2clip_plugin.data.sources.remote import is_url
 from llm2clip_plugin.data.sources.shards import data_folder
+from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.text.encoder import CaptionEncoder
 
 MEMO_BYTES = 256 << 20  # embeddings kept in memory for captions that come again in another shard

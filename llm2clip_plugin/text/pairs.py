@@ -18,7 +18,7 @@ from typing import Any
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.sources.base import ReadConfig, Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 
 PAIR_FORMATS = ("auto", "captions", "pairs", "text")
 LOOK_AT = 5000  # samples read before training, to tell a wrong configuration from a right one
@@ -138,17 +138,20 @@ class CaptionPairs(PairSource):
         return [shard.size for shard in self.source.shards]
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
-        key, captions = self.source.captions(number)
-        captions = self.source.config.usable(captions)
+        try:
+            sample = self.source[number]
+        except BrokenSample:
+            return None
+        captions = select_captions(sample.captions, self.source.config.kinds, self.source.config.languages)
         query = self._text(captions, kind.query, rng, "")
         positive = self._text(captions, kind.query if kind.positive == "same" else kind.positive, rng, query)
         if not query or not positive:
             return None
-        return Pair(key, query, positive, group=self._group(number))
+        return Pair(sample.key, query, positive, group=str(sample.meta.get(self.group, "")) if self.group else "")
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
         """One caption of a kind that isn't ``other``; "" if there is none."""
-        texts = [caption.text for caption in captions if caption.kind == kind and caption.text != other]
+        texts = [caption.text for caption in select_captions(captions, (kind,)) if caption.text != other]
         if not texts:
             return ""
         text = rng.choice(texts)
@@ -158,16 +161,6 @@ class CaptionPairs(PairSource):
         low, high = self.lists[kind]
         rng.shuffle(items)
         return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
-
-    def _group(self, number: int) -> str:
-        """The sample's group, from its own JSON."""
-        if self.group == NO_GROUP:
-            return ""
-        try:
-            meta = self.source.raw(number).meta
-        except BrokenSample:
-            return ""
-        return str(meta.get(self.group, ""))
 
 
 class TextPairs(PairSource):

@@ -195,7 +195,7 @@ def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Pict
     best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
     return [
         Picture(
-            png=source[place].image,
+            png=source[place].read_image(),
             title=f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
             right=concepts[place] == concepts[pairs.owner_M[query]],
         )

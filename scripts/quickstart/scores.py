@@ -127,11 +127,10 @@ def caption_rows(source: Source, cache: EmbeddingCache) -> dict[tuple[str, str],
     """(kind, language) -> concept -> (W,) embedding, each concept once."""
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for number in range(len(source)):
-        key, captions = source.captions(number)
-        concept = source.raw(number).meta["concept"]
-        rows = cache.rows(*source.locate(number), captions, key=key)
-        for caption, row in zip(captions, rows, strict=True):
-            found.setdefault((caption.kind, caption.language), {}).setdefault(concept, row)
+        sample = source[number]
+        rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
+        for caption, row in zip(sample.captions, rows, strict=True):
+            found.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
     return found
 
 

@@ -7,17 +7,9 @@ import torch
 from data_world import encoded, jpeg, picture
 from PIL import Image
 
-from llm2clip_plugin.data.images import (
-    AugmentConfig,
-    BrokenImage,
-    EvalTransform,
-    ImageConfig,
-    TrainTransform,
-    decode,
-    random_crop,
-    resize_box,
-    shrink_factor,
-)
+from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform, random_crop, resize_box
+from llm2clip_plugin.data.decode import BrokenImage, decode, shrink_factor
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 
 
 def hf_processors() -> dict[str, type]:
@@ -83,7 +75,7 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
 @pytest.mark.parametrize(
     "values, says",
     [
-        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "no centre crop"),
+        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "no center crop"),
         ({"size": {"height": 224, "width": 200}}, "expected a square"),
         ({"size": 224, "crop_size": {"height": 224, "width": 200}}, "expected a square"),
         ({"size": {"longest_edge": 224}}, "longest_edge"),

@@ -69,7 +69,7 @@ def test_whole_and_parts_equal_recall_on_the_same_embeddings(opened):
     alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
     assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
     with torch.no_grad():
-        expected = dual.encode_image(torch.stack([_pixels(source[index].image) for index in range(12)]))
+        expected = dual.encode_image(torch.stack([_pixels(source[index].read_image()) for index in range(12)]))
     assert torch.allclose(pairs.image_ND, expected, atol=1e-6)
 
 

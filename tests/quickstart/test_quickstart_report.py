@@ -108,7 +108,7 @@ def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder) -> Non
     pictures = report.best_pictures(pairs, source, query)
     scores = pairs.image_ND @ pairs.text_MD[query]
     order = scores.argsort(descending=True)[: len(pictures)].tolist()
-    assert [p.png for p in pictures] == [source[place].image for place in order]
+    assert [p.png for p in pictures] == [source[place].read_image() for place in order]
     wanted = pairs.meta[int(pairs.owner_M[query])]["concept"]
     assert [p.right for p in pictures] == [pairs.meta[place]["concept"] == wanted for place in order]
 

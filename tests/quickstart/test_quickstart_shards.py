@@ -25,7 +25,7 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
     for path in (folder / "all").glob("*.tar"):
         source = open_source(SourceConfig(path=str(path)))
         for number in range(len(source)):
-            meta = source.raw(number).meta
+            meta = source[number].meta
             assert path.stem == f"{meta['split']}-{meta['style']}"
             concepts[meta["split"], meta["style"]].add(meta["concept"])
     for split, count in (("train", 30), ("validation", 10), ("test", 12)):
@@ -54,14 +54,14 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
     control = open_source(SourceConfig(path=str(folder / "shuffled" / "train-*.tar")))
     assert [shard.name for shard in real.shards] == [shard.name for shard in control.shards]
     concept_of = {
-        (real.raw(n).meta["style"], hashlib.sha256(real[n].image).digest()): real.raw(n).meta["concept"]
+        (real[n].meta["style"], hashlib.sha256(real[n].read_image()).digest()): real[n].meta["concept"]
         for n in range(len(real))
     }
     shown = defaultdict(set)
     for number in range(len(real)):
         assert real.captions(number) == control.captions(number)
-        meta = control.raw(number).meta
-        picture = concept_of[meta["style"], hashlib.sha256(control[number].image).digest()]
+        meta = control[number].meta
+        picture = concept_of[meta["style"], hashlib.sha256(control[number].read_image()).digest()]
         assert picture != meta["concept"]
         shown[meta["concept"]].add(picture)
     assert all(len(pictures) == 1 for pictures in shown.values())  # the same wrong concept in every style

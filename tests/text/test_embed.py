@@ -16,7 +16,7 @@ import torch
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ContractError
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.sources import tables
+from llm2clip_plugin.data.sources import rows as row_sources
 from llm2clip_plugin.data.sources.open import Shard, SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.stages.embed.command import parse
@@ -113,7 +113,7 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
 def test_long_file_of_rows_is_shared_too(
     teacher: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(row_sources, "ROWS_PER_SHARD", 4)
     rows = [{"id": f"k{i}", "image": f"{i}.png", "caption": f"{WORDS[i]} {i}"} for i in range(10)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = open_source(SourceConfig(path=str(tmp_path / "pairs.jsonl")))

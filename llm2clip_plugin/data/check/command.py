@@ -1,4 +1,4 @@
-"""``llm2clip data check PATH``: read a data set once, every image decoded, and say what is in it and what is broken."""
+"""``llm2clip data check PATH``: read a data set once, decode every image, and report statistics and broken samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm2clip_plugin.progress import track
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; 1 if training on this data would stop, else 0."""
+    """Exit status 1 if training on this data would stop, else 0."""
     config = tyro.cli(CheckConfig, args=argv, prog="llm2clip data check")
     report = check_data(config)
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else as_text(report, config.show))
@@ -22,16 +22,15 @@ def main(argv: list[str]) -> int:
 
 
 def check_data(config: CheckConfig) -> dict[str, Any]:
-    """Read all of ``config.path``; the report that ``--json`` prints.
+    """Read all of ``config.path`` and return the report that ``--json`` prints.
 
-    Raises FileNotFoundError if nothing is there, ValueError for a format that can't be told or a tokenizer that
-    can't be read.
+    Raises FileNotFoundError if there is no data, ValueError for an unknown format or a tokenizer that can't be loaded.
     """
-    load_counter(config.tokenizer)  # an error now, not in a worker
+    load_counter(config.tokenizer)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
     reading = Reading()
-    for one in track(read_all(source, config), total=len(source), label="data check", unit="samples"):
-        if one is not None:
-            reading.add(one)
+    for part in track(read_all(source, config), total=len(source), label="data check", unit="samples"):
+        if part is not None:
+            reading.add(part)
     return build_report(config, source, broken_shards, reading)

@@ -1,4 +1,4 @@
-"""Read every sample of a source once, images decoded in full, by several processes."""
+"""Read every sample of a source once and decode its image at full size, in several processes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from llm2clip_plugin.data.images import BrokenImage, load, open_header
+from llm2clip_plugin.data.decode import BrokenImage, load, open_header
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions
 
-CHUNK = 64  # samples that a worker reads at a time
+CHUNK = 64  # samples that a worker reads in one task
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(SourceConfig):
-    """Read a data set once, every image decoded, and report what is in it and what is broken.
+    """Read a data set once, decode every image, and report statistics and broken samples.
 
-    Ends with 1 if training on it would stop, else 0.
+    The exit status is 1 if training on it would stop, else 0.
     """
 
     path: Annotated[
@@ -32,35 +32,35 @@ class CheckConfig(SourceConfig):
     ]  # folder of tars, .tar, .jsonl, .json or URL
     weight: tyro.conf.Suppress[float] = 1.0
     shuffle_window: tyro.conf.Suppress[int] = 0
-    tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "" counts words
-    max_tokens: int = 512  # tokens (or words): longer captions are counted, the teacher cuts them
-    small_side: int = 32  # pixels: images with a shorter side are counted
-    max_broken: float = 0.01  # share of broken samples over which training would stop
-    show: int = 10  # broken samples, doubled captions ... shown of each sort; --json has all broken ones
-    workers: int = 0  # processes; 0: one a core
-    json: bool = False  # one JSON object on stdout, for machines
+    tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
+    max_tokens: int = 512  # tokens (or words): count longer captions, which the teacher truncates
+    small_side: int = 32  # pixels: count images with a shorter side
+    max_broken: float = 0.01  # fraction of broken samples above which training stops
+    show: int = 10  # broken samples, duplicate captions ... listed of each kind; --json lists all broken samples
+    workers: int = 0  # processes; 0: one per core
+    json: bool = False  # print one JSON object
 
 
 @dataclass
 class Reading:
-    """What was seen in some samples; readings add up."""
+    """Counts and findings of some samples; readings add up."""
 
     samples: int = 0
     broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
-    without_captions: list[dict[str, str]] = field(default_factory=list)  # the same, of whole samples with none to use
-    empty_captions: int = 0
-    replaced_characters: int = 0  # captions with U+FFFD: bytes that were no UTF-8
+    without_captions: list[dict[str, str]] = field(default_factory=list)  # the same; intact, but no selected caption
+    blank_captions: int = 0
+    replaced_characters: int = 0  # captions with U+FFFD, which replaces invalid UTF-8
     captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
-    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 3) int64: id, sample's number, tokens
-    key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample's number
+    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 3) int64: hash, sample number, tokens
+    key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample number
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
     sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
     image_bytes: int = 0
 
     def add(self, other: Reading) -> None:
-        """Take in another reading."""
+        """Add another reading to this one."""
         self.samples += other.samples
-        self.empty_captions += other.empty_captions
+        self.blank_captions += other.blank_captions
         self.replaced_characters += other.replaced_characters
         self.image_bytes += other.image_bytes
         self.broken += other.broken
@@ -73,7 +73,7 @@ class Reading:
 
 
 def read_all(source: Source, config: CheckConfig) -> Iterator[Reading | None]:
-    """A reading of each chunk, each followed by None for its other samples, so that progress counts samples."""
+    """A reading of each chunk, followed by None for each of its other samples, so that progress counts samples."""
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
     workers = min(config.workers or len(os.sched_getaffinity(0)), len(chunks))
     if workers <= 1:
@@ -83,7 +83,7 @@ def read_all(source: Source, config: CheckConfig) -> Iterator[Reading | None]:
     try:
         yield from _spread(pool.map(_read_in_worker, chunks))
     finally:
-        pool.shutdown(cancel_futures=True)  # at an error or Ctrl-C, don't read the rest
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, skip the rest
 
 
 def _spread(readings: Iterator[Reading]) -> Iterator[Reading | None]:
@@ -93,7 +93,7 @@ def _spread(readings: Iterator[Reading]) -> Iterator[Reading | None]:
             yield None
 
 
-_worker: Callable[[range], Reading]  # of a pool's process: read_samples with what stays the same
+_worker: Callable[[range], Reading]  # read_samples with the arguments that don't change; set in each worker process
 
 
 def _begin_worker(source: Source, config: CheckConfig) -> None:
@@ -107,7 +107,7 @@ def _read_in_worker(numbers: range) -> Reading:
 
 
 def load_counter(tokenizer: str) -> Callable[[str], int]:
-    """Length of a caption: tokens of ``tokenizer`` with its special ones, or words for "". Raises ValueError."""
+    """Length of a caption: tokens of ``tokenizer``, special ones included, or words for "". Raises ValueError."""
     if not tokenizer:
         return lambda text: len(text.split())
     from transformers import AutoTokenizer
@@ -120,45 +120,46 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
 
 
 def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int], numbers: range) -> Reading:
-    """Read some samples of a source, their images decoded in full."""
+    """Read some samples of a source and decode their images at full size."""
     reading = Reading(samples=len(numbers))
     caption_rows, key_rows = [], []
     for number in numbers:
-        key, captions = source.captions(number)
+        key, captions, reason = "", (), ""
+        try:
+            sample = source[number]
+            key, captions = sample.key, sample.captions
+            reading.blank_captions += sample.blank_captions
+            _read_image(sample, reading)
+        except BrokenSample as error:
+            key, reason = error.key, error.reason
+        except BrokenImage as error:
+            reason = str(error)
         key_rows.append((caption_hash(key), number))
         caption_rows += [(caption_hash(caption.text), number, count(caption.text)) for caption in captions]
-        _note_captions(captions, reading)
-        named = {"shard": source.locate(number)[0], "key": key}
-        if reason := _why_broken(source, number, reading):
-            reading.broken.append({**named, "reason": reason})
-        elif not config.usable(captions):
-            reason = "no caption" if not captions else "no caption of the wanted kinds and languages"
-            reading.without_captions.append({**named, "reason": reason})
+        _count_captions(captions, reading)
+        identity = {"shard": source.locate(number)[0], "key": key}
+        if reason:
+            reading.broken.append({**identity, "reason": reason})
+        elif not select_captions(captions, config.kinds, config.languages):
+            reason = "no caption of the selected kinds and languages" if captions else "no caption"
+            reading.without_captions.append({**identity, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 3))
     reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
     return reading
 
 
-def _note_captions(captions: tuple[Caption, ...], reading: Reading) -> None:
-    """Count one sample's captions."""
+def _read_image(sample: Sample, reading: Reading) -> None:
+    """Decode the image and add its format and size. Raises BrokenSample or BrokenImage."""
+    data = sample.read_image()
+    image = open_header(data)
+    image_format, size = image.format or "?", image.size
+    load(image)
+    reading.formats[image_format] += 1
+    reading.sides.append(size)
+    reading.image_bytes += len(data)
+
+
+def _count_captions(captions: tuple[Caption, ...], reading: Reading) -> None:
     for caption in captions:
         reading.captions[caption.kind, caption.language] += 1
         reading.replaced_characters += "\ufffd" in caption.text
-
-
-def _why_broken(source: Source, number: int, reading: Reading) -> str:
-    """Read one sample, its image decoded in full, and count what it holds; why training can't use it, or ""."""
-    try:
-        reading.empty_captions += source.empty_captions(number)
-        data = source.image(number)
-        image = open_header(data)
-        kind, size = image.format or "?", image.size
-        load(image)
-    except BrokenSample as error:
-        return error.reason
-    except BrokenImage as error:
-        return str(error)
-    reading.formats[kind] += 1
-    reading.sides.append(size)
-    reading.image_bytes += len(data)
-    return ""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from llm2clip_plugin.data.check.reading import CheckConfig, Reading
 from llm2clip_plugin.data.sources.base import Source
-
-if TYPE_CHECKING:
-    from llm2clip_plugin.data.check.reading import CheckConfig, Reading
+from llm2clip_plugin.data.sources.records import caption_hash
 
 EDGES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower ends of the histogram's bins
 BAR = 40  # characters of the longest bar
@@ -19,9 +18,9 @@ BAR = 40  # characters of the longest bar
 def build_report(
     config: CheckConfig, source: Source, broken_shards: dict[str, str], reading: Reading
 ) -> dict[str, Any]:
-    """Everything that was found, in plain JSON types."""
-    bad = len(reading.broken) + len(reading.without_captions)  # a sample is named in one of the two, once
-    share = bad / reading.samples if reading.samples else 1.0
+    """The report in plain JSON types."""
+    bad = len(reading.broken) + len(reading.without_captions)  # a sample is in at most one of the two lists
+    fraction = bad / reading.samples if reading.samples else 1.0
     captions = np.concatenate([np.zeros((0, 3), dtype=np.int64), *reading.caption_rows])
     keys = np.concatenate([np.zeros((0, 2), dtype=np.int64), *reading.key_rows])
     by_kind, by_language = Counter(), Counter()
@@ -32,8 +31,8 @@ def build_report(
         "path": config.path,
         "shards": len(source.shards),
         "samples": reading.samples,
-        "fit_for_training": not broken_shards and share <= config.max_broken,
-        "broken_share": share,
+        "fit_for_training": not broken_shards and fraction <= config.max_broken,
+        "broken_share": fraction,
         "max_broken": config.max_broken,
         "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken_shards.items()],
         "broken": reading.broken,
@@ -41,45 +40,43 @@ def build_report(
         "captions": len(captions),
         "captions_by_kind": dict(by_kind.most_common()),
         "captions_by_language": dict(by_language.most_common()),
-        "empty_captions": reading.empty_captions,
+        "empty_captions": reading.blank_captions,
         "captions_with_invalid_utf8": reading.replaced_characters,
-        "duplicate_captions": _doubled_captions(source, captions, config.show),
-        "duplicate_keys": _doubled_keys(source, keys, config.show),
+        "duplicate_captions": _duplicate_captions(source, captions, config.show),
+        "duplicate_keys": _duplicate_keys(source, keys, config.show),
         "caption_lengths": _lengths(config, source, captions),
         "images": _images(config, reading),
     }
 
 
-def _doubled_captions(source: Source, captions: np.ndarray, show: int) -> dict[str, Any]:
-    """Texts that belong to more than one sample; the most frequent ones spelled out."""
+def _duplicate_captions(source: Source, captions: np.ndarray, show: int) -> dict[str, Any]:
+    """Texts that several samples have, with the most frequent ones."""
     pairs = np.unique(captions[:, :2], axis=0)  # a text of two kinds in one sample is no duplicate
-    ids, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    hashes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] > 1]
     most = []
-    for place in order[:show].tolist():
-        number = int(pairs[first[place], 1])
-        text = _text_of(source, number, int(ids[place]))
-        most.append({"text": text, "samples": int(counts[place])})
+    for row in order[:show].tolist():
+        number = int(pairs[first[row], 1])
+        text = _text_of(source, number, int(hashes[row]))
+        most.append({"text": text, "samples": int(counts[row])})
     return {"texts": len(order), "samples": int(counts[order].sum()), "most_frequent": most}
 
 
 def _text_of(source: Source, number: int, wanted: int) -> str:
-    from llm2clip_plugin.data.sources.records import caption_hash
-
     return next(caption.text for caption in source.captions(number)[1] if caption_hash(caption.text) == wanted)
 
 
-def _doubled_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:
-    """Keys that more than one sample has, in whichever shard."""
+def _duplicate_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:
+    """Keys that several samples have, in any shards."""
     hashes, counts = np.unique(keys[:, 0], return_counts=True)
-    doubled = hashes[counts > 1]
+    duplicates = hashes[counts > 1]
     most = []
-    for value in doubled[:show]:
+    for value in duplicates[:show]:
         numbers = keys[keys[:, 0] == value, 1].tolist()
         shards = sorted({source.locate(number)[0] for number in numbers})
         most.append({"key": source.captions(numbers[0])[0], "samples": len(numbers), "shards": shards[:show]})
-    return {"keys": len(doubled), "samples": int(counts[counts > 1].sum()), "examples": most}
+    return {"keys": len(duplicates), "samples": int(counts[counts > 1].sum()), "examples": most}
 
 
 def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[str, Any]:
@@ -108,7 +105,7 @@ def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[
 
 
 def _images(config: CheckConfig, reading: Reading) -> dict[str, Any]:
-    """Formats and sizes of the images that could be decoded."""
+    """Formats and sizes of the images that decode."""
     sides = np.array(reading.sides, dtype=np.int64).reshape(-1, 2)
     report: dict[str, Any] = {"whole": len(sides), "formats": dict(reading.formats.most_common())}
     if len(sides):
@@ -122,7 +119,7 @@ def _images(config: CheckConfig, reading: Reading) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any], show: int) -> str:
-    """The report for people."""
+    """The report as text, with at most ``show`` lines of each kind."""
     images, lengths = report["images"], report["caption_lengths"]
     lines = [
         f"{report['path']}: {report['samples']} samples in {report['shards']} shards, {report['captions']} captions",
@@ -166,7 +163,7 @@ def _length_lines(lengths: dict[str, Any]) -> list[str]:
 
 def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines: list[str] = []
-    for title, found in (
+    for title, entries in (
         ("broken shards", [f"{one['shard']}: {one['reason']}" for one in report["broken_shards"]]),
         ("broken samples", [f"{one['shard']}: {one['key']}: {one['reason']}" for one in report["broken"]]),
         (
@@ -174,13 +171,13 @@ def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
             [f"{one['shard']}: {one['key']}: {one['reason']}" for one in report["without_captions"]],
         ),
     ):
-        lines.append(f"  {title}: {len(found)}")
-        lines += [f"    {text}" for text in found[:show]]
-        lines += [f"    ... and {len(found) - show} more"] if len(found) > show else []
-    doubled, keys = report["duplicate_captions"], report["duplicate_keys"]
-    lines.append(f"  empty captions: {report['empty_captions']}; not UTF-8: {report['captions_with_invalid_utf8']}")
-    lines.append(f"  captions that several samples share: {doubled['texts']}, in {doubled['samples']} samples")
-    lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in doubled["most_frequent"]]
-    lines.append(f"  keys that several samples share: {keys['keys']}, in {keys['samples']} samples")
+        lines.append(f"  {title}: {len(entries)}")
+        lines += [f"    {text}" for text in entries[:show]]
+        lines += [f"    ... and {len(entries) - show} more"] if len(entries) > show else []
+    texts, keys = report["duplicate_captions"], report["duplicate_keys"]
+    lines.append(f"  empty captions: {report['empty_captions']}; invalid UTF-8: {report['captions_with_invalid_utf8']}")
+    lines.append(f"  captions of several samples: {texts['texts']}, in {texts['samples']} samples")
+    lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in texts["most_frequent"]]
+    lines.append(f"  keys of several samples: {keys['keys']}, in {keys['samples']} samples")
     lines += [f"    {one['samples']} x {one['key']!r} in {', '.join(one['shards'])}" for one in keys["examples"]]
     return lines

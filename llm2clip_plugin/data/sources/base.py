@@ -1,96 +1,104 @@
-"""What every source offers: random access to samples, and captions without touching an image."""
+"""What a source offers: samples by number. Each format of captioned images is one file of this folder."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample
-from llm2clip_plugin.data.sources.remote import Downloads, default_download_folder
+from tyro.conf import arg
 
-FORMATS = ("auto", "webdataset", "jsonl", "llava")
+from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, read_captions
+from llm2clip_plugin.data.sources.downloads import Downloads, default_download_folder
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
+from llm2clip_plugin.discovery import discover
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFormat:
+    """A format of captioned images. A file of this folder that defines ``SOURCE`` adds one."""
+
+    name: str  # for --format
+    help: str  # the paths that it reads, as in "a .jsonl file"
+    recognizes: Callable[[str], bool]  # whether a path or URL is of this format, by its name
+    open: Callable[[SourceConfig, dict[str, str] | None], Source]  # the arguments of sources.open.open_source
+    fallback: bool = False  # used only for paths that no other format recognizes
+
+
+def formats() -> dict[str, SourceFormat]:
+    """Every format by name."""
+    return discover("llm2clip_plugin.data.sources", "SOURCE")
+
+
+def format_help() -> str:
+    """The formats and the paths that they read, for --help and errors."""
+    return "; ".join(f"{known.name}: {known.help}" for known in formats().values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """How captioned images are read."""
 
-    format: str = "auto"  # auto | webdataset | jsonl | llava
-    images: str = ""  # folder or URL that the images of a .jsonl or LLaVA's .json lie in; "" is the file's own folder
+    format: Annotated[str, arg(help=f"auto, by the path's name, or one of: {format_help()}")] = "auto"
+    images: str = ""  # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
     fields: tuple[str, ...] = DEFAULT_FIELDS  # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
-    language: str = "en"  # of captions that don't say theirs
-    image_field: str = "image"  # field of a .jsonl that names the image
-    key_field: str = "id"  # field of a .jsonl that is the sample's key; the image's name where it is missing
-    kinds: tuple[str, ...] = ()  # train with these kinds of captions alone; empty: all
-    languages: tuple[str, ...] = ()  # train with captions of these languages alone; empty: all
-    shuffle_window: int = 0  # shards shuffled together, for slow disks and shard caches; 0: the whole source
-    cache_folder: str = ""  # downloaded shards and spare indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
-    cache_gb: float = 0.0  # downloaded shards kept at most, 10^9 bytes; 0: all
+    language: str = "en"  # of captions without a language
+    image_field: str = "image"  # field of a .jsonl with the image's path
+    key_field: str = "id"  # field of a .jsonl with the sample's key; without it, the image's path is the key
+    kinds: tuple[str, ...] = ()  # train only on these kinds of captions; empty: all
+    languages: tuple[str, ...] = ()  # train only on captions in these languages; empty: all
+    shuffle_window: int = 0  # shards shuffled together, for slow disks and shard caches; 0: the entire source
+    cache_folder: str = ""  # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
+    cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"unknown data format {self.format!r}; known: {', '.join(FORMATS)}")
+        known = ("auto", *formats())
+        if self.format not in known:
+            raise ValueError(f"unknown data format {self.format!r}; known: {', '.join(known)}")
         if self.shuffle_window < 0 or self.cache_gb < 0:
-            raise ValueError(f"shuffle_window {self.shuffle_window} and cache_gb {self.cache_gb} can't be negative")
+            raise ValueError(
+                f"shuffle_window and cache_gb must not be negative, got {self.shuffle_window} and {self.cache_gb}"
+            )
         parse_fields(self.fields, self.language)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(ReadConfig):
-    """Where captioned images lie and how to read them."""
+    """Where captioned images are and how they are read."""
 
     path: str  # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of these
-    weight: float = 1.0  # how often a sample comes up, against a sample of a source of weight 1
+    weight: float = 1.0  # how often a sample is drawn, relative to a sample of a source of weight 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
             raise ValueError("a data source needs a path")
         if self.path.startswith("file://"):
-            raise ValueError(f"give the path of a local source without file://, got {self.path}")
+            raise ValueError(f"{self.path}: remove file:// from the path of a local source")
         if not self.weight > 0:
-            raise ValueError(f"weight of {self.path} is {self.weight}; expected a number above 0")
+            raise ValueError(f"weight of {self.path} is {self.weight}, expected a number above 0")
 
     @property
     def downloads(self) -> Downloads:
-        """The local folder for what lies at a URL."""
+        """Local copies of files at URLs."""
         folder = Path(self.cache_folder) if self.cache_folder else default_download_folder()
         return Downloads(folder, limit_bytes=int(self.cache_gb * 1e9))
-
-    def usable(self, captions: tuple[Caption, ...]) -> tuple[Caption, ...]:
-        """The captions that ``kinds`` and ``languages`` let into training."""
-        return tuple(
-            caption
-            for caption in captions
-            if (not self.kinds or caption.kind in self.kinds)
-            and (not self.languages or caption.language in self.languages)
-        )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of consecutive samples that lie, and are embedded, together."""
+    """Consecutive samples that are stored, and embedded, together."""
 
-    name: str  # path below the source without .tar; what an embedding cache calls it
+    name: str  # path relative to the source, without .tar; embedding caches use it too
     size: int  # samples
     start: int  # number of its first sample in the source
 
 
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as it lies, without its image."""
-
-    key: str
-    values: dict[str, Any]  # what captions are read from, by the names that SourceConfig.fields knows
-    meta: dict[str, Any]  # its JSON
-
-
 class Source(ABC):
-    """Samples 0 .. len-1 in shards. Pickled as its configuration: a worker opens its own handles."""
+    """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own files."""
 
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
         self.config = config
@@ -100,16 +108,37 @@ class Source(ABC):
         self.fields = parse_fields(config.fields, config.language)
         self._starts = [shard.start for shard in shards]
 
+    @abstractmethod
+    def record(self, number: int) -> Record:
+        """A sample as it is stored. Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1."""
+
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {len(self)} samples in {len(self.shards)} shards)"
 
+    def __getitem__(self, number: int) -> Sample:
+        """A sample, its image not yet read. Raises BrokenSample if its JSON or its captions can't be read."""
+        record = self.record(number)
+        try:
+            captions, blank = read_captions(record.values, self.fields)
+        except (ValueError, RecursionError) as error:
+            raise BrokenSample(self.locate(number)[0], record.key, str(error)) from error
+        return Sample(record.key, captions, record.meta, record.read_image, blank)
+
+    def captions(self, number: int) -> tuple[str, tuple[Caption, ...]]:
+        """Key and captions; none of a sample that can't be read: training reports and replaces it."""
+        try:
+            sample = self[number]
+        except BrokenSample as error:
+            return error.key, ()
+        return sample.key, sample.captions
+
     def place(self, number: int) -> tuple[int, int]:
-        """Number of the shard, and of the sample within it; IndexError outside 0 .. len-1."""
+        """Number of the shard, and of the sample within it. Raises IndexError outside 0 .. len-1."""
         if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {self.path}, which has {len(self)}")
+            raise IndexError(f"sample {number} of {self.path}, which has {len(self)} samples")
         shard = bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
@@ -117,36 +146,3 @@ class Source(ABC):
         """Name of the shard, and number of the sample within it."""
         shard, within = self.place(number)
         return self.shards[shard].name, within
-
-    def captions(self, number: int) -> tuple[str, tuple[Caption, ...]]:
-        """Key and captions, the image unread; no captions if they can't be read: training then names the sample."""
-        try:
-            raw = self.raw(number)
-            return raw.key, self._captions(number, raw)
-        except BrokenSample as error:
-            return error.key, ()
-
-    def __getitem__(self, number: int) -> Sample:
-        """The whole sample. Raises BrokenSample if a part of it is missing or can't be read."""
-        raw = self.raw(number)
-        return Sample(raw.key, self.image(number), self._captions(number, raw), raw.meta)
-
-    def empty_captions(self, number: int) -> int:
-        """Captions of the sample that are there but hold no text. Raises BrokenSample if they can't be read."""
-        raw = self.raw(number)
-        self._captions(number, raw)
-        return count_empty(raw.values, self.fields)
-
-    def _captions(self, number: int, raw: RawSample) -> tuple[Caption, ...]:
-        try:
-            return read_captions(raw.values, self.fields)
-        except (ValueError, RecursionError) as error:
-            raise BrokenSample(self.locate(number)[0], raw.key, str(error)) from error
-
-    @abstractmethod
-    def raw(self, number: int) -> RawSample:
-        """Everything but the image. Raises BrokenSample."""
-
-    @abstractmethod
-    def image(self, number: int) -> bytes:
-        """The image file's bytes. Raises BrokenSample if it is missing."""

@@ -21,7 +21,7 @@ DEFAULT_FIELDS = (
 
 @dataclass(frozen=True)
 class CaptionField:
-    """One field that holds captions, and what to call them."""
+    """A field that holds captions, with their kind and language."""
 
     name: str
     kind: str
@@ -29,9 +29,9 @@ class CaptionField:
 
 
 def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionField, ...]:
-    """Read ``NAME=KIND`` or ``NAME=KIND:LANGUAGE`` (``language`` where none is said).
+    """Parse ``NAME=KIND`` (in ``language``) or ``NAME=KIND:LANGUAGE``.
 
-    Raises ValueError for another form, no fields at all, or a name given twice.
+    Raises ValueError for another form, no fields at all, or a duplicate name.
     """
     fields: dict[str, CaptionField] = {}
     for text in specifications:
@@ -40,30 +40,27 @@ def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionF
         if not (name and equals and kind):
             raise ValueError(f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in long_caption=long")
         if name in fields:
-            raise ValueError(f"caption field {name!r} is given twice: {', '.join(specifications)}")
+            raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
         fields[name] = CaptionField(name, kind, own_language or language)
     if not fields:
-        raise ValueError("no caption fields are configured; give at least one, as in caption=short")
+        raise ValueError("no caption fields are configured; set at least one, as in caption=short")
     return tuple(fields.values())
 
 
-def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tuple[Caption, ...]:
-    """The captions among a sample's ``values``, in the order of ``fields``.
+def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tuple[tuple[Caption, ...], int]:
+    """The captions among a sample's ``values`` in the order of ``fields``, and how many more are blank.
 
-    A value may be a text, a list of texts, a mapping language -> text, or a list of objects
-    ``{"text": ..., "kind": ..., "language": ...}`` whose own kind and language win. Texts are
-    stripped; empty ones and repetitions within the sample are left out.
+    A value is a text, a list of texts, an object {language: text}, or a list of objects
+    ``{"text": ..., "kind": ..., "language": ...}``, whose kind and language take precedence over the field's. Texts are
+    stripped, repetitions within the sample dropped. Raises ValueError for another shape.
     """
-    found: dict[Caption, None] = {}
-    for field in fields:
-        for caption in _expand(values.get(field.name), field):
-            if caption.text:
-                found.setdefault(caption)
-    return tuple(found)
+    captions = [caption for field in fields for caption in _expand(values.get(field.name), field)]
+    distinct = dict.fromkeys(caption for caption in captions if caption.text)
+    return tuple(distinct), sum(not caption.text for caption in captions)
 
 
 def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
-    """Captions of one field's value, empty texts included; raises ValueError for a shape that isn't known."""
+    """Captions of one field's value, blank ones included."""
     if value is None:
         return
     if isinstance(value, str):
@@ -81,8 +78,8 @@ def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
             yield Caption(_clean(text), field.kind, well_formed(language))
     else:
         raise ValueError(
-            f"caption field {field.name!r} holds a {type(value).__name__}; expected a text, a list of texts, "
-            "{language: text}, or objects with a text"
+            f"caption field {field.name!r} holds a value of type {type(value).__name__}; expected a text, a list of "
+            "texts, {language: text}, or objects with a text"
         )
 
 
@@ -91,10 +88,5 @@ def _clean(text: str) -> str:
 
 
 def well_formed(text: str) -> str:
-    """Halves of surrogate pairs, which JSON can hold and UTF-8 can't, joined or replaced."""
+    """Surrogates, which JSON can hold and UTF-8 can't: pairs joined, halves replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def count_empty(values: dict[str, Any], fields: Sequence[CaptionField]) -> int:
-    """How many captions of a sample are there but empty."""
-    return sum(not caption.text for field in fields for caption in _expand(values.get(field.name), field))

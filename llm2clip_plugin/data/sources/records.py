@@ -1,8 +1,9 @@
-"""What a sample is: a key, the bytes of an image, captions that each have a kind and a language."""
+"""What a sample is: a key, an image, and captions that each have a kind and a language."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,24 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image with its captions, as it lies in a source."""
+class Record:
+    """A sample as its source stores it: JSON parsed, captions not interpreted, image not read."""
 
     key: str  # name within its shard; a label, never a path
-    image: bytes  # the file's bytes: JPEG, PNG or WebP
+    values: dict[str, Any]  # what captions are read from, by the names that ReadConfig.fields uses
+    meta: dict[str, Any]  # the sample's own JSON
+    read_image: Callable[[], bytes]  # the image file's bytes; raises BrokenSample if it is missing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its captions. The image is read when ``read_image`` is called, the rest is in memory."""
+
+    key: str
     captions: tuple[Caption, ...]
-    meta: dict[str, Any] = field(default_factory=dict)  # the sample's own JSON
+    meta: dict[str, Any]
+    read_image: Callable[[], bytes] = field(compare=False)  # JPEG, PNG or WebP; raises BrokenSample if it is missing
+    blank_captions: int = 0  # captions without text, which ``captions`` leaves out
 
 
 class BrokenSample(ValueError):  # noqa: N818 - it names what was found, as StopIteration does
@@ -36,7 +48,18 @@ class BrokenSample(ValueError):  # noqa: N818 - it names what was found, as Stop
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BrokenSample], tuple[str, str, str]]:
-        return BrokenSample, (self.shard, self.key, self.reason)  # crosses process borders whole
+        return BrokenSample, (self.shard, self.key, self.reason)  # an exception pickles its message alone
+
+
+def select_captions(
+    captions: Iterable[Caption], kinds: Sequence[str] = (), languages: Sequence[str] = ()
+) -> tuple[Caption, ...]:
+    """The captions of these kinds and languages, in order; an empty sequence allows all."""
+    return tuple(
+        caption
+        for caption in captions
+        if (not kinds or caption.kind in kinds) and (not languages or caption.language in languages)
+    )
 
 
 def caption_hash(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The tars behind a path or URL, found, downloaded where need be, and indexed."""
+"""The tars of a path or URL: listed, downloaded if they are at a URL, and indexed."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from llm2clip_plugin.data.sources.remote import Downloads, Result, expand_braces, is_url, list_urls
+from llm2clip_plugin.data.sources.downloads import Downloads, Result
 from llm2clip_plugin.data.sources.tar_index import TarIndex, find_index, open_index
 from llm2clip_plugin.data.sources.tar_scan import BrokenShard
+from llm2clip_plugin.data.sources.urls import expand_braces, is_url, list_urls
 
 DOWNLOADS_AT_ONCE = 4
-FEW = 16  # shards that are indexed without starting processes
+FEW = 16  # shards that are indexed in this process, without a pool
 
 
 def list_tars(path: str) -> list[tuple[str, str]]:
-    """(shard name, path or URL) of each tar behind ``path``, by name.
+    """(shard name, path or URL) of each tar of ``path``, in order of name.
 
-    A shard's name is its path below the part of ``path`` that has no wildcard, without ``.tar``.
-    Raises FileNotFoundError if there is none.
+    A shard's name is its path relative to the longest folder that all tars share, without ``.tar``. Raises
+    FileNotFoundError if there is none, ValueError for a duplicate name.
     """
     if is_url(path):
         tars = list_urls(path, ".tar")
     elif os.path.isdir(path):
         tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
     else:
-        tars = _spelled_out(path)
+        tars = _expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}")
     folders = [tar.rpartition("/")[0] for tar in tars]
     base = path.rstrip("/") if os.path.isdir(path) else _common_folder(folders)
     names = [tar[len(base) :].lstrip("/").removesuffix(".tar") for tar in tars]
     if len(set(names)) < len(names):
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{path} names the shards {doubled} more than once")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
     return list(zip(names, tars, strict=True))
 
 
 def data_folder(path: str) -> Path:
-    """The local folder that holds the data at ``path``, below which shards have their names: the place of its caches.
+    """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
 
-    Of braces and wildcards that take in several folders it is the one that holds them all. ValueError for a URL.
+    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL.
     """
     if is_url(path):
         raise ValueError(f"{path} is not a local folder")
@@ -51,16 +52,16 @@ def data_folder(path: str) -> Path:
         return Path(path)
     if os.path.exists(path):
         return Path(path).parent
-    return Path(_common_folder([tar.rpartition("/")[0] for tar in _spelled_out(path)]) or path[: path.startswith("/")])
+    return Path(_common_folder([tar.rpartition("/")[0] for tar in _expand(path)]) or path[: path.startswith("/")])
 
 
-def _spelled_out(pattern: str) -> list[str]:
-    """Local paths behind braces and wildcards; one that nothing matches stays as it is."""
-    return [found for one in expand_braces(pattern) for found in (sorted(glob.glob(one, recursive=True)) or [one])]
+def _expand(pattern: str) -> list[str]:
+    """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
+    return [path for one in expand_braces(pattern) for path in (sorted(glob.glob(one, recursive=True)) or [one])]
 
 
 def _common_folder(folders: list[str]) -> str:
-    """The longest folder that all ``folders`` begin with, by whole components."""
+    """The longest folder that all ``folders`` start with."""
     parts = [folder.split("/") for folder in folders]
     same = 0
     while all(len(part) > same for part in parts) and len({part[same] for part in parts}) == 1:
@@ -69,9 +70,9 @@ def _common_folder(folders: list[str]) -> str:
 
 
 def use_tar(downloads: Downloads, tar: str, action: Callable[[Path], Result]) -> Result:
-    """``action`` on the tar as a local file, downloaded if it lies at a URL.
+    """``action`` on a tar as a local file, downloaded if it is at a URL.
 
-    Raises FileNotFoundError if there is no such shard, ConnectionError if its download fails for good.
+    Raises FileNotFoundError if there is no such shard, ConnectionError if its download fails.
     """
     if is_url(tar):
         return downloads.use(tar, action)
@@ -81,7 +82,7 @@ def use_tar(downloads: Downloads, tar: str, action: Callable[[Path], Result]) ->
 
 
 def open_tar(downloads: Downloads, tar: str) -> TarIndex:
-    """The index of one tar; one at a URL that was indexed before is not downloaded again for it."""
+    """The index of one tar. A tar at a URL whose index is kept is not downloaded for it."""
     if is_url(tar) and not downloads.local_path(tar).exists():
         index = find_index(downloads.local_path(tar), downloads.folder)
         if index is not None:
@@ -90,7 +91,7 @@ def open_tar(downloads: Downloads, tar: str) -> TarIndex:
 
 
 def prepare_tars(tars: Sequence[str], downloads: Downloads) -> None:
-    """Download and index many tars at once, with progress; ``open_tar`` then finds each index, or its error."""
+    """Download and index many tars in parallel, with a progress bar; ``open_tar`` then finds each index."""
     remote = any(is_url(tar) for tar in tars)
     missing = [tar for tar in tars if find_index(_local_name(tar, downloads), downloads.folder) is None]
     if not missing or (len(missing) <= FEW and not remote):
@@ -112,4 +113,4 @@ def _prepare(downloads: Downloads, tar: str) -> None:
     try:
         open_tar(downloads, tar)
     except (BrokenShard, FileNotFoundError):
-        pass  # said again, in order, when the tar is opened
+        pass  # open_tar raises it again, in order of the shards

@@ -1,4 +1,4 @@
-"""The index of a tar: where the image, text and JSON of each sample lie, kept in a small file read by memory map."""
+"""The index of a tar: offset and size of each sample's image, text and JSON, in a small memory-mapped file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = 8  # offset and size of image, text, JSON and key
 
 @dataclass
 class TarIndex:
-    """The samples of one tar: a memory-mapped table, eight numbers a sample, and the keys."""
+    """The samples of one tar: a memory-mapped table, and the keys."""
 
     table: np.ndarray  # (samples, 8) int64: offset and size of image, text, JSON, key
     keys: np.ndarray  # (bytes,) uint8: all keys, UTF-8, one after another
@@ -35,32 +35,32 @@ class TarIndex:
 
 
 def open_index(tar: Path, spare_folder: Path) -> TarIndex:
-    """The index of ``tar``, built and kept first if ``find_index`` has none.
+    """The index of ``tar``, built and saved if ``find_index`` finds none.
 
-    It is kept beside the tar as ``.NAME.index``, or in ``spare_folder`` where the tar's folder can't be written.
-    Raises BrokenShard.
+    It is saved next to the tar as ``.NAME.index``, or in ``spare_folder`` if the tar's folder is read-only. Raises
+    BrokenShard.
     """
     index = find_index(tar, spare_folder)
     if index is not None:
         return index
     stamp = _stamp(tar)
     entries = group_samples(scan_tar(tar))
-    target, spare = _places(tar, spare_folder)
+    target, spare = _index_paths(tar, spare_folder)
     try:
         _save(target, entries, stamp)
     except OSError:  # a read-only folder or file system
         target = spare
         _save(target, entries, stamp)
     index = _load(target, stamp)
-    assert index is not None, f"{target} does not read back"
+    assert index is not None, f"{target} can't be read after writing"
     return index
 
 
 def find_index(tar: Path, spare_folder: Path) -> TarIndex | None:
-    """The index of ``tar`` if there is one that fits its size and time; of a tar that is not there, any."""
+    """The saved index of ``tar``: with the tar's size and time, or any if the tar does not exist; None without one."""
     stamp = _stamp(tar) if tar.exists() else {}
-    found = (_load(place, stamp) for place in _places(tar, spare_folder))
-    return next((index for index in found if index is not None), None)
+    indexes = (_load(path, stamp) for path in _index_paths(tar, spare_folder))
+    return next((index for index in indexes if index is not None), None)
 
 
 def _stamp(tar: Path) -> dict[str, int]:
@@ -68,14 +68,14 @@ def _stamp(tar: Path) -> dict[str, int]:
     return {"tar_size": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
 
 
-def _places(tar: Path, spare_folder: Path) -> tuple[Path, Path]:
-    """Where the index of ``tar`` may be: beside it, and in the spare folder."""
+def _index_paths(tar: Path, spare_folder: Path) -> tuple[Path, Path]:
+    """Paths of the index of ``tar``: next to it, and in the spare folder."""
     digest = hashlib.sha256(os.path.abspath(tar).encode()).hexdigest()[:16]
     return tar.with_name(f".{tar.name}.index"), spare_folder / f".{digest}-{tar.name}.index"
 
 
 def _save(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
-    """One line of JSON padded to a multiple of 8 bytes, the table, the keys."""
+    """Write one line of JSON padded to a multiple of 8 bytes, the table, and the keys."""
     names = [entry.key.encode() for entry in entries]
     sizes = np.array([len(name) for name in names], dtype=np.int64)
     table = np.zeros((len(entries), COLUMNS), dtype="<i8")
@@ -86,12 +86,12 @@ def _save(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
     blob = b"".join(names)
     head = json.dumps({**FORMAT, **stamp, "samples": len(entries), "key_bytes": len(blob)}).encode()
     head += b" " * (-(len(head) + 1) % 8) + b"\n"
-    with whole_file(path) as aside:
-        aside.write_bytes(head + table.tobytes() + blob)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(head + table.tobytes() + blob)
 
 
 def _load(path: Path, stamp: dict[str, int]) -> TarIndex | None:
-    """Map an index file, or None if there is none, it is of another tar or format, or is not whole."""
+    """A memory-mapped index file; None if it is missing, truncated, of another tar or of another format."""
     try:
         with open(path, "rb") as file:
             line = file.readline(4096)

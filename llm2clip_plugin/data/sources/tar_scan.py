@@ -1,6 +1,7 @@
-"""The members of a tar, from its headers alone, and the samples that they make up.
+"""The members of a tar, read from its headers alone, and the samples that they form.
 
-Member names are only compared and cut into key and extension; none is ever used as a path.
+``tarfile`` takes four times as long (0.75 s for 10,000 members, 0.19 s here) and reads a tar without an end mark as
+complete. Member names are split into key and extension and compared; none is used as a path.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ class Member(NamedTuple):
     """One regular file of a tar."""
 
     name: str
-    offset: int  # of its contents, bytes
+    offset: int  # bytes from the start of the tar to its contents
     size: int  # bytes
 
 
 class Entry(NamedTuple):
-    """One sample: (offset, size) of each part, offset ABSENT where there is none."""
+    """One sample: (offset, size) in bytes of each part; the offset is ABSENT for a missing one."""
 
     key: str
     image: tuple[int, int]
@@ -33,26 +34,26 @@ class Entry(NamedTuple):
 
 
 class BrokenShard(ValueError):  # noqa: N818
-    """A tar that can't be read to its end: which one, where, and what to do."""
+    """A tar that can't be read to its end: which one, at which byte, and what to do."""
 
 
 def scan_tar(path: str | os.PathLike[str]) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar (ustar, GNU and pax) from its headers alone.
 
-    Raises BrokenShard for a compressed file, a header whose checksum or sizes are wrong, a member cut short, or a
-    missing end mark (a writer that was killed at a member's border).
+    Raises BrokenShard for a compressed file, a header with a wrong checksum or size, a truncated member, or a missing
+    end mark (a writer that was killed between two members).
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
-            raise BrokenShard(f"{path} is empty; write the shard again or remove it")
+            raise BrokenShard(f"{path} is empty; rewrite or delete the shard")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             try:
                 yield from _scan(view, size, str(path))
             except BrokenShard:
                 raise
             except ValueError as error:
-                raise BrokenShard(f"{path}: {error}; write or copy it again, or remove it") from error
+                raise BrokenShard(f"{path}: {error}; rewrite, copy again or delete the shard") from error
 
 
 def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
@@ -71,10 +72,10 @@ def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
         if start + length > size:
             name = long_name or _name(header)
             raise BrokenShard(
-                f"{path} is cut short: {name!r} should end at byte {start + length}, the file has {size}; "
-                "download or write the shard again, or remove it"
+                f"{path} is truncated: {name!r} ends at byte {start + length}, the file has {size} bytes; "
+                "download again, rewrite or delete the shard"
             )
-        if kind in (b"L", b"x", b"g"):  # not files: a long name, or pax records, for the next header
+        if kind in (b"L", b"x", b"g"):  # a long name, or pax records, of the next header's member
             body = view[start : start + length]
             if kind == b"L":
                 long_name = body.rstrip(b"\0").decode("utf-8", "replace")
@@ -87,28 +88,26 @@ def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
             long_name, pax = "", {}
         offset = start + -(-length // BLOCK) * BLOCK
     raise BrokenShard(
-        f"{path} has no end mark after byte {offset}: its writer was stopped or the copy is cut short; "
-        "write or copy it again, or remove it"
+        f"{path} has no end mark after byte {offset}: its writer was killed or the copy is incomplete; "
+        "rewrite, copy again or delete the shard"
     )
 
 
 def _verify(header: bytes, offset: int, path: str) -> None:
-    """Raise BrokenShard unless the header's checksum is right: the sum of its bytes, its own field read as spaces."""
+    """BrokenShard unless the header's checksum is right: the sum of its bytes, with spaces in the checksum's field."""
     field = header[148:156]
     try:
         expected = _number(field)
     except ValueError:
         expected = -1
     if sum(header) - sum(field) + 8 * 32 != expected:
-        gzip = header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd"
-        hint = (
-            "it is compressed: unpack it to a plain .tar" if gzip else "not a tar, or damaged: write or copy it again"
-        )
-        raise BrokenShard(f"{path}: no tar header at byte {offset}; {hint}")
+        compressed = header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd"
+        hint = "compressed; decompress it to a plain .tar" if compressed else "not a tar or damaged; copy or rewrite it"
+        raise BrokenShard(f"{path}: no tar header at byte {offset}: {hint}")
 
 
 def _number(field: bytes) -> int:
-    """A tar number: octal text, or base 256 if the first bit is set."""
+    """A number of a header: octal text, or base 256 if the first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
@@ -138,18 +137,18 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension as WebDataset cuts them: at the first dot of the last component."""
+    """Key and lower-case extension, split as WebDataset does: at the first dot after the last slash."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def group_samples(members: Iterator[Member]) -> list[Entry]:
-    """Join the members that share a key into samples, in order of first appearance.
+    """Join the members with the same key into samples, in order of first appearance.
 
-    A key that comes back with a part it already has begins another sample of the same key, so nothing
-    is lost or overwritten; ``data check`` reports it. Hidden files (macOS's ``._x.jpg``) and parts other
-    than an image, .txt and .json are ignored.
+    A key whose part repeats starts another sample of the same key, so nothing is lost or overwritten; ``data check``
+    reports duplicate keys. Hidden files (macOS's ``._x.jpg``) and members other than an image, .txt and .json are
+    ignored.
     """
     samples: list[dict[str, tuple[int, int]]] = []
     keys: list[str] = []

@@ -9,8 +9,8 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.sources.remote import is_url
 from llm2clip_plugin.data.sources.shards import data_folder
+from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.stages.tower.config import RunConfig
 
 

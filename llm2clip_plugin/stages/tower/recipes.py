@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llm2clip_plugin
-from llm2clip_plugin.data.images import AugmentConfig
+from llm2clip_plugin.data.augment import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig
 from llm2clip_plugin.stages.paper import TEACHERS

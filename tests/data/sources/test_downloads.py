@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from data_world import DroppingServer, jpeg, serving, write_shards
 
-from llm2clip_plugin.data.sources import remote
+from llm2clip_plugin.data.sources import downloads as downloads_module
+from llm2clip_plugin.data.sources.downloads import Downloads
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.remote import Downloads, expand_braces
+from llm2clip_plugin.data.sources.urls import expand_braces
 
 BODY = os.urandom(300_000)
 
@@ -30,8 +31,8 @@ def test_braces() -> None:
 
 
 def test_a_dropped_download_resumes_by_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LARGEST_RANGE", 100_000)
-    monkeypatch.setattr(remote, "SMALLEST_RANGE", 20_000)
+    monkeypatch.setattr(downloads_module, "LARGEST_RANGE", 100_000)
+    monkeypatch.setattr(downloads_module, "SMALLEST_RANGE", 20_000)
     server = DroppingServer({"/a.tar": BODY}, drop_after=50_000, drops=3)
     with serving(server) as address:
         path = downloads(tmp_path).fetch(f"{address}/a.tar")
@@ -45,12 +46,12 @@ def test_a_dropped_download_resumes_by_range(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_came_is_kept_when_it_gives_up_and_used_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LARGEST_RANGE", 50_000)
-    monkeypatch.setattr(remote, "SMALLEST_RANGE", 50_000)
+    monkeypatch.setattr(downloads_module, "LARGEST_RANGE", 50_000)
+    monkeypatch.setattr(downloads_module, "SMALLEST_RANGE", 50_000)
     server = DroppingServer({"/a.tar": BODY}, drop_after=10_000)
     with serving(server) as address:
         asked = []
-        cat = remote._filesystem
+        cat = downloads_module.open_filesystem
 
         def dying(url: str):  # the connection is there for two ranges, then gone
             filesystem, path = cat(url)
@@ -58,7 +59,7 @@ def test_what_came_is_kept_when_it_gives_up_and_used_next_time(tmp_path: Path, m
             server.drops = 0 if len(server.requests) < 2 else 1000
             return filesystem, path
 
-        monkeypatch.setattr(remote, "_filesystem", dying)
+        monkeypatch.setattr(downloads_module, "open_filesystem", dying)
         server.drops = 0
         whole = server.answer
 
@@ -68,9 +69,9 @@ def test_what_came_is_kept_when_it_gives_up_and_used_next_time(tmp_path: Path, m
             whole(handler, body=body)
 
         server.answer = answer  # type: ignore[method-assign]
-        with pytest.raises(ConnectionError, match=r"gave up on .*at byte 100000 of 300000.*3 tries in a row"):
+        with pytest.raises(ConnectionError, match=r"3 times in a row: .*at byte 100000 of 300000.*rerun the same"):
             downloads(tmp_path, tries=3).fetch(f"{address}/a.tar")
-        assert names(tmp_path) == ["a.tar.partial", "a.tar.partial.json"]  # nothing bears the final name
+        assert names(tmp_path) == ["a.tar.partial", "a.tar.partial.json"]  # no file has the final name
         server.answer = whole  # type: ignore[method-assign]
         server.drops, server.requests = 0, []
         assert downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
@@ -78,12 +79,12 @@ def test_what_came_is_kept_when_it_gives_up_and_used_next_time(tmp_path: Path, m
 
 
 def fetch_slowly(arguments: tuple[Path, str]) -> None:
-    remote.LARGEST_RANGE = 1000
+    downloads_module.LARGEST_RANGE = 1000
     downloads(arguments[0]).fetch(arguments[1])
 
 
-def test_a_killed_download_goes_on_where_it_was(tmp_path: Path) -> None:
-    """SIGKILL in the middle: nothing bears the final name, no lock stays, and what had come is not asked for again."""
+def test_a_killed_download_resumes(tmp_path: Path) -> None:
+    """SIGKILL in the middle: no file has the final name, no lock remains, and no byte is requested again."""
     server = DroppingServer({"/a.tar": BODY})
     with serving(server) as address:
         process = multiprocessing.get_context("spawn").Process(
@@ -113,12 +114,12 @@ def test_a_partial_download_of_an_older_file_starts_again(tmp_path: Path) -> Non
 
 
 def test_a_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LARGEST_RANGE", 100_000)
+    monkeypatch.setattr(downloads_module, "LARGEST_RANGE", 100_000)
     with serving(DroppingServer({"/a.tar": BODY}, ranges=False)) as address:
         assert downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
 
 
-def test_a_missing_file_and_protocol_are_said_at_once(tmp_path: Path) -> None:
+def test_a_missing_file_and_an_unknown_protocol_are_not_retried(tmp_path: Path) -> None:
     server = DroppingServer({})
     with serving(server) as address, pytest.raises(FileNotFoundError, match=r"no file at http.*none\.tar"):
         downloads(tmp_path).fetch(f"{address}/none.tar")
@@ -126,16 +127,16 @@ def test_a_missing_file_and_protocol_are_said_at_once(tmp_path: Path) -> None:
         downloads(tmp_path).fetch("nosuch://x/a.tar")
 
 
-def test_a_server_that_is_away_is_asked_again(tmp_path: Path) -> None:
-    """fsspec calls a refused connection FileNotFoundError; it is no answer about the file."""
+def test_an_unreachable_server_is_retried(tmp_path: Path) -> None:
+    """fsspec raises FileNotFoundError for a refused connection, which says nothing about the file."""
     server = DroppingServer({"/a.tar": BODY})
     with serving(server) as address:
         pass
-    with pytest.raises(ConnectionError, match=r"gave up on http.*a\.tar: ClientConnector.*3 tries in a row failed"):
+    with pytest.raises(ConnectionError, match=r"failed 3 times in a row: http.*a\.tar: ClientConnector"):
         downloads(tmp_path, tries=3).fetch(f"{address}/a.tar")
 
 
-def test_old_downloads_make_room(tmp_path: Path) -> None:
+def test_least_recently_used_shards_are_evicted(tmp_path: Path) -> None:
     files = {f"/{number}.tar": bytes(1000) for number in range(4)}
     with serving(DroppingServer(files)) as address:
         there = downloads(tmp_path, limit_bytes=2500)
@@ -163,7 +164,7 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
 
 
 def test_shards_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads_module.time, "sleep", lambda seconds: None)
     folder = write_shards(tmp_path / "data", [2, 3])
     files = {f"/set/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
     server = DroppingServer(files, drop_after=5_000, drops=4)
@@ -171,7 +172,7 @@ def test_shards_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         config = SourceConfig(path=f"{address}/set/{{00000..00001}}.tar", cache_folder=str(tmp_path / "cache"))
         source = open_source(config)
         assert [(shard.name, shard.size) for shard in source.shards] == [("00000", 2), ("00001", 3)]
-        assert [source[i].image for i in range(5)] == [jpeg(i) for i in range(5)]
+        assert [source[i].read_image() for i in range(5)] == [jpeg(i) for i in range(5)]
     reopened = open_source(config)  # the server is gone: all is in the cache
     assert reopened[4] == source[4]
 
@@ -184,8 +185,8 @@ def test_shards_on_another_filesystem(tmp_path: Path) -> None:
         memory.pipe_file(f"/set/{path.name}", path.read_bytes())
     for url in ("memory://set/*.tar", "memory://set/"):
         source = open_source(SourceConfig(path=url, cache_folder=str(tmp_path / "cache")))
-        assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[2].image == jpeg(2)
-    with pytest.raises(FileNotFoundError, match="a server that can't list"):
+        assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[2].read_image() == jpeg(2)
+    with pytest.raises(FileNotFoundError, match="a server that doesn't list folders, name the files"):
         open_source(SourceConfig(path="memory://nothing/", cache_folder=str(tmp_path / "cache")))
 
 
@@ -193,13 +194,13 @@ def test_a_table_with_images_over_http(tmp_path: Path) -> None:
     table = b'{"id": "a", "image": "sub/1.jpg", "caption": "x"}\n{"id": "b", "image": "none.jpg", "caption": "y"}\n'
     with serving(DroppingServer({"/d/t.jsonl": table, "/d/sub/1.jpg": jpeg(1)}, drop_after=100, drops=1)) as address:
         source = open_source(SourceConfig(path=f"{address}/d/t.jsonl", cache_folder=str(tmp_path)))
-        assert source[0].image == jpeg(1)
+        assert source[0].read_image() == jpeg(1)
         with pytest.raises(ValueError, match=r"no image 'none\.jpg'"):
-            source[1]
+            source[1].read_image()
 
 
 def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
-    """Shards are fetched, thrown out and fetched again, in the loader's own processes; an index outlives its shard."""
+    """Shards are downloaded, evicted and downloaded again in the loader's processes; their indexes stay."""
     from llm2clip_plugin.data.images import ImageConfig
     from llm2clip_plugin.data.loader import PairDataset, make_loader
 
@@ -232,5 +233,5 @@ def test_a_shard_replaced_at_its_url_is_noticed(tmp_path: Path) -> None:
         local = open_source(config).config.downloads.local_path(config.path)
         local.unlink()
         files["/00000.tar"] = (write_shards(tmp_path / "b", [12]) / "00000.tar").read_bytes()
-        with pytest.raises(ValueError, match=r"bytes, \d+ when it was indexed: it was replaced"):
+        with pytest.raises(ValueError, match=r"was replaced: \d+ bytes, \d+ when it was indexed; delete "):
             open_source(config)[0]

@@ -2,14 +2,14 @@ import hashlib
 
 import pytest
 
-from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, count_empty, parse_fields, read_captions
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, hash_hex
+from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, read_captions
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, hash_hex, select_captions
 
 
 def test_fields_give_kind_and_language() -> None:
     fields = parse_fields(("txt=short", "detailed=long", "legende=short:fr"), "en")
     values = {"txt": " a dog \n", "detailed": "a brown dog on grass", "legende": "un chien", "url": "ignored"}
-    assert read_captions(values, fields) == (
+    assert read_captions(values, fields)[0] == (
         Caption("a dog", "short", "en"),
         Caption("a brown dog on grass", "long", "en"),
         Caption("un chien", "short", "fr"),
@@ -22,7 +22,7 @@ def test_lists_objects_and_languages_are_read_as_they_lie() -> None:
         "captions": ["one", "two", {"text": "a long one", "kind": "long"}, {"text": "Hund", "language": "de"}],
         "names": {"fr": "chien", "en": "dog"},
     }
-    assert read_captions(values, fields) == (
+    assert read_captions(values, fields)[0] == (
         Caption("one"),
         Caption("two"),
         Caption("a long one", "long"),
@@ -34,26 +34,25 @@ def test_lists_objects_and_languages_are_read_as_they_lie() -> None:
 
 def test_the_same_text_in_txt_and_json_is_one_caption() -> None:
     fields = parse_fields(DEFAULT_FIELDS, "en")
-    assert read_captions({"txt": "a cat\n", "caption": "a cat"}, fields) == (Caption("a cat"),)
+    assert read_captions({"txt": "a cat\n", "caption": "a cat"}, fields) == ((Caption("a cat"),), 0)
 
 
 def test_empty_captions_are_left_out_and_counted() -> None:
     fields = parse_fields(("captions=short",), "en")
     values = {"captions": ["", "  ", "text", None]}
-    assert read_captions(values, fields) == (Caption("text"),)
-    assert count_empty(values, fields) == 2
+    assert read_captions(values, fields) == ((Caption("text"),), 2)
 
 
 def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
-    (caption,) = read_captions({"txt": "a \ud83d\ude00 and \ud83d"}, parse_fields(("txt=short",), "en"))
+    ((caption,), _) = read_captions({"txt": "a \ud83d\ude00 and \ud83d"}, parse_fields(("txt=short",), "en"))
     assert caption.text == "a \U0001f600 and \ufffd"
     assert len(hash_hex(caption_hash(caption.text))) == 16
 
 
 def test_lone_surrogates_in_kind_and_language_are_replaced() -> None:
     values = {"txt": {"d\ud83d": "a"}, "caption": {"text": "b", "kind": "k\ud83d", "language": "\ud83d"}}
-    found = read_captions(values, parse_fields(("txt=short", "caption=short"), "en"))
-    assert found == (Caption("a", "short", "d\ufffd"), Caption("b", "k\ufffd", "\ufffd"))
+    captions, _ = read_captions(values, parse_fields(("txt=short", "caption=short"), "en"))
+    assert captions == (Caption("a", "short", "d\ufffd"), Caption("b", "k\ufffd", "\ufffd"))
 
 
 @pytest.mark.parametrize("fields", [("caption",), ("=short",), ("caption=",), (), ("a=short", "a=long")])
@@ -72,6 +71,14 @@ def test_caption_hash_is_the_start_of_sha256_as_a_signed_number() -> None:
     for text in ("a", "b", "c", "ß", ""):
         assert -(1 << 63) <= caption_hash(text) < 1 << 63
         assert hash_hex(caption_hash(text)) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_captions_are_selected_by_kind_and_language() -> None:
+    captions = (Caption("a"), Caption("b", "long"), Caption("c", "long", "de"))
+    assert select_captions(captions) == captions
+    assert select_captions(captions, kinds=("long",)) == captions[1:]
+    assert select_captions(captions, languages=("de", "fr")) == captions[2:]
+    assert select_captions(captions, ("short",), ("de",)) == ()
 
 
 def test_a_broken_sample_crosses_processes() -> None:

@@ -13,7 +13,7 @@ from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 @pytest.fixture
 def messy(tmp_path: Path) -> Path:
-    """Two shards that can be read, with one of each trouble; one cut short."""
+    """Two shards that can be read, with one of each trouble; one truncated."""
     folder = tmp_path / "messy"
     write_tar(folder / "00000.tar", img2dataset_members(0, 20))
     troubles = [
@@ -46,7 +46,7 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert status == 1 and not report["fit_for_training"]
     assert (report["samples"], report["shards"]) == (26, 2)
     assert [one["shard"] for one in report["broken_shards"]] == ["00002"]
-    assert "cut short" in report["broken_shards"][0]["reason"]
+    assert "no end mark" in report["broken_shards"][0]["reason"]
     assert [(one["shard"], one["key"]) for one in report["broken"]] == [
         ("00001", "cut"),
         ("00001", "lost"),
@@ -95,14 +95,14 @@ def test_what_training_refuses_is_named_once(tmp_path: Path, capsys: pytest.Capt
     status, report = checked(capsys, str(path), "--workers", workers)
     assert status == 1 and not report["fit_for_training"] and report["broken_share"] == 4 / 84
     assert [(one["shard"], one["key"], one["reason"].split(";")[0]) for one in report["broken"][:2]] == [
-        ("x", "five", "caption field 'caption' holds a int"),
-        ("x", "list", "caption field 'caption' holds a int"),
+        ("x", "five", "caption field 'caption' holds a value of type int"),
+        ("x", "list", "caption field 'caption' holds a value of type int"),
     ]
     assert [(one["shard"], one["key"]) for one in report["broken"][2:]] == [("x", "deep"), ("x", "cut")]
     assert "recursion" in report["broken"][2]["reason"] and "can't be decoded" in report["broken"][3]["reason"]
     assert report["without_captions"] == [] and report["images"]["whole"] == report["captions"] / 2 == 80
     source = open_source(SourceConfig(path=str(path)))
-    with pytest.raises(ValueError, match=r"[1-4] of 84 samples were broken"):  # as training would say
+    with pytest.raises(ValueError, match=r"[1-4] of 84 samples are broken"):  # as training would say
         list(islice(make_loader(PairDataset([source], [None], ImageConfig(size=32), seed=0), local_batch=21), 4))
 
 

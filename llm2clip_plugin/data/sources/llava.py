@@ -1,0 +1,43 @@
+"""LLaVA's pretraining JSON: a list of conversations, the first answer being the caption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.data.sources.base import SourceFormat
+from llm2clip_plugin.data.sources.rows import Rows, RowSource, pack_rows
+from llm2clip_plugin.data.sources.urls import has_suffix
+
+
+class LlavaSource(RowSource):
+    """The items with an image; items of text alone are no image-caption pairs."""
+
+    def read_rows(self, path: Path) -> Rows:
+        try:
+            items = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); rename a file of one object a line to .jsonl") from error
+        if not isinstance(items, list):
+            raise ValueError(f"{path} holds a {type(items).__name__}, expected LLaVA's list of conversations")
+        return pack_rows((n, item) for n, item in enumerate(items) if not isinstance(item, dict) or item.get("image"))
+
+    def values(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "gpt": first_answer(row)}
+
+
+def first_answer(row: dict[str, Any]) -> str:
+    """The first answer of a conversation without ``<image>`` placeholders; "" if there is none."""
+    for turn in row["conversations"]:
+        if turn["from"] == "gpt":
+            return turn["value"].replace("<image>", "").strip()
+    return ""
+
+
+SOURCE = SourceFormat(
+    name="llava",
+    help="LLaVA's .json file",
+    recognizes=lambda path: has_suffix(path, ".json"),
+    open=lambda config, broken_shards: LlavaSource(config),
+)

@@ -1,0 +1,1 @@
+"""The folders below import ``data_world``: pytest puts the folder of a conftest.py on sys.path."""
