@@ -1,4 +1,4 @@
-"""Global batches of pairs in order: a function of (seed, samples consumed), cut by rank."""
+"""Global batches of pairs, a function of (seed, samples consumed), and each rank's rows of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llm2clip_plugin.data.sampler import Mixture, hash_words, rank_rows, sample_
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.text.pairs import Pair, PairKind, PairSource
 
-SUBSTITUTES = 100  # samples tried in the place of one that has no pair of the batch's kind
+SUBSTITUTES = 100  # samples tried in place of one without a pair of the batch's kind
 
 
 class PairBatches:
-    """Global batches in order: ``batch(position)`` gives this rank's rows of the one that starts there."""
+    """``batch(position)`` gives this rank's rows of the global batch that starts there."""
 
     def __init__(
         self,
@@ -40,15 +40,14 @@ class PairBatches:
         small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
         if small:
             raise ValueError(
-                f"global_batch is {global_batch}, but {', '.join(small)} has fewer samples; a batch comes from one "
-                "source: lower it"
+                f"global_batch {global_batch} is larger than {', '.join(small)}; lower it, a batch has one source"
             )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.start(0)
 
     def start(self, position: int) -> Iterator[dict[str, Any]]:
-        """This rank's batches from ``position`` (samples consumed) on, without end."""
+        """This rank's endless batches from ``position`` (samples consumed) on."""
         while True:
             yield self.batch(position)
             position += self.global_batch
@@ -75,14 +74,14 @@ class PairBatches:
         }
 
     def _pair(self, number: int, index: int, epoch: int, kind: PairKind) -> Pair:
-        """The pair of a draw; a sample without one is replaced by the next that has one."""
+        """The pair of a draw; a sample without one is replaced by the next sample with one."""
         source = self.sources[number]
         for offset in range(min(SUBSTITUTES, len(source))):
             chosen = (index + offset) % len(source)
             pair = source.pair(chosen, kind, sample_rng(self.seed, epoch, number, chosen))
             if pair is not None:
                 return pair
-        raise ValueError(f"{source.path}: {SUBSTITUTES} samples from number {index} on have no pair {kind}")
+        raise ValueError(f"{source.path}: none of {SUBSTITUTES} samples from number {index} on has a pair {kind}")
 
     def _source_of(self, step: int) -> int:
         """The source of a global batch: drawn by weight x size, the same on every rank."""

@@ -1,7 +1,7 @@
 """Pairs of texts for caption-contrastive training: two captions of one image, or rows of a text-pair file.
 
-A batch is drawn from one source alone and, of a caption set, with one kind of pair (short against long, say), so
-that a batch's negatives are alike. What comes when is a function of (seed, samples consumed), as in data.sampler.
+A batch is drawn from one source and, from a caption set, with one kind of pair (short and long, say), so that its
+negatives are alike. The order is a function of (seed, samples consumed), as in data.sampler.
 """
 
 from __future__ import annotations
@@ -21,52 +21,53 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 
 PAIR_FORMATS = ("auto", "captions", "pairs", "text")
-LOOK_AT = 5000  # samples read before training, to tell a wrong configuration from a right one
-NO_GROUP = ""
+SURVEYED = 5000  # samples read before training, to detect a wrong configuration
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """What to train on, and which two texts make a pair."""
+    """Training data, and which two texts form a pair."""
 
-    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with a text a line
-    weights: tuple[float, ...] = ()  # how often a sample of each comes up; empty: all alike
+    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with one text a line
+    weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
     pair_format: str = "auto"  # auto | captions | pairs | text (each text with itself: unsupervised SimCSE by dropout)
     # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
     pair_kinds: tuple[str, ...] = ("short:long",)
-    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are lists with commas; so many items are drawn
-    group: str = NO_GROUP  # field of a sample's JSON: samples that share it are no negatives of each other
+    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; LOW to HIGH items are drawn
+    group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
     query_field: str = "query"  # of text-pair files
-    positive_field: str = "positive"  # of text-pair files; a text or a list of which the first is taken
+    positive_field: str = "positive"  # of text-pair files; a text, or a list whose first text is used
     negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
-    cut_queries: bool = False  # take queries over max_tokens, cut; else they stop the run before training
+    cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
     read: ReadConfig = field(default_factory=ReadConfig)  # how caption sets are read
 
     def __post_init__(self) -> None:
         if self.pair_format not in PAIR_FORMATS:
             raise ValueError(f"unknown pair_format {self.pair_format!r}; known: {', '.join(PAIR_FORMATS)}")
         if self.weights and len(self.weights) != len(self.data):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; give one each, or none")
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.data)} data sets; give one weight for each, or none"
+            )
         if any(not weight > 0 for weight in self.weights):
-            raise ValueError(f"weights {self.weights} must all be above 0")
+            raise ValueError(f"weights are {self.weights}, expected numbers above 0")
         parse_kinds(self.pair_kinds)
         parse_lists(self.lists)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts that mean the same thing, and perhaps one that only seems to."""
+    """Two texts with the same meaning, and optionally a hard negative."""
 
     key: str
     query: str
     positive: str
     negative: str = ""
-    group: str = ""  # pairs of one group are no negatives of each other
+    group: str = ""  # pairs of one group are not used as negatives of each other
 
 
 @dataclass(frozen=True)
 class PairKind:
-    """Which caption is the query and which the positive, and how often."""
+    """Kinds of the query and the positive caption, and how often they are drawn."""
 
     query: str
     positive: str
@@ -107,7 +108,7 @@ def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 class PairSource(ABC):
-    """Samples of which pairs are made."""
+    """Samples that pairs are made of."""
 
     def __init__(self, path: str, kinds: tuple[PairKind, ...]) -> None:
         self.path = path
@@ -119,7 +120,7 @@ class PairSource(ABC):
 
     @abstractmethod
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
-        """The pair of one sample, chosen by ``rng``; None if it has no pair of this kind."""
+        """A pair of one sample, chosen by ``rng``; None if it has none of this kind."""
 
     def __len__(self) -> int:
         return sum(self.sizes())
@@ -150,7 +151,7 @@ class CaptionPairs(PairSource):
         return Pair(sample.key, query, positive, group=str(sample.meta.get(self.group, "")) if self.group else "")
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
-        """One caption of a kind that isn't ``other``; "" if there is none."""
+        """A caption of a kind other than the text ``other``; "" if there is none."""
         texts = [caption.text for caption in select_captions(captions, (kind,)) if caption.text != other]
         if not texts:
             return ""
@@ -164,20 +165,19 @@ class CaptionPairs(PairSource):
 
 
 class TextPairs(PairSource):
-    """Rows of a JSON Lines file: query, positive, and perhaps a hard negative."""
+    """Rows of a JSON Lines file: query, positive, and optionally a hard negative."""
 
     def __init__(self, path: Path, config: PairsConfig) -> None:
         super().__init__(str(path), (PairKind("query", "positive"),))
         self.fields = (config.query_field, config.positive_field, config.negative_field)
         self.rows = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
         if not self.rows:
-            raise ValueError(f"{path} holds no rows")
+            raise ValueError(f"{path} has no rows")
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
             raise ValueError(
-                f"{path}, line {line}: no {self.fields[2]!r}, though other lines have one; "
-                "give it in all lines or in none"
+                f"{path}, line {line}: no {self.fields[2]!r}, which other lines have; give it in all lines or in none"
             )
 
     def sizes(self) -> list[int]:
@@ -194,7 +194,7 @@ class TextPairs(PairSource):
         for name, text in zip(self.fields[:2], texts[:2], strict=True):
             if not text:
                 has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{self.path}, line {line}: no text in field {name!r}; the line has {has}")
+                raise ValueError(f"{self.path}, line {line}: no text in field {name!r}; fields: {has}")
         return Pair(str(line), *texts)
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
@@ -202,13 +202,13 @@ class TextPairs(PairSource):
 
 
 class PlainTexts(PairSource):
-    """A text a line, paired with itself: dropout makes the two embeddings differ (Gao et al. 2021, SimCSE)."""
+    """One text a line, paired with itself: dropout makes the two embeddings differ (SimCSE, Gao et al. 2021)."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), (PairKind("text", "text"),))
         self.texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not self.texts:
-            raise ValueError(f"{path} holds no text")
+            raise ValueError(f"{path} has no text")
 
     def sizes(self) -> list[int]:
         return [len(self.texts)]
@@ -225,9 +225,9 @@ def first_text(value: Any) -> str:
 
 
 def open_pairs(config: PairsConfig) -> list[PairSource]:
-    """Every data set of the configuration. Raises FileNotFoundError, or ValueError naming what is wrong with which."""
+    """Every data set of the configuration. Raises FileNotFoundError or ValueError, naming the data set."""
     if not config.data:
-        raise ValueError("no data to train on; name captions or text pairs: llm2clip finetune-llm DATA ...")
+        raise ValueError("no training data; name captions or text pairs: llm2clip finetune-llm DATA ...")
     return [_open(path, config) for path in config.data]
 
 
@@ -257,52 +257,52 @@ def _detect(path: str, config: PairsConfig) -> str:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at a source's first samples shows."""
+    """Statistics of a source's first samples."""
 
     path: str
     samples: int
     usable: dict[str, int]  # kind of pair -> samples that have one
-    repeated: float  # share of pairs whose positive or query is also another sample's: false negatives, if not masked
-    pairs: tuple[Pair, ...]  # of the samples looked at
+    repeated: float  # fraction of pairs with a text that another sample has too: false negatives unless masked
+    pairs: tuple[Pair, ...]  # of these samples
 
     def lines(self) -> Iterator[str]:
-        """For the report before training."""
+        """The report before training."""
         for kind, usable in self.usable.items():
-            yield f"{self.path}: {usable} of {self.samples} samples looked at have a pair {kind}"
+            yield f"{self.path}: {usable} of the first {self.samples} samples have a pair {kind}"
         if self.repeated:
-            yield f"{self.path}: {self.repeated:.1%} of the pairs share a text with another sample; they are masked"
+            yield f"{self.path}: {self.repeated:.1%} of the pairs share a text with another sample and are masked"
 
 
 def survey(source: PairSource, config: PairsConfig) -> Survey:
-    """Look at the first samples of a source. Raises ValueError if a kind of pair is not to be had from any of them."""
-    looked = min(len(source), LOOK_AT)
+    """Read the first samples of a source. Raises ValueError if none of them has a pair of some kind."""
+    samples = min(len(source), SURVEYED)
     usable: dict[str, int] = {}
     texts: Counter[str] = Counter()
     pairs: list[Pair] = []
     first: list[Pair] = []
     for kind in source.kinds:
-        found = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(looked)]
-        kept = [pair for pair in found if pair is not None]
-        usable[str(kind)] = len(kept)
-        if not kept:
-            raise ValueError(_nothing_usable(source, kind, looked))
-        first = first or kept
-        pairs += kept
+        drawn = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)]
+        of_kind = [pair for pair in drawn if pair is not None]
+        usable[str(kind)] = len(of_kind)
+        if not of_kind:
+            raise ValueError(_nothing_usable(source, kind, samples))
+        first = first or of_kind
+        pairs += of_kind
     for pair in first:
         texts.update({pair.query, pair.positive})
     repeated = sum(texts[pair.query] > 1 or texts[pair.positive] > 1 for pair in first) / len(first)
-    return Survey(source.path, looked, usable, repeated, tuple(pairs))
+    return Survey(source.path, samples, usable, repeated, tuple(pairs))
 
 
-def _nothing_usable(source: PairSource, kind: PairKind, looked: int) -> str:
-    """Why no sample has such a pair: what kinds of captions there are."""
-    there: Counter[str] = Counter()
+def _nothing_usable(source: PairSource, kind: PairKind, samples: int) -> str:
+    """Why no sample has such a pair: the kinds of captions that they have."""
+    kinds: Counter[str] = Counter()
     if isinstance(source, CaptionPairs):
-        for number in range(looked):
-            there.update({caption.kind for caption in source.source.captions(number)[1]})
-    seen = ", ".join(f"{name} ({count})" for name, count in there.most_common()) or "none"
+        for number in range(samples):
+            kinds.update({caption.kind for caption in source.source.captions(number)[1]})
+    seen = ", ".join(f"{name} ({count})" for name, count in kinds.most_common()) or "none"
     return (
-        f"{source.path}: none of the first {looked} samples has two different captions {kind}; kinds of captions there "
-        f"(samples that have them): {seen}. Say which fields are captions with --fields and which kinds make a pair "
-        "with --pair-kinds"
+        f"{source.path}: none of the first {samples} samples has two different captions {kind}; kinds of captions "
+        f"(samples with them): {seen}. Set --fields to the fields that are captions and --pair-kinds to the kinds that "
+        "form a pair"
     )

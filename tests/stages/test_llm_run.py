@@ -336,9 +336,9 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
         (("--max-tokens", "8"), "prompt and template use"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries are longer than max_tokens 36"),
         (("--chat-template", "user", "--llm", str(bare)), "has no chat template; write it out"),
-        (("--fields", "label=short"), "kinds of captions there (samples that have them): none"),
+        (("--fields", "label=short"), "kinds of captions (samples with them): none"),
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
-        (("--global-batch", "64"), "has fewer samples"),
+        (("--global-batch", "64"), "global_batch 64 is larger than"),
         (("--resume", str(tmp_path)), "no checkpoint there"),
     ):
         assert main([*base, *more]) == 2, more

@@ -1,0 +1,106 @@
+"""A format of captioned images is one new file: it is listed, recognized, checked, embedded and trained on."""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from data_world import jpeg
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data import sources
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources.open import SourceConfig, detect_format, open_source
+from llm2clip_plugin.text.embed import embed_source
+
+CSV = '''"""CSV with a header row: its columns are the fields of a sample."""
+
+import csv
+from pathlib import Path
+
+from llm2clip_plugin.data.sources.base import SourceFormat
+from llm2clip_plugin.data.sources.rows import Rows, RowSource, pack_rows
+from llm2clip_plugin.data.sources.urls import has_suffix
+
+
+class CsvSource(RowSource):
+    def read_rows(self, path: Path) -> Rows:
+        with open(path, newline="", encoding="utf-8") as file:
+            return pack_rows(enumerate(csv.DictReader(file), 2))  # line 1 is the header
+
+
+SOURCE = SourceFormat(
+    name="csv",
+    help="a .csv file",
+    recognizes=lambda path: has_suffix(path, ".csv"),
+    open=lambda config, broken_shards: CsvSource(config),
+)
+'''
+TEACHER = TeacherIdentity(
+    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
+    layer=-1, prompt="", chat_template="", max_tokens=32, width=4,
+)  # fmt: skip
+
+
+class FakeEncoder:
+    """Embeds a text as its length."""
+
+    width, count_truncated, config = TEACHER.width, 0, SimpleNamespace(max_tokens=TEACHER.max_tokens)
+
+    def identity(self) -> TeacherIdentity:
+        return TEACHER
+
+    def encode(self, texts: list[str], **options: object) -> torch.Tensor:
+        return torch.tensor([[float(len(text))] * self.width for text in texts]).reshape(-1, self.width)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A .csv of four pictures, and the file that reads it in a folder of its own."""
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats" / "csv_rows.py").write_text(CSV)
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "formats")])
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    lines = ["id,image,caption", *(f'k{number},{number}.jpg,"a picture, number {number}"' for number in range(4))]
+    (tmp_path / "pictures.csv").write_text("\n".join(lines))
+    yield tmp_path / "pictures.csv"
+    sys.modules.pop("llm2clip_plugin.data.sources.csv_rows", None)
+
+
+def test_it_is_recognized_and_listed(table: Path) -> None:
+    assert detect_format(str(table)) == detect_format("https://host/x.csv?token=1") == "csv"
+    with pytest.raises(ValueError, match="known: auto, jsonl, llava, webdataset, csv"):
+        SourceConfig(path=str(table), format="parquet")
+    (table.parent / "x.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"choose one with --format \(jsonl: .*; csv: a \.csv file\)"):
+        detect_format(str(table.parent / "x.txt"))
+
+
+def test_help_lists_it(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "check", "--help"])
+    assert "csv: a .csv file" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_it_is_checked(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(table), "--workers", "2"]) == 0
+    assert "4 samples in 1 shards, 4 captions" in capsys.readouterr().out
+
+
+def test_it_is_embedded_and_trained_on(table: Path) -> None:
+    source = open_source(SourceConfig(path=str(table)))
+    encoder: Any = FakeEncoder()
+    manifest, _ = embed_source(source, encoder, table.parent / "cache", quiet=True)
+    assert manifest is not None and manifest.captions == 4
+    dataset = PairDataset([source], [EmbeddingCache.open(table.parent / "cache")], ImageConfig(size=16), seed=0)
+    (batch,) = islice(make_loader(dataset, local_batch=4, workers=1), 1)
+    assert sorted(batch["keys"]) == ["k0", "k1", "k2", "k3"]
+    assert batch["embeddings"][:, 0].tolist() == [float(len(caption)) for caption in batch["captions"]]
