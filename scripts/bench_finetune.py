@@ -25,9 +25,9 @@ import torch.nn.functional as F
 
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import trained_module
+from llm2clip_plugin.text.adapter import LoraSettings
 from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.lora import LoraSettings
 from llm2clip_plugin.text.pair_batches import PairBatches
 from llm2clip_plugin.text.pairs import Pair, PairsConfig, open_pairs
 from llm2clip_plugin.text.settings import EncoderConfig

@@ -1,66 +1,126 @@
-"""Putting a PEFT adapter on an LLM, with every tensor of it accounted for."""
+"""PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that holds one."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.contracts import ContractError, EncoderCard, whole_directory
 from llm2clip_plugin.text.files import ADAPTER_WEIGHTS
-from llm2clip_plugin.text.quiet import quiet_adapters
+from llm2clip_plugin.text.quiet import quiet_peft
 
+ALL_LINEAR = "all-linear"
 # An adapter trained on the model with its language head names the blocks one level deeper.
-WITH_HEAD = re.compile(r"^base_model\.model\.model\.")
+HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
 
 
-def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False):
-    """The LLM wrapped in the adapter of ``folder`` (a ``PeftModel``).
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """LoRA adapter of the LLM."""
 
-    Raises ContractError if the adapter doesn't fit: a tensor without a place, a place without a tensor, another shape.
-    Tensors of blocks that the encoder has dropped (an earlier layer is pooled) are left out.
+    r: int = 16  # rank
+    alpha: int = 32  # the update is scaled by alpha / r, or by alpha / sqrt(r) with rslora
+    dropout: float = 0.05  # dropout on the adapter's input
+    # names of the linear layers to adapt; all-linear: every linear layer of the blocks
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
+    rslora: bool = False  # rank-stabilized scale (Kalajdzievski 2023)
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"r {self.r} and alpha {self.alpha} must be at least 1, dropout {self.dropout} in [0, 1)")
+
+
+def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
+    """The LLM wrapped in a new LoRA adapter; only the adapter's parameters are trainable.
+
+    Raises ValueError for unknown target names, listing the known ones.
     """
-    quiet_adapters()
+    quiet_peft()
+    from peft import LoraConfig, PeftModel
+
+    linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)})
+    unknown = [name for name in settings.targets if name != ALL_LINEAR and name not in linear]
+    if unknown:
+        raise ValueError(f"unknown LoRA targets {unknown}; linear layers of this LLM: {', '.join(linear)}, all-linear")
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=linear if ALL_LINEAR in settings.targets else list(settings.targets),
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        bias="none",
+        base_model_name_or_path=base,
+    )
+    return PeftModel(llm, config)  # type: ignore[arg-type]
+
+
+def save_adapter(
+    wrapped: nn.Module, trained: dict[str, Tensor], card: EncoderCard, directory: Path, *, replace: bool = False
+) -> None:
+    """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``."""
+    from peft import get_peft_model_state_dict
+
+    with whole_directory(directory, replace=replace) as aside:
+        wrapped.peft_config["default"].save_pretrained(str(aside))  # type: ignore[index, union-attr, operator]
+        named = get_peft_model_state_dict(wrapped, state_dict=trained)
+        tensors = {name: tensor.contiguous() for name, tensor in named.items()}
+        save_file(tensors, str(aside / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+        card.write(aside / EncoderCard.FILE)
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False):
+    """The LLM wrapped in the adapter saved in ``folder`` (a ``PeftModel``).
+
+    Tensors of blocks above the pooled layer, which the model has dropped, are ignored. Raises ContractError if any
+    other tensor is missing, unexpected or of another shape.
+    """
+    quiet_peft()
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
     blocks = len(model.get_submodule("layers"))  # type: ignore[arg-type]
-    found = {
-        WITH_HEAD.sub("base_model.model.", name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()
-    }
-    kept = {name: tensor for name, tensor in found.items() if block_of(name) < blocks}
+    named = ((HEAD_PREFIX.sub("base_model.model.", n), t) for n, t in load_file(folder / ADAPTER_WEIGHTS).items())
+    saved = {name: tensor for name, tensor in named if block_number(name) < blocks}
     try:
         wrapped = PeftModel(model, config)
-        wanted = get_peft_model_state_dict(wrapped)
+        expected = get_peft_model_state_dict(wrapped)
     except ValueError as error:
         raise ContractError(f"{folder} does not fit {model.name_or_path}: {error}") from error
-    missing, unused = sorted(set(wanted) - set(kept)), sorted(set(kept) - set(wanted))
-    wrong = [name for name in kept if name in wanted and kept[name].shape != wanted[name].shape]
-    if missing or unused or wrong:
-        shapes = [f"{name} {tuple(kept[name].shape)}, expected {tuple(wanted[name].shape)}" for name in wrong]
+    missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+    shapes = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in saved.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    if missing or unexpected or shapes:
         raise ContractError(
-            f"{folder} is an adapter of another model than {model.name_or_path}: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unused)} unused {unused[:3]}, {len(wrong)} of another shape {shapes[:3]}"
+            f"{folder} does not fit {model.name_or_path}: {len(missing)} missing tensors {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
         )
-    set_peft_model_state_dict(wrapped, kept)
+    set_peft_model_state_dict(wrapped, saved)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
     return wrapped
 
 
-def block_of(name: str) -> int:
-    """The number of the transformer block that a tensor belongs to; -1 for none."""
-    found = BLOCK.search(name)
-    return int(found.group(1)) if found else -1
+def block_number(name: str) -> int:
+    """The transformer block that a tensor belongs to; -1 for none."""
+    match = BLOCK.search(name)
+    return int(match.group(1)) if match else -1
 
 
 def cast_adapter(wrapped, dtype: torch.dtype):
-    """The same model with the adapter's own weights in ``dtype``: no conversion of activations at every layer."""
+    """The model with the adapter's weights in ``dtype``, so that activations are not converted at every layer."""
     for name, parameter in wrapped.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -68,6 +128,6 @@ def cast_adapter(wrapped, dtype: torch.dtype):
 
 
 def merge(wrapped) -> PreTrainedModel:
-    """The LLM with the adapter added into its weights."""
+    """The LLM with the adapter merged into its weights."""
     with torch.no_grad():
         return wrapped.merge_and_unload()

@@ -1,23 +1,23 @@
-"""CaptionEncoder: captions in, embeddings out; the same for a caption whatever else is in its batch.
+"""CaptionEncoder: captions in, embeddings out; a caption's embedding does not depend on its batch.
 
 Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.progress import track
+from llm2clip_plugin.text.device import default_device, fastest_dtype
 from llm2clip_plugin.text.files import adapter_sha256, local_folder, weights_sha256
-from llm2clip_plugin.text.foreign import apply_sentence_transformers, is_sentence_transformers
 from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
 from llm2clip_plugin.text.post import load_post
+from llm2clip_plugin.text.sentence_transformers import apply_sentence_transformers, is_sentence_transformers
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
     build_frame,
@@ -29,43 +29,18 @@ from llm2clip_plugin.text.tokens import (
     tokenizer_identity,
 )
 
-CPU_TOKENS = 1024  # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
+# tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
+CPU_TOKENS = 1024
 GPU_TOKENS = 65536
-
-
-def default_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
-    """bfloat16 on a GPU that has it, else float32 or bfloat16 as a fifth of a second of matmuls tells.
-
-    CPUs differ by a factor of ten in bfloat16, both ways, and their flags don't say which.
-    """
-    if device.type != "cpu":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    rates = {dtype: matmul_rate(dtype, width) for dtype in (torch.float32, torch.bfloat16)}
-    return max(rates, key=lambda dtype: rates[dtype])
-
-
-def matmul_rate(dtype: torch.dtype, width: int, seconds: float = 0.1) -> float:
-    """Products a second of (256, width) @ (width, width) on the CPU."""
-    left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
-    product = torch.mm(left, right)  # the first call picks a kernel
-    started, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < seconds:
-        torch.mm(left, right, out=product)
-        count += 1
-    return count / passed
 
 
 class CaptionEncoder:
     """A frozen decoder LLM that embeds captions.
 
-    ``width``: W; ``config``: the settings in force, card applied, template literal; ``count_truncated``: captions that
-    ``encode`` has cut to ``max_tokens`` so far.
-    Tolerance of an embedding against the same caption alone: 1e-5 of its norm in float32, 2e-2 in bfloat16.
+    ``width``: W; ``config``: the effective settings, with the card's and a literal chat template;
+    ``count_truncated``: captions truncated to ``max_tokens`` so far.
+    An embedding differs from that of the caption alone by at most 1e-5 of its norm in float32, 2e-2 in bfloat16.
+    Raises ContractError if the adapter was trained on another LLM, or a setting contradicts the card.
     """
 
     def __init__(
@@ -82,12 +57,12 @@ class CaptionEncoder:
         self._weights_sha256 = weights_sha256(self.folder)
         if card is not None and card.base_sha256 not in ("", self._weights_sha256):
             raise ContractError(
-                f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., {config.llm} "
-                f"has {self._weights_sha256[:12]}...; give the LLM that it was trained on"
+                f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., but "
+                f"{config.llm} has {self._weights_sha256[:12]}...; pass the LLM that it was trained on"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         template = literal_template(self.tokenizer, config.chat_template)
-        self.config = replace_template(config, template)
+        self.config = dataclasses.replace(config, chat_template=template)
         self.frame = build_frame(self.tokenizer, template, config.prompt)
         self.query_frame = build_frame(self.tokenizer, template, config.query_prompt)
         auto = config.compute_dtype == "auto"
@@ -102,8 +77,11 @@ class CaptionEncoder:
         self.count_truncated = 0
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
-        """The LLM with its adapter. One that doesn't train is merged where that loses nothing (float32), and takes the
-        LLM's dtype where it would: a small change added to a bfloat16 weight may round to nothing."""
+        """The LLM with its adapter.
+
+        A frozen adapter is merged in float32. In half precision it stays separate, cast to the LLM's dtype: a small
+        change added to a bfloat16 weight may round to nothing.
+        """
         if adapter is None:
             return llm
         from llm2clip_plugin.text.adapter import attach_adapter, cast_adapter, merge
@@ -117,11 +95,11 @@ class CaptionEncoder:
 
     @property
     def pad_id(self) -> int:
-        """Padding token; any will do, it is masked."""
+        """Id of the padding token; its value does not matter, since padding is masked."""
         return self.tokenizer.pad_token_id or 0
 
     def identity(self) -> TeacherIdentity:
-        """Everything that decides an embedding: what caches and towers are tied to."""
+        """Everything that determines an embedding; caches and towers record it."""
         config = self.config
         return TeacherIdentity(
             llm=config.llm,
@@ -142,22 +120,22 @@ class CaptionEncoder:
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
-        """Token ids of each caption with template and prompt (or query prompt), cut to ``max_tokens``."""
+        """Token ids of each caption with template and prompt (or query prompt), truncated to ``max_tokens``."""
         frame = self.query_frame if query else self.frame
-        rows, cut = tokenize(self.tokenizer, frame, captions, self.config.max_tokens)
-        self.count_truncated += cut
+        rows, truncated = tokenize(self.tokenizer, frame, captions, self.config.max_tokens)
+        self.count_truncated += truncated
         return rows
 
     def lengths(self, captions: Sequence[str], *, query: bool = False) -> list[int]:
-        """Tokens of each caption with template and prompt (or query prompt), before any cut."""
+        """Tokens of each caption with template and prompt (or query prompt), before truncation."""
         frame = self.query_frame if query else self.frame
         frame.caption_budget(self.config.max_tokens)  # raises if there is none
-        uncut = token_ids(self.tokenizer, frame, captions) if captions else []
-        return [frame.size + len(ids) for ids in uncut]
+        untruncated = token_ids(self.tokenizer, frame, captions) if captions else []
+        return [frame.size + len(ids) for ids in untruncated]
 
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:
-        """(B, W) float32 on the CPU, of token rows as one batch padded on ``side``."""
+        """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch padded on ``side``."""
         frame = self.query_frame if query else self.frame
         frames = [frame] * len(rows)
         batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
@@ -169,32 +147,24 @@ class CaptionEncoder:
         captions: Sequence[str],
         *,
         tokens_per_batch: int = 0,
-        progress: str = "",
         query: bool = False,
+        on_batch: Callable[[int, int], object] | None = None,
     ) -> torch.Tensor:
         """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
 
         tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
-        progress: label of a bar on stderr; "" for none. query: put the query prompt before, not the prompt.
+        query: prepend the query prompt instead of the prompt.
+        on_batch: called after each batch with the captions done so far and in all, equal ones counted once.
         Captions are sorted by length, and equal ones are embedded once. Raises ValueError for a blank caption.
         """
         distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         embeddings_UW = torch.empty(len(distinct), self.width)
-        stream = self._stream(list(distinct), tokens_per_batch, query)
-        if progress:
-            stream = track(stream, total=len(distinct), label=progress, unit="captions")
-        for index, row_W in stream:
-            embeddings_UW[index] = row_W
-        return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
-
-    def _stream(self, captions: list[str], tokens_per_batch: int, query: bool) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and embedding of each caption, longest first."""
         budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        rows = self.tokenize(captions, query=query)
+        rows = self.tokenize(list(distinct), query=query)
+        done = 0
         for indices in length_batches([len(ids) for ids in rows], budget):
-            yield from zip(indices, self.embed_tokens([rows[index] for index in indices], query=query), strict=True)
-
-
-def replace_template(config: EncoderConfig, template: str) -> EncoderConfig:
-    """The configuration with its chat template written out."""
-    return EncoderConfig(**{**vars(config), "chat_template": template})
+            embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)
+            done += len(indices)
+            if on_batch is not None:
+                on_batch(done, len(distinct))
+        return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]

@@ -1,4 +1,4 @@
-"""Where an LLM's files are, and what their weights hash to."""
+"""The files of an LLM or adapter: found or downloaded, and hashed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_file, sha256_text, sha256_weights
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What of an adapter's configuration changes its output beside the weights.
+# Settings of an adapter that change its output; the rest of its configuration is left out of the hash.
 ADAPTER_SETTINGS = (
     "r",
     "lora_alpha",
@@ -25,35 +25,37 @@ ADAPTER_SETTINGS = (
 
 
 def local_folder(llm: str, revision: str = "") -> Path:
-    """The folder of an LLM: ``llm`` itself, or the Hub's snapshot of it, downloaded if it isn't here yet.
+    """The folder of an LLM: ``llm`` itself, or its snapshot from the Hub, downloaded unless it is cached.
 
-    Raises FileNotFoundError saying what was looked for, and where.
+    Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has it.
     """
     if not llm:
-        raise ValueError("no LLM is named; give --llm PATH_OR_HUB_ID")
+        raise ValueError("no LLM is given; set --llm PATH_OR_HUB_ID")
     if Path(llm).is_dir():
         if not (Path(llm) / "config.json").is_file():
-            raise FileNotFoundError(f"{llm} is a folder without config.json; expected a Hugging Face model folder")
+            raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
         return Path(llm)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(llm, revision=revision or None, allow_patterns=WANTED))
+        folder = Path(snapshot_download(llm, revision=revision or None, allow_patterns=SNAPSHOT_PATTERNS))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(llm, revision=revision or None, allow_patterns=["*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"LLM {llm!r} is neither a folder here nor to be had from the Hub: {reason}") from error
+        raise FileNotFoundError(
+            f"LLM {llm!r} is not a local folder and cannot be loaded from the Hub: {reason}"
+        ) from error
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in order of name; raises FileNotFoundError without any."""
+    """The weight files of a model folder, sorted by name; raises FileNotFoundError if there are none."""
     for pattern in WEIGHT_PATTERNS:
-        if found := sorted(folder.glob(pattern)):
-            return found
-    raise FileNotFoundError(f"{folder} has no weights; looked for {', '.join(WEIGHT_PATTERNS)}")
+        if paths := sorted(folder.glob(pattern)):
+            return paths
+    raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -65,19 +67,19 @@ def weights_sha256(folder: Path) -> str:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """SHA-256 over a PEFT adapter: its tensors, and the settings that scale or place them.
+    """SHA-256 over a PEFT adapter: its tensors and ``ADAPTER_SETTINGS``.
 
-    Raises FileNotFoundError for a folder that holds no adapter.
+    Raises FileNotFoundError for a folder without an adapter.
     """
     config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     for path in (config, weights):
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no PEFT adapter: {path.name} is missing")
+            raise FileNotFoundError(f"{folder} is not a PEFT adapter: {path.name} is missing")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ContractError(f"{config} is not valid JSON ({error})") from error
-    chosen = {name: settings.get(name) for name in ADAPTER_SETTINGS}
-    if isinstance(chosen["target_modules"], list):
-        chosen["target_modules"] = sorted(chosen["target_modules"])  # PEFT writes a set, in any order
-    return sha256_text(canonical_json([sha256_weights(weights), chosen]))
+    relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
+    if isinstance(relevant["target_modules"], list):
+        relevant["target_modules"] = sorted(relevant["target_modules"])  # PEFT writes a set, whose order is random
+    return sha256_text(canonical_json([sha256_weights(weights), relevant]))

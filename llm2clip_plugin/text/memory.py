@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
-from llm2clip_plugin.text.lora import LoraSettings, add_lora, is_linear
+from llm2clip_plugin.text.adapter import LoraSettings, add_lora
 from llm2clip_plugin.text.model import CaptionModel, is_decoder, keep_layers, refuse_length_dependent_rope
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.text.tokens import Batch
@@ -108,7 +108,9 @@ def shape_llm(
             llm.set_input_embeddings(nn.Embedding(1, text.hidden_size, dtype=dtype))
         llm.requires_grad_(False)
         parameters = sum(p.numel() for p in llm.parameters())
-        quantised = sum(p.weight.numel() for p in llm.modules() if is_linear(p)) if config.load_in_4bit else 0
+        quantised = (
+            sum(p.weight.numel() for p in llm.modules() if isinstance(p, nn.Linear)) if config.load_in_4bit else 0
+        )
         wrapped = add_lora(llm, lora, base=config.llm)
     wrapped = wrapped if precision == "fp32" else wrapped.to(dtype)
     adapted = {n.partition(".lora_")[0].rpartition(".")[2] for n, p in wrapped.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Centring and whitening: done to every embedding after pooling, fitted once on captions, kept beside the card.
+"""Centering and whitening of embeddings after pooling, fitted on captions and saved in the folder of the card.
 
 Shape letters: N captions, W embedding width.
 """
@@ -17,7 +17,7 @@ from llm2clip_plugin.contracts import ContractError, EncoderCard, sha256_weights
 
 POST_FILE = "llm2clip_post.safetensors"
 PostKind = Literal["none", "centre", "whiten"]
-# added to every variance, as a share of their mean: directions in which captions hardly differ are not blown up
+# fraction of the mean variance that is added to every variance, so that nearly constant directions are not blown up
 SHRINKAGE = 0.01
 
 
@@ -26,31 +26,31 @@ class Post:
     """embedding -> (embedding - mean) @ matrix."""
 
     mean_W: Tensor
-    matrix_WW: Tensor | None = None  # None: centring alone
+    matrix_WW: Tensor | None = None  # None: only centering
 
     def __call__(self, embeddings_NW: Tensor) -> Tensor:
         """(N, W) float32 -> (N, W)."""
-        centred_NW = embeddings_NW - self.mean_W
-        return centred_NW if self.matrix_WW is None else centred_NW @ self.matrix_WW
+        centered_NW = embeddings_NW - self.mean_W
+        return centered_NW if self.matrix_WW is None else centered_NW @ self.matrix_WW
 
     def save(self, folder: Path) -> str:
-        """Write the file; returns its hash, for the card."""
+        """Write POST_FILE into ``folder``; returns its hash, which the card records."""
         tensors = {"mean": self.mean_W} | ({} if self.matrix_WW is None else {"matrix": self.matrix_WW})
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / POST_FILE))
         return sha256_weights(folder / POST_FILE)
 
 
 def fit_post(embeddings_NW: Tensor, kind: PostKind) -> Post | None:
-    """Mean and, to whiten, the symmetric matrix (ZCA) that gives the captions' embeddings equal variance every way.
+    """The mean and, to whiten, the symmetric matrix (ZCA) that gives (N, W) embeddings equal variance everywhere.
 
-    Raises ValueError for too few captions to estimate that.
+    None for kind "none". Raises ValueError for too few captions: whitening needs 2 W.
     """
     if kind == "none":
         return None
     count, width = embeddings_NW.shape
     least = 2 * width if kind == "whiten" else 2
     if count < least:
-        raise ValueError(f"{kind} needs {least} different captions at least, the data has {count}")
+        raise ValueError(f"{kind} needs at least {least} distinct captions, but the data has {count}")
     mean_W = embeddings_NW.double().mean(dim=0)
     if kind == "centre":
         return Post(mean_W.float())
@@ -60,15 +60,15 @@ def fit_post(embeddings_NW: Tensor, kind: PostKind) -> Post | None:
 
 
 def load_post(folder: Path, card: EncoderCard | None) -> Post | None:
-    """What the card asks for; ContractError if the file is missing or not the card's."""
+    """The centering or whitening that the card names; raises ContractError if its file is missing or another one."""
     if card is None or not card.post_sha256:
         return None
     path = folder / POST_FILE
     if not path.is_file():
-        raise ContractError(f"{path} is missing: the card beside it asks for it; copy the whole folder")
-    if (found := sha256_weights(path)) != card.post_sha256:
+        raise ContractError(f"{path} is missing, but {EncoderCard.FILE} refers to it; copy the complete folder")
+    if (actual := sha256_weights(path)) != card.post_sha256:
         raise ContractError(
-            f"{path} has SHA-256 {found}, its card says {card.post_sha256}; copy the whole folder again"
+            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} says {card.post_sha256}; copy the folder again"
         )
     tensors = load_file(path)
     return Post(tensors["mean"], tensors.get("matrix"))

@@ -1,12 +1,29 @@
-"""Keep libraries' remarks about things that this package has settled off the terminal."""
+"""Silence warnings of libraries about things that this package handles."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
 
 
-def quiet_adapters() -> None:
-    """peft asks after a renamed attribute of transformers, bitsandbytes after kernels from the Hub: neither matters."""
+def quiet_peft() -> None:
+    """Silence peft about an attribute that transformers renamed, and bitsandbytes about kernels from the Hub."""
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Captions to tokens: template and prompt around each, captions cut to the maximum, batches by token budget.
+"""Captions to tokens: template and prompt around each, truncation, batches by token budget.
 
 Shape letters: B captions of a batch, T tokens of its longest.
 """
@@ -13,8 +13,8 @@ import torch
 
 from llm2clip_plugin.text.settings import CAPTION
 
-PROBE = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # what a tokenizer's identity is taken over
-TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template writes the day's date; an embedding must not depend on the day
+PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
+TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Frame:
 
     head: tuple[int, ...]  # before the caption, BOS included
     tail: tuple[int, ...]  # after it
-    lead: str  # white space that belongs to the caption's first word, as in "Query: " + caption
+    lead: str  # the prompt's trailing spaces, tokenized with the caption's first word, as in "Query: " + caption
     has_bos: bool  # whether head starts with the beginning-of-text token
 
     @property
     def size(self) -> int:
-        """Tokens besides the caption's."""
+        """Number of tokens around the caption."""
         return len(self.head) + len(self.tail)
 
     def caption_budget(self, max_tokens: int) -> int:
-        """Tokens left for a caption; raises ValueError if there are none."""
+        """Number of tokens left for a caption; raises ValueError if there are none."""
         if max_tokens <= self.size:
             raise ValueError(
                 f"prompt and template use {self.size} tokens and max_tokens is {max_tokens}, which leaves none for the "
@@ -43,48 +43,53 @@ class Frame:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tokens, and which of them are pooled."""
+    """A padded batch of token ids, and which of them are pooled."""
 
     input_ids: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64, 1 on tokens
-    position_ids: torch.Tensor  # (B, T) int64, each caption counted from 0 whatever the padding side
-    pool_mask: torch.Tensor  # (B, T) bool, on the tokens that are pooled
+    position_ids: torch.Tensor  # (B, T) int64, from 0 at each caption's first token on either padding side
+    pool_mask: torch.Tensor  # (B, T) bool, True on tokens that are pooled
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
+        """The batch on ``device``."""
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def literal_template(tokenizer, chat_template: str) -> str:
-    """The chat template as a text with {caption} in it; "" for none. Raises ValueError if the tokenizer has none."""
+    """The chat template as a text with {caption} in it; "" for none.
+
+    Raises ValueError if the tokenizer has no chat template, or one that changes the user's text.
+    """
     if chat_template != "user":
         return chat_template
     if not tokenizer.chat_template:
         raise ValueError(
             f"chat_template is 'user', but the tokenizer of {tokenizer.name_or_path} has no chat template; "
-            f"write it out, as in '<|user|>{CAPTION}<|end|>', or leave it empty"
+            f"write one out, as in '<|user|>{CAPTION}<|end|>', or leave it empty"
         )
     turn = [{"role": "user", "content": CAPTION}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)
     if text.count(CAPTION) != 1:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} does not hold the text once: {text!r}")
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} must contain the user's text once, unchanged: {text!r}"
+        )
     return text
 
 
 def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     """The tokens around a caption, from a literal template ("" for none) and a prompt.
 
-    Without a template the tokenizer's own special tokens go around; a template brings its own end, and gets the
-    tokenizer's beginning if it doesn't start with it. White space at the end of the prompt is tokenized with the
-    caption, as it would be in running text.
+    Without a template these are the tokenizer's special tokens. A template replaces the special tokens at the end, and
+    keeps those at the beginning unless it starts with them itself. Spaces at the end of the prompt are tokenized with
+    the caption, as in running text.
     """
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
-    begin, end = dressed[:start], dressed[start + len(bare) :]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+    begin, end = framed[:start], framed[start + len(plain) :]
     before, _, after = template.partition(CAPTION)
     if template and begin and before.startswith(tokenizer.decode(begin)):
-        begin = []  # the template writes it itself
+        begin = []  # the template contains them
     text = before + prompt
     lead = text[len(text.rstrip(" ")) :]
     head = begin + tokenizer(text[: len(text) - len(lead)], add_special_tokens=False)["input_ids"]
@@ -94,20 +99,20 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
 
 
 def tokenize(tokenizer, frame: Frame, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
-    """Token ids of each framed caption, and how many captions were cut to ``max_tokens``.
+    """Token ids of each framed caption, and how many captions were truncated to ``max_tokens``.
 
-    A caption that spells a special token ("</s>") is read as plain text. Raises ValueError for a blank caption, and if
+    The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a blank caption, and if
     the frame alone fills ``max_tokens``.
     """
     budget = frame.caption_budget(max_tokens)
     for index, caption in enumerate(captions):
         if not caption.strip():
-            raise ValueError(f"caption {index} of {len(captions)} is blank: nothing to embed")
+            raise ValueError(f"caption {index} of {len(captions)} is blank")
     if not captions:
         return [], 0
-    uncut = token_ids(tokenizer, frame, captions)
-    rows = [[*frame.head, *ids[:budget], *frame.tail] for ids in uncut]
-    return rows, sum(len(ids) > budget for ids in uncut)
+    untruncated = token_ids(tokenizer, frame, captions)
+    rows = [[*frame.head, *ids[:budget], *frame.tail] for ids in untruncated]
+    return rows, sum(len(ids) > budget for ids in untruncated)
 
 
 def token_ids(tokenizer, frame: Frame, captions: Sequence[str]) -> list[list[int]]:
@@ -119,9 +124,9 @@ def token_ids(tokenizer, frame: Frame, captions: Sequence[str]) -> list[list[int
 def collate(
     rows: Sequence[Sequence[int]], frames: Sequence[Frame], *, pad_id: int, include_bos: bool, side: str = "right"
 ) -> Batch:
-    """Pad rows of token ids, each with its frame, to one (B, T) batch on ``side``.
+    """Pad rows of token ids, each with its frame, to one (B, T) batch on ``side`` ("left" or "right").
 
-    Head tokens are left out of the pooling, BOS as asked.
+    The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
     """
     longest = max(map(len, rows))
     shape = (len(rows), longest)
@@ -142,9 +147,9 @@ def collate(
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, each of at most ``tokens_per_batch`` tokens with its padding.
+    """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding included.
 
-    Longest first: memory is short at once or never, and the time left is not too hopeful.
+    Longest first: a lack of memory shows at once, and the estimate of the time left is not too low.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     start = 0
@@ -155,6 +160,6 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
 
 
 def tokenizer_identity(tokenizer) -> str:
-    """16 hexadecimal characters: what the tokenizer makes of a fixed text, so a re-saved file keeps its identity."""
-    ids = tokenizer(PROBE)["input_ids"]
+    """16 hexadecimal characters that hash the token ids of a fixed text, so a re-saved tokenizer keeps its identity."""
+    ids = tokenizer(PROBE_TEXT)["input_ids"]
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

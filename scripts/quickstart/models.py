@@ -269,7 +269,7 @@ def machine(written: Path) -> dict[str, Any]:
     """The number of GPUs, and the dtype that is fastest here: measured once, since caches depend on it."""
     import torch
 
-    from llm2clip_plugin.text.encoder import fastest_dtype
+    from llm2clip_plugin.text.device import fastest_dtype
 
     known = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -37,7 +37,7 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["embed", "https://host/a.tar", "--llm", "x"], "say where the cache goes with --cache DIR"),
+        (["embed", "https://host/a.tar", "--llm", "x"], "is not a local folder; set --cache DIR"),
         (["embed", "/data", "--llm", "x", "--dtype", "fp8"], "unknown cache dtype 'fp8'; known: float16, int8"),
         (["train-tower", "--data.path", "https://host/a.tar"], "--data.cache DIR"),
     ],

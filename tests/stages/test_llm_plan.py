@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
+from llm2clip_plugin.text.adapter import LoraSettings, add_lora
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.lora import LoraSettings, add_lora
 from llm2clip_plugin.text.memory import NF4_BYTES, SHAPES, kept_by_token, llm_config, model_of, shape_llm
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.memory import rank_bytes

@@ -20,7 +20,7 @@ from llm2clip_plugin.data.sources import rows as row_sources
 from llm2clip_plugin.data.sources.open import Shard, SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.stages.embed.command import parse
-from llm2clip_plugin.text.embed import embed_source, share
+from llm2clip_plugin.text.embed import embed_source, shards_of_rank
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -53,8 +53,8 @@ def teacher(llama: Path) -> CaptionEncoder:
 
 def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: Path) -> None:
     source = open_source(write_tars(tmp_path / "data", 3, 8))
-    manifest, tally = embed_source(source, teacher, tmp_path / "cache", quiet=True)
-    assert manifest is not None and manifest.complete and manifest.captions == tally.captions == 48
+    manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
+    assert manifest is not None and manifest.complete and manifest.captions == summary.captions == 48
     cache = EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=teacher.identity().fingerprint)
     cache.check(source)
     for number in (0, 9, 23):
@@ -67,18 +67,18 @@ def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: P
 def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: CaptionEncoder, tmp_path: Path) -> None:
     source = open_source(write_tars(tmp_path / "data", 5, 4))
     whole, _ = embed_source(source, teacher, tmp_path / "one", quiet=True)
-    first, tally0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
+    first, summary0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
     assert first is None
     with pytest.raises(ContractError, match="incomplete"):
         EmbeddingCache.open(tmp_path / "two")
-    second, tally1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
-    assert second == whole and tally0.shards + tally1.shards == 5
+    second, summary1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
+    assert second == whole and summary0.shards + summary1.shards == 5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
     shards = [Shard(f"{i}", size, 0) for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])]
-    shares = [share(shards, rank, world) for rank in range(world)]
+    shares = [shards_of_rank(shards, rank, world) for rank in range(world)]
     assert sorted(shard.name for part in shares for shard in part) == sorted(shard.name for shard in shards)
     loads = [sum(shard.size for shard in part) for part in shares]
     assert max(loads) <= sum(loads) / world + 900
@@ -91,8 +91,8 @@ def test_second_run_embeds_only_what_is_not_whole(teacher: CaptionEncoder, tmp_p
     before = {path.name: path.read_bytes() for path in files}
     files[0].unlink()
     files[1].write_bytes(before[files[1].name][:-7])
-    manifest, tally = embed_source(source, teacher, tmp_path / "cache", quiet=True)
-    assert (tally.shards, tally.skipped) == (2, 2) and manifest is not None
+    manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
+    assert (summary.shards, summary.skipped) == (2, 2) and manifest is not None
     assert {path.name: path.read_bytes() for path in files} == before
 
 
@@ -105,8 +105,8 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
     changed = open_source(SourceConfig(path=str(folder)))
     with pytest.raises(ContractError, match=r"5 samples in .* 4 when it was embedded"):
         EmbeddingCache.open(tmp_path / "cache").check(changed)
-    _, tally = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
-    assert (tally.shards, tally.skipped) == (1, 1)
+    _, summary = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
+    assert (summary.shards, summary.skipped) == (1, 1)
     EmbeddingCache.open(tmp_path / "cache").check(changed)
 
 
@@ -153,13 +153,13 @@ def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys
     command = ["embed", str(data / "pairs.jsonl"), "--llm", str(llama), "--max-tokens", "32", "--dtype", "int8"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "1 captions were longer than 32 tokens and were cut" in said
-    assert "2 samples have no readable caption (empty, line 4 ...)" in said
+    assert "1 captions truncated to 32 tokens" in said
+    assert "2 samples without a readable caption (empty, line 4)" in said
     (directory,) = data.glob("embeddings-*")
     assert CacheManifest.read(directory / "manifest.json").shards["pairs"]["truncated"] == 1
     assert EmbeddingCache.open(directory).rows("pairs", 2, [Caption("a boat")]).shape == (1, 32)
     assert main([*command, "--verify"]) == 0
-    assert "is whole: 1 shards, 2 captions, 32 wide, int8" in capsys.readouterr().out
+    assert "is complete: 1 shards, 2 captions, 32 wide, int8" in capsys.readouterr().out
 
 
 def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_path: Path, capsys) -> None:
@@ -186,7 +186,7 @@ def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: py
     assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
     capsys.readouterr()
     assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2
-    assert "say where the cache goes with --cache DIR" in capsys.readouterr().err
+    assert "is not a local folder; set --cache DIR" in capsys.readouterr().err
 
 
 def embed_command(data: Path, llm: Path, cache: Path) -> list[str]:

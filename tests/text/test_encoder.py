@@ -70,7 +70,7 @@ def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
     for layer in (0, 1, -2, -1, 2):
         found = encoder(any_llm, attention="causal", layer=layer).encode(["a red bicycle"])
         assert close(found, states[layer].mean(dim=1)), layer
-    with pytest.raises(ValueError, match=r"layer 3 .* 0 \(embeddings\) to 2"):
+    with pytest.raises(ValueError, match=r"layer 3 is out of range: .* 0 \(embeddings\) to 2"):
         encoder(any_llm, layer=3)
 
 
@@ -114,7 +114,7 @@ def test_chat_template_is_written_out(llama: Path) -> None:
 
 def test_template_that_the_tokenizer_lacks(make_llm, tmp_path: Path) -> None:
     llm = make_llm(tmp_path / "plain", "llama", template=False)
-    with pytest.raises(ValueError, match="has no chat template; write it out"):
+    with pytest.raises(ValueError, match="has no chat template; write one out"):
         encoder(llm, chat_template="user")
 
 
@@ -171,9 +171,9 @@ def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: 
 
 
 def test_bad_models_are_named(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(ValueError, match="no LLM is named"):
+    with pytest.raises(ValueError, match="no LLM is given"):
         CaptionEncoder(EncoderConfig())
-    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; expected a Hugging Face"):
         encoder(tmp_path)
     with pytest.raises(ValueError, match="unknown pooling 'max'; known: mean, last"):
         encoder(llama, pooling="max")

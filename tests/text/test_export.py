@@ -73,8 +73,8 @@ def test_sentence_transformers_gives_the_same(llama: Path, tmp_path: Path, setti
     [
         ({"chat_template": "user"}, "a chat template"),
         ({"layer": 1}, "layer 1"),
-        ({"include_bos": False}, "BOS left out without a prompt"),
-        ({"query_prompt": "Query:\n"}, "BOS in the mean beside a prompt"),
+        ({"include_bos": False}, "leaving BOS out without a prompt"),
+        ({"query_prompt": "Query:\n"}, "pooling BOS but not the prompt"),
         ({"prompt": "A: ", "query_prompt": "B: ", "include_bos": False}, "a prompt that ends in a space"),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_sentence_transformers_cannot_carry(llama: Path, tmp_path: Path, se
 
 def test_four_bit_is_refused(llama: Path, tmp_path: Path) -> None:
     config = ExportConfig(output=str(tmp_path / "m"), encoder=EncoderConfig(llm=str(llama), load_in_4bit=True))
-    with pytest.raises(ValueError, match="4-bit weights can't take an adapter in"):
+    with pytest.raises(ValueError, match="an adapter cannot be merged into 4-bit weights"):
         export_llm(config)
 
 
@@ -123,7 +123,7 @@ def test_centring_and_whitening_travel_with_the_card(llama: Path, tmp_path: Path
         assert spread.max() < 1.01 and spread.median() > 0.3  # shrunk where captions hardly differ
     assert found.identity().post and found.identity().fingerprint != plain.identity().fingerprint
     (tmp_path / "out" / "llm2clip_post.safetensors").unlink()
-    with pytest.raises(ContractError, match="is missing: the card beside it asks for it"):
+    with pytest.raises(ContractError, match=r"is missing, but llm2clip_encoder\.json refers to it"):
         CaptionEncoder(EncoderConfig(**where), "cpu")
 
 
@@ -131,9 +131,9 @@ def test_post_needs_data(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     command = ["export-llm", "--llm", str(llama), "--output", str(tmp_path / "out"), "--post", "whiten"]
     few = str(write_captions(tmp_path / "few.jsonl", 8))
     for more, said in (
-        ([], "give both or neither"),
-        (["--post-data", few], "whiten needs 64 different captions at least, the data has 8"),
-        (["--post-data", few, "--layout", "adapter"], "none is named"),
+        ([], "set both or neither"),
+        (["--post-data", few], "whiten needs at least 64 distinct captions, but the data has 8"),
+        (["--post-data", few, "--layout", "adapter"], "layout adapter needs an adapter"),
     ):
         assert main([*command, *more]) == 2
         assert said in capsys.readouterr().err

@@ -19,7 +19,7 @@ def embed_captions(config: EmbedConfig) -> list[str]:
     """Embed this rank's shards; returns the report as lines. Ranks meet only in the file system."""
     rank, world = rank_and_world()
     source, encoder, directory = open_all(config)
-    manifest, tally = embed_source(
+    manifest, summary = embed_source(
         source,
         encoder,
         directory,
@@ -30,7 +30,7 @@ def embed_captions(config: EmbedConfig) -> list[str]:
         quiet=rank != 0,
     )
     prefix = f"rank {rank}: " if world > 1 else ""
-    lines = [prefix + line for line in tally.lines(encoder.config.max_tokens)]
+    lines = [prefix + line for line in summary.lines(encoder.config.max_tokens)]
     if manifest is not None:
         lines.append(
             f"{directory}: {manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}, complete"

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.paper import TEACHERS
+from llm2clip_plugin.text.adapter import LoraSettings
 from llm2clip_plugin.text.contrast import ContrastConfig
-from llm2clip_plugin.text.lora import LoraSettings
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.optim import OptimConfig

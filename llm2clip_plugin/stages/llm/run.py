@@ -17,9 +17,9 @@ from llm2clip_plugin.evaluate.captions import measure_captions
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
+from llm2clip_plugin.text.adapter import add_lora, save_adapter
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.lora import add_lora, save_adapter
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
 from llm2clip_plugin.text.pairs import Survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS
