@@ -1,12 +1,12 @@
 """The ``llm2clip`` command: a table of commands, each imported when it is called.
 
-The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None``
-in the module of its subject; what a user got wrong arrives here as ValueError, what the machine refused (files,
-rights, space, connections) as OSError, and leaves as one ``error:`` line and exit status 2. A loss that is no number
-leaves as one line of rank 0 and exit status 1 on every rank.
+The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None`` in a module of its
+own. ValueError (wrong input) and OSError (files, permissions, disk space, connections) end as one ``error:`` line and
+exit status 2; a non-finite loss as one line from rank 0 and exit status 1 on every rank.
 """
 
 import atexit
+import difflib
 import importlib
 import os
 import sys
@@ -16,81 +16,92 @@ from llm2clip_plugin.train.errors import NonFiniteLossError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
-    "doctor": ("llm2clip_plugin.doctor", "main", "what this environment lacks, and the command that mends it"),
+    "doctor": ("llm2clip_plugin.doctor", "main", "check this environment and show how to fix problems"),
     "data check": (
         "llm2clip_plugin.data.check.command",
         "main",
-        "read a data set once and report what is in it and what is broken",
+        "read a data set once; report its contents and problems",
     ),
     "pretrain-llm": (
         "llm2clip_plugin.stages.llm.command",
         "main_pretrain",
-        "optional warm-up of an LLM: guess masked tokens",
+        "optional warm-up: masked next-token prediction (MNTP)",
     ),
     "finetune-llm": (
         "llm2clip_plugin.stages.llm.command",
         "main",
-        "stage 1: teach an LLM to tell captions apart (LoRA, QLoRA)",
+        "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
     ),
-    "export-llm": ("llm2clip_plugin.text.export", "main", "a tuned LLM as merged weights or for sentence-transformers"),
-    "embed": ("llm2clip_plugin.stages.embed.command", "main", "stage 1.5: cache the teacher's caption embeddings"),
+    "export-llm": (
+        "llm2clip_plugin.text.export",
+        "main",
+        "export a fine-tuned LLM: merged weights or sentence-transformers",
+    ),
+    "embed": (
+        "llm2clip_plugin.stages.embed.command",
+        "main",
+        "stage 1.5: cache the caption embeddings of the teacher LLM",
+    ),
     "train-tower": (
         "llm2clip_plugin.stages.tower.command",
         "main",
-        "stage 2: train the vision tower against the cache",
+        "stage 2: train a vision tower against the cache",
     ),
-    "evaluate": ("llm2clip_plugin.evaluate.command", "main", "retrieval recall of a tower directory"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.captions", "main", "how well an LLM tells captions apart"),
-    "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "classification by the classes' names alone"),
-    "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "kNN and linear probe on a tower's features"),
+    "evaluate": ("llm2clip_plugin.evaluate.command", "main", "measure a tower's image-text retrieval recall"),
+    "evaluate captions": (
+        "llm2clip_plugin.evaluate.captions",
+        "main",
+        "measure an LLM's caption-to-caption retrieval",
+    ),
+    "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "measure a tower's zero-shot classification"),
+    "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "measure a tower's features by kNN and linear probe"),
     "export": (
         "llm2clip_plugin.stages.tower.export",
         "main",
-        "write a trained run as a tower directory, or in other formats",
+        "export a training run as a tower directory or in another format",
     ),
     "import": (
         "llm2clip_plugin.vision.convert.command",
         "main",
-        "turn an existing vision checkpoint into a tower directory",
+        "convert a vision checkpoint into a tower directory",
     ),
-    "use": ("llava_integration.towers.commands", "main_use", "choose the tower that --vision_tower llm2clip means"),
+    "use": ("llava_integration.towers.commands", "main_use", "choose the tower for --vision_tower llm2clip"),
     "towers": (
         "llava_integration.towers.commands",
         "main_towers",
-        "the towers that are known: where, hash, widths, patches",
+        "list known towers: location, hash, sizes",
     ),
     "llava evaluate": (
         "llava_integration.answer.generate",
         "main",
-        "a LLaVA model answers a question file, in batches",
+        "answer a question file with a LLaVA model, in batches",
     ),
     "compare": (
         "llava_integration.compare.command",
         "main",
-        "is the new tower better? paired statistics and report",
+        "compare score files: paired statistics and a report",
     ),
     "bench-mllm": (
         "llava_integration.benchmarks.bench",
         "main",
-        "evaluate and score one LLaVA checkpoint on what is here",
+        "evaluate a LLaVA checkpoint on every benchmark whose files are found",
     ),
-    "score": ("llava_integration.benchmarks.score", "main", "score an MLLM's answers by a benchmark's official rule"),
+    "score": ("llava_integration.benchmarks.score", "main", "score answers with a benchmark's official rule"),
     "llava bundle": (
         "llava_integration.towers.bundle",
         "main",
-        "put the tower into a LLaVA checkpoint, so that it travels",
+        "copy the tower into a LLaVA checkpoint",
     ),
 }
 
-EPILOGUE = "`llm2clip COMMAND --help` explains a command. LLM2CLIP_TRACEBACK=1 shows the whole trace of an error."
+EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit status (2 for what the user can mend)."""
+    """Run one command; returns its exit status (2 for wrong input)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    words = [
-        word for word in words if not word.startswith("--local_rank=")
-    ]  # the DeepSpeed launcher's; in LOCAL_RANK too
+    # --local_rank comes from the DeepSpeed launcher, which also sets LOCAL_RANK
+    words = [word for word in words if not word.startswith("--local_rank=")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -101,11 +112,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
     if name is None:
-        within = [known for known in COMMANDS if known.startswith(f"{words[0]} ")]  # of `data`, say
-        given = " ".join(words[:2]) if within else words[0]
-        print(f"error: unknown command {given!r}; known: {', '.join(within or COMMANDS)}", file=sys.stderr)
+        print(f"error: {unknown_command(words)}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
+
+
+def unknown_command(words: list[str]) -> str:
+    """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``"""
+    siblings = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]  # `data check` for `data chekc`
+    given = " ".join(words[:2]) if siblings else words[0]
+    nearest = difflib.get_close_matches(given, COMMANDS, n=1) or difflib.get_close_matches(
+        " ".join(words[:2]), COMMANDS, n=1
+    )
+    hint = f" did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown command {given!r};{hint} known: {', '.join(siblings or COMMANDS)}"
 
 
 def command() -> NoReturn:
@@ -114,10 +134,10 @@ def command() -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """``sys.exit``, but a rank of several ends its process, exit handlers done, without the interpreter's own end.
+    """``sys.exit``; but one of several ranks runs its exit handlers and ends without the interpreter's shutdown.
 
-    While anything still refers to the process group (DeepSpeed does, though it is destroyed), Gloo's threads are there,
-    and one in ten such ends is an abort.
+    DeepSpeed keeps a reference to the process group after it is destroyed, so Gloo's threads are still alive, and one
+    in ten such shutdowns aborts.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
@@ -128,14 +148,14 @@ def leave(status: int) -> NoReturn:
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Import and call one command of the table."""
-    share_cores()
+    """Import and run one command of the table; returns its exit status."""
+    limit_threads()
     module, function, _ = COMMANDS[name]
     try:
         return getattr(importlib.import_module(module), function)(argv) or 0
-    except BrokenPipeError:  # `llm2clip ... | head` has read enough
+    except BrokenPipeError:  # `llm2clip ... | head` stops reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell says SIGPIPE
+        return 141  # the shell's status for SIGPIPE
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
@@ -144,25 +164,25 @@ def run(name: str, argv: list[str]) -> int:
     except NonFiniteLossError as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank has it
+        if os.environ.get("RANK", "0") == "0":  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")
         if ours or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        everything = 'pip install "llm2clip-plugin[train]"'
-        print(f"error: {error}; pip install {error.name}, or all of training: {everything}", file=sys.stderr)
+        extra = 'pip install "llm2clip-plugin[train]"'
+        print(f"error: {error}; run `pip install {error.name}`, or `{extra}` for all of training", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def share_cores() -> None:
-    """Under a launcher one thread a rank, and passive waiting, unless the user says otherwise; before torch comes in.
+def limit_threads() -> None:
+    """Under a launcher: one thread per rank and passive waiting, unless set otherwise; called before torch is imported.
 
-    Ranks that each take all cores, and spin while they wait, are several times slower.
+    Ranks that each use all cores, and spin while they wait, are several times slower.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -173,7 +193,7 @@ def usage() -> str:
     """The text of ``llm2clip --help``."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {help_line}" for name, (_, _, help_line) in COMMANDS.items())
-    return f"usage: llm2clip COMMAND [options]\n\nLLM2CLIP for LLaVA 1.5.\n\n{rows}\n\n{EPILOGUE}"
+    return f"usage: llm2clip COMMAND [options]\n\nLLM2CLIP for LLaVA 1.5.\n\n{rows}\n\n{EPILOG}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""``llm2clip doctor``: what of this environment is missing or too old, and the command that mends it.
+"""``llm2clip doctor``: check this environment, and print how to fix what is missing or too old.
 
-Runs in both environments; nothing heavy is imported unless it is there to be asked.
+Works in the training environment and in LLaVA's, also if torch is not installed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from llm2clip_plugin.finding import Finding, numbers
 
 GIB = 1024**3
-# first versions with C++17, which DeepSpeed's extensions need, and with -std=c++20, which torch builds with by now
-LEAST_COMPILERS = {"g++": (9, 10), "clang": (10, 10)}
+# first version with C++17, which DeepSpeed's extensions need, and with -std=c++20, which current torch builds with
+MIN_COMPILERS = {"g++": (9, 10), "clang": (10, 10)}
 
 
 def check_python() -> Iterator[Finding]:
@@ -43,29 +43,29 @@ def requirement_parts(line: str) -> tuple[str, str, str]:
 
 
 def check_packages(extra: str) -> Iterator[Finding]:
-    """Every requirement of the core, and of ``extra`` when one is named."""
+    """Every requirement of the package, and of ``extra`` unless it is empty."""
     try:
         lines = requires("llm2clip-plugin") or []
     except PackageNotFoundError:
         yield Finding(subject="llm2clip-plugin", state="fail", found="not installed", fix='pip install -e ".[train]"')
         return
-    needed: dict[str, str] = {}  # name -> the least version that the core or the extra takes
-    for name, least, needed_by in map(requirement_parts, lines):
+    needed: dict[str, str] = {}  # name -> minimum version for the package or the extra
+    for name, minimum, needed_by in map(requirement_parts, lines):
         if needed_by in ("", extra):
-            needed[name] = max(needed.get(name, ""), least, key=numbers)
-    for name, least in needed.items():
-        fix = f'pip install "{name}>={least}"' if least else f"pip install {name}"
+            needed[name] = max(needed.get(name, ""), minimum, key=numbers)
+    for name, minimum in needed.items():
+        fix = f'pip install "{name}>={minimum}"' if minimum else f"pip install {name}"
         try:
             found = version(name)
         except PackageNotFoundError:
             yield Finding(subject=name, state="fail", found="missing", fix=fix)
             continue
-        state = "ok" if not least or numbers(found) >= numbers(least) else "fail"
+        state = "ok" if not minimum or numbers(found) >= numbers(minimum) else "fail"
         yield Finding(subject=name, state=state, found=found, fix="" if state == "ok" else fix)
 
 
 def check_compiler() -> Iterator[Finding]:
-    """A C++ compiler: DeepSpeed builds extensions at first use, torch.compile its kernels on a CPU."""
+    """A C++ compiler: DeepSpeed builds extensions at first use, and torch.compile builds CPU kernels."""
     words = shlex.split(os.environ.get("CXX", "g++"))
     if not words or shutil.which(words[0]) is None:
         words = ["c++"]
@@ -76,35 +76,35 @@ def check_compiler() -> Iterator[Finding]:
     yield judge_compiler(done.stdout)
 
 
-def judge_compiler(told: str) -> Finding:
-    """What a compiler's ``--version`` told, against LEAST_COMPILERS."""
-    first = told.strip().split("\n")[0]
+def judge_compiler(output: str) -> Finding:
+    """Compare the output of a compiler's ``--version`` with MIN_COMPILERS."""
+    first = output.strip().split("\n")[0]
     clang = re.search(r"clang version (\d+)", first)
-    match = clang or re.search(r"\) (\d+)\.\d+", first)  # g++ (Debian 12.2.0-14) 12.2.0: behind the packager's
+    match = clang or re.search(r"\) (\d+)\.\d+", first)  # g++ (Debian 12.2.0-14) 12.2.0: after the packager's
     if match is None:
-        known = " or ".join(f"{name} >= {newest}" for name, (_, newest) in LEAST_COMPILERS.items())
+        known = " or ".join(f"{name} >= {recommended}" for name, (_, recommended) in MIN_COMPILERS.items())
         return Finding(
-            subject="C++ compiler", state="warn", found=first or "tells no version", fix=f"set CXX to {known}"
+            subject="C++ compiler", state="warn", found=first or "unknown version", fix=f"set CXX to {known}"
         )
     name, version_ = "clang" if clang else "g++", int(match.group(1))
-    least, newest = LEAST_COMPILERS[name]
-    state = "fail" if version_ < least else "warn" if version_ < newest else "ok"
+    minimum, recommended = MIN_COMPILERS[name]
+    state = "fail" if version_ < minimum else "warn" if version_ < recommended else "ok"
     lacks = "C++17" if state == "fail" else "C++20, which current torch builds with"
-    fix = "" if state == "ok" else f"{name} {version_} lacks {lacks}: install {name} >= {newest} and point CXX at it"
+    fix = "" if state == "ok" else f"{name} {version_} lacks {lacks}: install {name} >= {recommended} and set CXX to it"
     return Finding(subject="C++ compiler", state=state, found=first, fix=fix)
 
 
 def check_launcher() -> Iterator[Finding]:
-    """The ``deepspeed`` launcher is on the path and belongs to this Python."""
+    """The ``deepspeed`` launcher is on PATH and belongs to this Python."""
     launcher = shutil.which("deepspeed")
-    beside = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-    if launcher is None and not os.path.exists(beside):
+    expected = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+    if launcher is None and not os.path.exists(expected):
         yield Finding(subject="deepspeed launcher", state="fail", found="not on PATH", fix="pip install deepspeed")
-    elif launcher is None or os.path.realpath(launcher) != os.path.realpath(beside):
+    elif launcher is None or os.path.realpath(launcher) != os.path.realpath(expected):
         yield Finding(
             subject="deepspeed launcher",
             state="warn",
-            found=launcher or beside,
+            found=launcher or expected,
             fix=f"activate this environment first: source {os.path.dirname(sys.executable)}/activate",
         )
     else:
@@ -112,11 +112,11 @@ def check_launcher() -> Iterator[Finding]:
 
 
 def check_accelerator() -> Iterator[Finding]:
-    """GPUs that torch sees; bf16 there."""
+    """GPUs that torch sees, and whether they support bf16."""
     try:
         import torch
     except ImportError:
-        yield Finding(subject="accelerator", state="fail", found="torch is missing", fix="pip install torch")
+        yield Finding(subject="accelerator", state="fail", found="torch is not installed", fix="pip install torch")
         return
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -132,22 +132,22 @@ def check_accelerator() -> Iterator[Finding]:
 
 
 def check_threads(ranks: int) -> Iterator[Finding]:
-    """Ranks that share the cores: together no more threads than cores, and passive waiting."""
+    """Together the ranks use no more threads than there are cores, and wait passively."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = ranks or _usual_ranks(cores)
+    ranks = ranks or _default_ranks(cores)
     threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
     found = f"{cores} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
-    share = max(1, cores // ranks)
+    per_rank = max(1, cores // ranks)
     fix = ""
     if threads == "unset" and ranks > 1:
-        fix = f"export OMP_NUM_THREADS={share} OMP_WAIT_POLICY=PASSIVE; unset, ranks of llm2clip take 1 thread"
+        fix = f"export OMP_NUM_THREADS={per_rank} OMP_WAIT_POLICY=PASSIVE; if unset, each rank uses 1 thread"
     elif threads.isdigit() and ranks * int(threads) > max(cores, ranks):
-        fix = f"export OMP_NUM_THREADS={share} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
+        fix = f"export OMP_NUM_THREADS={per_rank} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
     yield Finding(subject="threads", state="warn" if fix else "ok", found=found, fix=fix)
 
 
-def _usual_ranks(cores: int) -> int:
-    """A rank a GPU; without one two, as the quickstart, where there are two cores."""
+def _default_ranks(cores: int) -> int:
+    """One rank per GPU; without GPUs two, as in the quickstart, if there are two cores."""
     try:
         import torch
     except ImportError:
@@ -158,44 +158,48 @@ def _usual_ranks(cores: int) -> int:
 def check_port(port: int) -> Iterator[Finding]:
     """The launcher's default port is free."""
     with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+        in_use = probe.connect_ex(("127.0.0.1", port)) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
-    fix = f"pass --master_port {free} to the deepspeed launcher" if taken else ""
-    yield Finding(subject=f"port {port}", state="warn" if taken else "ok", found="taken" if taken else "free", fix=fix)
+    fix = f"pass --master_port {free} to the deepspeed launcher" if in_use else ""
+    yield Finding(
+        subject=f"port {port}", state="warn" if in_use else "ok", found="in use" if in_use else "free", fix=fix
+    )
 
 
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
     """Space for an fp16 embedding cache of ``captions`` rows of ``width``."""
     need = captions * width * 2  # fp16
-    where = os.path.abspath(folder)
-    while not os.path.exists(where):
-        where = os.path.dirname(where)
-    free = shutil.disk_usage(where).free
-    found = f"{free / GIB:.1f} GiB free at {where}; {captions:,} captions x {width} need {need / GIB:.1f} GiB in fp16"
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    found = (
+        f"{free / GIB:.1f} GiB free at {existing}; {captions:,} captions x {width} need {need / GIB:.1f} GiB in fp16"
+    )
     fix = ""
-    if not os.access(where, os.W_OK):
-        fix = f"{where} can't be written to; choose another --cache"
+    if not os.access(existing, os.W_OK):
+        fix = f"{existing} is not writable; set another --cache"
     elif free <= need:
-        fix = f"free space, choose another --cache, or --dtype int8 ({need / 2 / GIB:.1f} GiB)"
+        fix = f"free disk space, set another --cache, or use --dtype int8 ({need / 2 / GIB:.1f} GiB)"
     state = "fail" if fix else "ok"
     yield Finding(subject="disk for the cache", state=state, found=found, fix=fix)
 
 
 def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
-    """What is asked, in order of the report."""
+    """The checks of an environment, in the order of the report."""
     training = options.environment == "train"
-    asked: list[Callable[[], Iterator[Finding]]] = [check_python, lambda: check_packages("train" if training else "")]
+    listed: list[Callable[[], Iterator[Finding]]] = [check_python, lambda: check_packages("train" if training else "")]
     if training:
-        asked += [check_compiler, check_launcher]
-    asked += [check_accelerator, lambda: check_threads(options.ranks), lambda: check_port(options.port)]
-    asked.append(lambda: check_disk(options.cache, options.captions, options.width))
+        listed += [check_compiler, check_launcher]
+    listed += [check_accelerator, lambda: check_threads(options.ranks), lambda: check_port(options.port)]
+    listed.append(lambda: check_disk(options.cache, options.captions, options.width))
     if not training:
         from llava_integration.doctor import check_llava
 
-        asked.append(check_llava)
-    return asked
+        listed.append(check_llava)
+    return listed
 
 
 def main(argv: list[str]) -> int:
@@ -205,14 +209,16 @@ def main(argv: list[str]) -> int:
         "--environment",
         choices=("train", "llava"),
         default="llava" if _installed("llava-torch") or _installed("llava") else "train",
-        help="which of the two environments this is (default: llava where LLaVA is installed)",
+        help="environment to check (default: llava if LLaVA is installed, else train)",
     )
     parser.add_argument("--cache", default=".", help="folder that will hold the embedding cache")
-    parser.add_argument("--captions", type=int, default=1_000_000, help="captions to be cached")
+    parser.add_argument("--captions", type=int, default=1_000_000, help="number of captions to cache")
     parser.add_argument("--width", type=int, default=4096, help="width of the LLM's embeddings")
-    parser.add_argument("--port", type=int, default=29500, help="port of the launcher (29500 is DeepSpeed's own)")
-    parser.add_argument("--ranks", type=int, default=0, help="ranks on this machine (0: one a GPU; 2 on a CPU)")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument(
+        "--port", type=int, default=29500, help="port of the launcher (default: 29500, DeepSpeed's default)"
+    )
+    parser.add_argument("--ranks", type=int, default=0, help="ranks on this machine (default: one per GPU, 2 on a CPU)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(argv)
     findings = [finding for check in checks(options) for finding in check()]
     if options.json:
@@ -222,8 +228,8 @@ def main(argv: list[str]) -> int:
             print(f"[{finding.state:>4}] {finding.subject}: {finding.found}")
             if finding.fix:
                 print(f"       -> {finding.fix}")
-        worst = [finding.subject for finding in findings if finding.state == "fail"]
-        print(f"{len(worst)} to fix: {', '.join(worst)}" if worst else "no problems found")
+        failed = [finding.subject for finding in findings if finding.state == "fail"]
+        print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 

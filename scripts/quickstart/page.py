@@ -1,6 +1,6 @@
-"""The quickstart's table and its page: text and HTML from numbers and pictures, nothing computed here.
+"""The quickstart's table and page: text and HTML from numbers and pictures.
 
-The page is one file: styles and pictures are inside it, it has no script, and it asks nothing of a network.
+The page is one file that contains its styles and pictures, has no script and loads nothing from a network.
 """
 
 from __future__ import annotations
@@ -8,33 +8,18 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --right: #1a9850; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; opacity: .75; }
-.query { border-top: 1px solid var(--line); padding: .8rem 0; }
-.query h3 { margin: 0; font-size: 1.05rem; }
-.query h3 small { font-weight: normal; opacity: .65; }
-.found { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; margin-top: .4rem; }
-.found span { width: 9rem; opacity: .75; }
-.found img { width: 72px; height: 72px; background: #fff; border: 3px solid transparent; border-radius: 6px; }
-.found img.right { border-color: var(--right); }
-.note { border-left: 4px solid #d73027; padding: .3rem .8rem; margin: 1rem 0; }
-"""
+from llm2clip_plugin.templates import render
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text under a head; the first column is the row's name."""
+    """Rows of text; the first column names the row."""
 
     head: list[str]
     rows: list[list[str]]
-    below: str = ""  # what the numbers are
+    below: str = ""  # caption below the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +27,27 @@ class Picture:
     """A retrieved image."""
 
     png: bytes
-    title: str  # shown on hovering: name and style
-    right: bool  # whether it shows what the caption says
+    title: str  # tooltip: name and style
+    right: bool  # whether it shows the caption's emoji
+
+    @property
+    def base64(self) -> str:
+        """The PNG, for a data: URL."""
+        return base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A caption and what each tower retrieved for it, best first."""
+    """A caption and the images that each tower retrieved for it, best first."""
 
     text: str
     language: str  # BCP 47 tag
-    meaning: str  # the English name; "" if the caption is it
+    meaning: str  # English name; "" if the caption is the name
     found: dict[str, list[Picture]]  # tower -> pictures
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean of the seeds, with the standard deviation where there are several: ``.127 ± .009``."""
+    """Mean over seeds, with the standard deviation if there are several: ``.127 ± .009``."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return fraction(mean)
@@ -66,12 +56,12 @@ def cell(values: Sequence[float]) -> str:
 
 
 def fraction(value: float) -> str:
-    """Three decimals, no leading zero: ``.127``, ``1.000``."""
+    """Three decimals without a leading zero: ``.127``, ``1.000``."""
     return f"{value:.3f}".removeprefix("0")
 
 
 def as_text(table: Table) -> str:
-    """The table for a terminal."""
+    """The table as aligned text."""
     columns = list(zip(table.head, *table.rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
 
@@ -84,43 +74,7 @@ def as_text(table: Table) -> str:
     return "\n".join([*body, *([table.below] if table.below else [])]) + "\n"
 
 
-def table_html(table: Table) -> str:
-    """The table as HTML."""
-    head = "".join(f"<th>{escape(word)}</th>" for word in table.head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(word)}</td>" for word in row) + "</tr>" for row in table.rows)
-    below = f"<caption>{escape(table.below)}</caption>" if table.below else ""
-    return f"<table>{below}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def picture_html(picture: Picture) -> str:
-    """One image, its bytes inside."""
-    data = base64.b64encode(picture.png).decode()
-    title = escape(picture.title, quote=True)
-    kind = ' class="right"' if picture.right else ""
-    return f'<img{kind} src="data:image/png;base64,{data}" alt="{title}" title="{title}">'
-
-
-def query_html(query: Query) -> str:
-    """A caption with a row of pictures a tower."""
-    meaning = f" <small>{escape(query.meaning)}</small>" if query.meaning else ""
-    rows = "".join(
-        f'<div class="found"><span>{escape(tower)}</span>{"".join(map(picture_html, pictures))}</div>'
-        for tower, pictures in query.found.items()
-    )
-    tag = escape(query.language, quote=True)
-    heading = f'<h3><bdi lang="{tag}">{escape(query.text)}</bdi> <small>[{tag}]</small>{meaning}</h3>'
-    return f'<div class="query">{heading}{rows}</div>'
-
-
 def page_html(title: str, intro: str, notes: Sequence[str], tables: Sequence[Table], queries: Sequence[Query]) -> str:
-    """The whole page."""
-    warnings = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(intro)}</p>{warnings}"
-        f"{''.join(map(table_html, tables))}<h2>What the towers retrieve</h2>"
-        "<p>The best eight of all drawings of the test families, which training never saw, for a dozen captions picked "
-        "by chance. A green border: it shows what the caption says.</p>"
-        f"{''.join(map(query_html, queries))}</body></html>\n"
-    )
+    """The HTML page, from the template page.html."""
+    template = Path(__file__).with_name("page.html")
+    return render(template, title=title, intro=intro, notes=notes, tables=tables, queries=queries)

@@ -19,12 +19,24 @@ def test_help_and_import_load_no_torch() -> None:
 
 def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian-tower"]) == 2
-    assert "unknown command 'trian-tower'; known: doctor, data check" in capsys.readouterr().err
+    assert (
+        "unknown command 'trian-tower'; did you mean 'train-tower'? known: doctor, data check"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_nearest_command_is_suggested_if_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, hint in ((["evalute", "zeroshot"], "did you mean 'evaluate'"), (["xyz"], None)):
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert hint in error if hint else "did you mean" not in error
 
 
 def test_half_a_command_lists_its_other_halves(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "chekc"]) == 2
-    assert capsys.readouterr().err == "error: unknown command 'data chekc'; known: data check\n"
+    assert (
+        capsys.readouterr().err == "error: unknown command 'data chekc'; did you mean 'data check'? known: data check\n"
+    )
 
 
 def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

@@ -54,7 +54,7 @@ def make_page() -> tuple[str, Reader]:
     return page, reader
 
 
-def test_page_is_well_formed_and_asks_nothing_of_a_network() -> None:
+def test_page_is_well_formed_and_loads_nothing_from_a_network() -> None:
     page, reader = make_page()
     assert reader.open == []
     tags = {tag for tag, _ in reader.tags}
