@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The whole path on real input: an LLM teaches a vision tower on the built-in emoji set, in about ten minutes on two cores,
-# and a small LLaVA tries the tower, in five more.
+# The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, in about ten minutes on two
+# cores; then a small LLaVA is trained with the tower, in five more.
 #
-#   scripts/quickstart.sh                   one seed a teacher; table, page and towers in quickstart-output/default
-#   scripts/quickstart.sh --smoke           a few steps on a few images: does everything work here? (under two minutes)
-#   scripts/quickstart.sh --seeds 3         three towers a teacher, with their spread
-#   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, three times as long
-#   scripts/quickstart.sh --teacher raw     leave out the fine-tuning of the LLM
-#   scripts/quickstart.sh --tiny            tiny random models: no downloads beyond the libraries, numbers mean nothing
-#   scripts/quickstart.sh --no-llava        stop before LLaVA: its part makes a second environment and takes minutes of its own
-#                                           (a smoke run stops there unless --llava is given)
+#   scripts/quickstart.sh                   one seed per teacher; table, page and towers in quickstart-output/default
+#   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under two minutes)
+#   scripts/quickstart.sh --seeds 3         three towers per teacher, with standard deviations
+#   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, takes three times as long
+#   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
+#   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
+#   scripts/quickstart.sh --no-llava        stop before LLaVA, which needs a second environment and a few more minutes
+#                                           (the default of --smoke; --llava to run it there)
 #
-# Everything goes to quickstart-output/ (--output DIR for another folder). What is there whole is kept: the same command
-# goes on where it was stopped.
+# Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
+# skipped.
 set -euo pipefail
 HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
@@ -49,15 +49,15 @@ case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; know
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
-# An environment made for the tests holds all of this too.
+# An environment made for the tests has all of these packages.
 extras=train
 if [ -f .venv/made-for ] && [[ $(cat .venv/made-for) == train,dev\ * ]]; then extras=train,dev; fi
 train_environment .venv "$extras"
 extensions_of .venv
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # bars of one second each
+export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
 
-# What the models and the unseen style are made from. Without one of them the path runs all the same, and says so.
+# Packages that the models and the unseen style are made from. Without one of them the run continues, with a note.
 add() { # add NAME COMMAND...: install once
     local name=$1
     shift
@@ -72,41 +72,41 @@ say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
 
 mkdir -p "$WORK"
-if command -v flock >/dev/null; then # what an ended run left in the background holds it too
+if command -v flock >/dev/null; then # also held by background jobs of a run that has ended
     exec 9>"$WORK/.lock"
-    flock -n 9 || { echo "error: another quickstart is at work in $WORK; wait for it" >&2; exit 1; }
+    flock -n 9 || { echo "error: another quickstart is running in $WORK; wait until it ends" >&2; exit 1; }
 fi
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
 LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 REAL=
-case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision where it is faster
-if [ "$RANKS" = 0 ]; then # one rank a GPU, two on a CPU that has two cores
+case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
+if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
     RANKS=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1))
 fi
-while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # equal shares of the batches of both stages
+while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
 [ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; } # the tiny tower has two blocks
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
 [ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
 mkdir -p "$OUT"
 
-# A short run is mostly start-up, which leaves a core idle: what only the report waits for goes beside other work.
-beside=()
-meanwhile() { # meanwhile NAME COMMAND...: in the background, what it says in $OUT/NAME.log
+# A short run is mostly start-up, which leaves a core idle, so work that only the report needs runs in the background.
+jobs_logs=()
+meanwhile() { # meanwhile NAME COMMAND...: run in the background, with output in $OUT/NAME.log
     local log=$OUT/$1.log
     shift
     "$@" >"$log" 2>&1 &
-    beside+=("$! $log")
+    jobs_logs+=("$! $log")
 }
-join() { # wait for all of that; if one failed, show what it said
+join() { # wait for the background jobs; if one failed, show its log
     local job
-    for job in ${beside[@]+"${beside[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
+    for job in ${jobs_logs[@]+"${jobs_logs[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
 }
 trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-# launch SCRIPT...: under the launcher, a rank a GPU or core
+# launch SCRIPT...: under the launcher, one rank per GPU or core
 launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port "$(free_port)" "$@"; }
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -119,35 +119,35 @@ head -5 "$DATA/check.txt"
 # ---------------------------------------------------------------------------------------------------------- teacher
 teachers="raw tuned" raw_shards=$DATA/all
 [ "$TEACHER" = both ] || teachers=raw
-# A short run trains its tower on the last teacher alone; the first is there to be compared, on the test captions.
+# A short run trains a tower only for the last teacher; the first is only compared, on the test captions.
 [ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned raw_shards="$DATA/all/test-*.tar"
 
 embed_raw() {
-    say "captions through the LLM as it is"
+    say "embedding captions with the LLM, not fine-tuned"
     llm2clip embed "$raw_shards" --llm "$LLM" --compute-dtype "$DTYPE" --cache "$DATA/cache/raw"
 }
 if [[ $teachers == *raw* ]]; then embed_raw; else meanwhile embed-raw embed_raw; fi
 
-tune() { # tune SEED: an adapter of its own and the captions through it
+tune() { # tune SEED: train an adapter and embed the captions with it
     local tuning=$DATA/llm/seed$1
-    say "stage 1: the LLM learns to tell captions apart (English only), seed $1"
-    [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style: one shard is enough
+    say "stage 1: fine-tuning the LLM contrastively on English captions, seed $1"
+    [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style, so one shard is enough
         launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output-dir "$tuning" --seed "$1" \
             --deepspeed scripts/zero1.json --languages en --group family \
             --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
             --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
             --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1
-    say "captions through the fine-tuned LLM, seed $1"
+    say "embedding captions with the fine-tuned LLM, seed $1"
     llm2clip embed "$DATA/all" --llm "$LLM" --adapter "$tuning/adapter" --compute-dtype "$DTYPE" --cache "$DATA/cache/tuned-seed$1"
 }
 
 # ------------------------------------------------------------------------------------------------------------ tower
 train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
     local name=$1-seed$2 seed=$2 cache=$3 shards=$4 start="launch scripts/train_tower.py"
-    [ "$1" != shuffled ] || start="llm2clip train-tower" # heads alone: one process
+    [ "$1" != shuffled ] || start="llm2clip train-tower" # trains only heads: one process
     shift 4
     [ -d "$OUT/towers/$name" ] && return
-    say "tower $name"
+    say "stage 2: training tower $name"
     # shellcheck disable=SC2086 # words on purpose
     $start --recipe quickstart --deepspeed scripts/zero1.json --output_dir "$OUT/runs/$name" \
         --data.path "$shards" --data.cache "$DATA/cache/$cache" --data.read.kinds short long \
@@ -155,12 +155,12 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
         --evaluation.group concept --evaluation.kinds short long \
         --tower.path "$TOWER" --tower.image-size "$SIZE" --tower.freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
         --train.precision "$PRECISION" --seed "$seed" "$@"
-    mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run exports its tower at its end
+    mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
 }
 
-BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower that is shown, and of the control
+BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower for LLaVA, and of the control
 [ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
-control() { # heads on the frozen tower, every concept with another one's pictures: what it reaches is chance
+control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
     train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
 }
 
@@ -176,17 +176,17 @@ done
 say "report"
 join
 must=
-[ "$PRESET$REAL" != smoke ] || must=--must-learn # random models have nothing to show
+[ "$PRESET$REAL" != smoke ] || must=--must-learn # random models learn nothing
 # shellcheck disable=SC2086 # an option or nothing
 python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" $must
 # ------------------------------------------------------------------------------------------------------------ LLaVA
 if [ "${LLAVA:-$([ "$PRESET" = smoke ] && echo no || echo yes)}" = yes ]; then
-    say "LLaVA 1.5 in miniature, with the tower before stage 2 and after"
+    say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
     short=
     [ "$PRESET" != smoke ] || short=--smoke
     # shellcheck disable=SC2086 # an option or nothing
     env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed0" --output "$OUT/llava" $short
-    echo "The comparison of the two: $OUT/llava/compare/compare.html" >&2
+    echo "Comparison of the two: $OUT/llava/compare/compare.html" >&2
 fi
-say "done: the page is $OUT/index.html, the tower $OUT/towers/$BEST-seed0"
+say "done: page $OUT/index.html, tower $OUT/towers/$BEST-seed0"
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/$BEST-seed0\")" >&2

