@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Captions a second of ``llm2clip embed``'s batches against the obvious way, on captions of mixed length.
+"""Captions per second of ``llm2clip embed`` and of a naive loop, on captions of mixed length.
 
     scripts/bench_embed.py --llm PATH_OR_HUB_ID [--captions 256]
 
-The obvious way: captions in the order they come, batches of a fixed number, padded to the longest, mean of the unmasked
-states. Both run the same model in the same dtype in the same process, in turns; embeddings must agree.
+The naive loop takes captions in order, in batches of a fixed size padded to the longest, and averages the unmasked
+states. Both use the same model and dtype in one process, in turns, and their embeddings must agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORDS = (
 
 
 def mixed_captions(count: int, seed: int = 0) -> list[str]:
-    """Half short (4 to 16 words), half long (40 to 160), in random order: what a captioned data set looks like."""
+    """Captions in random order, half of 4 to 16 words, half of 40 to 160, as in a data set with long captions."""
     rng = random.Random(seed)
     lengths = [rng.randint(4, 16) if i % 2 else rng.randint(40, 160) for i in range(count)]
     rng.shuffle(lengths)
@@ -35,7 +35,7 @@ def mixed_captions(count: int, seed: int = 0) -> list[str]:
 
 @torch.inference_mode()
 def arrival_order(encoder: CaptionEncoder, captions: list[str], batch: int) -> torch.Tensor:
-    """Embeddings the obvious way: padded batches in the order of arrival."""
+    """Embeddings of padded batches in the captions' order."""
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "right"
     parts = []
@@ -48,7 +48,7 @@ def arrival_order(encoder: CaptionEncoder, captions: list[str], batch: int) -> t
 
 
 def timed(run) -> tuple[float, torch.Tensor]:
-    """Seconds and result of ``run()``: of the process on a CPU, so that other work on the machine doesn't count."""
+    """Seconds and result of ``run()``; on a CPU process time, which excludes other work on the machine."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()
     result = run()
@@ -58,11 +58,11 @@ def timed(run) -> tuple[float, torch.Tensor]:
 
 
 def main() -> None:
-    """Run both in turns and print one JSON object."""
+    """Run both in turns and print a JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", required=True)
     parser.add_argument("--captions", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32, help="captions of a batch of the obvious way")
+    parser.add_argument("--batch", type=int, default=32, help="batch size of the naive loop, in captions")
     parser.add_argument("--compute-dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Pairs a second and peak memory of caption-contrastive fine-tuning, against the obvious way.
+"""Pairs per second and peak memory of caption-contrastive fine-tuning and of a naive loop.
 
-    scripts/bench_finetune.py speed --llm PATH     # length groups against one padded batch a side
+    scripts/bench_finetune.py speed --llm PATH     # length groups against one padded batch per side
     scripts/bench_finetune.py memory --llm PATH    # global batch 512: gradient caching against one forward pass
 
-The obvious way: queries and positives each padded to the longest of their batch, in the order they come. Both train the
-same adapter on the same pairs with the same loss, whose values must agree. Memory is measured in a process of its own
-for each way.
+The naive loop pads queries and positives each to the longest of their batch, in order. Both train the same adapter on
+the same pairs with the same loss, whose values must agree. Memory is measured in a separate process for each.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def write_pairs(path: Path, count: int, longest: int) -> Path:
 
 
 def build(llm: str, contrast: ContrastConfig) -> tuple[CaptionEncoder, PairModule]:
-    """The LLM under a new adapter, the same each time."""
+    """The LLM with a new adapter, initialized the same each time."""
     encoding = EncoderConfig(llm=llm, compute_dtype="float32")
     encoder = CaptionEncoder(encoding, trainable_adapter=True)
     config = FinetuneConfig(encoder=encoding, lora=LoraSettings(dropout=0.0), contrast=contrast)
@@ -59,7 +58,7 @@ def build(llm: str, contrast: ContrastConfig) -> tuple[CaptionEncoder, PairModul
 
 
 class Ours:
-    """The package's step over DeepSpeed's engine."""
+    """The package's step with DeepSpeed's engine."""
 
     def __init__(self, llm: str, batch: int, micro: int, contrast: ContrastConfig) -> None:
         encoder, module = build(llm, contrast)
@@ -107,7 +106,7 @@ def batches(path: Path, size: int) -> PairBatches:
 
 
 def speed(args: argparse.Namespace, folder: Path) -> dict:
-    """Both ways in turns on the same batches; seconds of the process on a CPU."""
+    """Both in turns on the same batches; on a CPU process time."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     contrast = ContrastConfig(mask_same=False)
     ways = {"plain": Plain(args.llm, contrast), "ours": Ours(args.llm, args.batch, args.batch, contrast)}
@@ -126,7 +125,7 @@ def speed(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def memory_of(args: argparse.Namespace, folder: Path) -> dict:
-    """Peak memory of one step in this process, over what it held before the step."""
+    """Peak memory of one step in this process, above that before the step."""
     contrast = ContrastConfig(mask_same=False)
     way = Ours(args.llm, args.batch, args.micro or args.batch, contrast)
     loader = batches(write_pairs(folder / "pairs.jsonl", args.batch, args.longest), args.batch)
@@ -136,20 +135,20 @@ def memory_of(args: argparse.Namespace, folder: Path) -> dict:
         before = torch.cuda.memory_allocated()
         loss = way(batch)
         return {"loss": loss, "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
-    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak, which loading the LLM set
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which loading the LLM has set (Linux)
     before = resident("VmRSS")
     loss = way(batch)
     return {"loss": loss, "gib": resident("VmHWM") - before}
 
 
 def resident(field: str) -> float:
-    """GiB of this process's memory: VmRSS now, VmHWM at the highest."""
+    """GiB of this process's memory: VmRSS current, VmHWM peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**20  # kB
 
 
 def memory(args: argparse.Namespace) -> dict:
-    """A process for each way."""
+    """Run ``memory-of`` in a process for each micro-batch."""
     found = {}
     for name, micro in (("one forward pass", args.batch), ("gradient caching", args.micro or args.batch // 16)):
         command = [sys.executable, __file__, "memory-of", "--llm", args.llm, "--batch", str(args.batch)]

@@ -1,9 +1,9 @@
-"""How long do `import llm2clip_plugin` and `llm2clip --help` take, as whole processes, and do they import torch?
+"""Time of `import llm2clip_plugin` and `llm2clip --help` as processes, and whether they import torch.
 
     python scripts/bench_import.py [--runs 20] [--json OUT]
 
-Each is started fresh; the time is of the wall, from start to exit, Python's own start-up included. Exit status 1
-when the median is over the limit (0.3 s) or torch was imported.
+Wall time of a new process from start to exit, Python's start-up included. Exit status 1 if the median exceeds the
+limit (0.3 s) or a heavy module is imported.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def seconds(arguments: list[str], runs: int) -> list[float]:
 
 
 def heavy_imports(arguments: list[str]) -> list[str]:
-    """Which of HEAVY a process imports, read off Python's own list of imports."""
+    """Those of HEAVY that a process imports, according to ``-X importtime``."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments],
         check=True,
@@ -48,8 +48,8 @@ def heavy_imports(arguments: list[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=20, help="processes a command")
-    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    parser.add_argument("--runs", type=int, default=20, help="processes per command")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     rows, good = {}, True
     for name, arguments in COMMANDS.items():
@@ -59,7 +59,7 @@ def main() -> int:
         print(f"{name:26} median {rows[name]['median_s']:.3f} s, slowest {max(taken):.3f} s, heavy: {heavy or 'none'}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    print("ok" if good else f"over the limit of {LIMIT} s, or a heavy import")
+    print("ok" if good else f"failed: over the limit of {LIMIT} s, or a heavy import")
     return 0 if good else 1
 
 

@@ -69,12 +69,12 @@ def save_adapter(
     """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``."""
     from peft import get_peft_model_state_dict
 
-    with whole_directory(directory, replace=replace) as aside:
-        wrapped.peft_config["default"].save_pretrained(str(aside))  # type: ignore[index, union-attr, operator]
+    with whole_directory(directory, replace=replace) as temporary:
+        wrapped.peft_config["default"].save_pretrained(str(temporary))  # type: ignore[index, union-attr, operator]
         named = get_peft_model_state_dict(wrapped, state_dict=trained)
         tensors = {name: tensor.contiguous() for name, tensor in named.items()}
-        save_file(tensors, str(aside / ADAPTER_WEIGHTS), metadata={"format": "pt"})
-        card.write(aside / EncoderCard.FILE)
+        save_file(tensors, str(temporary / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+        card.write(temporary / EncoderCard.FILE)
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False):

@@ -34,9 +34,9 @@ class ContrastConfig:
 
     scale: float = 50.0  # logit scale (1 / temperature): the paper's; where it starts if it is learned
     learn_scale: bool = False  # learn the logit scale, up to 100
-    # a micro-batch's texts are padded in so many groups of like length; same result, less padding
+    # groups of similar length that a micro-batch's texts are padded in; the same result with less padding
     length_groups: int = 4
-    mask_same: bool = True  # pairs that share a text or an image are no negatives of each other
+    mask_same: bool = True  # pairs that share a text or an image are not negatives of each other
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100:
@@ -121,8 +121,10 @@ class CaptionStep(ContrastiveStep):
 
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """At most ``parts`` runs of ``items``, as equal as can be. Their number depends on the count alone, so that all
-    ranks run the module equally often, as ZeRO-3 needs."""
+    """At most ``parts`` runs of ``items`` of nearly equal length.
+
+    Their number depends only on the number of items, so that all ranks call the module equally often, as ZeRO-3 needs.
+    """
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]
 

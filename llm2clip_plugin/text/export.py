@@ -61,15 +61,15 @@ def export_llm(config: ExportConfig) -> Path:
         encoder.post = fit_post(post_embeddings(encoder, config), config.post)
     if config.layout == "sentence-transformers":
         refuse_unsupported(encoder.config, has_bos=encoder.frame.has_bos, post=encoder.post is not None)
-    with whole_directory(config.output, replace=config.overwrite) as aside:
-        reloading = EncoderConfig(llm=str(aside), compute_dtype="float32")
+    with whole_directory(config.output, replace=config.overwrite) as temporary:
+        reloading = EncoderConfig(llm=str(temporary), compute_dtype="float32")
         if config.layout == "adapter":
-            copy_adapter(encoder, aside)
-            reloading = EncoderConfig(llm=encoding.llm, adapter=str(aside), compute_dtype="float32")
+            copy_adapter(encoder, temporary)
+            reloading = EncoderConfig(llm=encoding.llm, adapter=str(temporary), compute_dtype="float32")
         else:
-            write_merged(encoder, aside)
+            write_merged(encoder, temporary)
         if config.layout == "sentence-transformers":
-            write_sentence_transformers(encoder.config, encoder.width, aside)
+            write_sentence_transformers(encoder.config, encoder.width, temporary)
         compare(
             encoder.encode(SAMPLE_CAPTIONS), CaptionEncoder(reloading, "cpu").encode(SAMPLE_CAPTIONS), config.output
         )

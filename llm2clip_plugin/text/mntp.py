@@ -1,8 +1,8 @@
-"""Masked next-token prediction: an optional warm-up that gets a decoder used to seeing both ways.
+"""Masked next-token prediction (MNTP): an optional warm-up of a decoder for bidirectional attention.
 
 Of BehnamGhader et al. 2024 (LLM2Vec, arXiv 2404.05961, section 2.2): a fifth of the tokens is masked, and each is
-predicted from the state of the token *before* it, as the LLM's head was trained. The authors of LLM2CLIP say that it
-has little impact.
+predicted from the state of the token *before* it, as the LLM's head was trained. The authors of LLM2CLIP report
+that it has little impact.
 
 Shape letters: m texts of a micro-batch, T tokens, K masked tokens, H hidden width, V vocabulary.
 """

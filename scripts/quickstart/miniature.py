@@ -74,15 +74,16 @@ def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
 
 def make_data(output: Path, concepts: int) -> None:
     """Write everything that the stages read, atomically."""
-    kept = sorted({about["concept"] for _, _, about in emoji("train")})
-    kept = set(random.Random(0).sample(kept, min(concepts or len(kept), len(kept))))
-    share = len(kept) / 1068  # of the shapes too, so that a smoke run is short
-    with whole_directory(output, replace=True) as aside:
-        images = aside / "images"
+    concept_names = sorted({about["concept"] for _, _, about in emoji("train")})
+    count = min(concepts or len(concept_names), len(concept_names))
+    chosen = set(random.Random(0).sample(concept_names, count))
+    fraction = len(chosen) / 1068  # the same of the shapes, so that a smoke run is short
+    with whole_directory(output, replace=True) as temporary:
+        images = temporary / "images"
         images.mkdir()
-        text, captions, questions, asked = [], [], [], []
+        text, captions, questions, held_out = [], [], [], []
         for key, png, about in emoji("train"):
-            if about["concept"] not in kept:
+            if about["concept"] not in chosen:
                 continue
             (images / f"{key}.png").write_bytes(png)
             names = {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
@@ -90,31 +91,35 @@ def make_data(output: Path, concepts: int) -> None:
                 text.append(
                     {"id": key, "conversations": talk(f"{GROUP} {names['short']}", about["group"], picture=False)}
                 )
-                told = talk(f"Describe it: {names['short']}", names["long"], picture=False)
-                text.append({"id": f"{key}-long", "conversations": told})
+                turn = talk(f"Describe it: {names['short']}", names["long"], picture=False)
+                text.append({"id": f"{key}-long", "conversations": turn})
             picture = {"id": key, "image": f"{key}.png"}
             captions.append({**picture, "conversations": talk("What is it?", names["short"], picture=True)})
             questions.append({**picture, "conversations": talk(GROUP, about["group"], picture=True)})
-        for number, (key, path, question, answer) in enumerate(easy_vqa("train", int(SHAPES_TRAIN * share))):
+        for number, (key, path, question, answer) in enumerate(easy_vqa("train", int(SHAPES_TRAIN * fraction))):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())
             turn = talk(question, answer, picture=True)
             questions.append({"id": key, "image": f"train-{path.name}", "conversations": turn})
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append({"id": f"{key}-text", "conversations": talk(question, answer, picture=False)})
         for number, (key, png, about) in enumerate(emoji("test")):
-            if number % 10 and share < 0.5:  # a smoke run uses one in ten
+            if number % 10 and fraction < 0.5:  # a smoke run uses one in ten
                 continue
             (images / f"{key}.png").write_bytes(png)
             row = {"question_id": key, "image": f"{key}.png", "text": GROUP, "truth": about["group"]}
-            asked.append({**row, "kind": "emoji group", "cluster": about["concept"], "category": about["group"]})
-        for key, path, question, answer in easy_vqa("test", SHAPES_TEST if share > 0.5 else SHAPES_TEST // 10):
+            held_out.append({**row, "kind": "emoji group", "cluster": about["concept"], "category": about["group"]})
+        for key, path, question, answer in easy_vqa("test", SHAPES_TEST if fraction > 0.5 else SHAPES_TEST // 10):
             (images / f"test-{path.name}").write_bytes(path.read_bytes())
             row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
-            asked.append({**row, "kind": "easy-vqa", "cluster": path.name, "category": kind_of(answer)})
+            held_out.append({**row, "kind": "easy-vqa", "cluster": path.name, "category": kind_of(answer)})
         for name, rows in (("text", text), ("captions", captions), ("finetune", questions)):
-            (aside / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
-        (aside / "questions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
-    print(f"{output}: {len(text)} texts, {len(captions)} captions, {len(questions)} questions, {len(asked)} held out")
+            (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
+        (temporary / "questions.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+        )
+    print(
+        f"{output}: {len(text)} texts, {len(captions)} captions, {len(questions)} questions, {len(held_out)} held out"
+    )
 
 
 def make_tokenizer(output: Path, folder: Path) -> Any:
@@ -148,9 +153,9 @@ def make_llm(output: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with whole_directory(output / "llm", replace=True) as aside:
-        tokenizer = make_tokenizer(output, aside)
-        tokenizer.save_pretrained(aside)
+    with whole_directory(output / "llm", replace=True) as temporary:
+        tokenizer = make_tokenizer(output, temporary)
+        tokenizer.save_pretrained(temporary)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -161,7 +166,7 @@ def make_llm(output: Path) -> None:
             max_position_embeddings=512,
             pad_token_id=0,
         )
-        LlamaForCausalLM(config).save_pretrained(aside)
+        LlamaForCausalLM(config).save_pretrained(temporary)
 
 
 def guesses(output: Path) -> dict[str, str]:
@@ -176,12 +181,12 @@ def guesses(output: Path) -> dict[str, str]:
 def score(output: Path, name: str) -> None:
     """Write the accuracy of exact answers by kind of question, a file each, to ``DIR/scores/NAME``."""
     questions = output / "data" / "questions.jsonl"
-    asked = [json.loads(line) for line in questions.read_text().splitlines()]
+    held_out = [json.loads(line) for line in questions.read_text().splitlines()]
     answers = [json.loads(line) for line in (output / f"{name}.answers.jsonl").read_text().splitlines()]
     answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
     guessed = guesses(output)
     for kind in ("emoji group", "easy-vqa"):
-        rows = [row for row in asked if row["kind"] == kind]
+        rows = [row for row in held_out if row["kind"] == kind]
         items = [
             {
                 "id": row["question_id"],

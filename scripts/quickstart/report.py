@@ -269,11 +269,11 @@ def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
     comparison = gain(towers)
     report = Report(towers=towers, teachers=teachers, notes=[*notes, *([comparison] if comparison else [])])
     intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles. " + comparison
-    with whole_file(output / "report.json") as aside:
-        aside.write_text(as_json(towers, teachers, report.notes), encoding="utf-8")
-    with whole_file(output / "index.html") as aside:
+    with whole_file(output / "report.json") as temporary:
+        temporary.write_text(as_json(towers, teachers, report.notes), encoding="utf-8")
+    with whole_file(output / "index.html") as temporary:
         page = page_html("LLM2CLIP quickstart", intro, notes, report.tables, page_queries(towers, sets["test"]))
-        aside.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return report
 
 

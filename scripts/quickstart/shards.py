@@ -123,19 +123,19 @@ def draw_unseen(folder: Path, part: Part) -> str:
 
 def make_all(folder: Path, part: Part) -> str:
     """Write ``all/``; returns why the unseen style is missing, or ""."""
-    with whole_directory(folder, replace=True) as aside:
-        missing = draw_unseen(aside, part)
-        paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(aside.glob("*.tar")))]
+    with whole_directory(folder, replace=True) as temporary:
+        missing = draw_unseen(temporary, part)
+        paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(temporary.glob("*.tar")))]
         for split, path in paths:
-            write_tar(aside / path.name, part.of(split, read_tar(path)))
+            write_tar(temporary / path.name, part.of(split, read_tar(path)))
     return missing
 
 
 def make_shuffled(everything: Path, folder: Path) -> None:
     """Write ``shuffled/`` from the training shards of ``all/``."""
-    with whole_directory(folder, replace=True) as aside:
+    with whole_directory(folder, replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
-            write_tar(aside / path.name, exchange_pictures(read_tar(path)))
+            write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
 
 
 def prepare(output: Path, part: Part) -> None:
