@@ -204,7 +204,7 @@ def test_a_file_with_another_layout_is_named(tmp_path):
         suites()["docci"].open(tmp_path)
 
 
-def test_the_paper_suite_prints_both_and_goes_on_where_it_stopped(setting, capsys):
+def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, capsys):
     root, tower, llm = setting
     words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--root", str(root), "--resamples", "50"]
     assert cli([*words, "--teacher.llm", str(llm)]) == 0
@@ -230,7 +230,7 @@ def test_the_paper_suite_prints_both_and_goes_on_where_it_stopped(setting, capsy
     assert ScoreFile.read(changed).provenance == scores["docci"].provenance
 
 
-def test_another_llm_than_the_teacher_is_refused(setting, tmp_path, capsys):
+def test_an_llm_other_than_the_teacher_is_refused(setting, tmp_path, capsys):
     _, tower, _ = setting
     write_suites(tmp_path / "root")
     other = write_llm(tmp_path / "other", seed=1)
