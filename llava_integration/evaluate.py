@@ -1,8 +1,8 @@
-"""``python -m llava_integration.evaluate``: a LLaVA model answers a question file (see ``answer.generate``)."""
+"""``python -m llava_integration.evaluate``: a LLaVA model answers a question file (``answer.command``)."""
 
 import sys
 
-from llava_integration.answer.generate import main
+from llava_integration.answer.command import main
 
 if __name__ == "__main__":
     try:

@@ -72,7 +72,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "list known towers: location, hash, sizes",
     ),
     "llava evaluate": (
-        "llava_integration.answer.generate",
+        "llava_integration.answer.command",
         "main",
         "answer a question file with a LLaVA model, in batches",
     ),

@@ -1,4 +1,4 @@
-"""How fast the tower is inside LLaVA, and how fast batches answer. Runs in LLaVA's environment, on a GPU or a CPU.
+"""Speed of the tower inside LLaVA, and of answering in batches. Runs in LLaVA's environment, on a GPU or a CPU.
 
     python scripts/bench_llava.py                          # a random ViT-B/16 and a small random Llama
     python scripts/bench_llava.py --shape l14-336 --dtype float16 --images 64   # on a GPU
@@ -9,8 +9,8 @@
 2. Answers a second of ``llava_integration.evaluate`` at several batch sizes, on the same questions; the answers must be
    those of batch size 1.
 
-The ways take turns, each round beginning with another one; a ratio is the middle one of the rounds. On a CPU, seconds
-are the processor's, which other programs on the machine disturb least.
+The variants alternate, each round starting with another one; a ratio is the median over the rounds. On a CPU, seconds
+are processor time, which other programs on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
-from llava_integration.answer import generate as evaluate
+from llava_integration.answer import command as evaluate
+from llava_integration.answer.answerer import Answerer
 from llava_integration.hook.encoder_builder import build
 from llm2clip_plugin.vision.export import export_tower
 
@@ -116,7 +117,10 @@ def bench_features(options: argparse.Namespace, device: torch.device) -> dict[st
         model = make_llava(tower, device, dtype)
         args = SimpleNamespace(mm_vision_select_layer=-2, vision_tower=str(tower))
         whole = build(str(tower), SimpleNamespace(mm_vision_select_layer=-1, vision_tower=str(tower)))
-        whole.select_layer, whole.blocks_used = -2, whole.blocks_used - 1  # ours, with the block that nobody reads
+        whole.select_layer, whole.blocks_used = (
+            -2,
+            whole.blocks_used - 1,
+        )  # with an unused block
         towers = {
             "LLaVA's own tower": CLIPVisionTower(str(tower), args),
             "ours, every block": whole,
@@ -147,25 +151,27 @@ def bench_answers(options: argparse.Namespace, device: torch.device) -> dict[str
     words += ["--image-folder", root / "data" / "images", "--answers-file", "unused", "--workers", 0]
     words += ["--dtype", "float32", "--max_new_tokens", options.max_new_tokens]
     parsed = evaluate.parser().parse_args([str(word) for word in words])
-    answerer = evaluate.Answerer(parsed)
-    asked = evaluate.read_questions(parsed.question_file)
-    asked = asked[:: max(1, len(asked) // options.questions)][: options.questions]
+    answerer = Answerer(parsed)
+    questions = evaluate.read_questions(parsed.question_file)
+    questions = questions[:: max(1, len(questions) // options.questions)][: options.questions]
     texts: dict[int, list[str]] = {}
 
     def answer(size: int) -> None:
         parsed.batch_size = size
-        batches = answerer.batches(asked, list(range(len(asked))))
+        batches = answerer.batches(questions, list(range(len(questions))))
         texts[size] = [text for batch in batches for text in answerer.generate(batch)]
 
     ways = {f"batches of {size}": partial(answer, size) for size in options.batch_sizes}
     seconds = in_turns(ways, options.answer_rounds, device)
-    found = {f"{name}, answers/s": len(asked) / statistics.median(spent) for name, spent in seconds.items()}
-    found |= ratios(seconds, f"batches of {options.batch_sizes[0]}")
+    results = {f"{name}, answers/s": len(questions) / statistics.median(spent) for name, spent in seconds.items()}
+    results |= ratios(seconds, f"batches of {options.batch_sizes[0]}")
     first = texts[options.batch_sizes[0]]
     for size, answers in texts.items():
         same = sum(a == b for a, b in zip(first, answers, strict=True))
-        found[f"batches of {size}, share of answers as in batches of {options.batch_sizes[0]}"] = same / len(first)
-    return found
+        results[f"batches of {size}, fraction of answers equal to batches of {options.batch_sizes[0]}"] = same / len(
+            first
+        )
+    return results
 
 
 def main() -> None:
@@ -177,20 +183,20 @@ def main() -> None:
     parser.add_argument("--answer-rounds", type=int, default=3, help="timed turns of each batch size")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--miniature", type=Path, help="folder of scripts/quickstart/miniature.sh, for the second part")
-    parser.add_argument("--questions", type=int, default=128, help="of the miniature that are asked")
+    parser.add_argument("--questions", type=int, default=128, help="of the miniature to answer")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--max-new-tokens", type=int, default=12)
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = bench_features(options, device)
+    results = bench_features(options, device)
     if options.miniature:
-        found |= bench_answers(options, device)
+        results |= bench_answers(options, device)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(results, indent=2))
     else:
-        print("\n".join(f"{value:10.3f}  {name}" for name, value in found.items()))
+        print("\n".join(f"{value:10.3f}  {name}" for name, value in results.items()))
 
 
 if __name__ == "__main__":

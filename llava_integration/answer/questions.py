@@ -1,4 +1,4 @@
-"""Question files of LLaVA's evaluation scripts, in the three forms that they have.
+"""Question files of LLaVA's evaluation scripts, in their three formats.
 
 | suffix    | benchmark scripts                           | LLaVA's own program     |
 |-----------|---------------------------------------------|-------------------------|
@@ -29,17 +29,17 @@ DIRECTLY = {
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question; its place in the file tells it from others (MME and MMBench repeat their ids)."""
+    """One question, identified by its index in the file (MME and MMBench repeat their ids)."""
 
     id: Any  # question_id of the answer
-    text: str  # what the model is asked, without the image token
+    text: str  # question for the model, without the image token
     shown: str  # "prompt" of the answer, as LLaVA writes it
     image: str = ""  # file in the image folder, or base64 where ``embedded``; "" without image
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
     def open_image(self, folder: str) -> Image.Image:
-        """The picture in RGB; ValueError names the question if it can't be read."""
+        """The image in RGB; raises ValueError with the question's id if it cannot be read."""
         source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else Path(folder) / self.image
         try:
             return Image.open(source).convert("RGB")
@@ -49,20 +49,21 @@ class Question:
 
 
 def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en") -> list[Question]:
-    """Every question of a file, by its suffix.
+    """The questions of a file, whose suffix selects the format.
 
-    ``directly`` asks for the option's letter alone (LLaVA's --single-pred-prompt), ``all_rounds`` rotates MMBench's
-    options, ``lang`` is MMBench's. Raises FileNotFoundError, or ValueError with the line.
+    ``directly`` asks for the option's letter alone (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
+    questions for every rotation of the options, ``lang`` is MMBench's. Raises FileNotFoundError, or ValueError with
+    the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no question file {path}")
+        raise FileNotFoundError(f"no question file at {path}")
     if path.suffix == ".jsonl":
         return read_lines(path)
     if path.suffix == ".json":
         return read_conversations(path, directly)
     if path.suffix == ".tsv":
         return read_table(path, directly, all_rounds, lang)
-    raise ValueError(f"{path} is none of the known question files: .jsonl, .json (ScienceQA), .tsv (MMBench)")
+    raise ValueError(f"unknown question file {path}; known: .jsonl, .json (ScienceQA), .tsv (MMBench)")
 
 
 def read_lines(path: Path) -> list[Question]:
@@ -86,7 +87,7 @@ def read_lines(path: Path) -> list[Question]:
 
 
 def read_conversations(path: Path, directly: bool) -> list[Question]:
-    """ScienceQA: a list of LLaVA conversations, of which the first turn is asked."""
+    """ScienceQA: a list of LLaVA conversations, of which the first turn is the question."""
     questions = []
     for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
         try:
@@ -101,10 +102,10 @@ def read_conversations(path: Path, directly: bool) -> list[Question]:
 
 
 def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:
-    """MMBench: a row a question, asked once or once for every rotation of its options."""
+    """MMBench: a question per row, repeated for every rotation of its options if ``all_rounds``."""
     if lang not in DIRECTLY:
-        raise ValueError(f"unknown language {lang!r}; known: {', '.join(DIRECTLY)}")
-    csv.field_size_limit(sys.maxsize)  # images stand in the cells
+        raise ValueError(f"unknown --lang {lang!r}; known: {', '.join(DIRECTLY)}")
+    csv.field_size_limit(sys.maxsize)  # cells hold images
     questions = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
@@ -139,5 +140,5 @@ def table_question(row: dict[str, str], options: list[str], letters: list[str], 
 
 
 def is_none(cell: str | None) -> bool:
-    """MMBench's ways to leave a cell empty."""
+    """Whether a cell of MMBench's table is empty."""
     return cell is None or cell.strip().lower() in ("", "nan", "none")

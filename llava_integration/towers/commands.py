@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_integration.towers import names, registry
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.contracts import ContractError, rename_keys
 
 
 def main_use(argv: list[str]) -> int:
@@ -57,4 +57,5 @@ def listing(name: str, entry: dict[str, str], *, chosen: bool) -> dict[str, obje
         location = names.locate_spec(entry["spec"], how=name)
     except (FileNotFoundError, ContractError) as error:
         return {**row, "found": f"not usable: {error}"}
-    return {**row, "found": location.describe(), "card": asdict(location.card)}
+    card = rename_keys(asdict(location.card), location.card.KEYS)  # the keys of llm2clip.json
+    return {**row, "found": location.describe(), "card": card}

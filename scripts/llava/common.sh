@@ -1,9 +1,9 @@
-# What pretrain.sh, finetune.sh and finetune_lora.sh share: options, batch arithmetic, launcher. Sourced by them.
+# Sourced by pretrain.sh, finetune.sh and finetune_lora.sh: options, gradient accumulation, launcher.
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-# read_options ARGUMENTS...: sets the variables; what stands behind -- is kept in EXTRA for LLaVA.
+# read_options ARGUMENTS...: sets the variables; EXTRA gets LLaVA's own options, after --.
 read_options() {
     EXTRA=()
     while [ $# -gt 0 ]; do
@@ -17,28 +17,28 @@ read_options() {
                 name=${name//-/_}
                 printf -v "${name^^}" '%s' "$2"
                 shift ;;
-            *) fail "unknown option $1; LLaVA's own options go behind --" ;;
+            *) fail "unknown option $1; put LLaVA's own options after --" ;;
         esac
         shift
     done
     PYTHON=${PYTHON:-python}
     TOWER=${TOWER:-llm2clip}
-    command -v "$PYTHON" >/dev/null || fail "no $PYTHON found; activate LLaVA's environment, or set PYTHON"
+    command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; activate LLaVA's environment, or set PYTHON"
 }
 
-need() { # need NAME...: these variables have been given
+need() { # need NAME...: fails unless these variables are set
     local name
     for name in "$@"; do
-        [ -n "${!name:-}" ] || fail "--$(echo "${name,,}" | tr _ -) (or $name=...) is not given; see $0 --help"
+        [ -n "${!name:-}" ] || fail "--$(echo "${name,,}" | tr _ -) (or $name=...) is required; see $0 --help"
     done
 }
 
-need_file() { [ -e "$1" ] || fail "there is no $1"; }
+need_file() { [ -e "$1" ] || fail "$1 does not exist"; }
 
-# measure: what is here. Sets LLAVA (its package), SCRIPT (to train with), GPUS (a node), NODES, CUDA (0 or 1), REPORT_TO.
-measure() {
-    local found
-    found=$("$PYTHON" - <<'PYTHON'
+# inspect: sets LLAVA (its package), SCRIPT (training program), GPUS (per node), WORLD, CUDA (0 or 1), REPORT_TO.
+inspect() {
+    local inspected
+    inspected=$("$PYTHON" - <<'PYTHON'
 from importlib.util import find_spec
 import torch
 
@@ -49,7 +49,7 @@ print(torch.cuda.device_count())
 print("wandb" if find_spec("wandb") else "none")
 PYTHON
     ) || fail "$PYTHON cannot import torch; activate LLaVA's environment, or set PYTHON"
-    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; } <<<"$found"
+    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; } <<<"$inspected"
     [ -n "$LLAVA" ] || fail "LLaVA is not installed for $PYTHON; pip install --no-deps llava-torch==1.2.2.post1"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))
@@ -59,31 +59,31 @@ PYTHON
     if [ -n "${HOSTFILE:-}" ]; then
         need_file "$HOSTFILE"
         WORLD=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
-        [ "$WORLD" -gt 0 ] || fail "$HOSTFILE has no line like: node-1 slots=8"
-        carried_by_deepspeed
+        [ "$WORLD" -gt 0 ] || fail "$HOSTFILE has no line such as: node-1 slots=8"
+        check_deepspeed_env
     else
         WORLD=$((GPUS * ${SLURM_JOB_NUM_NODES:-1}))
     fi
 }
 
-# DeepSpeed takes only some variables to the other nodes, and those of ~/.deepspeed_env.
-carried_by_deepspeed() {
+# DeepSpeed passes only some variables to the other nodes, and those in ~/.deepspeed_env.
+check_deepspeed_env() {
     local name
     for name in LLM2CLIP_TOWER LLM2CLIP_S2_SCALES LLM2CLIP_UNFREEZE_TOWER; do
         [ -z "${!name:-}" ] || grep -qs "^$name=" ~/.deepspeed_env .deepspeed_env ||
-            fail "$name would not reach the other nodes; put $name=${!name} into ~/.deepspeed_env"
+            fail "$name is not passed to the other nodes; add $name=${!name} to ~/.deepspeed_env"
     done
 }
 
-# accumulation: steps that make ranks x per device up to the batch of LLaVA's recipe, so that it never depends on the hardware.
+# accumulation: gradient accumulation steps, so that the global batch does not depend on the number of GPUs.
 accumulation() {
     local once=$((WORLD * PER_DEVICE))
     [ $((GLOBAL_BATCH % once)) -eq 0 ] ||
-        fail "--global-batch $GLOBAL_BATCH is no multiple of $WORLD ranks x --per-device $PER_DEVICE = $once; choose another --per-device"
+        fail "--global-batch $GLOBAL_BATCH is not a multiple of $WORLD ranks x --per-device $PER_DEVICE = $once; choose another --per-device"
     echo $((GLOBAL_BATCH / once))
 }
 
-# launch LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last, so it wins.
+# launch LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last and takes precedence.
 launch() {
     local launcher words=()
     if [ "$CUDA" = 1 ]; then words+=(--tf32 True); else export DS_ACCELERATOR=cpu; fi

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# LLaVA 1.5, stage 2 by LoRA: on one to eight smaller GPUs. LLaVA's own command; only the tower's name is ours.
+# LLaVA 1.5, stage 2 by LoRA: on one to eight smaller GPUs. LLaVA's own command with our --vision_tower.
 #
 #   scripts/llava/finetune_lora.sh --model lmsys/vicuna-7b-v1.5 --data llava_v1_5_mix665k.json --images playground/data \
 #       --projector checkpoints/llava-7b-pretrain/mm_projector.bin --output checkpoints/llava-7b-lora [-- MORE OPTIONS OF LLAVA]
 #
-#   --projector     of pretrain.sh                          --tower         the same as there (default llm2clip)
-#   --global-batch  128, whatever the number of GPUs        --per-device    samples a GPU takes at once (16)
+#   --projector     from pretrain.sh                        --tower         the same as there (default llm2clip)
+#   --global-batch  128, for any number of GPUs             --per-device    samples per GPU and step (16)
 #   --deepspeed     ZeRO configuration (default: zero3.json here)
 #   --model --data --images --output --gpus --hostfile --python --dry-run: as in pretrain.sh
 #
 # Keep "lora" and "llava" in the name of --output: LLaVA reads them when it loads.
-# LLM2CLIP_UNFREEZE_TOWER=1 trains the tower too; LLM2CLIP_S2_SCALES=336,672,1008 looks at several scales.
+# LLM2CLIP_UNFREEZE_TOWER=1 trains the tower too; LLM2CLIP_S2_SCALES=336,672,1008 encodes several scales.
 # Each option is also an environment variable: MODEL, DATA, TOWER ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -23,7 +23,7 @@ need_file "$IMAGES"
 need_file "$PROJECTOR"
 DEEPSPEED=${DEEPSPEED:-$HERE/zero3.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} PER_DEVICE=${PER_DEVICE:-16}
-measure
+inspect
 ACCUMULATION=$(accumulation)
 launch \
     --lora_enable True \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaVA 1.5, stage 1: the projector learns to read the tower. LLaVA's own command; only the tower's name is ours.
+# LLaVA 1.5, stage 1: the projector learns to read the tower. LLaVA's own command with our --vision_tower.
 #
 #   scripts/llava/pretrain.sh --model lmsys/vicuna-7b-v1.5 --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain/images \
 #       --output checkpoints/llava-7b-pretrain [--tower llm2clip:PATH] [-- MORE OPTIONS OF LLAVA]
@@ -8,7 +8,7 @@
 #   --data          LLaVA's pretraining JSON                --images        its image folder
 #   --output        where mm_projector.bin goes             --deepspeed     ZeRO configuration (default: zero2.json here)
 #   --gpus          of this node (default: all)             --hostfile      several nodes, as DeepSpeed's
-#   --global-batch  256, whatever the number of GPUs        --per-device    samples a GPU takes at once (32)
+#   --global-batch  256, for any number of GPUs             --per-device    samples per GPU and step (32)
 #   --python        LLaVA's environment (default: python)   --dry-run       only print the command
 #
 # Each is also an environment variable: MODEL, DATA, TOWER, GLOBAL_BATCH ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
@@ -22,7 +22,7 @@ need_file "$DATA"
 need_file "$IMAGES"
 DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-256} PER_DEVICE=${PER_DEVICE:-32}
-measure
+inspect
 ACCUMULATION=$(accumulation)
 launch \
     --model_name_or_path "$MODEL" \

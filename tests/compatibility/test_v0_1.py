@@ -206,7 +206,6 @@ def test_known_towers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (row["name"], row["chosen"]) == (before["name"], before["chosen"])
         assert row["weights_sha256"] == before["weights_sha256"] == row["card"]["weights_sha256"]
         assert row["spec"] == before["spec"].replace("@ROOT@", str(world))
-        for key in ("family", "hidden_size", "num_layers", "image_size", "patch_size", "teacher"):
-            assert row["card"][key] == before["card"][key], key
+        assert row["card"] == before["card"]  # with its keys
     assert main(["use", "my-dinov2"]) == 0
     assert json.loads(Path("home/towers.json").read_text())["chosen"] == "my-dinov2"

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from llava_integration.answer import answer_book as answers
-from llava_integration.answer import generate as evaluate
+from llava_integration.answer import answers_file as answers
+from llava_integration.answer import command as evaluate
 from llava_integration.answer import questions
 from llm2clip_plugin.contracts import ContractError
 
@@ -91,7 +91,7 @@ def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
 
 def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, checkpoint):
     output = tmp_path / "answers.jsonl"
-    book = answers.AnswerBook.write
+    book = answers.AnswersFile.write
     calls = []
 
     def killed(self, found):
@@ -100,13 +100,13 @@ def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, che
         calls.append(len(found))
         book(self, found)
 
-    monkeypatch.setattr(answers.AnswerBook, "write", killed)
+    monkeypatch.setattr(answers.AnswersFile, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main([str(word) for word in words(world, checkpoint, output, "--batch-size", "2")])
     assert not output.exists()
     (torn,) = (output.with_name("answers.jsonl.partial")).glob("*.jsonl")
     torn.write_text(torn.read_text()[:-30])  # the last line was on its way to the disk
-    monkeypatch.setattr(answers.AnswerBook, "write", lambda self, found: (calls.append(len(found)), book(self, found)))
+    monkeypatch.setattr(answers.AnswersFile, "write", lambda self, found: (calls.append(len(found)), book(self, found)))
     calls.clear()
     run(output, "--batch-size", "2")
     assert sum(calls) == 12 - 5
@@ -123,7 +123,7 @@ def test_ranks_share_the_questions(theirs, run, tmp_path, monkeypatch):
     for rank in (2, 0, 1):
         monkeypatch.setenv("RANK", str(rank))
         told.append(run(output))
-    assert ["other ranks go on" in line for line in told] == [True, True, False]
+    assert ["other ranks are still running" in line for line in told] == [True, True, False]
     assert texts(output) == texts(theirs)
 
 
@@ -205,7 +205,7 @@ def test_table_questions_rotate(world, run, tmp_path):
 
 
 def test_what_can_be_wrong_is_said(world, run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no question file"):
+    with pytest.raises(FileNotFoundError, match="no question file at"):
         run(tmp_path / "a.jsonl", "--question-file", tmp_path / "none.jsonl")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question_id": 1, "text": "x", "image": "nowhere.png"}\n{"question_id": 2}\n')

@@ -1,7 +1,7 @@
-"""Answers on their way into a file: written as they come, over ranks, and put together when all are there.
+"""An answers file that several ranks write and a killed run resumes.
 
-While a run goes on, ``ANSWERS.partial/`` holds its settings and a file a process. A killed run continues from them,
-also with another number of ranks; no rank waits for another.
+Until all answers exist, ``ANSWERS.partial/`` holds a file per process; the rank that finds them complete merges them. A
+run resumes with any number of ranks, and no rank waits for another.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from llm2clip_plugin.contracts import ContractError, whole_file
 
 
-class AnswerBook:
-    """The answers of one run, by place in the question file."""
+class AnswersFile:
+    """The answers of one run, by index in the question file."""
 
     def __init__(self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False):
-        """``settings``: all that decides the answers; kept beside the file as ``ANSWERS.settings.json``.
+        """``settings``: every setting that an answer depends on, saved as ``ANSWERS.settings.json``.
 
-        Raises ContractError if answers made with other settings are there, unless ``overwrite``.
+        Raises ContractError if answers with other settings exist, unless ``overwrite``.
         """
         self.path, self.settings, self.total = path, settings, total
         self.partial = path.with_name(path.name + ".partial")
@@ -35,56 +35,59 @@ class AnswerBook:
         self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
 
     def compare_settings(self) -> None:
-        """Write the settings, or hold this run to those that its predecessor wrote."""
+        """Save the settings, or raise ContractError if a previous run saved others."""
         if self.settings_file.is_file():
             before = json.loads(self.settings_file.read_text(encoding="utf-8"))
             names = sorted(name for name in {*before, *self.settings} if before.get(name) != self.settings.get(name))
             if names:
                 differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
                 raise ContractError(
-                    f"{self.path} was begun with other settings ({differ}); write to another file or pass --overwrite"
+                    f"{self.path} was started with other settings ({differ}); "
+                    "choose another --answers-file or pass --overwrite"
                 )
         elif self.path.exists() or self.partial.exists():
-            raise ContractError(f"{self.path} was written by another program; choose another path or pass --overwrite")
+            raise ContractError(
+                f"{self.path} was written by another program; choose another --answers-file or pass --overwrite"
+            )
         else:
-            with whole_file(self.settings_file) as aside:
-                aside.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            with whole_file(self.settings_file) as temporary:
+                temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     @property
     def complete(self) -> bool:
-        """Whether the answers are put together."""
+        """Whether the answers file is written."""
         return self.path.is_file()
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The answers so far, over all ranks and earlier runs; a line torn by a kill does not count."""
-        found: dict[int, dict[str, Any]] = {}
+        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
+        answers: dict[int, dict[str, Any]] = {}
         for file in sorted(self.partial.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").split("\n"):
                 try:
                     entry = json.loads(line)
                 except ValueError:
                     continue
-                found[entry["index"]] = entry["answer"]
-        return found
+                answers[entry["index"]] = entry["answer"]
+        return answers
 
     def write(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Add answers to this process's file, at once on disk."""
+        """Append answers to this process's file."""
         self.partial.mkdir(exist_ok=True)
         with self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
                 file.write(json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n")
 
     def finish(self) -> int:
-        """Put the answers together in order of the questions if all are there; returns how many are missing."""
+        """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
         try:
-            found = self.done()
-        except FileNotFoundError:  # another rank has just put them together and cleared up
-            found = {}
+            answers = self.done()
+        except FileNotFoundError:  # another rank has merged and deleted them
+            answers = {}
         if self.complete:
             return 0
-        if len(found) < self.total:
-            return self.total - len(found)
-        with whole_file(self.path) as aside:
-            aside.write_text("".join(json.dumps(found[i]) + "\n" for i in range(self.total)), encoding="utf-8")
+        if len(answers) < self.total:
+            return self.total - len(answers)
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(answers[i]) + "\n" for i in range(self.total)), encoding="utf-8")
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0

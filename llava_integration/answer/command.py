@@ -1,0 +1,135 @@
+"""``python -m llava_integration.evaluate``: a LLaVA model answers a question file, on any device.
+
+Accepts the options of LLaVA's ``model_vqa_loader``, ``model_vqa_science`` and ``model_vqa_mmbench`` and writes the same
+answers file. Adds batches, a choice of device, resuming, and several ranks with a GPU each (``torchrun
+--nproc_per_node 8 -m llava_integration.evaluate ...`` or ``srun``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_integration.answer.answerer import Answerer
+from llava_integration.answer.answers_file import AnswersFile
+from llava_integration.answer.questions import Question, read_questions
+from llm2clip_plugin.contracts import sha256_file
+
+
+def parser() -> argparse.ArgumentParser:
+    """LLaVA's options under the same names, and ours."""
+    made = argparse.ArgumentParser(prog="python -m llava_integration.evaluate", description=__doc__)
+    add = made.add_argument
+    add("--model-path", required=True, help="LLaVA checkpoint: full, LoRA or projector")
+    add("--model-base", default=None, help="base model of a LoRA or projector checkpoint")
+    add("--question-file", required=True, type=Path, help=".jsonl, .json (ScienceQA) or .tsv (MMBench)")
+    add("--answers-file", required=True, type=Path, help="JSONL to write; an incomplete run is resumed")
+    add("--image-folder", default="", help="folder of the questions' images")
+    add("--conv-mode", default="vicuna_v1", help="conversation template")
+    add("--batch-size", type=int, default=1, help="questions per batch")
+    add("--num-chunks", type=int, default=1, help="split the questions into chunks, as LLaVA's scripts do")
+    add("--chunk-idx", type=int, default=0, help="chunk to answer")
+    add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy decoding")
+    add("--top_p", "--top-p", type=float, default=None, help="nucleus sampling: probability mass")
+    add("--num_beams", "--num-beams", type=int, default=1, help="beam search; 1: none")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
+    add("--single-pred-prompt", action="store_true", help="ask for the option's letter alone (ScienceQA, MMBench)")
+    add("--all-rounds", action="store_true", help="ask every rotation of the options (MMBench)")
+    add("--lang", default="en", choices=("en", "cn"), help="language of MMBench")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="LLaVA uses float16")
+    add("--load-8bit", action="store_true", help="quantize the language model to 8 bits")
+    add("--load-4bit", action="store_true", help="quantize the language model to 4 bits")
+    add("--workers", type=int, default=4, help="data loader processes")
+    add("--overwrite", action="store_true", help="discard existing answers")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Answer the questions that have no answer yet; returns 0, also when other ranks are not done."""
+    options = parser().parse_args(argv)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+    rank, world = choose_device(options.device)
+    questions = chunk(
+        read_questions(
+            options.question_file,
+            directly=options.single_pred_prompt,
+            all_rounds=options.all_rounds,
+            lang=options.lang,
+        ),
+        options.num_chunks,
+        options.chunk_idx,
+    )
+    answers = AnswersFile(options.answers_file, answer_settings(options), len(questions), overwrite=options.overwrite)
+    if answers.complete:
+        print(f"{answers.path} is complete: {len(questions)} answers")
+        return 0
+    done = answers.done()
+    indices = [index for index in range(len(questions)) if index % world == rank and index not in done]
+    if indices:
+        answer_questions(options, questions, indices, answers)
+    missing = answers.finish()
+    pending = ", other ranks are still running" if missing else ""
+    print(f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}")
+    return 0
+
+
+def choose_device(device: str) -> tuple[int, int]:
+    """Set CUDA_VISIBLE_DEVICES before torch is imported; returns (rank, world size) of torchrun or Slurm.
+
+    LLaVA spreads a model over all visible GPUs, so each of several ranks sees only its own.
+    """
+    environment = os.environ
+    slurm = "RANK" not in environment and "SLURM_PROCID" in environment
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if slurm else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world, local = (int(environment.get(name, default)) for name, default in zip(names, "010", strict=True))
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif world > 1:
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+        visible_gpus = visible.split(",") if visible else []
+        if len(visible_gpus) != 1:  # Slurm may have assigned one to each task already
+            environment["CUDA_VISIBLE_DEVICES"] = visible_gpus[local] if visible_gpus else str(local)
+    return rank, world
+
+
+def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
+    """The ``index``-th of ``chunks`` pieces, as LLaVA's ``get_chunk`` splits them; the last ones may be empty.
+
+    Raises ValueError if there is no such chunk.
+    """
+    if not 0 <= index < chunks:
+        raise ValueError(f"--chunk-idx {index} is out of range for --num-chunks {chunks}: 0 to {chunks - 1}")
+    size = -(-len(questions) // chunks)
+    return questions[index * size : (index + 1) * size]
+
+
+def answer_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Every setting that an answer depends on, with the hashes of the model's configuration and the question file."""
+    names = """model_path model_base conv_mode num_chunks chunk_idx temperature top_p num_beams max_new_tokens
+        single_pred_prompt all_rounds lang dtype load_8bit load_4bit""".split()
+    settings = {name: getattr(options, name) for name in names}
+    config = Path(options.model_path) / "config.json"
+    settings["model_config_sha256"] = sha256_file(config) if config.is_file() else ""
+    settings["question_file_sha256"] = sha256_file(options.question_file)
+    return settings
+
+
+def answer_questions(
+    options: argparse.Namespace, questions: list[Question], indices: list[int], answers: AnswersFile
+) -> None:
+    """Load the model and answer the questions of these indices, batch by batch."""
+    from tqdm import tqdm
+
+    answerer = Answerer(options)
+    with tqdm(total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+        for batch in answerer.batches(questions, indices):
+            texts = answerer.generate(batch)
+            answers.write(
+                {index: answerer.record(questions[index], text) for (index, *_), text in zip(batch, texts, strict=True)}
+            )
+            bar.update(len(batch))
