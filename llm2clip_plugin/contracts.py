@@ -1,4 +1,4 @@
-"""The files that pass between stages: versioned JSON records, and how to write any output whole.
+"""The files that stages exchange: versioned JSON records, hashes, and atomic writes.
 
 Standard library only: this module is imported by the training environment, by LLaVA's environment
 and by ``llm2clip --help``.
@@ -31,7 +31,7 @@ Record = TypeVar("Record", bound="VersionedRecord")
 
 
 class ContractError(ValueError):
-    """A file between two stages is not what the reader needs; the message says which, and what to do."""
+    """A file is damaged, or does not match what its reader needs; the message names it and says what to do."""
 
 
 @contextmanager
@@ -39,45 +39,44 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; rename it onto ``path`` if the block ends without an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    aside.touch()
-    mode = aside.stat().st_mode
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
-        yield aside
-        os.chmod(aside, mode)  # safetensors leaves its files readable by their owner alone
-        os.replace(aside, target)
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
+        os.replace(temporary, target)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling directory; rename it onto ``path`` if the block ends without an error.
 
-    Raises FileExistsError before any work if ``path`` holds something and ``replace`` is false.
+    Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false.
     """
     target = Path(path)
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    aside.mkdir()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    old = temporary.with_suffix(".old")
     try:
-        yield aside
+        yield temporary
         if target.exists():
-            old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-            os.replace(target, old)  # a directory cannot be renamed onto a full one
-            os.replace(aside, target)
+            os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+        os.replace(temporary, target)
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            os.replace(aside, target)
     finally:
-        if aside.exists():
-            shutil.rmtree(aside)
+        if temporary.exists():
+            shutil.rmtree(temporary)
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value (sorted keys, no spaces): what hashes are taken over."""
+    """The same text for equal values (sorted keys, no spaces), to be hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -98,8 +97,8 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def sha256_weights(path: str | os.PathLike[str]) -> str:
     """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name.
 
-    The order of tensors in the file and its metadata don't count, so re-saving the same weights
-    with another version of a library keeps the hash.
+    It does not depend on the order of tensors in the file or on its metadata, so saving the same weights again with
+    another version of a library keeps the hash.
 
     Raises ContractError if the file is not safetensors or is truncated.
     """
@@ -109,7 +108,7 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:
-            raise ContractError(f"{path} is not a whole safetensors file ({size} bytes); copy or export it again")
+            raise ContractError(f"{path} is not a complete safetensors file ({size} bytes); copy or export it again")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -117,7 +116,9 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
-            raise ContractError(f"{path} is truncated: {size} bytes, its header asks for {8 + length + end}")
+            raise ContractError(
+                f"{path} is truncated: {size} bytes, expected {8 + length + end}; copy or export it again"
+            )
         for name in sorted(header):
             start, stop = header[name]["data_offsets"]
             digest.update(canonical_json([name, header[name]["dtype"], header[name]["shape"]]).encode())
@@ -146,7 +147,7 @@ def rename_keys(body: dict[str, Any], names: dict[str, str], path: str = "") -> 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionedRecord:
-    """A dataclass that is written to JSON with its kind and format version, and refuses others."""
+    """A dataclass that is stored as JSON with its kind and format version; reading refuses other ones."""
 
     KIND: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
@@ -158,9 +159,9 @@ class VersionedRecord:
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the record whole to ``path`` and return the path."""
-        with whole_file(path) as aside:
-            aside.write_text(self.to_json(), encoding="utf-8")
+        """Write the record atomically to ``path`` and return the path."""
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
         return Path(path)
 
     @classmethod
@@ -179,11 +180,11 @@ class VersionedRecord:
         """Build a record from parsed JSON; ``where`` is named in errors."""
         if not isinstance(body, dict) or body.get("kind") != cls.KIND:
             kind = body.get("kind") if isinstance(body, dict) else type(body).__name__
-            raise ContractError(f"{where} holds {kind!r}, expected a {cls.KIND!r}")
+            raise ContractError(f"{where} contains a {kind!r}, expected a {cls.KIND!r}")
         if body.get("format_version") != cls.VERSION:
             raise ContractError(
-                f"{where} has format version {body.get('format_version')}, this release reads {cls.VERSION}; "
-                "write it again with this release, or install the release that wrote it"
+                f"{where} has format version {body.get('format_version')}, but this release reads {cls.VERSION}; "
+                "create the file again with this release, or install the release that wrote it"
             )
         values = {name: value for name, value in body.items() if name not in ("kind", "format_version")}
         try:
@@ -199,27 +200,27 @@ class VersionedRecord:
             if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         }
         if missing := sorted(required - set(values)):
-            raise ContractError(f"{where} lacks the fields {missing}")
+            raise ContractError(f"{where} lacks the required fields {missing}")
         return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCard(VersionedRecord):
-    """``llm2clip.json`` of a tower directory: what the tower is, where it comes from, what it weighs."""
+    """``llm2clip.json`` of a tower directory: what the tower is, how it was made, the hashes of its weights."""
 
     KIND: ClassVar[str] = "llm2clip-tower"
     # version 0.1 calls it joint_width: kept in the file, so that a LLaVA environment with 0.1 opens new towers
     KEYS: ClassVar[dict[str, str]] = {"projection_dim": "joint_width", "dual.projection_dim": "dual.joint_width"}
 
-    family: str  # key of vision.towers' registry: clip, siglip, dinov2, eva02
-    origin: str  # path or Hub id that the tower's weights started from
+    family: str  # name of a vision.families member: clip, siglip, dinov2, eva02 ...
+    origin: str  # path or Hub id of the weights that training or import started from
     hidden_size: int  # width of a patch state
     num_layers: int  # transformer blocks
     patch_size: int  # pixels
-    image_size: int  # pixels; positions in the file are of exactly this grid
+    image_size: int  # pixels; the position table has exactly this grid
     has_cls: bool
     weights_sha256: str  # sha256_weights(model.safetensors)
-    projection_dim: int = 0  # 0: no projection, the directory holds a tower alone
+    projection_dim: int = 0  # 0: no projection, the directory contains a tower alone
     adapter_sha256: str = ""  # sha256_weights(text_adapter.safetensors); "" without one
     dual: dict[str, Any] = field(default_factory=dict)  # DualConfig: pooling, adapter kind, LLM width ...
     teacher: dict[str, Any] = field(default_factory=dict)  # TeacherIdentity as a dict; {} if never trained
@@ -231,33 +232,33 @@ class TowerCard(VersionedRecord):
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image, CLS not counted."""
+        """Patches of one image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """Everything that decides what embedding a caption gets; its fingerprint guards caches and towers."""
+    """Everything that determines the embedding of a caption; caches and towers record its fingerprint."""
 
-    llm: str  # path or Hub id, for people; not part of the fingerprint
+    llm: str  # path or Hub id, for display; not part of the fingerprint
     revision: str  # Hub commit, or "" for a local folder; not part of the fingerprint
     weights_sha256: str  # over the LLM's weight files
     adapter_sha256: str  # over the PEFT adapter's weights; "" without one
     attention: str  # bidirectional | causal
     pooling: str  # mean | last
     layer: int  # hidden state that is pooled; -1 is the last
-    prompt: str  # text put before every caption, left out of the pooling
+    prompt: str  # precedes every caption; not pooled
     chat_template: str  # "" for none
     max_tokens: int
     width: int  # of an embedding
-    include_bos: bool = True  # the beginning-of-text token counts in the pooling
-    tokenizer: str = ""  # identity of the tokenizer: hash of what it makes of a fixed text
+    include_bos: bool = True  # pool the beginning-of-text token too
+    tokenizer: str = ""  # hash of the tokens of a fixed text
     quantization: str = ""  # "" | nf4
-    post: str = ""  # sha256 of centring/whitening parameters; "" for none
+    post: str = ""  # sha256 of the centering or whitening parameters; "" for none
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what changes an embedding: the same weights in another folder are the same teacher."""
+        """SHA-256 over everything that changes an embedding, so not over the path of the weights."""
         body = dataclasses.asdict(self)
         del body["llm"], body["revision"]
         return sha256_text(canonical_json(body))
@@ -265,22 +266,22 @@ class TeacherIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCard(VersionedRecord):
-    """``llm2clip_encoder.json`` beside an adapter or a merged LLM: how its captions are to be embedded."""
+    """``llm2clip_encoder.json`` next to an adapter or merged LLM: how to embed captions with it."""
 
     KIND: ClassVar[str] = "llm2clip-encoder"
     FILE: ClassVar[str] = "llm2clip_encoder.json"
 
-    base: str  # path or Hub id of the LLM that was tuned, for people
-    base_sha256: str  # over that LLM's weight files; "" for a merged LLM
+    base: str  # path or Hub id of the LLM that was fine-tuned, for display
+    base_sha256: str  # over its weight files; "" for a merged LLM
     attention: str  # bidirectional | causal
     pooling: str  # mean | last
     layer: int  # hidden state that is pooled; -1 is the last
-    prompt: str  # before every caption that is embedded for the cache; left out of the pooling
-    query_prompt: str  # before the query side in training and in caption retrieval; left out of the pooling
+    prompt: str  # precedes every caption that is embedded for the cache; not pooled
+    query_prompt: str  # precedes queries in training and in caption retrieval; not pooled
     chat_template: str  # literal text around "{caption}"; "" for none
     include_bos: bool
     max_tokens: int
-    post_sha256: str = ""  # sha256_weights of the centring/whitening parameters; "" for none
+    post_sha256: str = ""  # sha256_weights of the centering or whitening parameters; "" for none
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -288,7 +289,7 @@ class EncoderCard(VersionedRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheManifest(VersionedRecord):
-    """``manifest.json`` of an embedding cache: which teacher, which shards, which storage."""
+    """``manifest.json`` of an embedding cache: its teacher, shards and storage."""
 
     KIND: ClassVar[str] = "llm2clip-cache"
     FILE: ClassVar[str] = "manifest.json"
@@ -308,7 +309,7 @@ class CacheManifest(VersionedRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(VersionedRecord):
-    """``run.json`` of a training run's folder: the configuration and where the run stands."""
+    """``run.json`` of a training run: its configuration and progress."""
 
     KIND: ClassVar[str] = "llm2clip-run"
     FILE: ClassVar[str] = "run.json"
@@ -317,7 +318,7 @@ class RunRecord(VersionedRecord):
     config_hash: str
     teacher: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    samples: int = 0  # image-caption pairs consumed over all ranks
+    samples: int = 0  # image-caption pairs consumed by all ranks together
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -331,7 +332,7 @@ class ScoreFile(VersionedRecord):
 
     benchmark: str
     metrics: dict[str, float]
-    items: list[dict[str, Any]]  # {"id", "score", "cluster", ...}: one a question, cluster = its image
+    items: list[dict[str, Any]]  # {"id", "score", "cluster", ...} per question; cluster = its image
     counts: dict[str, int] = field(default_factory=dict)  # missing, doubled, unparsable ...
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)

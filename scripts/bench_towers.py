@@ -1,10 +1,10 @@
-"""EVA02 and CLIP towers against timm's on the same weights: images a second, and memory with gradient checkpointing.
+"""EVA02 and CLIP towers against timm's with the same weights: images per second, memory with gradient checkpointing.
 
     python scripts/bench_towers.py [--towers eva02-b16 clip-b16] [--batch 4] [--rounds 5] [--clock cpu]
 
-Both models get the same weights and images and must give the same features before they are timed; the timed
-passes alternate, and the median of the rounds counts (of ratios with its 95 % interval). Memory is the growth of a
-fresh process's peak.
+Both models get the same weights and images, and must compute the same features before they are timed. Timed passes
+alternate; reported are medians over rounds, of ratios with a 95 % interval. Memory is the growth of the peak in a new
+process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOWERS = {  # name -> (ours, timm's)
 
 
 def interval(ratios: list[float], *, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
+    """Bootstrap 95 % interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(draws))
     return medians[draws // 40], medians[-draws // 40 - 1]
@@ -98,7 +98,7 @@ def passes(model: nn.Module, pixels: Tensor, *, is_timm: bool) -> tuple:
 
 
 def compare_speed(name: str, *, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Images a second of both by ``clock``, and their ratio, for forward and for forward with backward."""
+    """Images per second of both by ``clock``, and their ratio, for a forward pass and for forward and backward."""
     ours = our_tower(name)
     theirs = timm_tower(name, ours)
     size = TOWERS[name][0]["image_size"]
@@ -106,7 +106,7 @@ def compare_speed(name: str, *, batch: int, rounds: int, clock: Callable[[], flo
     with torch.no_grad():
         difference = (ours.eval()(pixel_values=pixels).pooler_output - theirs.eval()(pixels)).abs().max().item()
     assert difference < 1e-3, f"{name}: features differ by {difference}"
-    found = {"difference": difference}
+    measured = {"difference": difference}
     pairs = zip(
         ("forward", "train"), passes(ours, pixels, is_timm=False), passes(theirs, pixels, is_timm=True), strict=True
     )
@@ -119,30 +119,29 @@ def compare_speed(name: str, *, batch: int, rounds: int, clock: Callable[[], flo
                 run()
                 times.append(clock() - start)
         ratios = [b / a for a, b in zip(*seconds, strict=True)]
-        found[f"{kind} ours"] = batch / statistics.median(seconds[0])
-        found[f"{kind} timm"] = batch / statistics.median(seconds[1])
-        found[f"{kind} ratio"] = statistics.median(ratios)
-        found[f"{kind} low"], found[f"{kind} high"] = interval(ratios)
-    return found
+        measured[f"{kind} ours"] = batch / statistics.median(seconds[0])
+        measured[f"{kind} timm"] = batch / statistics.median(seconds[1])
+        measured[f"{kind} ratio"] = statistics.median(ratios)
+        measured[f"{kind} low"], measured[f"{kind} high"] = interval(ratios)
+    return measured
 
 
 def measure_memory(name: str, batch: int, threads: int, checkpointing: bool, answer) -> None:
-    """In a fresh process: how far the peak of memory grows in a forward and backward pass beside weights and
-    gradients, in MiB."""
+    """Peak memory of a forward and backward pass without weights and gradients, in MiB; runs in a new process."""
     torch.set_num_threads(threads)
     ours = our_tower(name).train()
     if checkpointing:
         ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     size = TOWERS[name][0]["image_size"]
     pixels = torch.randn(batch, 3, size, size)
-    ours(pixel_values=pixels[:1]).pooler_output.square().mean().backward()  # the gradients themselves are there
+    ours(pixel_values=pixels[:1]).pooler_output.square().mean().backward()  # allocates the gradients
     before = peak_mebibytes(reset=True)
     ours(pixel_values=pixels).pooler_output.square().mean().backward()
     answer.put(peak_mebibytes() - before)
 
 
 def peak_mebibytes(*, reset: bool = False) -> float:
-    """The process's peak of resident memory (Linux), counted anew from the present use if asked."""
+    """The process's peak of resident memory (Linux); ``reset`` starts from the current use."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -151,25 +150,25 @@ def peak_mebibytes(*, reset: bool = False) -> float:
 
 def memory(name: str, *, batch: int, threads: int) -> dict[str, float]:
     """Peak memory of a training pass with and without gradient checkpointing."""
-    context, found = multiprocessing.get_context("spawn"), {}
+    context, measured = multiprocessing.get_context("spawn"), {}
     for checkpointing in (False, True):
         answer = context.Queue()
         process = context.Process(target=measure_memory, args=(name, batch, threads, checkpointing, answer))
         process.start()
-        found["checkpointed MiB" if checkpointing else "plain MiB"] = answer.get()
+        measured["checkpointed MiB" if checkpointing else "plain MiB"] = answer.get()
         process.join()
-    return found
+    return measured
 
 
 def main() -> None:
-    """Print a table, and one JSON line for machines."""
+    """Print a table and the results as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--towers", nargs="+", default=["eva02-b16", "clip-b16"], choices=list(TOWERS))
-    parser.add_argument("--batch", type=int, default=4, help="images a pass")
-    parser.add_argument("--memory-batch", type=int, default=8, help="images of the pass whose memory is measured")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating timed passes of each model")
+    parser.add_argument("--batch", type=int, default=4, help="images per pass")
+    parser.add_argument("--memory-batch", type=int, default=8, help="images per pass for the memory measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes of each model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: CPU seconds, for a busy machine")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: CPU seconds, on a busy machine")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = {}

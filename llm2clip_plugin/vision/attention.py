@@ -1,4 +1,4 @@
-"""Which of transformers' attentions a tower trains with."""
+"""The attention implementation that a tower trains with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def use_fastest_attention(tower: Any, device: torch.device, *, bf16: bool) -> None:
-    """Leave ``tower`` the fused attention that transformers chose, but not in bf16 on the CPU.
+    """Use eager attention in bf16 on a CPU, and otherwise keep the fused one that transformers chose.
 
-    There torch's fused kernel (2.13) takes two to four times as long in a backward pass over 17 to 200 tokens as two
-    matrix products with a softmax between them; the values are the same but for rounding.
+    In bf16 on a CPU the backward pass of torch 2.13's fused kernel takes two to four times as long as plain matrix
+    products for 17 to 200 tokens; the values differ only by rounding.
     """
     if device.type == "cpu" and bf16 and getattr(tower, "_supports_sdpa", False):
         tower.set_attn_implementation("eager")

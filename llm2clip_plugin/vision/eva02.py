@@ -1,7 +1,7 @@
 """EVA-CLIP's vision transformers as a Hugging Face model: EVA02 B/16, L/14, L/14-336, bigE/14, EVA01 g/14 and B/16.
 
 Written from the papers (EVA-02, arXiv 2303.11331; EVA-CLIP, arXiv 2303.15389; RoPE, arXiv 2104.09864) and held to the
-reference by golden tensors. What differs between the variants is in the configuration:
+reference by golden tensors. The configuration selects the variant:
 
 |                     | norm | MLP    | sub-norms | rotary | layer scale |
 |---------------------|------|--------|-----------|--------|-------------|
@@ -33,7 +33,7 @@ _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool) 
 
 
 class Eva02Config(PretrainedConfig):
-    """What an EVA-CLIP tower is made of; the defaults are EVA02-CLIP-L/14-336."""
+    """The configuration of an EVA-CLIP tower; the defaults are EVA02-CLIP-L/14-336."""
 
     model_type = "llm2clip_eva02"
 
@@ -42,16 +42,16 @@ class Eva02Config(PretrainedConfig):
         hidden_size: int = 1024,
         num_hidden_layers: int = 24,
         num_attention_heads: int = 16,
-        intermediate_size: int = 2730,  # int(1024 * 2.6667): the reference truncates
+        intermediate_size: int = 2730,  # int(1024 * 2.6667), truncated as in the reference
         image_size: int = 336,  # pixels
         patch_size: int = 14,  # pixels
         num_channels: int = 3,
         hidden_act: str = "swiglu",  # swiglu | gelu (exact)
         sub_norm: bool = True,  # norms before the last projection of attention and of the MLP
-        post_norm: bool = False,  # norms on the branches' outputs instead of their inputs
-        rope: bool = True,  # rotary positions on the patches' queries and keys
+        post_norm: bool = False,  # norms after the branches instead of before them
+        rope: bool = True,  # rotary positions in queries and keys of the patches
         rope_pretrained_grid: int = 16,  # grid side that rotary positions are scaled to
-        layer_scale: bool = False,  # learned gain a channel on each branch
+        layer_scale: bool = False,  # a learned factor per channel on each branch
         qkv_bias: bool = True,  # biases on queries and values
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
@@ -61,7 +61,8 @@ class Eva02Config(PretrainedConfig):
             raise ValueError(f"unknown hidden_act {hidden_act!r}; known: swiglu, gelu")
         if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
             raise ValueError(
-                f"{hidden_size} wide with {num_attention_heads} heads: a head must be whole, with RoPE 4n wide"
+                f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}, "
+                "or the head width is not a multiple of 4, as rotary positions require"
             )
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -88,8 +89,8 @@ def rope_tables(
     """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E), float32.
 
     A patch at row r, column c has angle ``t * 10000 ** (-2j / (E/2))`` for j = 0 .. E/4 - 1 with t = r / grid *
-    pretrained_grid in the first half of a head and the same of c in the second; each angle stands twice,
-    for a pair of neighbouring channels.
+    pretrained_grid in the first half of a head, and likewise for c in the second; each angle occurs twice, for a pair
+    of adjacent channels.
     """
     positions_G = torch.arange(grid, dtype=torch.float32, device=device) / grid * pretrained_grid
     axis = head_width // 2
@@ -102,11 +103,11 @@ def rope_tables(
 
 
 def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | None = None) -> Tensor:
-    """Turn neighbouring channels (a, b) by their angle: (a cos - b sin, b cos + a sin).
+    """Rotate pairs of adjacent channels (a, b) by their angle: (a cos - b sin, b cos + a sin).
 
-    ``sin_TE`` has its sign in it: minus in the even channels. Before the heads go in front all memory is in order,
-    which makes this half as expensive as after. In fp32, with ``turns_TC`` (see ``complex_turns``), a pair is a complex
-    number, turned by one product; half precisions have no such numbers, and neither do compilers and ONNX.
+    ``sin_TE`` is negated in the even channels. Before the heads are transposed the memory is contiguous, which halves
+    the cost. In fp32, with ``turns_TC`` (see ``complex_turns``), a pair is a complex number, rotated by one product;
+    half precision, compilers and ONNX don't support complex numbers.
     """
     pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
     if turns_TC is not None and x_BTNE.dtype == torch.float32:
@@ -116,7 +117,7 @@ def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | No
 
 
 def complex_turns(cos_TE: Tensor, sin_TE: Tensor) -> Tensor | None:
-    """``cos + i sin``, one of each pair (T, E/2), complex64; None where ``rotate`` has to do without."""
+    """``cos + i sin`` for each pair, (T, E/2), complex64; None where complex numbers are not supported."""
     if cos_TE.dtype != torch.float32 or cos_TE.device.type not in ("cpu", "cuda") or _is_traced():
         return None
     return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
@@ -127,7 +128,7 @@ def _is_traced() -> bool:
 
 
 class Eva02Embeddings(nn.Module):
-    """Patches through one convolution, the class token in front, learned positions added; no norm."""
+    """Patches by one convolution, preceded by the class token, plus learned positions; no norm."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
@@ -145,17 +146,17 @@ class Eva02Embeddings(nn.Module):
 
 
 def plain_attention(q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(E)) v`` as two products with a softmax between them."""
+    """``softmax(q k^T / sqrt(E)) v`` without a fused kernel."""
     return (q_BNTE * q_BNTE.shape[-1] ** -0.5 @ k_BNTE.mT).softmax(dim=-1) @ v_BNTE
 
 
 class Eva02Attention(nn.Module):
-    """Self-attention with biases on queries and values alone, if any; fused, or "eager" in plain products."""
+    """Self-attention with optional biases on queries and values; fused, or ``plain_attention`` if "eager"."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
         width = config.hidden_size
-        self.config = config  # the model's own, where set_attn_implementation writes
+        self.config = config  # the model's own object: set_attn_implementation changes it
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)
@@ -174,7 +175,7 @@ class Eva02Attention(nn.Module):
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """``silu(gate) * up`` that keeps its two inputs alone; the backward pass computes the SiLU again."""
+    """``silu(gate) * up`` that saves only its two inputs; the backward pass recomputes the SiLU."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -255,7 +256,7 @@ class Eva02VisionModel(PreTrainedModel):
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__(config)
-        chosen: Any = self.config  # transformers has chosen the attention in it
+        chosen: Any = self.config  # transformers has set the attention in it
         self.embeddings = Eva02Embeddings(config)
         self.blocks = nn.ModuleList(Eva02Block(chosen) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -264,7 +265,7 @@ class Eva02VisionModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Whether ``set_attn_implementation`` takes effect; transformers 5 would guess it from the source text."""
+        """``set_attn_implementation`` takes effect; transformers 5 would guess it from the source text."""
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -288,10 +289,10 @@ class Eva02VisionModel(PreTrainedModel):
         return self.embeddings.patch_embedding
 
     def _rope(self, like: Tensor) -> Rope | None:
-        """What ``rotate`` takes for all tokens, in ``like``'s dtype and device; the class token is not turned.
+        """The tables that ``rotate`` needs, in ``like``'s dtype and on its device; the class token is not rotated.
 
-        Made anew in each forward pass: a buffer outside the state dict would be left empty by
-        from_pretrained, which builds the model without memory.
+        Recomputed in each forward pass: from_pretrained builds the model without memory, and would leave a buffer
+        outside the state dict empty.
         """
         config = self.config
         if not config.rope:
@@ -305,7 +306,11 @@ class Eva02VisionModel(PreTrainedModel):
         sin[:, 0::2] *= -1
         cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
         cos, sin = cos.to(like.dtype), sin.to(like.dtype)
-        return cos, sin, complex_turns(cos, sin)  # once for all blocks, each of which would keep its own for backward
+        return (
+            cos,
+            sin,
+            complex_turns(cos, sin),
+        )  # shared by all blocks, each of which would otherwise save its own for backward
 
     def forward(
         self,
@@ -314,7 +319,7 @@ class Eva02VisionModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H) its class token,
-        and, when asked, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""
+        and, on request, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x_BTH = self.embeddings(pixel_values)
@@ -336,6 +341,6 @@ class Eva02VisionModel(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-# once this module is imported, transformers' own loaders open its towers
+# transformers' own loaders open these towers once this module is imported
 AutoConfig.register(Eva02Config.model_type, Eva02Config)
 AutoModel.register(Eva02Config, Eva02VisionModel)

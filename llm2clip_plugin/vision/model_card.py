@@ -13,14 +13,14 @@ def _table(rows: list[tuple[str, str]], head: tuple[str, str]) -> list[str]:
 
 
 def beyond_llava(card: TowerCard) -> str:
-    """Why LLaVA 1.5 can't run a tower as it pins its libraries; "" if it can."""
+    """Why LLaVA 1.5 with its pinned libraries cannot run a tower; "" if it can."""
     needs = families()[card.family].needs
-    return f"needs {needs}: not for LLaVA 1.5, which pins transformers 4.37.2 and timm 0.6.13" if needs else ""
+    return f"needs {needs}: cannot run in LLaVA 1.5, which pins transformers 4.37.2 and timm 0.6.13" if needs else ""
 
 
 def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
-    """A written tower directory in a line, and one more for what it needs beyond the package's own requirements."""
-    line = f"{place}: {card.family} tower, {card.image_size} px, read back equal (sha256 {card.weights_sha256})"
+    """One line about a written tower directory, and a second one if LLaVA 1.5 cannot run it."""
+    line = f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
     return f"{line}\n{place}: {beyond_llava(card)}" if beyond_llava(card) else line
 
 
@@ -37,11 +37,13 @@ def model_card(card: TowerCard) -> str:
     if "resized_from" in card.training:
         rows.append(("positions interpolated from", f"{card.training['resized_from']} px"))
     if card.projection_dim:
-        rows.append(("joint space", f"{card.projection_dim} wide"))
+        rows.append(("projection_dim", str(card.projection_dim)))
     if needs := families()[card.family].needs:
-        rows.append(("needs beside this package", f"`pip install '{needs}'`"))
+        rows.append(("additional requirement", f"`pip install '{needs}'`"))
     if card.teacher:
-        rows.append(("teacher LLM", f"`{card.teacher.get('llm', '')}`, {card.teacher.get('width', '?')} wide"))
+        rows.append(
+            ("teacher LLM", f"`{card.teacher.get('llm', '')}`, embeddings of width {card.teacher.get('width', '?')}")
+        )
     rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))
     lines += _table(rows, ("", ""))
     if card.training:
@@ -53,7 +55,7 @@ def model_card(card: TowerCard) -> str:
     if reason := beyond_llava(card):
         lines += [f"This tower {reason}.", ""]
     else:
-        lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed beside it:", "", "```sh"]
+        lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:", "", "```sh"]
         lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
     lines += ["In Python:", ""]
     lines += ["```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]

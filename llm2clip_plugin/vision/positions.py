@@ -1,4 +1,4 @@
-"""Learned position tables: the image size that they are for, and the way to another patch grid.
+"""Learned position tables: the image size that they are for, and interpolation to another grid of patches.
 
 Shapes: C width, g side of the old grid, G side of the new one, c class rows (0 or 1).
 """
@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 def check_pixels(pixel_values: Tensor, image_size: int) -> None:
-    """ValueError unless images (B, 3, S, S) have the size in pixels that a tower's positions are for."""
+    """ValueError unless images (B, 3, S, S) have the size in pixels that the positions are for."""
     if pixel_values.shape[-2:] != (image_size, image_size):
         raise ValueError(
-            f"images of {tuple(pixel_values.shape[-2:])} pixels, the tower runs at {image_size}; "
-            "load_tower(..., image_size=N) interpolates the positions"
+            f"images have {tuple(pixel_values.shape[-2:])} pixels, but the tower expects {image_size} x {image_size}; "
+            "interpolate its positions with load_tower(..., image_size=N)"
         )
 
 
 def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid: int) -> Tensor:
-    """Bicubic resize of the patch rows, class rows kept: (..., c + g*g, C) -> (..., c + G*G, C).
+    """Interpolate the patch rows and keep the class rows: (..., c + g*g, C) -> (..., c + G*G, C).
 
     ``interpolate(size=..., mode="bicubic", align_corners=False)`` without antialias, in float32: what LLM2CLIP's
-    reference does on loading (a checkpoint at 224 into a model at 336), and transformers 5 for DINOv2.
-    Raises ValueError if the table's rows are not those of ``old_grid``.
+    reference does when it loads a checkpoint at 224 into a model at 336, and transformers 5 does for DINOv2.
+    Raises ValueError if the number of rows does not match ``old_grid``.
     """
     rows = table.shape[-2]
     if rows != class_rows + old_grid**2:
         raise ValueError(
-            f"a position table of {rows} rows, expected {class_rows} + {old_grid} x {old_grid}; "
-            "is image_size or patch_size in the config that of these weights?"
+            f"the position table has {rows} rows, expected {class_rows} + {old_grid} x {old_grid}; "
+            "check image_size and patch_size in config.json"
         )
     if new_grid == old_grid:
         return table

@@ -1,6 +1,6 @@
-"""QuickGELU for training: the same values as transformers' to the last bit, less memory, a shorter backward pass.
+"""QuickGELU for training: bit for bit the values of transformers', with less memory and a shorter backward pass.
 
-``x * sigmoid(1.702 x)`` in three steps keeps x, the sigmoid and the product for the backward pass. Since it equals
+``x * sigmoid(1.702 x)`` in three operations saves x, the sigmoid and the product for backward. Since it equals
 ``silu(1.702 x) / 1.702``, its derivative is SiLU's at ``1.702 x``, for which torch has one kernel that needs x alone.
 """
 
@@ -30,12 +30,12 @@ class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """Elementwise."""
         return _QuickGELU.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def use_quick_gelu(tower: nn.Module) -> int:
-    """Put it in the place of every QuickGELU of transformers in ``tower``; returns how many there were."""
+    """Replace every QuickGELUActivation of transformers in ``tower``, in place; returns their number."""
     from transformers.activations import QuickGELUActivation
 
     places = [

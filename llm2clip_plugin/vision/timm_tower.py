@@ -1,7 +1,7 @@
 """Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer.
 
-Prefix tokens (class, registers) differ from model to model, so the states hold the patches alone; the pooled
-output is the model's own pooling. Shapes: B images, N patches, P prefix tokens, H width.
+Prefix tokens (class, registers) differ between models, so the states contain only the patches; pooler_output is the
+model's own pooling. Shapes: B images, N patches, P prefix tokens, H width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OLDEST_TIMM = (1, 0)
 
 
 class TimmConfig(PretrainedConfig):
-    """Which timm model, and what the package needs to know of it."""
+    """The name of a timm model, and what the package needs to know about it."""
 
     model_type = "llm2clip_timm"
 
@@ -30,8 +30,8 @@ class TimmConfig(PretrainedConfig):
         patch_size: int = 16,  # pixels
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
-        prefix_tokens: int = 1,  # in front of the patches; not in the states
-        position_class_rows: int = 1,  # rows of the position table that are not patches'
+        prefix_tokens: int = 1,  # before the patches; not in the states
+        position_class_rows: int = 1,  # rows of the position table before those of the patches
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         **kwargs,  # Hugging Face's own fields of config.json
@@ -53,18 +53,18 @@ def timm_module():
     try:
         import timm
     except ImportError as error:
-        raise ValueError("this tower is a timm model: pip install 'timm>=1.0'") from error
+        raise ValueError("this tower is a timm model; install timm: pip install 'timm>=1.0'") from error
     if tuple(int(part) for part in timm.__version__.split(".")[:2]) < OLDEST_TIMM:
-        raise ValueError(f"this tower is a timm model and needs timm 1.0 or newer, this is {timm.__version__}")
+        raise ValueError(f"this tower requires timm 1.0 or newer; {timm.__version__} is installed")
     return timm
 
 
 def make_timm(name: str, image_size: int | None, *, pretrained: bool) -> Any:
-    """The timm model without its classifier; ValueError for an unknown name, near ones listed."""
+    """The timm model without its classifier; ValueError for an unknown name lists similar ones."""
     timm = timm_module()
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-        raise ValueError(f"timm {timm.__version__} knows no model {name!r}; some that it knows: {near}")
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; similar ones: {near}")
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
 
@@ -91,9 +91,9 @@ class TimmTower(PreTrainedModel):
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
     ) -> TimmTower | tuple[TimmTower, dict]:
-        """The tower of a directory. Not Hugging Face's: that builds models without memory, and timm's rotary tables,
-        which no file holds, would stay empty. Tensors of another shape are RuntimeError, or, with
-        ``ignore_mismatched_sizes``, left as they were and named in the loading info."""
+        """The tower in a directory. Hugging Face's method builds models without memory, which leaves timm's rotary
+        tables empty, because no file contains them. Tensors of another shape raise RuntimeError, or, with
+        ``ignore_mismatched_sizes``, keep their initial values and are listed in the loading info."""
         from safetensors.torch import load_file
 
         tower: Any = cls(TimmConfig.from_pretrained(directory))
@@ -107,14 +107,14 @@ class TimmTower(PreTrainedModel):
         return (tower, info) if output_loading_info else tower
 
     def _init_weights(self, module: nn.Module) -> None:
-        """timm has initialised its own."""
+        """timm initializes its own weights."""
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute each block in the backward pass; timm's own checkpointing, which is not reentrant."""
+        """Recompute each block in the backward pass, with timm's own (non-reentrant) checkpointing."""
         self.model.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
+        """Save all activations."""
         self.model.set_grad_checkpointing(False)
 
     def forward(
@@ -123,7 +123,7 @@ class TimmTower(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
-        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states when asked."""
+        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] = []
@@ -149,16 +149,18 @@ class TimmTower(PreTrainedModel):
 def timm_tower(name: str, *, pretrained: bool = True) -> Any:
     """A tower from a timm name at its native size, with timm's pretrained weights.
 
-    Raises ValueError if the model is no plain vision transformer: one list of blocks, square patches in a square grid.
+    Raises ValueError unless the model is a plain vision transformer: one list of blocks, square patches, a square grid.
     """
     model = make_timm(name, None, pretrained=pretrained)
     parts = dict(model.named_children())
     if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"timm's {name} is no plain vision transformer (patch_embed, blocks, num_prefix_tokens)")
+        raise ValueError(
+            f"timm:{name} is not a plain vision transformer: it lacks patch_embed, blocks or num_prefix_tokens"
+        )
     (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     if height != width or rows != columns:
         raise ValueError(
-            f"timm's {name}: patches of {height} x {width}, a grid of {rows} x {columns}; both must be square"
+            f"timm:{name} has patches of {height} x {width} and a grid of {rows} x {columns}; both must be square"
         )
     table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
     config = TimmConfig(

@@ -1,4 +1,4 @@
-"""Tower directories: written whole, read back equal, the hub's names in both versions of transformers."""
+"""Tower directories: written atomically, verified by reloading, the Hub's names in both versions of transformers."""
 
 import json
 import math

@@ -55,5 +55,5 @@ def test_refusals():
     with pytest.raises(ValueError, match="rank 0 must be at least 1"):
         add_lora(tower, rank=0, alpha=1)
     add_lora(tower, rank=1, alpha=1)
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="the tower already has LoRA layers"):
         add_lora(tower, rank=1, alpha=1)

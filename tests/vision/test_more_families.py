@@ -84,7 +84,7 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     card = export_tower(dual, tmp_path / "tower", origin="timm:x")
     assert (card.family, card.has_cls, card.num_patches) == ("timm", False, (size // tower.config.patch_size) ** 2)
     text = (tmp_path / "tower" / "README.md").read_text()
-    assert "This tower needs timm>=1.0: not for LLaVA 1.5" in text and "--vision_tower" not in text
+    assert "This tower needs timm>=1.0: cannot run in LLaVA 1.5" in text and "--vision_tower" not in text
     pixels = torch.randn(1, 3, size, size)
     with torch.no_grad():
         found = load_dual_encoder(tmp_path / "tower").encode_image(pixels)
@@ -111,7 +111,7 @@ def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tm
     size = tower.config.image_size + tower.config.patch_size
     loaded = load_tower(tmp_path / "tower")
     loaded.model.patch_embed.strict_img_size, loaded.model.dynamic_img_size = False, True  # what timm itself would take
-    with pytest.raises(ValueError, match=rf"images of \({size}, {size}\) pixels, the tower runs at"):
+    with pytest.raises(ValueError, match=rf"images have \({size}, {size}\) pixels, but the tower expects"):
         loaded(pixel_values=torch.randn(1, 3, size, size))
     state = load_file(file)
     state["model.blocks.1.norm1.weight"] = state["model.blocks.1.norm1.weight"][:-1].contiguous()
@@ -123,12 +123,12 @@ def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tm
 def test_timm_names(timm, monkeypatch):
     from llm2clip_plugin.vision import timm_tower
 
-    with pytest.raises(ValueError, match=r"knows no model 'vit_huge_patch7_9'; some that it knows: .*vit_"):
+    with pytest.raises(ValueError, match=r"has no model 'vit_huge_patch7_9'; similar ones: .*vit_"):
         load_tower("timm:vit_huge_patch7_9")
-    with pytest.raises(ValueError, match="resnet18 is no plain vision transformer"):
+    with pytest.raises(ValueError, match="resnet18 is not a plain vision transformer"):
         timm_tower.timm_tower("resnet18", pretrained=False)
     monkeypatch.setattr(timm, "__version__", "0.6.13")
-    with pytest.raises(ValueError, match=r"needs timm 1.0 or newer, this is 0.6.13"):
+    with pytest.raises(ValueError, match=r"requires timm 1.0 or newer; 0.6.13 is installed"):
         timm_tower.timm_module()
 
 
@@ -167,7 +167,7 @@ def test_dinov3(tmp_path, capsys):
         found, expected = (m(pixel_values=pixels, output_hidden_states=True) for m in (tower, plain))
         again = transformers.DINOv3ViTModel.from_pretrained(tmp_path / "tower")(pixel_values=pixels)
     assert found.last_hidden_state.shape == (2, 17, 32) and len(found.hidden_states) == 3
-    with pytest.raises(ValueError, match=r"images of \(40, 40\) pixels, the tower runs at 32"):
+    with pytest.raises(ValueError, match=r"images have \(40, 40\) pixels, but the tower expects 32 x 32"):
         tower(pixel_values=torch.randn(1, 3, 40, 40))
     assert tower(pixel_values=pixels).hidden_states is None
     tower.config.output_hidden_states = True
@@ -183,7 +183,7 @@ def test_dinov3(tmp_path, capsys):
     assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
     export_tower(dual, tmp_path / "trained", origin="tiny")
     assert export_command.main([str(tmp_path / "trained"), "--output", str(tmp_path / "copy")]) == 0
-    assert "needs transformers>=5: not for LLaVA 1.5" in capsys.readouterr().out
+    assert "needs transformers>=5: cannot run in LLaVA 1.5" in capsys.readouterr().out
     with torch.no_grad():
         again, trained = (
             t(pixel_values=pixels, output_hidden_states=True).hidden_states

@@ -83,7 +83,7 @@ def test_resizing_moves_positions_and_nothing_else(name):
     assert output.last_hidden_state.shape[1] == 49 + family_of(tower).has_cls
 
 
-REFUSED = r"images of \(36, 36\) pixels, the tower runs at \d\d; load_tower\(..., image_size=N\) interpolates"
+REFUSED = r"images have \(36, 36\) pixels, but the tower expects (\d\d) x \1; .* load_tower\(..., image_size=N\)"
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
