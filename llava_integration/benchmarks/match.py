@@ -75,25 +75,7 @@ def match(
         targets = _match_log(questions, answers, places, logged_key, ambiguous)
     else:
         targets = [places.next(answer_key(answer)) for answer in answers.rows]
-    joined: list[Answer | None] = [None] * len(questions)
-    duplicate, textless, unknown = 0, 0, []
-    for answer, place in zip(answers.rows, targets, strict=True):
-        if place is None:
-            unknown.append(answer)
-        elif answer.text is None:
-            textless += 1
-        else:
-            duplicate += joined[place] is not None
-            joined[place] = answer
-    counts = {  # names of the score file
-        "questions": len(questions),
-        "answered": sum(answer is not None for answer in joined),
-        "missing": sum(answer is None for answer in joined),
-        "doubled": duplicate,
-        "foreign": len(unknown),
-        "unparsable": answers.unparsable + textless,
-        "empty": sum(answer is not None and not (answer.text or "").strip() for answer in joined),
-    }
+    joined, unknown, counts = _collect(len(questions), answers, targets)
     if len(ambiguous) > options.allow * len(answers.rows):
         raise ValueError(
             f"{len(ambiguous)} rows of {answers.path} name no question, and several questions of {name} have their "
@@ -103,6 +85,33 @@ def match(
     _refuse_other_benchmark(questions, answers, joined, unknown, options, name, joined_by_prompt)
     _refuse_faults(counts, answers, options, name)
     return Matched(answers=tuple(joined), counts=counts, notes=_notes(counts, answers, name))
+
+
+def _collect(
+    questions: int, answers: Answers, targets: Sequence[int | None]
+) -> tuple[list[Answer | None], list[Answer], dict[str, int]]:
+    """The last answer to each question, the answers to no known question, and the score file's counts."""
+    joined: list[Answer | None] = [None] * questions
+    duplicate, textless, unknown = 0, 0, []
+    for answer, place in zip(answers.rows, targets, strict=True):
+        if place is None:
+            unknown.append(answer)
+        elif answer.text is None:
+            textless += 1
+        else:
+            duplicate += joined[place] is not None
+            joined[place] = answer
+    given = [answer for answer in joined if answer is not None]
+    counts = {
+        "questions": questions,
+        "answered": len(given),
+        "missing": questions - len(given),
+        "doubled": duplicate,
+        "foreign": len(unknown),
+        "unparsable": answers.unparsable + textless,
+        "empty": sum(not (answer.text or "").strip() for answer in given),
+    }
+    return joined, unknown, counts
 
 
 def _match_log(
