@@ -160,19 +160,13 @@ def our_step(dual: DualEncoder, size: int) -> TowerStep:
         micro_batch=size,
         accumulation=1,
         precision="fp32",
-        max_grad_norm=OPTIM.max_grad_norm,
-        lr=OPTIM.lr,
-        betas=OPTIM.betas,
-        eps=OPTIM.eps,
-        weight_decay=OPTIM.weight_decay,
-        schedule=OPTIM.schedule,
+        optim=OPTIM,
         warmup_steps=0,
         total_steps=100,
         hidden_size=dual.tower.config.hidden_size,
     )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    adam = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps}
-    engine = Engine(dual, groups, adam, complete({}, plan))
+    engine = Engine(dual, groups, OPTIM, complete({}, plan))
     return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False)
 
 

@@ -90,11 +90,11 @@ def describe_parameters(trained: list[Trained], weight_decay: float) -> str:
 
 def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, world: int) -> str:
     """Steps, ranks, schedule, precision of the run as it was asked for."""
-    passes = plan.total_steps * plan.global_batch / samples
+    optim, passes = plan.optim, plan.total_steps * plan.global_batch / samples
     return (
         f"steps: {plan.total_steps} of {plan.global_batch} pairs, {passes:.2f} passes over {samples:,} samples\n"
         f"ranks: {world} x {plan.accumulation} micro-batches of {plan.micro_batch}\n"
-        f"schedule: {plan.schedule}, {plan.warmup_steps} steps of warm-up, clipping at {plan.max_grad_norm:g}\n"
+        f"schedule: {optim.schedule}, {plan.warmup_steps} steps of warm-up, clipping at {optim.max_grad_norm:g}\n"
         f"precision: {plan.precision}; ZeRO-{zero_stage(config)}"
     )
 

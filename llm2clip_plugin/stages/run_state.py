@@ -39,12 +39,7 @@ def plan_engine(
         micro_batch=micro,
         accumulation=accumulation,
         precision=train.precision,
-        max_grad_norm=optim.max_grad_norm,
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        schedule=optim.schedule,
+        optim=optim,
         warmup_steps=optim.warmup(steps),
         total_steps=steps,
         hidden_size=hidden_size,
@@ -91,10 +86,9 @@ class TrainingRun:
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
     ) -> Engine:
-        """DeepSpeed's engine over the module; AdamW continues from the checkpoint, whose weights the module holds."""
-        adam = {"lr": self.optim.lr, "betas": self.optim.betas, "eps": self.optim.eps}
+        """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
         groups = parameter_groups(trained, self.optim.weight_decay)
-        engine = Engine(module, groups, adam, self.deepspeed, keep_frozen=keep_frozen)
+        engine = Engine(module, groups, self.optim, self.deepspeed, keep_frozen=keep_frozen)
         if resumed is not None:
             engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
         return engine

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llm2clip_plugin.train.optim import OptimConfig
+
 Precision = Literal["fp32", "bf16", "fp16"]
 SCHEDULERS = {  # DeepSpeed's scheduler -> optim.schedule
     "WarmupLR": "constant",
@@ -30,12 +32,7 @@ class EnginePlan:
     micro_batch: int  # pairs a forward pass on one rank
     accumulation: int  # micro-batches an optimizer step on one rank
     precision: Precision
-    max_grad_norm: float
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    schedule: str
+    optim: OptimConfig
     warmup_steps: int
     total_steps: int
     hidden_size: int  # of the tower: sets the sizes of ZeRO-3's "auto" buckets
@@ -71,6 +68,7 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     if conflicts:
         raise ValueError(f"{where} contradicts the run:\n  " + "\n  ".join(conflicts))
     _fill_zero(config, plan)
+    _set_up_optimizer(config, plan, where)
     _add_monitors(config, plan)
     if left := sorted(_paths_with_auto(config)):
         raise ValueError(f'{where}: no value is known for the "auto" of {", ".join(left)}; write a number there')
@@ -95,7 +93,7 @@ def _decided(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, Any, s
         ("train_batch_size", plan.global_batch, "--train.global-batch"),
         ("train_micro_batch_size_per_gpu", plan.micro_batch, "--train.micro-batch"),
         ("gradient_accumulation_steps", plan.accumulation, "--train.micro-batch"),
-        ("gradient_clipping", plan.max_grad_norm, "--optim.max-grad-norm"),
+        ("gradient_clipping", plan.optim.max_grad_norm, "--optim.max-grad-norm"),
     ]
     for kind in ("bf16", "fp16"):
         if kind in config or plan.precision == kind:
@@ -121,9 +119,12 @@ def _same(given: Any, value: Any) -> bool:
 def _check_optimizer(section: dict[str, Any] | None, plan: EnginePlan, conflicts: list[str]) -> None:
     if section is None:
         return
-    if section.get("type") not in ("Adam", "AdamW"):
-        conflicts.append(f"optimizer.type is {section.get('type')!r}, the run's is 'AdamW'; take the section out")
-    known = {"lr": plan.lr, "betas": plan.betas, "eps": plan.eps, "weight_decay": plan.weight_decay}
+    if section.get("type") not in plan.optim.optimizer().deepspeed_types:
+        conflicts.append(
+            f"optimizer.type is {section.get('type')!r} there, the run's is {plan.optim.name!r} (--optim.name); remove "
+            "the section"
+        )
+    known = {name: getattr(plan.optim, name) for name in ("lr", "betas", "eps", "weight_decay")}
     for name, given in section.get("params", {}).items():
         if name in known and given != "auto" and not _same(given, known[name]):
             conflicts.append(f"optimizer.params.{name} is {given!r} there, the run's is {known[name]!r} (--optim)")
@@ -133,13 +134,13 @@ def _check_scheduler(section: dict[str, Any] | None, plan: EnginePlan, conflicts
     if section is None:
         return
     kind, params = section.get("type"), section.get("params", {})
-    if SCHEDULERS.get(str(kind)) != plan.schedule:
+    if SCHEDULERS.get(str(kind)) != plan.optim.schedule:
         means = f" ({SCHEDULERS[kind]})" if kind in SCHEDULERS else ""
-        conflicts.append(f"scheduler.type is {kind!r}{means}, the run's is {plan.schedule!r} (--optim.schedule)")
+        conflicts.append(f"scheduler.type is {kind!r}{means}, the run's is {plan.optim.schedule!r} (--optim.schedule)")
     known = {
         "warmup_num_steps": plan.warmup_steps,
         "total_num_steps": plan.total_steps,
-        "warmup_max_lr": plan.lr,
+        "warmup_max_lr": plan.optim.lr,
         "warmup_min_lr": 0,
     }
     for name, given in params.items():
@@ -170,6 +171,19 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
     if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:
         # bf16 sums of many micro-batches lose what is smaller than 1/256 of the sum
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _set_up_optimizer(config: dict[str, Any], plan: EnginePlan, where: str) -> None:
+    """What DeepSpeed needs for the optimizer; ValueError if it cannot run under the configuration."""
+    optimizer = plan.optim.optimizer()
+    if offloads_optimizer(config) and not optimizer.supports_offload:
+        raise ValueError(
+            f"{where} offloads optimizer states to the host, where DeepSpeed only has an fp32 Adam, not optim.name "
+            f"{optimizer.name}: remove zero_optimization.offload_optimizer, or set --optim.name adamw"
+        )
+    if zero_stage(config) > 0:
+        for name, value in optimizer.deepspeed_settings.items():
+            config.setdefault(name, value)
 
 
 def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:

@@ -26,7 +26,7 @@ MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor"}  # asks about LLaVA where LLaVA is inst
 HOMES = {  # heavy package -> the only places that may import it
     "deepspeed": {"llm2clip_plugin/train/engine.py"},
     "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/lora.py"},
-    "bitsandbytes": {"llm2clip_plugin/text/"},
+    "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optimizers/adamw_8bit.py"},
     "llava": {"llava_integration/"},
     "tyro": {"llm2clip_plugin/"},
     "rich": {"llm2clip_plugin/"},

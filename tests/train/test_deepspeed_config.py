@@ -24,12 +24,7 @@ PLAN = EnginePlan(
     micro_batch=64,
     accumulation=4,
     precision="bf16",
-    max_grad_norm=5.0,
-    lr=1e-5,
-    betas=(0.9, 0.98),
-    eps=1e-8,
-    weight_decay=0.05,
-    schedule="cosine",
+    optim=OptimConfig(lr=1e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05, max_grad_norm=5.0),
     warmup_steps=10,
     total_steps=100,
     hidden_size=1024,
@@ -80,6 +75,17 @@ def test_contradictions_are_refused_with_both_values(user: dict[str, Any], messa
         complete(user, PLAN, where="zero.json")
 
 
+def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
+    plan = dataclasses.replace(PLAN, optim=OptimConfig(name="adamw_8bit"))
+    assert complete({}, plan)["zero_allow_untested_optimizer"] is True
+    assert "zero_allow_untested_optimizer" not in complete({}, PLAN)
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(ValueError, match=r"zero.json offloads optimizer states(.|\n)*set --optim.name adamw"):
+        complete(offload, plan, where="zero.json")
+    with pytest.raises(ValueError, match=r"optimizer.type is 'AdamW' there, the run's is 'adamw_8bit' \(--optim"):
+        complete({"optimizer": {"type": "AdamW"}}, plan)
+
+
 def test_equal_values_and_a_fitting_scheduler_are_taken():
     user = {"train_batch_size": 512, "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": "auto"}}}
     assert "scheduler" not in complete(user, PLAN)
@@ -106,8 +112,11 @@ def test_files_that_are_no_configuration(tmp_path: Path):
     ("make", "message"),
     [
         (lambda: OptimConfig(schedule="cosin"), "unknown optim.schedule 'cosin'; known: cosine, linear, constant"),  # type: ignore[arg-type]
-        (lambda: OptimConfig(lr=-1), "optim.lr -1 must lie between"),
-        (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "give one of them"),
+        (lambda: OptimConfig(lr=-1), "optim.lr -1 must be between"),
+        (lambda: OptimConfig(name="lamb"), "unknown optim.name 'lamb'; known: adamw, adamw_8bit"),
+        (lambda: OptimConfig(name="adamw_8bit", args=("min_8bit_size=a",)), "min_8bit_size is 'a', expected int"),
+        (lambda: OptimConfig(args=("beta3=1",)), r"optim.args: 'beta3=1' is not a setting of AdamW; settings: none"),
+        (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "set one of them"),
         (lambda: TrainConfig(precision="fp8"), "unknown train.precision 'fp8'; known: fp32, bf16, fp16"),  # type: ignore[arg-type]
         (lambda: TrainConfig(report_to=("mlflow",)), "unknown train.report_to"),  # type: ignore[arg-type]
         (lambda: TrainConfig(max_steps=0, num_train_epochs=0), "nothing to train"),

@@ -100,11 +100,13 @@ def tiny_engine(
     lr: float = 0.01,
     clip: float = 1.0,
     weights: dict[str, Tensor] | None = None,
+    name: str = "adamw",
+    args: tuple[str, ...] = (),
 ) -> Any:
     """An engine over a TinyDual with two learning rates, made as stages.py makes one."""
     from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
     from llm2clip_plugin.train.engine import Engine
-    from llm2clip_plugin.train.optim import Trained, is_vector, parameter_groups
+    from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector, parameter_groups
 
     torch.manual_seed(0)
     module = dual or TinyDual()
@@ -115,17 +117,15 @@ def tiny_engine(
         for n, p in module.named_parameters()
         if p.requires_grad
     ]
+    optim = OptimConfig(
+        name=name, args=args, lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant"
+    )
     plan = EnginePlan(
         global_batch=rows,
         micro_batch=micro,
         accumulation=rows // world // micro,
         precision=precision,  # type: ignore[arg-type]
-        max_grad_norm=clip,
-        lr=lr,
-        betas=(0.9, 0.98),
-        eps=1e-8,
-        weight_decay=0.1,
-        schedule="constant",
+        optim=optim,
         warmup_steps=0,
         total_steps=10,
         hidden_size=32,
@@ -135,8 +135,7 @@ def tiny_engine(
         user["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "fp16":
         user["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
-    adam = {"lr": lr, "betas": (0.9, 0.98), "eps": 1e-8}
-    return Engine(module, parameter_groups(trained, 0.1), adam, complete(user, plan))
+    return Engine(module, parameter_groups(trained, 0.1), optim, complete(user, plan))
 
 
 def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any:

@@ -61,7 +61,7 @@ def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
         f"projection_dim {config.dual.projection_dim}, LLM embeddings {numbers.width} wide",
         plans.describe_run(plan, ds_config, samples=numbers.samples, world=world),
-        plans.describe_parameters(trained, plan.weight_decay),
+        plans.describe_parameters(trained, config.optim.weight_decay),
         cache_line(numbers),
         f"a checkpoint: {12 * model.trained / 1e9:.1f} GB, kept: {train.save_total_limit or 'all'}",
         plans.describe_rank(model, plan, ds_config, world=world, gpu_gib=config.plan.gpu_gib),

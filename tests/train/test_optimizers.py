@@ -1,0 +1,105 @@
+"""A file in the folder is an optimizer; 8-bit AdamW under the launcher, killed and resumed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import make_all
+from tower_runs import STEPS, launch, losses, options
+from train_helpers import run_ranks
+
+from llm2clip_plugin.train import optimizers
+from llm2clip_plugin.train.optimizers.adamw_8bit import AdamW8bit, table_of
+
+ADAMAX = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adamax(OptimizerSpec):
+    """Adam with the infinity norm (Kingma & Ba 2015, arXiv 1412.6980, algorithm 2)."""
+
+    name: ClassVar[str] = "adamax"
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_inf")
+
+    def make(self, groups, *, lr, betas, eps):
+        return torch.optim.Adamax(groups, lr=lr, betas=betas, eps=eps)
+
+    def empty_state(self, optimizer, master, updates):
+        return {"step": torch.tensor(float(updates)), **{m: torch.zeros_like(master.data) for m in self.moments}}
+
+
+OPTIMIZER = Adamax
+'''
+
+
+def train_twice(rank: int, world: int, members: str, argv: list[str]) -> None:
+    """The command in this process, with a folder of members of its own: half of the run, then the rest."""
+    from llm2clip_plugin.stages.tower.command import read_command
+    from llm2clip_plugin.stages.tower.run import train_tower
+
+    optimizers.__path__.append(members)
+    train_tower(read_command(argv))
+
+
+def test_a_file_in_the_folder_is_an_optimizer_that_resumes(tmp_path: Path):
+    members = tmp_path / "members"
+    members.mkdir()
+    (members / "adamax.py").write_text(ADAMAX)
+    make_all(tmp_path)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    more = ("--optim.name", "adamax", "--deepspeed", "scripts/zero2.json", "--train.ema-decay", "0")
+    run_ranks(train_twice, 1, str(members), options(tmp_path, straight, *more))
+    resume_from_half(straight, cut)
+    run_ranks(train_twice, 1, str(members), options(tmp_path, cut, *more))
+    assert losses(cut) == losses(straight) and sorted(losses(cut)) == list(range(1, STEPS + 1))
+
+
+def resume_from_half(straight: Path, cut: Path) -> None:
+    """A run folder as a kill after a middle step leaves it."""
+    shutil.copytree(straight, cut)
+    shutil.rmtree(cut / "tower", ignore_errors=True)
+    names = sorted(path.name for path in (cut / "checkpoints").glob("step-*"))
+    shutil.rmtree(cut / "checkpoints" / names[-1])
+    (cut / "checkpoints" / "latest").write_text(names[-2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_8_bit_adamw_resumes_bit_by_bit_under_the_launcher(tmp_path: Path, stage: int):
+    make_all(tmp_path)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    more = ("--optim.name", "adamw_8bit", "--deepspeed", f"scripts/zero{stage}.json")
+    for run in (straight, cut):
+        if run is cut:
+            resume_from_half(straight, cut)
+        done = launch(["scripts/train_tower.py", *options(tmp_path, run, *more)])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(cut) == losses(straight) and sorted(losses(cut)) == list(range(1, STEPS + 1))
+
+
+def test_a_block_with_one_magnitude_comes_back_as_it_was():
+    """Whatever its indices; a magnitude so small that products of it underflow included."""
+    spec, moment = AdamW8bit(), "exp_avg"
+    state = {
+        "state1": torch.arange(1024).remainder(256).to(torch.uint8),
+        "absmax1": torch.tensor([1.0, 3e-39, 7.7e5, 0.1]),
+    }
+    before = {key: value.clone() for key, value in state.items()}
+    full = spec.expose(state, moment)
+    packed = spec.pack(moment, full)
+    assert packed[moment].dtype == torch.uint8 and packed[f"{moment}.lengths"].tolist() == [256] * 4
+    exposed = spec.unpack(moment, packed.get)
+    state["state1"].zero_()
+    state["absmax1"].zero_()
+    spec.absorb(state, moment, exposed)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    assert len(table_of(moment)) == 256
