@@ -200,7 +200,7 @@ def _tell(
     always: bool,
 ) -> None:
     """Bar, metrics.jsonl, monitors."""
-    progress.advance(state.step, parts.train.global_batch, seconds, values)
+    progress.advance(parts.train.global_batch, seconds, values)
     if metrics is not None and (always or _every(parts.train.logging_steps, state.step) or "i2t_r1" in values):
         metrics.write({"step": state.step, "samples": state.samples, **values})
         parts.engine.report(values, state.samples)

@@ -1,4 +1,4 @@
-"""Memory of a training step, from shapes alone: weights, gradients, AdamW, and what autograd keeps of a forward pass.
+"""Memory of a training step, from shapes alone: weights, gradients, optimizer, what autograd keeps of a forward pass.
 
 The last one is counted, not guessed: two blocks of the tower run on a small image under hooks that see every tensor
 kept for the backward pass, and all of that grows with the tokens. What comes out is the closed form of Korthikanti et
@@ -118,6 +118,7 @@ class Model:
     kept_text: int  # bytes that the text adapter keeps of one caption
     projection_dim: int
     pixels: int  # values of one image
+    state_bytes: float = 8.0  # of the optimizer's moments of one parameter: OptimizerSpec.state_bytes
     frozen_size: float = 0.0  # bytes of a parameter that rests; 0: as of one that trains
     at_once: float = 1.0  # share of a micro-batch that a block sees in one call
     in_flight: float = IN_FLIGHT  # gradients alive in a block, as a share of what the block keeps
@@ -149,14 +150,14 @@ def rank_bytes(
 ) -> dict[str, float]:
     """Expected bytes of one rank by what they hold; ``zero`` is DeepSpeed's zero_optimization section.
 
-    ZeRO-1 cuts AdamW's share by the ranks, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al. 2020, arXiv
-    1910.02054, section 5). AdamW has two fp32 moments, and fp32 masters but for ZeRO-0; bf16 gradients of several
+    ZeRO-1 divides the optimizer's part by the ranks, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al. 2020,
+    arXiv 1910.02054, section 5). It has its moments, and fp32 masters but for ZeRO-0; bf16 gradients of several
     micro-batches are summed in fp32. CUDA's own context and the allocator's gaps come on top.
     """
     stage, size = int(zero.get("stage", 0)), BYTES[model.precision]
     share = global_batch // world
     summed = 4 if model.precision == "bf16" and micro_batch < share else 0
-    each = {"weights": size, "gradients": size + summed, "AdamW": 12 if stage else 8}
+    each = {"weights": size, "gradients": size + summed, "AdamW": model.state_bytes + (4 if stage else 0)}
     cut = {"weights": stage >= 3, "gradients": stage >= 2, "AdamW": stage >= 1}
     found = {name: model.trained * value / (world if cut[name] else 1) for name, value in each.items()}
     resting = model.frozen * (model.frozen_size or size)

@@ -29,6 +29,7 @@ from llm2clip_plugin.train.memory import (
     rank_bytes,
     tokens_of,
 )
+from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.dual import DualConfig, make_adapter
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.lora import add_lora
@@ -190,6 +191,13 @@ def test_stages_of_zero(stage: int, weights: float, gradients: float, adamw: flo
     cached = rank_bytes(model(), {"stage": stage}, world=8, global_batch=64, micro_batch=4)
     assert cached["gradients"] == 3 * gradients  # summed over micro-batches in fp32
     assert cached["activations"] == found["activations"] / 2
+
+
+def test_the_optimizer_says_what_its_states_take():
+    eight = OptimConfig(name="adamw_8bit").optimizer().state_bytes
+    assert OptimConfig().optimizer().state_bytes == 8 and eight == 2 * (1 + 4 / 256)
+    found = rank_bytes(model(state_bytes=eight), {"stage": 1}, world=8, global_batch=64, micro_batch=8)
+    assert found["AdamW"] == pytest.approx((4 + eight) * 1000 / 8)
 
 
 def test_offload_and_buckets():

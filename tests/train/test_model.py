@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,14 @@ def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
 
 
 def test_progress_tells_rate_recall_memory_and_the_time_left(capsys: pytest.CaptureFixture[str]):
-    with Progress(10, start=4, show=True) as progress:
-        progress.advance(5, 64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
-        assert progress.left() == pytest.approx(10.0)
-        progress.advance(10, 64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "step 5/10 loss 1.5  32 samples/s  3.25 GiB, 10 s left"
-    assert told[1] == "step 10/10 loss 1.5  32 samples/s  R@1 0.250/0.500  3.25 GiB, 0 s left"
+    with Progress(6, start=4, show=True) as progress:
+        progress.advance(64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
+        progress.advance(64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
+        progress.note("saved")
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"train: 4/6 steps, .* left", first)
+    assert re.fullmatch(r"train: 6/6 steps, .* left, loss 1.5  32 samples/s  R@1 0.250/0.500  3.25 GiB", last)
+    with Progress(6, start=4, show=False) as silent:
+        silent.advance(64, 2.0, {"loss": 1.5})
+        silent.note("saved")
+    assert capsys.readouterr().err == ""

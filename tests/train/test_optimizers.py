@@ -14,6 +14,7 @@ from train_helpers import run_ranks
 from llm2clip_plugin.train import optimizers
 from llm2clip_plugin.train.optimizers.adamw_8bit import AdamW8bit, table_of
 
+KEEP_ALL = ("--save_total_limit", "0")
 ADAMAX = '''
 from dataclasses import dataclass
 from typing import ClassVar
@@ -56,7 +57,7 @@ def test_a_file_in_the_folder_is_an_optimizer_that_resumes(tmp_path: Path):
     (members / "adamax.py").write_text(ADAMAX)
     make_all(tmp_path)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    more = ("--optim.name", "adamax", "--deepspeed", "scripts/zero2.json", "--train.ema-decay", "0")
+    more = ("--optim.name", "adamax", "--deepspeed", "scripts/zero2.json", "--train.ema-decay", "0", *KEEP_ALL)
     run_ranks(train_twice, 1, str(members), options(tmp_path, straight, *more))
     resume_from_half(straight, cut)
     run_ranks(train_twice, 1, str(members), options(tmp_path, cut, *more))
@@ -77,7 +78,7 @@ def resume_from_half(straight: Path, cut: Path) -> None:
 def test_8_bit_adamw_resumes_bit_by_bit_under_the_launcher(tmp_path: Path, stage: int):
     make_all(tmp_path)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    more = ("--optim.name", "adamw_8bit", "--deepspeed", f"scripts/zero{stage}.json")
+    more = ("--optim.name", "adamw_8bit", "--deepspeed", f"scripts/zero{stage}.json", *KEEP_ALL)
     for run in (straight, cut):
         if run is cut:
             resume_from_half(straight, cut)

@@ -149,13 +149,14 @@ def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
 def model_at(config: FinetuneConfig, numbers: Numbers, shape: LlmShape, token: Kept, tokens: int | None) -> Model:
     """What memory follows from, with texts as the data has them (``tokens`` None) or all of so many tokens."""
     groups = config.contrast.length_groups
-    return model_of(
+    model = model_of(
         shape,
         token.times(numbers.texts * (tokens or numbers.tokens)),
         config.train.precision,
         checkpointing=config.train.gradient_checkpointing,
         at_once=1 / groups if tokens else numbers.at_once(groups),
     )
+    return dataclasses.replace(model, state_bytes=config.optim.optimizer().state_bytes)
 
 
 def columns(config: FinetuneConfig, model: Model) -> list[plans.Column]:
@@ -178,7 +179,7 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> list[str]:
         if p.requires_grad
     ]
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
-    checkpoint = 12 * sum(item.parameter.numel() for item in trained) / 1e9
+    checkpoint = (4 + config.optim.optimizer().state_bytes) * sum(item.parameter.numel() for item in trained) / 1e9
     return [
         f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
         f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}",

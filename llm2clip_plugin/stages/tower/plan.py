@@ -51,6 +51,8 @@ def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
     model = model_of(
         dual, shape_dual(small, config.dual).tower, train.precision, checkpointing=train.gradient_checkpointing
     )
+    model = dataclasses.replace(model, state_bytes=config.optim.optimizer().state_bytes)
+    checkpoint = (4 + model.state_bytes) * model.trained
     table = plans.columns(
         model, global_batch=train.global_batch, micro_batch=train.micro_batch, gpu_gib=config.plan.gpu_gib
     )
@@ -63,7 +65,7 @@ def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
         plans.describe_run(plan, ds_config, samples=numbers.samples, world=world),
         plans.describe_parameters(trained, config.optim.weight_decay),
         cache_line(numbers),
-        f"a checkpoint: {12 * model.trained / 1e9:.1f} GB, kept: {train.save_total_limit or 'all'}",
+        f"a checkpoint: {checkpoint / 1e9:.1f} GB, kept: {train.save_total_limit or 'all'}",
         plans.describe_rank(model, plan, ds_config, world=world, gpu_gib=config.plan.gpu_gib),
         plans.describe_columns(table, train.global_batch, config.plan.gpu_gib),
         commands(config, command, table),

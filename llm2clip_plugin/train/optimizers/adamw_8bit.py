@@ -80,7 +80,7 @@ class AdamW8bit(OptimizerSpec):
         values_KB, magnitudes_KB = (F.pad(x.flatten(), (0, short)).view(-1, BLOCK) for x in (values, magnitudes))
         absmax_K = magnitudes_KB.amax(1)
         # one magnitude in all of a block gives exactly 1 here, and so the very index that was saved
-        share_KB = magnitudes_KB / absmax_K.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        share_KB = magnitudes_KB / absmax_K.masked_fill(absmax_K == 0, 1.0)[:, None]
         index = nearest(values_KB * share_KB, moment).flatten()[: stored.numel()]
         stored.copy_(index.view(stored.shape))
         state[f"absmax{NUMBER[moment]}"].copy_(absmax_K)
