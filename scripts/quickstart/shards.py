@@ -115,7 +115,7 @@ def draw_unseen(folder: Path, part: Part) -> str:
     import build_emoji
 
     try:
-        build_emoji.build([UNSEEN], folder, folder, size=98, colours=64, choose=part.of_unseen)
+        build_emoji.build([UNSEEN], folder, folder, size=98, colors=64, choose=part.of_unseen)
     except (FileNotFoundError, ImportError) as error:
         return f"the unseen style (openmoji) is left out: {error}"
     return ""

@@ -56,7 +56,7 @@ class EmbeddingCache:
     ) -> EmbeddingCache:
         """Open a cache.
 
-        Raises FileNotFoundError if there is none, ContractError if its teacher or width is another, it is incomplete,
+        Raises FileNotFoundError if there is none, ContractError if its teacher or width differs, it is incomplete,
         or a shard is missing or truncated; the message has both values.
         """
         directory = Path(directory)
@@ -113,7 +113,7 @@ class EmbeddingCache:
         path = self.directory / entry["file"]
         if not path.resolve().is_relative_to(self.directory.resolve()):
             raise ContractError(
-                f"{self.directory}: the file of shard {name!r}, {entry['file']!r}, lies outside the cache"
+                f"{self.directory}: the file of shard {name!r}, {entry['file']!r}, is outside the cache"
             )
         if not path.is_file():
             raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")

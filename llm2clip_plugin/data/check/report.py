@@ -63,8 +63,9 @@ def _duplicate_captions(source: Source, captions: np.ndarray, show: int) -> dict
     return {"texts": len(order), "samples": int(counts[order].sum()), "most_frequent": most}
 
 
-def _text_of(source: Source, number: int, wanted: int) -> str:
-    return next(caption.text for caption in source.captions(number)[1] if caption_hash(caption.text) == wanted)
+def _text_of(source: Source, number: int, value: int) -> str:
+    """The caption of a sample whose hash is ``value``."""
+    return next(caption.text for caption in source.captions(number)[1] if caption_hash(caption.text) == value)
 
 
 def _duplicate_keys(source: Source, keys: np.ndarray, show: int) -> dict[str, Any]:

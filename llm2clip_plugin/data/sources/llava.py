@@ -12,7 +12,7 @@ from llm2clip_plugin.data.sources.urls import has_suffix
 
 
 class LlavaSource(RowSource):
-    """The items with an image; items of text alone are no image-caption pairs."""
+    """The items with an image; text-only items are not image-caption pairs."""
 
     def read_rows(self, path: Path) -> Rows:
         try:

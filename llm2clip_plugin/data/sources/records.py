@@ -38,7 +38,7 @@ class Sample:
     blank_captions: int = 0  # captions without text, which ``captions`` leaves out
 
 
-class BrokenSample(ValueError):  # noqa: N818 - it names what was found, as StopIteration does
+class BrokenSample(ValueError):  # noqa: N818 - an event of the data, as StopIteration is of a loop
     """A sample that can't be used: which shard, which key, and why."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:

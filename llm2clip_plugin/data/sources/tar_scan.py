@@ -123,7 +123,7 @@ def _name(header: bytes) -> str:
 
 
 def _pax_records(body: bytes) -> dict[bytes, bytes]:
-    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; LENGTH counts the whole record."""
+    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; LENGTH is the size of the record."""
     records: dict[bytes, bytes] = {}
     while body and body[0] != 0:
         length_text, _, _ = body.partition(b" ")
