@@ -6,7 +6,6 @@ exit status 2; a non-finite loss as one line from rank 0 and exit status 1 on ev
 """
 
 import atexit
-import difflib
 import importlib
 import os
 import sys
@@ -119,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def unknown_command(words: list[str]) -> str:
     """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``"""
+    import difflib
+
     siblings = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]  # `data check` for `data chekc`
     given = " ".join(words[:2]) if siblings else words[0]
     nearest = difflib.get_close_matches(given, COMMANDS, n=1) or difflib.get_close_matches(

@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shards import EMOJI, read_tar
+
 from llm2clip_plugin.contracts import ScoreFile, sha256_file, whole_directory
 
-ROOT = Path(__file__).resolve().parents[2]
-EMOJI = ROOT / "llm2clip_plugin" / "data" / "emoji"
 GROUP = "Which group does the emoji belong to?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
 MINIATURE = "a miniature: a language model of 2.5 million weights, trained here from scratch"
@@ -32,14 +31,7 @@ MINIATURE = "a miniature: a language model of 2.5 million weights, trained here 
 def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """(key, PNG, description) of a split's pictures in every style."""
     for shard in sorted(EMOJI.glob(f"{split}-*.tar")):
-        parts: dict[str, dict[str, bytes]] = {}
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                body = tar.extractfile(member)
-                parts.setdefault(key, {})[suffix] = body.read() if body else b""
-        for key, found in parts.items():
-            yield key, found["png"], json.loads(found["json"])
+        yield from read_tar(shard)
 
 
 def easy_vqa(split: str, count: int) -> list[tuple[str, Path, str, str]]:

