@@ -1,4 +1,4 @@
-"""What ``--dry-run`` prints: steps, parameters, learning rates, memory by ZeRO stage, DeepSpeed's configuration."""
+"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage, commands, DeepSpeed's configuration."""
 
 from __future__ import annotations
 
@@ -9,29 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
-from llm2clip_plugin.train.memory import Model, rank_bytes
-from llm2clip_plugin.train.optim import Trained
+from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.train.memory import StepMemory, rank_bytes
+from llm2clip_plugin.train.optim import OptimConfig, Trained
 
 GIB = 1 << 30
-WORLDS = (1, 8, 64)  # GPUs that a plan is drawn for
+WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
 NODE = 8  # GPUs of a node in the commands
-ROOM = 0.9  # share of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
-# DeepSpeed's section of scripts/zero0.json to zero3.json, "auto" left out
-ZERO_FILES: dict[int, dict[str, Any]] = {
-    0: {"stage": 0},
-    1: {"stage": 1, "overlap_comm": True},
-    2: {"stage": 2, "overlap_comm": True},
-    3: {"stage": 3, "overlap_comm": True},
-}
+FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What --dry-run assumes where there is no data yet."""
+    """What --dry-run assumes while there is no data."""
 
-    images: int = 15_000_000  # captioned images; the paper's larger set
-    captions: int = 2  # captions of one image: a short and a long one
-    gpu_gib: float = 80.0  # memory of a GPU, in GiB: micro-batches are proposed for it
+    images: int = 15_000_000  # captioned images; the size of the paper's smaller set
+    captions: int = 2  # captions of an image: a short and a long one
+    gpu_gib: float = 80.0  # a GPU's memory in GiB: the plan proposes micro-batches that fit
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.captions < 1 or self.gpu_gib <= 0:
@@ -42,122 +36,107 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """The same run on a number of GPUs."""
+    """The run on a number of GPUs."""
 
     world: int
-    micro_batch: int  # 0: the global batch can't be cut into equal shares, or not even one pair fits
+    micro_batch: int  # 0: the ranks can't share the global batch equally, or not even one pair fits
     total: dict[int, float]  # ZeRO stage -> bytes of a GPU
 
 
 def columns(
-    model: Model, *, global_batch: int, micro_batch: int, gpu_gib: float, stages: Sequence[int] = tuple(ZERO_FILES)
+    memory: StepMemory, train: TrainConfig, gpu_gib: float, *, stages: Sequence[int] = (0, 1, 2, 3)
 ) -> list[Column]:
-    """One a number of GPUs: the micro-batch asked for (0: the largest that fits under ZeRO-1), and its memory."""
-    found = []
+    """One for each number of GPUs: the run's micro-batch (0: the largest that fits under ZeRO-1) and its memory."""
+    results = []
     for world in WORLDS:
-        share, rest = divmod(global_batch, world)
-        sizes = [n for n in range(share, 0, -1) if share % n == 0] if not rest else []
-        if micro_batch:
-            sizes = [n for n in sizes if n == micro_batch]
-        totals = {
-            n: {
-                stage: sum(rank_bytes(model, zero, world=world, global_batch=global_batch, micro_batch=n).values())
-                for stage, zero in (_zero_for(model, stage) for stage in stages)
-            }
-            for n in sizes
-        }
-        fitting = [n for n in sizes if micro_batch or totals[n][1] <= ROOM * gpu_gib * GIB]
-        best = fitting[0] if fitting else 0
-        found.append(Column(world=world, micro_batch=best, total=totals.get(best, {})))
-    return found
+        local, rest = divmod(train.global_batch, world)
+        sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and train.micro_batch in (0, n)]
+        result = Column(world=world, micro_batch=0, total={})
+        for size in sizes:
+            total = {stage: _total(memory, stage, world, train.global_batch, size) for stage in stages}
+            if train.micro_batch or total[1] <= FILLED * gpu_gib * GIB:
+                result = Column(world=world, micro_batch=size, total=total)
+                break
+        results.append(result)
+    return results
 
 
-def _zero_for(model: Model, stage: int) -> tuple[int, dict[str, Any]]:
-    """A stage and its section; half precision under stage 0 runs as stage 1 (see deepspeed_config)."""
-    return stage, ZERO_FILES[1 if stage == 0 and model.precision != "fp32" else stage]
-
-
-def describe_parameters(trained: list[Trained], weight_decay: float) -> str:
-    """How many parameters train, with and without weight decay, at which peak learning rates."""
-    sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
-    rates = sorted({item.lr for item in trained})
-    course = f"{rates[0]:.3g} to {rates[-1]:.3g} in {len(rates)} groups" if len(rates) > 1 else f"{rates[0]:.3g}"
-    return (
-        f"parameters that train: {sum(sizes.values()):,}; weight decay {weight_decay:g} on {sizes[True]:,}, "
-        f"none on {sizes[False]:,}; peak learning rates {course}"
-    )
+def _total(memory: StepMemory, stage: int, world: int, global_batch: int, micro_batch: int) -> float:
+    """Bytes of a GPU with scripts/zeroN.json; half precision under stage 0 runs as stage 1 (see deepspeed_config)."""
+    stage = 1 if stage == 0 and memory.precision != "fp32" else stage
+    zero = {"stage": stage, "overlap_comm": stage > 0}
+    return sum(rank_bytes(memory, zero, world=world, global_batch=global_batch, micro_batch=micro_batch).values())
 
 
 def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, world: int) -> str:
-    """Steps, ranks, schedule, precision of the run as it was asked for."""
-    optim, passes = plan.optim, plan.total_steps * plan.global_batch / samples
+    """Steps, ranks, schedule and precision."""
+    optim, epochs = plan.optim, plan.total_steps * plan.global_batch / samples
     return (
-        f"steps: {plan.total_steps} of {plan.global_batch} pairs, {passes:.2f} passes over {samples:,} samples\n"
+        f"steps: {plan.total_steps} of {plan.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples\n"
         f"ranks: {world} x {plan.accumulation} micro-batches of {plan.micro_batch}\n"
-        f"schedule: {optim.schedule}, {plan.warmup_steps} steps of warm-up, clipping at {optim.max_grad_norm:g}\n"
+        f"schedule: {optim.schedule}, {plan.warmup_steps} steps of warm-up, gradient clipping {optim.max_grad_norm:g}\n"
         f"precision: {plan.precision}; ZeRO-{zero_stage(config)}"
     )
 
 
-def describe_rank(
-    model: Model, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float, unit: str = "an image"
-) -> str:
-    """Expected memory of a rank of this run, part by part; ``unit``: what ``model.kept`` is counted for."""
-    zero = config.get("zero_optimization", {})
-    parts = rank_bytes(model, zero, world=world, global_batch=plan.global_batch, micro_batch=plan.micro_batch)
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    kept = model.kept
-    how = f"{kept.blocks} blocks x {(kept.state if model.checkpointing else kept.block) / 1e6:.1f} MB"
-    if model.checkpointing:
-        share = f" in {1 / model.at_once:.2g} parts" if model.at_once < 1 else ""
-        how += f" and one of {kept.block / 1e6:.1f} MB computed again{share}"
-    total = sum(parts.values()) / GIB
-    too_much = f"; more than a GPU of {gpu_gib:g} GiB has, see the micro-batches below" if total > gpu_gib else ""
+def describe_parameters(trained: list[Trained], optim: OptimConfig, save_total_limit: int) -> str:
+    """How many parameters train, with and without weight decay, at which peak learning rates; size of a checkpoint."""
+    sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
+    rates = sorted({item.lr for item in trained})
+    course = f"{rates[0]:.3g} to {rates[-1]:.3g} in {len(rates)} groups" if len(rates) > 1 else f"{rates[0]:.3g}"
+    total = sum(sizes.values())
+    checkpoint = total * (4 + optim.optimizer().state_bytes) / 1e9  # fp32 weights and the optimizer's states
     return (
-        f"memory a rank, expected: {total:.2f} GiB = {listed}{too_much}\n"
-        f"activations of {unit}: {model.peak / 1e6:.1f} MB ({how})"
+        f"trainable parameters: {total:,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, none on "
+        f"{sizes[False]:,}; peak learning rates {course}\n"
+        f"checkpoint: {checkpoint:.2f} GB; {save_total_limit or 'all'} kept"
     )
 
 
-def describe_columns(found: list[Column], global_batch: int, gpu_gib: float, about: str = "") -> str:
-    """The table of GPUs by ZeRO stages; ``about``: what else it is for."""
-    stages = next((column.total for column in found if column.total), {})
-    lines = ["  GPUs   share  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
-    for column in found:
-        if not column.micro_batch:
-            lines.append(f"{column.world:6}   no micro-batch fits {gpu_gib:g} GiB, or divides {global_batch}")
-            continue
+def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], *, world: int, gpu_gib: float) -> str:
+    """Expected memory of a rank of this run, part by part."""
+    zero, batches = config.get("zero_optimization", {}), (plan.global_batch, plan.micro_batch)
+    parts = rank_bytes(memory, zero, world=world, global_batch=batches[0], micro_batch=batches[1])
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    total = sum(parts.values()) / GIB
+    too_much = f"; more than a GPU of {gpu_gib:g} GiB holds, see the micro-batches below" if total > gpu_gib else ""
+    return f"expected memory per rank: {total:.2f} GiB = {listed}{too_much}"
+
+
+def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, about: str = "") -> str:
+    """The table of GPUs by ZeRO stage; ``about``: further assumptions."""
+    stages = next((column.total for column in table if column.total), {})
+    lines = ["  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
+    for column in table:
+        local = global_batch // column.world
         sizes = "".join(f"{size / GIB:9.1f}" for size in column.total.values())
-        lines.append(f"{column.world:6} {global_batch // column.world:7} {column.micro_batch:12}{sizes}")
+        row = f"{local:7} {column.micro_batch:12}{sizes}"
+        none = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {global_batch}"
+        lines.append(f"{column.world:6} {row if column.micro_batch else none}")
     files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
-    return f"memory a GPU in GiB, expected, with {files}{about}:\n" + "\n".join(lines)
+    return f"expected memory per GPU in GiB with {files}{about}:\n" + "\n".join(lines)
 
 
 def describe_commands(
-    script: str,
-    words: Sequence[str],
-    found: list[Column],
-    train: tuple[int, int],
-    *,
-    before: Sequence[str] = (),
-    option: str = "--train.micro-batch",
-) -> str:
-    """What comes before the run, and the run itself on each number of GPUs.
+    script: str, words: Sequence[str], table: list[Column], train: TrainConfig, *, option: str, deepspeed: str
+) -> list[str]:
+    """The run on each number of GPUs.
 
-    words: its options; train: (global batch, micro-batch) of them; option: the micro-batch's, where it must be another.
+    words: the options of the dry run; option: the micro-batch's; deepspeed: file to add, "" if the words name one.
     """
-    global_batch, micro_batch = train
-    lines = [f"  {line}" for line in before]
-    for column in (column for column in found if column.micro_batch):
-        other = column.micro_batch not in (micro_batch, global_batch // column.world)
-        more = [option, str(column.micro_batch)] if other else []
-        launcher = ["--num_gpus", str(column.world)] if column.world <= NODE else ["--hostfile", "hosts"]
-        lines.append("  " + shlex.join(["deepspeed", *launcher, script, *words, *more]))
+    words = [word for word in words if word not in ("--dry-run", "--dry_run")]
+    words += ["--deepspeed", deepspeed] if deepspeed else []
+    lines = []
+    for column in table:
+        if column.micro_batch:
+            default = column.micro_batch in (train.micro_batch, train.global_batch // column.world)
+            more = [] if default else [option, str(column.micro_batch)]
+            launcher = ["--num_gpus", str(column.world)] if column.world <= NODE else ["--hostfile", "hosts"]
+            lines.append("  " + shlex.join(["deepspeed", *launcher, script, *words, *more]))
     nodes = WORLDS[-1] // NODE
-    hosts = f"  (hosts: {nodes} lines like `node-1 slots={NODE}`; Slurm: scripts/slurm/torchrun.sbatch)"
-    return "commands:\n" + "\n".join([*lines, hosts])
+    return [*lines, f"  (hosts: {nodes} lines like `node-1 slots={NODE}`; Slurm: scripts/slurm/torchrun.sbatch)"]
 
 
 def describe_deepspeed(config: dict[str, Any]) -> str:
-    """What DeepSpeed will get."""
+    """DeepSpeed's configuration."""
     return f"DeepSpeed:\n{json.dumps(config, indent=2)}"

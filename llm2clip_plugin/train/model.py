@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,13 @@ def _with_rest(model: DualEncoder, tower: TowerConfig) -> DualEncoder:
     elif tower.freeze_first_blocks:
         freeze_tower(model.tower, first_blocks=tower.freeze_first_blocks)
     return model.train()
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute a tower's or an LLM's blocks in the backward pass instead of keeping their activations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renames the method, 4.37 has this name alone
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
 def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]:

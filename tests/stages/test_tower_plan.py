@@ -73,9 +73,9 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
 @pytest.mark.parametrize("name", PAPER)
 def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest.CaptureFixture[str]):
     told = planned(capsys, "--recipe", f"{name}/llama-8b")
-    assert "steps: 14648 of 4096 pairs, 4.00 passes over 15,000,000 samples" in told  # 4 x 15 M / 4096
+    assert "steps: 14648 of 4096 pairs, 4.00 epochs of 15,000,000 samples" in told  # 4 x 15 M / 4096
     assert "cache on disk: 30,000,000 captions x 4096: float16 246.5 GB, int8 123.6 GB" in told
-    trained = int(re.search(r"parameters that train: ([\d,]+);", told)[1].replace(",", ""))
+    trained = int(re.search(r"trainable parameters: ([\d,]+);", told)[1].replace(",", ""))
     if name == "openai_l14_336":
         assert trained == 578_587_905  # the release's own sum: golden/reference/F_release_directory/evidence.json
         assert (
@@ -115,8 +115,8 @@ def test_data_and_caches_that_are_there_are_counted(tmp_path: Path, capsys: pyte
     options = ["--recipe", "openai-b16", "--tower.path", str(tower), "--data.path", str(data)]
     options += ["--train.global-batch", "16"]
     told = planned(capsys, *options)
-    assert "assumed: no embedding cache beside the data; 2 captions an image" in told
-    assert "steps: 12 of 16 pairs, 4.00 passes over 48 samples" in told and "--tower.path" in told
+    assert "assumed: 2 captions per image, as the data has no embedding cache" in told
+    assert "steps: 12 of 16 pairs, 4.00 epochs of 48 samples" in told and "--tower.path" in told
     make_cache(data)
     told = planned(capsys, *options)
     assert "assumed" not in told and "cache on disk: 96 captions x 24:" in told

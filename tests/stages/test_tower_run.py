@@ -268,7 +268,7 @@ def test_dry_run_tells_and_writes_nothing(refusals: dict[str, Any]):
     told = refusals["dry run"]["out"]
     assert refusals["dry run"]["status"] == 0 and not (refusals["folder"] / "dry").exists()
     assert f"steps: {STEPS} of 16 pairs" in told and '"train_batch_size": 16' in told
-    assert "parameters that train: " in told and "memory a rank" in told
+    assert "trainable parameters: " in told and "expected memory per rank: " in told
 
 
 def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(refusals: dict[str, Any]):

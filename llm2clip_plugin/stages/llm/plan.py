@@ -1,7 +1,7 @@
-"""``llm2clip finetune-llm ... --dry-run``: what a stage 1 run would do and cost, from shapes alone.
+"""``llm2clip finetune-llm ... --dry-run``: what a stage 1 run does and costs, from shapes alone.
 
-No weights are read, and nothing is downloaded but a config.json; where there is no data or no tokenizer, the plan says
-what it assumes.
+No weights are read, and nothing but a config.json is downloaded; without data or a tokenizer, the plan says what it
+assumes.
 """
 
 from __future__ import annotations
@@ -10,119 +10,126 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import open_data
-from llm2clip_plugin.stages.llm.run import plan_stage
+from llm2clip_plugin.stages.llm.run import plan_stage, trained_parameters
 from llm2clip_plugin.stages.paper import LLM_MIXTURE
-from llm2clip_plugin.text.memory import LlmShape, kept_by_token, llm_config, model_of, shape_llm
+from llm2clip_plugin.text.contrast import PairModule, equal_parts
+from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
+from llm2clip_plugin.text.shape import LlmShape, llm_config, shape_llm
 from llm2clip_plugin.text.tokens import build_frame, literal_template, token_ids
-from llm2clip_plugin.train.memory import Kept, Model
-from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.train.memory import StepMemory, activation_bytes
+from llm2clip_plugin.train.model import enable_gradient_checkpointing
 
-ASSUMED_TOKENS = 64  # of a text, template and prompt with it
+ASSUMED_TOKENS = 64  # of a text, template and prompt included
+TEXTS = 64  # of the passes that measure activations
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """Size of the data and length of its texts, with where they come from."""
+class DataSize:
+    """Size of the data and length of its texts."""
 
     pairs: int
-    texts: int  # of a pair: query and positive, and a hard negative where the data has them
-    lengths: tuple[int, ...]  # tokens of texts, cut to max_tokens
-    lines: tuple[str, ...]  # what the data showed
-    notes: tuple[str, ...]  # what was assumed
+    texts: int  # of a pair: query and positive, and a hard negative if the data has them
+    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
+    found: tuple[str, ...]  # what the surveys of the data say
+    assumed: tuple[str, ...]
 
     @property
     def tokens(self) -> float:
         """Of a text, on average."""
         return sum(self.lengths) / len(self.lengths)
 
-    def at_once(self, groups: int) -> float:
-        """Share of a micro-batch's tokens in its group of longest texts, where it is cut into groups of like length."""
-        size = -(-len(self.lengths) // groups)
-        return max(1 / groups, sum(sorted(self.lengths)[-size:]) / sum(self.lengths)) if size > 1 else 1 / groups
 
+def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
+    """The plan as text. ``words``: the command line's options, repeated in the commands that it proposes.
 
-def llm_plan(config: FinetuneConfig, command: Sequence[str]) -> str:
-    """The plan as text. ``command``: the options of the command line, repeated in the commands that it proposes.
-
-    Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself; an LLM that is not to be
-    had leaves the memory out.
+    Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself; memory is left out for an
+    LLM without a config.json.
     """
     _, world = rank_and_world()
     encoder = apply_preset(config.encoder)
     encoder = apply_card(encoder, find_card(encoder.adapter or encoder.llm), encoder.adapter or encoder.llm)
     config = dataclasses.replace(config, encoder=encoder)
-    numbers = look(config)
-    plan, ds_config = plan_stage(config, numbers.pairs, world)
+    size = measure_data(config)
+    plan, deepspeed = plan_stage(config, size.pairs, world)
     parts = [
-        *numbers.lines,
-        *(f"assumed: {note}" for note in numbers.notes),
-        plans.describe_run(plan, ds_config, samples=numbers.pairs, world=world),
+        *size.found,
+        *(f"assumed: {line}" for line in size.assumed),
+        plans.describe_run(plan, deepspeed, samples=size.pairs, world=world),
     ]
     try:
         settings = llm_config(encoder)
     except FileNotFoundError as error:
         parts.append(f"memory is not planned: {error}")
     else:
-        shape = shape_llm(settings, encoder, config.lora, config.train.precision)
-        token = kept_by_token(settings, encoder, config.lora, config.train.precision)
-        usual, longest = (model_at(config, numbers, shape, token, tokens) for tokens in (None, encoder.max_tokens))
-        table = columns(config, usual)
+        longest, gpu_gib, train = encoder.max_tokens, config.plan.gpu_gib, config.train
+        mean = f"{size.tokens:.4g} tokens"
+        usual, long = (step_memory(config, settings, size, lengths) for lengths in (size.lengths, (longest,)))
+        stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
+        tables = [plans.columns(memory, train, gpu_gib, stages=stages) for memory in (usual, long)]
+        deepspeed_file = "" if config.deepspeed else "scripts/zero2.json"
         parts += [
-            *describe_llm(config, shape),
-            describe_texts(numbers, encoder.max_tokens, usual, longest),
-            plans.describe_rank(
-                usual,
-                plan,
-                ds_config,
-                world=world,
-                gpu_gib=config.plan.gpu_gib,
-                unit=f"a pair of {numbers.texts} texts",
+            describe_llm(config, shape_llm(settings, encoder, config.lora, train.precision)),
+            plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
+            f"activations of a pair of {size.texts} texts: {usual.pair_bytes / 1e6:,.1f} MB at {mean} "
+            + f"(the mean), {long.pair_bytes / 1e6:,.1f} MB at {longest} (max_tokens)",
+            plans.describe_columns(
+                tables[0], train.global_batch, gpu_gib, f"; texts of {size.tokens:.4g} tokens (the mean)"
             ),
-            describe_table(config, table, f"{numbers.tokens:.4g} tokens on average"),
-            describe_table(config, columns(config, longest), f"{encoder.max_tokens} tokens, max_tokens, all"),
-            commands(config, command, table),
+            plans.describe_columns(tables[1], train.global_batch, gpu_gib, f"; texts of {longest} tokens (max_tokens)"),
+            "commands:",
+            *plans.describe_commands(
+                "scripts/finetune_llm.py",
+                words if config.pairs.data else ["DATA", *words],
+                tables[0],
+                train,
+                option="--micro-batch",
+                deepspeed=deepspeed_file,
+            ),
         ]
-    return "\n".join([*parts, plans.describe_deepspeed(ds_config)])
+    return "\n".join([*parts, plans.describe_deepspeed(deepspeed)])
 
 
 def pretraining_plan(config: FinetuneConfig) -> str:
     """What ``pretrain-llm`` would do: its pairs, steps and DeepSpeed configuration, without memory."""
     _, world = rank_and_world()
     data = open_data(config, rank=0, world=world)
-    plan, ds_config = plan_stage(config, data.samples, world)
-    described = plans.describe_run(plan, ds_config, samples=data.samples, world=world)
-    return "\n".join([*data.lines(), described, plans.describe_deepspeed(ds_config)])
+    plan, deepspeed = plan_stage(config, data.samples, world)
+    described = plans.describe_run(plan, deepspeed, samples=data.samples, world=world)
+    return "\n".join([*data.lines(), described, plans.describe_deepspeed(deepspeed)])
 
 
-def look(config: FinetuneConfig) -> Numbers:
-    """The data as it is; what is missing is assumed, and said."""
-    encoder, lines, notes = config.encoder, [], []
+def measure_data(config: FinetuneConfig) -> DataSize:
+    """Size of the data and length of its texts; what is missing is assumed."""
+    encoder, assumed = config.encoder, []
     if encoder.adapter:
-        notes.append(f"{encoder.adapter} has rank {config.lora.r} (--r), on the layers below")
+        assumed.append(f"{encoder.adapter} has rank {config.lora.r} (--r), on the layers below")
     if config.pairs.data:
-        opened = open_data(config, rank=0, world=1)
-        pairs = [pair for found in opened.surveys for pair in found.pairs]
-        samples, texts, lines = opened.samples, 3 if any(pair.negative for pair in pairs) else 2, opened.lines()
-        lengths = token_counts(encoder, pairs)
-        missing = "the LLM's tokenizer isn't here"
+        data = open_data(config, rank=0, world=1)
+        pairs = [pair for survey in data.surveys for pair in survey.pairs]
+        samples, texts, found = data.samples, 3 if any(pair.negative for pair in pairs) else 2, data.lines()
+        lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
     else:
-        samples, texts, lengths, missing = config.plan.assumed_pairs, 2, [], "no DATA"
-        lines = [f"the paper's data: {LLM_MIXTURE}"]
-        notes.append(f"{samples:,} pairs of a query and a positive (--plan.images, or DATA)")
+        samples, texts, found = config.plan.assumed_pairs, 2, [f"the paper's data: {LLM_MIXTURE}"]
+        lengths, missing = [], "no DATA"
+        assumed.append(f"{samples:,} pairs of a query and a positive (--plan.images, or DATA)")
     if not lengths:
         lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]
-        notes.append(f"{lengths[0]} tokens a text, template and prompt with it: {missing}")
-    return Numbers(pairs=samples, texts=texts, lengths=tuple(lengths), lines=tuple(lines), notes=tuple(notes))
+        assumed.append(f"{lengths[0]} tokens per text, template and prompt included: {missing}")
+    return DataSize(pairs=samples, texts=texts, lengths=tuple(lengths), found=tuple(found), assumed=tuple(assumed))
 
 
 def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
-    """Tokens of each text, cut to max_tokens; empty where no tokenizer is in a folder or in the Hub's cache."""
+    """Tokens of each text, truncated to max_tokens; [] without a tokenizer in the folder or the local Hub cache."""
     from transformers import AutoTokenizer
 
     if not encoder.llm:
@@ -146,69 +153,57 @@ def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
     return counts
 
 
-def model_at(config: FinetuneConfig, numbers: Numbers, shape: LlmShape, token: Kept, tokens: int | None) -> Model:
-    """What memory follows from, with texts as the data has them (``tokens`` None) or all of so many tokens."""
-    groups = config.contrast.length_groups
-    model = model_of(
-        shape,
-        token.times(numbers.texts * (tokens or numbers.tokens)),
-        config.train.precision,
-        checkpointing=config.train.gradient_checkpointing,
-        at_once=1 / groups if tokens else numbers.at_once(groups),
+def step_memory(
+    config: FinetuneConfig, settings: PretrainedConfig, size: DataSize, lengths: Sequence[int]
+) -> StepMemory:
+    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks."""
+
+    def shaped(blocks: int) -> LlmShape:
+        return shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
+
+    shape = shaped(0)
+    few, more = min(1, shape.blocks), min(2, shape.blocks)
+    text_bytes = texts_bytes(config, shaped(more), lengths)
+    if more > few:
+        slope = (text_bytes - texts_bytes(config, shaped(few), lengths)) / (more - few)
+        text_bytes += slope * (shape.blocks - more)
+    return StepMemory(
+        precision=config.train.precision,
+        trained=sum(p.numel() for p in shape.llm.parameters() if p.requires_grad),
+        frozen_bytes=shape.frozen_bytes,
+        parameters=shape.parameters,
+        pair_bytes=size.texts * text_bytes / TEXTS,
+        width=shape.width,
+        state_bytes=config.optim.optimizer().state_bytes,
     )
-    return dataclasses.replace(model, state_bytes=config.optim.optimizer().state_bytes)
 
 
-def columns(config: FinetuneConfig, model: Model) -> list[plans.Column]:
-    """The run on 1, 8 and 64 GPUs; ZeRO-3 can't cut up 4-bit weights."""
-    return plans.columns(
-        model,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        gpu_gib=config.plan.gpu_gib,
-        stages=(0, 1, 2) if config.encoder.load_in_4bit else (0, 1, 2, 3),
-    )
+def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int]) -> float:
+    """Activations of TEXTS texts, their lengths spread over ``lengths``, in the step's groups of like length."""
+    ordered = sorted(lengths)
+    spread = [ordered[i * len(ordered) // TEXTS] for i in range(TEXTS)]
+    module = PairModule(CaptionModel(shape.llm, config.encoder.pooling), config.contrast).train()
+    if config.train.gradient_checkpointing:
+        enable_gradient_checkpointing(shape.llm)
+
+    def make_inputs() -> list[Tensor]:
+        tensors: list[Tensor] = []
+        for group in equal_parts(spread, config.contrast.length_groups):
+            tokens = torch.zeros(len(group), group[-1], dtype=torch.int64)
+            tensors += [tokens, tokens, tokens, tokens.bool()]  # ids, attention mask, positions, pooling mask
+        return tensors
+
+    return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
 
 
-def describe_llm(config: FinetuneConfig, shape: LlmShape) -> list[str]:
-    """Parameters that rest and that train."""
-    lora, train = config.lora, config.train
-    trained = [
-        Trained(name=name, parameter=p, lr=config.optim.lr, decay=not is_vector(p))
-        for name, p in shape.llm.named_parameters()
-        if p.requires_grad
-    ]
+def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
+    """The LLM's frozen parameters and the adapter's."""
+    lora = config.lora
+    trained = trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
-    checkpoint = (4 + config.optim.optimizer().state_bytes) * sum(item.parameter.numel() for item in trained) / 1e9
-    return [
-        f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
-        f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}",
-        f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}",
-        plans.describe_parameters(trained, config.optim.weight_decay),
-        f"a checkpoint: {checkpoint:.2f} GB, kept: {train.save_total_limit or 'all'}",
-    ]
-
-
-def describe_texts(numbers: Numbers, max_tokens: int, usual: Model, longest: Model) -> str:
-    """Activations of one text."""
-    how = "with" if usual.checkpointing else "without"
-    sizes = [model.peak / numbers.texts / 1e6 for model in (usual, longest)]
     return (
-        f"activations of a text, {how} gradient checkpointing: {sizes[0]:,.1f} MB at {numbers.tokens:.4g} tokens (the "
-        f"mean), {sizes[1]:,.1f} MB at {max_tokens} (max_tokens)"
+        f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
+        f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}\n"
+        f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}\n"
+        + plans.describe_parameters(trained, config.optim, config.train.save_total_limit)
     )
-
-
-def describe_table(config: FinetuneConfig, table: list[plans.Column], length: str) -> str:
-    """The table of GPUs by ZeRO stages for texts of that length."""
-    return plans.describe_columns(table, config.train.global_batch, config.plan.gpu_gib, f"; texts of {length}")
-
-
-def commands(config: FinetuneConfig, command: Sequence[str], table: list[plans.Column]) -> str:
-    """The run on 1, 8 and 64 GPUs."""
-    words = [word for word in command if word not in ("--dry-run", "--dry_run")]
-    words = words if config.pairs.data else ["DATA", *words]
-    if not config.deepspeed:
-        words += ["--deepspeed", "scripts/zero2.json"]
-    batches = (config.train.global_batch, config.train.micro_batch)
-    return plans.describe_commands("scripts/finetune_llm.py", words, table, batches, option="--micro-batch")

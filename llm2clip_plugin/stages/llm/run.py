@@ -28,6 +28,7 @@ from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.loop import Evaluate, StepFunction
+from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
 from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
@@ -137,7 +138,7 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
         torch.manual_seed(config.train.seed)
         encoder.model.llm = add_lora(encoder.model.llm, config.lora, base=config.encoder.llm)
     if config.train.gradient_checkpointing:
-        encoder.model.llm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
 
 

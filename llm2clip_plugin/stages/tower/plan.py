@@ -1,6 +1,6 @@
-"""``llm2clip train-tower ... --dry-run``: what a run would do and cost, from shapes alone.
+"""``llm2clip train-tower ... --dry-run``: what a run does and costs, from shapes alone.
 
-No weights are read and nothing is downloaded; where there is no data or no cache yet, the plan says what it assumes.
+No weights are read and nothing is downloaded; without data or a cache, the plan says what it assumes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.data.sources.open import open_source
@@ -17,120 +20,135 @@ from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.opening import find_cache, open_data
-from llm2clip_plugin.train.memory import PROBE_GRID, model_of
-from llm2clip_plugin.train.model import shape_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
+from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.vision.dual import DualEncoder
 
-ASSUMED_WIDTH = 4096  # of an LLM that nothing is known of: the paper's 8B
+ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 KEY_BYTES = 9  # of a sample's key, as img2dataset makes them
+IMAGES = 16  # of the pass that measures activations
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """Size of the data and width of the teacher, with where they come from."""
+class DataSize:
+    """Size of the data and width of the teacher's embeddings."""
 
     samples: int
     captions: int
-    width: int  # of an LLM embedding
-    notes: tuple[str, ...]  # what was assumed
+    width: int
+    assumed: tuple[str, ...]
 
 
-def tower_plan(config: RunConfig, command: Sequence[str]) -> str:
-    """The plan as text. ``command``: the options of the command line, repeated in the commands that it proposes.
+def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
+    """The plan as text. ``words``: the command line's options, repeated in the commands that it proposes.
 
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
     """
     _, world = rank_and_world()
-    numbers = look(config)
-    config = dataclasses.replace(config, dual=with_llm_width(config.dual, numbers.width))
+    size = measure_data(config)
+    config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
     dual = shape_dual(config.tower, config.dual)
-    train, tower = config.train, dual.tower.config
-    plan, ds_config = plan_engine(
-        config, train, config.optim, samples=numbers.samples, world=world, hidden_size=tower.hidden_size
+    train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
+    plan, deepspeed = plan_engine(
+        config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
     )
-    small = dataclasses.replace(config.tower, image_size=PROBE_GRID * tower.patch_size)
-    model = model_of(
-        dual, shape_dual(small, config.dual).tower, train.precision, checkpointing=train.gradient_checkpointing
-    )
-    model = dataclasses.replace(model, state_bytes=config.optim.optimizer().state_bytes)
-    checkpoint = (4 + model.state_bytes) * model.trained
-    table = plans.columns(
-        model, global_batch=train.global_batch, micro_batch=train.micro_batch, gpu_gib=config.plan.gpu_gib
-    )
-    trained = trained_parameters(dual, config.optim)
+    parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim, train.save_total_limit)
+    memory = step_memory(config, dual)
+    table = plans.columns(memory, train, gpu_gib)
     parts = [
-        *(f"assumed: {note}" for note in numbers.notes),
+        *(f"assumed: {line}" for line in size.assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
-        f"projection_dim {config.dual.projection_dim}, LLM embeddings {numbers.width} wide",
-        plans.describe_run(plan, ds_config, samples=numbers.samples, world=world),
-        plans.describe_parameters(trained, config.optim.weight_decay),
-        cache_line(numbers),
-        f"a checkpoint: {checkpoint / 1e9:.1f} GB, kept: {train.save_total_limit or 'all'}",
-        plans.describe_rank(model, plan, ds_config, world=world, gpu_gib=config.plan.gpu_gib),
-        plans.describe_columns(table, train.global_batch, config.plan.gpu_gib),
-        commands(config, command, table),
-        plans.describe_deepspeed(ds_config),
+        f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide",
+        plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
+        parameters,
+        describe_cache(size),
+        plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
+        f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
+        plans.describe_columns(table, train.global_batch, gpu_gib),
+        *describe_commands(config, words, table),
+        plans.describe_deepspeed(deepspeed),
     ]
     return "\n".join(parts)
 
 
-def look(config: RunConfig) -> Numbers:
-    """Data and caches as they are; what is missing is assumed, and said."""
+def measure_data(config: RunConfig) -> DataSize:
+    """Size of the data and its caches; what is missing is assumed."""
     config.validate(needs_data=False)
-    notes = []
     if config.data.path and _has_caches(config):
         data = open_data(config)
         captions = sum(cache.manifest.captions for cache in data.caches)
-        return Numbers(samples=data.samples, captions=captions, width=data.caches[0].width, notes=())
-    samples = config.plan.images
+        return DataSize(samples=data.samples, captions=captions, width=data.caches[0].width, assumed=())
+    samples, captions = config.plan.images, config.plan.captions
     if config.data.path:
         samples = sum(len(open_source(source)) for source in config.data.sources)
-        notes.append(f"no embedding cache beside the data; {config.plan.captions} captions an image")
+        assumed = [f"{captions} captions per image, as the data has no embedding cache"]
     else:
-        notes.append(f"{samples:,} images x {config.plan.captions} captions (--plan.images, or --data.path)")
-        notes += [f"data as the paper's, {mixture}" for mixture in TOWER_MIXTURES]
+        assumed = [f"{samples:,} images x {captions} captions (--plan.images, or --data.path)"]
+        assumed += [f"data like the paper's, {mixture}" for mixture in TOWER_MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
-        notes.append(f"LLM embeddings {width} wide (--dual.llm-width: {known})")
-    return Numbers(samples=samples, captions=samples * config.plan.captions, width=width, notes=tuple(notes))
+        assumed.append(f"LLM embeddings {width} wide (--dual.llm-width: {known})")
+    return DataSize(samples=samples, captions=samples * captions, width=width, assumed=tuple(assumed))
 
 
 def _has_caches(config: RunConfig) -> bool:
-    """Whether the run says its caches or has one beside each path."""
-    if config.data.cache:
-        return True
+    """Whether the configuration names the caches, or there is one next to each path."""
     try:
-        for path in config.data.path:
-            find_cache(path)
+        return bool(config.data.cache) or all(map(find_cache, config.data.path))
     except FileNotFoundError:
         return False
-    return True
 
 
-def cache_line(numbers: Numbers) -> str:
+def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
+    """Measured on fake tensors; ``dual``, on the meta device, is left with those."""
+    precision, train = config.train.precision, config.train
+    counts = {flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag) for flag in (True, False)}
+    dtype, pixels = DTYPES[precision], (3, dual.tower.config.image_size, dual.tower.config.image_size)
+    if train.gradient_checkpointing:
+        enable_gradient_checkpointing(dual.tower)
+
+    def make_inputs() -> tuple[Tensor, Tensor]:
+        return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(IMAGES, config.dual.llm_width)
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return sum((feature.sum() for feature in dual(*inputs)), torch.zeros(()))
+
+    return StepMemory(
+        precision=precision,
+        trained=counts[True],
+        frozen_bytes=counts[False] * dtype.itemsize,
+        parameters=sum(counts.values()),
+        pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
+        width=config.dual.projection_dim,
+        state_bytes=config.optim.optimizer().state_bytes,
+        pixels=3 * dual.tower.config.image_size**2,
+    )
+
+
+def describe_cache(size: DataSize) -> str:
     """Size of the embedding cache on disk, in both of its formats."""
-    sizes = [
-        shard_bytes(numbers.samples, numbers.captions, numbers.width, dtype, key_bytes=KEY_BYTES) / 1e9
+    half, int8 = (
+        shard_bytes(size.samples, size.captions, size.width, dtype, key_bytes=KEY_BYTES) / 1e9
         for dtype in ("float16", "int8")
-    ]
-    about = f"cache on disk: {numbers.captions:,} captions x {numbers.width}"
-    return f"{about}: float16 {sizes[0]:,.1f} GB, int8 {sizes[1]:,.1f} GB"
+    )
+    return f"cache on disk: {size.captions:,} captions x {size.width}: float16 {half:,.1f} GB, int8 {int8:,.1f} GB"
 
 
-def commands(config: RunConfig, command: Sequence[str], table: list[plans.Column]) -> str:
-    """What comes before the run, if it is missing, and the run itself on 1, 8 and 64 GPUs."""
-    words = [word for word in command if word not in ("--dry-run", "--dry_run")]
-    before = []
+def describe_commands(config: RunConfig, words: Sequence[str], table: list[plans.Column]) -> list[str]:
+    """What must come before the run, and the run on 1, 8 and 64 GPUs."""
+    before, words = [], list(words)
     if not config.tower.path:
-        before.append(f"llm2clip import CHECKPOINT --output towers/{config.tower.architecture}")
+        before.append(f"  llm2clip import CHECKPOINT --output towers/{config.tower.architecture}")
         words += ["--tower.path", f"towers/{config.tower.architecture}"]
     if not config.data.path:
         teacher = next((t for t in TEACHERS.values() if t.width == config.dual.llm_width), None)
         llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "LLM"
-        before.append(f"llm2clip embed DATA --llm {llm}")
+        before.append(f"  llm2clip embed DATA --llm {llm}")
         words += ["--data.path", "DATA"]
-    if not config.deepspeed:
-        words += ["--deepspeed", "scripts/zero1.json"]
-    batches = (config.train.global_batch, config.train.micro_batch)
-    return plans.describe_commands("scripts/train_tower.py", words, table, batches, before=before)
+    deepspeed = "" if config.deepspeed else "scripts/zero1.json"
+    runs = plans.describe_commands(
+        "scripts/train_tower.py", words, table, config.train, option="--train.micro-batch", deepspeed=deepspeed
+    )
+    return ["commands:", *before, *runs]

@@ -23,7 +23,7 @@ from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.heads import fit_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
-from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
 from llm2clip_plugin.vision.attention import use_fastest_attention
@@ -99,7 +99,7 @@ def prepare(dual: DualEncoder, config: RunConfig, device: torch.device) -> None:
     """Choose the tower's attention kernel, set gradient checkpointing and compilation."""
     use_fastest_attention(dual.tower, device, bf16=config.train.precision == "bf16")
     if config.train.gradient_checkpointing:
-        dual.tower.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_gradient_checkpointing(dual.tower)
     if config.train.torch_compile:
         dual.tower.compile()
 
