@@ -166,11 +166,14 @@ def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def load(path: Path) -> Loaded:
-    """Read a checkpoint. Raises FileNotFoundError or ContractError naming the file that is missing or damaged."""
+def load(path: Path, *, moments: bool = True) -> Loaded:
+    """Read a checkpoint, without the optimizer's ``moments`` where only its weights are needed.
+
+    Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
+    """
     state = TrainState.read(path / TrainState.FILE)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name in ("model", "optimizer", "ema"):
+    tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
+    for name in ("model", "optimizer", "ema") if moments else ("model", "ema"):
         file = path / f"{name}.safetensors"
         if not file.is_file():
             if name == "ema":

@@ -167,6 +167,16 @@ class Engineless:
         return {"w.exp_avg": torch.zeros(3)} if keep else {}
 
 
+def test_weights_are_read_without_the_moments(saved: tuple[Path, dict[str, list[float]]], tmp_path: Path):
+    path = Checkpoints(saved[0] / "zero2", keep=1).latest()
+    assert path is not None
+    shutil.copytree(path, tmp_path / "copy")
+    (tmp_path / "copy/optimizer.safetensors").unlink()
+    loaded, full = load(tmp_path / "copy", moments=False), load(path)
+    assert loaded.moments == {} and full.moments and loaded.weights.keys() == full.weights.keys()
+    assert all(torch.equal(value, full.weights[name]) for name, value in loaded.weights.items())
+
+
 def state(step: int) -> TrainState:
     return TrainState(step=step, samples=8 * step, config={}, config_hash="", seed=0)
 

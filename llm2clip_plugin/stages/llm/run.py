@@ -170,7 +170,9 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     newest = run.checkpoints.latest()
     assert newest is not None  # the loop ends with a checkpoint
     prefix = "model.llm."
-    trained = {n.removeprefix(prefix): t for n, t in load(newest).weights.items() if n.startswith(prefix)}
+    trained = {
+        n.removeprefix(prefix): t for n, t in load(newest, moments=False).weights.items() if n.startswith(prefix)
+    }
     save_adapter(encoder.model.llm, trained, card_of(encoder, config, state), run.folder / ADAPTER, replace=True)
 
 

@@ -85,7 +85,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
     path = Checkpoints(run, keep=0).find(str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO)
     if path is None:
         raise FileNotFoundError(f"{run} holds no checkpoint yet")
-    loaded = load(path)
+    loaded = load(path, moments=False)
     if averaged and not loaded.averages:
         raise ValueError(f"{path} holds no moving average: the run had --train.ema-decay 0")
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
