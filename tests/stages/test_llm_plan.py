@@ -96,7 +96,7 @@ def test_data_and_tokenizer_that_are_there_are_counted(llama: Path, tmp_path: Pa
     encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Find: "), "cpu")
     lengths = encoder.lengths(texts[:1], query=True) + encoder.lengths(texts[1:])
     assert f"MB at {sum(lengths) / 3:.4g} tokens (the mean)" in told and "a pair of 3 texts" in told
-    assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of 8 samples looked at" in told
+    assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of the first 8 samples have" in told
     assert not (tmp_path / "run").exists()
     unknown = planned(capsys, *options[:2], str(tmp_path / "missing"), *options[3:])
     assert "memory is not planned: no config.json of LLM" in unknown and "steps: 1 of 8 pairs" in unknown
