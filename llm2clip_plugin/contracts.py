@@ -35,7 +35,7 @@ class ContractError(ValueError):
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; rename it onto ``path`` if the block ends without an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling directory; rename it onto ``path`` if the block ends without an error.
 
     Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false.
@@ -160,7 +160,7 @@ class VersionedRecord:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the record atomically to ``path`` and return the path."""
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
         return Path(path)
 

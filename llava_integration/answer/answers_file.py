@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import ContractError, whole_file
+from llm2clip_plugin.contracts import ContractError, atomic_file
 
 
 class AnswersFile:
@@ -50,7 +50,7 @@ class AnswersFile:
                 f"{self.path} was written by another program; choose another --answers-file or pass --overwrite"
             )
         else:
-            with whole_file(self.settings_file) as temporary:
+            with atomic_file(self.settings_file) as temporary:
                 temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     @property
@@ -87,7 +87,7 @@ class AnswersFile:
             return 0
         if len(answers) < self.total:
             return self.total - len(answers)
-        with whole_file(self.path) as temporary:
+        with atomic_file(self.path) as temporary:
             temporary.write_text("".join(json.dumps(answers[i]) + "\n" for i in range(self.total)), encoding="utf-8")
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0

@@ -26,7 +26,7 @@ from llava_integration.benchmarks.plan import Missing, Task, plans
 from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import tables
-from llm2clip_plugin.contracts import sha256_file, sha256_text, whole_file
+from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
 
 LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     outcomes = [run_one(task, args, extra) for task in tasks]
     print("\n" + describe(outcomes))
-    with whole_file(args.output / "bench.json") as temporary:
+    with atomic_file(args.output / "bench.json") as temporary:
         temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
     print(f"\ncompare two towers: llm2clip compare BASE/scores {args.output / 'scores'} --out report", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
@@ -121,7 +121,7 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
         outcome = score_task(task, args, answers, command)
     except Exception as error:
         log = args.output / "logs" / f"{name}.error.txt"
-        with whole_file(log) as temporary:
+        with atomic_file(log) as temporary:
             temporary.write_text(traceback.format_exc(), encoding="utf-8")
         outcome = Outcome(name=name, status="failed", detail=f"{error} (traceback: {log})")
     print(f"{outcome.status}: {outcome.detail}", flush=True)

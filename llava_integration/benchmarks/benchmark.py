@@ -23,7 +23,7 @@ from llava_integration.benchmarks.base import (
 )
 from llava_integration.benchmarks.match import Matched, match
 from llava_integration.benchmarks.xlsx import write_xlsx
-from llm2clip_plugin.contracts import sha256_file, sha256_text, whole_file
+from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix
 LONG_ANSWERS = ("--max-new-tokens", "1024")  # default of LLaVA's model_vqa*; evaluate's is model_vqa_loader's 128
@@ -181,7 +181,7 @@ class Benchmark(ABC):
     def write_submission(self, folder: Path, answers: Answers, output: Path) -> None:
         """Write the file that its server scores, whole or not at all."""
         rows = self.submission_rows(folder, answers)
-        with whole_file(output) as path:
+        with atomic_file(output) as path:
             if self.submission_format == "json":
                 path.write_text(json.dumps(rows), encoding="utf-8")
             elif self.submission_format == "xlsx" and output.suffix == ".xlsx":

@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_integration.benchmarks.answers import read_json
 from llava_integration.benchmarks.benchmark import Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
-from llm2clip_plugin.contracts import whole_file
+from llm2clip_plugin.contracts import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
     path = first_file(folder, *member.scored_question_files)
     if path is None and (rows := member.question_rows(folder)):
         path = generated / f"{member.name}_val.jsonl"
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -19,7 +19,7 @@ from llava_integration.compare.build import build
 from llava_integration.compare.comparison import Comparison
 from llava_integration.compare.page import PageOptions, page
 from llava_integration.compare.sides import Side, load_sides
-from llm2clip_plugin.contracts import whole_file
+from llm2clip_plugin.contracts import atomic_file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], opt
             text = tables.latex(comparison)
         else:
             text = page(comparison, sides, options)
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
 

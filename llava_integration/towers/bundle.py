@@ -13,7 +13,7 @@ from typing import Any
 from llava_integration.towers import names
 from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_record
-from llm2clip_plugin.contracts import ContractError, TowerCard, whole_directory, whole_file
+from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, atomic_file
 
 CONFIG = "config.json"
 
@@ -35,11 +35,11 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     target = checkpoint / BUNDLE
     if already_bundled(target, location):
         return target
-    with whole_directory(target, replace=overwrite) as temporary:
+    with atomic_directory(target, replace=overwrite) as temporary:
         copy_tower(location, temporary)
     if KEY not in config:
         config[KEY] = tower_record(location, name, config["mm_hidden_size"])
-        with whole_file(checkpoint / CONFIG) as temporary:
+        with atomic_file(checkpoint / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 

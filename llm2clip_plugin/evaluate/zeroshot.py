@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ScoreFile, whole_file
+from llm2clip_plugin.contracts import ScoreFile, atomic_file
 from llm2clip_plugin.evaluate.class_prompts import class_vectors, prompt_source, read_class_names, read_templates
 from llm2clip_plugin.evaluate.command_line import (
     dataset_name,
@@ -122,6 +122,6 @@ def report(config: ZeroShotConfig, scores: ScoreFile) -> None:
     print_scores(scores, {"acc1": "score"})
     write_scores(scores, config.json)
     if config.clip_benchmark:
-        with whole_file(config.clip_benchmark) as temporary:
+        with atomic_file(config.clip_benchmark) as temporary:
             temporary.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
         print(f"wrote {config.clip_benchmark}")

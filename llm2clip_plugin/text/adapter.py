@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2clip_plugin.contracts import ContractError, EncoderCard, whole_directory
+from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
 from llm2clip_plugin.text.files import ADAPTER_WEIGHTS
 from llm2clip_plugin.text.quiet import quiet_peft
 
@@ -69,7 +69,7 @@ def save_adapter(
     """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``."""
     from peft import get_peft_model_state_dict
 
-    with whole_directory(directory, replace=replace) as temporary:
+    with atomic_directory(directory, replace=replace) as temporary:
         wrapped.peft_config["default"].save_pretrained(str(temporary))  # type: ignore[index, union-attr, operator]
         named = get_peft_model_state_dict(wrapped, state_dict=trained)
         tensors = {name: tensor.contiguous() for name, tensor in named.items()}

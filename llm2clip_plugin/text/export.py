@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.contracts import ContractError, EncoderCard, whole_directory
+from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.progress import progress_bar
@@ -61,7 +61,7 @@ def export_llm(config: ExportConfig) -> Path:
         encoder.post = fit_post(post_embeddings(encoder, config), config.post)
     if config.layout == "sentence-transformers":
         refuse_unsupported(encoder.config, has_bos=encoder.frame.has_bos, post=encoder.post is not None)
-    with whole_directory(config.output, replace=config.overwrite) as temporary:
+    with atomic_directory(config.output, replace=config.overwrite) as temporary:
         reloading = EncoderConfig(llm=str(temporary), compute_dtype="float32")
         if config.layout == "adapter":
             copy_adapter(encoder, temporary)

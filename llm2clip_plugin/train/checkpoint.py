@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ContractError, VersionedRecord, whole_directory, whole_file
+from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_directory, atomic_file
 from llm2clip_plugin.train.distributed import broadcast_object, rank
 
 FOLDER = "checkpoints"
@@ -101,14 +101,14 @@ class Checkpoints:
         moments: dict[str, Tensor],
         averages: dict[str, Tensor],
     ) -> None:
-        with whole_directory(target, replace=True) as aside:
-            save_file(contiguous(weights), aside / "model.safetensors")
-            save_file(contiguous(moments), aside / "optimizer.safetensors")
+        with atomic_directory(target, replace=True) as temporary:
+            save_file(contiguous(weights), temporary / "model.safetensors")
+            save_file(contiguous(moments), temporary / "optimizer.safetensors")
             if averages:
-                save_file(contiguous(averages), aside / "ema.safetensors")
-            state.write(aside / TrainState.FILE)
-        with whole_file(self.folder / LATEST) as aside:
-            aside.write_text(target.name + "\n", encoding="utf-8")
+                save_file(contiguous(averages), temporary / "ema.safetensors")
+            state.write(temporary / TrainState.FILE)
+        with atomic_file(self.folder / LATEST) as temporary:
+            temporary.write_text(target.name + "\n", encoding="utf-8")
         self._prune(target)
 
     def _prune(self, newest: Path) -> None:

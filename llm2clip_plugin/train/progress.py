@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.contracts import whole_file
+from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.progress import progress_bar
 
 SMOOTHING = 0.9  # of samples per second
@@ -25,8 +25,8 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
-            with whole_file(path) as aside:
-                aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:

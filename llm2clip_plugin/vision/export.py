@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights, whole_directory
+from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, sha256_weights
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
@@ -59,7 +59,7 @@ def export_tower(
     model = merged(model)
     tower = tower_in(model)
     modes = {module: module.training for module in model.modules()}
-    with whole_directory(directory, replace=replace) as temporary:
+    with atomic_directory(directory, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
         card = TowerCard(

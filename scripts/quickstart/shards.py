@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import whole_directory
+from llm2clip_plugin.contracts import atomic_directory
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 EMOJI = SCRIPTS.parent / "llm2clip_plugin" / "data" / "emoji"
@@ -123,7 +123,7 @@ def draw_unseen(folder: Path, part: Part) -> str:
 
 def make_all(folder: Path, part: Part) -> str:
     """Write ``all/``; returns why the unseen style is missing, or ""."""
-    with whole_directory(folder, replace=True) as temporary:
+    with atomic_directory(folder, replace=True) as temporary:
         missing = draw_unseen(temporary, part)
         paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(temporary.glob("*.tar")))]
         for split, path in paths:
@@ -133,7 +133,7 @@ def make_all(folder: Path, part: Part) -> str:
 
 def make_shuffled(everything: Path, folder: Path) -> None:
     """Write ``shuffled/`` from the training shards of ``all/``."""
-    with whole_directory(folder, replace=True) as temporary:
+    with atomic_directory(folder, replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
 

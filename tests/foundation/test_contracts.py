@@ -12,9 +12,9 @@ from llm2clip_plugin.contracts import (
     ScoreFile,
     TeacherIdentity,
     TowerCard,
+    atomic_directory,
+    atomic_file,
     sha256_weights,
-    whole_directory,
-    whole_file,
 )
 
 
@@ -100,25 +100,25 @@ def test_fingerprint_is_what_changes_an_embedding() -> None:
     assert teacher().fingerprint != teacher(prompt="Describe: ").fingerprint
 
 
-def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path: Path) -> None:
+def test_atomic_file_leaves_the_old_one_when_writing_fails(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), whole_file(target) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_whole_directory(tmp_path: Path) -> None:
+def test_atomic_directory(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with whole_directory(target) as aside:
-        (aside / "a").write_text("1")
+    with atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(FileExistsError, match="--overwrite"), whole_directory(target):
+    with pytest.raises(FileExistsError, match="--overwrite"), atomic_directory(target):
         pass
-    with whole_directory(target, replace=True) as aside:
-        (aside / "b").write_text("2")
+    with atomic_directory(target, replace=True) as temporary:
+        (temporary / "b").write_text("2")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert list(tmp_path.iterdir()) == [target]
 

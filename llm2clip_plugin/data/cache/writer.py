@@ -15,9 +15,9 @@ from llm2clip_plugin.contracts import (
     CacheManifest,
     ContractError,
     TeacherIdentity,
+    atomic_file,
     canonical_json,
     sha256_text,
-    whole_file,
 )
 from llm2clip_plugin.data.cache.reader import differences, has_text
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, tensors_digest
@@ -154,7 +154,7 @@ class CacheWriter:
             "sha256": tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()}),
             "truncated": str(truncated),
         }
-        with whole_file(self.path(shard)) as temporary:
+        with atomic_file(self.path(shard)) as temporary:
             save_file(tensors, str(temporary), metadata={META: canonical_json(metadata)})
         self._written.append(shard)
 

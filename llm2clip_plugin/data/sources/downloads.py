@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from llm2clip_plugin.contracts import canonical_json, whole_file
+from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.sources.urls import open_filesystem
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Downloads:
         total = info.get("size")
         if total is None:  # without a size there are no ranges
             data = self._persist(lambda: filesystem.cat_file(path), url)
-            with whole_file(target) as temporary:
+            with atomic_file(target) as temporary:
                 temporary.write_bytes(data)
             return
         version = canonical_json({key.lower(): str(value) for key, value in info.items() if key.lower() in VERSION})
@@ -115,7 +115,7 @@ class Downloads:
         note = target.with_name(target.name + ".partial.json")
         if _read_note(note) != version:
             partial.unlink(missing_ok=True)  # it holds bytes of another version of the file
-            with whole_file(note) as temporary:
+            with atomic_file(note) as temporary:
                 temporary.write_text(version, encoding="utf-8")
         with open(partial, "ab") as file:
             self._append(filesystem, path, url, file, total)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip_plugin.contracts import whole_file
+from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.data.sources.tar_scan import Entry, group_samples, scan_tar
 
 FORMAT = {"kind": "llm2clip-tar-index", "format_version": 1}
@@ -86,7 +86,7 @@ def _save(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
     blob = b"".join(names)
     head = json.dumps({**FORMAT, **stamp, "samples": len(entries), "key_bytes": len(blob)}).encode()
     head += b" " * (-(len(head) + 1) % 8) + b"\n"
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(head + table.tobytes() + blob)
 
 

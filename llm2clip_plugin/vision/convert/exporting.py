@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llm2clip_plugin.contracts import whole_directory
+from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.vision.convert.formats import formats
 from llm2clip_plugin.vision.directory import check_card, fetch_directory
 from llm2clip_plugin.vision.dual import load_dual
@@ -26,6 +26,6 @@ def convert(
         raise ValueError(f"unknown format {format_name!r}; known: tower, {', '.join(known)}")
     directory = fetch_directory(source)
     model = load_dual(directory)[0] if check_card(directory).projection_dim else load_tower(directory)
-    with whole_directory(output, replace=replace) as temporary:
+    with atomic_directory(output, replace=replace) as temporary:
         known[format_name].write(model.eval(), temporary, preprocessor_config(directory))
     return Path(output)

@@ -143,14 +143,14 @@ def test_the_index_goes_elsewhere_where_the_folder_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "data" / "x.tar", [("1.jpg", b"abc")])
-    write = tar_index.whole_file
+    write = tar_index.atomic_file
 
     def refuse(target: Path):  # as a read-only folder does; modes don't stop a test that runs as root
         if target.parent == path.parent:
             raise PermissionError(13, "Permission denied", str(target))
         return write(target)
 
-    monkeypatch.setattr(tar_index, "whole_file", refuse)
+    monkeypatch.setattr(tar_index, "atomic_file", refuse)
     assert open_index(path, tmp_path / "spare")[0].key == "1"
     assert [file.name for file in (tmp_path / "data").iterdir()] == ["x.tar"]
     assert len(list((tmp_path / "spare").glob(".*.index"))) == 1
