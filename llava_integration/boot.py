@@ -7,16 +7,14 @@ Nothing here may raise: ``llava.model`` swallows import errors, and the user wou
 LlavaLlamaForCausalLM". ``LLM2CLIP_LLAVA_HOOK=0`` disables the hook.
 """
 
-import importlib
 import os
 import sys
 
-# LLaVA's module -> ours, whose complete(module) is called with it
-WATCHED = {
-    "llava.model.multimodal_encoder.builder": "llava_integration.hook.encoder_builder",  # before llava_arch binds it
-    "llava.model.llava_arch": "llava_integration.hook.llava_arch",
-    "llava.model.builder": "llava_integration.hook.model_builder",
-}
+WATCHED = (
+    "llava.model.multimodal_encoder.builder",  # before llava_arch binds build_vision_tower
+    "llava.model.llava_arch",
+    "llava.model.builder",
+)
 WATCHER = "LLM2CLIPWatcher"  # class name, here and in the .pth file
 
 
@@ -61,7 +59,9 @@ def watch(spec):
 def complete(module):
     """Complete a module of LLaVA that has been executed; an error is printed, not raised."""
     try:
-        importlib.import_module(WATCHED[module.__name__]).complete(module)
+        from llava_integration import hook
+
+        hook.complete(module)
     except Exception as error:
         report(error)
 

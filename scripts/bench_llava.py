@@ -33,7 +33,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
 from llava_integration.answer import command as evaluate
 from llava_integration.answer.answerer import Answerer
-from llava_integration.hook.encoder_builder import build
+from llava_integration.hook import build
 from llm2clip_plugin.vision.export import export_tower
 
 SHAPES = {  # width, blocks, heads, image size, patch size

@@ -63,7 +63,7 @@ print(len(seen), hasattr(b, "__wrapped__"), builder.__spec__.name, builder.__fil
 
 def test_a_failing_addition_leaves_llava_whole_and_says_why(world):
     code = (
-        "import llava_integration.hook.encoder_builder as r\n"
+        "import llava_integration.hook as r\n"
         "def fails(module): raise RuntimeError('broken on purpose')\n"
         "r.complete = fails\n"
         "from llava.model import LlavaLlamaForCausalLM\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
-from llava_integration.hook.encoder_builder import build
+from llava_integration.hook import build
 from llava_integration.towers import bundle, commands, provenance
 from llava_integration.towers.location import TowerNotFoundError
 from llm2clip_plugin.cli import main as llm2clip

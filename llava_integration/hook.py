@@ -1,0 +1,139 @@
+"""Wrappers of three LLaVA functions, so that LLaVA builds, records and finds the towers of this package.
+
+``boot`` calls `complete` for each module in ``boot.WATCHED``, right after Python has executed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from llava_integration.towers import names, provenance
+from llava_integration.towers.projector import check_projector
+from llm2clip_plugin.contracts import ContractError
+
+OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")  # LLaVA reads them, its argument parser lacks them
+Function = Callable[..., Any]
+
+
+def complete(module: ModuleType) -> None:
+    """Wrap the function of ``module`` that deals with vision towers."""
+    if module.__name__ == "llava.model.multimodal_encoder.builder":
+        wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
+    elif module.__name__ == "llava.model.llava_arch":
+        wrap_function(module.LlavaMetaModel, "initialize_vision_modules", wrap_initialize_vision_modules)
+    elif module.__name__ == "llava.model.builder":
+        wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
+
+
+def wrap_function(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
+    """Set ``owner.name`` to ``wrap(owner.name)``, also in loaded ``llava*`` modules that imported the function.
+
+    ``owner`` is a module or a class. A second call does nothing.
+    """
+    original = getattr(owner, name)
+    if original.__module__ == __name__:
+        return
+    wrapper = wrap(original)
+    functools.update_wrapper(wrapper, original, assigned=("__name__", "__qualname__", "__doc__"))
+    setattr(owner, name, wrapper)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == "llava" and getattr(module, name, None) is original:
+            setattr(module, name, wrapper)
+
+
+def wrap_build_vision_tower(original: Function) -> Function:
+    """Build the towers of this package; other names are left to ``original``."""
+
+    def build_vision_tower(vision_tower_cfg: Any, **options: Any) -> Any:
+        name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+        if not names.is_ours(name):
+            return original(vision_tower_cfg, **options)
+        return build(name, vision_tower_cfg, **options)
+
+    return build_vision_tower
+
+
+def build(name: str, config: Any, delay_load: bool = False) -> Any:
+    """The tower that ``name`` means for a model with ``config`` (LLaVA's configuration or model arguments).
+
+    Raises TowerNotFoundError, or ContractError for a tower other than the one that the checkpoint was trained with.
+    """
+    from llava_integration.towers.multiscale import MultiscaleVisionTower
+    from llava_integration.towers.tower import LLM2CLIPVisionTower
+
+    settings_from_environment(config)
+    location = provenance.find_tower(name, config)
+    tower_class = MultiscaleVisionTower if getattr(config, "s2", False) else LLM2CLIPVisionTower
+    tower = tower_class(name, location, config, delay_load=True)
+    check_projector(name, tower.hidden_size, config)
+    if not delay_load:
+        tower.load_model()
+    return tower
+
+
+def settings_from_environment(config: Any) -> None:
+    """Set the options that LLaVA's argument parser lacks, for a new model (a checkpoint's config.json has them).
+
+    ``LLM2CLIP_S2_SCALES=336,672`` and ``LLM2CLIP_UNFREEZE_TOWER=1``; both are saved to the checkpoint's config.json.
+    """
+    if hasattr(config, "mm_vision_tower"):
+        return
+    if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
+        config.s2, config.s2_scales = True, scales
+    # Pretraining saves the projector alone: an unfrozen tower's weights would be lost.
+    if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False):
+        config.unfreeze_mm_vision_tower = True
+
+
+def wrap_initialize_vision_modules(original: Function) -> Function:
+    """Write the tower's record and OWN_OPTIONS into the model's configuration."""
+
+    def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
+        previous_tower = self.get_vision_tower()
+        refuse_another_tower(previous_tower, model_args.vision_tower)
+        if not names.is_ours(model_args.vision_tower):
+            return original(self, model_args, fsdp=fsdp)
+        for option in OWN_OPTIONS:  # from the base model's config.json
+            if previous_tower is None and hasattr(self.config, option):
+                setattr(model_args, option, getattr(self.config, option))
+        original(self, model_args, fsdp=fsdp)
+        tower = self.get_vision_tower()
+        record = provenance.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
+        setattr(self.config, provenance.KEY, record)
+        for option in OWN_OPTIONS:
+            if hasattr(model_args, option):
+                setattr(self.config, option, getattr(model_args, option))
+
+    return initialize_vision_modules
+
+
+def refuse_another_tower(tower: Any, name: str) -> None:
+    """Raise ContractError if the model already has a tower other than ``name``.
+
+    LLaVA would train with the old tower and write the new name into the checkpoint.
+    """
+    if tower is None or tower.vision_tower_name == name:
+        return
+    ours = [names.is_ours(name), names.is_ours(tower.vision_tower_name)]
+    if not any(ours) or (all(ours) and names.locate(name).sha256 == tower.location.sha256):
+        return
+    raise ContractError(
+        f"the model already has the vision tower {tower.vision_tower_name!r}, which LLaVA would train with despite "
+        f"--vision_tower {name}; pass the same tower, or start from a language model without mm_vision_tower in its "
+        "config.json"
+    )
+
+
+def wrap_load_pretrained_model(original: Function) -> Function:
+    """Make the checkpoint's path known to ``provenance`` during loading, for the tower bundled in the checkpoint."""
+
+    def load_pretrained_model(model_path: str, *arguments: Any, **options: Any) -> Any:
+        with provenance.loading(model_path):
+            return original(model_path, *arguments, **options)
+
+    return load_pretrained_model
