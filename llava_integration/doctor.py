@@ -25,7 +25,7 @@ def check_llava() -> Iterator[Finding]:
 
 
 def check_wheel() -> Finding:
-    """LLaVA is importable; it is not imported here, which takes seconds."""
+    """LLaVA is installed; it is not imported here, because that takes seconds."""
     if find_spec("llava") is None:
         fix = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
         return Finding(subject="llava", state="fail", found="missing", fix=fix)

@@ -16,7 +16,8 @@ from llava_integration.towers import names, provenance
 from llava_integration.towers.projector import check_projector
 from llm2clip_plugin.contracts import ContractError
 
-OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")  # LLaVA reads them, its argument parser lacks them
+# LLaVA reads them, but its argument parser does not define them
+OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
 Function = Callable[..., Any]
 
 
@@ -77,7 +78,7 @@ def build(name: str, config: Any, delay_load: bool = False) -> Any:
 
 
 def settings_from_environment(config: Any) -> None:
-    """Set the options that LLaVA's argument parser lacks, for a new model (a checkpoint's config.json has them).
+    """Set OWN_OPTIONS from the environment for a new model; a checkpoint's config.json has them.
 
     ``LLM2CLIP_S2_SCALES=336,672`` and ``LLM2CLIP_UNFREEZE_TOWER=1``; both are saved to the checkpoint's config.json.
     """
@@ -85,7 +86,7 @@ def settings_from_environment(config: Any) -> None:
         return
     if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
         config.s2, config.s2_scales = True, scales
-    # Pretraining saves the projector alone: an unfrozen tower's weights would be lost.
+    # Pretraining saves only the projector: an unfrozen tower's weights would be lost.
     if os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False):
         config.unfreeze_mm_vision_tower = True
 

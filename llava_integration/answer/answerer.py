@@ -40,7 +40,7 @@ class Answerer:
         self.model.config.tokenizer_padding_side = "left"
 
     def batches(self, questions: list[Question], indices: list[int]) -> Iterator[list[Prepared]]:
-        """Batches of prepared questions, with images first; a batch never mixes questions with and without image."""
+        """Batches of prepared questions, with images first; a batch never mixes questions with and without an image."""
         from torch.utils.data import DataLoader
 
         conversation = conversation_of(self.name, self.options.conv_mode)
@@ -74,7 +74,7 @@ class Answerer:
             same_shape = all(image.shape == images[0].shape for image in images)
             arguments["images"] = torch.stack(images) if same_shape else images
             arguments["image_sizes"] = [size for *_, size in batch]
-        options = self.options
+        options, pad_token_id = self.options, self.tokenizer.pad_token_id
         arguments["do_sample"] = options.temperature > 0
         if options.temperature > 0:
             arguments |= {"temperature": options.temperature, "top_p": options.top_p}
@@ -84,16 +84,10 @@ class Answerer:
                 num_beams=options.num_beams,
                 max_new_tokens=options.max_new_tokens,
                 use_cache=True,
-                pad_token_id=self.pad_token_id,
+                pad_token_id=self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
                 **arguments,
             )
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
-
-    @property
-    def pad_token_id(self) -> int:
-        """Fills up answers shorter than the longest of their batch; the end-of-text token if the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
 
     def record(self, question: Question, text: str) -> dict[str, Any]:
         """An entry of LLaVA's answers file."""

@@ -1,7 +1,7 @@
 """An answers file that several ranks write and a killed run resumes.
 
-Until all answers exist, ``ANSWERS.partial/`` holds a file per process; the rank that finds them complete merges them. A
-run resumes with any number of ranks, and no rank waits for another.
+Until all answers exist, ``ANSWERS.partial/`` contains a file per process; the rank that finds them complete merges
+them. A run resumes with any number of ranks, and no rank waits for another.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError, atomic_file
+
+OTHER_FILE = "choose another --answers-file or pass --overwrite"
 
 
 class AnswersFile:
@@ -31,27 +33,22 @@ class AnswersFile:
             path.unlink(missing_ok=True)
             self.settings_file.unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
-        self.compare_settings()
+        if self.settings_file.is_file():
+            self.compare_settings()
+        elif path.exists() or self.partial.exists():
+            raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
+        else:
+            with atomic_file(self.settings_file) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
 
     def compare_settings(self) -> None:
-        """Save the settings, or raise ContractError if a previous run saved others."""
-        if self.settings_file.is_file():
-            before = json.loads(self.settings_file.read_text(encoding="utf-8"))
-            names = sorted(name for name in {*before, *self.settings} if before.get(name) != self.settings.get(name))
-            if names:
-                differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
-                raise ContractError(
-                    f"{self.path} was started with other settings ({differ}); "
-                    "choose another --answers-file or pass --overwrite"
-                )
-        elif self.path.exists() or self.partial.exists():
-            raise ContractError(
-                f"{self.path} was written by another program; choose another --answers-file or pass --overwrite"
-            )
-        else:
-            with atomic_file(self.settings_file) as temporary:
-                temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        """Raise ContractError if a previous run saved other settings."""
+        before = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        names = sorted(name for name in {*before, *self.settings} if before.get(name) != self.settings.get(name))
+        if names:
+            differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
+            raise ContractError(f"{self.path} was started with other settings ({differ}); {OTHER_FILE}")
 
     @property
     def complete(self) -> bool:

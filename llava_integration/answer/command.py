@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top_p", "--top-p", type=float, default=None, help="nucleus sampling: probability mass")
     add("--num_beams", "--num-beams", type=int, default=1, help="beam search; 1: none")
     add("--max_new_tokens", "--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
-    add("--single-pred-prompt", action="store_true", help="ask for the option's letter alone (ScienceQA, MMBench)")
+    add("--single-pred-prompt", action="store_true", help="ask for the option's letter only (ScienceQA, MMBench)")
     add("--all-rounds", action="store_true", help="ask every rotation of the options (MMBench)")
     add("--lang", default="en", choices=("en", "cn"), help="language of MMBench")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 def choose_device(device: str) -> tuple[int, int]:
     """Set CUDA_VISIBLE_DEVICES before torch is imported; returns (rank, world size) of torchrun or Slurm.
 
-    LLaVA spreads a model over all visible GPUs, so each of several ranks sees only its own.
+    LLaVA spreads a model over all visible GPUs, so each of several ranks is given one GPU.
     """
     environment = os.environ
     slurm = "RANK" not in environment and "SLURM_PROCID" in environment

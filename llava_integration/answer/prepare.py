@@ -22,7 +22,7 @@ Prepared = tuple[int, "torch.Tensor", "torch.Tensor | None", "tuple[int, int]"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Questions as a dataset for torch's DataLoader; holds no weights, so that its workers stay small."""
+    """Questions as a dataset for torch's DataLoader; contains no weights, so that its worker processes stay small."""
 
     questions: list[tuple[int, Question]]  # index in the question file, question
     folder: str  # of images

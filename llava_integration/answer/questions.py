@@ -51,7 +51,7 @@ class Question:
 def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en") -> list[Question]:
     """The questions of a file, whose suffix selects the format.
 
-    ``directly`` asks for the option's letter alone (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
+    ``directly`` asks for the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
     questions for every rotation of the options, ``lang`` is MMBench's. Raises FileNotFoundError, or ValueError with
     the line.
     """
@@ -105,7 +105,7 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
     """MMBench: a question per row, repeated for every rotation of its options if ``all_rounds``."""
     if lang not in DIRECTLY:
         raise ValueError(f"unknown --lang {lang!r}; known: {', '.join(DIRECTLY)}")
-    csv.field_size_limit(sys.maxsize)  # cells hold images
+    csv.field_size_limit(sys.maxsize)  # cells contain images
     questions = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):

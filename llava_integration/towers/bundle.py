@@ -25,7 +25,9 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     without a record of its tower gets one. Raises ContractError if that is not the tower that the checkpoint was
     trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
     """
-    config = read_config(checkpoint)
+    if not (checkpoint / CONFIG).is_file():
+        raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
         raise ContractError(
@@ -36,19 +38,15 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     if already_bundled(target, location):
         return target
     with atomic_directory(target, replace=overwrite) as temporary:
-        copy_tower(location, temporary)
+        for source in sorted(location.directory.iterdir()):
+            if source.is_file() and not source.name.startswith("."):
+                shutil.copyfile(source, temporary / source.name)
+        replace(location, directory=temporary).check_weights()
     if KEY not in config:
         config[KEY] = tower_record(location, name, config["mm_hidden_size"])
         with atomic_file(checkpoint / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
-
-
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a LLaVA checkpoint (full, LoRA or projector); raises FileNotFoundError if there is none."""
-    if not (checkpoint / CONFIG).is_file():
-        raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
-    return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
 
 
 def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
@@ -69,7 +67,7 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
 
 
 def already_bundled(target: Path, location: TowerLocation) -> bool:
-    """Whether ``target`` holds that tower; raises ContractError if it does but its weights are damaged."""
+    """Whether ``target`` is that tower already; raises ContractError if so but its weights are damaged."""
     if not (target / TowerCard.FILE).is_file():
         return False
     bundled = TowerLocation.of(target, how="bundled")
@@ -77,14 +75,6 @@ def already_bundled(target: Path, location: TowerLocation) -> bool:
         return False
     bundled.check_weights()
     return True
-
-
-def copy_tower(location: TowerLocation, target: Path) -> None:
-    """Copy the files of a tower directory, links followed, and check the copied weights against the card."""
-    for source in sorted(location.directory.iterdir()):
-        if source.is_file() and not source.name.startswith("."):
-            shutil.copyfile(source, target / source.name)
-    replace(location, directory=target).check_weights()
 
 
 def main(argv: list[str]) -> int:

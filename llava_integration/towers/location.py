@@ -1,4 +1,4 @@
-"""A tower directory and its card: what every way to name a tower leads to."""
+"""A tower directory with its card: what every name of a tower resolves to."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
 def is_ours(name: object) -> bool:
     """Whether ``--vision_tower name`` is a tower of this package: ``llm2clip``, ``llm2clip:...`` or a tower directory.
 
-    Never by substring: ``my-llm2clip`` is LLaVA's business.
+    Never matches a substring: ``my-llm2clip`` is left to LLaVA.
     """
     if not isinstance(name, str):
         return False
@@ -39,7 +39,7 @@ def is_ours(name: object) -> bool:
 def locate(name: str) -> TowerLocation:
     """The tower that ``name`` (see the table above) means now.
 
-    Raises TowerNotFoundError if there is none, ContractError if it leads to something that is not a tower directory.
+    Raises TowerNotFoundError if there is none, ContractError if what it names is not a tower directory.
     """
     if name == NAME:
         return locate_default()

@@ -16,7 +16,7 @@ from llava_integration.towers.location import TowerLocation, TowerNotFoundError
 from llm2clip_plugin.contracts import ContractError, TowerCard
 
 KEY = "llm2clip_tower"  # in the checkpoint's config.json
-BUNDLE = "vision_tower"  # folder of a checkpoint that holds a copy of its tower
+BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
 
 # The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the configuration that
 # reaches the tower has the base model's path.
@@ -25,7 +25,7 @@ checkpoint_being_loaded: ContextVar[str] = ContextVar("checkpoint_being_loaded",
 
 @contextmanager
 def loading(checkpoint: str) -> Iterator[None]:
-    """Within the block, the ``vision_tower`` folder of ``checkpoint`` is searched, too."""
+    """Also search the ``vision_tower`` folder of ``checkpoint`` within the block."""
     token = checkpoint_being_loaded.set(str(checkpoint))
     try:
         yield
@@ -79,7 +79,7 @@ def find_tower(name: str, config: Any) -> TowerLocation:
 
 
 def not_found_message(checkpoint: str, record: dict[str, Any], failures: list[str], *, other_tower: bool) -> str:
-    """The recorded tower, every place searched with what was there, and the two ways to get it back."""
+    """The recorded tower, the result of every place searched, and the two ways to get the tower back."""
     refusal = "refusing to load a different tower" if other_tower else "which is not on this machine"
     searched = "".join(f"\n  - {failure}" for failure in failures)
     return (
@@ -118,17 +118,13 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
     """The tower in a checkpoint's ``vision_tower`` folder, on this machine or on the Hub."""
     directory = Path(checkpoint)
     if not directory.is_dir() and names.HUB_ID.match(checkpoint):
-        directory = download_bundle(checkpoint)
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(checkpoint, allow_patterns=[f"{BUNDLE}/*"]))
+        except (OSError, ValueError) as error:
+            reason = type(error).__name__
+            raise TowerNotFoundError(f"downloading {checkpoint} from the Hub failed ({reason})") from error
     if not (directory / BUNDLE).is_dir():
         raise TowerNotFoundError("no such folder")
     return TowerLocation.of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
-
-
-def download_bundle(repository: str) -> Path:
-    """The local copy of a Hub checkpoint, with its ``vision_tower`` folder alone."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[f"{BUNDLE}/*"]))
-    except (OSError, ValueError) as error:
-        raise TowerNotFoundError(f"downloading {repository} from the Hub failed ({type(error).__name__})") from error

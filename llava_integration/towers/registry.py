@@ -25,14 +25,12 @@ class Registry(VersionedRecord):
     towers: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> {"spec", "weights_sha256"}
 
     def summary(self) -> str:
-        """The registered towers, to end an error message with."""
+        """The registered towers in one line, for error messages."""
         if not self.towers:
             return f"no towers are registered in {registry_file()}"
-        return "registered towers: " + ", ".join(f"{name} ({entry['spec']})" for name, entry in self.entries())
-
-    def entries(self) -> list[tuple[str, dict[str, str]]]:
-        """(name, entry) by name."""
-        return sorted(self.towers.items())
+        return "registered towers: " + ", ".join(
+            f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
+        )
 
 
 def registry_file() -> Path:
@@ -61,7 +59,7 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
 
 
 def free_name(spec: str, known: Registry) -> str:
-    """The last part of ``spec``, with a number appended if the name is taken."""
+    """The last part of ``spec``, with a number appended if the name is in use."""
     stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
     return next(
         name

@@ -42,7 +42,7 @@ class LLM2CLIPVisionTower(nn.Module):
         self.blocks_used = blocks_below(self.select_layer, location.card.num_layers)
         if self.select_feature not in FEATURES:
             raise ValueError(f"unknown mm_vision_select_feature {self.select_feature!r}; known: {', '.join(FEATURES)}")
-        # LLaVA's checkpoint holds the weights of an unfrozen tower: its parameters must exist when they are loaded.
+        # LLaVA's checkpoint contains the weights of an unfrozen tower: its parameters must exist when they are loaded.
         if not delay_load or self.unfrozen:
             self.load_model()
         else:

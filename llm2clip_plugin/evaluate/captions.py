@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +21,12 @@ import tyro
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import Caption, select_captions
 from llm2clip_plugin.evaluate.command_line import parse_options, write_scores
 from llm2clip_plugin.evaluate.rank_counting import rank_both
-from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -76,19 +76,20 @@ def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[
     ]
     empty = [row.name for row in rows if not row.pairs]
     if empty:
+        kinds = ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample})) or "none"
         raise ValueError(
-            f"{config.captions}: no image has captions of both kinds for {', '.join(empty)}; "
-            f"available kinds: {available_kinds(source)}"
+            f"{config.captions}: no image has captions of both kinds for {', '.join(empty)}; available kinds: {kinds}"
         )
     if config.across:
-        home = (config.across_kind, config.home)
+        kind = config.across_kind
+        languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}
         foreign = [
             score_pairs(
-                encoder, f"{language}->{config.home}", find_pairs(captions, (config.across_kind, language), home)
+                encoder, f"{language}->{config.home}", find_pairs(captions, (kind, language), (kind, config.home))
             )
-            for language in other_languages(captions, config)
+            for language in sorted(languages)
         ]
-        rows += [*foreign, *mean_row(foreign)]
+        rows += [*foreign, mean_row(foreign)] if foreign else []
     return rows
 
 
@@ -108,12 +109,6 @@ def find_pairs(
     return [(key, left, right) for (left, right), key in pairs.items()]
 
 
-def other_languages(captions: Sequence[tuple[str, Sequence[Caption]]], config: CaptionSetConfig) -> list[str]:
-    """Languages other than ``home`` that have captions of ``across_kind``."""
-    languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == config.across_kind}
-    return sorted(languages - {config.home})
-
-
 def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScore:
     """Embed both captions of each pair (the first as queries) and rank in both directions."""
     if not pairs:
@@ -121,7 +116,7 @@ def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScor
     first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
     second_NW = encoder.encode([right for _, _, right in pairs])
     texts = {text: number for number, text in enumerate(dict.fromkeys(right for _, _, right in pairs))}
-    group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally right
+    group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally correct
     forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
     centred, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
     hits = forward.hits(1)
@@ -136,17 +131,10 @@ def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScor
     )
 
 
-def mean_row(rows: Sequence[CaptionScore]) -> Iterator[CaptionScore]:
-    """The mean over languages; none without languages."""
-    if rows:
-        means = [sum(vars(row)[name] for row in rows) / len(rows) for name in ("cra", "reverse", "centred", "pairs")]
-        yield CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3]))
-
-
-def available_kinds(source: Source) -> str:
-    """The kinds of captions in a source's first samples."""
-    kinds = {c.kind for number in range(min(len(source), 1000)) for c in source.captions(number)[1]}
-    return ", ".join(sorted(kinds)) or "none"
+def mean_row(rows: Sequence[CaptionScore]) -> CaptionScore:
+    """The mean over languages."""
+    means = [sum(vars(row)[name] for row in rows) / len(rows) for name in ("cra", "reverse", "centred", "pairs")]
+    return CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3]))
 
 
 def caption_ranks(
@@ -156,7 +144,7 @@ def caption_ranks(
 
     ``center``: subtract each set's mean before normalizing. A raw LLM's embeddings share one large common direction;
     subtracting it closes much of the gap to a fine-tuned LLM, so report both.
-    ``group_N``: int, pairs with the same label are right for each other too (several items of one concept).
+    ``group_N``: int, pairs with the same label are also correct for each other (several items of one concept).
     Raises ValueError for shapes that don't match.
     """
     if first_NW.shape != second_NW.shape or first_NW.ndim != 2:
@@ -164,28 +152,10 @@ def caption_ranks(
             f"expected two (N, W) arrays of the same shape, got {tuple(first_NW.shape)} and {tuple(second_NW.shape)}"
         )
     label_N = torch.arange(len(first_NW), device=first_NW.device) if group_N is None else group_N
-    first, second = (_normalize(embedding_NW.float(), center) for embedding_NW in (first_NW, second_NW))
-    return rank_both(first, second, label_N, label_N)
-
-
-def caption_retrieval_accuracy(
-    first_NW: Tensor,
-    second_NW: Tensor,
-    *,
-    center: bool = False,
-    group_N: Tensor | None = None,
-    ties: TieRule = "half",
-) -> dict[str, float]:
-    """Top-1 as fractions: ``first_to_second``, ``second_to_first`` and their mean ``cra``; see `caption_ranks`."""
-    ranks = caption_ranks(first_NW, second_NW, center=center, group_N=group_N)
-    forward, backward = (float(direction.hits(1, ties).mean()) for direction in ranks)
-    return {"first_to_second": forward, "second_to_first": backward, "cra": (forward + backward) / 2}
-
-
-def _normalize(embedding_NW: Tensor, center: bool) -> Tensor:
+    first_NW, second_NW = first_NW.float(), second_NW.float()
     if center:
-        embedding_NW = embedding_NW - embedding_NW.mean(0, keepdim=True)
-    return F.normalize(embedding_NW, dim=1)
+        first_NW, second_NW = first_NW - first_NW.mean(0, keepdim=True), second_NW - second_NW.mean(0, keepdim=True)
+    return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +170,9 @@ class EvaluateCaptionsConfig:
 def table(scores: Sequence[CaptionScore]) -> str:
     """The rows as text, top-1 accuracy as fractions: first to second, second to first, the former after centering."""
     width = max(len(row.name) for row in scores)
-    lines = [f"{'top-1':<{width}}  {'there':>6} {'back':>6} {'centred':>7} {'pairs':>6} {'chance':>6}"]
+    lines = [f"{'top-1':<{width}}  {'cra':>6} {'reverse':>7} {'centered':>8} {'pairs':>6} {'chance':>6}"]
     for row in scores:
-        numbers = f"{row.cra:6.3f} {row.reverse:6.3f} {row.centred:7.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
+        numbers = f"{row.cra:6.3f} {row.reverse:7.3f} {row.centred:8.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
         lines.append(f"{row.name:<{width}}  {numbers}")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +28,21 @@ TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
     """A name for each class: from ``path``, else ``classnames.txt`` next to or above the data, else ``classes``.
 
-    A text file holds one name per line in the order of the classes, or ``CLASS<TAB>NAME``; JSON a list or a mapping.
+    A text file has one name per line in the order of the classes, or ``CLASS<TAB>NAME``; JSON a list or a mapping.
     Raises FileNotFoundError without the file ``path``, ValueError if a class has no name or the numbers differ.
     """
-    file = Path(path) if path else _find_near(data, NAME_FILES)
+    file = _find_file(path, data, NAME_FILES)
     if file is None:
         return [name.replace("_", " ") for name in classes]
-    if not file.is_file():
-        raise FileNotFoundError(f"class name file {file} not found")
-    text = file.read_text("utf-8")
-    if file.suffix == ".json":
-        names = json.loads(text)
-    else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        mapped = all("\t" in line for line in lines)
-        names = dict(line.split("\t", 1) for line in lines) if mapped else lines
+    names = _read_lines(file)
+    if isinstance(names, list) and all("\t" in name for name in names):
+        names = dict(name.split("\t", 1) for name in names)
     if isinstance(names, dict):
         if missing := [name for name in classes if name not in names]:
             raise ValueError(f"{file} has no name for class {missing[0]!r} ({len(missing)} of {len(classes)} missing)")
         return [str(names[name]) for name in classes]
     numbered = classes == [str(number) for number in range(len(classes))]
-    if len(names) != len(classes) and not (numbered and len(names) > len(classes)):  # a split may lack the last classes
+    if len(names) != len(classes) and not (numbered and len(names) > len(classes)):  # a split may be missing classes
         raise ValueError(f"{file} has {len(names)} names, the data has {len(classes)} classes")
     return [str(name) for name in names]
 
@@ -57,13 +52,10 @@ def read_templates(path: str, data: str) -> list[str]:
 
     ``{c}`` or ``{}`` in a template stands for the class. Raises FileNotFoundError or ValueError.
     """
-    file = Path(path) if path else _find_near(data, TEMPLATE_FILES)
+    file = _find_file(path, data, TEMPLATE_FILES)
     if file is None:
         return ["a photo of a {c}."]
-    if not file.is_file():
-        raise FileNotFoundError(f"template file {file} not found")
-    text = file.read_text("utf-8")
-    lines = json.loads(text) if file.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+    lines = _read_lines(file)
     if invalid := [line for line in lines if "{c}" not in line and "{}" not in line]:
         raise ValueError(f"{file}: template {invalid[0]!r} has no {{c}} for the class name")
     if not lines:
@@ -71,11 +63,25 @@ def read_templates(path: str, data: str) -> list[str]:
     return lines
 
 
-def _find_near(data: str, names: tuple[str, ...]) -> Path | None:
-    """The first of these files in the data's folder or its parent."""
-    folder = Path(data) if Path(data).is_dir() else Path(data).parent
+def _find_file(path: str, data: str, names: tuple[str, ...]) -> Path | None:
+    """``path``, which must exist, else the first of ``names`` in the data's folder or its parent."""
+    if path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} not found")
+        return Path(path)
+    folder = _data_folder(data)
     candidates = (parent / name for parent in (folder, folder.parent) for name in names)
-    return next((path for path in candidates if path.is_file()), None)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _data_folder(data: str) -> Path:
+    return Path(data) if Path(data).is_dir() else Path(data).parent
+
+
+def _read_lines(file: Path) -> Any:
+    """The contents of a JSON file, or the lines of a text file that are not blank."""
+    text = file.read_text("utf-8")
+    return json.loads(text) if file.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
@@ -86,8 +92,7 @@ def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> 
         Row(f"{number:05d}", None, tuple(Caption(text, "prompt") for text in texts))
         for number, texts in enumerate(prompts)
     ]
-    folder = Path(data) if Path(data).is_dir() else Path(data).parent
-    return InMemorySource(f"prompts-{digest}", folder, rows)
+    return InMemorySource(f"prompts-{digest}", _data_folder(data), rows)
 
 
 def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -18,7 +19,8 @@ from llm2clip_plugin.evaluate.command_line import (
     tower_provenance,
     write_scores,
 )
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig, RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.retrieval_table import print_retrieval
 from llm2clip_plugin.evaluate.teacher import open_teacher_cache
 
@@ -65,7 +67,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
 
 
 def measure(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
-    """Open the tower, the data and the cache, check that they fit, and measure.
+    """Open the tower, the data and the cache, check that they belong together, and measure.
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
     """
@@ -79,11 +81,9 @@ def measure(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedT
 
 def score_file(config: EvaluateConfig, tower: OpenedTower, report: RetrievalReport) -> ScoreFile:
     """The report as the record that `llm2clip compare` reads."""
-    return ScoreFile(
+    return dataclasses.replace(
+        report.scores(),
         benchmark=f"retrieval:{dataset_name(config.data.path)}",
-        metrics=report.metrics(),
-        items=report.items(),
-        counts=report.counts,
         model=config.tower,
         provenance=tower_provenance(
             tower.dual,
@@ -92,5 +92,4 @@ def score_file(config: EvaluateConfig, tower: OpenedTower, report: RetrievalRepo
             ties=config.retrieval.ties,
             group=config.retrieval.group,
         ),
-        notes=[f"left out: {error}" for error in report.pairs.broken],
     )

@@ -19,6 +19,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 from llm2clip_plugin.evaluate.rank_counting import row_digests
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
@@ -42,7 +43,7 @@ class EmbeddedPairs:
     def image_labels(self, field: str = "") -> Tensor:
         """(N,) int64: equal for images with the same value of ``field`` in their JSON; all different for field "".
 
-        Raises ValueError if an image's JSON lacks the field.
+        Raises ValueError if the field is missing from an image's JSON.
         """
         if not field:
             return torch.arange(len(self.keys))
@@ -64,16 +65,12 @@ def embed_pairs(
     source: Source,
     cache: EmbeddingCache,
     images: ImageConfig,
+    config: RetrievalConfig,
     *,
-    kinds: Sequence[str] = (),
-    languages: Sequence[str] = (),
-    limit: int = 0,
-    batch: int = 64,
-    workers: int = 0,
     all_ranks: bool = False,
     quiet: bool = False,
 ) -> EmbeddedPairs:
-    """Every image of ``source`` (or the first ``limit``) and its captions of these kinds and languages; () is all.
+    """The images of ``source`` and their captions that ``config`` selects (kinds, languages, limit).
 
     Equal captions get equal bits, whichever images have them: each goes through the text adapter once.
     ``all_ranks``: every rank of the default process group calls this and gets everything; the ranks split the work.
@@ -86,20 +83,20 @@ def embed_pairs(
         source,
         None,  # captions are read below: all of them on every rank, so that equal ones are encoded once
         images,
-        batch=batch,
-        kinds=kinds,
-        languages=languages,
-        indices=range(min(limit, len(source)) if limit else len(source)),
+        batch=config.batch,
+        kinds=config.kinds,
+        languages=config.languages,
+        indices=range(min(config.limit or len(source), len(source))),
         rank=rank(group),
         world=world_size(group),
-        workers=workers,
+        workers=config.workers,
     )
     with evaluating(dual) as encoders:
         encoded = _encode_images(encoders, batches, images.size, group, show=not quiet and rank(group) == 0)
         if not encoded.index:
             reason = encoded.broken[0] if encoded.broken else "it is empty"
             raise ValueError(f"{source.path} has no usable image: {reason}")
-        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, encoded.index, kinds, languages)
+        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, encoded.index, config)
         text_UD = encode_texts(encoders, teacher_UW, all_ranks)
     return EmbeddedPairs(
         image_ND=torch.cat(encoded.vectors),
@@ -144,7 +141,7 @@ def _encode_images(encoders: Dual, batches: EvalPairs, size: int, group: Group, 
 
 
 def _teacher_rows(
-    source: Source, cache: EmbeddingCache, index: Sequence[int], kinds: Sequence[str], languages: Sequence[str]
+    source: Source, cache: EmbeddingCache, index: Sequence[int], config: RetrievalConfig
 ) -> tuple[Tensor, Tensor, Tensor, list[Caption]]:
     """Distinct teacher embeddings (U, W); of each caption its row among them (M,) and its image (M,); the captions."""
     row_of: dict[bytes, int] = {}
@@ -154,7 +151,7 @@ def _teacher_rows(
     captions: list[Caption] = []
     for image, number in enumerate(index):
         key, of_sample = source.captions(number)
-        used = select_captions(of_sample, kinds, languages)
+        used = select_captions(of_sample, config.kinds, config.languages)
         embedding_mW = cache.rows(*source.locate(number), used, key=key)
         for row, digest in zip(embedding_mW, row_digests(embedding_mW), strict=True):
             if digest not in row_of:
@@ -184,7 +181,7 @@ def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) ->
 
 @contextmanager
 def evaluating(dual: Dual) -> Iterator[Dual]:
-    """``dual`` in eval mode without gradients; afterwards each submodule is back in its own mode."""
+    """``dual`` in eval mode without gradients; each submodule's mode is restored afterwards."""
     modes = {module: module.training for module in dual.modules()}
     dual.eval()
     try:

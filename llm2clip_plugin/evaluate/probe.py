@@ -97,7 +97,7 @@ def measure(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
 
 
 def train_labels_of(train: LabeledImages, test: LabeledImages, label_M: Tensor) -> tuple[Tensor, list[str]]:
-    """Test labels (M,) in the training set's numbering, -1 for a class that it lacks; the names of these classes."""
+    """Test labels (M,) in the training set's numbering, -1 for an unseen class; the names of the unseen classes."""
     number_of = {name: number for number, name in enumerate(train.classes)}
     renumbered_C = torch.tensor([number_of.get(name, -1) for name in test.classes])
     return renumbered_C[label_M], [name for name in test.classes if name not in number_of]

@@ -1,15 +1,15 @@
 """Exact ranks in both directions from one pass over the scores, tile by tile.
 
-Ranks are counted: each score is compared with the score of the query's best right item. So there is no top-k, no
+Ranks are counted: each score is compared with the score of the query's best correct item. So there is no top-k, no
 N x M matrix and no loop over rows, and a tile of scores serves both directions.
 
 1. Rows with the same bits are stored once (`Side`), with the number of their copies: identical items then have one
    score and tie exactly, whatever the matrix product does at the edges of a block.
-2. Right pairs are the queries of both sides with the same label. Rows are ordered by label, so that right pairs fill
-   small boxes of few tiles; these are computed first and give each query its best right score.
-3. All tiles are computed; scores above or equal to a query's best right score are counted, times the item's copies.
+2. Correct pairs are the queries of both sides with the same label. Rows are ordered by label, so that correct pairs
+   fill small boxes of few tiles; these are computed first and give each query its best correct score.
+3. All tiles are computed; scores above or equal to a query's best correct score are counted, times the item's copies.
 
-Shapes: N rows of one side, U of them distinct, Q queries (distinct pairs of row and label), D width, P right pairs,
+Shapes: N rows of one side, U of them distinct, Q queries (distinct pairs of row and label), D width, P correct pairs,
 r x c a tile.
 """
 
@@ -79,16 +79,16 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class _RankCounts:
-    """The best right score and the counts of each query of one side."""
+    """The best correct score and the counts of each query of one side."""
 
-    best_Q: Tensor  # score of the best right item; +inf for none, so that nothing is counted
-    first_Q: Tensor  # position of the first right item with that score
-    right_equal_Q: Tensor
-    counts_3Q: Tensor  # int64: items above, equal (right ones included), equal and before first_Q
+    best_Q: Tensor  # score of the best correct item; +inf for none, so that nothing is counted
+    first_Q: Tensor  # position of the first correct item with that score
+    correct_equal_Q: Tensor
+    counts_3Q: Tensor  # int64: items above, equal (correct ones included), equal and before first_Q
 
     @classmethod
     def start(cls, query_P: Tensor, score_P: Tensor, queries: int, partner_P: Tensor, partner: Side) -> _RankCounts:
-        """The best right score of each query, from the right pairs (``query_P``, ``partner_P``); all counts 0."""
+        """The best correct score of each query, from the correct pairs (``query_P``, ``partner_P``); all counts 0."""
         best_Q = torch.full((queries,), -torch.inf, device=score_P.device).scatter_reduce(0, query_P, score_P, "amax")
         tied_P = score_P == best_Q[query_P]
         query, other = query_P[tied_P], partner_P[tied_P]
@@ -98,7 +98,7 @@ class _RankCounts:
             first_Q=torch.full_like(zero_Q, len(partner.key_N)).scatter_reduce(
                 0, query, partner.query_first_Q[other], "amin"
             ),
-            right_equal_Q=zero_Q.scatter_add(0, query, partner.query_copies_Q[other]),
+            correct_equal_Q=zero_Q.scatter_add(0, query, partner.query_copies_Q[other]),
             counts_3Q=zero_Q.repeat(3, 1),
         )
 
@@ -130,8 +130,8 @@ class _RankCounts:
         higher_Q, equal_Q, before_Q = self.counts_3Q
         return QueryRanks(
             higher_Q=higher_Q[side.query_of_N].cpu(),
-            wrong_equal_Q=(equal_Q - self.right_equal_Q)[side.query_of_N].cpu(),
-            right_equal_Q=self.right_equal_Q[side.query_of_N].cpu(),
+            wrong_equal_Q=(equal_Q - self.correct_equal_Q)[side.query_of_N].cpu(),
+            correct_equal_Q=self.correct_equal_Q[side.query_of_N].cpu(),
             equal_before_Q=before_Q[side.query_of_N].cpu(),
         )
 
@@ -145,11 +145,11 @@ def rank_both(
     tile: int = TILE,
     all_ranks: bool = False,
 ) -> tuple[QueryRanks, QueryRanks]:
-    """Ranks of each first row's best right item among the second rows, and vice versa.
+    """Ranks of each first row's best correct item among the second rows, and vice versa.
 
     The score is the dot product, on the embeddings' device, in fp32 whatever the input dtype, autocast and TF32; rows
-    are right for each other if their labels (int) are equal. A query without a right item has ``right_equal`` 0.
-    Memory beyond the inputs: a few tiles, the right pairs, and a copy of a side that is not fp32, has duplicate rows,
+    are correct for each other if their labels (int) are equal. A query without a correct item has ``correct_equal`` 0.
+    Memory beyond the inputs: a few tiles, the correct pairs, and a copy of a side that is not fp32, has duplicate rows,
     or is not ordered by label.
 
     ``all_ranks``: every rank of the default process group calls this with the same arrays and gets all results; the
@@ -165,7 +165,7 @@ def rank_both(
         second = Side.build(second_MD, label[len(first_ND) :])
         grid = _Grid(first, second, tile, all_ranks)
         pair_first_P, pair_second_P = grid.pairs
-        score_P = grid.right_scores()
+        score_P = grid.correct_scores()
         forward = _RankCounts.start(pair_first_P, score_P, len(first.query_row_Q), pair_second_P, second)
         backward = _RankCounts.start(pair_second_P, score_P, len(second.query_row_Q), pair_first_P, first)
         for number in grid.numbers():
@@ -178,7 +178,7 @@ def rank_both(
 
 
 class _Grid:
-    """The tiles of the score matrix, this rank's part of them, and the right pairs of each tile."""
+    """The tiles of the score matrix, this rank's part of them, and the correct pairs of each tile."""
 
     def __init__(self, first: Side, second: Side, tile: int, all_ranks: bool) -> None:
         self.first, self.second, self.tile, self.group = first, second, tile, group_of(all_ranks)
@@ -186,7 +186,7 @@ class _Grid:
         area = min(tile, len(first.row_UD)) * min(tile, len(second.row_UD))
         self.tile_2A = torch.empty(2, area, device=first.row_UD.device)  # reused: fresh memory costs page faults
         self.total = -(-len(first.row_UD) // tile) * self.across
-        pair_first, pair_second = _right_pairs(first.query_label_Q, second.query_label_Q)
+        pair_first, pair_second = _correct_pairs(first.query_label_Q, second.query_label_Q)
         number = first.query_row_Q[pair_first] // tile * self.across + second.query_row_Q[pair_second] // tile
         number, order = torch.sort(number)
         self.pairs = pair_first[order], pair_second[order]
@@ -199,7 +199,7 @@ class _Grid:
     def scores(self, number: int, score_P: Tensor) -> tuple[slice, slice, Tensor, Tensor]:
         """A tile's rows, columns, scores, and scratch space of the same shape; valid until the next call.
 
-        Right pairs get the bits of ``score_P``, so that they equal themselves.
+        Correct pairs get the bits of ``score_P``, so that they equal themselves.
         """
         row, column = number // self.across * self.tile, number % self.across * self.tile
         rows = slice(row, min(row + self.tile, len(self.first.row_UD)))
@@ -212,13 +212,13 @@ class _Grid:
         return rows, columns, score_rc, flag_rc
 
     def inside(self, number: int) -> tuple[slice, Tensor, Tensor]:
-        """The right pairs of a tile: their range among the P, and their distinct rows on both sides."""
+        """The correct pairs of a tile: their range among the P, and their distinct rows on both sides."""
         part = slice(self.starts[number], self.starts[number + 1])
         row_p = self.first.query_row_Q[self.pairs[0][part]]
         return part, row_p, self.second.query_row_Q[self.pairs[1][part]]
 
-    def right_scores(self) -> Tensor:
-        """(P,) scores of all right pairs; of each tile only the bounding box of its right pairs is computed."""
+    def correct_scores(self) -> Tensor:
+        """(P,) scores of all correct pairs; of each tile only the bounding box of its correct pairs is computed."""
         score_P = torch.zeros(len(self.pairs[0]), device=self.first.row_UD.device)
         for number in self.numbers():
             part, row_p, column_p = self.inside(number)
@@ -231,7 +231,7 @@ class _Grid:
         return sum_over_ranks(score_P, self.group)  # zero on every other rank
 
 
-def _right_pairs(label_Q: Tensor, other_label_R: Tensor) -> tuple[Tensor, Tensor]:
+def _correct_pairs(label_Q: Tensor, other_label_R: Tensor) -> tuple[Tensor, Tensor]:
     """All (query, other query) with the same label."""
     label_R, order_R = torch.sort(other_label_R, stable=True)
     start_Q = torch.searchsorted(label_R, label_Q)

@@ -2,7 +2,7 @@
 
 Shapes: N images, M captions, D projection dimension, Q queries of one direction.
 
-``i2t``: an image is the query and the captions are ranked, a hit if any right caption is in the top k (other code
+``i2t``: an image is the query and the captions are ranked, a hit if any correct caption is in the top k (other code
 calls this text retrieval). ``t2i``: a caption is the query and the images are ranked (image retrieval).
 """
 
@@ -23,12 +23,29 @@ UNIT_TOLERANCE = 1e-6  # error of a norm after fp32 normalization, at some thous
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """How retrieval is measured."""
+
+    kinds: tuple[str, ...] = ()  # only captions of these kinds; empty: all
+    languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
+    group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
+    cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
+    ties: TieRule = "half"  # how items of equal score rank
+    ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
+    parts: bool = True  # also measure each kind and language separately
+    control: bool = False  # also measure with captions shuffled among the images, which must give chance
+    limit: int = 0  # use the first images, at most this many; 0: all
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+
+
+@dataclass(frozen=True, kw_only=True)
 class Retrieval:
     """Ranks in both directions, and which images and captions were the queries."""
 
     i2t: QueryRanks
     t2i: QueryRanks
-    image_index_Q: Tensor  # images that were queries: those with at least one right caption in the pool
+    image_index_Q: Tensor  # images that were queries: those with at least one correct caption in the pool
     caption_index_Q: Tensor  # captions that were queries, and the pool of i2t
     image_label_N: Tensor
     caption_label_Q: Tensor
@@ -60,7 +77,7 @@ def recall(
 
     ``image_ND``, ``text_MD``: embeddings, normalized here. ``owner_M``: int, the image of each caption; every image
     has at least one. ``group_N``: int, a label per image (several pictures of one concept): the captions of a group
-    are right for all of its images, and its images for all of its captions; None: every image is its own group.
+    are correct for all of its images, and its images for all of its captions; None: every image is its own group.
     ``ties``: see `QueryRanks.hits`. ``block``: rows and columns of a tile of scores. ``all_ranks``: see `rank_both`.
 
     Raises ValueError for an image without a caption, an owner that is not an image, or non-finite embeddings.
@@ -88,10 +105,10 @@ def retrieve(
     block: int = TILE,
     all_ranks: bool = False,
 ) -> Retrieval:
-    """Rank in both directions; a caption is right for an image if their labels (int) are equal.
+    """Rank in both directions; a caption is correct for an image if their labels (int) are equal.
 
     ``captions``: positions or a mask of the captions to use (one kind, one language); None: all. An image without a
-    right caption among them stays in the pool of t2i, but is not a query of i2t.
+    correct caption among them stays in the pool of t2i, but is not a query of i2t.
     """
     image_label_N, caption_label_M = image_label_N.cpu(), caption_label_M.cpu()
     caption_index = torch.arange(len(text_MD))
@@ -101,7 +118,7 @@ def retrieve(
     image, text = unit_rows(image_ND), unit_rows(used_MD)
     caption_label = caption_label_M[caption_index]
     i2t, t2i = rank_both(image, text, image_label_N, caption_label, tile=block, all_ranks=all_ranks)
-    image_index = torch.nonzero(i2t.right_equal_Q).flatten()
+    image_index = torch.nonzero(i2t.correct_equal_Q).flatten()
     return Retrieval(
         i2t=i2t.select(image_index),
         t2i=t2i,
@@ -135,10 +152,10 @@ def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:
 
 
 def _chance(query_label_Q: Tensor, pool_label_I: Tensor, k: int) -> float:
-    """Expected recall@k of a random order: 1 - C(I - p, k) / C(I, k), with p right items among I."""
+    """Expected recall@k of a random order: 1 - C(I - p, k) / C(I, k), with p correct items among I."""
     label, size = torch.unique(pool_label_I, return_counts=True)
-    right_Q, pool = size[torch.searchsorted(label, query_label_Q)].double(), len(pool_label_I)
-    miss_Q = torch.ones_like(right_Q)
+    correct_Q, pool = size[torch.searchsorted(label, query_label_Q)].double(), len(pool_label_I)
+    miss_Q = torch.ones_like(correct_Q)
     for j in range(min(k, pool)):
-        miss_Q *= (pool - right_Q - j).clamp(min=0) / (pool - j)
+        miss_Q *= (pool - correct_Q - j).clamp(min=0) / (pool - j)
     return float(1 - miss_Q.mean())

@@ -3,7 +3,7 @@
 A part is the captions of one kind in one language (``long:en``, ``short:de``), as pool and as queries.
 
 Recall over groups (``group``): if several images show one concept (an emoji in three styles) and have the same
-captions, any caption of the concept is right for its images and any of its images for the captions. Equal captions
+captions, any caption of the concept is correct for its images and any of its images for the captions. Equal captions
 of a concept are in the pool, and are queries, once: i2t R@k is over k captions, not over k copies of one.
 
 Shapes: N images, M captions.
@@ -18,32 +18,15 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
+from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.embedded_pairs import Dual, EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval import KS, Retrieval, retrieve, shuffled
-from llm2clip_plugin.evaluate.retrieval_ranks import TieRule
+from llm2clip_plugin.evaluate.retrieval import Retrieval, RetrievalConfig, retrieve, shuffled
 
 ALL = "all"  # the part with every caption
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    """How retrieval is measured."""
-
-    kinds: tuple[str, ...] = ()  # only captions of these kinds; empty: all
-    languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
-    group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
-    cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
-    ties: TieRule = "half"  # how items of equal score rank
-    ks: tuple[int, ...] = KS  # k of recall@k: a hit is a right item in the top k
-    parts: bool = True  # also measure each kind and language separately
-    control: bool = False  # also measure with captions shuffled among the images, which must give chance
-    limit: int = 0  # use the first images, at most this many; 0: all
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +77,11 @@ class RetrievalReport:
                     out[f"{prefix}{side}_r{k}"] = bootstrap_mean(hits, clusters, resamples=resamples)
         return out
 
+    def scores(self) -> ScoreFile:
+        """The record that `llm2clip compare` reads, without the names of the benchmark and the model."""
+        notes = [f"left out: {error}" for error in self.pairs.broken]
+        return ScoreFile(benchmark="", metrics=self.metrics(), items=self.items(), counts=self.counts, notes=notes)
+
     def _query(self, side: str, query: int) -> tuple[int, str]:
         """The image of a query, and the query's name, which is the same in every run."""
         if side == "i2t":
@@ -122,22 +110,10 @@ def evaluate_retrieval(
 
     Also for use during training: every submodule keeps its mode (train, eval). ``all_ranks``: every rank of the
     default process group calls this and gets the report; the ranks split the work.
-    Raises ValueError if no image is usable, or if samples lack the field ``group`` or ``cluster``.
+    Raises ValueError if no image is usable, or if samples have no field ``group`` or ``cluster``.
     """
     config = config or RetrievalConfig()
-    pairs = embed_pairs(
-        dual,
-        source,
-        cache,
-        images,
-        kinds=config.kinds,
-        languages=config.languages,
-        limit=config.limit,
-        batch=config.batch,
-        workers=config.workers,
-        all_ranks=all_ranks,
-        quiet=quiet,
-    )
+    pairs = embed_pairs(dual, source, cache, images, config, all_ranks=all_ranks, quiet=quiet)
     return report_retrieval(pairs, config, all_ranks=all_ranks, device=next(dual.parameters()).device)
 
 

@@ -12,20 +12,12 @@ from llm2clip_plugin.evaluate.suite_measures import Measure, recall
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequiredFile:
-    """A file or folder of a suite."""
-
-    names: tuple[str, ...]  # paths relative to the suite's folder; one of them must exist
-    get: str  # where to get it
-
-
-@dataclass(frozen=True, kw_only=True)
 class Suite:
-    """One benchmark. ``paper`` holds single runs without intervals: R@1 image->text and text->image, percent."""
+    """One benchmark. ``paper``: R@1 image->text and text->image in percent, single runs without intervals."""
 
     name: str  # of the suite and of its folder below the root
     title: str
-    requires: tuple[RequiredFile, ...]
+    requires: Mapping[str, str]  # path in the suite's folder, or alternatives separated by "|" -> where to get it
     read: Callable[[Path], list[Row]]  # the suite's folder -> its images and captions
     measure: Measure = recall  # recall | recall_by_language | hard_negatives
     images: int = 0  # of the published test set, any other number is reported; 0: don't check
@@ -36,12 +28,12 @@ class Suite:
 
     def missing(self, root: Path) -> list[str]:
         """One line for each file or folder that does not exist: its path and where to get it."""
-        folder = root / self.name
-        return [
-            f"{self.title}: {' or '.join(str(folder / name) for name in file.names)} not found; get it from {file.get}"
-            for file in self.requires
-            if not any((folder / name).exists() for name in file.names)
-        ]
+        lines = []
+        for names, origin in self.requires.items():
+            paths = [root / self.name / name for name in names.split("|")]
+            if not any(path.exists() for path in paths):
+                lines.append(f"{self.title}: {' or '.join(map(str, paths))} not found; get it from {origin}")
+        return lines
 
     def open(self, root: Path) -> InMemorySource:
         """The suite as a data source. Raises FileNotFoundError that lists every missing file."""

@@ -20,7 +20,7 @@ from llm2clip_plugin.evaluate.command_line import (
     parse_options,
     tower_provenance,
 )
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suite_tables import print_suites
 from llm2clip_plugin.evaluate.suites import select_suites, suites
@@ -40,7 +40,7 @@ class SuitesConfig:
 
     tower: str  # tower directory or Hub id, with a text adapter
     suite: str  # names, separated by commas
-    root: str  # folder that holds one folder per suite
+    root: str  # folder with one folder per suite
     output: str = ""  # folder of the score files, one per suite; "": <root>/scores-<hash of the tower>
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
     retrieval: Annotated[RetrievalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RetrievalConfig)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(config: SuitesConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
-    """The score file of each suite: read if it holds this very measurement, else measured, and written by rank 0."""
+    """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
     tower, root = open_tower(config.tower, config.device), Path(config.root)
     card = tower.dual.card
     teacher = Teacher(card, config.teacher, tower.device)

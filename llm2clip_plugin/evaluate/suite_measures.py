@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from typing import Protocol
+from collections.abc import Callable
 
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.command_line import OpenedTower
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval_report import ALL, RetrievalConfig, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval_report import ALL, evaluate_retrieval
 
-
-class Measure(Protocol):
-    """Metrics (fractions) and the score of every query; called by all ranks together if ``all_ranks``."""
-
-    def __call__(
-        self, tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
-    ) -> ScoreFile: ...
+# metrics (fractions) and the score of every query; the last argument: all ranks call it together and split the work
+Measure = Callable[[OpenedTower, Source, EmbeddingCache, RetrievalConfig, bool], ScoreFile]
 
 
 def recall(
     tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
 ) -> ScoreFile:
     """Recall@k in both directions over all captions; see `evaluate_retrieval`."""
-    report = evaluate_retrieval(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks)
-    return ScoreFile(
-        benchmark="",
-        metrics=report.metrics(),
-        items=report.items(),
-        counts=report.counts,
-        notes=[f"left out: {error}" for error in report.pairs.broken],
-    )
+    return evaluate_retrieval(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks).scores()
 
 
 def recall_by_language(
@@ -56,17 +45,8 @@ def hard_negatives(
     tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
 ) -> ScoreFile:
     """How often an image scores its caption above the caption's hard negative; see `hard_negative_scores`."""
-    pairs = embed_pairs(
-        tower.dual,
-        source,
-        cache,
-        tower.images,
-        limit=config.limit,
-        batch=config.batch,
-        workers=config.workers,
-        all_ranks=all_ranks,
-    )
-    return hard_negative_scores(pairs)
+    config = dataclasses.replace(config, kinds=(), languages=())  # a caption's kind is its item and its side
+    return hard_negative_scores(embed_pairs(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks))
 
 
 def hard_negative_scores(pairs: EmbeddedPairs) -> ScoreFile:

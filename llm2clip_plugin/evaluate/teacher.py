@@ -61,20 +61,15 @@ class Teacher:
         """
         if directory is None:
             directory = default_cache_folder(source.path, self.fingerprint)
-        cache = self._open_complete(source, directory)
         group = group_of(all_ranks)
-        if any(gather_objects(cache is None, group)):  # decided together: a fast rank may have finished its part
+        cache = self._open_complete(source, directory)
+        # decided together: a fast rank may have finished its part
+        if any(gather_objects(cache is None, group)) or cache is None:
             number, ranks = rank(group), world_size(group)
             embed_source(source, self.encoder, directory, self.dtype, number, ranks, quiet=number != 0)
             if all_ranks:
                 barrier()
-            cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
-            cache.check(source)
-        assert cache is not None
-        if self.llm_width and cache.width != self.llm_width:
-            raise ContractError(
-                f"the cache {directory} has width {cache.width}, but the tower's adapter expects {self.llm_width}"
-            )
+            cache = self._open(source, directory)
         return cache
 
     @property
@@ -95,21 +90,24 @@ class Teacher:
             if self.identity is not None and loaded.fingerprint != self.identity.fingerprint:
                 raise ContractError(
                     f"{self.config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
-                    "pass the right one with --teacher.llm and --teacher.adapter"
+                    "pass the correct one with --teacher.llm and --teacher.adapter"
                 )
             self._encoder = encoder
         return self._encoder
+
+    def _open(self, source: Source, directory: Path) -> EmbeddingCache:
+        cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint, expect_width=self.llm_width or None)
+        cache.check(source)
+        return cache
 
     def _open_complete(self, source: Source, directory: Path) -> EmbeddingCache | None:
         """The cache if it has every caption of ``source``, else None."""
         if not (directory / CacheManifest.FILE).is_file():
             return None
         try:
-            cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
-            cache.check(source)
+            return self._open(source, directory)
         except ContractError:
             return None  # embedding redoes incomplete shards, and refuses another teacher's directory
-        return cache
 
 
 def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:

@@ -1,4 +1,4 @@
-"""``llm2clip evaluate zeroshot``: classification by the class names alone, each the mean of several prompts.
+"""``llm2clip evaluate zeroshot``: classification by class names, each embedded as the mean of several prompts.
 
 Shapes: N images, C classes, D projection dimension.
 """
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
-    """Embed the prompts and the images, count the images that are nearest to their own class."""
+    """Embed the prompts and the images, and classify each image as the nearest class."""
     labeled = open_labeled_images(config.data, config.label)
     names = read_class_names(config.classes, config.data, labeled.classes)
     prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
@@ -103,7 +103,7 @@ def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequ
 
 
 def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
-    """The scores in CLIP_benchmark's file format, which its own tables read."""
+    """The scores in CLIP_benchmark's file format, for its tables."""
     metrics = {"acc1": scores.metrics["acc1"], "acc5": scores.metrics.get("acc5")}
     body = {
         "dataset": scores.benchmark.partition(":")[2],

@@ -22,7 +22,8 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig, RetrievalReport, report_retrieval
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, report_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 SEEN_STYLES = "{noto,twemoji,fluent}"
@@ -94,7 +95,7 @@ def tower_scores(
 ) -> TowerScores:
     """Measure a tower on every set."""
     pairs = {
-        name: embed_pairs(dual, source, cache, images, kinds=("short", "long"), quiet=True)
+        name: embed_pairs(dual, source, cache, images, RetrievalConfig(kinds=("short", "long")), quiet=True)
         for name, source in sets.items()
     }
     reports = {

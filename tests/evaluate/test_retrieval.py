@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from llm2clip_plugin.evaluate.captions import caption_retrieval_accuracy
+from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.rank_counting import _Grid, rank_both
 from llm2clip_plugin.evaluate.retrieval import recall, retrieve, shuffled, unit_rows
 
@@ -80,12 +80,17 @@ def test_one_caption_an_image_equals_the_references_global_metrics():
     assert ours == pytest.approx(EXPECTED["one_caption_80"]["retrieval_global"], abs=1e-6)
 
 
+def caption_retrieval_accuracy(first_NW, second_NW, center=False):
+    """Top-1 accuracy first -> second and second -> first."""
+    return [float(ranks.hits(1).mean()) for ranks in caption_ranks(first_NW, second_NW, center=center)]
+
+
 def test_caption_retrieval_accuracy_equals_golden():
     pairs, expected = load_file(GOLDEN / "cra_90.safetensors"), EXPECTED["cra_90"]
-    ours = caption_retrieval_accuracy(pairs["caption_a"], pairs["caption_b"])
-    assert ours["first_to_second"] == pytest.approx(expected["first_retrieves_second_top1"], abs=1e-6)
-    assert ours["second_to_first"] == pytest.approx(expected["second_retrieves_first_top1"], abs=1e-6)
-    assert ours["cra"] == pytest.approx(expected["mean_of_both"], abs=1e-6)
+    forward, backward = caption_retrieval_accuracy(pairs["caption_a"], pairs["caption_b"])
+    assert forward == pytest.approx(expected["first_retrieves_second_top1"], abs=1e-6)
+    assert backward == pytest.approx(expected["second_retrieves_first_top1"], abs=1e-6)
+    assert (forward + backward) / 2 == pytest.approx(expected["mean_of_both"], abs=1e-6)
 
 
 def test_centering_removes_a_direction_that_all_captions_share():
@@ -94,10 +99,10 @@ def test_centering_removes_a_direction_that_all_captions_share():
     first, second = (meaning + 0.5 * torch.randn(200, 16, generator=generator) for _ in range(2))
     common = 40 * torch.randn(16, generator=generator)
     strength = 1 + 0.2 * torch.randn(200, 1, generator=generator)
-    plain = caption_retrieval_accuracy(first + common * strength, second + common * strength.flip(0))["cra"]
-    assert plain < caption_retrieval_accuracy(first, second)["cra"] - 0.1
-    shifted = caption_retrieval_accuracy(first + common, second - common, center=True)["cra"]
-    assert shifted == pytest.approx(caption_retrieval_accuracy(first, second, center=True)["cra"])
+    plain = caption_retrieval_accuracy(first + common * strength, second + common * strength.flip(0))
+    assert sum(plain) / 2 < sum(caption_retrieval_accuracy(first, second)) / 2 - 0.1
+    shifted = caption_retrieval_accuracy(first + common, second - common, center=True)
+    assert sum(shifted) / 2 == pytest.approx(sum(caption_retrieval_accuracy(first, second, center=True)) / 2)
 
 
 @pytest.mark.parametrize("ties", RULES)
@@ -109,7 +114,7 @@ def test_hits_item_by_item_equal_a_plain_loop_with_groups_and_ties(ties, k):
     sides = rank_both(query, item, query_label, item_label, tile=9)
     inputs = (query, item, query_label, item_label), (item, query, item_label, query_label)
     for ours, (queries, items, labels, item_labels) in zip(sides, inputs, strict=True):
-        queried = ours.right_equal_Q > 0
+        queried = ours.correct_equal_Q > 0
         assert torch.equal(queried, torch.isin(labels, item_labels))
         hits = ours.select(queried).hits(k, ties)
         expected = naive_hits(queries[queried], items, labels[queried], item_labels, k, ties)
@@ -140,13 +145,13 @@ def test_identical_items_tie_wherever_they_stand():
     assert ranks.equal_before_Q.tolist() == list(range(7))
 
 
-def test_a_query_is_never_below_itself_though_right_pairs_are_computed_twice(monkeypatch):
+def test_a_query_is_never_below_itself_though_correct_pairs_are_computed_twice(monkeypatch):
     image, text, owner = golden("generic_150")
     sides = F.normalize(image, dim=1), F.normalize(text, dim=1), torch.arange(len(image)), owner
     expected = rank_both(*sides, tile=50)
-    plain = _Grid.right_scores
+    plain = _Grid.correct_scores
     # a matrix product that differs in the last bits between the passes
-    monkeypatch.setattr(_Grid, "right_scores", lambda grid: plain(grid) * (1 + 3e-7))
+    monkeypatch.setattr(_Grid, "correct_scores", lambda grid: plain(grid) * (1 + 3e-7))
     for ours, before in zip(rank_both(*sides, tile=50), expected, strict=True):
         assert all(torch.equal(value, vars(before)[name]) for name, value in vars(ours).items())
 
@@ -221,7 +226,7 @@ def test_bad_input_is_named():
         recall(image, broken, owner)
     with pytest.raises(ValueError, match="unknown tie rule 'best'; known: half, optimistic"):
         recall(image, text, owner, ties="best")
-    with pytest.raises(ValueError, match=r"60 of 60 queries have no right item \(first: query 0\)"):
+    with pytest.raises(ValueError, match=r"60 of 60 queries have no correct item \(first: query 0\)"):
         rank_both(image, text, torch.full((60,), 1000), owner)[0].hits(1)
     with pytest.raises(ValueError, match=r"must be \(N, D\) and \(M, D\), got \(60, 12\) and \(276, 5\)"):
         recall(image, text[:, :5], owner)

@@ -17,8 +17,8 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.command import parse
 from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
-from llm2clip_plugin.evaluate.retrieval import recall
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig, recall
+from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.vision.dual import load_dual_encoder
 
 IMAGES = ImageConfig(size=32)
@@ -158,7 +158,7 @@ def test_an_unknown_group_field_lists_the_known_ones(opened):
 
 
 def test_limit_takes_the_first_images(opened):
-    pairs = embed_pairs(tiny_dual(), *opened, IMAGES, limit=4, quiet=True)
+    pairs = embed_pairs(tiny_dual(), *opened, IMAGES, RetrievalConfig(limit=4), quiet=True)
     assert pairs.keys == ["red-0.png", "red-20.png", "red-40.png", "green-0.png"]
 
 

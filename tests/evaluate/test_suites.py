@@ -263,7 +263,7 @@ PHOTOS_100 = '''
 """Photos-100: a hundred photos, one caption each."""
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import read_json, to_captions
 
 
@@ -276,7 +276,7 @@ def read(folder):
 SUITE = Suite(
     name="photos-100",
     title="Photos-100",
-    requires=(RequiredFile(names=("captions.json", "photos"), get="https://photos.example/"),),
+    requires={"captions.json|photos": "https://photos.example/"},
     read=read,
     images=100,
     table="Retrieval, English",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import COCO_VAL2014, KARPATHY, karpathy_test
 
 
@@ -17,10 +17,7 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="coco",
     title="COCO (Karpathy test, 5k)",
-    requires=(
-        RequiredFile(names=("dataset_coco.json",), get=KARPATHY),
-        RequiredFile(names=("val2014",), get=COCO_VAL2014),
-    ),
+    requires={"dataset_coco.json": KARPATHY, "val2014": COCO_VAL2014},
     read=read,
     images=5000,
     order=2,

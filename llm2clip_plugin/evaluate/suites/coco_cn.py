@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import COCO_VAL2014, first_existing, to_captions
 
 NAMES, CAPTIONS = "coco-cn_test.txt", "imageid.human-written-caption.txt"
 HOME = "https://github.com/li-xirong/coco-cn (on request)"
-COCO_TRAIN2014 = "http://images.cocodataset.org/zips/train2014.zip"
 
 
 def read(folder: Path) -> list[Row]:
@@ -31,16 +30,16 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="coco-cn",
     title="COCO-CN (test)",
-    requires=(
-        RequiredFile(names=(NAMES,), get=HOME),
-        RequiredFile(names=(CAPTIONS,), get=HOME),
-        RequiredFile(names=("val2014", "../coco/val2014"), get=COCO_VAL2014),
-        RequiredFile(names=("train2014", "../coco/train2014"), get=COCO_TRAIN2014),
-    ),
+    requires={
+        NAMES: HOME,
+        CAPTIONS: HOME,
+        "val2014|../coco/val2014": COCO_VAL2014,
+        "train2014|../coco/train2014": "http://images.cocodataset.org/zips/train2014.zip",
+    },
     read=read,
     images=1000,
     order=7,
-    table="Retrieval, cross-lingual (trained on English alone)",
+    table="Retrieval, cross-lingual (trained on English only)",
     paper={"EVA02-L-224": (2.6, 1.0), "EVA02-L-224 + LLM2CLIP": (72.0, 70.1)},
     paper_source="site",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import expected_layout, read_json_lines, to_captions
 
 DOWNLOADS = "https://storage.googleapis.com/docci/data"
@@ -25,10 +25,10 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="docci",
     title="DOCCI (test)",
-    requires=(
-        RequiredFile(names=("docci_descriptions.jsonlines",), get=f"{DOWNLOADS}/docci_descriptions.jsonlines"),
-        RequiredFile(names=("images",), get=f"{DOWNLOADS}/docci_images.tar.gz"),
-    ),
+    requires={
+        "docci_descriptions.jsonlines": f"{DOWNLOADS}/docci_descriptions.jsonlines",
+        "images": f"{DOWNLOADS}/docci_images.tar.gz",
+    },
     read=read,
     images=5000,
     order=5,

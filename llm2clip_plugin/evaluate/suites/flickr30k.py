@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import FLICKR30K_IMAGES, KARPATHY, karpathy_test
 
 
@@ -17,10 +17,7 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="flickr30k",
     title="Flickr30k (Karpathy test)",
-    requires=(
-        RequiredFile(names=("dataset_flickr30k.json",), get=KARPATHY),
-        RequiredFile(names=("flickr30k-images",), get=FLICKR30K_IMAGES),
-    ),
+    requires={"dataset_flickr30k.json": KARPATHY, "flickr30k-images": FLICKR30K_IMAGES},
     read=read,
     images=1000,
     order=1,

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import FLICKR30K_IMAGES, first_existing, to_captions
 
 FILES = ("flickr30k_cn_test.txt", "flickr30k_cna_test.txt")
@@ -29,17 +29,14 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="flickr30k-cn",
     title="Flickr30k-CN (test)",
-    requires=(
-        RequiredFile(
-            names=FILES,
-            get="https://github.com/li-xirong/cross-lingual-cap, or Flickr30k-CNA of https://zero.so.com",
-        ),
-        RequiredFile(names=("flickr30k-images", "../flickr30k/flickr30k-images"), get=FLICKR30K_IMAGES),
-    ),
+    requires={
+        "|".join(FILES): "https://github.com/li-xirong/cross-lingual-cap, or Flickr30k-CNA of https://zero.so.com",
+        "flickr30k-images|../flickr30k/flickr30k-images": FLICKR30K_IMAGES,
+    },
     read=read,
     images=1000,
     order=6,
-    table="Retrieval, cross-lingual (trained on English alone)",
+    table="Retrieval, cross-lingual (trained on English only)",
     paper={"EVA02-L-224": (4.4, 0.9), "EVA02-L-224 + LLM2CLIP": (90.6, 75.6)},
     paper_source="site",
 )

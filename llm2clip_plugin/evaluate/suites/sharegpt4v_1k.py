@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import expected_layout, to_captions
 
 FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-ITEMS = 1000  # Long-CLIP holds the first thousand out of training
+ITEMS = 1000  # Long-CLIP excludes the first thousand from training
 
 
 def read(folder: Path) -> list[Row]:
@@ -48,13 +48,10 @@ def first_items(path: Path, count: int, block: int = 1 << 20) -> list[Any]:
 SUITE = Suite(
     name="sharegpt4v-1k",
     title="ShareGPT4V-1k",
-    requires=(
-        RequiredFile(names=(FILE,), get="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V"),
-        RequiredFile(
-            names=("sam", "data/sam"),
-            get="SA-1B: the images that the ShareGPT4V page lists, as sam/images/sa_*.jpg",
-        ),
-    ),
+    requires={
+        FILE: "https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
+        "sam|data/sam": "SA-1B: the images that the ShareGPT4V page lists, as sam/images/sa_*.jpg",
+    },
     read=read,
     images=ITEMS,
     order=3,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suite_measures import hard_negatives
 from llm2clip_plugin.evaluate.suites.readers import expected_layout, first_existing, read_json
 
@@ -41,10 +41,7 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="sugarcrepe",
     title="SugarCrepe",
-    requires=(
-        *(RequiredFile(names=names, get=HOME) for names in FILES.values()),
-        RequiredFile(names=("val2017", "../coco/val2017"), get=COCO_VAL2017),
-    ),
+    requires={"|".join(names): HOME for names in FILES.values()} | {"val2017|../coco/val2017": COCO_VAL2017},
     read=read,
     measure=hard_negatives,
     order=9,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites.readers import to_captions
 
 HUB = "https://huggingface.co/datasets/BeichenZhang/Urban1k"
@@ -23,7 +23,7 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="urban-1k",
     title="Urban-1k",
-    requires=(RequiredFile(names=("image",), get=HUB), RequiredFile(names=("caption",), get=HUB)),
+    requires={"image": HUB, "caption": HUB},
     read=read,
     images=1000,
     order=4,

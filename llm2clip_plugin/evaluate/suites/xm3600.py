@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import RequiredFile, Suite
+from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suite_measures import recall_by_language
 from llm2clip_plugin.evaluate.suites.readers import expected_layout, read_json_lines
 
@@ -30,15 +30,15 @@ def read(folder: Path) -> list[Row]:
 SUITE = Suite(
     name="xm3600",
     title="XM3600 (36 languages)",
-    requires=(
-        RequiredFile(names=("captions.jsonl",), get="https://google.github.io/crossmodal-3600/web-data/captions.zip"),
-        RequiredFile(names=("images",), get="https://open-images-dataset.s3.amazonaws.com/crossmodal-3600/images.tgz"),
-    ),
+    requires={
+        "captions.jsonl": "https://google.github.io/crossmodal-3600/web-data/captions.zip",
+        "images": "https://open-images-dataset.s3.amazonaws.com/crossmodal-3600/images.tgz",
+    },
     read=read,
     measure=recall_by_language,
     images=3600,
     order=8,
-    table="Retrieval, cross-lingual (trained on English alone)",
+    table="Retrieval, cross-lingual (trained on English only)",
     paper={"EVA02-L-224": (14.0, 8.0), "EVA02-L-224 + LLM2CLIP": (68.3, 56.0)},
     paper_source="site",
 )

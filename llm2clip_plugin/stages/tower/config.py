@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.augment import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.stages.plan_text import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
 from llm2clip_plugin.train.heads import HeadsConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 import llm2clip_plugin
 from llm2clip_plugin.data.augment import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.heads import HeadsConfig
