@@ -200,7 +200,7 @@ class VersionedRecord:
             if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         }
         if missing := sorted(required - set(values)):
-            raise ContractError(f"{where} lacks the required fields {missing}")
+            raise ContractError(f"{where} is missing the required fields {missing}")
         return cls(**values)
 
 

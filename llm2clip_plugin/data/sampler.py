@@ -126,7 +126,7 @@ class Mixture:
         self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
         self.lengths = [sum(sizes) for sizes in self.shard_sizes]
         if empty := [number for number, length in enumerate(self.lengths) if length == 0]:
-            raise ValueError(f"sources {empty} (counted from 0) hold no samples")
+            raise ValueError(f"sources at index {empty} contain no samples")
         self.seed = seed
         self.windows = list(windows) or [0] * len(weights)
         self.draws = epoch_draws(self.lengths, weights)

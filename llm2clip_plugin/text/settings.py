@@ -58,7 +58,7 @@ class EncoderConfig:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
             raise ValueError(
-                f'chat_template {self.chat_template!r} is neither "" nor "user" nor a text with {CAPTION} once'
+                f'chat_template {self.chat_template!r} must be "", "user", or a text with {CAPTION} exactly once'
             )
 
 

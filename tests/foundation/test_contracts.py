@@ -74,7 +74,7 @@ def test_a_card_reads_the_projection_dim_under_both_names_and_writes_that_of_ver
         ({"kind": "llm2clip-scores"}, "expected a 'llm2clip-tower'"),
         ({"format_version": 2}, "format version 2, but this release reads 1"),
         ({"colour": "blue"}, r"unknown fields \['colour'\]"),
-        ({"family": None}, "lacks the required fields"),
+        ({"family": None}, "is missing the required fields"),
     ],
 )
 def test_refusals_name_file_and_field(tmp_path: Path, change: dict, message: str) -> None:

@@ -108,7 +108,7 @@ def test_chat_template_is_written_out(llama: Path) -> None:
     expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
-    with pytest.raises(ValueError, match=r"neither .* \{caption\}"):
+    with pytest.raises(ValueError, match=r"must be .* text with \{caption\} exactly once"):
         EncoderConfig(chat_template="<user>")
 
 

@@ -67,12 +67,13 @@ class EmbeddingCache:
         _refuse_damaged(manifest, path)
         if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
             raise ContractError(
-                f"{directory} holds embeddings of {manifest.teacher['llm']} with fingerprint {manifest.fingerprint}, "
-                f"expected fingerprint {expect_fingerprint}; embed with the expected LLM, or use its cache"
+                f"{directory} contains embeddings of {manifest.teacher['llm']} with fingerprint "
+                f"{manifest.fingerprint}, expected fingerprint {expect_fingerprint}; "
+                "embed with the expected LLM, or use its cache"
             )
         if expect_width is not None and manifest.width != expect_width:
             raise ContractError(
-                f"{directory} holds embeddings of width {manifest.width} ({manifest.teacher['llm']}), expected "
+                f"{directory} contains embeddings of width {manifest.width} ({manifest.teacher['llm']}), expected "
                 f"{expect_width}; use the cache of the LLM that the text adapter was made for"
             )
         cache = cls(directory, manifest)
@@ -186,7 +187,7 @@ def _row_numbers(
             text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
             reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
             raise ContractError(
-                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; the cache holds hashes {known}; "
+                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
                 f"{REDO}"
             )
     return [row_of[value] for value in hashes]
@@ -206,7 +207,7 @@ def _refuse_damaged(manifest: CacheManifest, path: Path) -> None:
     """ContractError unless a manifest agrees with itself: dtype, entries, and its teacher's fingerprint and width."""
     for name, entry in manifest.shards.items():
         if missing := [value for value in ENTRY if value not in entry]:
-            raise ContractError(f"{path}: the entry of shard {name!r} lacks {', '.join(missing)}; {REDO}")
+            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
     if manifest.dtype not in CACHE_DTYPES:
         raise ContractError(f"{path} has unknown dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
     try:

@@ -44,7 +44,7 @@ class ShardFile:
                 shapes = {name: file.get_slice(name).get_shape() for name in TENSORS}
                 self.meta: dict[str, str] = json.loads(file.metadata()[META])
             if missing := {*METADATA} - {*self.meta}:
-                raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
+                raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
             self.captions, self.width = shapes["embeddings"]
             self.samples = shapes["row_starts"][0] - 1
         except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:

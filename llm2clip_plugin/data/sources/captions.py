@@ -70,7 +70,7 @@ def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
             yield from _expand(item, field)
     elif isinstance(value, dict) and "text" in value:
         if not isinstance(value["text"], str):
-            raise ValueError(f"caption field {field.name!r} holds a text of type {type(value['text']).__name__}")
+            raise ValueError(f"caption field {field.name!r} has text of type {type(value['text']).__name__}")
         kind, language = value.get("kind") or field.kind, value.get("language") or field.language
         yield Caption(_clean(value["text"]), well_formed(str(kind)), well_formed(str(language)))
     elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
@@ -78,7 +78,7 @@ def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
             yield Caption(_clean(text), field.kind, well_formed(language))
     else:
         raise ValueError(
-            f"caption field {field.name!r} holds a value of type {type(value).__name__}; expected a text, a list of "
+            f"caption field {field.name!r} has type {type(value).__name__}; expected a text, a list of "
             "texts, {language: text}, or objects with a text"
         )
 

@@ -20,7 +20,7 @@ class LlavaSource(RowSource):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); rename a file of one object a line to .jsonl") from error
         if not isinstance(items, list):
-            raise ValueError(f"{path} holds a {type(items).__name__}, expected LLaVA's list of conversations")
+            raise ValueError(f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations")
         return pack_rows((n, item) for n, item in enumerate(items) if not isinstance(item, dict) or item.get("image"))
 
     def values(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class RowSource(Source):
             raise FileNotFoundError(f"no file at {path}")
         self._spans, self._json = self.read_rows(path)
         if not len(self._spans):
-            raise ValueError(f"{config.path} holds no samples")
+            raise ValueError(f"{config.path} contains no samples")
         self._images = config.images or config.path.rpartition("/")[0] or "."
         if not is_url(self._images) and not os.path.isdir(self._images):
             raise FileNotFoundError(f"no image folder at {self._images}; set --images to the folder of {config.path}")

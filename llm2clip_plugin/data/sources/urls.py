@@ -32,7 +32,7 @@ def expand_braces(pattern: str) -> list[str]:
     elif "," in inner:
         options = inner.split(",")
     else:
-        raise ValueError(f"braces in {pattern!r} hold {inner!r}; expected a span {{00000..00012}} or a list {{a,b}}")
+        raise ValueError(f"braces in {pattern!r} hold {inner!r}; expected a range {{00000..00012}} or a list {{a,b}}")
     tails = expand_braces(pattern[match.end() :])
     return [pattern[: match.start()] + option + tail for option, tail in itertools.product(options, tails)]
 

@@ -84,10 +84,10 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
     inside = run / FOLDER / checkpoint
     path = Checkpoints(run, keep=0).find(str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO)
     if path is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint yet")
+        raise FileNotFoundError(f"{run} has no checkpoint yet")
     loaded = load(path, moments=False)
     if averaged and not loaded.averages:
-        raise ValueError(f"{path} holds no moving average: the run had --train.ema-decay 0")
+        raise ValueError(f"{path} has no moving average: the run had --train.ema-decay 0")
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
     export_tower(

@@ -77,5 +77,5 @@ def find_cache(source: str) -> str:
             f"no embedding cache (embeddings-*) in {folder}; create one with llm2clip embed {source} ..."
         )
     if len(caches) > 1:
-        raise ValueError(f"{folder} holds the caches {', '.join(caches)}; choose one with --data.cache")
+        raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --data.cache")
     return caches[0]

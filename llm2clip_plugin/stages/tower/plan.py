@@ -89,7 +89,7 @@ def measure_data(config: RunConfig) -> DataSize:
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
-        assumed.append(f"LLM embeddings {width} wide (--dual.llm-width: {known})")
+        assumed.append(f"LLM embeddings of width {width} (--dual.llm-width: {known})")
     return DataSize(samples=samples, captions=samples * captions, width=width, assumed=tuple(assumed))
 
 

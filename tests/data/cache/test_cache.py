@@ -176,7 +176,9 @@ def test_changed_caption_is_refused_with_both_hashes(source, tmp_path: Path) -> 
     changed = open_source(write_jsonl(tmp_path / "changed", [*CAPTIONS[:2], ["three dogs"], CAPTIONS[3]]))
     cache = EmbeddingCache.open(tmp_path / "cache")
     for read in (lambda: cache.check(changed), lambda: cache.rows("pairs", 2, changed.captions(2)[1])):
-        with pytest.raises(ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* holds hashes \w{16}"):
+        with pytest.raises(
+            ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* cached caption hashes: \w{16}"
+        ):
             read()
     with pytest.raises(ContractError, match="caption ' ' is blank"):
         cache.rows("pairs", 0, [Caption(" ")])
@@ -246,7 +248,7 @@ def test_a_manifest_without_a_field_is_refused(source, tmp_path: Path, field: st
     fill(tmp_path / "cache", source)
     manifest = tmp_path / "cache" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"{field}":', '"other":', 1))
-    with pytest.raises(ContractError, match=f"shard 'pairs' lacks {field}"):
+    with pytest.raises(ContractError, match=f"shard 'pairs' is missing {field}"):
         EmbeddingCache.open(tmp_path / "cache")
 
 

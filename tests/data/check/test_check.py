@@ -95,8 +95,8 @@ def test_what_training_refuses_is_named_once(tmp_path: Path, capsys: pytest.Capt
     status, report = checked(capsys, str(path), "--workers", workers)
     assert status == 1 and not report["fit_for_training"] and report["broken_share"] == 4 / 84
     assert [(one["shard"], one["key"], one["reason"].split(";")[0]) for one in report["broken"][:2]] == [
-        ("x", "five", "caption field 'caption' holds a value of type int"),
-        ("x", "list", "caption field 'caption' holds a value of type int"),
+        ("x", "five", "caption field 'caption' has type int"),
+        ("x", "list", "caption field 'caption' has type int"),
     ]
     assert [(one["shard"], one["key"]) for one in report["broken"][2:]] == [("x", "deep"), ("x", "cut")]
     assert "recursion" in report["broken"][2]["reason"] and "can't be decoded" in report["broken"][3]["reason"]

@@ -115,7 +115,7 @@ BROKEN = {
     "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "not an object but of type list"),
     "JSON nested too deep": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], "recursion"),
     "caption nested too deep": ([("a.jpg", b"x"), ("a.json", b'{"caption": %s}' % nested(2000))], "recursion"),
-    "number for a caption": ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "'caption' holds a value of type int"),
+    "number for a caption": ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "'caption' has type int"),
 }
 
 
