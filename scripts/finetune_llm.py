@@ -4,7 +4,7 @@
     deepspeed --num_gpus 8 scripts/finetune_llm.py /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct \\
         --deepspeed scripts/zero2.json --pair-kinds short:long --output-dir runs/llama-1b-cc
 
-``--help`` lists every field; the same command again goes on from the newest checkpoint.
+``--help`` lists every field; rerun the same command to resume from the newest checkpoint.
 """
 
 import sys

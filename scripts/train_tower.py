@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 scripts/train_tower.py --recipe openai_l14_336 --deepspeed scripts/zero1.json \\
         --data.path /data/cc3m --output_dir runs/l14 --optim.lr 1e-5
 
-``--help`` lists every field; the same command again goes on from the newest checkpoint.
+``--help`` lists every field; rerun the same command to resume from the newest checkpoint.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Caption-contrastive training of an LLM on the tower's step: the two sides of a pair are texts.
+"""Contrastive fine-tuning of an LLM on captions, with the same step as the tower's; both sides of a pair are texts.
 
 Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all ranks, R texts of a micro-batch,
 G texts of one length group, T tokens, W embedding width.
@@ -32,11 +32,11 @@ from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, En
 class ContrastConfig:
     """The loss of caption-contrastive training."""
 
-    scale: float = 50.0  # logit scale (1 / temperature): the paper's; where it starts if it is learned
+    scale: float = 50.0  # logit scale (1 / temperature), as in the paper; the initial value if it is learned
     learn_scale: bool = False  # learn the logit scale, up to 100
-    # groups of similar length that a micro-batch's texts are padded in; the same result with less padding
+    # groups of similar length in which a micro-batch's texts are padded: less padding, same result
     length_groups: int = 4
-    mask_same: bool = True  # pairs that share a text or an image are not negatives of each other
+    mask_same: bool = True  # pairs with a common text or image are not negatives of each other
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100:
@@ -51,7 +51,7 @@ class PairModule(nn.Module):
     def __init__(self, model: CaptionModel, config: ContrastConfig) -> None:
         super().__init__()
         self.model = model
-        # shape (1,): DeepSpeed refuses parameters without an axis
+        # shape (1,): DeepSpeed does not support 0-d parameters
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class PairModule(nn.Module):
 class CaptionStep(ContrastiveStep):
     """A step of the LLM: ``batch["pairs"]`` holds this rank's b pairs.
 
-    The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives behind them.
+    The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class CaptionStep(ContrastiveStep):
     def _forward(self, micro: Batch) -> Encoded:
         pairs: Sequence[Pair] = micro["pairs"]
         queries = self.encoder.tokenize([pair.query for pair in pairs], query=True)
-        others = self.encoder.tokenize([pair.positive for pair in pairs])
+        targets = self.encoder.tokenize([pair.positive for pair in pairs])
         if pairs[0].negative:
-            others += self.encoder.tokenize([pair.negative for pair in pairs])
-        frames = [self.encoder.query_frame] * len(queries) + [self.encoder.frame] * len(others)
-        rows = [*queries, *others]
+            targets += self.encoder.tokenize([pair.negative for pair in pairs])
+        frames = [self.encoder.query_frame] * len(queries) + [self.encoder.frame] * len(targets)
+        rows = [*queries, *targets]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         tensors: list[Tensor] = []
         for part in equal_parts(order, self.config.length_groups):
@@ -121,16 +121,17 @@ class CaptionStep(ContrastiveStep):
 
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """At most ``parts`` runs of ``items`` of nearly equal length.
+    """Split ``items`` into at most ``parts`` contiguous parts of nearly equal length.
 
-    Their number depends only on the number of items, so that all ranks call the module equally often, as ZeRO-3 needs.
+    The number of parts depends only on the number of items, so all ranks call the module equally often, as ZeRO-3
+    requires.
     """
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def caption_terms(config: ContrastConfig) -> Terms:
-    """The one term of the loss: symmetric InfoNCE, with hard negatives where the batch has them."""
+    """The loss: symmetric InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
         hashes, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
@@ -152,28 +153,29 @@ def hard_negative_loss(
     caption_hashes: Tensor | None = None,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE where each query also has the hard negatives of all N pairs against it (Wang et al. 2022, E5).
+    """InfoNCE in which the hard negatives of all N pairs are negatives of each query (Wang et al. 2022, E5).
 
     loss_r = 1/(2b) sum_i [ log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i ]
            + 1/(2b) sum_i [ log sum_j e^(s p_i.q_j) - s p_i.q_i ],   i over this rank's pairs, j over all ranks'.
 
     query, positive, negative: (b, W) of length 1; scale: (1,); ids as in ``contrastive_loss``: pairs that share one
-    are left out of the sums over positives. The mean over ranks is the loss of the whole batch, and an engine that
+    are excluded from the sums over positives. The mean over ranks is the loss of the whole batch, and an engine that
     averages gradients gets that loss's gradient. Not for batches whose (b, 3 N) logits are too large to hold.
     """
     b, first = len(query_bW), rank() * len(query_bW)
     s = scale.float()
     all_NW = [gather_with_gradient(features) for features in (query_bW, positive_bW, negative_bW)]
     excluded_bN = same_ids(caption_hashes, image_ids, first)
-    there_bN = (s * query_bW.float() @ all_NW[1].float().T).masked_fill(excluded_bN, EXCLUDED)
-    hard_bN = s * query_bW.float() @ all_NW[2].float().T
-    back_bN = (s * positive_bW.float() @ all_NW[0].float().T).masked_fill(excluded_bN, EXCLUDED)
+    positive_bN = (s * query_bW.float() @ all_NW[1].float().T).masked_fill(excluded_bN, EXCLUDED)
+    negative_bN = s * query_bW.float() @ all_NW[2].float().T
+    query_bN = (s * positive_bW.float() @ all_NW[0].float().T).masked_fill(excluded_bN, EXCLUDED)
     target_b = torch.arange(first, first + b, device=query_bW.device)
-    return 0.5 * (F.cross_entropy(torch.cat([there_bN, hard_bN], 1), target_b) + F.cross_entropy(back_bN, target_b))
+    logits_b2N = torch.cat([positive_bN, negative_bN], 1)
+    return 0.5 * (F.cross_entropy(logits_b2N, target_b) + F.cross_entropy(query_bN, target_b))
 
 
 def gather_with_gradient(local: Tensor) -> Tensor:
-    """(b, W) on each rank -> (N, W), with gradient into every rank's rows."""
+    """(b, W) on each rank -> (N, W), differentiable with respect to every rank's rows."""
     if world_size() == 1:
         return local
     from torch.distributed.nn.functional import all_gather
@@ -193,7 +195,7 @@ def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int
 
 
 def masked_per_row(batch: Batch) -> float:
-    """Pairs of this rank that share a text or an image with a pair, a pair on average: false negatives otherwise."""
+    """Mean number of this rank's pairs that share a text or an image with a pair: its masked false negatives."""
     ids_kb = torch.cat([batch["caption_hashes"].reshape(-1, len(batch["keys"])), batch["image_ids"][None]])
     same_bb = (ids_kb[:, :, None] == ids_kb[:, None, :]).any(0)
     return (float(same_bb.sum()) - len(same_bb)) / len(same_bb)

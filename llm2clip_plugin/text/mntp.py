@@ -1,6 +1,6 @@
 """Masked next-token prediction (MNTP): an optional warm-up of a decoder for bidirectional attention.
 
-Of BehnamGhader et al. 2024 (LLM2Vec, arXiv 2404.05961, section 2.2): a fifth of the tokens is masked, and each is
+From BehnamGhader et al. 2024 (LLM2Vec, arXiv 2404.05961, section 2.2): a fifth of the tokens is masked, and each is
 predicted from the state of the token *before* it, as the LLM's head was trained. The authors of LLM2CLIP report
 that it has little impact.
 
@@ -29,8 +29,8 @@ from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch, position_seed
 
-MASKED_SHARE = 0.2  # of the tokens
-MASK_WORD = "_"  # stands in for a masked token, as in LLM2Vec: decoders have no token for it
+MASKED_FRACTION = 0.2  # of the tokens
+MASK_WORD = "_"  # replaces a masked token, as in LLM2Vec: decoders have no mask token
 UNMASKED = -100  # label of a token that is not predicted
 
 
@@ -41,23 +41,23 @@ class MaskedModule(nn.Module):
         super().__init__()
         self.model = model
         self.head_VH: Tensor
-        self.register_buffer("head_VH", head_VH, persistent=False)  # frozen, and in the LLM's own files
+        self.register_buffer("head_VH", head_VH, persistent=False)  # frozen, and stored in the LLM's files
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """(m, T) four times, rows padded on the right -> () sum over masked tokens of their cross-entropy.
 
-        labels: the token that was there, UNMASKED elsewhere. Token t is predicted from state t - 1.
+        labels: the original token where one is masked, UNMASKED elsewhere. Token t is predicted from state t - 1.
         """
         hidden_mTH = self.model.llm(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        places_mT = labels[:, 1:] != UNMASKED
-        logits_KV = (hidden_mTH[:, :-1][places_mT].to(self.head_VH.dtype) @ self.head_VH.T).float()
-        return F.cross_entropy(logits_KV, labels[:, 1:][places_mT], reduction="sum")
+        masked_mT = labels[:, 1:] != UNMASKED
+        logits_KV = (hidden_mTH[:, :-1][masked_mT].to(self.head_VH.dtype) @ self.head_VH.T).float()
+        return F.cross_entropy(logits_KV, labels[:, 1:][masked_mT], reduction="sum")
 
 
 class MaskedStep:
-    """One optimizer step: the texts of this rank's pairs, masked by (seed, place of the pair) alone."""
+    """One optimizer step on the texts of this rank's pairs; masks depend only on the seed and a pair's position."""
 
     def __init__(self, engine: Engine, encoder: CaptionEncoder, *, seed: int) -> None:
         self.engine = engine
@@ -66,7 +66,7 @@ class MaskedStep:
         self.mask_id = mask_token(encoder)
 
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        """Update the parameters; returns the mean loss of a masked token. Raises NonFiniteLossError on every rank."""
+        """Update the parameters; returns the mean loss per masked token. Raises NonFiniteLossError on every rank."""
         pairs: list[Pair] = batch["pairs"]
         first = batch["position"] - (world_size() - rank()) * len(pairs)
         texts = [list(dict.fromkeys((pair.query, pair.positive))) for pair in pairs]
@@ -86,16 +86,16 @@ class MaskedStep:
             loss += summed.detach()
             if not math.isfinite(float(sum_over_ranks(loss.clone()))):
                 raise NonFiniteLossError(
-                    f"the loss is not finite in the batch that ends at sample {batch['position']}; it began with "
-                    f"{', '.join(batch['keys'][:NAMED_KEYS])}. Nothing was updated; lower the learning rate"
+                    f"the loss is not finite in the batch that ends at sample {batch['position']}; it starts with "
+                    f"{', '.join(batch['keys'][:NAMED_KEYS])}. The weights were not updated; lower the learning rate"
                 )
-            # the engine takes the mean over ranks, and `total` counts the masked tokens of all
+            # the engine averages over ranks; `total` counts the masked tokens of all ranks
             self.engine.backward(summed * (world_size() / total))
             self.engine.step()
         return float(sum_over_ranks(loss)) / total, {"masked_tokens": total}
 
     def _inputs(self, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """The four tensors that MaskedModule takes."""
+        """The four inputs of MaskedModule."""
         frames = [self.encoder.frame] * len(rows)
         batch = collate(rows, frames, pad_id=self.encoder.pad_id, include_bos=True)
         labels = torch.full_like(batch.input_ids, UNMASKED)
@@ -106,33 +106,35 @@ class MaskedStep:
         return tuple(tensor.to(self.engine.device) for tensor in inputs)
 
 
-def choose_masked(length: int, seed: int, share: float = MASKED_SHARE) -> list[int]:
-    """Places to mask in a row of ``length`` tokens: never the first, which nothing predicts; at least one if there is
-    another."""
+def choose_masked(length: int, seed: int, fraction: float = MASKED_FRACTION) -> list[int]:
+    """Positions to mask in a row of ``length`` tokens: one or more, never the first, which nothing predicts.
+
+    [] for rows shorter than two tokens.
+    """
     if length < 2:
         return []
     draws = torch.rand(length - 1, generator=torch.Generator().manual_seed(seed))
-    chosen = (draws < share).nonzero()[:, 0].tolist() or [int(draws.argmin())]
+    chosen = (draws < fraction).nonzero()[:, 0].tolist() or [int(draws.argmin())]
     return [place + 1 for place in chosen]
 
 
 def mask_token(encoder: CaptionEncoder) -> int:
-    """The tokenizer's mask token, or the one that it makes of "_"."""
+    """Id of the tokenizer's mask token, or of "_"."""
     if encoder.tokenizer.mask_token_id is not None:
         return encoder.tokenizer.mask_token_id
     return encoder.tokenizer(MASK_WORD, add_special_tokens=False)["input_ids"][-1]
 
 
 def output_head(encoder: CaptionEncoder) -> Tensor:
-    """(V, H) output embedding: ``lm_head`` of the LLM's files, or the input embedding where they are tied."""
-    found = find_tensor(encoder.folder, "lm_head.weight")
-    if found is None:
-        found = encoder.model.llm.get_input_embeddings().weight.detach().clone()  # type: ignore[operator]
-    return found.to(encoder.device, encoder.dtype)
+    """(V, H) output embedding: ``lm_head`` of the LLM's files, or the input embedding if they are tied."""
+    head_VH = find_tensor(encoder.folder, "lm_head.weight")
+    if head_VH is None:
+        head_VH = encoder.model.llm.get_input_embeddings().weight.detach().clone()  # type: ignore[operator]
+    return head_VH.to(encoder.device, encoder.dtype)
 
 
 def find_tensor(folder: Path, name: str) -> Tensor | None:
-    """A tensor of a model folder's safetensors files, None if they don't have it."""
+    """A tensor from a model folder's safetensors files, None if they don't contain it."""
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

@@ -1,15 +1,15 @@
-"""Checkpoints: written whole, kept to a number, found again by the same command.
+"""Checkpoints: written atomically, limited in number, resumed by rerunning the command.
 
     checkpoints/
-      latest                 name of the newest whole checkpoint, written last
+      latest                 name of the newest complete checkpoint, written last
       step-00000120/
         model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
         optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
-        ema.safetensors        moving averages, where they are kept
+        ema.safetensors        moving averages, if train.ema_decay is set
         state.json             TrainState: step, samples, updates, loss scale, config and its hash
 
-Nothing depends on the ranks, the ZeRO stage or the precision that wrote it. There is no state of a random
-generator: every draw of a run is a function of its seed and of a place in its order of samples (step.py).
+The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
+random draw is a function of the run's seed and a position in its order of samples (step.py).
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_dir
 from llm2clip_plugin.train.distributed import broadcast_object, rank
 
 FOLDER = "checkpoints"
-PREFIX_V01 = "dual."  # of every tensor of a tower's checkpoint that version 0.1 wrote
+PREFIX_V01 = "dual."  # of tensor names in version 0.1's checkpoints of towers
 LATEST = "latest"
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState(VersionedRecord):
-    """``state.json``: where a run stands."""
+    """``state.json``: the progress of a run."""
 
     KIND: ClassVar[str] = "llm2clip-train-state"
     FILE: ClassVar[str] = "state.json"
 
-    step: int  # optimizer steps done
+    step: int  # completed optimizer steps
     samples: int  # image-caption pairs consumed over all ranks: the position in the data
     config: dict[str, Any]
     config_hash: str
     seed: int
-    updates: int = 0  # of AdamW; fewer than steps where fp16 overflowed
+    updates: int = 0  # optimizer updates; fewer than steps if fp16 overflowed
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
-    world_size: int = 1  # ranks that wrote it; any number can go on
+    world_size: int = 1  # ranks that wrote it; any number can resume
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
-    seconds: float = 0.0  # of training so far
+    seconds: float = 0.0  # training time so far
 
 
 class HasState(Protocol):
-    """What is written: the engine's side and the moving average's."""
+    """The part of an engine that ``save`` needs; see EngineStates."""
 
     def weights(self, *, keep: bool) -> dict[str, Tensor]: ...
 
@@ -78,12 +78,12 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, state: TrainState, engine: HasState, averages: dict[str, Tensor]) -> Path:
-        """Write a checkpoint; every rank calls, rank 0 writes. Raises OSError on every rank if it can't."""
-        mine = rank() == 0
-        weights, moments = engine.weights(keep=mine), engine.moments(keep=mine)
+        """Write a checkpoint on rank 0; every rank must call this. Raises OSError on every rank if writing fails."""
+        writes = rank() == 0
+        weights, moments = engine.weights(keep=writes), engine.moments(keep=writes)
         target = self.folder / f"step-{state.step:08d}"
         failure = None
-        if mine:
+        if writes:
             try:
                 self._write(target, state, weights, moments, averages)
             except OSError as error:
@@ -112,7 +112,7 @@ class Checkpoints:
         self._prune(target)
 
     def _prune(self, newest: Path) -> None:
-        """Remove all but the newest ``keep`` checkpoints, and what a killed run left half written."""
+        """Remove all but the newest ``keep`` checkpoints, and temporary files of a killed run."""
         for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         older = [path for path in sorted(self.folder.glob("step-*")) if path != newest]
@@ -120,49 +120,48 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, None if there is none."""
+        """The newest complete checkpoint, None if there is none."""
         pointer = self.folder / LATEST
         if not pointer.is_file():
             return None
         path = self.folder / pointer.read_text(encoding="utf-8").strip()
         if not (path / TrainState.FILE).is_file():
             raise FileNotFoundError(
-                f"{pointer} names {path.name}, which is not there; whole ones: {self.names()}. "
-                f"Say which with --resume {self.folder}/NAME, or take {pointer} away to start anew"
+                f"{path}, named by {pointer}, does not exist; available checkpoints: {self.names()}. "
+                f"Choose one with --resume {self.folder}/NAME, or delete {pointer} to start over"
             )
         return path
 
     def names(self) -> list[str]:
-        """Names of the checkpoints that are there."""
+        """Names of the complete checkpoints, oldest first."""
         return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint that ``resume`` means: auto (newest of this run, if any), never, or a path.
+        """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
 
-        Raises FileNotFoundError for a path without a checkpoint, FileExistsError for ``never`` over checkpoints.
+        Raises FileNotFoundError for a path without a checkpoint, FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
             return self.latest()
         if resume == RESUME_NEVER:
             if self.names():
                 raise FileExistsError(
-                    f"{self.folder} holds {self.names()}; --resume never would overwrite them: choose another "
-                    "--output_dir, or remove the folder"
+                    f"{self.folder} contains {self.names()}; refusing to overwrite with --resume never: choose another "
+                    "--output_dir, or delete the folder"
                 )
             return None
         path = Path(resume)
         if (path / TrainState.FILE).is_file():
             return path
-        inside = Checkpoints(path, keep=0)
-        newest = inside.latest() if path.is_dir() else None
+        newest = Checkpoints(path, keep=0).latest() if path.is_dir() else None
         if newest is None:
-            here = f"; this run has {self.names()}" if self.names() else ""
-            raise FileNotFoundError(f"--resume {resume}: no checkpoint there (no {TrainState.FILE}){here}")
+            available = f"; available checkpoints of this run: {self.names()}" if self.names() else ""
+            raise FileNotFoundError(f"--resume {resume}: no checkpoint found (no {TrainState.FILE}){available}")
         return newest
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them."""
+    """Contiguous copies where needed: safetensors does not write strided tensors."""
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -179,7 +178,7 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
             if name == "ema":
                 tensors[name] = {}
                 continue
-            raise FileNotFoundError(f"the checkpoint {path} lacks {file.name}; resume from another one")
+            raise FileNotFoundError(f"{file.name} is missing from the checkpoint {path}; resume from another one")
         try:
             tensors[name] = {key.removeprefix(PREFIX_V01): value for key, value in load_file(file).items()}
         except SafetensorError as error:

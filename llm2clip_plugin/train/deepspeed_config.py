@@ -1,7 +1,7 @@
-"""DeepSpeed's JSON: the user's own file, "auto" values filled in, conflicts refused with both values.
+"""DeepSpeed's JSON: fill in the user's "auto" values, and report conflicts with the run's settings.
 
-What the file says about ZeRO, offload, buckets, precision windows, profilers and monitors is passed on as
-it is. What the run decides (batch, precision, clipping, AdamW, schedule) may be absent, "auto", or equal.
+Settings of ZeRO, offload, buckets, loss scaling, profilers and monitors are passed on unchanged. What the run sets
+(batch, precision, clipping, optimizer, schedule) may be absent, "auto", or equal.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
-    """What the run has decided, in DeepSpeed's terms."""
+    """The run's settings, in DeepSpeed's terms."""
 
-    global_batch: int  # pairs an optimizer step, over all ranks
-    micro_batch: int  # pairs a forward pass on one rank
-    accumulation: int  # micro-batches an optimizer step on one rank
+    global_batch: int  # pairs per optimizer step, over all ranks
+    micro_batch: int  # pairs per forward pass on one rank
+    accumulation: int  # micro-batches per optimizer step on one rank
     precision: Precision
     optim: OptimConfig
     warmup_steps: int
@@ -42,7 +42,7 @@ class EnginePlan:
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The user's file, or a ZeRO-0 configuration for "" ; FileNotFoundError or ValueError name the file."""
+    """The user's file, or a ZeRO-0 configuration for "". Raises FileNotFoundError, or ValueError for invalid JSON."""
     if not path:
         return {"zero_optimization": {"stage": 0}}
     if not Path(path).is_file():
@@ -52,32 +52,35 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(body, dict):
-        raise ValueError(f"{path} holds a {type(body).__name__}, expected an object of DeepSpeed settings")
+        raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")
     return body
 
 
 def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSpeed configuration") -> dict[str, Any]:
-    """The configuration that DeepSpeed gets. ``optimizer`` and ``scheduler`` sections are checked and taken
-    out: AdamW is built here (layer-wise groups), and the loop sets the learning rate."""
+    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run.
+
+    ``optimizer`` and ``scheduler`` sections are checked and removed: the engine builds the optimizer (for layer-wise
+    groups), and the loop sets the learning rate.
+    """
     config = copy.deepcopy(user)
     conflicts: list[str] = []
-    for path, value, option in _decided(plan, config):
-        _settle(config, path.split("."), value, option, conflicts)
+    for path, value, option in _run_settings(plan, config):
+        _set_or_conflict(config, path.split("."), value, option, conflicts)
     _check_optimizer(config.pop("optimizer", None), plan, conflicts)
     _check_scheduler(config.pop("scheduler", None), plan, conflicts)
     if conflicts:
-        raise ValueError(f"{where} contradicts the run:\n  " + "\n  ".join(conflicts))
+        raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
     _fill_zero(config, plan)
     _set_up_optimizer(config, plan, where)
     _add_monitors(config, plan)
-    if left := sorted(_paths_with_auto(config)):
-        raise ValueError(f'{where}: no value is known for the "auto" of {", ".join(left)}; write a number there')
-    config.setdefault("steps_per_print", 1 << 31)  # the run has a progress bar of its own
+    if unresolved := sorted(_paths_with_auto(config)):
+        raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
+    config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar
     return config
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The stage that a configuration asks for."""
+    """The ZeRO stage of a configuration, 0 by default."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -87,7 +90,7 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return device not in ("none", None)
 
 
-def _decided(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, Any, str]]:
+def _run_settings(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, Any, str]]:
     """(path in the JSON, the run's value, the option that sets it)."""
     rows = [
         ("train_batch_size", plan.global_batch, "--train.global-batch"),
@@ -101,18 +104,18 @@ def _decided(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, Any, s
     return rows
 
 
-def _settle(config: dict[str, Any], path: list[str], value: Any, option: str, conflicts: list[str]) -> None:
-    """Put ``value`` at ``path``; note a conflict if the user has another one there."""
+def _set_or_conflict(config: dict[str, Any], path: list[str], value: Any, option: str, conflicts: list[str]) -> None:
+    """Set ``value`` at ``path``; add to ``conflicts`` if the user set another one."""
     for name in path[:-1]:
         config = config.setdefault(name, {})
     given = config.get(path[-1], "auto")
     if given != "auto" and not _same(given, value):
-        conflicts.append(f"{'.'.join(path)} is {given!r} there, the run's is {value!r} ({option})")
+        conflicts.append(f"{'.'.join(path)} is {given!r}, but the run uses {value!r} ({option})")
     config[path[-1]] = value
 
 
 def _same(given: Any, value: Any) -> bool:
-    """Equality that takes JSON's lists for tuples."""
+    """Equality in which a JSON list equals a tuple."""
     return list(given) == list(value) if isinstance(given, list) and isinstance(value, tuple) else given == value
 
 
@@ -121,13 +124,13 @@ def _check_optimizer(section: dict[str, Any] | None, plan: EnginePlan, conflicts
         return
     if section.get("type") not in plan.optim.optimizer().deepspeed_types:
         conflicts.append(
-            f"optimizer.type is {section.get('type')!r} there, the run's is {plan.optim.name!r} (--optim.name); remove "
+            f"optimizer.type is {section.get('type')!r}, but the run uses {plan.optim.name!r} (--optim.name); remove "
             "the section"
         )
     known = {name: getattr(plan.optim, name) for name in ("lr", "betas", "eps", "weight_decay")}
     for name, given in section.get("params", {}).items():
         if name in known and given != "auto" and not _same(given, known[name]):
-            conflicts.append(f"optimizer.params.{name} is {given!r} there, the run's is {known[name]!r} (--optim)")
+            conflicts.append(f"optimizer.params.{name} is {given!r}, but the run uses {known[name]!r} (--optim)")
 
 
 def _check_scheduler(section: dict[str, Any] | None, plan: EnginePlan, conflicts: list[str]) -> None:
@@ -135,8 +138,11 @@ def _check_scheduler(section: dict[str, Any] | None, plan: EnginePlan, conflicts
         return
     kind, params = section.get("type"), section.get("params", {})
     if SCHEDULERS.get(str(kind)) != plan.optim.schedule:
-        means = f" ({SCHEDULERS[kind]})" if kind in SCHEDULERS else ""
-        conflicts.append(f"scheduler.type is {kind!r}{means}, the run's is {plan.optim.schedule!r} (--optim.schedule)")
+        schedule = f" ({SCHEDULERS[kind]})" if kind in SCHEDULERS else ""
+        conflicts.append(
+            f"scheduler.type is {kind!r}{schedule}, but the run uses {plan.optim.schedule!r} (--optim.schedule); "
+            "remove the section"
+        )
     known = {
         "warmup_num_steps": plan.warmup_steps,
         "total_num_steps": plan.total_steps,
@@ -145,11 +151,11 @@ def _check_scheduler(section: dict[str, Any] | None, plan: EnginePlan, conflicts
     }
     for name, given in params.items():
         if name in known and given != "auto" and given != known[name]:
-            conflicts.append(f"scheduler.params.{name} is {given!r} there, the run's is {known[name]!r} (--optim)")
+            conflicts.append(f"scheduler.params.{name} is {given!r}, but the run uses {known[name]!r} (--optim)")
 
 
 def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
-    """ZeRO's "auto" sizes as Hugging Face's integration fills them, and what a client optimizer needs."""
+    """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external optimizer needs."""
     zero = config.setdefault("zero_optimization", {"stage": 0})
     square = plan.hidden_size**2
     for name, value in (
@@ -163,18 +169,18 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
     if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     if plan.precision != "fp32" and zero.get("stage", 0) == 0:
-        # the same numbers in less memory; DeepSpeed's own fp16 optimizer for stage 0 divides gradients by a loss
-        # scale that it never multiplied in, and starts AdamW with a step of zero gradients
+        # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
+        # was never applied, and starts AdamW with a step of zero gradients
         zero["stage"] = 1
     if offloads_optimizer(config):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:
-        # bf16 sums of many micro-batches lose what is smaller than 1/256 of the sum
+        # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 def _set_up_optimizer(config: dict[str, Any], plan: EnginePlan, where: str) -> None:
-    """What DeepSpeed needs for the optimizer; ValueError if it cannot run under the configuration."""
+    """Add the settings that the optimizer needs; ValueError if it cannot run under this configuration."""
     optimizer = plan.optim.optimizer()
     if offloads_optimizer(config) and not optimizer.supports_offload:
         raise ValueError(
@@ -187,7 +193,7 @@ def _set_up_optimizer(config: dict[str, Any], plan: EnginePlan, where: str) -> N
 
 
 def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
-    """A section for each monitor asked for that the file does not set up itself; ValueError without its package."""
+    """Add a section for each requested monitor that the file lacks; ValueError if its package is not installed."""
     for monitor in plan.report_to:
         section: dict[str, Any] = {"enabled": True}
         if monitor == "wandb":
@@ -195,16 +201,16 @@ def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
         else:
             section |= {"output_path": str(Path(plan.output_dir) / "monitor"), "job_name": plan.run_name or monitor}
         config.setdefault(MONITORS[monitor], section)
-    for package in ("tensorboard", "wandb"):  # DeepSpeed would say so only after the models are loaded
+    for package in ("tensorboard", "wandb"):  # DeepSpeed checks only after the models are loaded
         if config.get(package, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise ValueError(
-                f"the run reports to {package}, which is not installed: pip install {package}, or leave it out of "
+                f"the run reports to {package}, which is not installed: pip install {package}, or remove it from "
                 "--report_to (and of the DeepSpeed configuration)"
             )
 
 
 def _paths_with_auto(value: Any, path: str = "") -> list[str]:
-    """Where "auto" still stands."""
+    """Dotted paths of the remaining "auto" values."""
     if value == "auto":
         return [path]
     if isinstance(value, dict):

@@ -1,11 +1,11 @@
 """An optional first phase: fit projection and text adapter on the frozen tower's features.
 
-New heads pull a pretrained tower about before they know anything. Here every training image goes through the
-frozen tower once, without augmentation, and the heads are fitted to these features at a batch and learning rate
-of their own, which costs a fraction of training the tower.
+Gradients of untrained heads distort a pretrained tower. Here every training image is encoded once by the frozen tower,
+without augmentation, and the heads are fitted to these features with a separate batch size and learning rate, at a
+fraction of the cost of training the tower.
 
-The images are encoded in the same blocks whatever the number of ranks, and rank 0 alone fits, so the result does
-not depend on the ranks. Both run in bf16 where the run does: the weights and the loss stay fp32.
+Images are encoded in the same blocks on any number of ranks, and only rank 0 fits, so the result is independent of the
+number of ranks. If the run is in bf16, so are the matrix products here; weights and loss stay fp32.
 
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
 """
@@ -35,18 +35,18 @@ from llm2clip_plugin.train.optim import is_vector
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder
 
-IMAGES = 64  # images a forward pass of the frozen tower
+BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """The first phase."""
+    """The phase that fits the heads on a frozen tower."""
 
-    steps: int = 0  # updates of the heads alone; 0: no first phase
-    batch: int = 256  # image-caption pairs an update
-    lr: float = 1e-3  # AdamW, constant
-    weight_decay: float = 0.05  # not on norms, biases, logit scale
-    max_images: int = 100_000  # images used, evenly over each source; their features are kept in memory
+    steps: int = 0  # updates that train only the heads; 0: skip this phase
+    batch: int = 256  # image-caption pairs per update
+    lr: float = 1e-3  # of AdamW, constant
+    weight_decay: float = 0.05  # not applied to norms, biases, logit scale
+    max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch < 2 or self.max_images < 2:
@@ -57,13 +57,13 @@ class HeadsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenFeatures:
-    """What the frozen tower makes of the training images, beside the teacher's embeddings of all captions."""
+    """The frozen tower's features of the training images, and the teacher's embeddings of all their captions."""
 
     pooled_IP: Tensor
     embedding_MW: Tensor
     caption_hashes_M: Tensor
-    first_I: Tensor  # an image's first caption
-    count_I: Tensor  # and how many it has
+    first_I: Tensor  # index of an image's first caption
+    count_I: Tensor  # number of its captions
 
 
 def fit_heads(
@@ -78,7 +78,10 @@ def fit_heads(
     seed: int,
     bf16: bool = False,
 ) -> float:
-    """Fit the heads in place, on every rank alike; returns the last loss. ``bf16``: of the matrix products."""
+    """Fit the heads in place, equal on every rank; returns the last loss (0 on ranks but the first).
+
+    bf16: compute matrix products in bf16.
+    """
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with products:
@@ -93,7 +96,7 @@ def fit_heads(
 
 @contextmanager
 def _threads_of_all_ranks() -> Iterator[None]:
-    """This rank takes the CPU threads of this machine's others, which wait meanwhile."""
+    """Give this rank the CPU threads of this machine's other ranks, which are waiting."""
     own = torch.get_num_threads()
     torch.set_num_threads(max(own, min(own * local_world_size(), os.cpu_count() or 1)))
     try:
@@ -103,7 +106,7 @@ def _threads_of_all_ranks() -> Iterator[None]:
 
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
-    """Everything that trains beside the tower."""
+    """Trained parameters outside the tower, by name."""
     return [(n, p) for n, p in model.named_parameters() if not n.startswith("tower.") and p.requires_grad]
 
 
@@ -116,32 +119,32 @@ def frozen_features(
     max_images: int,
     device: torch.device,
 ) -> FrozenFeatures:
-    """Encode blocks of images, shared over the ranks, and gather them in order."""
+    """Encode blocks of images, distributed over the ranks, and gather them in order."""
     model.eval()
     blocks = [
         (number, indices)
         for number, source in enumerate(sources)
         for indices in _blocks(len(source), max(2, max_images // len(sources)))
     ]
-    mine = blocks[rank() :: world_size()]
-    found: dict[int, list[tuple[Tensor, ...]]] = {}
-    label, numbers = "features of the frozen tower", range(rank(), len(blocks), world_size())
-    shown = zip(numbers, mine, strict=True)
-    for number, (s, indices) in track(shown, total=len(mine), label=label, unit="blocks") if rank() == 0 else shown:
-        config = sources[s].config
+    encoded: dict[int, list[tuple[Tensor, ...]]] = {}
+    numbers = range(rank(), len(blocks), world_size())
+    label = "features of the frozen tower"
+    for number in track(numbers, total=len(numbers), label=label, unit="blocks") if rank() == 0 else numbers:
+        source_number, indices = blocks[number]
+        config = sources[source_number].config
         pairs = eval_pairs(
-            sources[s],
-            caches[s],
+            sources[source_number],
+            caches[source_number],
             images,
-            batch=IMAGES,
+            batch=BLOCK_IMAGES,
             kinds=config.kinds,
             languages=config.languages,
             indices=indices,
         )
-        found[number] = [_encode(model, batch, device) for batch in pairs]
+        encoded[number] = [_encode(model, batch, device) for batch in pairs]
     model.train()
     merged: dict[int, list[tuple[Tensor, ...]]] = {}
-    for part in gather_objects(found):
+    for part in gather_objects(encoded):
         merged |= part
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts = (torch.cat(column) for column in columns)
@@ -155,14 +158,14 @@ def frozen_features(
 
 
 def _blocks(length: int, limit: int) -> list[list[int]]:
-    """Samples 0 .. length-1, or ``limit`` of them evenly spaced, in blocks of IMAGES."""
+    """Samples 0 .. length-1, or ``limit`` of them evenly spaced, in blocks of BLOCK_IMAGES."""
     used = min(length, limit)
     chosen = [number * length // used for number in range(used)]
-    return [chosen[start : start + IMAGES] for start in range(0, used, IMAGES)]
+    return [chosen[start : start + BLOCK_IMAGES] for start in range(0, used, BLOCK_IMAGES)]
 
 
 def _encode(model: DualEncoder, batch: dict, device: torch.device) -> tuple[Tensor, ...]:
-    """Pooled features, embeddings, caption ids, and the number of captions of each image."""
+    """Pooled features, embeddings, caption hashes, and the number of captions of each image."""
     pooled = model.pool(batch["pixel_values"].to(device)).float().cpu()
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
@@ -178,7 +181,7 @@ def _fit(
     device: torch.device,
     seed: int,
 ) -> float:
-    """AdamW over the heads; images without replacement, one caption each, pass after pass."""
+    """Train the heads; images are drawn without replacement in each pass, with one random caption each."""
     parameters = head_parameters(model)
     optimizer = torch.optim.AdamW(
         [
@@ -206,14 +209,14 @@ def _fit(
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
         value = float(loss.detach())
-    optimizer.zero_grad()  # what is left here would be added to the first step's gradient
+    optimizer.zero_grad()  # or these gradients are added to those of the first training step
     return value
 
 
 def _features(
     model: DualEncoder, features: FrozenFeatures, chosen_B: Tensor, generator: torch.Generator, device: torch.device
 ) -> Features:
-    """The heads' output for some images and a random caption of each."""
+    """Output of the heads for chosen images, with a random caption of each."""
     draw_B = torch.rand(len(chosen_B), generator=generator)
     caption_B = features.first_I[chosen_B] + (draw_B * features.count_I[chosen_B]).long()
     embedding_BW = features.embedding_MW[caption_B].float().to(device)

@@ -1,4 +1,4 @@
-"""The training loop: steps, learning rate, checkpoints, evaluation, signals. It knows no model and no data set."""
+"""The training loop: steps, learning rate, checkpoints, evaluation, signals; independent of model and data."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ Monitor = Literal["tensorboard", "wandb", "csv"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, how large, how often."""
+    """Length, batch size, precision, checkpoints and logging of a run."""
 
     global_batch: int = 4096  # image-caption pairs an optimizer step, over all ranks; also the negatives
-    micro_batch: int = 0  # pairs a forward pass on one rank; smaller than its share: gradient caching. 0: the share
-    num_train_epochs: float = 4.0  # passes over the data; used where max_steps is 0
-    max_steps: int = 0  # optimizer steps; 0: by num_train_epochs
-    precision: Precision = "fp32"  # fp32 | bf16 | fp16 (weights in it, AdamW in fp32)
+    micro_batch: int = 0  # pairs a forward pass on one rank; fewer than its part of the batch: gradient caching. 0: all
+    num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
+    max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs makes
+    precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
     gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
     torch_compile: bool = False  # torch.compile the tower
-    ema_decay: float = 0.0  # moving average of the weights, exported beside them; 0: none
-    save_steps: int = 0  # steps between checkpoints; 0: by time alone
-    save_minutes: float = 15.0  # minutes between checkpoints; 0: by steps alone
+    ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none
+    save_steps: int = 0  # steps between checkpoints; 0: only by time
+    save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
     save_total_limit: int = 2  # checkpoints kept; 0: all
-    eval_steps: int = 0  # steps between evaluations on the held-out split; 0: at the end alone
+    eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
-    dataloader_num_workers: int = 0  # processes a rank that decode images
-    max_broken: float = 0.01  # share of broken samples over which the run stops
+    dataloader_num_workers: int = 0  # image-decoding processes per rank
+    max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -71,7 +71,7 @@ class TrainConfig:
             raise ValueError(f"train.logging_steps {self.logging_steps} must be at least 1")
 
     def rows(self, world: int) -> tuple[int, int, int]:
-        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError says what would fit."""
+        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
         local, rest = divmod(self.global_batch, world)
         micro = self.micro_batch or local
         if rest or local % micro:
@@ -90,26 +90,26 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopParts:
-    """What the loop works with."""
+    """Everything that ``run_loop`` uses."""
 
     step: StepFunction
     batches: Iterator[Batch]
     engine: Engine
     average: MovingAverage | None
     checkpoints: Checkpoints
-    evaluate: Evaluate | None  # every rank calls it
+    evaluate: Evaluate | None  # called on every rank
     train: TrainConfig
     optim: OptimConfig
     total_steps: int
     run_folder: Path
-    state: TrainState  # where the run stands now
+    state: TrainState  # of the checkpoint resumed from, or a new run's
     stop: StopRequest
 
 
 def run_loop(parts: LoopParts) -> TrainState:
-    """Train to the end, or until a stop is asked for; returns where the run stands, which is saved.
+    """Train to the end, or until a stop is requested; returns the final state, which is saved.
 
-    Raises NonFiniteLossError on every rank, before the update; the last checkpoint stays as it is.
+    Raises NonFiniteLossError on every rank, before the update; the last checkpoint is unchanged.
     """
     first = rank() == 0
     metrics = MetricsFile(parts.run_folder / "metrics.jsonl", from_step=parts.state.step) if first else None
@@ -128,9 +128,9 @@ def run_loop(parts: LoopParts) -> TrainState:
 
 def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None) -> TrainState:
     state, saved = parts.state, time.monotonic()
-    if _agree(parts, bool(parts.stop), False)[0]:  # asked for before the first step
+    if _agree(parts, bool(parts.stop), False)[0]:  # requested before the first step
         save(parts, state)
-        _tell_stop(parts, state, progress)
+        _report_stop(parts, state, progress)
         return state
     while state.step < parts.total_steps:
         started = time.perf_counter()
@@ -148,18 +148,18 @@ def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None) ->
             scores = parts.evaluate()
             state = _replace(state, metrics=scores)
             values |= scores
-        _tell(parts, state, seconds, values, progress, metrics, always=done or stop)
+        _report(parts, state, seconds, values, progress, metrics, always=done or stop)
         if done or stop or minutes_over or _every(parts.train.save_steps, state.step):
             save(parts, state)
             saved = time.monotonic()
         if stop:
-            _tell_stop(parts, state, progress)
+            _report_stop(parts, state, progress)
             break
     return state
 
 
 def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
-    """Learning rate, update, moving average; NonFiniteLossError for a loss or gradient that is no number."""
+    """Learning rate, update, moving average; NonFiniteLossError if the loss or the gradient is not finite."""
     factor = lr_factor(state.step, parts.total_steps, parts.optim)
     set_lr(parts.engine.groups, factor)
     loss, values = parts.step(batch)
@@ -171,9 +171,9 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
         values["grad_norm"] = norm
         if parts.train.precision != "fp16" and not 0 <= norm < math.inf:  # fp16 skips such an update by itself
             raise NonFiniteLossError(
-                f"the gradient is not finite (norm {norm}) though the loss {loss:.4g} is, in the batch that ends at "
-                f"sample {batch['position']} and began with {', '.join(batch['keys'][:NAMED_KEYS])} on rank {rank()}; "
-                "the last checkpoint stays. Lower the learning rate, or try fp32"
+                f"the gradient is not finite (norm {norm}), although the loss is ({loss:.4g}), in the batch ending at "
+                f"sample {batch['position']} and starts with {', '.join(batch['keys'][:NAMED_KEYS])} on rank {rank()}. "
+                "The last checkpoint is unchanged; lower the learning rate, or use fp32"
             )
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped
@@ -182,14 +182,14 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
 
 
 def _agree(parts: LoopParts, stop: bool, save: bool) -> tuple[bool, bool]:
-    """Both flags as all ranks see them: what one wants, all do."""
+    """Logical OR of both flags over all ranks."""
     if world_size() == 1:
         return stop, save
     flags = sum_over_ranks(torch.tensor([float(stop), float(save)], device=parts.engine.device)).tolist()
     return flags[0] > 0, flags[1] > 0
 
 
-def _tell(
+def _report(
     parts: LoopParts,
     state: TrainState,
     seconds: float,
@@ -199,22 +199,21 @@ def _tell(
     *,
     always: bool,
 ) -> None:
-    """Bar, metrics.jsonl, monitors."""
+    """Update the progress bar, metrics.jsonl and DeepSpeed's monitors."""
     progress.advance(parts.train.global_batch, seconds, values)
     if metrics is not None and (always or _every(parts.train.logging_steps, state.step) or "i2t_r1" in values):
         metrics.write({"step": state.step, "samples": state.samples, **values})
         parts.engine.report(values, state.samples)
 
 
-def _tell_stop(parts: LoopParts, state: TrainState, progress: Progress) -> None:
-    """Why the run stops, and how it goes on."""
+def _report_stop(parts: LoopParts, state: TrainState, progress: Progress) -> None:
     progress.note(
-        f"{parts.stop.reason}: saved step {state.step} of {parts.total_steps}; the same command goes on from there"
+        f"{parts.stop.reason}: saved step {state.step} of {parts.total_steps}; rerun the same command to resume"
     )
 
 
 def save(parts: LoopParts, state: TrainState) -> Path:
-    """Write a checkpoint of the run as it stands."""
+    """Write a checkpoint; every rank must call this."""
     averages = parts.average.values(keep=rank() == 0) if parts.average is not None else {}
     scaler = parts.engine.scaler_state()
     return parts.checkpoints.save(_replace(state, **scaler, world_size=world_size()), parts.engine, averages)

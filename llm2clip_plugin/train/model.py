@@ -1,4 +1,4 @@
-"""The dual encoder as training sees it: built, partly frozen, and its parameters with their learning rates."""
+"""Build the dual encoder for training, freeze parts of it, and set learning rates per parameter."""
 
 from __future__ import annotations
 
@@ -19,61 +19,64 @@ from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """The vision tower to start from, and how much of it trains."""
+    """The initial vision tower, and which parts of it train."""
 
     path: str = ""  # tower directory, Hugging Face directory or Hub id
-    architecture: str = ""  # name of a known shape (eva02-l14-336 ...) that --dry-run plans with while path is empty
-    image_size: int = 0  # pixels a side; positions are interpolated once. 0: the tower's own
-    freeze: bool = False  # train the heads alone
-    freeze_first_blocks: int = 0  # leave the embeddings and so many first blocks as they are
-    keep_heads: bool = False  # go on from the tower directory's own projection, text adapter and logit scale
-    lora_rank: int = 0  # train low-rank updates of the blocks' Linears instead of the tower (PEFT); 0: no
-    lora_alpha: int = 32  # an update counts alpha / rank times
+    architecture: str = ""  # known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty
+    image_size: int = 0  # pixels per side; position embeddings are interpolated. 0: the tower's own
+    freeze: bool = False  # train only the heads
+    freeze_first_blocks: int = 0  # freeze the embeddings and this many first blocks
+    keep_heads: bool = False  # start from the tower directory's projection, text adapter and logit scale
+    lora_rank: int = 0  # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
+    lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
 
     def __post_init__(self) -> None:
         if self.lora_rank and (self.freeze or self.freeze_first_blocks):
-            raise ValueError("tower.lora_rank rests the tower's own weights; leave tower.freeze* as they are")
+            raise ValueError("tower.lora_rank freezes the tower; leave tower.freeze* unset")
         if self.freeze and self.freeze_first_blocks:
-            raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks at 0")
+            raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks unset")
 
 
 def with_llm_width(config: DualConfig, width: int) -> DualConfig:
-    """``config`` for a cache of that width; ValueError if it was made for another one."""
+    """``config`` with ``llm_width`` set to the cache's width; ValueError if it is set to another one."""
     if config.llm_width not in (0, width):
         raise ValueError(
             f"dual.llm_width is {config.llm_width}, the embedding cache is {width} wide; "
-            "leave it at 0, or use the cache of the LLM that it was made for"
+            "leave it unset, or use a cache of that width"
         )
     return dataclasses.replace(config, llm_width=width)
 
 
 def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:
-    """Load the tower, add heads that ``seed`` initialises (or the directory's), freeze what the configuration says."""
+    """Load the tower, add heads (initialized with ``seed``, or the directory's), freeze parts as configured.
+
+    Raises ValueError if no tower is set.
+    """
     if not tower.path:
         kind = f", a {tower.architecture}: `llm2clip import` makes one of its checkpoint" if tower.architecture else ""
-        raise ValueError(f"no tower to train: say --tower.path (a directory or a Hub id{kind})")
+        raise ValueError(f"no tower to train: set --tower.path (a directory or a Hub id{kind})")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
     if tower.keep_heads:
         load_heads(model, tower.path)
-    return _with_rest(model, tower)
+    return _trainable(model, tower)
 
 
 def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
-    """What ``build_dual`` would make, on the meta device: shapes and what trains, no weights, nothing downloaded.
+    """The model of ``build_dual`` on the meta device: shapes and what trains, without weights or downloads.
 
-    Raises ValueError if the shape of the tower is not known, FileNotFoundError for a directory without config.json.
+    Raises ValueError if the architecture is unknown, FileNotFoundError for a directory without config.json.
     """
     source = tower.path or tower.architecture
     if not source:
-        raise ValueError("no tower to plan with: say --tower.path, or --tower.architecture with a name that is known")
+        raise ValueError("no tower to plan for: set --tower.path, or --tower.architecture to a known one")
     with torch.device("meta"):
-        return _with_rest(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
+        return _trainable(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
 
 
-def _with_rest(model: DualEncoder, tower: TowerConfig) -> DualEncoder:
-    """The model in training mode, with training's own QuickGELU, and LoRA or frozen parts as configured."""
+def _trainable(model: DualEncoder, tower: TowerConfig) -> DualEncoder:
+    """The model in training mode, with the QuickGELU for training, and LoRA or frozen parts as configured."""
     use_quick_gelu(model.tower)
     if tower.lora_rank:
         add_lora(model.tower, rank=tower.lora_rank, alpha=tower.lora_alpha)
@@ -92,10 +95,10 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]:
-    """Every parameter that trains, with its peak learning rate and whether it decays.
+    """Every trained parameter, with its peak learning rate and whether weight decay applies.
 
-    Depth 0 are the embeddings, 1 to L the blocks, L + 1 whatever stands behind them in the tower (final norm,
-    pooling head), at the full rate as the heads are. Tables of positions don't decay, the patch convolution does.
+    Depth 0 is the embeddings, 1 to L the blocks, L + 1 what follows them in the tower (final norm, pooling head), at
+    the full rate. Position tables have no weight decay, the patch convolution has.
     """
     blocks = tower_blocks(model.tower)
     depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
@@ -114,8 +117,3 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
         decay = not is_vector(parameter) and not table
         trained.append(Trained(name=name, parameter=parameter, lr=lr, decay=decay))
     return trained
-
-
-def trainable_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that train."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

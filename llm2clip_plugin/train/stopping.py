@@ -1,4 +1,4 @@
-"""What asks a run to stop: SIGTERM, Ctrl-C, and the end of the `deepspeed` command that started it."""
+"""Requests to stop a run: SIGTERM, Ctrl-C, and the death of the `deepspeed` command that started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """True once this rank was asked to stop; ``reason`` says by what."""
+    """True once this rank has been requested to stop."""
 
     def __init__(self, launcher_ended: Callable[[], bool] = lambda: False) -> None:
         self.signals: list[int] = []
@@ -21,7 +21,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """For the user."""
+        """The signal's name or another cause, for messages."""
         if self.signals:
             return signal.Signals(self.signals[0]).name
         return "the launcher ended" if self._launcher_ended() else "a signal on another rank"
@@ -29,7 +29,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Collect SIGTERM and SIGINT instead of dying, and say so; a second SIGINT interrupts as usual."""
+    """Record SIGTERM and SIGINT and print a notice instead of exiting; a second SIGINT raises KeyboardInterrupt."""
     request = StopRequest(watch_launcher())
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -38,33 +38,31 @@ def stop_requests() -> Iterator[StopRequest]:
         request.signals.append(number)
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
-            os.write(
-                2, f"\n{name}: the run saves and stops at the end of this step; Ctrl-C twice ends it now\n".encode()
-            )
+            os.write(2, f"\n{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode())
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def watch_launcher() -> Callable[[], bool]:
-    """A function that tells whether the `deepspeed` command above this rank has ended since; never without one.
+    """A function that returns whether the `deepspeed` command that started this rank has ended; False without one.
 
-    On one node it dies of a SIGTERM without a word to its ranks, which two processes below would train on unseen.
+    On one node, a SIGTERM ends that command without ending its ranks, which would train on in the background.
     """
     if "LOCAL_SIZE" not in os.environ:  # DeepSpeed's launcher sets it
         return lambda: False
     import psutil  # comes with DeepSpeed
 
-    between = psutil.Process().parent()  # deepspeed.launcher.launch
-    above = between.ppid() if between is not None else 0
+    launcher = psutil.Process().parent()  # deepspeed.launcher.launch
+    command = launcher.ppid() if launcher is not None else 0
 
     def ended() -> bool:
         try:
-            return between is not None and between.ppid() != above
+            return launcher is not None and launcher.ppid() != command
         except psutil.NoSuchProcess:
             return True
 

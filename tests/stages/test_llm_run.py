@@ -339,7 +339,7 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
         (("--fields", "label=short"), "kinds of captions (samples with them): none"),
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
         (("--global-batch", "64"), "global_batch 64 is larger than"),
-        (("--resume", str(tmp_path)), "no checkpoint there"),
+        (("--resume", str(tmp_path)), "no checkpoint found"),
     ):
         assert main([*base, *more]) == 2, more
         assert said in capsys.readouterr().err

@@ -156,12 +156,12 @@ def _ranks_of(pid: int) -> list[int]:
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "missing resume path": (["--resume", "/nowhere"], "--resume /nowhere: no checkpoint there"),
+    "missing resume path": (["--resume", "/nowhere"], "--resume /nowhere: no checkpoint found"),
     "changed setting": (["--optim.lr", "1e-3"], "optim.lr: 0.0004 there, 0.001 now"),
     "another teacher": (["--data.validation-cache", "OTHER"], "expected fingerprint"),
     "no cache": (["--data.cache", "/nowhere"], "/nowhere"),
     "no tower": (["--tower.path", "/nowhere"], "/nowhere"),
-    "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size is 99 there, the run's is 16"),
+    "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size is 99, but the run uses 16"),
     "batch that does not fit": (["--train.micro-batch", "5"], "not a multiple of"),
     "another embedding width": (["--dual.llm-width", "99"], "dual.llm_width is 99, the embedding cache is 24 wide"),
     "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),

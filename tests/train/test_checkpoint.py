@@ -196,16 +196,19 @@ def test_kept_to_a_number_and_leftovers_of_a_kill_are_removed(tmp_path: Path):
 def test_resume_of_something_that_is_not_there_is_an_error(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path / "run", keep=2)
     assert checkpoints.find("auto") is None and checkpoints.find("never") is None
-    with pytest.raises(FileNotFoundError, match=r"--resume /nowhere: no checkpoint there"):
+    with pytest.raises(FileNotFoundError, match=r"--resume /nowhere: no checkpoint found"):
         checkpoints.find("/nowhere")
     checkpoints.save(state(1), Engineless(), {})
-    with pytest.raises(FileNotFoundError, match=r"this run has \['step-00000001'\]"):
+    with pytest.raises(FileNotFoundError, match=r"available checkpoints of this run: \['step-00000001'\]"):
         checkpoints.find(str(tmp_path))
     assert checkpoints.find(str(tmp_path / "run")) == checkpoints.find("auto")
-    with pytest.raises(FileExistsError, match="never would overwrite"):
+    with pytest.raises(FileExistsError, match="refusing to overwrite with --resume never"):
         checkpoints.find("never")
     (checkpoints.folder / "latest").write_text("step-00000009\n")
-    with pytest.raises(FileNotFoundError, match=r"step-00000009, which is not there"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"step-00000009, named by .*latest, does not exist; available checkpoints: \['step-00000001'\]",
+    ):
         checkpoints.find("auto")
 
 
@@ -217,7 +220,7 @@ def test_damage_is_named(tmp_path: Path):
     with pytest.raises(ContractError, match=r"model.safetensors is damaged"):
         load(path)
     model.unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing from the checkpoint"):
         load(path)
     (path / "state.json").write_text(json.dumps({"kind": "something"}))
     with pytest.raises(ContractError, match="something"):

@@ -62,12 +62,12 @@ def test_auto_values_are_filled():
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        ({"train_batch_size": 256}, r"train_batch_size is 256 there, the run's is 512 \(--train.global-batch\)"),
-        ({"fp16": {"enabled": True}}, r"fp16.enabled is True there, the run's is False"),
+        ({"train_batch_size": 256}, r"train_batch_size is 256, but the run uses 512 \(--train.global-batch\)"),
+        ({"fp16": {"enabled": True}}, r"fp16.enabled is True, but the run uses False"),
         ({"optimizer": {"type": "Lamb"}}, r"optimizer.type is 'Lamb'"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, r"lr is 0.001 there, the run's is 1e-05"),
-        ({"scheduler": {"type": "WarmupLR", "params": {}}}, r"'WarmupLR' \(constant\), the run's is 'cosine'"),
-        ({"aio": {"block_size": "auto"}}, r'no value is known for the "auto" of aio.block_size'),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, r"lr is 0.001, but the run uses 1e-05"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, r"'WarmupLR' \(constant\), but the run uses 'cosine'"),
+        ({"aio": {"block_size": "auto"}}, r'cannot resolve "auto" of aio.block_size'),
     ],
 )
 def test_contradictions_are_refused_with_both_values(user: dict[str, Any], message: str):
@@ -82,7 +82,7 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(ValueError, match=r"zero.json offloads optimizer states(.|\n)*set --optim.name adamw"):
         complete(offload, plan, where="zero.json")
-    with pytest.raises(ValueError, match=r"optimizer.type is 'AdamW' there, the run's is 'adamw_8bit' \(--optim"):
+    with pytest.raises(ValueError, match=r"optimizer.type is 'AdamW', but the run uses 'adamw_8bit' \(--optim"):
         complete({"optimizer": {"type": "AdamW"}}, plan)
 
 

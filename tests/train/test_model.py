@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_data import WIDTH, make_all
-from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step, trainable_names
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
@@ -25,7 +25,7 @@ from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.losses.config import LossConfig
-from llm2clip_plugin.train.model import TowerConfig, build_dual, trainable_names, trained_parameters, with_llm_width
+from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import OptimConfig, parameter_groups, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress
 from llm2clip_plugin.vision.dual import DualConfig
@@ -142,7 +142,7 @@ def average(rank: int, world: int, stage: int) -> dict[str, Any]:
         step(tiny_batch(i, rank=rank, world=world))
         mean.update()
         weights.append(engine.weights(keep=True))
-    return {"weights": weights, "mean": mean.values(keep=True), "held": len(mean.mine), "all": len(engine.trained)}
+    return {"weights": weights, "mean": mean.values(keep=True), "held": len(mean.averages), "all": len(engine.trained)}
 
 
 def averages(rank: int, world: int) -> list[dict[str, Any]]:

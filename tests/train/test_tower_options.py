@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tiny_data import make_tower
+from train_helpers import trainable_names
 
-from llm2clip_plugin.train.model import TowerConfig, build_dual, trainable_names, trained_parameters
+from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.dual import DualConfig, heads_state
 from llm2clip_plugin.vision.export import export_tower
@@ -45,5 +46,5 @@ def test_lora_trains_low_rank_updates_and_the_heads(tower):
     rates = {trained.name: trained.lr for trained in trained_parameters(model, OptimConfig(lr=1.0, layer_decay=0.5))}
     blocks = len(tower_blocks(model.tower))
     assert {rate for name, rate in rates.items() if ".lora_" in name} == {0.5**depth for depth in range(1, blocks + 1)}
-    with pytest.raises(ValueError, match=r"tower.lora_rank rests the tower's own weights"):
+    with pytest.raises(ValueError, match=r"tower.lora_rank freezes the tower; leave tower.freeze\* unset"):
         TowerConfig(path=tower, lora_rank=4, freeze=True)

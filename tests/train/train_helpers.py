@@ -144,3 +144,7 @@ def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any
     from llm2clip_plugin.train.step import TowerStep
 
     return TowerStep(engine, weighted_terms(LossConfig(kind=kind)), seed=5, text_noise=noisy)
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
