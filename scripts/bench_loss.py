@@ -2,7 +2,7 @@
 
     python scripts/bench_loss.py --pairs 16384 --width 512
 
-Each way runs in a process of its own, so that the peak of its memory is its own; prints one JSON line.
+Each way runs in a separate process, so that its peak memory can be measured; prints one JSON line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -28,16 +29,11 @@ def main() -> None:
         for way in WAYS:
             command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
             runs[way].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-    median = {way: {key: middle([run[key] for run in runs[way]]) for key in runs[way][0]} for way in WAYS}
+    median = {way: {key: statistics.median(run[key] for run in runs[way]) for key in runs[way][0]} for way in WAYS}
     ratio = {
         f"{key}_ratio": median["blocked"][key] / median["full"][key] for key in ("seconds", "cpu_seconds", "peak_bytes")
     }
     print(json.dumps({"pairs": options.pairs, "width": options.width, "dtype": options.dtype, **median, **ratio}))
-
-
-def middle(values: list[float]) -> float:
-    """The median (the upper one of an even number)."""
-    return sorted(values)[len(values) // 2]
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:

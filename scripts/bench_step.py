@@ -2,8 +2,8 @@
 
     python scripts/bench_step.py --towers vit-s vit-b --batch 8 --rounds 5
 
-Both ways train the same dual encoder from the same weights; their steps alternate, and the median counts. Prints one
-JSON line a tower: seconds a step of each way, their ratio (bare / ours, 1 is equal) by the clock and by processor time,
+Both train the same dual encoder from the same weights; their steps alternate, and medians are compared. Prints one JSON
+line per tower: seconds per step of each, their ratio (bare / ours, 1 is equal) in wall-clock and processor time,
 FLOP/s as a share of the measured peak of matrix products (on a CPU both by processor time, so that other processes
 don't count), and the share of the step spent waiting for data (512-pixel JPEGs from a shard, decoded by loader
 workers while the step runs).
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device, peak: float) -> dict[str, Any]:
-    """Both ways by turns, then ours over a loader."""
+    """Alternating steps of both loops, then ours with a data loader."""
     dual = make_dual(name)
     batch = make_batch(options.batch)
     bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device)

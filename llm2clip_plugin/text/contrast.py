@@ -68,13 +68,7 @@ class CaptionStep(ContrastiveStep):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        terms: Terms,
-        encoder: CaptionEncoder,
-        config: ContrastConfig,
-        *,
-        seed: int,
+        self, engine: Engine, terms: Terms, encoder: CaptionEncoder, config: ContrastConfig, *, seed: int
     ) -> None:
         super().__init__(engine, terms, seed=seed)
         self.encoder = encoder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -143,10 +143,10 @@ def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None) ->
         stop, minutes_over = _agree(
             parts, bool(parts.stop), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved
         )
-        state = _replace(state, seconds=state.seconds + seconds)
+        state = replace(state, seconds=state.seconds + seconds)
         if not stop and parts.evaluate and (done or _every(parts.train.eval_steps, state.step)):
             scores = parts.evaluate()
-            state = _replace(state, metrics=scores)
+            state = replace(state, metrics=scores)
             values |= scores
         _report(parts, state, seconds, values, progress, metrics, always=done or stop)
         if done or stop or minutes_over or _every(parts.train.save_steps, state.step):
@@ -178,7 +178,7 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped
     values["peak_gib"] = peak_memory(parts.engine.device)
-    return _replace(state, step=state.step + 1, samples=batch["position"]), values
+    return replace(state, step=state.step + 1, samples=batch["position"]), values
 
 
 def _agree(parts: LoopParts, stop: bool, save: bool) -> tuple[bool, bool]:
@@ -216,12 +216,8 @@ def save(parts: LoopParts, state: TrainState) -> Path:
     """Write a checkpoint; every rank must call this."""
     averages = parts.average.values(keep=rank() == 0) if parts.average is not None else {}
     scaler = parts.engine.scaler_state()
-    return parts.checkpoints.save(_replace(state, **scaler, world_size=world_size()), parts.engine, averages)
+    return parts.checkpoints.save(replace(state, **scaler, world_size=world_size()), parts.engine, averages)
 
 
 def _every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
-
-
-def _replace(state: TrainState, **changes: Any) -> TrainState:
-    return TrainState(**{**vars(state), **changes})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
 
     def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
@@ -63,12 +63,7 @@ class Progress:
         self.samples_per_second = 0.0  # smoothed
         self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def advance(self, samples: int, seconds: float, values: dict[str, float]) -> None:

@@ -109,12 +109,7 @@ class ContrastiveStep(ABC):
         for i, micro in enumerate(micro_batches):
             rows = slice(i * size, (i + 1) * size)
             encoded = self._encode(micro)
-            micro_grads = (
-                anchor_grad[rows],
-                positive_grad[rows],
-                scale_grad / len(parts),
-                bias_grad / len(parts),
-            )
+            micro_grads = (anchor_grad[rows], positive_grad[rows], scale_grad / len(parts), bias_grad / len(parts))
             products = [(x * grad).sum() for x, grad in zip(encoded, micro_grads, strict=True)]
             self.engine.backward(torch.stack(products).sum())
             self.engine.step()
