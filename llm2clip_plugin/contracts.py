@@ -147,7 +147,7 @@ def rename_keys(body: dict[str, Any], names: dict[str, str], path: str = "") -> 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionedRecord:
-    """A dataclass that is stored as JSON with its kind and format version; reading refuses other ones."""
+    """A dataclass stored as JSON with its kind and format version; reading rejects any other."""
 
     KIND: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
@@ -194,11 +194,7 @@ class VersionedRecord:
         known = {item.name: item for item in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(known)):
             raise ContractError(f"{where} has unknown fields {unknown}; known: {sorted(known)}")
-        required = {
-            name
-            for name, item in known.items()
-            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        }
+        required = {name for name, item in known.items() if item.default is item.default_factory is dataclasses.MISSING}
         if missing := sorted(required - set(values)):
             raise ContractError(f"{where} is missing the required fields {missing}")
         return cls(**values)
@@ -333,7 +329,7 @@ class ScoreFile(VersionedRecord):
     benchmark: str
     metrics: dict[str, float]
     items: list[dict[str, Any]]  # {"id", "score", "cluster", ...} per question; cluster = its image
-    counts: dict[str, int] = field(default_factory=dict)  # missing, doubled, unparsable ...
+    counts: dict[str, int] = field(default_factory=dict)  # missing, duplicate, unparsable ...
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

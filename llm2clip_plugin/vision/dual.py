@@ -21,7 +21,7 @@ from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
-from llm2clip_plugin.vision.towers import core_prefix, final_norm, load_tower
+from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
 PROJECTIONS = ("linear", "none")
@@ -60,8 +60,8 @@ class DualFeatures(NamedTuple):
 class DualEncoder(nn.Module):
     """Tower and text adapter; both encoders return L2-normalized float32 features.
 
-    ``logit_scale`` is a parameter of shape (1,), because DeepSpeed refuses 0-dim ones, and holds the natural logarithm
-    of ``scale``. Parameters that receive no gradient with this pooling are frozen.
+    ``logit_scale``, the natural logarithm of ``scale``, is a parameter of shape (1,), because DeepSpeed rejects 0-dim
+    ones. Parameters that receive no gradient with this pooling are frozen.
     """
 
     tower: Tower
@@ -76,35 +76,20 @@ class DualEncoder(nn.Module):
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
         if config.projection == "none" and width != config.projection_dim:
             raise ValueError(
-                f"projection 'none' needs projection_dim {width} (the pooled feature), got {config.projection_dim}"
+                f"projection 'none' requires projection_dim {width} (the pooled feature), got {config.projection_dim}"
             )
         self.visual_norm = nn.LayerNorm(width) if config.projection_norm else nn.Identity()
-        self.visual_projection = (
-            nn.Linear(width, config.projection_dim, bias=config.projection_bias)
-            if config.projection == "linear"
-            else nn.Identity()
-        )
+        self.visual_projection = nn.Identity()
         if config.projection == "linear":
+            self.visual_projection = nn.Linear(width, config.projection_dim, bias=config.projection_bias)
             nn.init.normal_(self.visual_projection.weight, std=width**-0.5)  # as in CLIP
         self.text_adapter = make_adapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
-        for parameter in self._unused_parameters():
+        unused_head = [self.family.pooling_head] if self.family.pooling_head and config.pool != "pooled" else []
+        for parameter in parameters_in(tower, [*self.family.never_trained, *unused_head]):
             parameter.requires_grad_(False)
-
-    def _unused_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the tower that receive no gradient: a mask token, the pooling head if it is not used."""
-        family, prefix = self.family, core_prefix(self.tower)
-        names = list(family.never_trained)
-        if family.pooling_head and self.config.pool != "pooled":
-            names.append(f"{family.pooling_head}.")
-        names = [prefix + name for name in names]
-        return [
-            parameter
-            for key, parameter in self.tower.named_parameters()
-            if any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
-        ]
 
     @property
     def scale(self) -> Tensor:
@@ -175,9 +160,7 @@ def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
     if config.projection not in PROJECTIONS:
         raise ValueError(f"unknown projection {config.projection!r}; known: {', '.join(PROJECTIONS)}")
     if config.pool in ("cls", "cls_mean") and not has_cls:
-        raise ValueError(
-            f"pool {config.pool!r} needs a class token, which this tower does not have; use pooled or mean"
-        )
+        raise ValueError(f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean")
     if config.projection_dim < 1 or config.llm_width < 0:
         raise ValueError(
             f"projection_dim {config.projection_dim} must be at least 1, llm_width {config.llm_width} at least 0"
@@ -203,20 +186,18 @@ def heads_state(dual: DualEncoder) -> dict[str, Tensor]:
     return {name: value for name, value in dual.state_dict().items() if not name.startswith("tower.")}
 
 
-def dual_config_from_card(card: TowerCard, *, where: Path) -> DualConfig:
-    """The DualConfig in a card; ContractError for unknown fields."""
-    known = {field.name for field in dataclasses.fields(DualConfig)}
-    if unknown := sorted(set(card.dual) - known):
-        raise ContractError(f"{where}: unknown fields of dual: {unknown}; known: {sorted(known)}")
-    return DualConfig(**card.dual)
+def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
+    """The card of a dual encoder's directory, and the DualConfig in it.
 
-
-def read_dual_card(directory: Path) -> TowerCard:
-    """The card of a directory that contains a dual encoder; ValueError if it contains only a tower."""
+    Raises ValueError if the directory contains only a tower, ContractError for unknown fields.
+    """
     card = TowerCard.read(directory / TowerCard.FILE)
     if not card.projection_dim:
-        raise ValueError(f"{directory} contains a tower alone, without a projection; open it with load_tower")
-    return card
+        raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")
+    known = {field.name for field in dataclasses.fields(DualConfig)}
+    if unknown := sorted(set(card.dual) - known):
+        raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
+    return card, DualConfig(**card.dual)
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
@@ -228,7 +209,7 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
     from safetensors.torch import load_file
 
     directory = fetch_directory(source)
-    theirs = dual_config_from_card(read_dual_card(directory), where=directory / TowerCard.FILE)
+    _, theirs = read_dual_card(directory)
     initial = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
     if theirs.logit_bias_init is not None and dual.config.logit_bias_init is not None:
         initial["logit_bias_init"] = dual.config.logit_bias_init
@@ -253,10 +234,8 @@ def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
     adapter's tensors don't match the card.
     """
     directory = fetch_directory(source)
-    card = read_dual_card(directory)
-    dual = DualEncoder(
-        load_tower(directory, dtype=dtype), dual_config_from_card(card, where=directory / TowerCard.FILE)
-    )
+    card, config = read_dual_card(directory)
+    dual = DualEncoder(load_tower(directory, dtype=dtype), config)
     load_heads(dual, directory)
     return dual.to(dtype).eval(), card
 

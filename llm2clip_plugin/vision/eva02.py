@@ -1,7 +1,7 @@
 """EVA-CLIP's vision transformers as a Hugging Face model: EVA02 B/16, L/14, L/14-336, bigE/14, EVA01 g/14 and B/16.
 
-Written from the papers (EVA-02, arXiv 2303.11331; EVA-CLIP, arXiv 2303.15389; RoPE, arXiv 2104.09864) and held to the
-reference by golden tensors. The configuration selects the variant:
+Written from the papers (EVA-02, arXiv 2303.11331; EVA-CLIP, arXiv 2303.15389; RoPE, arXiv 2104.09864) and checked
+against the reference with golden tensors. The configuration selects the variant:
 
 |                     | norm | MLP    | sub-norms | rotary | layer scale |
 |---------------------|------|--------|-----------|--------|-------------|
@@ -118,13 +118,10 @@ def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | No
 
 def complex_turns(cos_TE: Tensor, sin_TE: Tensor) -> Tensor | None:
     """``cos + i sin`` for each pair, (T, E/2), complex64; None where complex numbers are not supported."""
-    if cos_TE.dtype != torch.float32 or cos_TE.device.type not in ("cpu", "cuda") or _is_traced():
+    is_traced = _is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    if cos_TE.dtype != torch.float32 or cos_TE.device.type not in ("cpu", "cuda") or is_traced:
         return None
     return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
-
-
-def _is_traced() -> bool:
-    return _is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 class Eva02Embeddings(nn.Module):
@@ -306,17 +303,11 @@ class Eva02VisionModel(PreTrainedModel):
         sin[:, 0::2] *= -1
         cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
         cos, sin = cos.to(like.dtype), sin.to(like.dtype)
-        return (
-            cos,
-            sin,
-            complex_turns(cos, sin),
-        )  # shared by all blocks, each of which would otherwise save its own for backward
+        # shared by all blocks, each of which would otherwise save another copy for backward
+        return cos, sin, complex_turns(cos, sin)
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H) its class token,
         and, on request, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""

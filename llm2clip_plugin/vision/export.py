@@ -58,12 +58,16 @@ def export_tower(
     """
     model = merged(model)
     tower = tower_in(model)
+    family, config = family_of(tower), tower.config
     modes = {module: module.training for module in model.modules()}
     with atomic_directory(directory, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
         card = TowerCard(
-            **tower_facts(tower),
+            family=family.name,
+            has_cls=family.has_cls,
+            num_layers=config.num_hidden_layers,
+            **{name: getattr(config, name) for name in ("hidden_size", "patch_size", "image_size")},
             **(save_heads(model, temporary) if isinstance(model, DualEncoder) else {}),
             origin=origin,
             weights_sha256=sha256_weights(temporary / WEIGHTS_FILE),
@@ -82,28 +86,12 @@ def export_tower(
     return card
 
 
-def tower_facts(tower: Tower) -> dict[str, Any]:
-    """The fields of a TowerCard that the tower's configuration determines."""
-    family, config = family_of(tower), tower.config
-    return {
-        "family": family.name,
-        "hidden_size": config.hidden_size,
-        "num_layers": config.num_hidden_layers,
-        "patch_size": config.patch_size,
-        "image_size": config.image_size,
-        "has_cls": family.has_cls,
-    }
-
-
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that write a tower directory."""
     import transformers
 
-    return {
-        "llm2clip-plugin": llm2clip_plugin.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    libraries = {library.__name__: library.__version__ for library in (torch, transformers)}
+    return {"llm2clip-plugin": llm2clip_plugin.__version__, **libraries}
 
 
 def save_tower(tower: Tower, directory: Path) -> None:
@@ -149,17 +137,19 @@ def reexport(
     directory = fetch_directory(source)
     card = check_card(directory)
     model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
-    is_resized = image_size not in (None, card.image_size)
-    if is_resized and isinstance(model, DualEncoder):
-        model.tower = resize_tower(model.tower, image_size)
-    elif is_resized:
-        model = resize_tower(model, image_size)
+    metrics = card.metrics
+    if image_size is not None and image_size != card.image_size:
+        metrics, resized = {}, resize_tower(tower_in(model), image_size)
+        if isinstance(model, DualEncoder):
+            model.tower = resized
+        else:
+            model = resized
     return export_tower(
         model,
         output,
         origin=card.origin,
         teacher=card.teacher,
         training=card.training,
-        metrics={} if is_resized else card.metrics,
+        metrics=metrics,
         replace=replace,
     )

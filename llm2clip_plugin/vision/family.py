@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 class Family:
     """One family of towers.
 
-    Dotted names are relative to the module that holds the blocks: transformers 4 wraps CLIP and SigLIP in
+    Dotted names are relative to the module that contains the blocks: transformers 4 wraps CLIP and SigLIP in
     ``vision_model``, transformers 5 does not; ``towers.core_of`` returns it.
     """
 
@@ -43,7 +42,7 @@ class Family:
     not_tower: tuple[str, ...] = ()  # prefixes of the other tensors in a file, such as a text tower's
     whole_class: Callable[[], Any] | None = None  # the class of the image-text model that contains the tower
     whole_extras: tuple[str, ...] = ()  # tensors that every image-text model of the family has
-    mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't say
+    mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't specify it
     std: tuple[float, float, float] = OPENAI_STD
     needs: str = ""  # requirement beyond the package's own, for the model card
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name or Hub id -> config.json, for --dry-run
@@ -51,11 +50,7 @@ class Family:
 
 def in_transformers(name: str) -> Callable[[], Any]:
     """A function that imports and returns ``transformers.NAME``."""
-    return functools.partial(_class_in_transformers, name)
-
-
-def _class_in_transformers(name: str) -> Any:
-    return getattr(importlib.import_module("transformers"), name)
+    return lambda: getattr(importlib.import_module("transformers"), name)
 
 
 def tower_in(model: Any) -> Tower:

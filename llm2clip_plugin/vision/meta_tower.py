@@ -18,7 +18,13 @@ def meta_tower(source: str, *, image_size: int | None = None) -> Tower:
     ValueError for anything else, FileNotFoundError for a directory without config.json.
     """
     if source.startswith(TIMM_PREFIX):
-        return _meta_timm_tower(source.removeprefix(TIMM_PREFIX), image_size)
+        from llm2clip_plugin.vision.timm_tower import timm_tower
+
+        # built in memory first: timm reads the rates of stochastic depth from tensors while it builds a model
+        tower = timm_tower(source.removeprefix(TIMM_PREFIX), pretrained=False)
+        if image_size and image_size != tower.config.image_size:
+            tower = resize_tower(tower, image_size)
+        return tower.to("meta")
     shapes = {name: (family, shape) for family in families().values() for name, shape in family.shapes.items()}
     if (directory := Path(source).expanduser()).is_dir():
         family, config = read_config(directory)
@@ -34,13 +40,3 @@ def meta_tower(source: str, *, image_size: int | None = None) -> Tower:
         config.image_size = image_size
     with torch.device("meta"):
         return family.vision_class()(config)
-
-
-def _meta_timm_tower(name: str, image_size: int | None) -> Tower:
-    """Built in memory first: timm reads the rates of stochastic depth from tensors while it builds a model."""
-    from llm2clip_plugin.vision.timm_tower import timm_tower
-
-    tower = timm_tower(name, pretrained=False)
-    if image_size and image_size != tower.config.image_size:
-        tower = resize_tower(tower, image_size)
-    return tower.to("meta")

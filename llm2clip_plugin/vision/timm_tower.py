@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-OLDEST_TIMM = (1, 0)
-
 
 class TimmConfig(PretrainedConfig):
     """The name of a timm model, and what the package needs to know about it."""
@@ -54,7 +52,7 @@ def timm_module():
         import timm
     except ImportError as error:
         raise ValueError("this tower is a timm model; install timm: pip install 'timm>=1.0'") from error
-    if tuple(int(part) for part in timm.__version__.split(".")[:2]) < OLDEST_TIMM:
+    if int(timm.__version__.split(".")[0]) < 1:
         raise ValueError(f"this tower requires timm 1.0 or newer; {timm.__version__} is installed")
     return timm
 
@@ -118,10 +116,7 @@ class TimmTower(PreTrainedModel):
         self.model.set_grad_checkpointing(False)
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
     ) -> BaseModelOutputWithPooling | tuple:
         """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request."""
         if output_hidden_states is None:
@@ -154,9 +149,7 @@ def timm_tower(name: str, *, pretrained: bool = True) -> Any:
     model = make_timm(name, None, pretrained=pretrained)
     parts = dict(model.named_children())
     if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(
-            f"timm:{name} is not a plain vision transformer: it lacks patch_embed, blocks or num_prefix_tokens"
-        )
+        raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
     (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     if height != width or rows != columns:
         raise ValueError(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from llm2clip_plugin.vision.attention import use_fastest_attention
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
+from llm2clip_plugin.vision.towers import use_fastest_attention
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -23,7 +23,7 @@ def dual(name: str, **options) -> DualEncoder:
 @pytest.mark.parametrize("pool", POOLS)
 def test_every_trainable_parameter_gets_a_gradient(name, pool):
     if name == "siglip_vision" and pool.startswith("cls"):
-        with pytest.raises(ValueError, match="needs a class token"):
+        with pytest.raises(ValueError, match="requires a class token"):
             dual(name, pool=pool)
         return
     model = dual(name, pool=pool, projection_norm=True, logit_bias_init=-10.0)
@@ -82,7 +82,7 @@ def test_choices_are_checked():
     for options, message in [
         ({"pool": "max"}, "unknown pool 'max'; known: pooled, cls, mean, cls_mean"),
         ({"projection": "mlp"}, "unknown projection 'mlp'; known: linear, none"),
-        ({"projection": "none"}, "projection 'none' needs projection_dim 32"),
+        ({"projection": "none"}, "projection 'none' requires projection_dim 32"),
         ({"projection_dim": 0}, "projection_dim 0"),
     ]:
         with pytest.raises(ValueError, match=message):

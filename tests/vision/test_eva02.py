@@ -83,7 +83,7 @@ def test_another_size_is_never_taken_silently(tmp_path):
     vision = golden_config(folder)["vision_cfg_of_model"]
     (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": vision}))
     with pytest.raises(
-        ContractError, match=r"rows, for image size 28, but the configuration says 42; .* --image-size 42"
+        ContractError, match=r"rows, for image size 28, but the configuration specifies 42; .* --image-size 42"
     ):
         import_tower(folder / "weights.safetensors", tmp_path / "tower", config=tmp_path / "config.json")
     tower = Eva02VisionModel(tiny_config())

@@ -12,8 +12,7 @@ from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.stages.settings import from_plain
 from llm2clip_plugin.train.checkpoint import FOLDER, RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.vision.convert.exporting import convert
-from llm2clip_plugin.vision.convert.formats import formats
+from llm2clip_plugin.vision.convert.formats import convert, formats
 from llm2clip_plugin.vision.directory import push_to_hub
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import summary

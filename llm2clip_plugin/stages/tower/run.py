@@ -26,9 +26,9 @@ from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
-from llm2clip_plugin.vision.attention import use_fastest_attention
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.towers import use_fastest_attention
 
 TOWER, TOWER_EMA = "tower", "tower-ema"
 

@@ -60,15 +60,21 @@ def match_adapter(state: dict[str, Tensor], prefix: str) -> AdapterMatch | None:
     return numbered or _assemble(dict(modules), _siblings(state, prefix))
 
 
+def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each module, which is named with a final "."."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        module, dot, kind = name.rpartition(".")
+        modules.setdefault(module + dot, {})[kind] = value
+    return modules
+
+
 def _siblings(state: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
     """The modules next to the one at ``prefix``: ``text_adapter.norm.`` for ``text_adapter.blocks.``."""
     parent = ".".join(prefix.split(".")[:-2])
-    siblings: dict[str, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        module, _, kind = name.rpartition(".")
-        if parent and module.rpartition(".")[0] == parent and f"{module}." != prefix:
-            siblings.setdefault(f"{module}.", {})[kind] = value
-    return siblings
+    is_sibling = re.compile(rf"{re.escape(parent)}\.[^.]+\.").fullmatch
+    modules = _by_module(state) if parent else {}
+    return {module: tensors for module, tensors in modules.items() if is_sibling(module) and module != prefix}
 
 
 def _assemble(blocks: dict[str, dict[str, Tensor]], ends: dict[str, dict[str, Tensor]]) -> AdapterMatch | None:
@@ -106,10 +112,7 @@ def _assemble(blocks: dict[str, dict[str, Tensor]], ends: dict[str, dict[str, Te
 
 def _match_block(tensors: dict[str, Tensor], width: int) -> dict[str, tuple[str, Tensor]] | None:
     """Our name -> (theirs, tensor) in a residual block: one norm (W), up (k W, W) and down (W, k W), with biases."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        module, _, kind = name.rpartition(".")
-        modules.setdefault(module, {})[kind] = value
+    modules = _by_module(tensors)
     if any(set(module) != {"weight", "bias"} for module in modules.values()):
         return None
     norms = [name for name, module in modules.items() if module["weight"].shape == (width,)]
@@ -124,7 +127,7 @@ def _match_block(tensors: dict[str, Tensor], width: int) -> dict[str, tuple[str,
     if up.shape[1] != width or up.shape[0] % width or down.shape != (width, up.shape[0]):
         return None
     return {
-        f"{role}.{kind}": (f"{theirs}.{kind}", value)
+        f"{role}.{kind}": (f"{theirs}{kind}", value)
         for role, theirs in roles.items()
         for kind, value in modules[theirs].items()
     }

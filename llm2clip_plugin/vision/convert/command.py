@@ -10,7 +10,7 @@ from llm2clip_plugin.vision.model_card import summary
 
 
 def main(argv: list[str]) -> int:
-    """Import a checkpoint, print what was matched and what was left out."""
+    """Import a checkpoint, print what was matched and what was ignored."""
     parser = argparse.ArgumentParser(
         prog="llm2clip import", description="Convert a vision checkpoint into a tower directory."
     )
@@ -23,11 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
     options = parser.parse_args(argv)
     card, report = import_tower(
-        options.source,
-        options.output,
-        config=options.config,
-        image_size=options.image_size,
-        replace=options.overwrite,
+        options.source, options.output, config=options.config, image_size=options.image_size, replace=options.overwrite
     )
     print("\n".join([*report, summary(options.output, card)]))
     return 0

@@ -48,7 +48,11 @@ def import_tower(
         path = Path(source).expanduser()
         place = path if path.is_file() else fetch_directory(source)
         if place.is_dir() and (place / TowerCard.FILE).is_file():
-            return _import_own(place, output, image_size=image_size, replace=replace)
+            old_size = TowerCard.read(place / TowerCard.FILE).image_size
+            card = reexport(place, output, image_size=image_size, replace=replace)
+            resized = f"positions interpolated from {old_size} to {card.image_size} px"
+            change = "weights verified and unchanged" if card.image_size == old_size else resized
+            return card, [f"a tower directory: {change}"]
         parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
         model = build_model(parsed, source=str(source), temporary=Path(output).resolve().parent, image_size=image_size)
         imported_as, report = parsed.layout, parsed.report()
@@ -57,17 +61,6 @@ def import_tower(
     if (old_size := card.training.get("resized_from")) is not None:
         report.append(f"positions interpolated from {old_size} to {card.image_size} px")
     return card, report
-
-
-def _import_own(
-    directory: Path, output: str | os.PathLike[str], *, image_size: int | None, replace: bool
-) -> tuple[TowerCard, list[str]]:
-    """A tower directory of this package, optionally with interpolated positions."""
-    old_size = TowerCard.read(directory / TowerCard.FILE).image_size
-    card = reexport(directory, output, image_size=image_size, replace=replace)
-    if card.image_size == old_size:
-        return card, ["a tower directory: weights verified and unchanged"]
-    return card, [f"a tower directory: positions interpolated from {old_size} to {card.image_size} px"]
 
 
 def build_model(parsed: ParsedCheckpoint, *, source: str, temporary: Path, image_size: int | None = None) -> nn.Module:
@@ -101,7 +94,7 @@ def _build_tower(parsed: ParsedCheckpoint, *, source: str, temporary: Path, imag
 
 
 def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> DualConfig:
-    """The configuration of the heads; ContractError if projection, adapter and tower don't match in width."""
+    """The configuration of the heads; ContractError if the widths of projection, adapter and tower don't match."""
     adapter, projection, width = parsed.adapter, parsed.projection, tower.config.hidden_size
     if projection is not None and projection.shape[-1] != width:
         raise ContractError(
@@ -110,9 +103,8 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> Dual
         )
     width = width if projection is None else projection.shape[0]
     if adapter is not None and adapter.projection_dim != width:
-        raise ContractError(
-            f"{source}: image features have width {width}, but the text adapter's outputs {adapter.projection_dim}"
-        )
+        widths = f"image features have width {width}, but the text adapter's outputs {adapter.projection_dim}"
+        raise ContractError(f"{source}: {widths}; one of them belongs to another model")
     config = DualConfig(
         projection_dim=width,
         projection="none" if projection is None else "linear",

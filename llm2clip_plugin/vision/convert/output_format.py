@@ -25,7 +25,7 @@ class Format:
 def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]) -> DualEncoder:
     """The dual encoder, if the format can represent it: a pooled token, then one matrix; ValueError says why not."""
     if not isinstance(model, DualEncoder):
-        raise ValueError(f"format {format_name!r} needs a projection, but this directory contains a tower alone")
+        raise ValueError(f"format {format_name!r} requires a projection, but this directory contains only a tower")
     family, config = family_of(model.tower).name, model.config
     if family not in families:
         raise ValueError(f"format {format_name!r} supports {', '.join(families)} towers, not {family}")

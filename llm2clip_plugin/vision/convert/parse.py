@@ -58,7 +58,7 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     if parsed.logit_scale is None and (adapter is not None or OWN_TEXT in parsed.left_out.values()):
         if not isinstance(start, int | float):
             raise ContractError(
-                "the checkpoint lacks logit_scale; if it never had one, set the initial value: --config with "
+                "the checkpoint is missing logit_scale; if it never had one, set the initial value: --config with "
                 '{"logit_scale_init_value": 2.6592} (a natural logarithm; CLIP starts at 2.6592)'
             )
         parsed.logit_scale = torch.tensor(float(start))
@@ -68,6 +68,6 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     is_reference = last.split(".")[-3] in ("text_adaptor", "adaptor")  # the reference's adapter has a bias
     if is_reference and "projection.bias" not in adapter.names and section(given, "text_cfg").get("proj_bias", True):
         raise ContractError(
-            f"the checkpoint lacks {last.replace('weight', 'bias')}; if it never had one, say so: --config with "
+            f"the checkpoint is missing {last.replace('weight', 'bias')}; if it never had one, pass --config with "
             '{"text_cfg": {"proj_bias": false}}'
         )

@@ -1,4 +1,4 @@
-"""Tensor names of a tower in a checkpoint (theirs) and in its Hugging Face model (ours), both ways."""
+"""Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours) and back, read sizes."""
 
 from __future__ import annotations
 
@@ -81,3 +81,24 @@ def _translate(name: str, names: dict[str, str]) -> str | None:
     if name in names:
         return names[name]
     return f"{names[f'{module}.']}{kind}" if f"{module}." in names and kind in ("weight", "bias") else None
+
+
+def require(state: dict[str, Tensor], *names: str) -> None:
+    """ContractError for missing tensors that every checkpoint of a layout has."""
+    if missing := [name for name in names if name not in state]:
+        raise ContractError(f"the checkpoint is missing {missing}, which its layout requires")
+
+
+def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
+    """Width and patch size of a tower from its patch convolution (H, 3, P, P); ContractError for other shapes."""
+    shape = tuple(state[name].shape)
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise ContractError(
+            f"{name} is {shape}, expected (width, 3, patch, patch); the tensor is transposed or truncated"
+        )
+    return shape[0], shape[2]
+
+
+def depth(state: dict[str, Tensor], prefix: str) -> int:
+    """The number of blocks, whose numbers follow ``prefix``."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})

@@ -12,8 +12,7 @@ import torch
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision.convert.exporting import convert
-from llm2clip_plugin.vision.convert.formats import onnx
+from llm2clip_plugin.vision.convert.formats import convert, onnx
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import push_to_hub
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
@@ -204,7 +203,7 @@ def test_what_a_format_cannot_hold_is_refused(options, format_name, message, tmp
 
 def test_families_and_towers_alone_are_refused(tmp_path):
     export_tower(load_tower(TRANSFORMERS_TOWERS / "clip_vision"), tmp_path / "alone", origin="x")
-    with pytest.raises(ValueError, match="this directory contains a tower alone"):
+    with pytest.raises(ValueError, match="this directory contains only a tower"):
         convert(tmp_path / "alone", tmp_path / "out", "clip")
     tower = load_tower(TRANSFORMERS_TOWERS / "dinov2")
     export_tower(DualEncoder(tower, DualConfig(projection_dim=8)), tmp_path / "dino", origin="x")

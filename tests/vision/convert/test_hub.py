@@ -124,19 +124,19 @@ def test_a_clip_is_not_imported_without_its_projection(tmp_path):
     state = load_file(tmp_path / "model" / "model.safetensors")
     state["text_projection.weight"] = state.pop("visual_projection.weight")
     save_file(state, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+    with pytest.raises(ContractError, match=r"is missing \['visual_projection.weight'\]"):
         import_tower(tmp_path / "model", tmp_path / "tower")
     alone = {name: value for name, value in state.items() if name.startswith("vision_model.")}
     save_file(alone, tmp_path / "model" / "model.safetensors")
     assert import_tower(tmp_path / "model", tmp_path / "tower")[0].projection_dim == 0
     save_file(alone | {"logit_scale": torch.zeros(())}, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+    with pytest.raises(ContractError, match=r"is missing \['visual_projection.weight'\]"):
         import_tower(tmp_path / "model", tmp_path / "other")
     save_file(alone, tmp_path / "model" / "model.safetensors")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["architectures"] = ["CLIPVisionModelWithProjection"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ContractError, match=r"lacks \['visual_projection.weight'\]"):
+    with pytest.raises(ContractError, match=r"is missing \['visual_projection.weight'\]"):
         import_tower(tmp_path / "model", tmp_path / "other")
 
 

@@ -62,7 +62,7 @@ def test_a_clip_with_its_own_text_tower_needs_its_projection(open_clip, tmp_path
     del model.visual.proj
     (tmp_path / "hub" / "open_clip_model.safetensors").unlink()
     save_file(dict(model.state_dict()), tmp_path / "hub" / "open_clip_model.safetensors")
-    with pytest.raises(ContractError, match=r"lacks \['visual.proj'\]"):
+    with pytest.raises(ContractError, match=r"is missing \['visual.proj'\]"):
         import_tower(tmp_path / "hub", tmp_path / "tower")
 
 
@@ -70,10 +70,10 @@ def test_clip_without_its_activation_is_refused(open_clip, tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1}
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="doesn't say its activation"):
+    with pytest.raises(ValueError, match="doesn't record its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower")
     (tmp_path / "config.json").write_text('{"vision_cfg": {"head_width": 16}}')
-    with pytest.raises(ValueError, match="doesn't say its activation"):
+    with pytest.raises(ValueError, match="doesn't record its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"quick_gelu": true}')
     with pytest.raises(ValueError, match="no known CLIP tower has width 64"):
@@ -152,5 +152,5 @@ def test_a_repository_that_holds_a_model_twice(tmp_path):
     again, _ = import_tower(tmp_path / "hub", tmp_path / "again")
     assert again.training["imported_as"] == "open_clip" and again.adapter_sha256 == card.adapter_sha256
     (tmp_path / "hub" / "open_clip_config.json").unlink()  # Hugging Face's own doesn't say OpenCLIP's activation
-    with pytest.raises(ValueError, match="doesn't say its activation"):
+    with pytest.raises(ValueError, match="doesn't record its activation"):
         import_tower(tmp_path / "hub", tmp_path / "other")

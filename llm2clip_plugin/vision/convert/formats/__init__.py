@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.vision.convert.output_format import Format
+from llm2clip_plugin.vision.directory import check_card, fetch_directory
+from llm2clip_plugin.vision.dual import load_dual
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.towers import load_tower
 
 
 def formats() -> dict[str, Format]:
     """Every format by name."""
     return discover(__name__, "FORMAT")
+
+
+def convert(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], format_name: str, *, replace: bool = False
+) -> Path:
+    """Write the tower directory ``source`` to ``output`` in another format; returns the directory.
+
+    Raises ValueError for an unknown format or one that cannot represent the tower, ContractError if the written files
+    give other features.
+    """
+    known = formats()
+    if format_name not in known:
+        raise ValueError(f"unknown format {format_name!r}; known: tower, {', '.join(known)}")
+    directory = fetch_directory(source)
+    model = load_dual(directory)[0] if check_card(directory).projection_dim else load_tower(directory)
+    with atomic_directory(output, replace=replace) as temporary:
+        known[format_name].write(model.eval(), temporary, preprocessor_config(directory))
+    return Path(output)

@@ -16,8 +16,7 @@ from torch import Tensor
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.parsed import COMPUTED, NESTED_TEXT, Layout, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.source_config import section, vision_fields
-from llm2clip_plugin.vision.convert.tensor_names import TensorNames
-from llm2clip_plugin.vision.convert.tensor_shapes import depth, patch_shape, require
+from llm2clip_plugin.vision.convert.tensor_names import TensorNames, depth, patch_shape, require
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
@@ -235,7 +234,7 @@ def check_positions(state: dict[str, Tensor], config: Eva02Config) -> None:
     if rows != 1 + (size // config.patch_size) ** 2:
         raise ContractError(
             f"visual.pos_embed has {rows} rows, for image size {round((rows - 1) ** 0.5) * config.patch_size}, but the "
-            f"configuration says {size}; pass the checkpoint's own --config, and --image-size {size} to interpolate"
+            f"configuration specifies {size}; pass the checkpoint's --config, and --image-size {size} to interpolate"
         )
 
 
@@ -297,10 +296,5 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
 
 
 LAYOUT = Layout(
-    name="eva-clip",
-    matches=matches,
-    parse=parse,
-    family="eva02",
-    visual_state=visual_state,
-    model_config=model_config,
+    name="eva-clip", matches=matches, parse=parse, family="eva02", visual_state=visual_state, model_config=model_config
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.parsed import OWN_TEXT, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.source_config import section
-from llm2clip_plugin.vision.convert.tensor_shapes import require
+from llm2clip_plugin.vision.convert.tensor_names import require
 from llm2clip_plugin.vision.families import families, family_named, family_of_type
 from llm2clip_plugin.vision.family import Family
 
@@ -91,6 +91,6 @@ def check_image_text_model(state: dict[str, Tensor], family: Family, config: dic
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise ContractError(
-                f"{name} is {tuple(state[name].shape)}, but config.json says {shape}: the tensor is cut, or the "
-                "configuration belongs to another model"
+                f"{name} is {tuple(state[name].shape)}, but config.json specifies {shape}: the tensor is truncated, "
+                "or the configuration belongs to another model"
             )

@@ -9,8 +9,7 @@ from torch import Tensor
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.parsed import NESTED_TEXT, OPEN_CLIP_TEXT, Layout, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.source_config import section, vision_fields
-from llm2clip_plugin.vision.convert.tensor_names import TensorNames
-from llm2clip_plugin.vision.convert.tensor_shapes import depth, patch_shape, require
+from llm2clip_plugin.vision.convert.tensor_names import TensorNames, depth, patch_shape, require
 from llm2clip_plugin.vision.dual import DualEncoder
 
 BLOCKS = "visual.transformer.resblocks."
@@ -52,8 +51,8 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     vision = section(fields, "vision_cfg")
     if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
         raise ValueError(
-            "an OpenCLIP checkpoint doesn't say its activation: OpenAI's weights need QuickGELU, LAION's GELU, and the "
-            'wrong one loads without an error. Set it with --config: a file with {"quick_gelu": true} or '
+            "an OpenCLIP checkpoint doesn't record its activation: OpenAI's weights need QuickGELU, LAION's GELU, and "
+            'the wrong one loads without an error. Set it with --config: a file with {"quick_gelu": true} or '
             '{"quick_gelu": false}, or the model\'s open_clip_config.json'
         )
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
@@ -126,10 +125,5 @@ def model_config(dual: DualEncoder) -> dict[str, Any]:
 
 
 LAYOUT = Layout(
-    name="open_clip",
-    matches=matches,
-    parse=parse,
-    family="clip",
-    visual_state=visual_state,
-    model_config=model_config,
+    name="open_clip", matches=matches, parse=parse, family="clip", visual_state=visual_state, model_config=model_config
 )
