@@ -31,7 +31,7 @@ Record = TypeVar("Record", bound="VersionedRecord")
 
 
 class ContractError(ValueError):
-    """A file is damaged, or does not match what its reader needs; the message names it and says what to do."""
+    """A file is damaged or does not match what its reader expects; the message names the file and the fix."""
 
 
 @contextmanager

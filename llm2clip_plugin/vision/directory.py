@@ -71,7 +71,7 @@ def check_card(directory: Path) -> TowerCard:
 def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
     """Upload a tower directory to the Hub as ``owner/name``; returns the URL of the commit.
 
-    Raises ContractError if the weights don't match the card, OSError if the Hub refuses the upload.
+    Raises ContractError if the weights don't match the card, OSError if the Hub rejects the upload.
     """
     from huggingface_hub import HfApi
 

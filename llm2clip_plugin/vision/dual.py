@@ -132,7 +132,7 @@ class DualEncoder(nn.Module):
 
 
 class LoadedDualEncoder(nn.Module):
-    """A trained dual encoder for retrieval."""
+    """A trained dual encoder for retrieval; features as in DualEncoder, ``logit_scale`` as a factor."""
 
     def __init__(self, dual: DualEncoder, card: TowerCard) -> None:
         super().__init__()
@@ -141,15 +141,13 @@ class LoadedDualEncoder(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor of the logits (not its logarithm), shape (1,)."""
+        """The factor of the logits, not its logarithm; shape (1,)."""
         return self.dual.scale.detach()
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32."""
         return self.dual.encode_image(pixel_values)
 
     def encode_text(self, llm_embeddings: Tensor) -> Tensor:
-        """(N, W) LLM embeddings -> (N, D), L2-normalized, float32."""
         return self.dual.encode_text(llm_embeddings)
 
 

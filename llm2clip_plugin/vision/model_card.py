@@ -8,7 +8,7 @@ from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.families import families
 
 
-def _table(rows: list[tuple[str, str]], head: tuple[str, str]) -> list[str]:
+def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
 
 
@@ -41,13 +41,12 @@ def model_card(card: TowerCard) -> str:
     if needs := families()[card.family].needs:
         rows.append(("additional requirement", f"`pip install '{needs}'`"))
     if card.teacher:
-        rows.append(
-            ("teacher LLM", f"`{card.teacher.get('llm', '')}`, embeddings of width {card.teacher.get('width', '?')}")
-        )
+        name, width = card.teacher.get("llm", ""), card.teacher.get("width", "?")
+        rows.append(("teacher LLM", f"`{name}`, embeddings of width {width}"))
     rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))
-    lines += _table(rows, ("", ""))
+    lines += _table(rows)
     if card.training:
-        lines += ["## Training", "", *_table([(k, str(v)) for k, v in sorted(card.training.items())], ("", ""))]
+        lines += ["## Training", "", *_table([(k, str(v)) for k, v in sorted(card.training.items())])]
     if card.metrics:
         values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
         lines += ["## Metrics", "", *_table(values, ("metric", "value"))]
@@ -57,8 +56,7 @@ def model_card(card: TowerCard) -> str:
     else:
         lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:", "", "```sh"]
         lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
-    lines += ["In Python:", ""]
-    lines += ["```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
+    lines += ["In Python:", "", "```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
     lines += ['tower = load_tower("PATH_OR_HUB_ID")']
     if card.projection_dim:
         lines += ['dual = load_dual_encoder("PATH_OR_HUB_ID")', "image_features = dual.encode_image(pixel_values)"]

@@ -38,12 +38,8 @@ def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any
     own = {name: value for name, value in config.to_dict().items() if name in INHERITED and value} | own
     size = config.image_size
     return {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
         "crop_size": {"height": size, "width": size},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
         "image_mean": list(own.get("image_mean", family.mean)),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(own.get("image_std", family.std)),

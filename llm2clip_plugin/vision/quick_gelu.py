@@ -1,4 +1,4 @@
-"""QuickGELU for training: bit for bit the values of transformers', with less memory and a shorter backward pass.
+"""QuickGELU for training: bit-equal to transformers', with less memory and a faster backward pass.
 
 ``x * sigmoid(1.702 x)`` in three operations saves x, the sigmoid and the product for backward. Since it equals
 ``silu(1.702 x) / 1.702``, its derivative is SiLU's at ``1.702 x``, for which torch has one kernel that needs x alone.
@@ -30,7 +30,6 @@ class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
         return _QuickGELU.apply(x)  # pyright: ignore[reportReturnType]
 
 

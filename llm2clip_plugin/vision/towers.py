@@ -39,7 +39,7 @@ def load_tower(
 
     ``dtype`` applies whatever the file's is: transformers 4 reads half precision as float32, transformers 5 does not.
     ``image_size``, in pixels, interpolates the positions once if it is not the source's own (see ``resize_tower``);
-    the forward pass refuses images of any other size.
+    the forward pass then rejects images of any other size.
     Raises FileNotFoundError (no such source), ValueError (unknown family), ContractError (weights that don't match the
     config: names every missing, unexpected or misshapen tensor).
     """
@@ -49,7 +49,7 @@ def load_tower(
         tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
     else:
         tower = _load_directory(fetch_directory(source, revision=revision), dtype)
-    _refuse_other_sizes(tower)
+    _reject_other_sizes(tower)
     if image_size is not None and image_size != tower.config.image_size:
         tower = resize_tower(tower, image_size)
     return tower
@@ -64,7 +64,7 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     )
     try:
         tower, info = read()
-    except RuntimeError:  # misshapen tensors, which transformers only lists if they may pass; they are refused below
+    except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes; raised below
         try:
             tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 every parameter is empty here
         except RuntimeError as error:
@@ -107,14 +107,14 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     except RuntimeError as error:
         message = f"{config.model_type} cannot be resized by interpolating its position table alone: {error}"
         raise ValueError(message) from error
-    _refuse_other_sizes(resized)
+    _reject_other_sizes(resized)
     resized.own_preprocessor = getattr(tower, "own_preprocessor", {})
     return resized.train(tower.training)
 
 
-def _refuse_other_sizes(tower: Tower) -> None:
-    """Make the forward pass refuse images of another size than the configuration's: DINOv2 would interpolate its
-    positions silently, and differently in each version of transformers."""
+def _reject_other_sizes(tower: Tower) -> None:
+    """Make the forward pass raise for images of any other size: DINOv2 would interpolate its positions silently, and
+    differently in each version of transformers."""
     tower.register_forward_pre_hook(_check_images, with_kwargs=True)
 
 
@@ -140,7 +140,7 @@ def core_prefix(tower: Tower) -> str:
 
 
 def core_of(tower: Tower) -> Any:
-    """The module that holds embeddings, blocks and final norm."""
+    """The module that contains embeddings, blocks and final norm."""
     return tower.get_submodule(core_prefix(tower).rstrip("."))
 
 

@@ -28,7 +28,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _strip_prefixes(_read_safetensors(path))
     if path.suffix in PICKLE_SUFFIXES:
-        return _strip_prefixes(_only_tensors(_unwrap(_read_pickle(path)), path))
+        return _strip_prefixes(_only_tensors(_read_pickle(path), path))
     raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
 
 
@@ -105,17 +105,11 @@ def _refusal(reason: str) -> str:
     return f"would run or construct {name[1]}"
 
 
-def _unwrap(value: Any) -> Any:
-    """The state dict inside a training checkpoint such as {epoch, name, state_dict}."""
-    for name in WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(name), dict):
-            return value[name]
-    return value
-
-
 def _only_tensors(value: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict, which may be inside a training checkpoint such as {epoch, name, state_dict}."""
     if not isinstance(value, dict):
         raise ContractError(f"{path} contains a {type(value).__name__}, expected a dict of tensors")
+    value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), value)
     if others := sorted(str(key) for key, item in value.items() if not isinstance(item, Tensor)):
         raise ContractError(f"{path}: values of {others[:10]} are not tensors; expected a dict of tensors")
     if not value:

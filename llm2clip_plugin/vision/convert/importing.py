@@ -36,8 +36,8 @@ def import_tower(
     ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's) for a source that has none and whose tensors
     don't determine the architecture, or fields that override the source's own. ``image_size``, in pixels, interpolates
     the positions if it is not the source's own; the card records it.
-    Raises FileNotFoundError, ValueError (architecture unknown), ContractError (a tensor without a place, missing or
-    misshapen; a file that is truncated or contains code).
+    Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or
+    misshapen tensor; a file that is truncated or contains code).
     """
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:

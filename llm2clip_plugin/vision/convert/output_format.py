@@ -23,7 +23,7 @@ class Format:
 
 
 def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]) -> DualEncoder:
-    """The dual encoder, if the format can represent it: a pooled token, then one matrix; ValueError says why not."""
+    """The dual encoder, if the format can represent it: a pooled token, then one matrix; else ValueError."""
     if not isinstance(model, DualEncoder):
         raise ValueError(f"format {format_name!r} requires a projection, but this directory contains only a tower")
     family, config = family_of(model.tower).name, model.config
@@ -33,7 +33,7 @@ def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]
     pools, projections = (("pooled",), ("linear", "none")) if family == "siglip" else (("pooled", "cls"), ("linear",))
     if config.pool not in pools or config.projection not in projections or config.projection_norm:
         raise ValueError(
-            f"format {format_name!r} needs pool {' or '.join(pools)}, projection {' or '.join(projections)} and no "
+            f"format {format_name!r} requires pool {' or '.join(pools)}, projection {' or '.join(projections)} and no "
             f"projection_norm; this tower has pool {config.pool!r}, projection {config.projection!r}, "
             f"projection_norm {config.projection_norm}"
         )

@@ -1,4 +1,4 @@
-"""Recognize the layout of a checkpoint and take it apart.
+"""Recognize the layout of a checkpoint and parse it.
 
 | checkpoint                                        | recognized by                         | layouts/            |
 |---------------------------------------------------|---------------------------------------|---------------------|
@@ -24,11 +24,11 @@ from llm2clip_plugin.vision.convert.source_config import config_in, lift_model_c
 
 
 def parse_checkpoint(place: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
-    """Take apart a checkpoint file or folder.
+    """Parse a checkpoint file or folder.
 
     ``given``: the JSON object of --config. Its keys override those of the configuration file in the folder; if it has
     a ``model_type``, it describes a complete model and replaces that file.
-    Raises ValueError (unknown layout or architecture), ContractError (a tensor missing, misshapen or without a place).
+    Raises ValueError (unknown layout or architecture), ContractError (a missing, misshapen or unknown tensor).
     """
     state: dict[str, Tensor] = {}
     for file in [place] if place.is_file() else weight_files(place):
@@ -52,7 +52,7 @@ def parse_checkpoint(place: Path, given: dict[str, Any] | None) -> ParsedCheckpo
 
 
 def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
-    """ContractError for an incomplete text side, unless --config (``given``) says that the release has no logit scale
+    """ContractError for an incomplete text side, unless --config (``given``) states that the release has no logit scale
     (``logit_scale_init_value``) or no bias after the adapter (``text_cfg.proj_bias``)."""
     start, adapter = given.get("logit_scale_init_value"), parsed.adapter
     if parsed.logit_scale is None and (adapter is not None or OWN_TEXT in parsed.left_out.values()):

@@ -1,4 +1,4 @@
-"""A checkpoint taken apart: every tensor has a place in the tower or its heads, or a reason to be left out."""
+"""A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from llm2clip_plugin.vision.dual import DualEncoder
 
 OWN_TEXT = "text tower, replaced by the LLM"
 COMPUTED = "recomputed from the configuration and compared"
-OPEN_CLIP_TEXT = (  # prefixes of OpenCLIP's and EVA-CLIP's text towers
+# prefixes of OpenCLIP's and EVA-CLIP's text towers
+OPEN_CLIP_TEXT = (
     "transformer.",
     "token_embedding.",
     "positional_embedding",
@@ -33,7 +34,7 @@ class ParsedCheckpoint:
     state: dict[str, Tensor]  # the checkpoint
     config: dict[str, Any]  # config.json of the vision model
     tower: dict[str, Tensor]  # under the Hub's names
-    used: set[str]  # names in ``state`` that have a place
+    used: set[str]  # names in ``state`` that the tower or its heads use
     projection: Tensor | None = None  # (D, H)
     projection_bias: Tensor | None = None  # (D,)
     logit_scale: Tensor | None = None
@@ -55,7 +56,7 @@ class ParsedCheckpoint:
         return self.state.get(name)
 
     def take_text_side(self, *own_text: str) -> None:
-        """Take logit scale and bias, and the adapter by its structure; leave out what starts with ``own_text``."""
+        """Find logit scale and bias, and the adapter by its structure; leave out names that start with ``own_text``."""
         for name in [key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
             if self.state[name].numel() != 1:
                 raise ContractError(f"{name} is {tuple(self.state[name].shape)}, expected one number")
@@ -71,10 +72,10 @@ class ParsedCheckpoint:
         self.left_out |= {key: OWN_TEXT for key in rest if key not in self.used and key.startswith(own_text)}
 
     def check_complete(self, *, where: str) -> None:
-        """ContractError if a tensor has neither a place nor a reason to be left out."""
+        """ContractError if a tensor is neither used nor left out for a reason."""
         if unused := sorted(self.state.keys() - self.used - self.left_out.keys()):
             raise ContractError(
-                f"{where}: {len(unused)} of {len(self.state)} tensors have no place in a {self.layout} model: "
+                f"{where}: {len(unused)} of {len(self.state)} tensors don't belong to a {self.layout} model: "
                 f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
             )
 

@@ -1,6 +1,4 @@
-"""OpenAI CLIP, and the OpenCLIP models that the Hub holds as CLIP: B/32, B/16, L/14, L/14-336 ..."""
-
-from __future__ import annotations
+"""OpenAI CLIP, and the OpenCLIP models that are published as CLIP on the Hub: B/32, B/16, L/14, L/14-336 ..."""
 
 from llm2clip_plugin.vision.family import BASE, LARGE, Family, in_transformers
 

@@ -1,7 +1,5 @@
 """DINOv2: class token, layer scale, positions for the grid of pretraining (37 x 37 in the released models)."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_transformers
 
 SIZE = {"image_size": 518, "patch_size": 14}

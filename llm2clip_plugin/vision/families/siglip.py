@@ -1,7 +1,5 @@
 """SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention pooling."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.vision.family import BASE, HALF_MEAN, HALF_STD, Family, in_transformers
 
 B = {**BASE, "intermediate_size": 3072, "patch_size": 16}

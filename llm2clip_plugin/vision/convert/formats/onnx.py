@@ -17,7 +17,7 @@ from llm2clip_plugin.vision.verify import compare_features, probe_images
 
 FILE = "image_encoder.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST_FILE = 1 << 30  # bytes of weights; protobuf is limited to 2 GiB, larger weights go into a file of their own
+LARGEST_FILE = 1 << 30  # bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
 
 
 class _ImageEncoder(nn.Module):
@@ -34,7 +34,7 @@ class _ImageEncoder(nn.Module):
 def write(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
     """image_encoder.onnx, for any batch size and compared with ONNX Runtime at two, and preprocessor_config.json."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"format 'onnx' needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise ValueError(f"format 'onnx' requires {', '.join(missing)}: pip install {' '.join(missing)}")
     import onnxruntime
 
     encoder = _ImageEncoder(model).float().eval()

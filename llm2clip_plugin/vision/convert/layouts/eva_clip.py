@@ -22,9 +22,7 @@ from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
 BLOCKS = "visual.blocks."
 TRUNK = "visual.trunk."
-IN_BLOCK = {
-    "norm1.": "norm1.",
-    "norm2.": "norm2.",
+IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")} | {
     "gamma_1": "scale1",
     "gamma_2": "scale2",
     "attn.inner_attn_ln.": "attention.inner_norm.",
@@ -33,8 +31,6 @@ IN_BLOCK = {
     "mlp.w2.": "mlp.up_proj.",
     "mlp.ffn_ln.": "mlp.norm.",
     "mlp.w3.": "mlp.down_proj.",
-    "mlp.fc1.": "mlp.fc1.",
-    "mlp.fc2.": "mlp.fc2.",
 }
 SPLIT = {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
 BIASES = {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"}
@@ -185,14 +181,15 @@ def read_rope_table(cosines: Tensor) -> tuple[int, int]:
     head_width, grid = cosines.shape[-1], round(cosines.shape[0] ** 0.5)
     for pretrained_grid in range(1, 129):
         table = rope_tables(grid=grid, pretrained_grid=pretrained_grid, head_width=head_width)[0]
-        if table.shape == cosines.shape and torch.allclose(table, cosines.float(), atol=table_tolerance(cosines)):
+        if is_same_table(cosines, table):
             return head_width, pretrained_grid
     raise ContractError(f"rotary table {tuple(cosines.shape)} matches no pretraining grid up to 128 x 128")
 
 
-def table_tolerance(table: Tensor) -> float:
-    """Absolute tolerance of cosines and sines: half precision rounds values near 1 by 4e-3."""
-    return 1e-4 if table.dtype == torch.float32 else 1e-2
+def is_same_table(table: Tensor, expected: Tensor) -> bool:
+    """Whether a checkpoint's cosines or sines are the expected ones; half precision rounds values near 1 by 4e-3."""
+    tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2
+    return table.shape == expected.shape and torch.allclose(table.float(), expected, atol=tolerance)
 
 
 def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
@@ -211,8 +208,7 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
     for name in names:
         table, grid = state[name], round(state[name].shape[0] ** 0.5)
         expected = tables_of(config, grid)[name.endswith("sin")]
-        fits = table.shape == expected.shape
-        if not fits or not torch.allclose(table.float(), expected, atol=table_tolerance(table)):
+        if not is_same_table(table, expected):
             raise ContractError(
                 f"{name} {tuple(table.shape)} differs from the table {tuple(expected.shape)} for grid {grid}, "
                 f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads; "

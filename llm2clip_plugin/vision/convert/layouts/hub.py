@@ -62,7 +62,7 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     """The family of a Hugging Face model, by its own model_type, else by that of its vision part.
 
     ``siglip2`` is the type of NaFlex models, which accept images of any shape; with a convolution over square patches
-    the tensors are those of a fixed-resolution SigLIP, whatever the type says. ValueError for anything else.
+    the tensors are those of a fixed-resolution SigLIP, whatever the type is. ValueError for anything else.
     """
     parts = [config, section(config, "vision_config")]
     types = [str(part["model_type"]) for part in parts if "model_type" in part]

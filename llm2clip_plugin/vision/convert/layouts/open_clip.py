@@ -45,7 +45,7 @@ def matches(state: dict[str, Tensor]) -> bool:
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
     """A CLIP vision config.json from the tensors; ``fields`` is OpenCLIP's model config (embed_dim, vision_cfg ...).
 
-    Raises ValueError if ``fields`` don't say the activation, which leaves no trace in the tensors, or describe an
+    Raises ValueError if ``fields`` don't name the activation, which leaves no trace in the tensors, or describe an
     unsupported model; ContractError if they contradict the tensors.
     """
     vision = section(fields, "vision_cfg")

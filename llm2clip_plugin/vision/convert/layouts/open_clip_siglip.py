@@ -21,21 +21,14 @@ NAMES = TensorNames(  # after `join_pooling`
         "patch_embed.proj.": "embeddings.patch_embedding.",
         "norm.": "post_layernorm.",
         "attn_pool.latent": "head.probe",
-        "attn_pool.in_proj_weight": "head.attention.in_proj_weight",
-        "attn_pool.in_proj_bias": "head.attention.in_proj_bias",
         "attn_pool.proj.": "head.attention.out_proj.",
         "attn_pool.norm.": "head.layernorm.",
-        "attn_pool.mlp.fc1.": "head.mlp.fc1.",
-        "attn_pool.mlp.fc2.": "head.mlp.fc2.",
-    },
+    }
+    | {f"attn_pool.in_proj_{kind}": f"head.attention.in_proj_{kind}" for kind in ("weight", "bias")}
+    | {f"attn_pool.mlp.{layer}.": f"head.mlp.{layer}." for layer in ("fc1", "fc2")},
     blocks=("blocks.", "encoder.layers."),
-    inside={
-        "norm1.": "layer_norm1.",
-        "norm2.": "layer_norm2.",
-        "attn.proj.": "self_attn.out_proj.",
-        "mlp.fc1.": "mlp.fc1.",
-        "mlp.fc2.": "mlp.fc2.",
-    },
+    inside={"norm1.": "layer_norm1.", "norm2.": "layer_norm2.", "attn.proj.": "self_attn.out_proj."}
+    | {name: name for name in ("mlp.fc1.", "mlp.fc2.")},
     fused=("attn.qkv.", "self_attn.{}_proj."),
 )
 HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}  # of the released SigLIP towers, by width
