@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from llava_integration.towers import names, provenance
-from llava_integration.towers.projector import check_projector
 from llm2clip_plugin.contracts import ContractError
 
 # LLaVA reads them, but its argument parser does not define them
 OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
+FIRST_LAYER = re.compile(r"mm_projector\.(0\.)?weight$")
 Function = Callable[..., Any]
 
 
@@ -75,6 +76,35 @@ def build(name: str, config: Any, delay_load: bool = False) -> Any:
     if not delay_load:
         tower.load_model()
     return tower
+
+
+def check_projector(name: str, hidden_size: int, config: Any) -> None:
+    """Raise ContractError, with both widths, if the model's projector was trained for features of another width.
+
+    Checked here because LLaVA would fail with a bare shape mismatch. The width is ``mm_hidden_size``, and that of the
+    weights in ``pretrain_mm_mlp_adapter``.
+    """
+    expected = {}
+    if trained := getattr(config, "mm_hidden_size", None):
+        expected[provenance.checkpoint_of(config) or "the checkpoint"] = trained
+    if adapter := getattr(config, "pretrain_mm_mlp_adapter", None):
+        expected[adapter] = projector_width(adapter) or hidden_size
+    for where, width in expected.items():
+        if width != hidden_size:
+            raise ContractError(
+                f"the projector of {where} expects features of width {width}, but the tower {name!r} has hidden_size "
+                f"{hidden_size}; use the tower that the projector was trained with (mm_vision_tower in its "
+                "config.json), or pretrain a projector for this one"
+            )
+
+
+def projector_width(adapter: str) -> int | None:
+    """Input width of the projector in ``mm_projector.bin``; None if its first layer is not linear."""
+    import torch
+
+    weights = torch.load(adapter, map_location="cpu", weights_only=True)
+    widths = [tensor.shape[1] for key, tensor in weights.items() if FIRST_LAYER.search(key) and tensor.ndim == 2]
+    return widths[0] if widths else None
 
 
 def settings_from_environment(config: Any) -> None:

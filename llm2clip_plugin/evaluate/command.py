@@ -21,7 +21,7 @@ from llm2clip_plugin.evaluate.command_line import (
 )
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, evaluate_retrieval
-from llm2clip_plugin.evaluate.retrieval_table import print_retrieval
+from llm2clip_plugin.evaluate.tables import print_retrieval
 from llm2clip_plugin.evaluate.teacher import open_teacher_cache
 
 

@@ -18,7 +18,7 @@ from llm2clip_plugin.contracts import ScoreFile, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.command_line import on_all_ranks, parse_options, print_scores, provenance, write_scores
 from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
-from llm2clip_plugin.evaluate.labeled_images import LabeledImages, open_labeled_images
+from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
@@ -79,7 +79,9 @@ def measure(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
         )
         for side in (train_images, test_images)
     )
-    test_label_N, unseen = train_labels_of(train_images, test_images, test.label_N)
+    class_number = {name: number for number, name in enumerate(train_images.classes)}
+    unseen = [name for name in test_images.classes if name not in class_number]
+    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_images.classes])[test.label_N]
     hits = {"knn": knn(train, test.feature_ND, config.k, config.temperature) == test_label_N}
     if config.linear:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
@@ -94,13 +96,6 @@ def measure(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
             settings={"pool": config.pool, "k": config.k, "temperature": config.temperature, "label": config.label},
         ),
     )
-
-
-def train_labels_of(train: LabeledImages, test: LabeledImages, label_M: Tensor) -> tuple[Tensor, list[str]]:
-    """Test labels (M,) in the training set's numbering, -1 for an unseen class; the names of the unseen classes."""
-    number_of = {name: number for number, name in enumerate(train.classes)}
-    renumbered_C = torch.tensor([number_of.get(name, -1) for name in test.classes])
-    return renumbered_C[label_M], [name for name in test.classes if name not in number_of]
 
 
 def knn(train: ImageFeatures, test_MD: Tensor, k: int, temperature: float) -> Tensor:

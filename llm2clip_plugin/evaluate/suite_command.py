@@ -22,8 +22,8 @@ from llm2clip_plugin.evaluate.command_line import (
 )
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suite_tables import print_suites
 from llm2clip_plugin.evaluate.suites import select_suites, suites
+from llm2clip_plugin.evaluate.tables import print_suites
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, rank

@@ -120,16 +120,11 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
             f"the tower's teacher is {identity.llm} with an adapter (weights {identity.adapter_sha256[:12]}), which is "
             "needed to embed captions that are not cached; pass it with --teacher.adapter DIR"
         )
+    settings = ("attention", "pooling", "layer", "prompt", "chat_template", "include_bos", "max_tokens")
     return dataclasses.replace(
         config,
         llm=config.llm or identity.llm,
         revision=config.revision or ("" if config.llm else identity.revision),
-        attention=identity.attention,
-        pooling=identity.pooling,
-        layer=identity.layer,
-        prompt=identity.prompt,
-        chat_template=identity.chat_template,
-        include_bos=identity.include_bos,
-        max_tokens=identity.max_tokens,
         load_in_4bit=identity.quantization == "nf4",
+        **{name: getattr(identity, name) for name in settings},
     )
