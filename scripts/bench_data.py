@@ -1,7 +1,7 @@
-"""Benchmark the data path against webdataset + PIL + torchvision transforms, on one core.
+"""This project's data path against the usual one, on one core: webdataset + PIL + torchvision transforms.
 
-Both read the same tars of 512-pixel JPEGs, crop and resize at random, normalize, and stack batches. They run in turns
-in one process, so the ratio holds on a noisy machine. Prints Markdown.
+Both read the same tars of 512-pixel JPEGs, crop and resize at random, normalize, and stack batches. They alternate in
+one process, so that their ratio is reliable on a noisy machine. Prints Markdown.
 
     python scripts/bench_data.py --images 512 --repeats 5
 """
@@ -13,10 +13,8 @@ import json
 import os
 import platform
 import statistics
-import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each; before torch is 
 import numpy as np
 import torch
 import tyro
+from bench import Run, alternate, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -46,7 +45,7 @@ class BenchConfig:
     size: int = 224  # pixels of the tower
     scale: tuple[float, float] = (0.9, 1.0)  # area of the random crop
     batch: int = 64  # images
-    repeats: int = 5  # runs of each
+    repeats: int = 5  # timed runs of each
     data: str = ""  # folder of tars to read instead of generated images
 
 
@@ -58,24 +57,26 @@ def main(config: BenchConfig) -> None:
             write_tars(data, config)
         tars = sorted(str(path) for path in data.rglob("*.tar"))
         kilobytes = sum(os.path.getsize(tar) for tar in tars) / config.images / 1000
-        paths: dict[str, Callable[[], int]] = {
+        paths = {
             "webdataset + PIL + torchvision": lambda: count(webdataset_batches(tars, config)),
             "this project": lambda: count(own_batches(str(data), config)),
         }
-        speeds = take_turns(paths, config.repeats)
+        runs = alternate(paths, config.repeats)
         print(f"{config.images} JPEGs of {config.side} px, quality {config.quality}, {kilobytes:.0f} kB each, to")
         print(
             f"{config.size} px, crop scale {config.scale[0]:g} to {config.scale[1]:g}, batches of {config.batch}, one"
         )
-        print(f"process, one thread, {config.repeats} turns each; {platform.processor() or platform.machine()}, torch")
+        print(f"process, one thread, {config.repeats} runs each; {platform.processor() or platform.machine()}, torch")
         print(f"{torch.__version__}, Pillow {Image.__version__}. Median [lowest, highest].\n")
-        print(as_table(speeds))
+        print(as_table(runs))
         if not config.data:
-            print(f"\nMean difference of a pixel from decoding in full: {difference(str(data), config):.2f} of 255.")
+            print(
+                f"\nMean difference per pixel from decoding at full size: {difference(str(data), config):.2f} of 255."
+            )
 
 
 def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
-    """Colored noise with an amplitude of f^-1.45, whose JPEG is about as large as that of a photograph."""
+    """Colored noise whose amplitude falls as f^-1.45: its JPEG is about as large as a photograph's."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
     frequency[0, 0] = 1
     fields = [np.fft.ifft2(np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45).real for _ in range(3)]
@@ -88,23 +89,24 @@ def write_tars(folder: Path, config: BenchConfig) -> None:
     """Two tars as img2dataset writes them."""
     rng = np.random.default_rng(0)
     for number in range(2):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for index in range(number * config.images // 2, (number + 1) * config.images // 2):
-                image = io.BytesIO()
-                photo_like(rng, config.side).save(image, "JPEG", quality=config.quality)
-                text = f"picture {index}"
-                for extension, data in (
-                    ("jpg", image.getvalue()),
-                    ("json", json.dumps({"caption": text}).encode()),
-                    ("txt", text.encode()),
-                ):
-                    member = tarfile.TarInfo(f"{index:09d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        samples = range(number * config.images // 2, (number + 1) * config.images // 2)
+        write_tar(
+            folder / f"{number:05d}.tar", (file for index in samples for file in sample_files(rng, index, config))
+        )
+
+
+def sample_files(rng: np.random.Generator, index: int, config: BenchConfig) -> Iterator[tuple[str, bytes]]:
+    """Name and content of a sample's files."""
+    image = io.BytesIO()
+    photo_like(rng, config.side).save(image, "JPEG", quality=config.quality)
+    text = f"picture {index}"
+    yield f"{index:09d}.jpg", image.getvalue()
+    yield f"{index:09d}.json", json.dumps({"caption": text}).encode()
+    yield f"{index:09d}.txt", text.encode()
 
 
 def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.Tensor]:
-    """Decode and augment with webdataset and torchvision."""
+    """Batches of pixels by webdataset, PIL and torchvision."""
     import webdataset
     from torchvision import transforms
 
@@ -125,7 +127,7 @@ def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.T
 
 
 def own_batches(data: str, config: BenchConfig) -> Iterator[torch.Tensor]:
-    """This project's path: index, order, read, decode, augment, choose a caption, stack."""
+    """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
     source = open_source(SourceConfig(path=data))
     dataset = PairDataset([source], [None], ImageConfig(size=config.size), AugmentConfig(scale=config.scale), seed=0)
     for batch in islice(make_loader(dataset, local_batch=config.batch), -(-len(source) // config.batch)):
@@ -133,29 +135,18 @@ def own_batches(data: str, config: BenchConfig) -> Iterator[torch.Tensor]:
 
 
 def count(batches: Iterator[torch.Tensor]) -> int:
-    """Number of images."""
+    """Number of images in all batches."""
     return sum(len(batch) for batch in batches)
 
 
-def take_turns(paths: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Images a second of processor time in each turn; the first turn of each is not counted."""
-    speeds: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(repeats + 1):
-        for name, run in paths.items():
-            started = time.process_time()  # so that other work on the machine doesn't count
-            images = run()
-            if turn:
-                speeds[name].append(images / (time.process_time() - started))
-    return speeds
-
-
-def as_table(speeds: dict[str, list[float]]) -> str:
-    """Markdown; the ratio is taken turn by turn against the first row."""
-    first = next(iter(speeds.values()))
+def as_table(runs: dict[str, list[Run[int]]]) -> str:
+    """Markdown; ratios are those of the rounds, against the first row."""
+    base = next(iter(runs.values()))
     lines = ["| data path | images a processor second | ratio |", "|---|---|---|"]
-    for name, values in speeds.items():
-        ratios = [value / base for value, base in zip(values, first, strict=True)]
-        lines.append(f"| {name} | {summary(values, '.0f')} | {summary(ratios, '.2f')} |")
+    for name, timed_runs in runs.items():
+        speeds = [run.result / run.cpu for run in timed_runs]
+        ratios = [speed / (other.result / other.cpu) for speed, other in zip(speeds, base, strict=True)]
+        lines.append(f"| {name} | {summary(speeds, '.0f')} | {summary(ratios, '.2f')} |")
     return "\n".join(lines)
 
 
@@ -164,7 +155,7 @@ def summary(values: list[float], form: str) -> str:
 
 
 def difference(data: str, config: BenchConfig) -> float:
-    """Mean absolute difference, of 255, between this path and the same crops decoded in full."""
+    """Mean absolute difference, of 255, between this project's crops and the same ones decoded at full size."""
     source = open_source(SourceConfig(path=data))
     images = ImageConfig(size=config.size)
     small = TrainTransform(images, AugmentConfig(scale=config.scale))

@@ -5,7 +5,8 @@
     scripts/bench_finetune.py memory --llm PATH    # global batch 512: gradient caching against one forward pass
 
 The naive loop pads queries and positives each to the longest of their batch, in order. Both train the same adapter on
-the same pairs with the same loss, whose values must agree. Memory is measured in a separate process for each.
+the same pairs with the same loss, whose values must agree. Memory is measured in a new process for each
+(``memory-of``: one measurement, in this process).
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench import alternate, argument_parser, in_new_process, peak_growth
 
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import trained_module
@@ -32,13 +32,14 @@ from llm2clip_plugin.text.pairs import Pair, PairsConfig, open_pairs
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.optim import OptimConfig
 
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the rain".split()
-ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
+OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 
 
 def write_pairs(path: Path, count: int, longest: int) -> Path:
-    """Short queries (4 to 12 words) and positives of very mixed length (a third of them long)."""
+    """Short queries (4 to 12 words) and positives of mixed length, a third of them long."""
     rng = random.Random(0)
     rows = []
     for i in range(count):
@@ -69,7 +70,7 @@ class Ours:
             "steps_per_print": 1 << 31,
         }
         groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]
-        engine = Engine(module, groups, ADAM, ds_config, keep_frozen=False)
+        engine = Engine(module, groups, OPTIM, ds_config, keep_frozen=False)
         self.step = CaptionStep(engine, caption_terms(contrast), encoder, contrast, seed=0)
 
     def __call__(self, batch: dict) -> float:
@@ -82,7 +83,8 @@ class Plain:
     def __init__(self, llm: str, contrast: ContrastConfig) -> None:
         self.encoder, self.module = build(llm, contrast)
         self.scale = contrast.scale
-        self.adam = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], **ADAM)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.adam = torch.optim.AdamW(trained, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         rows = self.encoder.tokenize(texts)
@@ -106,75 +108,57 @@ def batches(path: Path, size: int) -> PairBatches:
 
 
 def speed(args: argparse.Namespace, folder: Path) -> dict:
-    """Both in turns on the same batches; on a CPU process time."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    """Both ways, alternating on the same batches."""
     contrast = ContrastConfig(mask_same=False)
     ways = {"plain": Plain(args.llm, contrast), "ours": Ours(args.llm, args.batch, args.batch, contrast)}
     loader = batches(write_pairs(folder / "pairs.jsonl", args.batch * args.steps, args.longest), args.batch)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    losses: dict[str, list[float]] = {name: [] for name in ways}
-    for step in range(args.steps):
-        batch = loader.batch(step * args.batch)
-        for name, way in ways.items():
-            started = clock()
-            losses[name].append(way(batch))
-            seconds[name].append(clock() - started)
-    rates = {name: round(args.batch / min(times), 3) for name, times in seconds.items()}
-    worst = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    batch_of_step = [loader.batch(step * args.batch) for step in range(args.steps)]
+    steps = {name: partial(next, map(way, batch_of_step)) for name, way in ways.items()}
+    runs = alternate(steps, args.steps, warm_up=False)
+    rates = {name: round(args.batch / min(run.seconds for run in of_way), 3) for name, of_way in runs.items()}
+    worst = max(abs(a.result - b.result) for a, b in zip(*runs.values(), strict=True))
     return {"pairs_per_s": rates, "times_faster": round(rates["ours"] / rates["plain"], 2), "loss_difference": worst}
 
 
-def memory_of(args: argparse.Namespace, folder: Path) -> dict:
-    """Peak memory of one step in this process, above that before the step."""
-    contrast = ContrastConfig(mask_same=False)
-    way = Ours(args.llm, args.batch, args.micro or args.batch, contrast)
-    loader = batches(write_pairs(folder / "pairs.jsonl", args.batch, args.longest), args.batch)
-    batch = loader.batch(0)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss = way(batch)
-        return {"loss": loss, "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which loading the LLM has set (Linux)
-    before = resident("VmRSS")
-    loss = way(batch)
-    return {"loss": loss, "gib": resident("VmHWM") - before}
-
-
-def resident(field: str) -> float:
-    """GiB of this process's memory: VmRSS current, VmHWM peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**20  # kB
+def memory_of(args: argparse.Namespace, micro: int) -> dict:
+    """Loss of one step in this process, and by how much it raises the peak memory."""
+    start_ranks()
+    with tempfile.TemporaryDirectory() as folder:
+        way = Ours(args.llm, args.batch, micro, ContrastConfig(mask_same=False))
+        pairs = write_pairs(Path(folder) / "pairs.jsonl", args.batch, args.longest)
+        batch = batches(pairs, args.batch).batch(0)
+        growth, loss = peak_growth(lambda: way(batch), cuda=torch.cuda.is_available())
+    return {"loss": loss, "gib": growth / 2**30}
 
 
 def memory(args: argparse.Namespace) -> dict:
-    """Run ``memory-of`` in a process for each micro-batch."""
-    found = {}
-    for name, micro in (("one forward pass", args.batch), ("gradient caching", args.micro or args.batch // 16)):
-        command = [sys.executable, __file__, "memory-of", "--llm", args.llm, "--batch", str(args.batch)]
-        command += ["--micro", str(micro), "--longest", str(args.longest)]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[f"{name}, micro-batch {micro}"] = json.loads(out.strip().splitlines()[-1])
-    return found
+    """``memory_of`` in a new process for each micro-batch."""
+    micro_batches = {"one forward pass": args.batch, "gradient caching": args.micro or args.batch // 16}
+    return {
+        f"{name}, micro-batch {micro}": in_new_process(memory_of, args, micro) for name, micro in micro_batches.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("what", choices=("speed", "memory", "memory-of"))
     parser.add_argument("--llm", required=True)
     parser.add_argument("--batch", type=int, default=0, help="pairs; 64 for speed, 512 for memory")
-    parser.add_argument("--micro", type=int, default=0)
+    parser.add_argument("--micro", type=int, default=0, help="micro-batch for memory; default: a 16th of the batch")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--longest", type=int, default=90, help="words of the longest positive")
     args = parser.parse_args()
     args.batch = args.batch or (64 if args.what == "speed" else 512)
+    if args.what == "memory-of":
+        print(json.dumps(memory_of(args, args.micro or args.batch)))
+        return
     if args.what == "memory":
-        found = memory(args)
+        results = memory(args)
     else:
         start_ranks()
         with tempfile.TemporaryDirectory() as folder:
-            found = speed(args, Path(folder)) if args.what == "speed" else memory_of(args, Path(folder))
-    print(json.dumps({"threads": torch.get_num_threads(), **found} if args.what != "memory-of" else found))
+            results = speed(args, Path(folder))
+    print(json.dumps({"threads": torch.get_num_threads(), **results}))
 
 
 if __name__ == "__main__":

@@ -25,16 +25,16 @@ COMMANDS = {
 
 def seconds(arguments: list[str], runs: int) -> list[float]:
     """Wall time of each of ``runs`` processes."""
-    taken = []
+    durations = []
     for _ in range(runs):
         start = time.perf_counter()
         subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-        taken.append(time.perf_counter() - start)
-    return taken
+        durations.append(time.perf_counter() - start)
+    return durations
 
 
 def heavy_imports(arguments: list[str]) -> list[str]:
-    """Those of HEAVY that a process imports, according to ``-X importtime``."""
+    """The modules of HEAVY that a process imports, by ``-X importtime``."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments],
         check=True,
@@ -53,10 +53,12 @@ def main() -> int:
     options = parser.parse_args()
     rows, good = {}, True
     for name, arguments in COMMANDS.items():
-        taken, heavy = seconds(arguments, options.runs), heavy_imports(arguments)
-        rows[name] = {"median_s": statistics.median(taken), "max_s": max(taken), "heavy_imports": heavy}
+        durations, heavy = seconds(arguments, options.runs), heavy_imports(arguments)
+        rows[name] = {"median_s": statistics.median(durations), "max_s": max(durations), "heavy_imports": heavy}
         good &= rows[name]["median_s"] < LIMIT and not heavy
-        print(f"{name:26} median {rows[name]['median_s']:.3f} s, slowest {max(taken):.3f} s, heavy: {heavy or 'none'}")
+        print(
+            f"{name:26} median {rows[name]['median_s']:.3f} s, slowest {max(durations):.3f} s, heavy: {heavy or 'none'}"
+        )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
     print("ok" if good else f"failed: over the limit of {LIMIT} s, or a heavy import")

@@ -9,8 +9,8 @@
 2. Answers a second of ``llava_integration.evaluate`` at several batch sizes, on the same questions; the answers must be
    those of batch size 1.
 
-The variants alternate, each round starting with another one; a ratio is the median over the rounds. On a CPU, seconds
-are processor time, which other programs on the machine disturb least.
+The variants alternate, each round starting with the next one; a ratio is the median over the rounds. On a CPU, seconds
+are processor time, which other programs on the machine hardly affect.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bench import Run, alternate, argument_parser, median_seconds, speedups
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from transformers import CLIPVisionConfig, CLIPVisionModel, logging
@@ -77,75 +76,49 @@ def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> LlavaLl
     return model.to(device=device, dtype=dtype).eval()
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Processor seconds of ``work`` on a CPU; on a GPU, seconds until it has finished."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    started = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every way in every round; one more round before them warms up."""
-    names = list(ways)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            spent = seconds_of(ways[name], device)
-            if number:
-                seconds[name].append(spent)
-    return seconds
-
-
-def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
-    """How many times as fast as ``base`` each other way is: the middle of the rounds' ratios."""
+def median_speedups(runs: dict[str, list[Run[Any]]], base: str) -> dict[str, float]:
+    """How many times as fast as ``base`` each other way is: median over the rounds."""
     return {
-        f"{name} / {base}": statistics.median(b / s for b, s in zip(seconds[base], spent, strict=True))
-        for name, spent in seconds.items()
+        f"{name} / {base}": statistics.median(speedups(of_way, runs[base]))
+        for name, of_way in runs.items()
         if name != base
     }
 
 
 def bench_features(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Images a second by tower, and how ours compare with LLaVA's own."""
+    """Images per second of each tower, and the speedup over LLaVA's own."""
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         tower = make_tower(options.shape, Path(scratch) / "tower")
         model = make_llava(tower, device, dtype)
         args = SimpleNamespace(mm_vision_select_layer=-2, vision_tower=str(tower))
-        whole = build(str(tower), SimpleNamespace(mm_vision_select_layer=-1, vision_tower=str(tower)))
-        whole.select_layer, whole.blocks_used = (
-            -2,
-            whole.blocks_used - 1,
-        )  # with an unused block
+        all_blocks = build(str(tower), SimpleNamespace(mm_vision_select_layer=-1, vision_tower=str(tower)))
+        all_blocks.select_layer = -2
+        all_blocks.blocks_used -= 1  # the last block is loaded, but unused
         towers = {
             "LLaVA's own tower": CLIPVisionTower(str(tower), args),
-            "ours, every block": whole,
+            "ours, every block": all_blocks,
             "ours": model.get_vision_tower(),
         }
     size = SHAPES[options.shape][3]
     images = torch.randn(options.images, 3, size, size).to(device=device, dtype=dtype)
-    outputs = {}
 
-    def encode(name: str) -> None:
+    def encode(name: str) -> torch.Tensor:
         model.model.vision_tower = towers[name]
         with torch.inference_mode():
-            outputs[name] = model.encode_images(images)
+            return model.encode_images(images)
 
     for one in towers.values():
         one.to(device=device, dtype=dtype)
-    seconds = in_turns({name: partial(encode, name) for name in towers}, options.rounds, device)
-    first = outputs["LLaVA's own tower"]
-    assert all(torch.equal(first, output) for output in outputs.values()), "the towers differ"
-    speeds = {f"{name}, images/s": options.images / statistics.median(spent) for name, spent in seconds.items()}
-    return speeds | ratios(seconds, "LLaVA's own tower")
+    runs = alternate({name: partial(encode, name) for name in towers}, options.rounds)
+    first, *others = (of_tower[-1].result for of_tower in runs.values())
+    assert all(torch.equal(first, output) for output in others), "the towers differ"
+    speeds = {f"{name}, images/s": options.images / median_seconds(of_tower) for name, of_tower in runs.items()}
+    return speeds | median_speedups(runs, "LLaVA's own tower")
 
 
 def bench_answers(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Answers a second by batch size on the first questions of the miniature, and how many answers are as at 1."""
+    """Answers per second by batch size, and the fraction of answers equal to the first size's."""
     root = options.miniature
     words = ["--model-path", root / "llava-after", "--question-file", root / "data" / "questions.jsonl"]
     words += ["--image-folder", root / "data" / "images", "--answers-file", "unused", "--workers", 0]
@@ -154,36 +127,35 @@ def bench_answers(options: argparse.Namespace, device: torch.device) -> dict[str
     answerer = Answerer(parsed)
     questions = evaluate.read_questions(parsed.question_file)
     questions = questions[:: max(1, len(questions) // options.questions)][: options.questions]
-    texts: dict[int, list[str]] = {}
 
-    def answer(size: int) -> None:
+    def answer(size: int) -> list[str]:
         parsed.batch_size = size
         batches = answerer.batches(questions, list(range(len(questions))))
-        texts[size] = [text for batch in batches for text in answerer.generate(batch)]
+        return [text for batch in batches for text in answerer.generate(batch)]
 
-    ways = {f"batches of {size}": partial(answer, size) for size in options.batch_sizes}
-    seconds = in_turns(ways, options.answer_rounds, device)
-    results = {f"{name}, answers/s": len(questions) / statistics.median(spent) for name, spent in seconds.items()}
-    results |= ratios(seconds, f"batches of {options.batch_sizes[0]}")
-    first = texts[options.batch_sizes[0]]
-    for size, answers in texts.items():
-        same = sum(a == b for a, b in zip(first, answers, strict=True))
-        results[f"batches of {size}, fraction of answers equal to batches of {options.batch_sizes[0]}"] = same / len(
-            first
-        )
+    runs = alternate(
+        {f"batches of {size}": partial(answer, size) for size in options.batch_sizes}, options.answer_rounds
+    )
+    base = f"batches of {options.batch_sizes[0]}"
+    results = {f"{name}, answers/s": len(questions) / median_seconds(of_size) for name, of_size in runs.items()}
+    results |= median_speedups(runs, base)
+    expected = runs[base][-1].result
+    for name, of_size in runs.items():
+        equal = sum(a == b for a, b in zip(expected, of_size[-1].result, strict=True))
+        results[f"{name}, fraction of answers equal to {base}"] = equal / len(expected)
     return results
 
 
 def main() -> None:
-    """Print both tables; as JSON with --json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="b16", help="of the random tower")
-    parser.add_argument("--images", type=int, default=8, help="in one call of encode_images")
-    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each tower")
-    parser.add_argument("--answer-rounds", type=int, default=3, help="timed turns of each batch size")
+    """Print the results, as JSON with --json."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="b16", help="shape of the random tower")
+    parser.add_argument("--images", type=int, default=8, help="images per call of encode_images")
+    parser.add_argument("--rounds", type=int, default=9, help="timed runs of each tower")
+    parser.add_argument("--answer-rounds", type=int, default=3, help="timed runs of each batch size")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--miniature", type=Path, help="folder of scripts/quickstart/miniature.sh, for the second part")
-    parser.add_argument("--questions", type=int, default=128, help="of the miniature to answer")
+    parser.add_argument("--miniature", type=Path, help="output of scripts/quickstart/miniature.sh, for the second part")
+    parser.add_argument("--questions", type=int, default=128, help="number of the miniature's questions to answer")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--max-new-tokens", type=int, default=12)
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -3,25 +3,27 @@
     python scripts/bench_recall.py [--images 5000] [--captions 25000] [--threads 2] [--batch 64] [--json OUT]
 
 - tiles: `llm2clip_plugin.evaluate.retrieval.recall`
-- one-hot: LLM2CLIP and CLIP_benchmark with several captions per image: all scores and all right pairs as N x M
-  matrices, then for each k and direction top-k in batches of queries, one-hot over all items, times the right pairs.
+- one-hot: LLM2CLIP and CLIP_benchmark with several captions per image: all scores and all correct pairs as
+  N x M matrices, then for each k and direction top-k in batches of queries, one-hot over all items, times the correct
+  pairs.
   `--batch`: their default is 64, LLM2CLIP's own script passes 1024
 - row loop: LLM2CLIP with one caption per image, here with the owner's label instead of the diagonal: for each direction
   and k a Python loop over the queries, each with its own product and top-k
 
-Each runs in a separate process, so that its peak memory can be measured, on synthetic embeddings with noise, so that
-recall is neither 0 nor 1. All three must agree. With `--every N` the row loop runs every N-th query and its time is
+Each runs in a new process, in which its peak memory is measured, on synthetic embeddings with noise, so that recall is
+neither 0 nor 1. All three must agree. With `--every N` the row loop runs every N-th query and its time is
 multiplied by N.
 """
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
 import torch
+from bench import argument_parser, in_new_process, peak_growth, timed
 
 from llm2clip_plugin.evaluate.retrieval import recall
 
@@ -29,7 +31,7 @@ KS = (1, 5, 10)
 
 
 def embeddings(images: int, captions: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalized images, captions (five per image at the default sizes) and owners."""
+    """Normalized embeddings of images and captions (five per image by default), and each caption's image."""
     generator = torch.Generator().manual_seed(0)
     owner = torch.arange(captions) * images // captions
     image = torch.randn(images, width, generator=generator)
@@ -40,13 +42,13 @@ def embeddings(images: int, captions: int, width: int) -> tuple[torch.Tensor, to
 def one_hot_way(
     image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Dense right pairs times one-hot top-k, batch by batch."""
-    right = torch.zeros(len(text), len(image), dtype=torch.bool)
-    right[torch.arange(len(text)), owner] = True
+    """Dense correct pairs times one-hot top-k, batch by batch."""
+    correct = torch.zeros(len(text), len(image), dtype=torch.bool)
+    correct[torch.arange(len(text)), owner] = True
     score = text @ image.T
     metrics = {}
     for k in KS:
-        for side, scores, pairs in (("t2i", score, right), ("i2t", score.T, right.T)):
+        for side, scores, pairs in (("t2i", score, correct), ("i2t", score.T, correct.T)):
             hits = []
             for start in range(0, len(scores), options.batch):
                 some = slice(start, start + options.batch)
@@ -85,42 +87,24 @@ def tiles_way(
 WAYS = {"tiles": tiles_way, "one-hot": one_hot_way, "row loop": row_loop_way}
 
 
-def memory(field: str) -> int:
-    """KiB of this process: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
-
-
-def measure(way: str, options: argparse.Namespace) -> None:
-    """Time one way in this process and print a line of JSON."""
+def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time and peak memory of one way in this process, and its metrics."""
     torch.set_num_threads(options.threads)
     arrays = embeddings(options.images, options.captions, options.width)
     (arrays[0] @ arrays[1][:64].T).sum()  # the first product starts the threads
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which includes making the embeddings
-    before = memory("VmRSS")
     repeats = options.repeats if way == "tiles" else 1
-    times = options.every if way == "row loop" else 1  # its rows are independent of each other
-    seconds, started = [], time.process_time()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        metrics = WAYS[way](*arrays, options)
-        seconds.append(times * (time.perf_counter() - start))
-    cpu = times * (time.process_time() - started) / repeats
-    peak = memory("VmHWM") - before
-    print(
-        json.dumps(
-            {
-                "seconds": sorted(seconds)[len(seconds) // 2],
-                "peak_mib": peak / 1024,
-                "cpu_seconds": cpu,
-                "metrics": metrics,
-            }
-        )
-    )
+    factor = options.every if way == "row loop" else 1  # its rows are independent of each other
+    growth, runs = peak_growth(lambda: [timed(lambda: WAYS[way](*arrays, options)) for _ in range(repeats)])
+    return {
+        "seconds": factor * median(run.wall for run in runs),
+        "peak_mib": growth / 2**20,
+        "cpu_seconds": factor * mean(run.cpu for run in runs),
+        "metrics": runs[-1].result,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=25000)
     parser.add_argument("--width", type=int, default=768)
@@ -129,17 +113,15 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64, help="queries per batch of one-hot")
     parser.add_argument("--every", type=int, default=1, help="the row loop runs only every N-th query")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--way", choices=WAYS, help="measure one way in this process")
     options = parser.parse_args()
     if options.way:
-        measure(options.way, options)
+        print(json.dumps(measure(options.way, options)))
         return 0
     rows = {}
     for way in options.ways:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        row = rows[way] = json.loads(done.stdout)
+        row = rows[way] = in_new_process(measure, way, options)
         print(f"{way:9} {row['seconds']:8.2f} s, {row['cpu_seconds']:8.2f} CPU s, {row['peak_mib']:6.0f} MiB peak")
     ours = rows[options.ways[0]]
     for way, row in list(rows.items())[1:]:

@@ -1,12 +1,12 @@
-"""Benchmark: a training step against a bare forward/backward/AdamW loop on the same tensors.
+"""A training step against a bare forward/backward/AdamW loop on the same tensors.
 
     python scripts/bench_step.py --towers vit-s vit-b --batch 8 --rounds 5
 
-Both train the same dual encoder from the same weights; their steps alternate, and medians are compared. Prints one JSON
-line per tower: seconds per step of each, their ratio (bare / ours, 1 is equal) in wall-clock and processor time,
-FLOP/s as a share of the measured peak of matrix products (on a CPU both by processor time, so that other processes
-don't count), and the share of the step spent waiting for data (512-pixel JPEGs from a shard, decoded by loader
-workers while the step runs).
+Both ways train the same dual encoder from the same weights; their steps alternate. Prints one JSON line per tower:
+median seconds per step of each way, their ratio (bare / ours, 1 is equal) by wall and by processor time, FLOP/s as a
+fraction of the measured peak of matrix products (on a CPU both by processor time, so that other processes don't
+count), and the fraction of the step spent waiting for data (512-pixel JPEGs from a shard, decoded by loader workers
+while the step runs).
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import argparse
 import copy
 import io
 import json
-import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench import alternate, argument_parser, median_seconds, timed, write_tar
 from PIL import Image
 from torch import Tensor
 
@@ -55,51 +54,37 @@ OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
 
 def main() -> None:
     """Measure each tower and print its line."""
-    options = parser().parse_args()
+    parser = argument_parser(__doc__)
+    parser.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes while measuring the wait for data")
+    options = parser.parse_args()
     device = start_ranks()
     peak = matmul_peak(device)
     for name in options.towers:
         print(json.dumps({"tower": name, **measure(name, options, device, peak)}), flush=True)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of the benchmark."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
-    options.add_argument("--batch", type=int, default=8)
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--workers", type=int, default=1, help="loader processes of the data measurement")
-    return options
-
-
 def measure(name: str, options: argparse.Namespace, device: torch.device, peak: float) -> dict[str, Any]:
-    """Alternating steps of both loops, then ours with a data loader."""
+    """Both ways, alternating; then ours over a loader."""
     dual = make_dual(name)
     batch = make_batch(options.batch)
     bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device)
-    ours, loss = our_step(dual, options.batch), []
-    seconds: dict[str, list[float]] = {"bare": [], "ours": []}
-    processor: dict[str, list[float]] = {"bare": [], "ours": []}
-    for number in range(options.rounds + 1):
-        for way, step in (("bare", bare), ("ours", lambda: ours(batch)[0])):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            loss.append(float(step()))
-            if number:  # the first round loads kernels
-                seconds[way].append(time.perf_counter() - start)
-                processor[way].append(time.process_time() - cpu_start)
-    median = {way: statistics.median(values) for way, values in seconds.items()}
-    median_cpu = {way: statistics.median(values) for way, values in processor.items()}
+    ours = our_step(dual, options.batch)
+    runs = alternate({"bare": bare, "ours": lambda: float(ours(batch)[0])}, options.rounds)
+    wall, cpu = ({way: median_seconds(runs[way], clock) for way in runs} for clock in ("wall", "cpu"))
     return {
         "batch": options.batch,
-        "bare_seconds": median["bare"],
-        "ours_seconds": median["ours"],
-        "ratio": median["bare"] / median["ours"],
-        "processor_ratio": median_cpu["bare"] / median_cpu["ours"],
+        "bare_seconds": wall["bare"],
+        "ours_seconds": wall["ours"],
+        "ratio": wall["bare"] / wall["ours"],
+        "processor_ratio": cpu["bare"] / cpu["ours"],
         "flops": flops,
-        "flop_share_of_peak": flops / (median_cpu if device.type == "cpu" else median)["ours"] / peak,
+        "flop_share_of_peak": flops / median_seconds(runs["ours"]) / peak,
         "matmul_peak_gflops": peak / 1e9,
         "wait_share": wait_share(ours, options),
-        "losses_agree": abs(loss[-2] - loss[-1]) < 1e-3,
+        "losses_agree": abs(runs["bare"][-1].result - runs["ours"][-1].result) < 1e-3,
     }
 
 
@@ -126,7 +111,7 @@ def make_batch(size: int) -> dict[str, Any]:
 
 
 def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device) -> tuple[Callable[[], float], float]:
-    """The obvious loop's step, and the floating point operations of its forward and backward pass."""
+    """The bare loop's step, and the floating point operations of its forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
@@ -154,7 +139,7 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device) ->
 
 
 def our_step(dual: DualEncoder, size: int) -> TowerStep:
-    """The step of a run of one rank under ZeRO-0."""
+    """The training step of this project on one rank, with ZeRO stage 0."""
     plan = EnginePlan(
         global_batch=size,
         micro_batch=size,
@@ -171,7 +156,7 @@ def our_step(dual: DualEncoder, size: int) -> TowerStep:
 
 
 def wait_share(step: TowerStep, options: argparse.Namespace) -> float:
-    """Share of the time of ``rounds`` steps spent waiting for the loader, after one step to start it."""
+    """Fraction of the time of ``rounds`` steps spent waiting for the loader, after one step that starts it."""
     with tempfile.TemporaryDirectory() as folder:
         waited, total, start = 0.0, 0.0, 0.0
         batches = jpeg_batches(Path(folder), options)
@@ -189,15 +174,13 @@ def wait_share(step: TowerStep, options: argparse.Namespace) -> float:
 def jpeg_batches(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Batches over a shard of 512-pixel JPEGs with a cache of random embeddings."""
     generator = np.random.default_rng(0)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(max(16, options.batch)):
-            smooth = generator.integers(0, 256, (32, 32, 3), np.uint8)
-            body = io.BytesIO()
-            Image.fromarray(smooth).resize((512, 512), Image.Resampling.BICUBIC).save(body, "JPEG", quality=90)
-            for suffix, data in (("jpg", body.getvalue()), ("txt", f"caption {number}".encode())):
-                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    files = []
+    for number in range(max(16, options.batch)):
+        smooth = generator.integers(0, 256, (32, 32, 3), np.uint8)
+        body = io.BytesIO()
+        Image.fromarray(smooth).resize((512, 512), Image.Resampling.BICUBIC).save(body, "JPEG", quality=90)
+        files += [(f"{number:05d}.jpg", body.getvalue()), (f"{number:05d}.txt", f"caption {number}".encode())]
+    write_tar(folder / "00000.tar", files)
     source = open_source(SourceConfig(path=str(folder)))
     identity = TeacherIdentity(
         llm="random",
@@ -223,15 +206,9 @@ def jpeg_batches(folder: Path, options: argparse.Namespace) -> Iterator[dict[str
 
 
 def matmul_peak(device: torch.device) -> float:
-    """FLOP a second of processor time (of the clock on a GPU), the best of some fp32 2048 x 2048 products."""
+    """FLOP/s of 2048 x 2048 products in fp32, the best of 8, by processor time on a CPU."""
     a, b = torch.randn(2, 2048, 2048, device=device)
-    best = float("inf")
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    for _ in range(8):
-        start = clock()
-        (a @ b).sum().item()
-        best = min(best, clock() - start)
-    return 2 * 2048**3 / best
+    return 2 * 2048**3 / min(timed(lambda: (a @ b).sum().item()).seconds for _ in range(8))
 
 
 if __name__ == "__main__":

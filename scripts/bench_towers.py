@@ -3,22 +3,18 @@
     python scripts/bench_towers.py [--towers eva02-b16 clip-b16] [--batch 4] [--rounds 5] [--clock cpu]
 
 Both models get the same weights and images, and must compute the same features before they are timed. Timed passes
-alternate; reported are medians over rounds, of ratios with a 95 % interval. Memory is the growth of the peak in a new
+alternate; printed are medians over the rounds, for ratios with a 95 % interval. Peak memory is measured in a new
 process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
 import random
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from bench import alternate, argument_parser, in_new_process, median_seconds, peak_growth, speedups
 from torch import Tensor, nn
 
 from llm2clip_plugin.vision.convert.layouts.eva_clip import eva_state
@@ -26,7 +22,6 @@ from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EVA = {"rope_pretrained_grid": 16}
 CLIP = {"hidden_act": "quick_gelu"}
 B16 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
@@ -97,7 +92,7 @@ def passes(model: nn.Module, pixels: Tensor, *, is_timm: bool) -> tuple:
     return evaluate, train
 
 
-def compare_speed(name: str, *, batch: int, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+def compare_speed(name: str, *, batch: int, rounds: int, clock: str) -> dict[str, float]:
     """Images per second of both by ``clock``, and their ratio, for a forward pass and for forward and backward."""
     ours = our_tower(name)
     theirs = timm_tower(name, ours)
@@ -111,70 +106,54 @@ def compare_speed(name: str, *, batch: int, rounds: int, clock: Callable[[], flo
         ("forward", "train"), passes(ours, pixels, is_timm=False), passes(theirs, pixels, is_timm=True), strict=True
     )
     for kind, mine, other in pairs:
-        seconds: tuple[list[float], list[float]] = ([], [])
-        mine(), other()  # warm up
-        for _ in range(rounds):
-            for times, run in zip(seconds, (mine, other), strict=True):
-                start = clock()
-                run()
-                times.append(clock() - start)
-        ratios = [b / a for a, b in zip(*seconds, strict=True)]
-        measured[f"{kind} ours"] = batch / statistics.median(seconds[0])
-        measured[f"{kind} timm"] = batch / statistics.median(seconds[1])
+        runs = alternate({"ours": mine, "timm": other}, rounds)
+        ratios = speedups(runs["ours"], runs["timm"], clock)
+        for model in runs:
+            measured[f"{kind} {model}"] = batch / median_seconds(runs[model], clock)
         measured[f"{kind} ratio"] = statistics.median(ratios)
         measured[f"{kind} low"], measured[f"{kind} high"] = interval(ratios)
     return measured
 
 
-def measure_memory(name: str, batch: int, threads: int, checkpointing: bool, answer) -> None:
-    """Peak memory of a forward and backward pass without weights and gradients, in MiB; runs in a new process."""
+def measure_memory(name: str, batch: int, threads: int, checkpointing: bool) -> float:
+    """Peak memory of a forward and backward pass without weights and gradients, in MiB."""
     torch.set_num_threads(threads)
     ours = our_tower(name).train()
     if checkpointing:
         ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     size = TOWERS[name][0]["image_size"]
     pixels = torch.randn(batch, 3, size, size)
-    ours(pixel_values=pixels[:1]).pooler_output.square().mean().backward()  # allocates the gradients
-    before = peak_mebibytes(reset=True)
-    ours(pixel_values=pixels).pooler_output.square().mean().backward()
-    answer.put(peak_mebibytes() - before)
 
+    def forward_backward(images: Tensor) -> None:
+        ours(pixel_values=images).pooler_output.square().mean().backward()
 
-def peak_mebibytes(*, reset: bool = False) -> float:
-    """The process's peak of resident memory (Linux); ``reset`` starts from the current use."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def memory(name: str, *, batch: int, threads: int) -> dict[str, float]:
-    """Peak memory of a training pass with and without gradient checkpointing."""
-    context, measured = multiprocessing.get_context("spawn"), {}
-    for checkpointing in (False, True):
-        answer = context.Queue()
-        process = context.Process(target=measure_memory, args=(name, batch, threads, checkpointing, answer))
-        process.start()
-        measured["checkpointed MiB" if checkpointing else "plain MiB"] = answer.get()
-        process.join()
-    return measured
+    forward_backward(pixels[:1])  # allocates the gradients
+    return peak_growth(lambda: forward_backward(pixels))[0] / 2**20
 
 
 def main() -> None:
     """Print a table and the results as one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--towers", nargs="+", default=["eva02-b16", "clip-b16"], choices=list(TOWERS))
     parser.add_argument("--batch", type=int, default=4, help="images per pass")
     parser.add_argument("--memory-batch", type=int, default=8, help="images per pass for the memory measurement")
     parser.add_argument("--rounds", type=int, default=5, help="timed passes of each model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: CPU seconds, on a busy machine")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor time, for a busy machine"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = {}
     for name in options.towers:
-        speed = compare_speed(name, batch=options.batch, rounds=options.rounds, clock=CLOCKS[options.clock])
-        results[name] = {**speed, **memory(name, batch=options.memory_batch, threads=options.threads)}
+        speed = compare_speed(name, batch=options.batch, rounds=options.rounds, clock=options.clock)
+        memory = {
+            f"{kind} MiB": in_new_process(
+                measure_memory, name, options.memory_batch, options.threads, kind == "checkpointed"
+            )
+            for kind in ("plain", "checkpointed")
+        }
+        results[name] = {**speed, **memory}
         print(f"{name}, batch {options.batch}, {options.threads} threads")
         for kind in ("forward", "train"):
             ours, theirs, ratio, low, high = (

@@ -9,6 +9,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 from llm2clip_plugin.templates import render
 
@@ -48,11 +49,9 @@ class Query:
 
 def cell(values: Sequence[float]) -> str:
     """Mean over seeds, with the standard deviation if there are several: ``.127 ± .009``."""
-    mean = sum(values) / len(values)
     if len(values) == 1:
-        return fraction(mean)
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{fraction(mean)} ± {fraction(deviation)}"
+        return fraction(values[0])
+    return f"{fraction(fmean(values))} ± {fraction(stdev(values))}"
 
 
 def fraction(value: float) -> str:

@@ -50,11 +50,6 @@ class Tower:
     seed: int
     scores: TowerScores
 
-    @property
-    def pairs(self) -> EmbeddedPairs:
-        """The test set in the space shared by images and captions."""
-        return self.scores.pairs
-
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
     """Teacher -> cache; incomplete caches are skipped with a message.
@@ -214,12 +209,12 @@ def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Pict
 def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
     """The page's captions, and what the first seed of every tower except the control retrieves."""
     shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
-    pairs = shown[0].pairs  # the captions are the same for every tower
+    pairs = shown[0].scores.pairs  # the captions are the same for every tower
     concepts, names = pairs.meta_values("concept"), english_names(pairs)
     queries = []
     for query in choose_queries(pairs):
         caption, concept = pairs.captions[query], concepts[pairs.owner_M[query]]
-        found = {TEACHERS[tower.name]: best_pictures(tower.pairs, source, query) for tower in shown}
+        found = {TEACHERS[tower.name]: best_pictures(tower.scores.pairs, source, query) for tower in shown}
         meaning = "" if caption.language == "en" else names[concept]
         queries.append(Query(text=caption.text, language=caption.language, meaning=meaning, found=found))
     return queries
@@ -278,7 +273,7 @@ def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
 
 
 def failures(report: Report) -> list[str]:
-    """What a short run must reach and did not: towers above the control, a fine-tuned teacher above the raw one."""
+    """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
     failed = []
     recall = {
         name: np.mean([tower.scores.tests()[LONG_CAPTIONS]["i2t_r10"] for tower in seeds])
@@ -302,7 +297,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
-    parser.add_argument("--must-learn", action="store_true")
+    parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
     try:
         notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]

@@ -3,7 +3,7 @@
 Each style is a separate gallery with one drawing, and one caption of each kind, per concept, so that chance is
 1 / concepts both ways; scores are means over the styles.
 
-Shape letters: N images, M captions, D joint width, W LLM embedding width.
+Shape letters: N images, M captions, D projection dimension, W LLM embedding width.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
 def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder) -> None:
     caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
     tower = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches)
-    pairs, source = tower.pairs, sets["test"]
+    pairs, source = tower.scores.pairs, sets["test"]
     query = report.choose_queries(pairs)[1]
     pictures = report.best_pictures(pairs, source, query)
     scores = pairs.image_ND @ pairs.text_MD[query]
