@@ -55,7 +55,7 @@ class Answers:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text; ValueError names the first byte that is not UTF-8, or says that the file is empty."""
+    """Text of a UTF-8 file. Raises ValueError for an empty file or another encoding, naming the first invalid byte."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     raw = path.read_bytes()
@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value; ValueError names the file and the position."""
+    """Value of a JSON file. Raises ValueError with file and position for invalid JSON."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a benchmark's JSONL file; ValueError names the first line that is not a JSON object."""
+    """Rows of a benchmark's JSONL file. Raises ValueError for the first line that is not a JSON object."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
@@ -155,11 +155,20 @@ def _from_rows(
         raise ValueError(f"{path} has no answers")
     head = rows[0] if isinstance(rows[0], dict) else {}
     layout = _layout(path, head)
-    build = {"lmms_eval": _lmms_row, "judge": _judge_row, "llava": _llava_row, "submission": _submission_row}[layout]
     answers = []
     for row, line in zip(rows, lines, strict=True):
         if isinstance(row, dict):
-            answers.append(build(row, line))
+            identifier, text, prompt = FIELDS[layout](row)
+            answers.append(
+                Answer(
+                    id=_int_if_integral(identifier),
+                    text=_text_or_none(text),
+                    prompt=prompt,
+                    line=line,
+                    row=row,
+                    layout=layout,
+                )
+            )
         else:
             unparsable += 1
             first = first or f"row {line} (not an object)"
@@ -198,39 +207,26 @@ def _int_if_integral(identifier: Any) -> Any:
     return int(identifier) if isinstance(identifier, float) and identifier.is_integer() else identifier
 
 
-def _llava_row(row: Row, line: int) -> Answer:
+Fields = tuple[Any, Any, str]  # id, text and prompt of a row, not yet checked
+
+
+def _llava_fields(row: Row) -> Fields:
     prompt = row.get("prompt")
-    return Answer(
-        id=_int_if_integral(row.get("question_id")),
-        text=_text_or_none(row.get("text")),
-        prompt=prompt if isinstance(prompt, str) else "",
-        line=line,
-        row=row,
-        layout="llava",
-    )
+    return row.get("question_id"), row.get("text"), prompt if isinstance(prompt, str) else ""
 
 
-def _submission_row(row: Row, line: int) -> Answer:
+def _submission_fields(row: Row) -> Fields:
     keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
     text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-    return Answer(
-        id=_int_if_integral(row[keys[0]]) if keys else None,
-        text=_text_or_none(text),
-        prompt="",
-        line=line,
-        row=row,
-        layout="submission",
-    )
+    return row[keys[0]] if keys else None, text, ""
 
 
-def _judge_row(row: Row, line: int) -> Answer:
-    return Answer(
-        id=row.get("question_id"), text=_text_or_none(row.get("content")), prompt="", line=line, row=row, layout="judge"
-    )
+def _judge_fields(row: Row) -> Fields:
+    return row.get("question_id"), row.get("content"), ""
 
 
-def _lmms_row(row: Row, line: int) -> Answer:
-    """A log row of any version: the response is wrapped in none, one or two lists."""
+def _lmms_fields(row: Row) -> Fields:
+    """Of a log row of any version: the response is wrapped in none, one or two lists."""
     response = row.get("filtered_resps", row.get("resps"))
     while isinstance(response, list) and len(response) == 1:
         response = response[0]
@@ -240,7 +236,15 @@ def _lmms_row(row: Row, line: int) -> Answer:
     if not isinstance(prompt, str):
         document = row.get("doc")
         prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
-    return Answer(id=None, text=_text_or_none(response), prompt=prompt, line=line, row=row, layout="lmms_eval")
+    return None, response, prompt
+
+
+FIELDS = {
+    "lmms_eval": _lmms_fields,
+    "judge": _judge_fields,
+    "llava": _llava_fields,
+    "submission": _submission_fields,
+}
 
 
 def _from_mapping(path: Path, value: dict[str, Any]) -> Answers:
@@ -290,7 +294,7 @@ def _read_folder(folder: Path, tasks: Sequence[str]) -> Answers:
         total = max(int(match[2]) for match in chunks.values())
         names = [f"{number}_{total}.jsonl" for number in range(total)]
         if missing := [name for name in names if name not in chunks]:
-            raise FileNotFoundError(f"{folder} lacks the chunks {missing} of {total}; run them again")
+            raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
         return _from_lines(folder, "\n".join(read_text(folder / name) for name in names))
     files = sorted(path.name for path in folder.iterdir())[:12]
     raise FileNotFoundError(

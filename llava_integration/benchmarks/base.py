@@ -105,6 +105,11 @@ def by_group(items: Sequence[Item], group: str, field: str = "score") -> dict[st
     return groups
 
 
+def percents(items: Sequence[Item], group: str, field: str = "score") -> dict[str, float]:
+    """Mean of a field in each group, percent, rounded to 2 places as the official scripts print it."""
+    return {key: round(100 * mean(values), 2) for key, values in by_group(items, group, field).items()}
+
+
 def precision_recall_f1(true_yes: int, false_yes: int, false_no: int) -> tuple[float, float, float]:
     """Precision, recall and F1 of "yes"; 0 where the divisor is 0."""
     precision = true_yes / (true_yes + false_yes) if true_yes + false_yes else 0.0
@@ -128,6 +133,11 @@ def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = Non
     weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
     sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
     return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
+
+
+def answered_statistic(items: Sequence[Item]) -> Statistic:
+    """Mean score of the answered questions, percent."""
+    return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
 
 
 def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:

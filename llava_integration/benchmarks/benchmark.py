@@ -1,6 +1,6 @@
-"""What a benchmark is: one file in ``rules/`` with a ``BENCHMARK``, an instance of a subclass of ``Benchmark``.
+"""A benchmark is one file in ``rules/`` with a ``BENCHMARK``, an instance of a subclass of ``Benchmark``.
 
-``load`` and ``score_item`` are what a benchmark must say; everything else has a default.
+Each must define ``load`` and ``score_item``; everything else has a default.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Benchmark(ABC):
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of llava_integration.evaluate, as in LLaVA's scripts/v1_5/eval
     joined_by_prompt: bool = False  # several questions share the id in LLaVA's answers
-    lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's names of it
+    prompt_marker: str = ""  # text in its prompts that few other benchmarks have
+    lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's task names
+    logged_id: tuple[str, ...] = ()  # the id in lmms-eval's logs: field, and the row's entries that may have it
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
     submission_format: str = ""  # json | jsonl | xlsx: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
@@ -73,7 +75,7 @@ class Benchmark(ABC):
         return {"accuracy_percent": 100 * mean_of(items)}
 
     def counts(self, items: Sequence[Item]) -> dict[str, int]:
-        """Counts of its own, such as answers in which no option is recognized."""
+        """Additional counts, such as answers in which no option is recognized."""
         return {}
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
@@ -83,7 +85,7 @@ class Benchmark(ABC):
     # Which answer belongs to which question
 
     def question_keys(self, question: Question) -> tuple[Hashable, ...]:
-        """What its answers are looked up by. Of several questions with the same key, the k-th gets the k-th answer."""
+        """Keys that its answers are looked up by. Of several questions with one key, the k-th gets the k-th answer."""
         return (str(question.id),)
 
     def answer_key(self, answer: Answer) -> Hashable | None:
@@ -92,11 +94,11 @@ class Benchmark(ABC):
 
     def logged_key(self, answer: Answer) -> Hashable | None:
         """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
-        return None
+        return logged_field(answer, *self.logged_id) if self.logged_id else None
 
     def recognizes(self, answer: Answer) -> bool:
-        """Whether an answer looks like one to this benchmark, to name it in the error when it is scored as another."""
-        return False
+        """Whether an answer looks like one to this benchmark, which the error then names if it is scored as another."""
+        return bool(self.prompt_marker) and self.prompt_marker in answer.prompt and "round_id" not in answer.row
 
     # Scoring
 
@@ -128,7 +130,7 @@ class Benchmark(ABC):
         )
 
     def prepare(self, questions: list[Question], answers: Answers) -> tuple[list[Question], Answers]:
-        """What is joined, where it differs from the questions loaded and the answers read."""
+        """Hook that may change questions and answers before they are joined."""
         return questions, answers
 
     def read_reviews(self, answers: Answers, options: Options) -> Answers:
@@ -179,7 +181,7 @@ class Benchmark(ABC):
         raise NotImplementedError(f"{self.name} has no server")
 
     def write_submission(self, folder: Path, answers: Answers, output: Path) -> None:
-        """Write the file that its server scores, whole or not at all."""
+        """Write the file that its server scores, atomically."""
         rows = self.submission_rows(folder, answers)
         with atomic_file(output) as path:
             if self.submission_format == "json":
@@ -188,6 +190,19 @@ class Benchmark(ABC):
                 write_xlsx(path, rows)
             else:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def published_scores(
+    *, llava_7b: float, llava_13b: float, reproduced_7b: float | None = None, llm2clip_7b: float | None = None
+) -> dict[str, float]:
+    """``published`` of a benchmark: headline numbers by model, without those that nobody reported."""
+    numbers = {LLAVA_7B: llava_7b, LLAVA_13B: llava_13b, LLAVA_7B_REPRODUCED: reproduced_7b, LLM2CLIP_7B: llm2clip_7b}
+    return {model: number for model, number in numbers.items() if number is not None}
+
+
+def question_row(identifier: int | str, image: str, prompt: str) -> Row:
+    """A row of a question file in LLaVA's format."""
+    return {"question_id": identifier, "image": image, "text": prompt, "category": "default"}
 
 
 def logged_field(answer: Answer, name: str, *entries: str) -> str | None:

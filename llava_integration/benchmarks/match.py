@@ -170,12 +170,12 @@ def _refuse_other_benchmark(
     if not answered or len(unknown) > max(options.allow, 1 / len(answers.rows)) * len(answers.rows):
         example = unknown[0] if unknown else answers.rows[0]
         shown = f"id {example.id!r}" if example.id is not None else f"doc_id {example.row.get('doc_id')!r}"
-        lacks = joined_by_prompt and answers.layout == "llava" and not answers.rows[0].prompt
+        no_prompt = joined_by_prompt and answers.layout == "llava" and not answers.rows[0].prompt
         raise OtherBenchmarkError(
             f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} "
             f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, "
             f"prompt {example.prompt[:80]!r})."
-            + f" The rows have no prompt, which joins answers to {name}." * lacks
+            + f" The rows have no prompt, which joins answers to {name}." * no_prompt
             + " Check BENCHMARK, --data and --answers; if --data is a part of what was answered, pass --allow-missing"
         )
     prompted = [(question, answer) for question, answer in answered if answer.prompt]

@@ -27,11 +27,11 @@ def statistic_of(name: str, items: Sequence[Item]) -> tuple[Statistic, str, str,
     An unknown benchmark, or items without what its composite needs, get the plain mean of their scores.
     """
     known = benchmarks().get(name)
-    lacking = [field for field in known.item_fields if any(field not in item for item in items)] if known else []
-    if known and not lacking:
+    missing = [field for field in known.item_fields if any(field not in item for item in items)] if known else []
+    if known and not missing:
         return known.statistic(items), known.title, known.unit, ""
     scores = [float(item["score"]) for item in items]
-    note = f"items lack {', '.join(lacking)}; mean score instead of {known.headline}" if known else ""
+    note = f"items have no {', '.join(missing)}; mean score instead of {known.headline}" if known else ""
     scale, unit = (100.0, "%") if all(0 <= score <= 1 for score in scores) else (1.0, "score")
     title = known.title if known else name
     if items and all("equal_parts" in item for item in items):

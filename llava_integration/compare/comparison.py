@@ -1,4 +1,4 @@
-"""What a comparison says: one row a benchmark and pair of sides, and what the reports show besides."""
+"""The result of a comparison: one row per benchmark and pair of sides."""
 
 from __future__ import annotations
 
@@ -67,20 +67,18 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the verdicts and power lines."""
-        rows = [
-            {**asdict(row), **_flat(row.result), "verdict": row.verdict, "power": row.power_line()} for row in self.rows
-        ]
-        for row in rows:
-            del row["result"]
-            row["base_score"], row["new_score"] = row.pop("base_value"), row.pop("new_value")
-        return {**asdict(self), "rows": rows}
+        return {**asdict(self), "rows": [_row_dict(row) for row in self.rows]}
 
 
-def _flat(result: Difference) -> dict[str, Any]:
-    body = asdict(result)
+def _row_dict(row: Row) -> dict[str, Any]:
+    body = asdict(row)
+    result = body.pop("result")
     return {
         **body,
-        "base_value": body.pop("base"),
-        "new_value": body.pop("new"),
-        "interval": [body["low"], body["high"]],
+        "base_score": result.pop("base"),
+        "new_score": result.pop("new"),
+        **result,
+        "interval": [row.result.low, row.result.high],
+        "verdict": row.verdict,
+        "power": row.power_line(),
     }

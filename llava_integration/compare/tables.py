@@ -156,18 +156,18 @@ def latex(comparison: Comparison) -> str:
         "% needs \\usepackage{booktabs}",
         "\\begin{tabular}{l" + "r" * len(names) + "}",
         "\\toprule",
-        " & ".join(["", *(escape_latex(comparison.titles[name]) for name in names)]) + " \\\\",
+        _latex_row(["", *(escape_latex(comparison.titles[name]) for name in names)]),
         "\\midrule",
     ]
     for label, values in comparison.references.items():
-        lines.append(" & ".join([f"\\textit{{{escape_latex(label)}}}", *_reference(values, names)]) + " \\\\")
+        lines.append(_latex_row([f"\\textit{{{escape_latex(label)}}}", *_reference(values, names)]))
     if comparison.references:
         lines.append("\\midrule")
     first = [
         number(comparison.scores[name][base], comparison.units[name]) if base in comparison.scores[name] else ""
         for name in names
     ]
-    lines.append(" & ".join([escape_latex(base), *first]) + " \\\\")
+    lines.append(_latex_row([escape_latex(base), *first]))
     for name in comparison.names[1:]:
         shown, steps = [], []
         for benchmark in names:
@@ -175,10 +175,14 @@ def latex(comparison: Comparison) -> str:
             text = number(row.result.new, row.unit) if row else ""
             shown.append(f"\\textbf{{{text}}}" if row and row.verdict != "no difference shown" else text)
             steps.append(_latex_step(row))
-        lines.append(" & ".join([escape_latex(name), *shown]) + " \\\\")
-        lines.append(" & ".join(["\\quad difference", *steps]) + " \\\\")
+        lines.append(_latex_row([escape_latex(name), *shown]))
+        lines.append(_latex_row(["\\quad difference", *steps]))
     lines += ["\\bottomrule", "\\end{tabular}"]
     return "\n".join([*lines, *("% " + line for line in method_lines(comparison))]) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
 
 
 def _latex_step(row: Row | None) -> str:

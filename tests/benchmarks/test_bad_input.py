@@ -173,5 +173,5 @@ def test_chunks_of_a_multi_gpu_run(tmp_path):
     record = command("vqav2", tmp_path, tmp_path)
     assert record["metrics"] == command("vqav2", answers("vqav2", "model-a"), tmp_path)["metrics"]
     (tmp_path / "2_4.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks the chunks \['2_4.jsonl'\]"):
+    with pytest.raises(FileNotFoundError, match=r"is missing the chunks \['2_4.jsonl'\]"):
         command("vqav2", tmp_path, tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
 from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean, mean_of, text_of
-from llava_integration.benchmarks.benchmark import LLAVA_7B, LLAVA_7B_REPRODUCED, LLAVA_13B, LLM2CLIP_7B, Benchmark
+from llava_integration.benchmarks.benchmark import Benchmark, published_scores
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -141,5 +141,5 @@ BENCHMARK = GQA(
     image_folders=("data/images", "images", ""),
     lmms_eval_tasks=("gqa", "gqa_lite"),
     submission_format="json",
-    published={LLAVA_7B: 62.0, LLAVA_13B: 63.3, LLAVA_7B_REPRODUCED: 62.86, LLM2CLIP_7B: 63.15},
+    published=published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
 )

@@ -15,14 +15,7 @@ import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, read_jsonl
 from llava_integration.benchmarks.base import Item, Options, Question, Scored, Statistic, item_of, ratio, text_of
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    LONG_ANSWERS,
-    Benchmark,
-)
+from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
 
 
 class LLaVABench(Benchmark):
@@ -121,5 +114,5 @@ BENCHMARK = LLaVABench(
     lmms_eval_tasks=("llava_in_the_wild",),
     judge="LLaVA's eval_gpt_review_bench.py",
     item_fields=("mark_model", "mark_reference"),
-    published={LLAVA_7B: 65.4, LLAVA_13B: 72.5, LLAVA_7B_REPRODUCED: 58.0, LLM2CLIP_7B: 62.7},
+    published=published_scores(llava_7b=65.4, llava_13b=72.5, reproduced_7b=58.0, llm2clip_7b=62.7),
 )

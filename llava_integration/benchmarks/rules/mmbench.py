@@ -19,15 +19,7 @@ from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_text
 from llava_integration.benchmarks.base import Item, Options, Question, Scored, by_group, flatten, item_of, mean, mean_of
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    LONG_ANSWERS,
-    Benchmark,
-    logged_field,
-)
+from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
 from llava_integration.benchmarks.mmbench_letters import letter_lmms_eval, letter_vlmevalkit, mcq_letter
 
 WHERE = "https://github.com/open-compass/MMBench"
@@ -83,10 +75,6 @@ class MMBench(Benchmark):
                 )
             )
         return questions
-
-    def logged_key(self, answer: Answer) -> str | None:
-        """The table's index."""
-        return logged_field(answer, "index", "gpt_eval_score", "submission", "doc")
 
     def recognizes(self, answer: Answer) -> bool:
         """By the fields of LLaVA's model_vqa_mmbench."""
@@ -188,7 +176,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
     needed = {"index", "question", "A", "B", "answer"}
     if not rows or not needed <= set(rows[0]):
         columns = sorted(key for key in rows[0] if key) if rows else []
-        raise ValueError(f"{path} lacks the columns {sorted(needed - set(columns))}; it has {columns} (tab separated)")
+        raise ValueError(
+            f"{path} is missing the columns {sorted(needed - set(columns))}; it has {columns} (tab-separated)"
+        )
     return rows
 
 
@@ -256,6 +246,7 @@ BENCHMARK = MMBench(
     question_files=PATTERNS,
     evaluate_options=("--single-pred-prompt", *LONG_ANSWERS),
     lmms_eval_tasks=("mmbench_en_dev", "mmbench_en_dev_static", "mmbench_en_dev_lite", "mmbench_en"),
+    logged_id=("index", "gpt_eval_score", "submission", "doc"),
     submission_format="xlsx",
-    published={LLAVA_7B: 64.3, LLAVA_13B: 67.7, LLAVA_7B_REPRODUCED: 66.66, LLM2CLIP_7B: 68.29},
+    published=published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
 )

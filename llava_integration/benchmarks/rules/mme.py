@@ -27,15 +27,7 @@ from llava_integration.benchmarks.base import (
     ratio,
     text_of,
 )
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    Benchmark,
-    first_file,
-    logged_field,
-)
+from llava_integration.benchmarks.benchmark import Benchmark, first_file, logged_field, published_scores
 from llava_integration.benchmarks.match import squeeze
 
 RELEASE = "MME_Benchmark_release_version"
@@ -270,5 +262,5 @@ BENCHMARK = MME(
     joined_by_prompt=True,
     lmms_eval_tasks=("mme",),
     item_fields=("category", "cluster"),
-    published={LLAVA_7B: 1510.7, LLAVA_13B: 1531.3, LLAVA_7B_REPRODUCED: 1476.69, LLM2CLIP_7B: 1505.82},
+    published=published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),
 )

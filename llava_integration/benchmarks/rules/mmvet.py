@@ -14,15 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, read_json
-from llava_integration.benchmarks.base import Item, Question, Statistic, item_of, mean, mean_of, mean_statistic
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    LONG_ANSWERS,
-    Benchmark,
-)
+from llava_integration.benchmarks.base import Item, Question, Statistic, answered_statistic, item_of, mean, mean_of
+from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
 
 
 class MMVet(Benchmark):
@@ -80,8 +73,8 @@ class MMVet(Benchmark):
         return metrics
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
-        """Mean score of the graded questions, percent."""
-        return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
+        """Mean score of the answered questions, percent."""
+        return answered_statistic(items)
 
 
 def _mmvet_id(identifier: object) -> str:
@@ -101,5 +94,5 @@ BENCHMARK = MMVet(
     evaluate_options=LONG_ANSWERS,
     lmms_eval_tasks=("mmvet",),
     judge="MM-Vet's evaluator",
-    published={LLAVA_7B: 31.1, LLAVA_13B: 36.1, LLAVA_7B_REPRODUCED: 34.3, LLM2CLIP_7B: 34.8},
+    published=published_scores(llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8),
 )

@@ -31,7 +31,7 @@ from llava_integration.benchmarks.base import (
     ratio,
     text_of,
 )
-from llava_integration.benchmarks.benchmark import LLAVA_7B, LLAVA_13B, Benchmark
+from llava_integration.benchmarks.benchmark import Benchmark, published_scores
 from llava_integration.benchmarks.match import squeeze
 
 WORD = re.compile(r"\b(yes|yeah|yep|no|not|nope|none|cannot|can't|isn't|aren't)\b", re.IGNORECASE)
@@ -296,5 +296,5 @@ BENCHMARK = POPE(
     image_folders=("val2014", "images", ""),
     lmms_eval_tasks=("pope", "pope_full"),
     item_fields=("category", "parsed", "label"),
-    published={LLAVA_7B: 85.9, LLAVA_13B: 85.9},
+    published=published_scores(llava_7b=85.9, llava_13b=85.9),
 )

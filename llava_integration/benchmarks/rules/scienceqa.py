@@ -24,14 +24,7 @@ from llava_integration.benchmarks.base import (
     mean_of,
     mean_statistic,
 )
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    LONG_ANSWERS,
-    Benchmark,
-)
+from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
 
 LETTERS = ("A", "B", "C", "D", "E")
 ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
@@ -65,10 +58,6 @@ class ScienceQA(Benchmark):
             pictured = [question for question in questions if question.image]
             questions = pictured if len(answers.rows) <= len(pictured) else questions
         return questions, answers
-
-    def recognizes(self, answer: Answer) -> bool:
-        """By LLaVA's prompt."""
-        return "Answer with the option's letter" in answer.prompt and "round_id" not in answer.row
 
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Raises ValueError for questions that were asked without their images."""
@@ -167,6 +156,7 @@ BENCHMARK = ScienceQA(
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     evaluate_options=("--single-pred-prompt", *LONG_ANSWERS),
+    prompt_marker="Answer with the option's letter",
     lmms_eval_tasks=("scienceqa_img", "scienceqa"),
-    published={LLAVA_7B: 66.8, LLAVA_13B: 71.6, LLAVA_7B_REPRODUCED: 67.97, LLM2CLIP_7B: 69.92},
+    published=published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
-from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean, mean_of, text_of
-from llava_integration.benchmarks.benchmark import LLAVA_7B, LLAVA_13B, Benchmark, logged_field, texts_by_id
+from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean_of, percents, text_of
+from llava_integration.benchmarks.benchmark import Benchmark, published_scores, texts_by_id
 
 LETTER = re.compile(r"\s*\(?([A-Da-d])\)?(?:[.):,]|\s|$)|.*\b[Aa]nswer is:?\s*\(?([A-D])\b", re.DOTALL)
 PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's
@@ -47,14 +47,6 @@ class SEEDBench(Benchmark):
             for entry in data["questions"]
         ]
 
-    def logged_key(self, answer: Answer) -> str | None:
-        """The question's id."""
-        return logged_field(answer, "question_id", "seed_all", "doc")
-
-    def recognizes(self, answer: Answer) -> bool:
-        """By LLaVA's prompt."""
-        return "Answer with the option's letter" in answer.prompt and "round_id" not in answer.row
-
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """The letter, exactly."""
         text = text_of(answer)
@@ -74,7 +66,7 @@ class SEEDBench(Benchmark):
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
         """The official script's printed percentages, the same unrounded, and lmms-eval's."""
         types = by_group(items, "category")
-        printed = {name: round(100 * mean(values), 2) for name, values in types.items()}
+        printed = percents(items, "category")
         metrics = {}
         for part, name in PRINTED.items():
             if chosen := [item for item in items if part in ("all", item["data_type"])]:
@@ -111,7 +103,9 @@ BENCHMARK = SEEDBench(
     folders=("seed_bench", "seedbench", "seed-bench"),
     annotations=("SEED-Bench.json",),
     question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
+    prompt_marker="Answer with the option's letter",
     lmms_eval_tasks=("seedbench", "seedbench_lite"),
+    logged_id=("question_id", "seed_all", "doc"),
     submission_format="jsonl",
-    published={LLAVA_7B: 58.6, LLAVA_13B: 61.6},
+    published=published_scores(llava_7b=58.6, llava_13b=61.6),
 )

@@ -12,15 +12,8 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, read_json
-from llava_integration.benchmarks.base import Item, Question, Statistic, item_of, mean_of, mean_statistic, text_of
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    Benchmark,
-    logged_field,
-)
+from llava_integration.benchmarks.base import Item, Question, Statistic, answered_statistic, item_of, mean_of, text_of
+from llava_integration.benchmarks.benchmark import Benchmark, published_scores
 from llava_integration.benchmarks.vqa_text import m4c, m4c_accuracy
 
 TOKENS_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
@@ -63,14 +56,6 @@ class TextVQA(Benchmark):
         text = question_in(answer.prompt)
         return None if text is None else (str(answer.id), text)
 
-    def logged_key(self, answer: Answer) -> str | None:
-        """The annotation's id."""
-        return logged_field(answer, "question_id", "submission", "doc")
-
-    def recognizes(self, answer: Answer) -> bool:
-        """By LLaVA's prompt."""
-        return "Reference OCR token" in answer.prompt
-
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """``line``: the answer's line in the file, from 0; -1 for none."""
         text, official = text_of(answer), question.extra["official"]
@@ -98,8 +83,8 @@ class TextVQA(Benchmark):
         }
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
-        """Mean accuracy over the answered questions, percent."""
-        return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
+        """Mean score of the answered questions, percent."""
+        return answered_statistic(items)
 
 
 def question_in(prompt: str) -> str | None:
@@ -122,6 +107,8 @@ BENCHMARK = TextVQA(
     question_files=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
     joined_by_prompt=True,
+    prompt_marker="Reference OCR token",
     lmms_eval_tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
-    published={LLAVA_7B: 58.2, LLAVA_13B: 61.3, LLAVA_7B_REPRODUCED: 57.48, LLM2CLIP_7B: 58.35},
+    logged_id=("question_id", "submission", "doc"),
+    published=published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
 )

@@ -10,16 +10,14 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
-from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean, mean_of, text_of
+from llava_integration.benchmarks.base import Item, Question, flatten, item_of, mean, mean_of, percents, text_of
 from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
     SHORT_ANSWER,
     Benchmark,
     first_file,
     logged_field,
+    published_scores,
+    question_row,
     texts_by_id,
 )
 from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, m4c_accuracy, vqa_api_accuracy
@@ -72,10 +70,6 @@ class VizWiz(Benchmark):
         image = logged_field(answer, "image", "submission")
         return None if image is None else ("image", Path(image).stem)
 
-    def recognizes(self, answer: Answer) -> bool:
-        """By LLaVA's prompt."""
-        return "respond with 'Unanswerable'" in answer.prompt
-
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """A missing answer scores 0."""
         text = text_of(answer)
@@ -92,13 +86,12 @@ class VizWiz(Benchmark):
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
         """Accuracy by lmms-eval's rule and by the VQA API's on LLaVA's submission."""
-        types = by_group(items, "category", "score_vqa_api")
         return flatten(
             {
                 "lmms_eval_accuracy": mean_of(items),
                 "vqa_api": {
                     "overall": round(100 * mean_of(items, "score_vqa_api"), 2),
-                    "per_answer_type": {key: round(100 * mean(values), 2) for key, values in types.items()},
+                    "per_answer_type": percents(items, "category", "score_vqa_api"),
                 },
                 "corrected_overall": 100
                 * mean([corrected_accuracy(item["answer"], item["truth"]) for item in items if not item["missing"]]),
@@ -108,12 +101,7 @@ class VizWiz(Benchmark):
     def question_rows(self, folder: Path) -> list[Row]:
         """VizWiz val with LLaVA's prompt of the test split."""
         return [
-            {
-                "question_id": place,
-                "image": entry["image"],
-                "text": f"{entry['question']}\n{UNANSWERABLE}\n{SHORT_ANSWER}",
-                "category": "default",
-            }
+            question_row(place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{SHORT_ANSWER}")
             for place, entry in enumerate(read_json(folder / "val.json"))
         ]
 
@@ -136,7 +124,8 @@ BENCHMARK = VizWiz(
     question_files=("llava_val*.jsonl", "llava_test*.jsonl"),
     scored_question_files=("llava_val*.jsonl",),
     image_folders=("val", "test", "images", ""),
+    prompt_marker="respond with 'Unanswerable'",
     lmms_eval_tasks=("vizwiz_vqa_val", "vizwiz_vqa_val_lite"),
     submission_format="json",
-    published={LLAVA_7B: 50.0, LLAVA_13B: 53.6, LLAVA_7B_REPRODUCED: 50.57, LLM2CLIP_7B: 52.37},
+    published=published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
 )

@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
-from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean, mean_of, text_of
-from llava_integration.benchmarks.benchmark import (
-    LLAVA_7B,
-    LLAVA_7B_REPRODUCED,
-    LLAVA_13B,
-    LLM2CLIP_7B,
-    SHORT_ANSWER,
-    Benchmark,
-    first_file,
-)
+from llava_integration.benchmarks.base import Item, Question, flatten, item_of, mean_of, percents, text_of
+from llava_integration.benchmarks.benchmark import SHORT_ANSWER, Benchmark, first_file, published_scores, question_row
 from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, vqa_api_accuracy
 
 VAL_QUESTIONS = ("*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.json")
@@ -100,12 +92,7 @@ class VQAv2(Benchmark):
         """VQAv2 val with LLaVA's prompt."""
         path = first_file(folder, *VAL_QUESTIONS)
         return [
-            {
-                "question_id": entry["question_id"],
-                "image": _val_image(entry),
-                "text": f"{entry['question']}\n{SHORT_ANSWER}",
-                "category": "default",
-            }
+            question_row(entry["question_id"], _val_image(entry), f"{entry['question']}\n{SHORT_ANSWER}")
             for entry in (read_json(path)["questions"] if path else [])
         ]
 
@@ -126,14 +113,11 @@ def _val_image(entry: Row) -> str:
 def _api_numbers(items: Sequence[Item], field: str) -> dict:
     """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
 
-    def percents(group: str) -> dict[str, float]:
-        return {key: round(100 * mean(values), 2) for key, values in by_group(items, group, field).items()}
-
     return {
         "overall": round(100 * mean_of(items, field), 2),
         "overall_unrounded": 100 * mean_of(items, field),
-        "per_answer_type": percents("category"),
-        "per_question_type": percents("question_type"),
+        "per_answer_type": percents(items, "category", field),
+        "per_question_type": percents(items, "question_type", field),
     }
 
 
@@ -149,5 +133,5 @@ BENCHMARK = VQAv2(
     image_folders=("val2014", "test2015", "images", ""),
     lmms_eval_tasks=("vqav2_val", "vqav2_val_lite", "vqav2"),
     submission_format="json",
-    published={LLAVA_7B: 78.5, LLAVA_13B: 80.0, LLAVA_7B_REPRODUCED: 79.04, LLM2CLIP_7B: 79.80},
+    published=published_scores(llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80),
 )
