@@ -32,6 +32,6 @@ def test_the_miniature(world, tmp_path):
         config = json.loads((output / f"llava-{side}" / "config.json").read_text())
         tower = world.towers["clip" if side == "before" else "other"]
         assert config["llm2clip_tower"]["origin"] == str(tower.resolve())
-    assert (output / "compare" / "compare.html").is_file() and "A miniature: a language model of" in told
+    assert (output / "compare" / "compare.html").is_file() and "This is a miniature: a language model of" in told
     again = world.run("bash", SCRIPT, *words, LLAVA_PYTHON=sys.executable)
     assert "LLaVA stage" not in again and "is complete" in again
