@@ -67,7 +67,8 @@ def _find_file(path: str, data: str, names: tuple[str, ...]) -> Path | None:
     """``path``, which must exist, else the first of ``names`` in the data's folder or its parent."""
     if path:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} not found")
+            kind = "class names" if names is NAME_FILES else "templates"
+            raise FileNotFoundError(f"no file of {kind} at {path}")
         return Path(path)
     folder = _data_folder(data)
     candidates = (parent / name for parent in (folder, folder.parent) for name in names)

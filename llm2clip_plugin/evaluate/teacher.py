@@ -70,6 +70,10 @@ class Teacher:
             if all_ranks:
                 barrier()
             cache = self._open(source, directory)
+        if self.llm_width and cache.width != self.llm_width:
+            raise ContractError(
+                f"{directory} has width {cache.width}, but the tower's adapter expects {self.llm_width}"
+            )
         return cache
 
     @property
@@ -96,7 +100,7 @@ class Teacher:
         return self._encoder
 
     def _open(self, source: Source, directory: Path) -> EmbeddingCache:
-        cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint, expect_width=self.llm_width or None)
+        cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
         cache.check(source)
         return cache
 
