@@ -72,7 +72,7 @@ class Teacher:
             cache = self._open(source, directory)
         if self.llm_width and cache.width != self.llm_width:
             raise ContractError(
-                f"{directory} has width {cache.width}, but the tower's adapter expects {self.llm_width}"
+                f"{directory} has width {cache.width}, but the tower's text adapter expects {self.llm_width}"
             )
         return cache
 
