@@ -1,7 +1,5 @@
 """The checks of ``llm2clip doctor`` for LLaVA's environment: LLaVA, transformers, the start-up hook, the tower."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version

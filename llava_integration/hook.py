@@ -3,8 +3,6 @@
 ``boot`` calls `complete` for each module in ``boot.WATCHED``, right after Python has executed it.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -5,8 +5,6 @@ as ``python -m`` or ``python SCRIPT`` would. With DeepSpeed's launcher:
 ``deepspeed --module llava_integration.launch llava.train.train --deepspeed zero2.json ...``
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -10,8 +10,6 @@ Sources: Davison and Hinkley, Bootstrap Methods and their Application (1997), se
 those of Hesterberg (2015), The American Statistician 69, "expanded percentile".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass

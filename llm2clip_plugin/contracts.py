@@ -12,8 +12,6 @@ and by ``llm2clip --help``.
 | ScoreFile     | ``*.scores.json``   | score, bench-mllm      | compare                          |
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

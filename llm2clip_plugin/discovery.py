@@ -1,7 +1,5 @@
 """Open lists: a folder with one file a member, each found because it is there."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from typing import Any

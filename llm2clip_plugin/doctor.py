@@ -3,8 +3,6 @@
 Works in the training environment and in LLaVA's, also if torch is not installed.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

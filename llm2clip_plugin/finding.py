@@ -1,7 +1,5 @@
 """The lines that ``llm2clip doctor`` prints; standard library only."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

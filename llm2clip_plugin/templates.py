@@ -1,7 +1,5 @@
 """HTML pages from jinja2 templates. jinja2 comes with torch and is imported when a page is made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """Helpers of the benchmarks: runs that alternate, peak memory, new processes."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import tarfile

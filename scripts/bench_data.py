@@ -6,8 +6,6 @@ one process, so that their ratio is reliable on a noisy machine. Prints Markdown
     python scripts/bench_data.py --images 512 --repeats 5
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

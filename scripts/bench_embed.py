@@ -8,8 +8,6 @@ states. Both alternate in one process with the same model and dtype; the smalles
 printed. Seconds are processor time on a CPU.
 """
 
-from __future__ import annotations
-
 import json
 import random
 

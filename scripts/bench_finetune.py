@@ -9,8 +9,6 @@ the same pairs with the same loss, whose values must agree. Memory is measured i
 (``memory-of``: one measurement, in this process).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

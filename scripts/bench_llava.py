@@ -13,8 +13,6 @@ The variants alternate, each round starting with the next one; a ratio is the me
 are processor time, which other programs on the machine hardly affect.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

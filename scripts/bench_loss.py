@@ -5,8 +5,6 @@
 Each way runs in a new process, in which its peak memory is measured; prints one JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from statistics import median

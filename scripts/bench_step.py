@@ -9,8 +9,6 @@ count), and the fraction of the step spent waiting for data (512-pixel JPEGs fro
 while the step runs).
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import io

@@ -7,8 +7,6 @@ alternate; printed are medians over the rounds, for ratios with a 95 % interval.
 process.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import statistics

@@ -19,8 +19,6 @@ The split is by *family* (gender and person code points stripped, a few look-ali
 random split would put the same concept, drawn for another gender, on both sides.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib.util

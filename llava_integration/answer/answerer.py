@@ -6,8 +6,6 @@ LLaVA is imported when a model is loaded: ``--help`` works without it.
 # LLaVA is installed in its own environment, not where types are checked.
 # pyright: reportMissingImports=false
 
-from __future__ import annotations
-
 import argparse
 import os
 import uuid

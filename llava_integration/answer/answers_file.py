@@ -4,8 +4,6 @@ Until all answers exist, ``ANSWERS.partial/`` contains a file per process; the r
 them. A run resumes with any number of ranks, and no rank waits for another.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import uuid

@@ -5,8 +5,6 @@ answers file. Adds batches, a choice of device, resuming, and several ranks with
 --nproc_per_node 8 -m llava_integration.evaluate ...`` or ``srun``).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -7,8 +7,6 @@
 | ``.tsv``  | MMBench (base64 images, rotated options)    | ``model_vqa_mmbench``   |
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

@@ -10,8 +10,6 @@
 Also a folder of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

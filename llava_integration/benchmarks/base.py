@@ -3,8 +3,6 @@
 A question is one line of a benchmark's annotations; an item is what a score file says about one question.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Answers, scores and logs are written to --output; completed ones are skipped on 
 not stop the others. Options after ``--`` are passed to the engine (llava_integration.evaluate, or lmms_eval).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

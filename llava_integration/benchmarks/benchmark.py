@@ -3,8 +3,6 @@
 Each must define ``load`` and ``score_item``; everything else has a default.
 """
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence

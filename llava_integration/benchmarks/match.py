@@ -3,8 +3,6 @@
 Of two answers to a question the last counts, as in LLaVA's own conversion scripts.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """The option in a free answer: heuristics of VLMEvalKit's exact matching (at e8e78f0) and lmms-eval's static MMBench
 (at 75571cf). Golden answers in the tests pin both."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

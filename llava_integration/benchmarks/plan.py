@@ -1,7 +1,5 @@
 """Which benchmarks have their files in LLaVA's evaluation folder, and which files those are."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

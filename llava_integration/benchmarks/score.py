@@ -1,7 +1,5 @@
 """``llm2clip score``: score one answers file against a benchmark's annotations, by the official rule."""
 
-from __future__ import annotations
-
 import argparse
 import platform
 import sys

@@ -5,8 +5,6 @@ evaluation, https://visualqa.org/evaluation.html) and the *M4C* one, which first
 TextVQA and for the files it sends to the VQAv2 and VizWiz servers. Their quirks are kept; comments mark them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The smallest spreadsheet that the MMBench server reads: one sheet of inline strings and numbers; standard library."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path

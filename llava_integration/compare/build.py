@@ -1,7 +1,5 @@
 """From score files to a comparison: questions paired by id, statistics for each benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ BASE and NEW are score files of `llm2clip score`, or folders of them; several fi
 its runs (seeds).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

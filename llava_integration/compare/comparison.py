@@ -1,7 +1,5 @@
 """The result of a comparison: one row per benchmark and pair of sides."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The questions whose score differs between two sides, as the page's browser shows them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

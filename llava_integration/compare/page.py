@@ -4,8 +4,6 @@ Nothing is fetched: style, script, plots and pictures are in the file, and its c
 and no script but the page's own (by hash). The template escapes every text; the script inserts answers as text nodes.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The pictures of a benchmark without a rule (score files from elsewhere) are belo
 files, or below ``--images``; an item's ``image`` is a path relative to that.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

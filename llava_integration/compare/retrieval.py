@@ -5,8 +5,6 @@ SugarCrepe's are pairs of captions without a side, whose ``part`` is one of seve
 number is the mean over its languages, each with its own candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The sides of a comparison: the score files of one model, by benchmark; several files of one are its runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

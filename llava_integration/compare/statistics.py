@@ -6,8 +6,6 @@ Images are drawn, not questions. A resample gives every image a weight, and the 
 of both sides, composites included: what is resampled is what is published.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

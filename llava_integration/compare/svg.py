@@ -1,7 +1,5 @@
 """Three plots as inline SVG without scripts: forest of differences, radar of scores, bars by category."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from html import escape

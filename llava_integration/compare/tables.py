@@ -1,7 +1,5 @@
 """A comparison as text: terminal, Markdown, LaTeX."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from llava_integration.compare.comparison import Comparison, Row

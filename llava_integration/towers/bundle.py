@@ -1,7 +1,5 @@
 """``llm2clip llava bundle CHECKPOINT``: copy the tower into a LLaVA checkpoint, so that they move together."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

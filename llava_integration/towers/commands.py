@@ -1,7 +1,5 @@
 """``llm2clip use`` and ``llm2clip towers``: the towers registered for ``--vision_tower llm2clip``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ stitched together, averaged down to the first scale's grid and concatenated alon
 Shape letters: B images, N patches of the first scale, H hidden width, S image size in pixels, G patches along a side.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

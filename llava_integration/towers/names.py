@@ -11,8 +11,6 @@
 Standard library only; the Hub's client is imported when a name needs it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

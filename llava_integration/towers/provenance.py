@@ -3,8 +3,6 @@
 LLaVA records only the name of the tower, and a name can come to mean another tower.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

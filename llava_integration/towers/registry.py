@@ -4,8 +4,6 @@ One JSON file: ``$LLM2CLIP_HOME/towers.json``, else ``$XDG_CONFIG_HOME/llm2clip/
 ``~/.config/llm2clip/towers.json``.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shape letters: B images, N patches, H hidden width, S image size in pixels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: S side of the tower's image in pixels. Pixels are RGB.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Decode image files with PIL, JPEGs at a fraction of their size where that is enough."""
 
-from __future__ import annotations
-
 import io
 import struct
 

@@ -3,8 +3,6 @@
 Shapes: b images of a batch, m captions of these, S pixels a side, W width of a teacher embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ The rows of a global batch are a function of (seed, position), whatever the numb
 can't be used is reported, counted and replaced by another, which is a function of (seed, sample).
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -4,8 +4,6 @@ Every source is sampled without replacement, pass after pass. The global batch a
 number of ranks, batches or workers (``rank_rows`` cuts it), so one integer resumes a run with any number of ranks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Sequence

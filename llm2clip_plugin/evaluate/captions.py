@@ -6,8 +6,6 @@ second ones by cosine similarity, and the top one must be of the same image. Ima
 Shapes: N pairs of captions, W width of an embedding.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Shapes: C classes, P prompts of a class, D projection dimension, W width of a teacher embedding.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

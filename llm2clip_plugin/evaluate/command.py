@@ -1,7 +1,5 @@
 """``llm2clip evaluate``: retrieval recall of a tower directory on a dataset whose captions are cached."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated

@@ -1,7 +1,5 @@
 """What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: N images, M captions, U distinct captions, D projection dimension, W width of a teacher embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

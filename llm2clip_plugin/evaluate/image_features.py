@@ -3,8 +3,6 @@
 Shapes: N images, D width of a feature, S pixels a side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A data source whose rows are in memory: a benchmark's images and captions, or the prompts of zero-shot classes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

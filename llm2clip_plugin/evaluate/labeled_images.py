@@ -1,7 +1,5 @@
 """Images with a class label: ImageNet's folders, tars with .cls members, or a field of a dataset's JSON."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shapes: N training images, M test images, D width of a feature, C classes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

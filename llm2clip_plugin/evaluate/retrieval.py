@@ -6,8 +6,6 @@ Shapes: N images, M captions, D projection dimension, Q queries of one direction
 calls this text retrieval). ``t2i``: a caption is the query and the images are ranked (image retrieval).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ of a concept are in the pool, and are queries, once: i2t R@k is over k captions,
 Shapes: N images, M captions.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a retrieval suite is: which files, how they are read, what is measured, what the paper reports."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

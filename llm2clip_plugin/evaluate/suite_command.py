@@ -1,7 +1,5 @@
 """``llm2clip evaluate TOWER_DIR --suite NAMES --root DIR``: benchmarks by name, and the paper's tables next to ours."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a suite can measure: recall, recall averaged over languages, or the caption against its hard negative."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable

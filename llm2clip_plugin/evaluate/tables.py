@@ -1,7 +1,5 @@
 """The tables of ``llm2clip evaluate``: one dataset's retrieval, and the suites next to the paper's results."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table

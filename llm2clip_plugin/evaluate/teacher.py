@@ -1,7 +1,5 @@
 """The tower's teacher: the cache of its embeddings, and the LLM itself for captions that are not cached yet."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

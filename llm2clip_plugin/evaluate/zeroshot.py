@@ -3,8 +3,6 @@
 Shapes: N images, C classes, D projection dimension.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the stages' command lines share: options that are read before the others, tyro, and the launcher's variables."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

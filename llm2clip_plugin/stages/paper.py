@@ -1,7 +1,5 @@
 """What the paper (LLM2CLIP, arXiv 2411.04997) trained with: its LLMs and its data, for recipes and plans."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

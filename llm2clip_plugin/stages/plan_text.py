@@ -1,7 +1,5 @@
 """How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage, commands, DeepSpeed's configuration."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence

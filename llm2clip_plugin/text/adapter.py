@@ -1,7 +1,5 @@
 """PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that holds one."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

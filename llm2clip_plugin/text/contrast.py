@@ -4,8 +4,6 @@ Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all r
 G texts of one length group, T tokens, W embedding width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where an LLM runs and in which dtype, if the user names none."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -4,8 +4,6 @@ Ranks share the shards and communicate only through the file system: each writes
 all of them written writes the manifest. A killed run resumes: shards that are complete are skipped.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``llm2clip export-llm``: a fine-tuned LLM as merged weights, adapter or sentence-transformers folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from dataclasses import dataclass, field

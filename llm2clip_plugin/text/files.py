@@ -1,7 +1,5 @@
 """The files of an LLM or adapter: found or downloaded, and hashed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -7,8 +7,6 @@ that it has little impact.
 Shape letters: m texts of a micro-batch, T tokens, K masked tokens, H hidden width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import chain

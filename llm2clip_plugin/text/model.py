@@ -3,8 +3,6 @@
 Shape letters: B captions, T tokens, H hidden width, W embedding width (= H).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Global batches of pairs, a function of (seed, samples consumed), and each rank's rows of them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A batch is drawn from one source and, from a caption set, with one kind of pair 
 negatives are alike. The order is a function of (seed, samples consumed), as in data.sampler.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from abc import ABC, abstractmethod

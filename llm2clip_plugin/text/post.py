@@ -3,8 +3,6 @@
 Shape letters: N captions, W embedding width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

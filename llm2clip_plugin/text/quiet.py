@@ -1,7 +1,5 @@
 """Silence warnings of libraries about things that this package handles."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """sentence-transformers directories: their pooling and prompts read as encoder settings, and the files of an export."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The settings that determine a caption's embedding, and where they come from: options, presets, the encoder card."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

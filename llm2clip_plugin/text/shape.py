@@ -1,7 +1,5 @@
 """An LLM's shape with its adapter, from its config.json alone: no weights are read."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from pathlib import Path

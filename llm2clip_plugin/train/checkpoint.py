@@ -12,8 +12,6 @@ The format is independent of the number of ranks, the ZeRO stage and the precisi
 random draw is a function of the run's seed and a position in its order of samples (step.py).
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Settings of ZeRO, offload, buckets, loss scaling, profilers and monitors are pas
 (batch, precision, clipping, optimizer, schedule) may be absent, "auto", or equal.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json

@@ -3,8 +3,6 @@
 Everything here also works in one process without a process group, so callers need no special case for it.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

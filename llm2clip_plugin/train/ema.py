@@ -4,8 +4,6 @@ average <- d average + (1 - d) weight, d = min(decay, (1 + n) / (10 + n)) after 
 forgotten quickly. It averages the weights of the forward pass, not the fp32 masters.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The only import of DeepSpeed: an engine that trains a module."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import io

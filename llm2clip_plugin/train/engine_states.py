@@ -5,8 +5,6 @@ ranks. So a checkpoint written by 8 ranks under ZeRO-3 resumes on 2 under ZeRO-1
 (whose ZeRO-3 load gives every parameter group the settings of the first) are not needed.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -10,8 +10,6 @@ number of ranks. If the run is in bf16, so are the matrix products here; weights
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

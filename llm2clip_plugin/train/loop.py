@@ -1,7 +1,5 @@
 """The training loop: steps, learning rate, checkpoints, evaluation, signals; independent of model and data."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

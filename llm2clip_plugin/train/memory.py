@@ -1,7 +1,5 @@
 """Memory of a training step: activations from a pass over fake tensors, everything else in closed form."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Build the dual encoder for training, freeze parts of it, and set learning rates per parameter."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from dataclasses import dataclass

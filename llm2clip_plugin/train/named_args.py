@@ -1,7 +1,5 @@
 """Settings given as ``NAME=VALUE`` words: for members of open lists, whose settings no configuration knows by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ Groups: layer-wise lr decay (Bao et al. 2021, arXiv 2106.08254, section 3.2): a 
 the logit scale) and position tables.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run reports: metrics.jsonl and a progress bar."""
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

@@ -14,8 +14,6 @@ Shape letters: b this rank's pairs, m pairs of a micro-batch, k texts that belon
 features, W width of an LLM embedding.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Requests to stop a run: SIGTERM, Ctrl-C, and the death of the `deepspeed` command that started it."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable, Iterator

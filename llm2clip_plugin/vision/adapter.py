@@ -3,8 +3,6 @@
 Shapes: N captions, W width of an LLM embedding, D projection_dim.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

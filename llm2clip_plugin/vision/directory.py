@@ -1,7 +1,5 @@
 """A tower directory on disk: its files, where to get one, whether it is intact, how to publish it."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

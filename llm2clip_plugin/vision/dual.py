@@ -3,8 +3,6 @@
 Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM embedding, D projection_dim.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -13,8 +13,6 @@ against the reference with golden tensors. The configuration selects the variant
 Shapes: B images, T tokens (class token, then patches in row-major order), H width, N heads, E width of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 import torch

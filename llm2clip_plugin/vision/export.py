@@ -9,8 +9,6 @@
 | README.md                      | model card                                                                 |
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

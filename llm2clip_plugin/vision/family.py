@@ -1,7 +1,5 @@
 """What the package needs to know about a family of vision towers, as plain data."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field

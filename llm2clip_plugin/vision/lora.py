@@ -3,8 +3,6 @@
 Merged into the weights on export, so a tower directory never needs PEFT.
 """
 
-from __future__ import annotations
-
 import copy
 
 from torch import nn

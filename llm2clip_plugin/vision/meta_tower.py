@@ -1,7 +1,5 @@
 """A tower without weights, for plans: every shape on torch's meta device, nothing downloaded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

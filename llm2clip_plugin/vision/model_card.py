@@ -1,7 +1,5 @@
 """The README.md of a tower directory."""
 
-from __future__ import annotations
-
 import os
 
 from llm2clip_plugin.contracts import TowerCard

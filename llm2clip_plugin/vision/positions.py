@@ -3,8 +3,6 @@
 Shapes: C width, g side of the old grid, G side of the new one, c class rows (0 or 1).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange

@@ -1,7 +1,5 @@
 """Image preprocessing of a tower, as a CLIPImageProcessor's configuration, which is what LLaVA reads."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

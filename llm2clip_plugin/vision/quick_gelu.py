@@ -4,8 +4,6 @@
 ``silu(1.702 x) / 1.702``, its derivative is SiLU's at ``1.702 x``, for which torch has one kernel that needs x alone.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ tensors (B, T, H), the first one the input of the first block, the others the ou
 norm; the class token, if there is one, comes first.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import os

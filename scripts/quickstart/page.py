@@ -3,8 +3,6 @@
 The page is one file that contains its styles and pictures, has no script and loads nothing from a network.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ prints the table. A tower is measured with the cache of the teacher named in its
 if a tower is no better than the control.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -6,8 +6,6 @@ Each style is a separate gallery with one drawing, and one caption of each kind,
 Shape letters: N images, M captions, D projection dimension, W LLM embedding width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path

@@ -12,8 +12,6 @@ For a short run, ``--concepts`` limits the training, validation and test concept
 the names, in addition to English.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io

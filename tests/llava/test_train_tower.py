@@ -57,9 +57,9 @@ def test_a_tower_trains_here_too(tmp_path: Path):
         [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 'tyro, or all of training: pip install "llm2clip-plugin[train]"' in done.stderr  # of the command line
+    assert 'run `pip install tyro`, or `pip install "llm2clip-plugin[train]"` for all of' in done.stderr  # the command
     assert done.stdout.endswith(f"tower: {tmp_path / 'run' / 'tower'}\n")
-    assert "step 3/3 loss" in done.stderr and "R@1" in done.stderr
+    assert "train: 3/3 steps" in done.stderr and ", loss " in done.stderr and "R@1" in done.stderr
     from llm2clip_plugin import load_tower
 
     assert load_tower(tmp_path / "run" / "tower").config.hidden_size == 32

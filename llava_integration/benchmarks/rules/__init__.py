@@ -1,7 +1,5 @@
 """One file a benchmark; each defines ``BENCHMARK``. A new file is a new benchmark; ``benchmarks`` finds it."""
 
-from __future__ import annotations
-
 from llava_integration.benchmarks.benchmark import Benchmark
 from llm2clip_plugin.discovery import discover
 

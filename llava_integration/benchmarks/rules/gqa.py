@@ -5,8 +5,6 @@ final full stops are removed, lower case, nothing else ('red .' becomes 'red ').
 official script gives them without the choices file. ``corrected`` strips spaces and ignores case and punctuation.
 """
 
-from __future__ import annotations
-
 import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence

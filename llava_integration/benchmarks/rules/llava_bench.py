@@ -6,8 +6,6 @@ The judge is a GPT model that this package never calls: ``--reviews`` is the fil
 that cannot be parsed is [-1, -1], which the official script averages in; ``corrected`` leaves it out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

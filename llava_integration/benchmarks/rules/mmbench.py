@@ -7,8 +7,6 @@ option text contained in another is ambiguous; texts that pandas reads as missin
 and as answers they are 'nan'. ``corrected`` is without the pandas quirk.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import csv

@@ -1,7 +1,5 @@
 """MMBench-CN dev: the same questions in Chinese, scored by the same rule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from llava_integration.benchmarks.benchmark import published_scores

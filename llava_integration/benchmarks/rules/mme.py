@@ -7,8 +7,6 @@ file, in any order. Perception sums ten subtasks (2000), cognition four (800). `
 no of the answer.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence

@@ -6,8 +6,6 @@ Score: 100 x mean over runs of the mean score, overall and for the questions of 
 deviation over runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

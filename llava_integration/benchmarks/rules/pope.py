@@ -7,8 +7,6 @@ answers with labels by order; here they are joined by image and question, and th
 the first yes or no of the answer in any case, and counts neither, and no answer, as wrong.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ answer is not in the IMG denominator; ``corrected`` counts every question of the
 'A.', '(A)', 'a' and a final 'The answer is A'.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ headline is the accuracy over all questions, as in LLaVA's table; image and vide
 question is wrong. ``corrected`` reads the letter at the start of the answer, in either case.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ the same image and question are one for the official script, the last; unanswere
 divides by the number of answers. ``corrected`` scores each annotation by its own truth, an unanswered question as 0.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path

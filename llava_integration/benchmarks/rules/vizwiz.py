@@ -4,8 +4,6 @@ Two rules: lmms-eval's (M4C normal form on both sides, the headline), and the VQ
 ``convert_vizwiz_for_submission.py`` of the answers (``vqa_api``; the challenge's code is a fork of that API).
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ The converter splits ``'s`` off as a word, which no human answer has, so possess
 answers are compared without normalization. ``corrected`` always normalizes both sides in the same way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One shard of an embedding cache as a file; ``reader`` lists its tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

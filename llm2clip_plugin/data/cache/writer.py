@@ -1,7 +1,5 @@
 """Write an embedding cache, from any number of ranks; ``reader`` lists what its files hold."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Sequence

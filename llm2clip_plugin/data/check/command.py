@@ -1,7 +1,5 @@
 """``llm2clip data check PATH``: read a data set once, decode every image, and report statistics and broken samples."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The report of ``llm2clip data check``: one dictionary for machines, and the same as text."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

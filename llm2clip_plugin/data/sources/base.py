@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-from tyro.conf import arg
 
 from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, read_captions
 from llm2clip_plugin.data.sources.downloads import Downloads, default_download_folder
@@ -38,11 +37,20 @@ def format_help() -> str:
     return "; ".join(f"{known.name}: {known.help}" for known in formats().values())
 
 
+def format_argument() -> object:
+    """What tyro shows for ``--format``; "" without tyro, as in LLaVA's environment."""
+    if importlib.util.find_spec("tyro") is None:
+        return ""
+    from tyro.conf import arg
+
+    return arg(help=f"auto, by the path's name, or one of: {format_help()}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """How captioned images are read."""
 
-    format: Annotated[str, arg(help=f"auto, by the path's name, or one of: {format_help()}")] = "auto"
+    format: Annotated[str, format_argument()] = "auto"
     images: str = ""  # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
     fields: tuple[str, ...] = DEFAULT_FIELDS  # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
     language: str = "en"  # of captions without a language

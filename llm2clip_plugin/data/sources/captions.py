@@ -1,7 +1,5 @@
 """Which fields of a sample are captions: ``caption=short``, ``long_caption=long``, ``de=short:de``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ its final name when it is complete, so a reader never sees part of a shard. A lo
 a machine from downloading a shard twice.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import itertools

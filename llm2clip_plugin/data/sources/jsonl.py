@@ -1,7 +1,5 @@
 """JSON Lines: one object a line."""
 
-from __future__ import annotations
-
 import mmap
 from array import array
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LLaVA's pretraining JSON: a list of conversations, the first answer being the caption."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Open captioned images of any format."""
 
-from __future__ import annotations
-
 import os
 
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats

@@ -1,7 +1,5 @@
 """The tars of a path or URL: listed, downloaded if they are at a URL, and indexed."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The index of a tar: offset and size of each sample's image, text and JSON, in a small memory-mapped file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@
 complete. Member names are split into key and extension and compared; none is used as a path.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 from collections.abc import Iterator

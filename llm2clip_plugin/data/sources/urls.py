@@ -1,7 +1,5 @@
 """Paths and URLs of data: braces expanded, folders at a URL listed by fsspec (https, s3, gs, hf ...)."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from typing import Any

@@ -3,8 +3,6 @@
 A file defines ``SUITE``; a new file in this folder is a new suite (`llm2clip_plugin.discovery`).
 """
 
-from __future__ import annotations
-
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.evaluate.suite import Suite
 

@@ -1,7 +1,5 @@
 """COCO, the Karpathy test split: 5,000 images, five captions each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row

@@ -1,7 +1,5 @@
 """COCO-CN, the test split: 1,000 images of COCO with captions written in Chinese."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row

@@ -1,7 +1,5 @@
 """DOCCI, the test split: 5,000 images, one long description each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row

@@ -1,7 +1,5 @@
 """Flickr30k, the Karpathy test split: 1,000 images, five captions each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row

@@ -1,7 +1,5 @@
 """Flickr30k-CN, the test split: 1,000 images of Flickr30k with Chinese captions."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What several suites' readers share."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

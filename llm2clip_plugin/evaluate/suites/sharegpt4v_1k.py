@@ -1,7 +1,5 @@
 """ShareGPT4V-1k: the first thousand images of the share-captioner file, one long caption each (Long-CLIP)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SugarCrepe: each caption against a hard negative that differs from it in an object, an attribute or a relation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.data.sources.records import Caption

@@ -1,7 +1,5 @@
 """Urban-1k: 1,000 street scenes, one long caption each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.evaluate.in_memory_source import Row

@@ -1,7 +1,5 @@
 """XM3600 (Crossmodal-3600): 3,600 images with captions in 36 languages."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.data.sources.records import Caption

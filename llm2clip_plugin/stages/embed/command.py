@@ -1,7 +1,5 @@
 """The command line of stage 1.5: ``llm2clip embed``, in one process or under a launcher."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from llm2clip_plugin.stages.command_line import override, rank_and_world

@@ -1,7 +1,5 @@
 """EmbedConfig: the captions, the LLM and the cache of ``llm2clip embed``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES

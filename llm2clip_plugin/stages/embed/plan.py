@@ -1,7 +1,5 @@
 """``llm2clip embed ... --dry-run``: the cache's size, from the captions and the LLM's config.json alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, shard_bytes

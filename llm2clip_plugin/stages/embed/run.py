@@ -1,7 +1,5 @@
 """Stage 1.5 assembled: captions and a frozen LLM in, a cache of embeddings out."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command lines of stage 1: ``llm2clip finetune-llm`` and ``llm2clip pretrain-llm``."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.stages.command_line import override, rank_and_world, split_options
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.plan import llm_plan, pretraining_plan

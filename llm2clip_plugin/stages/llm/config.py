@@ -1,7 +1,5 @@
 """FinetuneConfig: everything that decides an LLM's training. The sections are declared where they are read."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Stage 1's input: pairs of captions, surveyed before the LLM is loaded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llm2clip_plugin.data.sampler import epoch_draws

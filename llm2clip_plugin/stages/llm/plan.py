@@ -4,8 +4,6 @@ No weights are read, and nothing but a config.json is downloaded; without data o
 assumes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

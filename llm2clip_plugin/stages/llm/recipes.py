@@ -6,8 +6,6 @@ instruction before the queries only, which is left out of the pooling. For the p
 scripts/zero2.json.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from llm2clip_plugin.stages.llm.config import FinetuneConfig

@@ -3,8 +3,6 @@
 The loop, engine, checkpoints and loss are those of stage 2; what belongs to the LLM is in ``text``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

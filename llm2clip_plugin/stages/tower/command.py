@@ -4,8 +4,6 @@ A recipe or a file gives the full configuration, options override fields. Option
 LLaVA's scripts keep their names.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

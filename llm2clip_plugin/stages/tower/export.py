@@ -3,8 +3,6 @@
 A tower directory is exported with LLaVA's environment alone; a run needs the training environment.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Stage 2's input: captioned images with the cached embeddings of their captions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llm2clip_plugin.contracts import TeacherIdentity

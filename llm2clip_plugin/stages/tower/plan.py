@@ -3,8 +3,6 @@
 No weights are read and nothing is downloaded; without data or a cache, the plan says what it assumes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, glob
 1280 for the large towers, a short and a long caption drawn evenly.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stage 2 assembled: captioned images and a cache in, a trained and exported tower out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loss terms, one a file: a file that defines ``TERM`` is the loss of ``--loss.kind NAME``."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.train.losses.base import LossTerm
 

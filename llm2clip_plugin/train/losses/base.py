@@ -3,8 +3,6 @@
 Shape letters: b this rank's pairs, k texts that belong to an anchor, D width of the features.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar

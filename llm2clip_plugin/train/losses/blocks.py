@@ -8,8 +8,6 @@ Shape letters: b this rank's pairs, N pairs over all ranks, R rows of one block,
 ids. Row i of the anchors and row i of the positives are a pair; rank r holds the rows [r b, (r + 1) b) of the N.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """The settings of the training loss, and the term that they choose."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """SigLIP's loss: each pair of an anchor and a positive is classified by itself as matching or not."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Optimizers, one a file: a file that defines ``OPTIMIZER`` is the one of ``--optim.name NAME``."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec
 

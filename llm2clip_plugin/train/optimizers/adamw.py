@@ -1,7 +1,5 @@
 """AdamW with fp32 moments: torch's own, fused on GPUs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -9,8 +9,6 @@ magnitudes as (value, length) runs. On the same ranks under the same ZeRO stage 
 was, and the run continues bit for bit; otherwise the values are rounded once to the blocks of the new masters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ flat fp32 buffer that holds many parameters, whose boundaries have nothing to do
 are independent of that: they hold one tensor for each parameter and moment, ``NAME.exp_avg``.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

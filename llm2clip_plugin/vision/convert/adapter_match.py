@@ -7,8 +7,6 @@ the LLM in the loop, whose embeddings the reference does not normalize.
 Shapes: W width of an LLM embedding, D projection_dim.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Read the tensors of a checkpoint file or folder without running any code in it."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from pathlib import Path

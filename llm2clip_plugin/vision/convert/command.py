@@ -1,7 +1,5 @@
 """``llm2clip import SOURCE --output DIR``."""
 
-from __future__ import annotations
-
 import argparse
 
 from llm2clip_plugin.vision.convert.checkpoint_files import PICKLE_SUFFIXES

@@ -4,8 +4,6 @@ A source is a tower directory of this package (llm2clip.json), a checkpoint in o
 ``timm:NAME``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import tempfile

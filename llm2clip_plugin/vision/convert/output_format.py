@@ -1,7 +1,5 @@
 """What a format that towers are converted to consists of, and checks that formats share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

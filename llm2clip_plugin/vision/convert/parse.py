@@ -8,8 +8,6 @@
 | HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type   | hub.py              |
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

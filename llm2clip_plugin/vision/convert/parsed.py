@@ -1,7 +1,5 @@
 """A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The configuration of a checkpoint: the file next to it, with the user's --config on top."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

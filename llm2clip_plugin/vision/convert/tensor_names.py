@@ -1,7 +1,5 @@
 """Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours) and back, read sizes."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One file per family of towers, each defining ``FAMILY``; a new file is a new family."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DINOv3 (transformers 5): rotary positions for any grid; the states leave out its register tokens."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -3,8 +3,6 @@
 Sizes: EVA-CLIP's model configurations (arXiv 2303.15389, table 8; arXiv 2303.11331, table 2 for SwiGLU's widths).
 """
 
-from __future__ import annotations
-
 from llm2clip_plugin.vision.family import BASE, LARGE, Family
 
 

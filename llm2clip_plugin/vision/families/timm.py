@@ -1,7 +1,5 @@
 """Any timm vision transformer, by name: ``timm:vit_base_patch16_224``. Training environment only (timm 1.0)."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.vision.family import Family
 
 

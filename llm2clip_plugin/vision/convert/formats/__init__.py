@@ -1,7 +1,5 @@
 """One file per format that a tower directory can be converted to, each defining ``FORMAT``."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

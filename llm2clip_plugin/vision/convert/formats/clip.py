@@ -1,7 +1,5 @@
 """A CLIP tower and its projection as transformers' CLIPVisionModelWithProjection."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The image encoder for ONNX Runtime: image features, or the pooled output of a tower alone."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ OpenCLIP's and EVA-CLIP's image towers load it, and `llm2clip import`. OpenCLIP'
 text tower, which the LLM has replaced.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One file per layout of checkpoints, each defining ``LAYOUT``; ``hub.py`` reads what none of them recognizes."""
 
-from __future__ import annotations
-
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.vision.convert.parsed import Layout
 

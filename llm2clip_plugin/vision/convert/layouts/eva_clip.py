@@ -3,8 +3,6 @@
 Shapes: H width of the tower, E width of a head.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

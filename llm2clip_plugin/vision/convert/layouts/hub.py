@@ -3,8 +3,6 @@
 Not in the list of layouts: its tensors have no names in common, so it is recognized by config.json.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """OpenCLIP's CLIP: ``visual.transformer.resblocks.*``, with its own text tower or with LLM2CLIP's adapter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """OpenCLIP's SigLIP: a timm model with attention pooling, ``visual.trunk.attn_pool.*``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
