@@ -73,9 +73,9 @@ def _row_dict(row: Row) -> dict[str, Any]:
     result = body.pop("result")
     return {
         **body,
-        "base_score": result.pop("base"),
-        "new_score": result.pop("new"),
-        **result,
+        **result,  # "base" and "new" are scores in the file, as in version 0.1
+        "base_score": result["base"],
+        "new_score": result["new"],
         "interval": [row.result.low, row.result.high],
         "verdict": row.verdict,
         "power": row.power_line(),

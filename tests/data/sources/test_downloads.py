@@ -26,7 +26,7 @@ def test_braces() -> None:
     assert expand_braces("s/{08..11}.tar") == ["s/08.tar", "s/09.tar", "s/10.tar", "s/11.tar"]
     assert expand_braces("{a,b}/{1..2}") == ["a/1", "a/2", "b/1", "b/2"]
     assert expand_braces("plain") == ["plain"]
-    with pytest.raises(ValueError, match="a span"):
+    with pytest.raises(ValueError, match="a range"):
         expand_braces("{x}")
 
 
