@@ -63,7 +63,7 @@ def test_misspelt_fields_are_refused(fields: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("value", [3, 2.5, {"text": 3}, {"de": ["x"]}, [[1]]])
 def test_other_shapes_are_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="'caption' has (text of )?type"):
+    with pytest.raises(ValueError, match=r"'caption' has (text of )?type"):
         read_captions({"caption": value}, parse_fields(("caption=short",), "en"))
 
 
