@@ -3,15 +3,13 @@
 import re
 from dataclasses import dataclass
 
-STATES = ("ok", "warn", "fail")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One line of the report."""
 
     subject: str
-    state: str  # one of STATES
+    state: str  # ok, warn or fail
     found: str  # version, path or state of the subject
     fix: str = ""  # command or step that fixes it; "" when ok
 

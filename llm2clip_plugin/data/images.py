@@ -6,7 +6,7 @@ Shapes: S side of the tower's image in pixels, B batch. Pixels are RGB.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,6 @@ class ImageConfig:
     def shortest_edge(self) -> int:
         """Pixels of the shorter side before the center crop."""
         return self.resize or self.size
-
-    def with_size(self, size: int) -> ImageConfig:
-        """The same preparation for another tower size; the crop removes the same fraction."""
-        return replace(self, size=size, resize=round(self.resize * size / self.size) if self.resize else 0)
 
     @classmethod
     def from_preprocessor(cls, values: dict[str, Any]) -> ImageConfig:

@@ -90,12 +90,6 @@ def test_preprocessors_that_are_not_understood_are_refused(values: dict, says: s
         ImageConfig.from_preprocessor(values)
 
 
-def test_with_size_keeps_the_share_of_the_crop() -> None:
-    config = ImageConfig(size=224, resize=256, mean=(0.1, 0.2, 0.3))
-    assert config.with_size(56) == ImageConfig(size=56, resize=64, mean=(0.1, 0.2, 0.3))
-    assert ImageConfig(fit="squash").with_size(98) == ImageConfig(size=98, fit="squash")
-
-
 def test_shrink_factor_keeps_enough_pixels() -> None:
     assert [shrink_factor((side, side), (224, 224)) for side in (223, 447, 448, 895, 896, 1791, 1792, 9000)] == [
         1, 1, 2, 2, 4, 4, 8, 8,
