@@ -45,7 +45,7 @@ class CaptionSetConfig:
     def __post_init__(self) -> None:
         for text in self.retrieve:
             if text.count(":") != 1 or not all(text.split(":")):
-                raise ValueError(f"--retrieve {text!r} is not of the form FIRST:SECOND, as in short:long")
+                raise ValueError(f"--retrieve expects FIRST:SECOND, such as short:long; got {text!r}")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
         return [str(names[name]) for name in classes]
     numbered = classes == [str(number) for number in range(len(classes))]
     if len(names) != len(classes) and not (numbered and len(names) > len(classes)):  # a split may be missing classes
-        raise ValueError(f"{file} has {len(names)} names, the data has {len(classes)} classes")
+        raise ValueError(f"{file} has {len(names)} class names, but the data has {len(classes)} classes")
     return [str(name) for name in names]
 
 
@@ -55,9 +55,9 @@ def read_templates(path: str, data: str) -> list[str]:
         return ["a photo of a {c}."]
     lines = _read_lines(file)
     if invalid := [line for line in lines if "{c}" not in line and "{}" not in line]:
-        raise ValueError(f"{file}: template {invalid[0]!r} has no {{c}} for the class name")
+        raise ValueError(f"{file}: template {invalid[0]!r} does not contain {{c}}, the placeholder for the class name")
     if not lines:
-        raise ValueError(f"{file} contains no template")
+        raise ValueError(f"{file} contains no templates")
     return lines
 
 
@@ -65,8 +65,8 @@ def _find_file(path: str, data: str, names: tuple[str, ...]) -> Path | None:
     """``path``, which must exist, else the first of ``names`` in the data's folder or its parent."""
     if path:
         if not Path(path).is_file():
-            kind = "class names" if names is NAME_FILES else "templates"
-            raise FileNotFoundError(f"no file of {kind} at {path}")
+            kind = "class names" if names is NAME_FILES else "prompt templates"
+            raise FileNotFoundError(f"no file with {kind} at {path}")
         return Path(path)
     folder = _data_folder(data)
     candidates = (parent / name for parent in (folder, folder.parent) for name in names)

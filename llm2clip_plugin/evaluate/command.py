@@ -35,7 +35,7 @@ class EvaluateConfig:
     data: SourceConfig  # captioned images
     cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
     retrieval: Annotated[RetrievalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RetrievalConfig)
-    any_teacher: bool = False  # accept the cache of another teacher than the tower's
+    any_teacher: bool = False  # accept a cache from a different teacher than the tower's
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
     json: str = ""  # write the metrics and every query's hits here (a score file)

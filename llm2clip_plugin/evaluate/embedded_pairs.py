@@ -93,7 +93,7 @@ def embed_pairs(
         encoded = _encode_images(encoders, batches, images.size, group, show=not quiet and rank(group) == 0)
         if not encoded.index:
             reason = encoded.broken[0] if encoded.broken else "it is empty"
-            raise ValueError(f"{source.path} has no usable image: {reason}")
+            raise ValueError(f"{source.path} contains no usable images: {reason}")
         teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, encoded.index, config)
         text_UD = encode_texts(encoders, teacher_UW, all_ranks)
     return EmbeddedPairs(

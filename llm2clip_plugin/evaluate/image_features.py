@@ -93,7 +93,7 @@ def image_features(
     ranks = gather_objects((readable, vectors, broken), group)
     readable, vectors, broken = ([item for part in parts for item in part] for parts in zip(*ranks, strict=True))
     if not readable:
-        raise ValueError(f"{images.name} has no readable image: {broken[0]}")
+        raise ValueError(f"{images.name} contains no readable images: {broken[0]}")
     return ImageFeatures(
         feature_ND=torch.cat(vectors),
         label_N=torch.tensor([images.labels[number] for number in readable]),

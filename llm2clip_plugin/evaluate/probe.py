@@ -165,7 +165,7 @@ def probe_scores(hits: dict[str, Tensor], test: ImageFeatures, classes: Sequence
     counts = {"images": len(items), "left_out": len(test.broken), "unseen_classes": len(unseen)}
     notes = [f"left out: {error}" for error in test.broken]
     if unseen:
-        notes.append(f"classes without training images, whose test images count as wrong: {', '.join(unseen[:10])}")
+        notes.append(f"classes without training images (their test images count as wrong): {', '.join(unseen[:10])}")
     return ScoreFile(benchmark="probe", metrics=metrics, items=items, counts=counts, notes=notes)
 
 

@@ -30,7 +30,7 @@ def open_teacher_cache(card: TowerCard, directory: str, data_path: str, *, any_t
     cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
     if teacher is not None and cache.fingerprint != teacher.fingerprint and not any_teacher:
         raise ContractError(
-            f"the cache {folder} is from another teacher than the tower's: "
+            f"the cache {folder} was not created with the tower's teacher: "
             f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
             f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher"
         )

@@ -36,7 +36,7 @@ class ZeroShotConfig:
     """Zero-shot classification. Usage: llm2clip evaluate zeroshot TOWER_DIR --data DIR [--classes FILE] [options].
 
     DIR has one folder per class (ImageNet), or WebDataset tars with .cls members (CLIP_benchmark, whose
-    classnames.txt and zeroshot_classification_templates.txt are found); or it is captioned data, with --label.
+    classnames.txt and zeroshot_classification_templates.txt are used); or it is captioned data, with --label.
     """
 
     tower: str  # tower directory or Hub id, with a text adapter

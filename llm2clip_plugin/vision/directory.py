@@ -23,7 +23,7 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
     if path.exists():
         raise FileNotFoundError(f"{path} is a file, not a tower directory; convert it with `llm2clip import`")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"no file or directory {name}; it is not a Hub id (owner/name) either")
+        raise FileNotFoundError(f"{name} is not a file, a directory or a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -32,7 +32,7 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
             patterns = ["*.json", "*.bin", "*.pt"]
             directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSError (network, missing) or ValueError
-        raise FileNotFoundError(f"no directory {name}, and it could not be fetched from the Hub: {error}") from error
+        raise FileNotFoundError(f"{name} is not a directory and cannot be downloaded from the Hub: {error}") from error
     return directory
 
 

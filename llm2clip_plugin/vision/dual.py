@@ -210,9 +210,9 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
     if theirs.logit_bias_init is not None and dual.config.logit_bias_init is not None:
         initial["logit_bias_init"] = dual.config.logit_bias_init
     ours, theirs = dataclasses.asdict(dual.config), dataclasses.asdict(theirs) | initial
-    if different := [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if ours[name] != theirs[name]]:
+    if different := [f"{name} {theirs[name]!r} (not {ours[name]!r})" for name in ours if ours[name] != theirs[name]]:
         raise ValueError(
-            f"cannot load the heads in {directory}, which have {'; '.join(different)}; set dual.* accordingly"
+            f"cannot load the heads in {directory}, saved with {', '.join(different)}; set dual.* to these values"
         )
     state = load_file(directory / ADAPTER_FILE)
     expected = {name: tuple(value.shape) for name, value in heads_state(dual).items()}

@@ -38,8 +38,8 @@ class Family:
     never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
     file_prefix: str = ""  # of the tower's tensors in files on the Hub
     not_tower: tuple[str, ...] = ()  # prefixes of the other tensors in a file, such as a text tower's
-    whole_class: Callable[[], Any] | None = None  # the class of the image-text model that contains the tower
-    whole_extras: tuple[str, ...] = ()  # tensors that every image-text model of the family has
+    image_text_class: Callable[[], Any] | None = None  # the class of the image-text model that contains the tower
+    image_text_tensors: tuple[str, ...] = ()  # tensors that every image-text model of the family has
     mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't specify it
     std: tuple[float, float, float] = OPENAI_STD
     needs: str = ""  # requirement beyond the package's own, for the model card

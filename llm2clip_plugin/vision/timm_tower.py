@@ -62,7 +62,7 @@ def make_timm(name: str, image_size: int | None, *, pretrained: bool) -> Any:
     timm = timm_module()
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}; similar ones: {near}")
+        raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
 

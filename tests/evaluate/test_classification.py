@@ -82,13 +82,13 @@ def test_names_by_class_or_in_order_or_as_json(tmp_path):
     (tmp_path / "names.json").write_text('{"n01": "a", "n02": "b"}')
     assert read_class_names(str(tmp_path / "names.json"), str(tmp_path), classes) == ["a", "b"]
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
-    with pytest.raises(ValueError, match=r"three.txt has 3 names, the data has 2 classes"):
+    with pytest.raises(ValueError, match=r"three.txt has 3 class names, but the data has 2 classes"):
         read_class_names(str(tmp_path / "three.txt"), str(tmp_path), classes)
     (tmp_path / "lacking.txt").write_text("n02\tcar\n")
     with pytest.raises(ValueError, match=r"has no name for class 'n01' \(1 of 2 missing"):
         read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
     (tmp_path / "templates.txt").write_text("a photo\n")
-    with pytest.raises(ValueError, match=r"'a photo' has no \{c\}"):
+    with pytest.raises(ValueError, match=r"'a photo' does not contain \{c\}"):
         read_templates(str(tmp_path / "templates.txt"), str(tmp_path))
 
 

@@ -168,7 +168,7 @@ def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_pa
     assert main(command) == 0
     capsys.readouterr()
     assert main([*command, "--pooling", "last", "--verify"]) == 2
-    assert "belongs to another teacher: pooling 'mean', yours 'last'" in capsys.readouterr().err
+    assert "belongs to another teacher: pooling 'mean' != 'last'" in capsys.readouterr().err
     assert main([*command, "--pooling", "last"]) == 2
     assert "choose another --cache" in capsys.readouterr().err
     path = tmp_path / "cache" / "00001.safetensors"

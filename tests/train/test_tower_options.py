@@ -27,7 +27,7 @@ def test_heads_of_the_directory_go_on(tower, tmp_path):
     kept = heads_state(first)
     assert all(torch.equal(value, kept[name]) for name, value in heads_state(again).items())
     assert not torch.equal(fresh.visual_projection.weight, first.visual_projection.weight)
-    with pytest.raises(ValueError, match="have projection_dim 8, not 6; set dual"):
+    with pytest.raises(ValueError, match=r"saved with projection_dim 8 \(not 6\); set dual"):
         build_dual(
             TowerConfig(path=str(tmp_path / "trained"), keep_heads=True),
             DualConfig(projection_dim=6, llm_width=24, pool="mean"),

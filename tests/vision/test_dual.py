@@ -102,5 +102,5 @@ def test_heads_of_a_directory_go_on(tmp_path):
     again = dual("clip_vision", pool="mean")  # another noise is no other head
     load_heads(again, tmp_path / "tower")
     assert all(torch.equal(value, heads_state(first)[name]) for name, value in heads_state(again).items())
-    with pytest.raises(ValueError, match="have pool 'mean', not 'cls'; adapter_blocks 4, not 2; set dual"):
+    with pytest.raises(ValueError, match=r"saved with pool 'mean' \(not 'cls'\), adapter_blocks 4 \(not 2\); set dual"):
         load_heads(dual("clip_vision", pool="cls", adapter_blocks=2), tmp_path / "tower")

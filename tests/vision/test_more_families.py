@@ -123,7 +123,7 @@ def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tm
 def test_timm_names(timm, monkeypatch):
     from llm2clip_plugin.vision import timm_tower
 
-    with pytest.raises(ValueError, match=r"has no model 'vit_huge_patch7_9'; similar ones: .*vit_"):
+    with pytest.raises(ValueError, match=r"unknown timm model 'vit_huge_patch7_9' .*similar names: .*vit_"):
         load_tower("timm:vit_huge_patch7_9")
     with pytest.raises(ValueError, match="resnet18 is not a plain vision transformer"):
         timm_tower.timm_tower("resnet18", pretrained=False)

@@ -194,11 +194,9 @@ def _row_numbers(
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
-    """Which settings of two teachers differ, with both values."""
+    """The settings that differ between two teachers, with both values."""
     settings = [
-        f"{name} {stored.get(name)!r}, yours {value!r}"
-        for name, value in vars(yours).items()
-        if stored.get(name) != value
+        f"{name} {stored.get(name)!r} != {value!r}" for name, value in vars(yours).items() if stored.get(name) != value
     ]
     return "; ".join(settings) or "the same settings"
 

@@ -73,7 +73,7 @@ class CacheWriter:
         if existing.fingerprint != self.identity.fingerprint:
             raise ContractError(
                 f"{path} belongs to another teacher ({differences(existing.teacher, self.identity)}; fingerprint "
-                f"{existing.fingerprint[:12]}, yours is {self.identity.fingerprint[:12]}); choose another --cache"
+                f"{existing.fingerprint[:12]}, not {self.identity.fingerprint[:12]}); choose another --cache"
             )
         if existing.dtype != self.dtype:
             raise ContractError(

@@ -51,7 +51,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index of shards names."""
+    """The files listed in an index of shards."""
     files = section(read_json(index), "weight_map", where=str(index)).values()
     if not files or not all(isinstance(file, str) for file in files):
         raise ContractError(f'{index} has no "weight_map" from tensors to files; download or copy it again')

@@ -64,7 +64,7 @@ def import_tower(
 def build_model(parsed: ParsedCheckpoint, *, source: str, temporary: Path, image_size: int | None = None) -> nn.Module:
     """A parsed checkpoint as a dual encoder, or as a tower if it contains nothing else.
 
-    ``temporary``: folder for temporary files of the tower's size. ``source`` is named in errors.
+    ``temporary``: folder for temporary files of the tower's size. ``source``: for error messages.
     """
     tower = _build_tower(parsed, source=source, temporary=temporary, image_size=image_size)
     if parsed.projection is None and parsed.adapter is None and parsed.logit_scale is None:

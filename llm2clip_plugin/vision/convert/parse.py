@@ -21,7 +21,7 @@ from llm2clip_plugin.vision.convert.parsed import OWN_TEXT, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.source_config import config_in, lift_model_cfg, merge, preprocessor_in, section
 
 
-def parse_checkpoint(place: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
+def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoint:
     """Parse a checkpoint file or folder.
 
     ``given``: the JSON object of --config. Its keys override those of the configuration file in the folder; if it has
@@ -29,10 +29,10 @@ def parse_checkpoint(place: Path, given: dict[str, Any] | None) -> ParsedCheckpo
     Raises ValueError (unknown layout or architecture), ContractError (a missing, misshapen or unknown tensor).
     """
     state: dict[str, Tensor] = {}
-    for file in [place] if place.is_file() else weight_files(place):
+    for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
     given = lift_model_cfg(given or {})
-    config = given if "model_type" in given else merge(lift_model_cfg(config_in(place, state)), given)
+    config = given if "model_type" in given else merge(lift_model_cfg(config_in(path, state)), given)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config, given)
@@ -40,12 +40,12 @@ def parse_checkpoint(place: Path, given: dict[str, Any] | None) -> ParsedCheckpo
         parsed = hub.parse(state, config)
     else:
         raise ValueError(
-            f"{place}: the tensor names ({', '.join(sorted(state)[:3])}, ...) match none of the layouts "
+            f"{path}: the tensor names ({', '.join(sorted(state)[:3])}, ...) match none of the known layouts "
             f"{', '.join(layouts())}; a Hugging Face model needs its config.json, in the same folder or as --config"
         )
-    parsed.preprocessor = preprocessor_in(place, config)
+    parsed.preprocessor = preprocessor_in(path, config)
     _check_text_side(parsed, given)
-    parsed.check_complete(where=str(place))
+    parsed.check_complete(where=str(path))
     return parsed
 
 

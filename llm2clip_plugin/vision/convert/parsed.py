@@ -53,7 +53,7 @@ class ParsedCheckpoint:
             self.used.add(name)
         return self.state.get(name)
 
-    def take_text_side(self, *own_text: str) -> None:
+    def find_text_side(self, *own_text: str) -> None:
         """Find logit scale and bias, and the adapter by its structure; leave out names that start with ``own_text``."""
         for name in [key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
             if self.state[name].numel() != 1:

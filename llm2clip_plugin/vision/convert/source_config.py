@@ -10,21 +10,21 @@ from llm2clip_plugin.vision.directory import read_json
 from llm2clip_plugin.vision.preprocessor import own_preprocessor
 
 
-def config_in(place: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+def config_in(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """The configuration file in the folder of a checkpoint; {} without one.
 
     Some repositories contain a model twice, in OpenCLIP's and in Hugging Face's layout, each with its own file.
     """
     is_open_clip = any(key.startswith("visual.") for key in state)
     names = ("open_clip_config.json", "config.json") if is_open_clip else ("config.json",)
-    files = [place / name for name in names if (place / name).is_file()]
+    files = [path / name for name in names if (path / name).is_file()]
     return read_json(files[0]) if files else {}
 
 
-def preprocessor_in(place: Path, config: dict[str, Any]) -> dict[str, Any]:
+def preprocessor_in(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Mean and deviation from OpenCLIP's ``preprocess_cfg``, else from the folder's preprocessor_config.json."""
     if "model_cfg" not in config:
-        return own_preprocessor(place)
+        return own_preprocessor(path)
     values = section(config, "preprocess_cfg")
     return {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
 

@@ -21,7 +21,7 @@ def family_named(name: str) -> Family:
 
 
 def family_of_type(model_type: str, *, where: str) -> Family:
-    """The family whose config.json has this ``model_type``; ``where`` is named in the error."""
+    """The family whose config.json has this ``model_type``; ``where``: for the error message."""
     known = {kind: family for family in families().values() for kind in family.model_types}
     if model_type not in known:
         raise ValueError(f"{where}: no tower family has model_type {model_type!r}; known: {', '.join(sorted(known))}")

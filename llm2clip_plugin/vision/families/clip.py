@@ -17,8 +17,8 @@ FAMILY = Family(
     last_state_is_normed=False,  # only the pooled class token is
     file_prefix="vision_model.",
     not_tower=("text_model.", "text_projection.", "visual_projection.", "text_adapter.", "logit_scale"),
-    whole_class=in_transformers("CLIPModel"),
-    whole_extras=("visual_projection.weight",),
+    image_text_class=in_transformers("CLIPModel"),
+    image_text_tensors=("visual_projection.weight",),
     shapes={
         "openai/clip-vit-base-patch32": {**B, "patch_size": 32},
         "openai/clip-vit-base-patch16": {**B, "patch_size": 16},

@@ -13,7 +13,7 @@ def _vision_class() -> type:
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ValueError(f"DINOv3 requires transformers 5 or newer; {transformers.__version__} is installed")
 
-    class DINOv3ViTModel(transformers.DINOv3ViTModel):  # the hub's class name, which config.json keeps
+    class DINOv3ViTModel(transformers.DINOv3ViTModel):  # the Hub's class name, which config.json keeps
         """DINOv3 whose states are the class token and the patches, without registers."""
 
         def forward(self, pixel_values, output_hidden_states=None):

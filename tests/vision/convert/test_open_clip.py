@@ -116,10 +116,13 @@ def test_siglip_through_timm(tmp_path):
         ({"patch_size": 14}, "vision_cfg.patch_size is 14, but the tensors have 7"),
         ({"image_size": 56}, "vision_cfg.image_size is 56, but the tensors have 28.*--image-size 56"),
         ({"pool_type": "avg"}, "pool_type is 'avg'"),
-        ({"act_kwargs": {"approximate": "tanh"}}, "has act_kwargs {'approximate': 'tanh'}"),
-        ({"norm_kwargs": {"eps": 1e-6}}, "has norm_kwargs"),
-        ({"final_ln_after_pool": True}, "has final_ln_after_pool True"),
-        ({"attentional_pool": True}, "has attentional_pool True"),
+        (
+            {"act_kwargs": {"approximate": "tanh"}},
+            "unsupported settings in vision_cfg: act_kwargs {'approximate': 'tanh'}",
+        ),
+        ({"norm_kwargs": {"eps": 1e-6}}, "unsupported settings in vision_cfg: norm_kwargs"),
+        ({"final_ln_after_pool": True}, "unsupported settings in vision_cfg: final_ln_after_pool True"),
+        ({"attentional_pool": True}, "unsupported settings in vision_cfg: attentional_pool True"),
     ],
 )
 def test_an_open_clip_configuration_of_another_tower_is_refused(fields, message, tmp_path):

@@ -248,7 +248,7 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     parsed.left_out.update(dict.fromkeys(check_rope_tables(state, tower_config), COMPUTED))
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")
-    parsed.take_text_side(*NESTED_TEXT)
+    parsed.find_text_side(*NESTED_TEXT)
     require(state, "visual.head.weight", "visual.head.bias")
     return parsed
 

@@ -39,11 +39,11 @@ def parse(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     projection = f"{outer}visual_projection.weight"
     parsed.projection = parsed.take(projection)
     parsed.projection_bias = parsed.take(f"{outer}visual_projection.bias")
-    parsed.take_text_side("text_model.", "text_projection.", "classifier.")
+    parsed.find_text_side("text_model.", "text_projection.", "classifier.")
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         check_image_text_model(state, family, config)
     is_projected = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
-    if "visual_projection.weight" in family.whole_extras and (is_projected or parsed.is_image_text):
+    if "visual_projection.weight" in family.image_text_tensors and (is_projected or parsed.is_image_text):
         require(state, projection)
     return parsed
 
@@ -76,12 +76,12 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
 def check_image_text_model(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:
     """ContractError if tensors next to the tower of an image-text model are missing or misshapen according to its
     configuration: its text tower is left out, but a damaged one means a damaged file."""
-    if family.whole_class is None:
+    if family.image_text_class is None:
         return
-    require(state, *family.whole_extras)
+    require(state, *family.image_text_tensors)
     if not section(config, "text_config"):
         return
-    model_class = family.whole_class()
+    model_class = family.image_text_class()
     with torch.device("meta"):  # names and shapes, no memory
         model = model_class(model_class.config_class.from_dict(config)).state_dict()
     shapes = {name: tuple(value.shape) for name, value in model.items() if name.startswith(("text_", "visual_"))}

@@ -91,7 +91,7 @@ def _check_vision(vision: dict[str, Any], **sizes: int) -> None:
     if vision.get("pool_type") not in (None, "tok"):
         raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
     if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
-        raise ValueError(f"vision_cfg has {', '.join(settings)}, which is not supported")
+        raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
 
 
 def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any]) -> ParsedCheckpoint:
@@ -101,7 +101,7 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     parsed = ParsedCheckpoint(layout="open_clip", state=state, config=tower_config, tower=tower, used=used)
     projection = parsed.take("visual.proj")  # (H, D): OpenCLIP multiplies from the right
     parsed.projection = None if projection is None else projection.T.contiguous()
-    parsed.take_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
+    parsed.find_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
     if parsed.is_image_text:
         require(state, "visual.proj")
     return parsed

@@ -86,7 +86,7 @@ def parse(state: dict[str, Tensor], config: dict[str, Any], given: dict[str, Any
     tower, used = NAMES.to_ours(state)
     parsed = ParsedCheckpoint(layout="open_clip-siglip", state=state, config=tower_config, tower=tower, used=used)
     parsed.projection = parsed.take("visual.head.proj.weight")
-    parsed.take_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
+    parsed.find_text_side(*OPEN_CLIP_TEXT, *NESTED_TEXT)
     return parsed
 
 

@@ -14,7 +14,7 @@ FAMILY = Family(
     last_state_is_normed=False,
     file_prefix="vision_model.",
     not_tower=("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
-    whole_class=in_transformers("ChineseCLIPModel"),
-    whole_extras=("visual_projection.weight",),
+    image_text_class=in_transformers("ChineseCLIPModel"),
+    image_text_tensors=("visual_projection.weight",),
     shapes={"OFA-Sys/chinese-clip-vit-base-patch16": {**BASE, "image_size": 224, "patch_size": 16}},
 )
