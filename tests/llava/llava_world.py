@@ -142,6 +142,15 @@ class World:
             options += ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--mm_projector_lr", "2e-5"]
         return options
 
+    def projector(self) -> Path:
+        """A projector's weights as LLaVA's pretrain stage writes them, the same at every call."""
+        width = SHAPES["width"]
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width))
+        path = self.root / "mm_projector.bin"
+        torch.save({f"model.mm_projector.{name}": tensor for name, tensor in layers.state_dict().items()}, path)
+        return path
+
     def zero_config(self, stage: int) -> Path:
         """DeepSpeed's configuration, as LLaVA's zero2.json and zero3.json."""
         zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
