@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each; before torch is imported
 
@@ -24,7 +25,7 @@ import torch
 import tyro
 from bench import Run, alternate, write_tar
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
 from llm2clip_plugin.data.images import ImageConfig
@@ -105,8 +106,8 @@ def sample_files(rng: np.random.Generator, index: int, config: BenchConfig) -> I
 
 def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.Tensor]:
     """Batches of pixels by webdataset, PIL and torchvision."""
-    import webdataset
     from torchvision import transforms
+    from webdataset.compat import WebDataset
 
     images = ImageConfig(size=config.size)
     transform = transforms.Compose(
@@ -118,9 +119,10 @@ def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.T
             transforms.Normalize(images.mean, images.std),
         ]
     )
-    dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+    dataset = WebDataset(tars, shardshuffle=False, empty_check=False)
     dataset = dataset.shuffle(100).decode("pilrgb").to_tuple("jpg", "txt").map_tuple(transform, str)
-    for pixels, _ in DataLoader(dataset.batched(config.batch), batch_size=None):
+    batches = cast(IterableDataset, dataset.batched(config.batch))  # its methods are typed as those of a mix-in
+    for pixels, _ in DataLoader(batches, batch_size=None):
         yield pixels
 
 

@@ -47,7 +47,7 @@ def heavy_imports(arguments: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=20, help="processes per command")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()

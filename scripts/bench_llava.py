@@ -13,6 +13,9 @@ The variants alternate, each round starting with the next one; a ratio is the me
 are processor time, which other programs on the machine hardly affect.
 """
 
+# LLaVA lives in an environment of its own; the one that is checked does not have it:
+# pyright: reportMissingImports=false
+
 import argparse
 import json
 import statistics

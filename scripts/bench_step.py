@@ -41,7 +41,7 @@ from llm2clip_plugin.train.optim import OptimConfig, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 
-TOWERS = {
+TOWERS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
     "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
     "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},

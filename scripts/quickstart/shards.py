@@ -73,8 +73,16 @@ def read_tar(path: Path) -> list[Sample]:
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+            samples.setdefault(key, {})[suffix] = read_member(tar, member)
     return [(key, parts["png"], json.loads(parts["json"])) for key, parts in samples.items()]
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a file in an archive. Raises ValueError for a folder, device or link."""
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f"{tar.name}: {member.name} is not a file")
+    return file.read()
 
 
 def write_tar(path: Path, samples: list[Sample]) -> None:
