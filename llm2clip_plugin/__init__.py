@@ -8,8 +8,8 @@ Nothing heavy is imported until one of the names below is used.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # type checkers know the name; importing typing would be a quarter of the time of `--help`
 if TYPE_CHECKING:
     from llm2clip_plugin.vision.dual import load_dual_encoder as load_dual_encoder
     from llm2clip_plugin.vision.towers import load_tower as load_tower
@@ -23,7 +23,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

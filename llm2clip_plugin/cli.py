@@ -9,9 +9,12 @@ import atexit
 import importlib
 import os
 import sys
-from typing import NoReturn
 
 from llm2clip_plugin.train.errors import NonFiniteLossError
+
+TYPE_CHECKING = False  # see llm2clip_plugin
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
@@ -129,12 +132,12 @@ def unknown_command(words: list[str]) -> str:
     return f"unknown command {given!r};{hint} known: {', '.join(siblings or COMMANDS)}"
 
 
-def command() -> NoReturn:
+def command() -> "NoReturn":
     """The ``llm2clip`` program."""
     leave(main())
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int) -> "NoReturn":
     """``sys.exit``; but one of several ranks runs its exit handlers and ends without the interpreter's shutdown.
 
     DeepSpeed keeps a reference to the process group after it is destroyed, so Gloo's threads are still alive, and one
