@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from llm2clip_plugin.data.shared_memory import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
 from llm2clip_plugin.finding import Finding, numbers
 
 GIB = 1024**3
@@ -131,7 +132,7 @@ def check_accelerator() -> Iterator[Finding]:
 
 def check_threads(ranks: int) -> Iterator[Finding]:
     """Together the ranks use no more threads than there are cores, and wait passively."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cores()
     ranks = ranks or _default_ranks(cores)
     threads, policy = os.environ.get("OMP_NUM_THREADS", "unset"), os.environ.get("OMP_WAIT_POLICY", "unset")
     found = f"{cores} cores for {ranks} ranks, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
@@ -142,6 +143,11 @@ def check_threads(ranks: int) -> Iterator[Finding]:
     elif threads.isdigit() and ranks * int(threads) > max(cores, ranks):
         fix = f"export OMP_NUM_THREADS={per_rank} (cores / ranks) OMP_WAIT_POLICY=PASSIVE"
     yield Finding(subject="threads", state="warn" if fix else "ok", found=found, fix=fix)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_ranks(cores: int) -> int:
@@ -164,6 +170,18 @@ def check_port(port: int) -> Iterator[Finding]:
     yield Finding(
         subject=f"port {port}", state="warn" if in_use else "ok", found="in use" if in_use else "free", fix=fix
     )
+
+
+def check_shared_memory(ranks: int, folder: str = SHARED_MEMORY) -> Iterator[Finding]:
+    """Space in /dev/shm for what the loader processes of all ranks prepare ahead, with the default settings."""
+    free = free_shared_memory(folder)
+    if free is None:
+        return
+    ranks = ranks or _default_ranks(_cores())
+    need = ranks * PREFETCH_MB * 10**6
+    found = f"{free / 1e6:,.0f} MB free in {folder}; {ranks} ranks with loader processes need {need / 1e6:,.0f} MB"
+    fix = "" if need <= free else f"{remedy(need)}, or lower --train.dataloader-prefetch-mb ({PREFETCH_MB})"
+    yield Finding(subject="shared memory", state="warn" if fix else "ok", found=found, fix=fix)
 
 
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
@@ -192,6 +210,8 @@ def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]
     if training:
         listed += [check_compiler, check_launcher]
     listed += [check_accelerator, lambda: check_threads(options.ranks), lambda: check_port(options.port)]
+    if training:
+        listed.append(lambda: check_shared_memory(options.ranks))
     listed.append(lambda: check_disk(options.cache, options.captions, options.width))
     if not training:
         from llava_integration.doctor import check_llava

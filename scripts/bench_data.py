@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
@@ -128,10 +128,11 @@ def webdataset_batches(tars: list[str], config: BenchConfig) -> Iterator[torch.T
 
 def own_batches(data: str, config: BenchConfig) -> Iterator[torch.Tensor]:
     """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
+    normalize = Normalize(ImageConfig(size=config.size))
     source = open_source(SourceConfig(path=data))
     dataset = PairDataset([source], [None], ImageConfig(size=config.size), AugmentConfig(scale=config.scale), seed=0)
     for batch in islice(make_loader(dataset, local_batch=config.batch), -(-len(source) // config.batch)):
-        yield batch["pixel_values"]
+        yield normalize(batch["pixels"])
 
 
 def count(batches: Iterator[torch.Tensor]) -> int:

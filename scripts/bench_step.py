@@ -29,7 +29,7 @@ from torch import Tensor
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -99,7 +99,7 @@ def make_batch(size: int) -> dict[str, Any]:
     """Random pixels and embeddings, made once."""
     generator = torch.Generator().manual_seed(0)
     return {
-        "pixel_values": torch.randn(size, 3, 224, 224, generator=generator),
+        "pixels": torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator),
         "embeddings": torch.randn(size, WIDTH, generator=generator),
         "caption_hashes": torch.arange(size),
         "image_ids": torch.arange(size),
@@ -112,13 +112,14 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device) ->
     """The bare loop's step, and the floating point operations of its forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    normalize = Normalize(ImageConfig(), device)
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
     parameters = [p for p in dual.parameters() if p.requires_grad]
     labels = torch.arange(len(batch["keys"]), device=device)
 
     def forward_backward() -> Tensor:
-        image, text, *_ = dual(batch["pixel_values"].to(device), batch["embeddings"].to(device))
+        image, text, *_ = dual(normalize(batch["pixels"]), batch["embeddings"].to(device))
         logits = dual.logit_scale.exp() * image @ text.T
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         optimizer.zero_grad()
@@ -150,7 +151,13 @@ def our_step(dual: DualEncoder, size: int) -> TowerStep:
     )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     engine = Engine(dual, groups, OPTIM, complete({}, plan))
-    return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False)
+    return TowerStep(
+        engine,
+        weighted_terms(LossConfig()),
+        seed=0,
+        text_noise=False,
+        normalize=Normalize(ImageConfig(), engine.device),
+    )
 
 
 def wait_share(step: TowerStep, options: argparse.Namespace) -> float:

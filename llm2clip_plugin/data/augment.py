@@ -51,7 +51,7 @@ class TrainTransform:
 
     def __call__(self, data: bytes, rng: random.Random) -> torch.Tensor:
         """(3, S, S) float32. Raises BrokenImage."""
-        return self.normalize(self.pixels(data, rng)[None])[0]
+        return self.normalize(torch.from_numpy(self.pixels(data, rng))[None])[0]
 
     def pixels(self, data: bytes, rng: random.Random) -> np.ndarray:
         """(S, S, 3) uint8. Raises BrokenImage."""

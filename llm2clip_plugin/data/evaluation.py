@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.decode import BrokenImage
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 
@@ -75,14 +75,13 @@ class EvalCollate:
 
     def __init__(self, images: ImageConfig) -> None:
         self.size = images.size
-        self.normalize = Normalize(images)
 
     def __call__(self, items: list[EvalItem]) -> dict[str, Any]:
         good = [item for item in items if item.pixels is not None]
         pixels = [item.pixels for item in good if item.pixels is not None]
         stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
         batch: dict[str, Any] = {
-            "pixel_values": self.normalize(stacked),
+            "pixels": torch.from_numpy(stacked),
             "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
             "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],
@@ -129,9 +128,10 @@ def eval_pairs(
 ) -> EvalPairs:
     """Batches of this rank's samples, in order.
 
-    A batch: pixel_values (b, 3, S, S) float32, image_ids (b,) int64 (number in the source), embeddings (m, W) float32
-    (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m Caption), keys and
-    meta (b). A sample that is broken or has no selected caption is left out and listed in ``.broken``.
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; image_ids (b,) int64 (number in the source), embeddings
+    (m, W) float32 (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m
+    Caption), keys and meta (b). A sample that is broken or has no selected caption is left out and listed in
+    ``.broken``.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()

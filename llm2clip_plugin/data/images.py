@@ -104,16 +104,16 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 
 class Normalize:
-    """uint8 pixels -> (value / 255 - mean) / std."""
+    """uint8 pixels -> (value / 255 - mean) / std, on a device: images travel there as bytes."""
 
-    def __init__(self, config: ImageConfig) -> None:
-        std = torch.tensor(config.std).view(1, 3, 1, 1)
-        self.shift = torch.tensor(config.mean).view(1, 3, 1, 1) * 255
-        self.scale = 1 / (255 * std)
+    def __init__(self, config: ImageConfig, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.shift = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255
+        self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, 3, 1, 1))
 
-    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """(B, S, S, 3) uint8 -> (B, 3, S, S) float32."""
-        values = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    def __call__(self, pixels_BSS3: torch.Tensor) -> torch.Tensor:
+        """(B, S, S, 3) uint8, wherever it lies -> (B, 3, S, S) float32 on the device."""
+        values = pixels_BSS3.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return values.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.shift).mul_(self.scale)
 
 
@@ -126,7 +126,7 @@ class EvalTransform:
 
     def __call__(self, data: bytes) -> torch.Tensor:
         """(3, S, S) float32. Raises BrokenImage."""
-        return self.normalize(self.pixels(data)[None])[0]
+        return self.normalize(torch.from_numpy(self.pixels(data))[None])[0]
 
     def pixels(self, data: bytes) -> np.ndarray:
         """(S, S, 3) uint8. Raises BrokenImage."""

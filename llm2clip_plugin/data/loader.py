@@ -1,5 +1,8 @@
 """Training batches: images, each with the teacher's embedding of one of its captions.
 
+Loader processes hand over parts of a batch (data.parts), images as bytes; images.Normalize converts them where they
+are used.
+
 Shapes: b images of a batch on one rank, S pixels a side, W width of a teacher embedding, m captions.
 
 The rows of a global batch are a function of (seed, position), whatever the number of workers and ranks. A sample that
@@ -9,8 +12,10 @@ can't be used is reported, counted and replaced by another, which is a function 
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -20,8 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.decode import BrokenImage
-from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.parts import Ahead, join_parts
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, select_captions
 
@@ -69,6 +76,12 @@ class PairDataset(Dataset):
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's image and embedding."""
+        width = next((cache.width for cache in self.caches if cache is not None), 0)
+        return row_bytes(self.transform.config.size, width)
 
     def mixture(self) -> Mixture:
         """The order in which samples of these sources are drawn."""
@@ -119,67 +132,89 @@ def _no_caption(source: Source, captions: tuple[Caption, ...]) -> str:
     return f"no caption of kinds {source.config.kinds} and languages {source.config.languages}; it has {known}"
 
 
-class GlobalBatches:
-    """Endless draws of one rank, batch after batch, from ``position`` on."""
+class PartDraws:
+    """Endless draws of one rank from ``position`` on, in parts of a batch: each belongs to one batch."""
 
-    def __init__(self, mixture: Mixture, position: int, rank: int, world: int, local_batch: int) -> None:
+    def __init__(self, mixture: Mixture, position: int, rank: int, world: int, local_batch: int, part: int) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}, expected 0 .. {world - 1}")
-        if local_batch < 1 or position < 0:
-            raise ValueError(f"local_batch is {local_batch} and position {position}, expected at least 1 and 0")
+        if local_batch < 1 or position < 0 or part < 1:
+            raise ValueError(
+                f"local_batch is {local_batch}, position {position}, part {part}; expected at least 1, 0 and 1"
+            )
         self.mixture, self.position = mixture, position
-        self.rank, self.world, self.local_batch = rank, world, local_batch
+        self.rank, self.world, self.local_batch, self.part = rank, world, local_batch, part
 
     def __iter__(self) -> Iterator[list[Draw]]:
         position = self.position
         while True:
-            yield self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            for start in range(0, self.local_batch, self.part):
+                yield draws[start : start + self.part]
             position += self.local_batch * self.world
 
 
-class Collate:
-    """Rows to tensors; pixels are normalized a batch at a time, in the worker."""
-
-    def __init__(self, images: ImageConfig) -> None:
-        self.normalize = Normalize(images)
-
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        batch: dict[str, Any] = {
-            "pixel_values": self.normalize(np.stack([row.pixels for row in rows])),
-            "caption_hashes": torch.tensor([caption_hash(row.caption.text) for row in rows]),
-            "image_ids": torch.tensor([row.image_id for row in rows]),
-            "captions": [row.caption.text for row in rows],
-            "keys": [row.key for row in rows],
-            "shards": [row.shard for row in rows],
-            "broken": [row.broken for row in rows if row.broken],
-        }
-        if rows[0].embedding is not None:
-            batch["embeddings"] = torch.stack([row.embedding for row in rows if row.embedding is not None])
-        return batch
+def collate(rows: list[Row]) -> dict[str, Any]:
+    """Rows to tensors and lists."""
+    batch: dict[str, Any] = {
+        "pixels": torch.from_numpy(np.stack([row.pixels for row in rows])),
+        "caption_hashes": torch.tensor([caption_hash(row.caption.text) for row in rows]),
+        "image_ids": torch.tensor([row.image_id for row in rows]),
+        "captions": [row.caption.text for row in rows],
+        "keys": [row.key for row in rows],
+        "shards": [row.shard for row in rows],
+        "broken": [row.broken for row in rows if row.broken],
+    }
+    if rows[0].embedding is not None:
+        batch["embeddings"] = torch.stack([row.embedding for row in rows if row.embedding is not None])
+    return batch
 
 
 class PairLoader:
     """Endless batches of one rank. Counts broken samples and stops above the allowed fraction."""
 
-    def __init__(self, loader: DataLoader, position: int, global_batch: int, samples: int, max_broken: float) -> None:
+    def __init__(
+        self,
+        loader: DataLoader,
+        plan: LoadPlan,
+        *,
+        position: int,
+        global_batch: int,
+        samples: int,
+        max_broken: float,
+        pin_memory: bool,
+    ) -> None:
         self._loader = loader
+        self.plan = plan
         self._position = position
         self._global_batch = global_batch
-        self._least_rows = min(
-            samples, 1000
-        )  # the fraction is of at least this many rows, so one early sample can't stop a run
+        self._pin_memory = pin_memory
+        # the fraction is of at least this many rows, so one early sample can't stop a run
+        self._least_rows = min(samples, 1000)
         self.max_broken = max_broken
         self.rows = 0  # rows loaded
         self.substituted = 0  # of these, rows that replace a broken sample
         self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        position = self._position
-        for batch in self._loader:
-            position += self._global_batch
+        closed = threading.Event()
+        parts = takewhile(lambda part: not closed.is_set(), iter(self._loader))  # the loader processes start here
+        batches = join_parts(parts, self.plan.rows, pin_memory=self._pin_memory)
+        if not self.plan.workers:
+            yield from self._finished(batches)
+            return
+        ahead = Ahead(batches, closed, device=torch.cuda.current_device() if self._pin_memory else None)
+        del parts, batches  # the thread alone holds the loader processes, and ends them
+        try:
+            yield from self._finished(ahead)
+        finally:
+            ahead.close()
+
+    def _finished(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Batches whose broken samples are counted, each with the position after it."""
+        for number, batch in enumerate(batches, start=1):
             self._count(len(batch["keys"]), batch.pop("broken"))
-            batch["position"] = position
-            yield batch
+            yield {**batch, "position": self._position + number * self._global_batch}
 
     def _count(self, rows: int, broken: list[tuple[BrokenSample, ...]]) -> None:
         self.rows += rows
@@ -214,27 +249,45 @@ def make_loader(
     dataset: PairDataset,
     *,
     local_batch: int,  # pairs of one rank in a batch
+    micro_batch: int = 0,  # pairs that a part of a batch has at most; 0: local_batch
     position: int = 0,  # pairs that all ranks have consumed so far
     rank: int = 0,
     world: int = 1,
     workers: int = 0,  # loader processes; the batches don't depend on it
+    prefetch_mb: float = PREFETCH_MB,  # 10^6 bytes of shared memory that the loader processes fill ahead
     max_broken: float = 0.01,  # fraction of broken samples above which the run stops
     pin_memory: bool = False,
 ) -> PairLoader:
     """Endless batches from ``position`` on.
 
-    A batch: pixel_values (b, 3, S, S) float32, embeddings (b, W) float32 (absent without caches), caption_hashes and
-    image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after this batch.
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
+    caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after
+    this batch. With ``workers`` the next batch is put together in a thread while the caller uses this one.
+    ``pin_memory``: in page-locked memory, for copies to a GPU that don't wait.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
     """
-    batches = GlobalBatches(dataset.mixture(), position, rank, world, local_batch)
+    plan = plan_loading(
+        rows=local_batch,
+        micro_batch=micro_batch or local_batch,
+        workers=workers,
+        row_bytes=dataset.row_bytes,
+        prefetch_mb=prefetch_mb,
+    )
+    draws = PartDraws(dataset.mixture(), position, rank, world, local_batch, plan.part)
     loader = DataLoader(
         dataset,
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - endless, so it has no length
+        batch_sampler=draws,  # pyright: ignore[reportArgumentType] - endless, so it has no length
         num_workers=workers,
-        collate_fn=Collate(dataset.transform.config),
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        collate_fn=collate,
+        prefetch_factor=plan.prefetch if workers else None,
         worker_init_fn=_leave_signals_to_the_run,
     )
-    return PairLoader(loader, position, local_batch * world, len(dataset), max_broken)
+    return PairLoader(
+        loader,
+        plan,
+        position=position,
+        global_batch=local_batch * world,
+        samples=len(dataset),
+        max_broken=max_broken,
+        pin_memory=pin_memory,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import EvalPairs, eval_pairs
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 from llm2clip_plugin.evaluate.rank_counting import row_digests
@@ -90,7 +90,7 @@ def embed_pairs(
         workers=config.workers,
     )
     with evaluating(dual) as encoders:
-        encoded = _encode_images(encoders, batches, images.size, group, show=not quiet and rank(group) == 0)
+        encoded = _encode_images(encoders, batches, images, group, show=not quiet and rank(group) == 0)
         if not encoded.index:
             reason = encoded.broken[0] if encoded.broken else "it is empty"
             raise ValueError(f"{source.path} contains no usable images: {reason}")
@@ -118,18 +118,18 @@ class _EncodedImages:
     vectors: list[Tensor]  # (b, D) each
 
 
-def _encode_images(encoders: Dual, batches: EvalPairs, size: int, group: Group, show: bool) -> _EncodedImages:
+def _encode_images(encoders: Dual, batches: EvalPairs, images: ImageConfig, group: Group, show: bool) -> _EncodedImages:
     """This rank's images through the tower; the images of all ranks."""
-    device = next(encoders.parameters()).device
+    normalize = Normalize(images, next(encoders.parameters()).device)
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
     calls = max(gather_objects(len(batches), group))
     own, remaining = _EncodedImages([], [], [], [], []), iter(batches)
     for _ in track(range(calls), total=calls, label="images", unit="batches", show=show):
         batch = next(remaining, None)
         if batch is None:
-            encoders.encode_image(torch.zeros(1, 3, size, size, device=device))
+            encoders.encode_image(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
             continue
-        own.vectors.append(encoders.encode_image(batch["pixel_values"].to(device)).float().cpu())
+        own.vectors.append(encoders.encode_image(normalize(batch["pixels"])).float().cpu())
         own.index += batch["image_ids"].tolist()
         own.keys += batch["keys"]
         own.meta += batch["meta"]

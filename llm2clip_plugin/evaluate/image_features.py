@@ -81,13 +81,13 @@ def image_features(
     group = group_of(all_ranks)
     own = np.array_split(np.arange(len(images)), world_size(group))[rank(group)].tolist()
     loader = DataLoader(_Pixels(images, config, own), batch, num_workers=workers, collate_fn=list)
-    normalize, readable, vectors, broken = Normalize(config), [], [], []
+    normalize, readable, vectors, broken = Normalize(config, device), [], [], []
     with torch.no_grad():
         for items in track(loader, total=len(loader), label="images", unit="batches", show=rank(group) == 0):
             good = [(number, pixels) for number, pixels in items if isinstance(pixels, np.ndarray)]
             broken += [error for _, error in items if isinstance(error, BrokenSample)]
             if good:
-                pixels = normalize(np.stack([pixels for _, pixels in good])).to(device)
+                pixels = normalize(torch.from_numpy(np.stack([pixels for _, pixels in good])))
                 vectors.append(encode(pixels).float().cpu())
                 readable += [number for number, _ in good]
     ranks = gather_objects((readable, vectors, broken), group)

@@ -40,6 +40,7 @@ IGNORED_ON_RESUME = (
     "train.logging_steps",
     "train.report_to",
     "train.dataloader_num_workers",
+    "train.dataloader_prefetch_mb",
     "train.gradient_checkpointing",
     "train.torch_compile",
 )

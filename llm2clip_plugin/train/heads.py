@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.evaluation import eval_pairs
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.progress import track
@@ -119,6 +119,7 @@ def frozen_features(
 ) -> FrozenFeatures:
     """Encode blocks of images, distributed over the ranks, and gather them in order."""
     model.eval()
+    normalize = Normalize(images, device)
     blocks = [
         (number, indices)
         for number, source in enumerate(sources)
@@ -139,7 +140,7 @@ def frozen_features(
             languages=config.languages,
             indices=indices,
         )
-        encoded[number] = [_encode(model, batch, device) for batch in pairs]
+        encoded[number] = [_encode(model, batch, normalize) for batch in pairs]
     model.train()
     merged: dict[int, list[tuple[Tensor, ...]]] = {}
     for part in gather_objects(encoded):
@@ -162,9 +163,9 @@ def _blocks(length: int, limit: int) -> list[list[int]]:
     return [chosen[start : start + BLOCK_IMAGES] for start in range(0, used, BLOCK_IMAGES)]
 
 
-def _encode(model: DualEncoder, batch: dict, device: torch.device) -> tuple[Tensor, ...]:
+def _encode(model: DualEncoder, batch: dict, normalize: Normalize) -> tuple[Tensor, ...]:
     """Pooled features, embeddings, caption hashes, and the number of captions of each image."""
-    pooled = model.pool(batch["pixel_values"].to(device)).float().cpu()
+    pooled = model.pool(normalize(batch["pixels"])).float().cpu()
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
     return pooled, batch["embeddings"], ids, counts

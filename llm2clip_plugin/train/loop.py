@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from llm2clip_plugin.data.shared_memory import PREFETCH_MB
 from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.deepspeed_config import Precision
 from llm2clip_plugin.train.distributed import rank, sum_over_ranks, world_size
@@ -45,6 +46,7 @@ class TrainConfig:
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
     dataloader_num_workers: int = 0  # image-decoding processes per rank
+    dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class TrainConfig:
             raise ValueError(
                 f"train.ema_decay {self.ema_decay} must be in [0, 1), max_broken {self.max_broken} in [0, 1]"
             )
+        if self.dataloader_prefetch_mb < 1:
+            raise ValueError(f"train.dataloader_prefetch_mb {self.dataloader_prefetch_mb} must be at least 1")
         for name in ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "dataloader_num_workers"):
             if vars(self)[name] < 0:
                 raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")

@@ -99,7 +99,7 @@ def rank_bytes(
         parts.pop("AdamW")  # in the host's memory
     parts["activations"] = micro_batch * memory.pair_bytes
     if memory.pixels:
-        parts["images"] = local * memory.pixels * size
+        parts["images"] = memory.pixels * (local + micro_batch * size)  # bytes, and a micro-batch normalized
     # both sides of the local batch and all ranks' texts, with gradients; logits in blocks of at most 512 MiB, three at
     # once
     parts["loss"] = 8 * memory.width * (2 * local + global_batch) + 3 * min(4 * local * global_batch, 1 << 29)

@@ -17,6 +17,7 @@ features, W width of an LLM embedding.
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -168,29 +169,41 @@ def _non_finite_message(values: dict[str, float], encoded: Encoded, batch: Batch
 
 
 class TowerStep(ContrastiveStep):
-    """A step of stage 2, whose module is a DualEncoder: pixel_values (b, 3, S, S) against embeddings (b, W)."""
+    """A step of stage 2, whose module is a DualEncoder: images against embeddings (b, W).
 
-    def __init__(self, engine: Engine, terms: Terms, *, seed: int, text_noise: bool) -> None:
+    ``normalize`` maps the pixels of a micro-batch, (m, S, S, 3) uint8 on the device, to (m, 3, S, S) float32.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        terms: Terms,
+        *,
+        seed: int,
+        text_noise: bool,
+        normalize: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__(engine, terms, seed=seed)
+        self.normalize = normalize
         self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Pixels in the module's dtype; embeddings stay fp32 because the adapter normalizes them first."""
+        """Pixels stay bytes, the local batch in a quarter of the memory; embeddings stay fp32 because the adapter
+        normalizes them first."""
         device = self.engine.device
-        moved = {
+        return {
             key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
-        moved["pixel_values"] = moved["pixel_values"].to(self.dtype)
-        return moved
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
-        return {"pixel_values": batch["pixel_values"][rows], "embeddings": batch["embeddings"][rows]}
+        return {"pixels": batch["pixels"][rows], "embeddings": batch["embeddings"][rows]}
 
     def _forward(self, micro: Batch) -> Encoded:
         noise_mW = self._noise(micro) if self.text_noise else None
-        image_mD, text_mD, log_scale, bias = self.engine(micro["pixel_values"], micro["embeddings"], noise_mW)
+        pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
+        image_mD, text_mD, log_scale, bias = self.engine(pixel_values, micro["embeddings"], noise_mW)
         return Encoded(image_mD, text_mD[:, None], log_scale, bias)
 
     def _noise(self, micro: Batch) -> Tensor:

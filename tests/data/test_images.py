@@ -9,7 +9,7 @@ from PIL import Image
 
 from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform, random_crop, resize_box
 from llm2clip_plugin.data.decode import BrokenImage, decode, shrink_factor
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
 
 
 def hf_processors() -> dict[str, type]:
@@ -247,3 +247,13 @@ def test_bad_image_settings_are_refused() -> None:
                            ({"resample": "x"}, "known: nearest")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             ImageConfig(**settings)
+
+
+def test_bytes_normalized_where_they_are_used_have_the_values_of_the_definition() -> None:
+    """fp32 rounds numbers up to 2.7 by less than 3e-7 in each of three operations."""
+    config = ImageConfig(size=16)
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    found = Normalize(config)(torch.from_numpy(pixels))
+    expected = (pixels.astype(np.float64) / 255 - config.mean) / config.std
+    assert found.dtype == torch.float32 and found.is_contiguous() and found.shape == (1, 3, 16, 16)
+    assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-6

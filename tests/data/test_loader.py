@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
@@ -22,7 +23,7 @@ from llm2clip_plugin.data.sources.records import caption_hash
 IMAGES = ImageConfig(size=16)
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)
 WIDTH = 4
-EXACT = ("pixel_values", "embeddings", "caption_hashes", "image_ids")
+EXACT = ("pixels", "embeddings", "caption_hashes", "image_ids")
 
 
 def identity() -> TeacherIdentity:
@@ -73,7 +74,7 @@ def rows(found: list[dict[str, Any]]) -> Iterator[tuple]:
 
 def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None:
     (batch,) = batches(dataset, 1, local_batch=22)
-    assert batch["pixel_values"].shape == (22, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
+    assert batch["pixels"].shape == (22, 16, 16, 3) and batch["pixels"].dtype == torch.uint8
     assert batch["position"] == 22 and len(set(batch["image_ids"].tolist())) == 22  # an epoch: every image once
     for number, (key, text) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
         assert str(int(key)) in text  # the caption is the image's own
@@ -83,10 +84,29 @@ def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None
     assert kinds == {True, False}  # both kinds are drawn
 
 
-def test_batches_do_not_depend_on_workers(dataset: PairDataset) -> None:
-    alone = list(rows(batches(dataset, 6, local_batch=8)))
-    for workers in (1, 2):
-        assert list(rows(batches(dataset, 6, local_batch=8, workers=workers))) == alone
+def drawn(dataset: PairDataset, first: int, stop: int) -> list[tuple]:
+    """Rows ``first`` .. ``stop``-1 of a run, one after the other: what every way of loading must give."""
+    samples = [dataset[draw] for draw in dataset.mixture().batch_indices(first, stop - first)]
+    tensors = [
+        (row.pixels, row.embedding.numpy(), np.int64(caption_hash(row.caption.text)), np.int64(row.image_id))
+        for row in samples
+        if row.embedding is not None
+    ]
+    return [
+        (row.key, row.caption.text, *(value.tobytes() for value in values))
+        for row, values in zip(samples, tensors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3, 5])
+def test_batches_depend_on_no_workers_parts_or_prefetch(dataset: PairDataset, micro_batch: int) -> None:
+    expected = drawn(dataset, 0, 48)
+    for workers, prefetch_mb in ((0, 1), (1, 1), (2, 0.01)):
+        settings = {"local_batch": 8, "micro_batch": micro_batch, "workers": workers, "prefetch_mb": prefetch_mb}
+        found = batches(dataset, 6, **settings)
+        assert [batch["position"] for batch in found] == [8, 16, 24, 32, 40, 48]
+        assert all(len(batch["keys"]) == len(batch["pixels"]) == 8 for batch in found)
+        assert list(rows(found)) == expected
 
 
 def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) -> None:
@@ -118,10 +138,10 @@ def test_resume_at_any_position_and_any_number_of_ranks(dataset: PairDataset) ->
     undisturbed = list(rows(batches(dataset, 8, local_batch=12)))
     resumed = list(rows(batches(dataset, 5, local_batch=12, position=36)))
     assert resumed == undisturbed[36:]
+    assert undisturbed == drawn(dataset, 0, 96)
     for world in (2, 3, 4):
-        ranks = [
-            batches(dataset, 5, local_batch=12 // world, position=36, rank=rank, world=world) for rank in range(world)
-        ]
+        settings = {"local_batch": 12 // world, "micro_batch": 2, "position": 36, "world": world}
+        ranks = [batches(dataset, 5, rank=rank, **settings) for rank in range(world)]
         assert [batch["position"] for batch in ranks[0]] == [48, 60, 72, 84, 96]
         joined = [row for step in zip(*ranks, strict=True) for row in rows(list(step))]
         assert joined == undisturbed[36:]
@@ -131,7 +151,7 @@ def test_augmentation_and_caption_change_with_the_pass(dataset: PairDataset) -> 
     first, second = batches(dataset, 2, local_batch=22)
     order = {int(value): number for number, value in enumerate(second["image_ids"])}
     same = [order[int(value)] for value in first["image_ids"]]
-    assert not any(torch.equal(first["pixel_values"][i], second["pixel_values"][j]) for i, j in enumerate(same))
+    assert not any(torch.equal(first["pixels"][i], second["pixels"][j]) for i, j in enumerate(same))
     changed = sum(first["captions"][i] != second["captions"][j] for i, j in enumerate(same))
     assert 3 <= changed <= 19  # a caption of two: half of 22 change
 
@@ -227,8 +247,8 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
     assert found[0]["meta"][2]["url"] == "https://host/2.jpg"
     ranks = [list(eval_pairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1)) for rank in range(3)]
     assert torch.equal(
-        torch.cat([batch["pixel_values"] for rank in ranks for batch in rank]),
-        torch.cat([batch["pixel_values"] for batch in found]),
+        torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
+        torch.cat([batch["pixels"] for batch in found]),
     )
 
 

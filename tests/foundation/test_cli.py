@@ -96,6 +96,13 @@ def test_doctor_says_what_a_too_small_disk_needs(capsys: pytest.CaptureFixture[s
     assert "--dtype int8" in capsys.readouterr().out
 
 
+def test_doctor_says_what_too_small_a_shared_memory_needs() -> None:
+    (finding,) = doctor.check_shared_memory(10**9)
+    assert finding.state == "warn" and "--ipc=host or --shm-size=" in finding.fix
+    (finding,) = doctor.check_shared_memory(1)
+    assert finding.subject == "shared memory" and "1 ranks with loader processes need 256 MB" in finding.found
+
+
 @pytest.mark.parametrize(
     ("told", "state"),
     [

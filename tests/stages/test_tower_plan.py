@@ -81,6 +81,8 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
         assert (
             "peak learning rates 1.72e-07 to 1e-05 in 26 groups" in told
         )  # 1e-5 x 0.85^25: embeddings, 24 blocks, top
+        # 17 parts of 42 rows of 336 x 336 x 3 + 4 x 4096 bytes; two batches of 4096 rows
+        assert "8 processes, parts of 42 images, 254 MB of /dev/shm" in told and "2,909 MB of its own memory" in told
     rows = [row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
     for _, share, micro, *stages in rows:
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB

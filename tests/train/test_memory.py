@@ -179,7 +179,7 @@ def step_memory(**changes) -> StepMemory:
 def test_stages_of_zero(stage: int, weights: float, gradients: float, adamw: float):
     found = rank_bytes(step_memory(), {"stage": stage}, world=8, global_batch=64, micro_batch=8)
     assert (found["weights"], found["gradients"], found["AdamW"]) == (weights, gradients, adamw)
-    assert found["activations"] == 8 * 37 and found["images"] == 8 * 7 * 2
+    assert found["activations"] == 8 * 37 and found["images"] == 7 * (8 + 8 * 2)
     cached = rank_bytes(step_memory(), {"stage": stage}, world=8, global_batch=64, micro_batch=4)
     assert cached["gradients"] == 3 * gradients  # summed over micro-batches in fp32
     assert cached["activations"] == found["activations"] / 2

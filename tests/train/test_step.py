@@ -153,7 +153,7 @@ def stop_on_nan(rank: int, world: int) -> dict[str, Any]:
     before = engine.weights(keep=True)
     batch = tiny_batch(1, rank=rank, world=world)
     if rank == world - 1:
-        batch["pixel_values"][5, 0, 0, 0] = math.nan
+        batch["pixels"][5, 0, 0, 0] = math.nan
     try:
         step(batch)
         message = ""

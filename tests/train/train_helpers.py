@@ -77,7 +77,7 @@ def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> d
     mixing = torch.randn(12, 3 * 64, generator=torch.Generator().manual_seed(1)) / 14
     ids = torch.arange(rows) + rows * step
     batch = {
-        "pixel_values": pixels,
+        "pixels": pixels,
         "embeddings": pixels.flatten(1) @ mixing.T,
         "caption_hashes": torch.where(ids % 7 == 0, 7, ids),
         "image_ids": ids.clone(),
@@ -143,7 +143,8 @@ def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any
     from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
     from llm2clip_plugin.train.step import TowerStep
 
-    return TowerStep(engine, weighted_terms(LossConfig(kind=kind)), seed=5, text_noise=noisy)
+    terms = weighted_terms(LossConfig(kind=kind))
+    return TowerStep(engine, terms, seed=5, text_noise=noisy, normalize=lambda pixels: pixels)  # they are floats
 
 
 def trainable_names(model: nn.Module) -> list[str]:

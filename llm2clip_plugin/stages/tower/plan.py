@@ -17,7 +17,9 @@ from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.stages.tower.loading import describe_loading, load_plans
 from llm2clip_plugin.stages.tower.opening import find_cache, open_data
+from llm2clip_plugin.train.distributed import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -61,6 +63,7 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         parameters,
         describe_cache(size),
+        describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
         plans.describe_columns(table, train.global_batch, gpu_gib),

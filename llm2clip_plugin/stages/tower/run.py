@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
+from llm2clip_plugin.stages.tower.loading import load_plans
 from llm2clip_plugin.stages.tower.opening import Data, open_data
 from llm2clip_plugin.train.checkpoint import Loaded
-from llm2clip_plugin.train.distributed import rank, world_size
+from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.heads import fit_heads
@@ -48,6 +50,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
+    check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
     trained = trained_parameters(dual, config.optim)
     run = open_run(config, data, hidden_size=dual.tower.config.hidden_size)
     resumed = run.find_checkpoint()
@@ -64,7 +67,11 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         engine,
         start,
         step=TowerStep(
-            engine, weighted_terms(config.loss), seed=config.train.seed, text_noise=config.dual.input_noise > 0
+            engine,
+            weighted_terms(config.loss),
+            seed=config.train.seed,
+            text_noise=config.dual.input_noise > 0,
+            normalize=Normalize(images, engine.device),
         ),
         batches=batches(config, data, images, start.samples),
         evaluate=evaluation(dual, data, images, config),
@@ -104,16 +111,18 @@ def prepare(dual: DualEncoder, config: RunConfig, device: torch.device) -> None:
 
 def batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> Iterator[dict[str, Any]]:
     """This rank's rows of the global batches, from sample number ``position`` of the run on."""
-    local_batch, _, _ = config.train.rows(world_size())
+    local_batch, micro_batch, _ = config.train.rows(world_size())
     dataset = PairDataset(data.sources, data.caches, images, config.data.augment, seed=config.train.seed)
     return iter(
         make_loader(
             dataset,
             local_batch=local_batch,
+            micro_batch=micro_batch,
             position=position,
             rank=rank(),
             world=world_size(),
             workers=config.train.dataloader_num_workers,
+            prefetch_mb=config.train.dataloader_prefetch_mb,
             max_broken=config.train.max_broken,
             pin_memory=torch.cuda.is_available(),
         )

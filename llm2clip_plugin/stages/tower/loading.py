@@ -1,0 +1,52 @@
+"""What a rank's loader processes need: of this run's training, and of its evaluation."""
+
+from llm2clip_plugin.data.shared_memory import (
+    LoadPlan,
+    lacks_shared_memory,
+    plan_loading,
+    row_bytes,
+)
+from llm2clip_plugin.stages.tower.config import RunConfig
+
+EVALUATION_PREFETCH = 2  # torch's default
+
+
+def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
+    """One for training, and one for evaluation if the run has a held-out split and loader processes for it.
+
+    side: pixels of an image; width: of an embedding; world: ranks.
+    """
+    rows, micro_batch, _ = config.train.rows(world)
+    plans = [
+        plan_loading(
+            rows=rows,
+            micro_batch=micro_batch,
+            workers=config.train.dataloader_num_workers,
+            row_bytes=row_bytes(side, width),
+            prefetch_mb=config.train.dataloader_prefetch_mb,
+        )
+    ]
+    batch, workers = config.evaluation.batch, config.evaluation.workers
+    if config.data.validation and workers:
+        plans.append(
+            LoadPlan(
+                rows=batch, part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=row_bytes(side, 0)
+            )
+        )
+    return plans
+
+
+def describe_loading(plans: list[LoadPlan], ranks: int) -> str:
+    """Processes, parts and memory of a rank's loader, and whether this machine has it for ``ranks`` ranks."""
+    train = plans[0]
+    memory = f"{train.host_bytes / 1e6:,.0f} MB of its own memory"
+    if not sum(plan.workers for plan in plans):
+        return f"loader of a rank: no processes (--train.dataloader-num-workers), {memory}"
+    shared = sum(plan.shared_bytes for plan in plans)
+    text = (
+        f"loader of a rank: {train.workers} processes, parts of {train.part} images, {shared / 1e6:,.0f} MB of "
+        f"/dev/shm (--train.dataloader-prefetch-mb), {memory}"
+    )
+    if reason := lacks_shared_memory(plans, ranks):
+        return f"{text}\n  too much for this machine: {reason}"
+    return text
