@@ -9,13 +9,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
+    StableLmConfig,
 )
 
 TEXT = [
@@ -31,9 +36,14 @@ FAMILIES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "mistral": MistralConfig,
+    "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
     "phi3": Phi3Config,
+    "stablelm": StableLmConfig,
+    "nemotron": NemotronConfig,
+    "olmo2": Olmo2Config,
 }
+HYBRIDS = {"qwen3_next": Qwen3NextConfig}  # with linear attention
 
 
 def tiny_tokenizer(*, template: bool = True, eos: bool = False) -> PreTrainedTokenizerFast:
@@ -76,14 +86,18 @@ def save_tiny_llm(folder: Path, family: str, *, seed: int = 0, width: int = 32, 
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family in ("mistral", "gemma3"):
+    if family in ("mistral", "gemma2", "gemma3"):
         sizes["sliding_window"] = 16  # shorter than the longest captions of the tests
     if family == "gemma3":
         sizes["layer_types"] = ["sliding_attention", "full_attention"]
-    if family == "phi3":
+    if family == "qwen3_next":
+        sizes["layer_types"] = ["linear_attention", "full_attention"]
+        sizes |= {f"linear_{kind}_head_dim": width // 4 for kind in ("key", "value")}
+        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "mlp_only_layers": [0, 1]}
+    if family in ("phi3", "stablelm", "olmo2"):
         del sizes["head_dim"]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**sizes, initializer_range=0.2))
+    model = AutoModelForCausalLM.from_config((FAMILIES | HYBRIDS)[family](**sizes, initializer_range=0.2))
     model.save_pretrained(folder)
     tiny_tokenizer(**tokenizer_options).save_pretrained(folder)
     return folder

@@ -38,6 +38,7 @@ class MaskedModule(nn.Module):
     def __init__(self, model: CaptionModel, head_VH: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.cap: float | None = getattr(model.llm.config, "final_logit_softcapping", None)  # of the logits, in Gemma 2
         self.head_VH: Tensor
         self.register_buffer("head_VH", head_VH, persistent=False)  # frozen, and stored in the LLM's files
 
@@ -51,6 +52,8 @@ class MaskedModule(nn.Module):
         ).last_hidden_state
         masked_mT = labels[:, 1:] != UNMASKED
         logits_KV = (hidden_mTH[:, :-1][masked_mT].to(self.head_VH.dtype) @ self.head_VH.T).float()
+        if self.cap:
+            logits_KV = self.cap * torch.tanh(logits_KV / self.cap)
         return F.cross_entropy(logits_KV, labels[:, 1:][masked_mT], reduction="sum")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
 from llm2clip_plugin.text.quiet import quiet_transformers
 from llm2clip_plugin.text.sentence_transformers import is_sentence_transformers
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -49,12 +50,13 @@ class CaptionModel(nn.Module):
 def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The LLM's blocks up to the pooled layer, in evaluation mode.
 
-    Raises ValueError for missing weights, a model that is not a decoder, or a layer out of range.
+    Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
+    of range.
     """
     settings = AutoConfig.from_pretrained(folder)
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
-    settings.is_causal = text.is_causal = config.attention == "causal"
+    set_attention(settings, config.attention)
     extra = {}
     if config.load_in_4bit:
         extra = {"quantization_config": nf4(dtype), "device_map": {"": device}}
@@ -70,8 +72,10 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
         )
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
-    if is_decoder(model):
+    decoder = is_decoder(model)
+    if decoder:
         keep_layers(model, config.layer)
+        set_kernels(model, config.attention)
     elif not is_sentence_transformers(folder) or config.layer != -1 or config.adapter:
         raise ValueError(
             f"{folder} is a {type(model).__name__}; expected a decoder LLM such as Llama, Qwen, Mistral or Gemma, or a "
@@ -81,7 +85,10 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
         avoid_packed_cpu_kernel(model)
     else:
         nn.Module.to(model, device)
-    return model.eval()
+    model.eval()
+    if decoder:
+        check_attention(model, config.attention, where=str(folder))
+    return model
 
 
 def is_decoder(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
 from llm2clip_plugin.text.adapter import LoraSettings, add_lora
+from llm2clip_plugin.text.attention import set_attention, set_kernels
 from llm2clip_plugin.text.model import is_decoder, keep_layers, refuse_length_dependent_rope
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.memory import DTYPES
@@ -77,7 +78,7 @@ def shape_llm(
     settings = copy.deepcopy(settings)
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
-    settings.is_causal = text.is_causal = config.attention == "causal"
+    set_attention(settings, config.attention)
     # "auto" is bfloat16 on GPUs; precision is the adapter's, and bf16 and fp16 are the LLM's too
     dtype = COMPUTE.get(config.compute_dtype, torch.bfloat16) if precision == "fp32" else DTYPES[precision]
     with torch.device("meta"):
@@ -88,6 +89,7 @@ def shape_llm(
                 f"{config.llm} is a {type(llm).__name__}; expected a decoder such as Llama, Qwen, Mistral or Gemma"
             )
         keep_layers(llm, config.layer)
+        set_kernels(llm, config.attention)
         blocks = llm.get_submodule("layers")
         assert isinstance(blocks, nn.ModuleList)
         depth = len(blocks)

@@ -14,6 +14,7 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import pretrain_llm, trained_module
+from llm2clip_plugin.text.attention import set_kernels
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.mntp import UNMASKED, MaskedModule, choose_masked, output_head
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -43,6 +44,7 @@ def test_masked_token_is_predicted_from_the_state_before_it(any_llm: Path) -> No
     found = module(ids, ones, torch.arange(len(row))[None], labels)
     whole = AutoModelForCausalLM.from_pretrained(any_llm, dtype=torch.float32)
     whole.config.is_causal = False
+    set_kernels(whole, "bidirectional")
     with torch.no_grad():
         logits = whole(input_ids=ids, attention_mask=ones).logits[0]
     expected = F.cross_entropy(logits[[1, len(row) - 2]], torch.tensor([row[2], row[-1]]), reduction="sum")
