@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
@@ -11,6 +12,22 @@ Settings = TypeVar("Settings")
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks, from the launcher's environment; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Path | None], result: str) -> int:
+    """Print the plan, or train and print where the result is, in both cases on rank 0; returns exit status 0.
+
+    ``result``: what to print, with {} for the path. A run that a SIGTERM stopped and saved has none and prints nothing.
+    """
+    first_rank = rank_and_world()[0] == 0
+    if dry_run:
+        if first_rank:
+            print(plan(), flush=True)
+        return 0
+    path = train()
+    if path is not None and first_rank:
+        print(result.format(path))
+    return 0
 
 
 def split_options(argv: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:

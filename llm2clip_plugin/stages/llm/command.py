@@ -1,6 +1,6 @@
 """The command lines of stage 1: ``llm2clip finetune-llm`` and ``llm2clip pretrain-llm``."""
 
-from llm2clip_plugin.stages.command_line import override, rank_and_world, split_options
+from llm2clip_plugin.stages.command_line import override, plan_or_train, split_options
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.plan import llm_plan, pretraining_plan
 from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES, llm_recipe
@@ -40,26 +40,11 @@ def parse(argv: list[str], command: str = "finetune-llm") -> FinetuneConfig:
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = parse(argv)
-    first_rank = rank_and_world()[0] == 0
-    if config.dry_run:
-        if first_rank:
-            print(llm_plan(config, argv), flush=True)
-        return 0
-    adapter = finetune_llm(config)
-    if adapter is not None and first_rank:
-        print(f"adapter: {adapter}")
-    return 0
+    return plan_or_train(config.dry_run, lambda: llm_plan(config, argv), lambda: finetune_llm(config), "adapter: {}")
 
 
 def main_pretrain(argv: list[str]) -> int:
     """``llm2clip pretrain-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = parse(argv, "pretrain-llm")
-    first_rank = rank_and_world()[0] == 0
-    if config.dry_run:
-        if first_rank:
-            print(pretraining_plan(config), flush=True)
-        return 0
-    adapter = pretrain_llm(config)
-    if adapter is not None and first_rank:
-        print(f"adapter: {adapter}; merge it with llm2clip export-llm, then fine-tune the merged LLM")
-    return 0
+    result = "adapter: {}; merge it with llm2clip export-llm, then fine-tune the merged LLM"
+    return plan_or_train(config.dry_run, lambda: pretraining_plan(config), lambda: pretrain_llm(config), result)

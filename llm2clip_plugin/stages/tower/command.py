@@ -7,7 +7,7 @@ LLaVA's scripts keep their names.
 import json
 from pathlib import Path
 
-from llm2clip_plugin.stages.command_line import override, rank_and_world, split_options
+from llm2clip_plugin.stages.command_line import override, plan_or_train, split_options
 from llm2clip_plugin.stages.settings import RENAMED, from_plain
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.plan import tower_plan
@@ -51,15 +51,7 @@ TRUTH = {"true": True, "false": False}
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0, also after a SIGTERM that saved."""
     config = read_command(argv)
-    first_rank = rank_and_world()[0] == 0
-    if config.dry_run:
-        if first_rank:
-            print(tower_plan(config, argv), flush=True)
-        return 0
-    tower = train_tower(config)
-    if tower is not None and first_rank:
-        print(f"tower: {tower}")
-    return 0
+    return plan_or_train(config.dry_run, lambda: tower_plan(config, argv), lambda: train_tower(config), "tower: {}")
 
 
 def read_command(argv: list[str]) -> RunConfig:
