@@ -11,7 +11,7 @@ from PIL import Image
 from llava_integration.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mllm"
+GOLDEN = Path(__file__).parents[2] / "golden" / "mllm"
 QUICK = ("--device", "cpu", "--batch-size", "8", "--dtype", "float32", "--", "--max-new-tokens", "4", "--workers", "0")
 
 

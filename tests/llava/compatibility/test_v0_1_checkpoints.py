@@ -13,7 +13,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from safetensors.torch import load_file
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 
 from make_v0_1 import features, pixels, replace_in_texts  # noqa: E402
@@ -147,7 +147,7 @@ def test_a_projector_of_v0_1_is_finetuned_with_the_same_losses(v0_1, world):
     )
     adapter = ("--pretrain_mm_mlp_adapter", str(v0_1 / "llava/llava-projector/mm_projector.bin"))
     tower, output = f"llm2clip:{v0_1}/towers/clip", v0_1 / "again"
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     places = {"LLM2CLIP_HOME": str(v0_1 / "home"), "PYTHONPATH": f"{tests}/llava/on_cpu:{tests.parent}"}
     losses = moved.stage("finetune", tower, output, *adapter, **places)
     assert losses == pytest.approx(EXPECTED["finetune_losses"], rel=5e-3)

@@ -15,7 +15,7 @@ import torch
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRAIN_PYTHON = Path(os.environ.get("LLM2CLIP_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python"))
 BACKBONES = ("clip", "siglip", "dinov2", "eva02")
 

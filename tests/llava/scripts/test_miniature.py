@@ -9,7 +9,7 @@ import pytest
 
 from llm2clip_plugin.contracts import ScoreFile
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "quickstart" / "miniature.sh"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "quickstart" / "miniature.sh"
 
 
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="needs easy-vqa's pictures")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 # From LLaVA 1.5's own scripts: what must not differ but for the batch that each GPU takes.
 RECIPE = {
     "pretrain": "--version plain --tune_mm_mlp_adapter True --learning_rate 1e-3 --mm_projector_type mlp2x_gelu",

@@ -190,7 +190,7 @@ def test_s2_trains_and_its_scales_come_back(world, tmp_path):
 
 def test_launch_under_deepspeed_where_pth_files_are_not_read(world, trained, tmp_path):
     """``deepspeed --module llava_integration.launch llava.train.train``; without it the name is unknown there."""
-    on_cpu = Path(__file__).parent / "on_cpu" / "sitecustomize.py"
+    on_cpu = Path(__file__).parents[1] / "on_cpu" / "sitecustomize.py"
     unwatched = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != 'LLM2CLIPWatcher']\n"
     (tmp_path / "sitecustomize.py").write_text(unwatched + on_cpu.read_text())
     here = {"PYTHONPATH": str(tmp_path), "LLM2CLIP_TOWER": str(world.towers["clip"])}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OURS = ("llm2clip", "_editable_impl_llm2clip", "__editable__", "__pycache__")
 KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
 
