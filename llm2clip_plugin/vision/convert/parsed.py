@@ -1,6 +1,5 @@
 """A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.adapter_match import AdapterMatch, candidate_prefixes, match_adapter
-from llm2clip_plugin.vision.dual import DualEncoder
 
 OWN_TEXT = "text tower, replaced by the LLM"
 COMPUTED = "recomputed from the configuration and compared"
@@ -96,15 +94,3 @@ class ParsedCheckpoint:
                 f"left out ({reason}): {len(names)} tensors ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
             )
         return lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A layout of checkpoints that is recognized by its tensor names, and can be written for one family of towers."""
-
-    name: str
-    matches: Callable[[dict[str, Tensor]], bool]
-    parse: Callable[[dict[str, Tensor], dict[str, Any], dict[str, Any]], ParsedCheckpoint]  # state, config, --config
-    family: str  # of the towers that ``visual_state`` and ``model_config`` write
-    visual_state: Callable[[DualEncoder, dict[str, Tensor]], dict[str, Tensor]]  # dual encoder, its tower's file
-    model_config: Callable[[DualEncoder], dict[str, Any]]  # embed_dim, vision_cfg ... of OpenCLIP's configuration file
