@@ -1,0 +1,55 @@
+"""What a score file of ``llm2clip bench-mllm`` records about the model and the run that its answers come from."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.contracts import sha256_file, sha256_text
+
+LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
+
+
+def run_provenance(model_path: str, question_file: Path, command: list[str]) -> dict[str, Any]:
+    """What the answers were generated from: checkpoint, tower, LLM, questions, versions, command."""
+    record: dict[str, Any] = {
+        "checkpoint": model_path,
+        "question_file": str(question_file),
+        "question_file_sha256": sha256_file(question_file),
+        "command": command,
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+    config = Path(model_path) / "config.json"
+    if config.is_file():
+        body = json.loads(config.read_text(encoding="utf-8"))
+        tower = body.get("llm2clip_tower") or {}
+        record |= {
+            "checkpoint_config_sha256": sha256_file(config),
+            "checkpoint_weights": weights_digest(Path(model_path)),
+            "llm": body.get("_name_or_path", ""),
+            "tower": body.get("mm_vision_tower", ""),
+            "tower_sha256": tower.get("weights_sha256", ""),
+        }
+    return record
+
+
+def weights_digest(folder: Path) -> str:
+    """A hash of a checkpoint's weights that does not read gigabytes: names, sizes and first MiB of the files."""
+    parts = []
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            head = file.read(1 << 20)
+        parts.append(f"{path.name} {path.stat().st_size} {sha256_text(head.hex())}")
+    return sha256_text("\n".join(parts))
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that answers depend on."""
+    installed = {}
+    for name in LIBRARIES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed
