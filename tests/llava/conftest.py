@@ -31,10 +31,10 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def checkpoint(world):
-    """A finetuned tiny LLaVA that has learned its pictures: red, green and white are answered by their names.
+    """A finetuned tiny LLaVA that has learned its pictures; what it answers depends on them.
 
-    LLaVA draws the projector before it sets the seed, so that its weights are given here. With these, the best token of
-    each answer leads the next one by 1.2 or more in logits.
+    LLaVA draws the projector before it sets the seed, so its weights are given here. With these, asked for the color
+    of each picture, the best token of every answer leads the next one by 2.4 or more in logits.
     """
     folder = world.root / "llava-answers"
     options = ("--max_steps", "80", "--learning_rate", "1e-2", "--pretrain_mm_mlp_adapter", world.projector())
