@@ -2,7 +2,8 @@
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None`` in a module of its
 own. ValueError (wrong input) and OSError (files, permissions, disk space, connections) end as one ``error:`` line and
-exit status 2; a non-finite loss as one line from rank 0 and exit status 1 on every rank.
+exit status 2; a non-finite loss as one line from rank 0 and exit status 1 on every rank; so does the loss of another
+rank, as one line from each that is left.
 """
 
 import atexit
@@ -10,7 +11,7 @@ import importlib
 import os
 import sys
 
-from llm2clip_plugin.train.errors import NonFiniteLossError
+from llm2clip_plugin.train.errors import NonFiniteLossError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -170,6 +171,12 @@ def run(name: str, argv: list[str]) -> int:
             raise
         if os.environ.get("RANK", "0") == "0":  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        message = lost_rank(error)
+        if not message or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         ours = (error.name or "").split(".")[0] in ("llm2clip_plugin", "llava_integration")

@@ -16,9 +16,15 @@ extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 llava_environment .venv-llava
 
-# The comparison page is opened in a real browser, if one is available.
-command -v chromium >/dev/null || { [ "$(id -u)" = 0 ] && { apt-get install -y -qq chromium >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }; }; } ||
-    echo "note: Chromium is not available; skipping the browser test of the report" >&2
+# Programs of the system that some tests need; without them, those tests are skipped.
+installs() { # COMMAND PACKAGE...: installs the packages, if the command is missing and this is root
+    command -v "$1" >/dev/null && return
+    [ "$(id -u)" = 0 ] || return
+    apt-get install -y -qq "${@:2}" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }
+}
+installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
+{ PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
+    echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

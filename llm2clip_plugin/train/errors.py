@@ -1,5 +1,25 @@
 """What ends a run early. Standard library only, so that the command line knows it without torch."""
 
+import os
+import re
+import socket
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient is not a number; raised on all ranks, its message names the batch's samples."""
+
+
+def lost_rank(error: RuntimeError) -> str:
+    """The message for a collective that failed because another rank is gone; "" for any other error.
+
+    torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo.
+    """
+    if "gloo/" not in str(error) and not any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return ""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = re.sub(r"^\[[^]]*\] *", "", lines[0]).split(". This is typically")[0]  # gloo's source line and advice
+    return (
+        f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the connection to another rank: {reason}. "
+        "A process or host has ended or hangs, or the network failed; look for the first error of the other ranks. "
+        "Rerun the same command, on any number of ranks: training resumes from its last checkpoint"
+    )
