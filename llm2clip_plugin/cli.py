@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from llm2clip_plugin.train.errors import NonFiniteLossError, lost_rank
+from llm2clip_plugin.train.errors import FirstRankError, NonFiniteLossError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ def run(name: str, argv: list[str]) -> int:
     except BrokenPipeError:  # `llm2clip ... | head` stops reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's status for SIGPIPE
+    except FirstRankError:
+        return 2
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise

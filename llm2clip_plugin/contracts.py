@@ -34,7 +34,7 @@ class ContractError(ValueError):
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; rename it onto ``path`` if the block ends without an error."""
+    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk and rename it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -43,14 +43,16 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
+        fsync(temporary)
         os.replace(temporary, target)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling directory; rename it onto ``path`` if the block ends without an error.
+    """Yield a temporary sibling directory; if the block ends without an error, flush its files to disk and rename it.
 
     Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false.
     """
@@ -63,14 +65,36 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     old = temporary.with_suffix(".old")
     try:
         yield temporary
+        for inside in (*temporary.rglob("*"), temporary):
+            if not inside.is_symlink():
+                fsync(inside)
         if target.exists():
             os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
-        os.replace(temporary, target)
-        if old.exists():
-            shutil.rmtree(old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        fsync(target.parent)
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on disk.
+
+    Raises OSError for what the file system reports only now: NFS and quotas do so when a disk is full.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # several network file systems refuse it for directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def canonical_json(value: Any) -> str:

@@ -1,22 +1,25 @@
 """A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
-from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
+from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
-from llm2clip_plugin.train.distributed import barrier, rank
+from llm2clip_plugin.train.distributed import on_first_rank, rank
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
+from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.vision.export import library_versions
@@ -73,7 +76,7 @@ class TrainingRun:
 
     def find_checkpoint(self) -> Loaded | None:
         """The checkpoint to resume from, None for a new run; ValueError if it was saved with other settings."""
-        path = self.checkpoints.find(self.config.resume)
+        path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
         if path is None:
             return None
         loaded = load(path)
@@ -92,7 +95,12 @@ class TrainingRun:
         return engine
 
     def start_state(self, resumed: Loaded | None) -> TrainState:
-        """Where training starts."""
+        """Where training starts; checkpoints that it does not continue from are moved aside."""
+        moved = on_first_rank(lambda: self.checkpoints.move_aside(resumed.path if resumed else None))
+        if moved and rank() == 0:
+            start = f"resuming from {resumed.path}" if resumed else "starting over"
+            again = "" if self.config.resume == RESUME_AUTO else "; rerun without --resume, or this happens again"
+            print(f"warning: {start}: {moved}{again}", file=sys.stderr)
         if resumed is not None:
             return resumed.state
         return TrainState(
@@ -132,23 +140,34 @@ class TrainingRun:
         return state
 
     def write_result(self, state: TrainState, write: Callable[[], object]) -> bool:
-        """Call ``write`` on rank 0 if the run is at its end; all ranks wait. Returns whether it is."""
+        """Call ``write`` on rank 0 if the run is at its end; all ranks wait. Returns whether it is.
+
+        Raises OSError or ValueError from ``write`` on every rank; the run's last checkpoint stays.
+        """
         finished = state.step >= self.total_steps
-        if finished and rank() == 0:
-            write()
-        barrier()
+        if finished:
+            on_first_rank(lambda: self._write_result(write))
         return finished
+
+    def _write_result(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:  # safetensors' own error for a full disk
+            raise OSError(
+                f"the run is complete, but its result could not be written: {error}. Its last checkpoint is in "
+                f"{self.checkpoints.folder}; rerun the same command to write the result"
+            ) from error
 
     def _record(self, state: TrainState) -> None:
         """Write run.json, on rank 0."""
-        if rank() == 0:
-            RunRecord(
-                config=dataclasses.asdict(self.config),
-                config_hash=self.config_hash,
-                teacher=self.teacher,
-                step=state.step,
-                samples=state.samples,
-                finished=state.step >= self.total_steps,
-                metrics=state.metrics,
-                versions=library_versions(),
-            ).write(self.folder / RunRecord.FILE)
+        record = RunRecord(
+            config=dataclasses.asdict(self.config),
+            config_hash=self.config_hash,
+            teacher=self.teacher,
+            step=state.step,
+            samples=state.samples,
+            finished=state.step >= self.total_steps,
+            metrics=state.metrics,
+            versions=library_versions(),
+        )
+        on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))

@@ -36,6 +36,7 @@ IGNORED_ON_RESUME = (
     "train.save_steps",
     "train.save_minutes",
     "train.save_total_limit",
+    "train.save_fallback_dir",
     "train.eval_steps",
     "train.logging_steps",
     "train.report_to",

@@ -1,33 +1,32 @@
-"""Checkpoints: written atomically, limited in number, resumed by rerunning the command.
+"""A checkpoint: one folder, complete or absent, whose files are hashed while they are written.
 
-    checkpoints/
-      latest                 name of the newest complete checkpoint, written last
-      step-00000120/
-        model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
-        optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
-        ema.safetensors        moving averages, if train.ema_decay is set
-        state.json             TrainState: step, samples, updates, loss scale, config and its hash
+    step-00000120/
+      model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
+      optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
+      ema.safetensors        moving averages, if train.ema_decay is set
+      state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
 The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
 random draw is a function of the run's seed and a position in its order of samples (step.py).
 """
 
-import shutil
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_directory, atomic_file
-from llm2clip_plugin.train.distributed import broadcast_object, rank
+from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_directory, canonical_json, sha256_text
+from llm2clip_plugin.progress import progress_bar
+from llm2clip_plugin.train.tensor_files import BLOCK, TensorFile, write_tensors
 
-FOLDER = "checkpoints"
 PREFIX_V01 = "dual."  # of tensor names in version 0.1's checkpoints of towers
-LATEST = "latest"
-RESUME_AUTO, RESUME_NEVER = "auto", "never"
+MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,141 +45,116 @@ class TrainState(VersionedRecord):
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
     world_size: int = 1  # ranks that wrote it; any number can resume
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    evaluated: int | None = None  # step of that evaluation; None in version 0.1, which saved after it
     seconds: float = 0.0  # training time so far
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256; {} in version 0.1
+    checksum: str = ""  # of the fields above
 
+    def sealed(self) -> "TrainState":
+        """With its checksum."""
+        return dataclasses.replace(self, checksum=self._digest())
 
-class HasState(Protocol):
-    """The part of an engine that ``save`` needs; see EngineStates."""
+    def check(self, where: Path) -> None:
+        """Raises ContractError if a field was changed after it was written."""
+        if (self.checksum or self.files) and self.checksum != self._digest():
+            raise ContractError(f"{where} is damaged: its fields do not have the checksum {self.checksum!r}")
 
-    def weights(self, *, keep: bool) -> dict[str, Tensor]: ...
-
-    def moments(self, *, keep: bool) -> dict[str, Tensor]: ...
+    def _digest(self) -> str:
+        return sha256_text(canonical_json({**dataclasses.asdict(self), "checksum": ""}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A checkpoint in memory."""
+    """A checkpoint that is open: its tensors are read from disk when they are looked up."""
 
     path: Path
     state: TrainState
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    averages: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    averages: Mapping[str, Tensor]
 
 
-class Checkpoints:
-    """The checkpoints of one run folder."""
+def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write tensors of the CPU by file, and ``state`` with their hashes, to the folder ``target``. Raises OSError."""
+    with atomic_directory(target, replace=True) as temporary:
+        files = {name: write_tensors(temporary / name, content) for name, content in tensors.items()}
+        dataclasses.replace(state, files=files).sealed().write(temporary / TrainState.FILE)
 
-    def __init__(self, run_folder: Path, *, keep: int) -> None:
-        self.folder = run_folder / FOLDER
-        self.keep = keep
 
-    def save(self, state: TrainState, engine: HasState, averages: dict[str, Tensor]) -> Path:
-        """Write a checkpoint on rank 0; every rank must call this. Raises OSError on every rank if writing fails."""
-        writes = rank() == 0
-        weights, moments = engine.weights(keep=writes), engine.moments(keep=writes)
-        target = self.folder / f"step-{state.step:08d}"
-        failure = None
-        if writes:
-            try:
-                self._write(target, state, weights, moments, averages)
-            except OSError as error:
-                failure = f"cannot write the checkpoint {target}: {error}"
-        failure = broadcast_object(failure)
-        if failure:
-            raise OSError(failure)
-        return target
+def record_metrics(path: Path, state: TrainState) -> None:
+    """Put the evaluation of ``state`` into the checkpoint of its step. Raises OSError."""
+    saved = TrainState.read(path / TrainState.FILE)
+    values = {"metrics": state.metrics, "evaluated": state.evaluated}
+    dataclasses.replace(saved, **values).sealed().write(path / TrainState.FILE)
 
-    def _write(
-        self,
-        target: Path,
-        state: TrainState,
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
-        averages: dict[str, Tensor],
-    ) -> None:
-        with atomic_directory(target, replace=True) as temporary:
-            save_file(contiguous(weights), temporary / "model.safetensors")
-            save_file(contiguous(moments), temporary / "optimizer.safetensors")
-            if averages:
-                save_file(contiguous(averages), temporary / "ema.safetensors")
-            state.write(temporary / TrainState.FILE)
-        with atomic_file(self.folder / LATEST) as temporary:
-            temporary.write_text(target.name + "\n", encoding="utf-8")
-        self._prune(target)
 
-    def _prune(self, newest: Path) -> None:
-        """Remove all but the newest ``keep`` checkpoints, and temporary files of a killed run."""
-        for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        older = [path for path in sorted(self.folder.glob("step-*")) if path != newest]
-        for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
-            shutil.rmtree(path)
+def verify(path: Path, *, moments: bool = True) -> None:
+    """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file.
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none."""
-        pointer = self.folder / LATEST
-        if not pointer.is_file():
-            return None
-        path = self.folder / pointer.read_text(encoding="utf-8").strip()
-        if not (path / TrainState.FILE).is_file():
-            raise FileNotFoundError(
-                f"{path}, named by {pointer}, does not exist; available checkpoints: {self.names()}. "
-                f"Choose one with --resume {self.folder}/NAME, or delete {pointer} to start over"
-            )
-        return path
-
-    def names(self) -> list[str]:
-        """Names of the complete checkpoints, oldest first."""
-        return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
-
-    def find(self, resume: str) -> Path | None:
-        """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
-
-        Raises FileNotFoundError for a path without a checkpoint, FileExistsError for ``never`` if any exist.
-        """
-        if resume == RESUME_AUTO:
-            return self.latest()
-        if resume == RESUME_NEVER:
-            if self.names():
-                raise FileExistsError(
-                    f"{self.folder} contains {self.names()}; refusing to overwrite with --resume never: choose another "
-                    "--output_dir, or delete the folder"
+    Raises FileNotFoundError or ContractError naming the file that is missing or damaged. Version 0.1 recorded no
+    hashes: then sizes are compared.
+    """
+    state = TrainState.read(path / TrainState.FILE)
+    state.check(path / TrainState.FILE)
+    names = [name for name in state.files or (MODEL, OPTIMIZER) if moments or name != OPTIMIZER]
+    for name in names:
+        _open(path, name)
+    if not state.files:
+        return
+    total = sum((path / name).stat().st_size for name in names)
+    bar = progress_bar(total=total >> 20, label=f"checking {path.name}", unit="MiB")
+    with bar, ThreadPoolExecutor(len(names)) as pool:
+        digests = pool.map(lambda name: _sha256(path / name, lambda done: bar.update(done >> 20)), names)
+        for name, digest in zip(names, digests, strict=True):
+            if digest != state.files[name]:
+                raise ContractError(
+                    f"{path / name} is damaged: its SHA-256 is {digest[:12]}..., {TrainState.FILE} says "
+                    f"{state.files[name][:12]}..."
                 )
-            return None
-        path = Path(resume)
-        if (path / TrainState.FILE).is_file():
-            return path
-        newest = Checkpoints(path, keep=0).latest() if path.is_dir() else None
-        if newest is None:
-            available = f"; available checkpoints of this run: {self.names()}" if self.names() else ""
-            raise FileNotFoundError(f"--resume {resume}: no checkpoint found (no {TrainState.FILE}){available}")
-        return newest
 
 
-def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies where needed: safetensors does not write strided tensors."""
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _sha256(path: Path, advance: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
-    """Read a checkpoint, without the optimizer's ``moments`` where only its weights are needed.
+    """Open a checkpoint, without the optimizer's ``moments`` where only its weights are needed; see ``verify``.
 
     Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
     """
     state = TrainState.read(path / TrainState.FILE)
-    tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
-    for name in ("model", "optimizer", "ema") if moments else ("model", "ema"):
-        file = path / f"{name}.safetensors"
-        if not file.is_file():
-            if name == "ema":
-                tensors[name] = {}
-                continue
-            raise FileNotFoundError(f"{file.name} is missing from the checkpoint {path}; resume from another one")
-        try:
-            tensors[name] = {key.removeprefix(PREFIX_V01): value for key, value in load_file(file).items()}
-        except SafetensorError as error:
-            raise ContractError(f"{file} is damaged ({error}); resume from another checkpoint") from error
+    averages = AVERAGES in state.files if state.files else (path / AVERAGES).is_file()
     return Loaded(
-        path=path, state=state, weights=tensors["model"], moments=tensors["optimizer"], averages=tensors["ema"]
+        path=path,
+        state=state,
+        weights=_open(path, MODEL),
+        moments=_open(path, OPTIMIZER) if moments else {},
+        averages=_open(path, AVERAGES) if averages else {},
     )
+
+
+def _open(path: Path, name: str) -> TensorFile:
+    if not (path / name).is_file():
+        raise FileNotFoundError(f"{name} is missing from the checkpoint {path}; resume from another one")
+    return TensorFile(path / name, prefix=PREFIX_V01)
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
+    """Copy a checkpoint's weights into a module, one tensor in memory at a time.
+
+    Raises ContractError if the checkpoint has other tensors than the module.
+    """
+    own = module.state_dict()
+    if missing := sorted(own.keys() ^ weights.keys()):
+        raise ContractError(f"{where} does not fit the model: only one of them has {', '.join(missing[:5])}")
+    for name, value in own.items():
+        saved = weights[name]
+        if saved.shape != value.shape:
+            raise ContractError(f"{where}: {name} has shape {tuple(saved.shape)}, expected {tuple(value.shape)}")
+        value.copy_(saved)

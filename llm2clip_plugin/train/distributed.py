@@ -3,9 +3,13 @@
 Everything here also works in one process without a process group, so callers need no special case for it.
 """
 
+import itertools
+import math
 import os
+import pickle
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import TypeVar
@@ -14,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from llm2clip_plugin.train.errors import FirstRankError
 
 Value = TypeVar("Value")
 
@@ -126,6 +132,45 @@ def broadcast_object(value: Value, group: Group = None) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)  # pyright: ignore[reportArgumentType]
     return box[0]
+
+
+_turns = itertools.count()  # of on_first_rank: the same on every rank
+
+
+def on_first_rank(work: Callable[[], Value]) -> Value:
+    """Call ``work`` on rank 0 alone; returns its (small) result on every rank, which all must call this.
+
+    The others ask the process group's store and wait in no collective, so ``work`` may take hours, whatever the group's
+    timeout. If it raises ValueError or OSError, they raise FirstRankError. If rank 0 dies, the launcher ends them.
+    """
+    if world_size() == 1:
+        return work()
+    store, key = dist.distributed_c10d._get_default_store(), f"llm2clip/on_first_rank/{next(_turns)}"
+    if rank() == 0:
+        try:
+            result, error = work(), None
+        except (ValueError, OSError) as raised:
+            result, error = None, raised
+        store.set(key, pickle.dumps((result, None if error is None else str(error))))  # pyright: ignore[reportArgumentType]
+        # rank 0 may host the store: if it ended now, the others would not get the answer
+        _poll(lambda: store.add(f"{key}/read", 0) == world_size() - 1, limit=math.inf if error is None else 30.0)
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
+    _poll(lambda: store.check([key]), limit=math.inf)
+    result, message = pickle.loads(store.get(key))
+    store.add(f"{key}/read", 1)
+    if message is not None:
+        raise FirstRankError(message)
+    return result
+
+
+def _poll(ready: Callable[[], bool], *, limit: float) -> None:
+    """Wait until ``ready``, at most ``limit`` seconds, so that signals are still handled."""
+    pause, deadline = 0.005, time.monotonic() + limit
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def barrier() -> None:

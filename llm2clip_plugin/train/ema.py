@@ -4,18 +4,21 @@ average <- d average + (1 - d) weight, d = min(decay, (1 + n) / (10 + n)) after 
 forgotten quickly. It averages the weights of the forward pass, not the fp32 masters.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.host_copies import HostCopies
 
 
 class MovingAverage:
     """fp32 averages; rank r holds those of parameters r, r + world size, ..."""
 
-    def __init__(self, engine: Engine, decay: float, *, updates: int = 0, values: dict[str, Tensor] | None = None):
+    def __init__(self, engine: Engine, decay: float, *, updates: int = 0, values: Mapping[str, Tensor] | None = None):
         self.engine = engine
         self.decay = decay
         self.updates = updates
@@ -36,8 +39,8 @@ class MovingAverage:
                 if name in self.averages:
                     self.averages[name].lerp_(parameter.detach().float(), 1 - decay)
 
-    def values(self, *, keep: bool) -> dict[str, Tensor]:
-        """All averages on the CPU, {} on ranks without ``keep``; every rank must call this."""
+    def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """All averages as made by ``copy``, {} on ranks without one; every rank must call this."""
         gathered: dict[str, Tensor] = {}
         for number, (name, parameter) in enumerate(self.engine.trained):
             owner = number % world_size()
@@ -45,6 +48,6 @@ class MovingAverage:
             value = self.averages[name] if owner == rank() else torch.empty(shape, device=self.engine.device)
             if world_size() > 1:
                 dist.broadcast(value, src=owner)
-            if keep:
-                gathered[name] = value.to("cpu", copy=True)
+            if copy:
+                gathered[name] = copy(name, value)
         return gathered

@@ -6,13 +6,14 @@ ranks. So a checkpoint written by 8 ranks under ZeRO-3 resumes on 2 under ZeRO-1
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -42,25 +43,25 @@ class EngineStates(ABC):
     def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
         """The inverse of ``_read``: each rank writes its part of ``value``."""
 
-    def weights(self, *, keep: bool) -> dict[str, Tensor]:
-        """fp32 values of all parameters, and all persistent buffers, on the CPU; {} on ranks without ``keep``."""
+    def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.trained:
             master = self._read(parameter, None)
-            if keep and master is not None:
-                values[name] = master.detach().to("cpu", copy=True)
+            if copy and master is not None:
+                values[name] = copy(name, master)
         for name, parameter in self.frozen:
             with self.gathered([parameter]):
-                if keep:
-                    values[name] = parameter.detach().to("cpu", torch.float32, copy=True)
-        if keep and self.keep_frozen:
+                if copy:
+                    values[name] = copy(name, parameter, torch.float32)
+        if copy and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
-            values |= {n: b.detach().to("cpu", copy=True) for n, b in self.module.named_buffers() if n in persistent}
+            values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
         return values
 
-    def moments(self, *, keep: bool) -> dict[str, Tensor]:
-        """The optimizer's moments, ``NAME.exp_avg`` and so on, on the CPU; {} before the first update and on ranks
-        without ``keep``."""
+    def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """The optimizer's moments, ``NAME.exp_avg`` and so on, as made by ``copy``; {} before the first update and on
+        ranks without one."""
         moments: dict[str, Tensor] = {}
         if self.updates == 0:
             return moments
@@ -70,13 +71,14 @@ class EngineStates(ABC):
                     values: dict[str, Tensor] = {}
                     for key in self.optimizer.keys(moment):
                         value = self._read(parameter, key)
-                        if keep and value is not None:
-                            values[key] = value.detach().to("cpu", copy=True)
+                        if copy and value is not None:
+                            values[key] = value.detach()
                     packed = self.optimizer.pack(moment, values) if values else {}
-                    moments |= {f"{name}.{key}": value for key, value in packed.items()}
+                    if copy:
+                        moments |= {f"{name}.{key}": copy(f"{name}.{key}", value) for key, value in packed.items()}
         return moments
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
         engine was made; here the fp32 masters get the digits that a half-precision module lost.
 

@@ -9,6 +9,10 @@ class NonFiniteLossError(RuntimeError):
     """The loss or the gradient is not a number; raised on all ranks, its message names the batch's samples."""
 
 
+class FirstRankError(ValueError):
+    """Rank 0 has raised an error that a user can correct, and prints it; raised on the other ranks."""
+
+
 def lost_rank(error: RuntimeError) -> str:
     """The message for a collective that failed because another rank is gone; "" for any other error.
 

@@ -5,19 +5,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB
-from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
+from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.deepspeed_config import Precision
-from llm2clip_plugin.train.distributed import rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress, peak_memory
+from llm2clip_plugin.train.run_checkpoints import METRICS, Checkpoints
+from llm2clip_plugin.train.saving import Saver
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 from llm2clip_plugin.train.stopping import StopRequest
 
@@ -42,6 +44,7 @@ class TrainConfig:
     save_steps: int = 0  # steps between checkpoints; 0: only by time
     save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
     save_total_limit: int = 2  # checkpoints kept; 0: all
+    save_fallback_dir: str = ""  # where the last checkpoint is written if output_dir fails (disk full); "": nowhere
     eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
@@ -111,52 +114,75 @@ class LoopParts:
 def run_loop(parts: LoopParts) -> TrainState:
     """Train to the end, or until a stop is requested; returns the final state, which is saved.
 
-    Raises NonFiniteLossError on every rank, before the update; the last checkpoint is unchanged.
+    Raises NonFiniteLossError on every rank, before the update, and OSError if the final state cannot be saved; the last
+    complete checkpoint is unchanged.
     """
-    first = rank() == 0
-    metrics = MetricsFile(parts.run_folder / "metrics.jsonl", from_step=parts.state.step) if first else None
-    progress = Progress(parts.total_steps, start=parts.state.step, show=first)
-    with progress:
-        try:
-            return _steps(parts, progress, metrics)
-        except NonFiniteLossError as error:
-            if metrics is not None:
-                metrics.write({"step": parts.state.step, "event": "stopped", "reason": str(error)})
-            raise
-        finally:
-            if metrics is not None:
-                metrics.close()
+    with Reports(parts) as reports:
+        fallback = parts.train.save_fallback_dir
+        with Saver(
+            parts.checkpoints,
+            parts.engine,
+            parts.average,
+            fallback=Path(fallback) / parts.run_folder.name if fallback else None,
+            note=reports.note,
+            event=reports.event,
+        ) as saver:
+            try:
+                state, stopped = _steps(parts, reports, saver)
+            except NonFiniteLossError as error:
+                reports.event({"step": parts.state.step, "event": "stopped", "reason": str(error)})
+                raise
+            saver.finish()
+        if stopped:
+            reports.stopped(state)
+    return state
 
 
-def _steps(parts: LoopParts, progress: Progress, metrics: MetricsFile | None) -> TrainState:
-    state, saved = parts.state, time.monotonic()
-    if _agree(parts, bool(parts.stop), False)[0]:  # requested before the first step
-        save(parts, state)
-        _report_stop(parts, state, progress)
-        return state
+def _steps(parts: LoopParts, reports: "Reports", saver: Saver) -> tuple[TrainState, bool]:
+    """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
+    state, saved_at, save_due = parts.state, time.monotonic(), False
+    if _any_rank(parts, bool(parts.stop))[0]:  # requested before the first step
+        resumed = on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir())
+        if not resumed:
+            saver.save(state, last=True)
+        return state, True
+    if state.evaluated is not None and state.evaluated < state.step and _evaluation_due(parts, state):
+        state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
     while state.step < parts.total_steps:
         started = time.perf_counter()
         batch = next(parts.batches)
         waited = time.perf_counter() - started
         state, values = _one_step(parts, state, batch)
         seconds = time.perf_counter() - started
-        values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
-        done = state.step == parts.total_steps
-        stop, minutes_over = _agree(
-            parts, bool(parts.stop), 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved
-        )
         state = replace(state, seconds=state.seconds + seconds)
-        if not stop and parts.evaluate and (done or _every(parts.train.eval_steps, state.step)):
-            scores = parts.evaluate()
-            state = replace(state, metrics=scores)
-            values |= scores
-        _report(parts, state, seconds, values, progress, metrics, always=done or stop)
-        if done or stop or minutes_over or _every(parts.train.save_steps, state.step):
-            save(parts, state)
-            saved = time.monotonic()
+        values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
+        minutes_over = 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved_at
+        stop, due, busy = _any_rank(parts, bool(parts.stop), minutes_over or saver.retry_due, saver.busy)
+        last = stop or state.step == parts.total_steps
+        reports.step(state, seconds, values, always=last)
+        save_due = save_due or due or _every(parts.train.save_steps, state.step)
+        if last or (save_due and not busy):  # a save that comes while one is written waits for it
+            saver.save(state, last=last)
+            reports.progress.values["save_seconds"] = saver.waited
+            saved_at, save_due = time.monotonic(), False
         if stop:
-            _report_stop(parts, state, progress)
-            break
+            return state, True
+        if _evaluation_due(parts, state):
+            state = _evaluate(parts, state, reports, saver)
+    return state, False
+
+
+def _evaluation_due(parts: LoopParts, state: TrainState) -> bool:
+    done = state.step == parts.total_steps
+    return parts.evaluate is not None and (done or _every(parts.train.eval_steps, state.step))
+
+
+def _evaluate(parts: LoopParts, state: TrainState, reports: "Reports", saver: Saver) -> TrainState:
+    """Evaluate, after the checkpoint of the same step, which gets the scores."""
+    assert parts.evaluate is not None
+    state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
+    reports.scores(state)
+    saver.record_metrics(state)
     return state
 
 
@@ -183,42 +209,77 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
     return replace(state, step=state.step + 1, samples=batch["position"]), values
 
 
-def _agree(parts: LoopParts, stop: bool, save: bool) -> tuple[bool, bool]:
-    """Logical OR of both flags over all ranks."""
+def _any_rank(parts: LoopParts, *flags: bool) -> list[bool]:
+    """Logical OR of each flag over all ranks."""
     if world_size() == 1:
-        return stop, save
-    flags = sum_over_ranks(torch.tensor([float(stop), float(save)], device=parts.engine.device)).tolist()
-    return flags[0] > 0, flags[1] > 0
+        return list(flags)
+    return [flag > 0 for flag in sum_over_ranks(torch.tensor(flags, device=parts.engine.device).float()).tolist()]
 
 
-def _report(
-    parts: LoopParts,
-    state: TrainState,
-    seconds: float,
-    values: dict[str, float],
-    progress: Progress,
-    metrics: MetricsFile | None,
-    *,
-    always: bool,
-) -> None:
-    """Update the progress bar, metrics.jsonl and DeepSpeed's monitors."""
-    progress.advance(parts.train.global_batch, seconds, values)
-    if metrics is not None and (always or _every(parts.train.logging_steps, state.step) or "i2t_r1" in values):
-        metrics.write({"step": state.step, "samples": state.samples, **values})
-        parts.engine.report(values, state.samples)
+class Reports:
+    """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
 
+    None of them ends a run: what cannot be written is said once.
+    """
 
-def _report_stop(parts: LoopParts, state: TrainState, progress: Progress) -> None:
-    progress.note(
-        f"{parts.stop.reason}: saved step {state.step} of {parts.total_steps}; rerun the same command to resume"
-    )
+    def __init__(self, parts: LoopParts) -> None:
+        self.parts = parts
+        self._file: MetricsFile | None = None  # of rank 0
+        on_first_rank(self._open)
+        self.progress = Progress(parts.total_steps, start=parts.state.step, show=rank() == 0)
+        self._failed = False
 
+    def _open(self) -> None:
+        self._file = MetricsFile(self.parts.run_folder / METRICS, from_step=self.parts.state.step)
 
-def save(parts: LoopParts, state: TrainState) -> Path:
-    """Write a checkpoint; every rank must call this."""
-    averages = parts.average.values(keep=rank() == 0) if parts.average is not None else {}
-    scaler = parts.engine.scaler_state()
-    return parts.checkpoints.save(replace(state, **scaler, world_size=world_size()), parts.engine, averages)
+    def __enter__(self) -> "Reports":
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._attempt(self._file.close)
+        self.progress.__exit__(*error)
+
+    def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
+        """A finished step."""
+        self.progress.advance(self.parts.train.global_batch, seconds, values)
+        if always or _every(self.parts.train.logging_steps, state.step):
+            self._values(state, values)
+
+    def scores(self, state: TrainState) -> None:
+        """An evaluation."""
+        self.progress.values |= state.metrics
+        self._values(state, state.metrics)
+
+    def event(self, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self._file is not None:
+            self._attempt(self._file.write, values)
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.progress.note(text)
+
+    def stopped(self, state: TrainState) -> None:
+        """The run stops before its end."""
+        self.note(
+            f"{self.parts.stop.reason}: saved step {state.step} of {self.parts.total_steps}; rerun the same command to "
+            "resume"
+        )
+
+    def _values(self, state: TrainState, values: dict[str, float]) -> None:
+        self.event({"step": state.step, "samples": state.samples, **values})
+        if self._file is not None:
+            self._attempt(self.parts.engine.report, values, state.samples)
+
+    def _attempt(self, write: Callable[..., object], *values: object) -> None:
+        try:
+            write(*values)
+        except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
+            if not self._failed:
+                self.note(f"warning: cannot log to {self.parts.run_folder}: {error}; training continues")
+            self._failed = True
 
 
 def _every(steps: int, step: int) -> bool:

@@ -75,13 +75,18 @@ class Progress(AbstractContextManager):
         self._bar.update()
 
     def description(self) -> str:
-        """``loss 3.21  72 samples/s  R@1 0.12/0.14  1.9 GiB``."""
+        """``loss 3.21  72 samples/s  R@1 0.12/0.14  1.9 GiB  save 0.4 s``.
+
+        save: how long training waited for the last checkpoint.
+        """
         loss = f"loss {self.values['loss']:.4g}" if "loss" in self.values else ""
         parts = [loss, f"{self.samples_per_second:.3g} samples/s"]
         if "i2t_r1" in self.values:
             parts.append(f"R@1 {self.values['i2t_r1']:.3f}/{self.values['t2i_r1']:.3f}")
         if "peak_gib" in self.values:
             parts.append(f"{self.values['peak_gib']:.2f} GiB")
+        if "save_seconds" in self.values:
+            parts.append(f"save {self.values['save_seconds']:.1f} s")
         return "  ".join(part for part in parts if part)
 
     def note(self, text: str) -> None:

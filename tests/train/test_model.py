@@ -23,6 +23,7 @@ from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.stages.tower.opening import open_data
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
+from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.losses.config import LossConfig
 from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters, with_llm_width
@@ -137,12 +138,17 @@ def average(rank: int, world: int, stage: int) -> dict[str, Any]:
     """A moving average through three steps, and the weights after each of them."""
     engine = tiny_engine(stage=stage, micro=16, world=world)
     step, mean = tiny_step(engine), MovingAverage(engine, 0.9)
-    weights = [engine.weights(keep=True)]
+    weights = [engine.weights(HostCopies())]
     for i in range(3):
         step(tiny_batch(i, rank=rank, world=world))
         mean.update()
-        weights.append(engine.weights(keep=True))
-    return {"weights": weights, "mean": mean.values(keep=True), "held": len(mean.averages), "all": len(engine.trained)}
+        weights.append(engine.weights(HostCopies()))
+    return {
+        "weights": weights,
+        "mean": mean.values(HostCopies()),
+        "held": len(mean.averages),
+        "all": len(engine.trained),
+    }
 
 
 def averages(rank: int, world: int) -> list[dict[str, Any]]:

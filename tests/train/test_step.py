@@ -10,6 +10,7 @@ import torch
 from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.errors import NonFiniteLossError
+from llm2clip_plugin.train.host_copies import HostCopies
 
 STEPS = 4
 
@@ -32,8 +33,8 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
-        "weights": engine.weights(keep=True),
-        "moments": engine.moments(keep=True),
+        "weights": engine.weights(HostCopies()),
+        "moments": engine.moments(HostCopies()),
     }
 
 
@@ -150,7 +151,7 @@ def stop_on_nan(rank: int, world: int) -> dict[str, Any]:
     engine = tiny_engine(stage=1, micro=8, world=world, lr=0.01)
     step = tiny_step(engine)
     step(tiny_batch(0, rank=rank, world=world))
-    before = engine.weights(keep=True)
+    before = engine.weights(HostCopies())
     batch = tiny_batch(1, rank=rank, world=world)
     if rank == world - 1:
         batch["pixels"][5, 0, 0, 0] = math.nan
@@ -159,7 +160,7 @@ def stop_on_nan(rank: int, world: int) -> dict[str, Any]:
         message = ""
     except NonFiniteLossError as error:
         message = str(error)
-    after = engine.weights(keep=True)
+    after = engine.weights(HostCopies())
     return {"message": message, "same": all(torch.equal(before[key], after[key]) for key in before)}
 
 
@@ -169,7 +170,7 @@ def clamp(rank: int, world: int) -> float:
     torch.nn.init.constant_(dual.logit_scale, 4.7)
     engine = tiny_engine(stage=3, dual=dual, world=world, micro=16, lr=1e-4, precision="bf16")
     tiny_step(engine)(tiny_batch(0, rank=rank, world=world))
-    masters = engine.weights(keep=True)
+    masters = engine.weights(HostCopies())
     with engine.gathered([dual.logit_scale]):
         assert float(dual.logit_scale) == pytest.approx(float(masters["logit_scale"]), abs=0.02)
     return float(masters["logit_scale"][0])

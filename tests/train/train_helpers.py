@@ -149,3 +149,23 @@ def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any
 
 def trainable_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+class Engineless:
+    """Weights and moments without an engine."""
+
+    def weights(self, copy: Any) -> dict[str, Tensor]:
+        return {"w": copy("w", torch.ones(3))} if copy else {}
+
+    def moments(self, copy: Any) -> dict[str, Tensor]:
+        return {"w.exp_avg": copy("w.exp_avg", torch.zeros(3))} if copy else {}
+
+    def scaler_state(self) -> dict[str, Any]:
+        return {}
+
+
+class Averages:
+    """A moving average without an engine."""
+
+    def values(self, copy: Any) -> dict[str, Tensor]:
+        return {"w": copy("w", torch.zeros(3))} if copy else {}

@@ -21,13 +21,14 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
 from llm2clip_plugin.text.pairs import Survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS
-from llm2clip_plugin.train.checkpoint import TrainState, load
+from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.loop import Evaluate, StepFunction
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
 
@@ -72,6 +73,12 @@ def pretrain_llm(config: FinetuneConfig) -> Path | None:
 def train_adapter(config: FinetuneConfig, assemble: Assemble) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
     device = start_ranks()
+    with locked(Path(config.output_dir)):
+        return _train(config, assemble, device)
+
+
+def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device) -> Path | None:
+    """From the data on: LLM, engine, loop, adapter."""
     data = open_data(config, rank(), world_size())
     run = open_run(config, data)
     if rank() == 0:
@@ -164,13 +171,11 @@ def evaluation(encoder: CaptionEncoder, config: FinetuneConfig) -> Evaluate | No
 
 
 def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> None:
-    """Write the newest checkpoint's adapter with its card."""
-    newest = run.checkpoints.latest()
-    assert newest is not None  # the loop ends with a checkpoint
+    """Write the last checkpoint's adapter with its card."""
+    last = run.checkpoints.path(state.step)  # the loop ends with a checkpoint
+    verify(last, moments=False)
     prefix = "model.llm."
-    trained = {
-        n.removeprefix(prefix): t for n, t in load(newest, moments=False).weights.items() if n.startswith(prefix)
-    }
+    trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
     save_adapter(encoder.model.llm, trained, card_of(encoder, config, state), run.folder / ADAPTER, replace=True)
 
 

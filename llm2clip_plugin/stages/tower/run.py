@@ -16,7 +16,7 @@ from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
 from llm2clip_plugin.stages.tower.loading import load_plans
 from llm2clip_plugin.stages.tower.opening import Data, open_data
-from llm2clip_plugin.train.checkpoint import Loaded
+from llm2clip_plugin.train.checkpoint import Loaded, load_weights
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine, start_ranks
@@ -24,6 +24,8 @@ from llm2clip_plugin.train.heads import fit_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
+from llm2clip_plugin.train.run_checkpoints import Checkpoints
+from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -41,7 +43,7 @@ def train_tower(config: RunConfig) -> Path | None:
     """
     device = start_ranks()
     data = open_data(config.validate())
-    with stop_requests() as stop:
+    with stop_requests() as stop, locked(Path(config.output_dir)):
         return _train(config, data, device, stop)
 
 
@@ -55,7 +57,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     run = open_run(config, data, hidden_size=dual.tower.config.hidden_size)
     resumed = run.find_checkpoint()
     if resumed is not None:
-        dual.load_state_dict(resumed.weights)
+        load_weights(dual, resumed.weights, where=resumed.path)
     elif config.heads.steps:
         bf16 = config.train.precision == "bf16"
         heads = (config.heads, config.loss)
@@ -78,7 +80,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         stop=stop,
         average=moving_average(engine, config, resumed),
     )
-    finished = run.write_result(state, lambda: export_towers(config))
+    finished = run.write_result(state, lambda: export_towers(config, state.step))
     return run.folder / TOWER if finished else None
 
 
@@ -151,9 +153,10 @@ def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunCo
     return evaluate
 
 
-def export_towers(config: RunConfig) -> None:
-    """Export the newest checkpoint, and its moving average if there is one."""
+def export_towers(config: RunConfig, step: int) -> None:
+    """Export the checkpoint of the last step, and its moving average if there is one."""
     folder = Path(config.output_dir)
-    export_run(folder, folder / TOWER, replace=True)
+    last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
+    export_run(folder, folder / TOWER, checkpoint=last, replace=True)
     if config.train.ema_decay:
-        export_run(folder, folder / TOWER_EMA, averaged=True, replace=True)
+        export_run(folder, folder / TOWER_EMA, checkpoint=last, averaged=True, replace=True)

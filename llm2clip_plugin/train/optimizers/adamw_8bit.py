@@ -84,7 +84,7 @@ class AdamW8bit(OptimizerSpec):
         state[f"absmax{NUMBER[moment]}"].copy_(absmax_K)
 
     def pack(self, moment: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        values_, magnitudes = (values[key] for key in self.keys(moment))
+        values_, magnitudes = (values[key].cpu() for key in self.keys(moment))
         if float(magnitudes.flatten()[0]) == NO_MAGNITUDE:
             return {moment: values_}
         runs, lengths = torch.unique_consecutive(magnitudes, return_counts=True)

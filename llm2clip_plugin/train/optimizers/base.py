@@ -53,7 +53,8 @@ class OptimizerSpec(ABC):
         """Put exposed tensors, overwritten in the meantime, into the state."""
 
     def pack(self, moment: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds of one parameter: its ``keys`` of a moment, put together from all ranks (fp32)."""
+        """What a checkpoint holds of one parameter: its ``keys`` of a moment, put together from all ranks (fp32, on the
+        training device)."""
         return values
 
     def unpack(self, moment: str, saved: Callable[[str], Tensor | None]) -> dict[str, Tensor]:

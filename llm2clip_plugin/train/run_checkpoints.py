@@ -1,0 +1,199 @@
+"""The checkpoints of a run folder: which one to resume from, which to keep.
+
+    checkpoints/
+      step-00000110/, step-00000120/    see checkpoint.py
+      latest                            name of the newest one, for people and scripts
+      abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run went back before
+
+All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``, and
+never removed.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError, RunRecord, atomic_file
+from llm2clip_plugin.train.checkpoint import TrainState, record_metrics, verify, write_checkpoint
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+METRICS = "metrics.jsonl"
+SAVED = "checkpoint"  # the event of metrics.jsonl that a checkpoint is complete
+RESUME_AUTO, RESUME_NEVER = "auto", "never"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_folder: Path, *, keep: int) -> None:
+        """keep: number of checkpoints to keep, 0 for all."""
+        self.run_folder = run_folder
+        self.folder = run_folder / FOLDER
+        self.keep = keep
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.folder / f"step-{step:08d}"
+
+    def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+        """Write a checkpoint of tensors by file, then remove old ones; returns warnings. Raises OSError."""
+        target = self.path(state.step)
+        write_checkpoint(target, state, tensors)
+        with atomic_file(self.folder / LATEST) as temporary:
+            temporary.write_text(target.name + "\n", encoding="utf-8")
+        return self._prune(target)
+
+    def record_metrics(self, state: TrainState) -> None:
+        """Put an evaluation into the checkpoint of its step, if there is one. Raises OSError."""
+        if self.path(state.step).is_dir():
+            record_metrics(self.path(state.step), state)
+
+    def _prune(self, newest: Path) -> list[str]:
+        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed.
+
+        A checkpoint is renamed first: half removed, it could be taken for a complete one. What fails is tried again
+        after the next save.
+        """
+        older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
+        warnings = []
+        for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
+            try:
+                os.replace(path, path.with_name(f".{path.name}.{time.time_ns():x}.old"))
+            except OSError as error:
+                warnings.append(f"cannot remove the old checkpoint {path}: {error}")
+        for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
+            try:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            except OSError as error:
+                warnings.append(f"cannot remove {leftover}: {error}; trying again after the next save")
+        return warnings
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, None if there is none; its content is not verified."""
+        names = self.names()
+        return self.folder / names[-1] if names else None
+
+    def names(self) -> list[str]:
+        """Names of the complete checkpoints, oldest first."""
+        return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
+
+    def find(self, resume: str, *, moments: bool = True) -> Path | None:
+        """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
+
+        It is verified; ``auto``, and the path of a run, fall back to an older one with a warning on stderr. Raises
+        FileNotFoundError for a path without a checkpoint and for a run that has lost its checkpoints, ContractError
+        if all are damaged or the named one is, FileExistsError for ``never`` if any exist.
+        """
+        if resume == RESUME_AUTO:
+            found = self._newest_intact(moments)
+            return found if found is not None else self._none_yet()
+        if resume == RESUME_NEVER:
+            if self.names():
+                raise FileExistsError(
+                    f"{self.folder} contains {self.names()}; refusing to overwrite with --resume never: choose another "
+                    "--output_dir, or delete the folder"
+                )
+            return None
+        path = Path(resume)
+        if not (path / TrainState.FILE).is_file():
+            newest = Checkpoints(path, keep=0)._newest_intact(moments) if path.is_dir() else None
+            if newest is None:
+                raise FileNotFoundError(
+                    f"--resume {resume}: no checkpoint found (no {TrainState.FILE}){self._others(path)}"
+                )
+            return newest
+        try:
+            verify(path, moments=moments)
+        except (ContractError, FileNotFoundError) as error:
+            raise ContractError(f"{error}{self._others(path)}") from error
+        return path
+
+    def _others(self, path: Path) -> str:
+        others = [name for name in self.names() if self.folder / name != path]
+        return f"; available checkpoints of this run: {others}" if others else ""
+
+    def _newest_intact(self, moments: bool) -> Path | None:
+        """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if there is none."""
+        paths = sorted(self.folder.glob("step-*"), reverse=True)
+        pointer = self.folder / LATEST
+        named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        damaged = []
+        if named is not None and named not in paths:
+            damaged.append(f"{named}, named by {pointer}, does not exist")
+        elif named is not None and _of_version_0_1(named):
+            # it did not move aside what a run went back before: newer ones may be of an abandoned attempt
+            paths = paths[paths.index(named) :]
+        for path in paths:
+            try:
+                verify(path, moments=moments)
+            except (ContractError, OSError) as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
+            return path
+        if damaged:
+            raise ContractError(
+                f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one, or start over with "
+                f"another --output_dir"
+            )
+        return None
+
+    def _none_yet(self) -> None:
+        """Raise FileNotFoundError if this run has saved a checkpoint that is gone now."""
+        record = self.run_folder / RunRecord.FILE
+        step = RunRecord.read(record).step if record.is_file() else 0
+        metrics = self.run_folder / METRICS
+        if not step and metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+            step = max((_saved_step(line) for line in lines if SAVED in line), default=0)
+        if step:
+            raise FileNotFoundError(
+                f"{self.folder} has no checkpoint, but the run in {self.run_folder} had saved step {step}: restore the "
+                "checkpoints, choose another --output_dir, or start over with --resume never (replaces its metrics "
+                "and results)"
+            )
+
+    def move_aside(self, resumed: Path | None) -> str:
+        """Move what a run does not continue from to ``abandoned-*``: checkpoints newer than ``resumed``, all if that
+        is in another folder; returns a line that says so, "" if there are none. Raises OSError."""
+        names = sorted(path.name for path in self.folder.glob("step-*"))
+        if resumed is not None and resumed.resolve().parent == self.folder.resolve():
+            names = [name for name in names if name > resumed.name]
+        if not names:
+            return ""
+        aside = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}x")
+        aside.mkdir()
+        for name in names:
+            os.replace(self.folder / name, aside / name)
+        if (self.run_folder / METRICS).is_file():
+            shutil.copy2(self.run_folder / METRICS, aside)
+        if resumed is not None and resumed.resolve().parent == self.folder.resolve():
+            with atomic_file(self.folder / LATEST) as temporary:
+                temporary.write_text(resumed.name + "\n", encoding="utf-8")
+        return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
+
+
+def _of_version_0_1(path: Path) -> bool:
+    try:
+        return not TrainState.read(path / TrainState.FILE).files
+    except (ContractError, OSError):
+        return False
+
+
+def _saved_step(line: str) -> int:
+    """The step of a line of metrics.jsonl that says that a checkpoint is complete; 0 for another line."""
+    try:
+        values = json.loads(line)
+        return int(values["step"]) if values.get("event") == SAVED else 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
