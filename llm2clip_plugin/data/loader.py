@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.caption_choice import choose_caption
 from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.parts import Ahead, join_parts
-from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.permutation import hash_words
+from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows, sample_rng
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, select_captions
@@ -63,7 +65,9 @@ class PairDataset(Dataset):
         augment: AugmentConfig | None = None,
         *,
         seed: int,
+        caption_weights: Mapping[str, float] | None = None,
     ) -> None:
+        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly."""
         if len(sources) != len(caches):
             raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; give one for each source")
         if len({cache.width for cache in caches if cache is not None}) > 1:
@@ -72,6 +76,7 @@ class PairDataset(Dataset):
         self.sources = list(sources)
         self.caches = list(caches)
         self.seed = seed
+        self.caption_weights = dict(caption_weights or {})
         self.transform = TrainTransform(images, augment)
 
     def __len__(self) -> int:
@@ -111,11 +116,12 @@ class PairDataset(Dataset):
         source, cache = self.sources[draw.source], self.caches[draw.source]
         shard, within = source.locate(draw.index)
         sample = source[draw.index]
-        captions = select_captions(sample.captions, source.config.kinds, source.config.languages)
+        kinds = source.config.kinds or tuple(self.caption_weights)
+        captions = select_captions(sample.captions, kinds, source.config.languages)
         if not captions:
-            raise BrokenSample(shard, sample.key, _no_caption(source, sample.captions))
+            raise BrokenSample(shard, sample.key, _no_caption(source, sample.captions, kinds))
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
-        caption = captions[rng.randrange(len(captions))]
+        caption = choose_caption(captions, self.caption_weights, rng)
         try:
             pixels = self.transform.pixels(sample.read_image(), rng)
         except BrokenImage as error:
@@ -125,11 +131,11 @@ class PairDataset(Dataset):
         return Row(pixels, caption, embedding, image_id, shard, sample.key, broken)
 
 
-def _no_caption(source: Source, captions: tuple[Caption, ...]) -> str:
+def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[str]) -> str:
     if not captions:
         return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
     known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
-    return f"no caption of kinds {source.config.kinds} and languages {source.config.languages}; it has {known}"
+    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; it has {known}"
 
 
 class PartDraws:

@@ -4,7 +4,6 @@ Every source is sampled without replacement, pass after pass. The global batch a
 number of ranks, batches or workers (``rank_rows`` cuts it), so one integer resumes a run with any number of ranks.
 """
 
-import hashlib
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-FEISTEL_ROUNDS = 6
-COUNT_EVERY = 4096  # positions between two stored counts of a mixture's order
+from llm2clip_plugin.data.permutation import Permutation, hash_words
+from llm2clip_plugin.data.source_order import SourceOrder
 
 
 class Draw(NamedTuple):
@@ -24,47 +23,9 @@ class Draw(NamedTuple):
     epoch: int  # completed passes over the source
 
 
-def hash_words(*words: int | str) -> int:
-    """64-bit hash of all ``words``, the same on every platform and version."""
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
-
-
 def sample_rng(seed: int, epoch: int, source: int, index: int) -> random.Random:
     """Random generator of one sample in one pass (augmentation, choice of caption), whichever process loads it."""
     return random.Random(hash_words("sample", seed, epoch, source, index))
-
-
-class Permutation:
-    """A permutation of 0 .. n-1 that is computed, not stored: a Feistel network, walked until it lands below n.
-
-    The network permutes 4^b numbers, 4^b >= n > 4^(b-1), so a walk takes less than 4 steps on average.
-    """
-
-    def __init__(self, n: int, key: int) -> None:
-        self.n = n
-        self.half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)  # bits of one half of a number
-        self.round_keys = [np.uint64(hash_words("round", key, n, number)) for number in range(FEISTEL_ROUNDS)]
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Images of int64 ``positions`` (k,), each within 0 .. n-1; (k,) int64."""
-        values = self._network(positions.astype(np.uint64))
-        while (outside := values >= self.n).any():
-            values[outside] = self._network(values[outside])
-        return values.astype(np.int64)
-
-    def _network(self, values: np.ndarray) -> np.ndarray:
-        half, mask = np.uint64(self.half), np.uint64((1 << self.half) - 1)
-        left, right = values >> half, values & mask
-        for key in self.round_keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        return (left << half) | right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Each bit of the result depends on each bit of ``values`` (splitmix64's finalizer)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class PassOrder:
@@ -129,7 +90,7 @@ class Mixture:
         self.windows = list(windows) or [0] * len(weights)
         self.draws = epoch_draws(self.lengths, weights)
         self._pass_order = lru_cache(maxsize=4 * len(weights))(self._make_pass_order)
-        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+        self._source_order = lru_cache(maxsize=2)(self._make_source_order)
 
     @property
     def epoch_length(self) -> int:
@@ -162,31 +123,14 @@ class Mixture:
         """Source of each draw, and how many draws of that source come before it in the epoch."""
         if len(self.draws) == 1:
             return np.zeros(count, dtype=np.int64), np.arange(offset, offset + count, dtype=np.int64)
-        order, counts = self._epoch_order(epoch)
-        block = offset // COUNT_EVERY
-        labels = order[block * COUNT_EVERY : offset + count]
-        ranks = np.empty(len(labels), dtype=np.int64)
-        for source in range(len(self.draws)):
-            here = labels == source
-            ranks[here] = counts[block, source] + np.arange(np.count_nonzero(here))
-        skip = offset - block * COUNT_EVERY
-        return labels[skip:].astype(np.int64), ranks[skip:]
+        return self._source_order(epoch)(offset, count)
 
     def _make_pass_order(self, source: int, number: int) -> PassOrder:
         key = hash_words("pass", self.seed, source, number)
         return PassOrder(self.shard_sizes[source], self.windows[source], key)
 
-    def _make_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of every draw of an epoch (2 bytes a draw), and counts of each source before every 4096th."""
-        permute = Permutation(self.epoch_length, hash_words("mix", self.seed, epoch))
-        stops = np.cumsum(self.draws)
-        order = np.empty(self.epoch_length, dtype=np.uint16)
-        counts = [np.zeros(len(self.draws), dtype=np.int64)]
-        for start in range(0, self.epoch_length, COUNT_EVERY):
-            block = permute(np.arange(start, min(start + COUNT_EVERY, self.epoch_length)))
-            order[start : start + len(block)] = np.searchsorted(stops, block, side="right")
-            counts.append(counts[-1] + np.bincount(order[start : start + len(block)], minlength=len(self.draws)))
-        return order, np.array(counts)
+    def _make_source_order(self, epoch: int) -> SourceOrder:
+        return SourceOrder(self.draws, hash_words("mix", self.seed, epoch))
 
 
 def epoch_draws(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -49,7 +49,7 @@ IGNORED_ON_RESUME = (
 # Names of earlier releases in configuration files, run.json, state.json and on the command line -> names now.
 RENAMED = {"dual.joint_width": "dual.projection_dim"}
 # Settings that checkpoints of earlier releases lack, and the values that they stand for.
-ADDED: dict[str, Any] = {"loss.args": [], "optim.name": "adamw", "optim.args": []}
+ADDED: dict[str, Any] = {"data.caption_weights": [], "loss.args": [], "optim.name": "adamw", "optim.args": []}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.data.sampler import Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.permutation import hash_words
+from llm2clip_plugin.data.sampler import Mixture, rank_rows, sample_rng
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.text.pairs import Pair, PairKind, PairSource
 

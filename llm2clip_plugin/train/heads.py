@@ -11,9 +11,10 @@ Shape letters: I images, P width of the tower's pooled feature, M captions, W wi
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.caption_choice import caption_shares
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
@@ -62,6 +64,7 @@ class FrozenFeatures:
     caption_hashes_M: Tensor
     first_I: Tensor  # index of an image's first caption
     count_I: Tensor  # number of its captions
+    share_M: Tensor | None  # float64, probability of each of an image's captions; None: all equal
 
 
 def fit_heads(
@@ -75,15 +78,16 @@ def fit_heads(
     device: torch.device,
     seed: int,
     bf16: bool = False,
+    caption_weights: Mapping[str, float] | None = None,
 ) -> float:
     """Fit the heads in place, equal on every rank; returns the last loss (0 on ranks but the first).
 
-    bf16: compute matrix products in bf16.
+    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
     """
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with products:
-        features = frozen_features(model, sources, caches, images, config.max_images, device)
+        features = frozen_features(model, sources, caches, images, config.max_images, device, caption_weights or {})
     with _threads_of_all_ranks():
         value = _fit(model, features, config, loss, products, device, seed) if rank() == 0 else 0.0
     for _, parameter in head_parameters(model):
@@ -116,6 +120,7 @@ def frozen_features(
     images: ImageConfig,
     max_images: int,
     device: torch.device,
+    caption_weights: Mapping[str, float],
 ) -> FrozenFeatures:
     """Encode blocks of images, distributed over the ranks, and gather them in order."""
     model.eval()
@@ -140,19 +145,20 @@ def frozen_features(
             languages=config.languages,
             indices=indices,
         )
-        encoded[number] = [_encode(model, batch, normalize) for batch in pairs]
+        encoded[number] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
     model.train()
     merged: dict[int, list[tuple[Tensor, ...]]] = {}
     for part in gather_objects(encoded):
         merged |= part
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
-    pooled, embedding, ids, counts = (torch.cat(column) for column in columns)
+    pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
         pooled_IP=pooled,
         embedding_MW=embedding,
         caption_hashes_M=ids,
         first_I=counts.cumsum(0) - counts,
         count_I=counts,
+        share_M=shares if caption_weights else None,
     )
 
 
@@ -163,12 +169,17 @@ def _blocks(length: int, limit: int) -> list[list[int]]:
     return [chosen[start : start + BLOCK_IMAGES] for start in range(0, used, BLOCK_IMAGES)]
 
 
-def _encode(model: DualEncoder, batch: dict, normalize: Normalize) -> tuple[Tensor, ...]:
-    """Pooled features, embeddings, caption hashes, and the number of captions of each image."""
+def _encode(
+    model: DualEncoder, batch: dict, normalize: Normalize, caption_weights: Mapping[str, float]
+) -> tuple[Tensor, ...]:
+    """Pooled features, embeddings, caption hashes, the number of captions of each image, and their probabilities."""
     pooled = model.pool(normalize(batch["pixels"])).float().cpu()
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
-    return pooled, batch["embeddings"], ids, counts
+    captions = iter(batch["captions"])
+    of_images = [list(islice(captions, count)) for count in counts.tolist()]
+    shares = [share for of_image in of_images for share in caption_shares(of_image, caption_weights)]
+    return pooled, batch["embeddings"], ids, counts, torch.tensor(shares, dtype=torch.float64)
 
 
 def _fit(
@@ -216,8 +227,7 @@ def _features(
     model: DualEncoder, features: FrozenFeatures, chosen_B: Tensor, generator: torch.Generator, device: torch.device
 ) -> Features:
     """Output of the heads for chosen images, with a random caption of each."""
-    draw_B = torch.rand(len(chosen_B), generator=generator)
-    caption_B = features.first_I[chosen_B] + (draw_B * features.count_I[chosen_B]).long()
+    caption_B = _draw_captions(features, chosen_B, torch.rand(len(chosen_B), generator=generator))
     embedding_BW = features.embedding_MW[caption_B].float().to(device)
     noise_BW = torch.randn(embedding_BW.shape, generator=generator).to(device)
     pooled_BP = features.pooled_IP[chosen_B].to(device)
@@ -231,3 +241,13 @@ def _features(
         caption_hashes=features.caption_hashes_M[caption_B].to(device),
         image_ids=chosen_B.to(device),
     )
+
+
+def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:
+    """(B,) a caption of each chosen image by a number in [0, 1): evenly, or by the captions' shares."""
+    first_B, count_B = features.first_I[chosen_B], features.count_I[chosen_B]
+    if features.share_M is None:
+        return first_B + (draw_B * count_B).long()
+    # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum
+    caption_B = torch.searchsorted(features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True)
+    return caption_B.clamp(first_B, first_B + count_B - 1)

@@ -1,9 +1,12 @@
+import hashlib
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from llm2clip_plugin.data.sampler import Mixture, PassOrder, Permutation, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data import source_order
+from llm2clip_plugin.data.permutation import Permutation, hash_words
+from llm2clip_plugin.data.sampler import Mixture, PassOrder, rank_rows, sample_rng
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 4095, 4096, 4097, 70_000])
@@ -32,6 +35,13 @@ def test_the_order_is_the_same_everywhere() -> None:
     draws = Mixture([(5,), (3,)], [1, 1], 0).batch_indices(6, 4)
     assert [tuple(draw) for draw in draws] == [(0, 4, 0), (1, 0, 0), (1, 2, 1), (0, 1, 1)]
     assert sample_rng(0, 1, 2, 3).random() == 0.9603652096926553
+
+
+@pytest.mark.parametrize(("windows", "expected"), [((), "3343ccb28f0c4e20"), ((2, 0, 0), "817fa95b2f340731")])
+def test_runs_of_version_0_1_go_on_in_their_order(windows: tuple[int, ...], expected: str) -> None:
+    """Three epochs of three sources, noted from version 0.1, which stored an epoch's sources."""
+    draws = Mixture([(5000,) * 3, (7000,), (11,)], (1, 0.5, 2), 3, windows).batch_indices(0, 60_000)
+    assert hashlib.sha256(np.array(draws, dtype=np.int64).tobytes()).hexdigest()[:16] == expected
 
 
 @pytest.mark.parametrize("windows", [(), (1, 2)])
@@ -105,6 +115,41 @@ def test_a_run_goes_on_with_other_ranks() -> None:
 def test_large_sources_cost_nothing() -> None:
     draws = Mixture([(5000,) * 20_000], (1,), 0).batch_indices(123_456_789, 4096)  # 100 million samples
     assert len(set(draws)) == 4096
+
+
+@pytest.mark.parametrize("long", [10, 1 << 20])
+def test_sources_are_those_of_the_whole_epoch(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from any side, in one thread or several, what a stored order would say."""
+    monkeypatch.setattr(source_order, "LONG", long)
+    monkeypatch.setattr(source_order, "BLOCK", 64)
+    draws = [700, 3, 400]
+    expected = np.searchsorted(np.cumsum(draws), Permutation(1103, 5)(np.arange(1103)), side="right")
+    before = {source: np.cumsum(expected == source) - 1 for source in range(3)}
+    order = source_order.SourceOrder(draws, 5)
+    for offset in (0, 100, 1000, 999, 30, 1102, 552, 551, 400):
+        count = min(103, 1103 - offset)
+        labels, ranks = order(offset, count)
+        assert labels.tolist() == expected[offset : offset + count].tolist()
+        assert ranks.tolist() == [before[label][offset + i] for i, label in enumerate(labels.tolist())]
+
+
+def test_an_epoch_of_two_large_sources_begins_without_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of 60 M samples twice: a batch costs the draws of a batch, also where an epoch begins."""
+    computed, call = [0], Permutation.__call__
+
+    def counting(self: Permutation, positions: np.ndarray) -> np.ndarray:
+        computed[0] += len(positions)
+        return call(self, positions)
+
+    monkeypatch.setattr(Permutation, "__call__", counting)
+    for rank in (0, 7):
+        mixture = Mixture([(5000,) * 12_000] * 2, (1, 1), 0)
+        for step in range(100):  # past the end of the first epoch
+            position = mixture.epoch_length - 50 * 4096 + step * 4096
+            computed[0] = 0
+            assert len(set(mixture.batch_indices(*rank_rows(position, rank, 512)))) == 512
+            assert computed[0] <= (50 * 4096 + 2 * 512 if not step else 4096 + 2 * 512)
+        assert len(mixture._source_order(1)._recent) <= source_order.REMEMBERED
 
 
 def test_a_samples_randomness_is_its_own() -> None:

@@ -166,6 +166,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "batch that does not fit": (["--train.micro-batch", "5"], "not a multiple of"),
     "another embedding width": (["--dual.llm-width", "99"], "dual.llm_width is 99, the embedding cache is 24 wide"),
     "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
+    "weights of other kinds": (["--data.caption-weights", "short=1"], "name different kinds; give each"),
     "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm has "),
     "sigmoid without a bias": (["--loss.kind", "sigmoid"], "set --dual.logit-bias-init"),
 }

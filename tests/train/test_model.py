@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,8 +22,9 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.stages.tower.opening import open_data
+from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.ema import MovingAverage
-from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
+from llm2clip_plugin.train.heads import FrozenFeatures, HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.losses.config import LossConfig
@@ -87,7 +89,7 @@ def test_freezing_is_visible(tiny: Path):
         with_llm_width(DUAL, 32)
 
 
-def fit(rank: int, world: int, folder: str, steps: int, bf16: bool = False) -> dict[str, Any]:
+def fit(rank: int, world: int, folder: str, steps: int, **more: Any) -> dict[str, Any]:
     """The first phase on a tiny set."""
     tiny = Path(folder)
     dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), DUAL, seed=0)
@@ -96,7 +98,7 @@ def fit(rank: int, world: int, folder: str, steps: int, bf16: bool = False) -> d
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
     config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01), torch.device("cpu")
-    loss = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, bf16=bf16)
+    loss = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more)
     return {
         "loss": loss,
         "heads": {name: value.detach().clone() for name, value in head_parameters(dual)},
@@ -117,6 +119,16 @@ def test_heads_do_not_depend_on_the_ranks(tiny: Path):
     for name, value in alone["heads"].items():
         torch.testing.assert_close(ranks[0]["heads"][name], value, atol=1e-5, rtol=1e-5)
         assert torch.equal(ranks[1]["heads"][name], ranks[0]["heads"][name])
+
+
+def test_heads_draw_captions_by_weight_on_any_ranks(tiny: Path):
+    def weighted(**weights: float) -> dict[str, Any]:
+        return fit(0, 1, str(tiny), 3, caption_weights=weights)["heads"]
+
+    usual, evenly, long = fit(0, 1, str(tiny), 3)["heads"], weighted(short=1, long=1), weighted(short=1, long=1000)
+    assert usual.keys() == evenly.keys()
+    assert all(torch.equal(usual[name], evenly[name]) for name in usual)  # every sample has one of each kind
+    assert not all(torch.equal(usual[name], long[name]) for name in usual)
 
 
 def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
@@ -197,3 +209,21 @@ def test_progress_tells_rate_recall_memory_and_the_time_left(capsys: pytest.Capt
         silent.advance(64, 2.0, {"loss": 1.5})
         silent.note("saved")
     assert capsys.readouterr().err == ""
+
+
+def test_heads_draw_captions_by_their_shares():
+    """Three images with one, three and two captions; the second one's last has half of its chance."""
+    shares = torch.tensor([1.0, 0.25, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64)
+    features = FrozenFeatures(
+        pooled_IP=torch.empty(3, 1),
+        embedding_MW=torch.empty(6, 1),
+        caption_hashes_M=torch.arange(6),
+        first_I=torch.tensor([0, 1, 4]),
+        count_I=torch.tensor([1, 3, 2]),
+        share_M=shares,
+    )
+    chosen = torch.tensor([0, 1, 1, 1, 1, 2, 2, 0, 2])
+    draws = torch.tensor([0.99, 0.0, 0.3, 0.5, 0.99, 0.49, 0.51, 0.0, 1.0])
+    assert heads._draw_captions(features, chosen, draws).tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 5]
+    evenly = dataclasses.replace(features, share_M=None)
+    assert heads._draw_captions(evenly, chosen[:-1], draws[:-1]).tolist() == [0, 1, 1, 2, 3, 4, 5, 0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.augment import AugmentConfig
+from llm2clip_plugin.data.caption_choice import parse_weights
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.stages.plan_text import PlanConfig
@@ -26,6 +27,8 @@ class DataConfig:
     path: tuple[str, ...] = ()  # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
     cache: tuple[str, ...] = ()  # embedding cache of each path; empty: the one embeddings-* folder next to the data
     weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
+    # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
+    caption_weights: tuple[str, ...] = ()
     validation: str = ""  # held-out split for recall during training; "": none
     validation_cache: str = ""  # its embedding cache; "": the one embeddings-* folder next to it
     read: ReadConfig = field(default_factory=ReadConfig)  # how all of them are read
@@ -37,13 +40,25 @@ class DataConfig:
                 raise ValueError(
                     f"data.{name} has {len(values)} values for {len(self.path)} paths; give one for each path, or none"
                 )
+        weights, kinds = self.kind_weights, self.read.kinds
+        if weights and kinds and set(weights) != set(kinds):
+            raise ValueError(
+                f"data.caption_weights {' '.join(self.caption_weights)} and data.read.kinds {' '.join(kinds)} name "
+                "different kinds; give each of these kinds a weight, or leave data.read.kinds empty"
+            )
+
+    @property
+    def kind_weights(self) -> dict[str, float]:
+        """How often each kind of caption is drawn; {}: evenly over all captions."""
+        return parse_weights(self.caption_weights)
 
     @property
     def sources(self) -> list[SourceConfig]:
         """One source for each path."""
         weights = self.weight or (1.0,) * len(self.path)
         pairs = zip(self.path, weights, strict=True)
-        return [SourceConfig(path=path, weight=weight, **vars(self.read)) for path, weight in pairs]
+        read = {**vars(self.read), "kinds": self.read.kinds or tuple(self.kind_weights)}
+        return [SourceConfig(path=path, weight=weight, **read) for path, weight in pairs]
 
     @property
     def held_out(self) -> SourceConfig | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
+from llm2clip_plugin.data.caption_choice import check_kinds
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.command_line import rank_and_world
@@ -78,6 +79,7 @@ def measure_data(config: RunConfig) -> DataSize:
     config.validate(needs_data=False)
     if config.data.path and _has_caches(config):
         data = open_data(config)
+        check_kinds(data.sources, config.data.kind_weights)
         captions = sum(cache.manifest.captions for cache in data.caches)
         return DataSize(samples=data.samples, captions=captions, width=data.caches[0].width, assumed=())
     samples, captions = config.plan.images, config.plan.captions

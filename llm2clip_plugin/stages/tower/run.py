@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llm2clip_plugin.data.caption_choice import check_kinds
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.shared_memory import check_shared_memory
@@ -49,6 +50,7 @@ def train_tower(config: RunConfig) -> Path | None:
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest) -> Path | None:
     """From the opened data on: tower, engine, loop, export."""
+    check_kinds(data.sources, config.data.kind_weights)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
@@ -60,8 +62,18 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         load_weights(dual, resumed.weights, where=resumed.path)
     elif config.heads.steps:
         bf16 = config.train.precision == "bf16"
-        heads = (config.heads, config.loss)
-        fit_heads(dual, data.sources, data.caches, images, *heads, device=device, seed=config.train.seed, bf16=bf16)
+        fit_heads(
+            dual,
+            data.sources,
+            data.caches,
+            images,
+            config.heads,
+            config.loss,
+            device=device,
+            seed=config.train.seed,
+            bf16=bf16,
+            caption_weights=config.data.kind_weights,
+        )
     prepare(dual, config, device)
     engine = run.make_engine(dual, trained, resumed)
     start = run.start_state(resumed)
@@ -114,7 +126,14 @@ def prepare(dual: DualEncoder, config: RunConfig, device: torch.device) -> None:
 def batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> Iterator[dict[str, Any]]:
     """This rank's rows of the global batches, from sample number ``position`` of the run on."""
     local_batch, micro_batch, _ = config.train.rows(world_size())
-    dataset = PairDataset(data.sources, data.caches, images, config.data.augment, seed=config.train.seed)
+    dataset = PairDataset(
+        data.sources,
+        data.caches,
+        images,
+        config.data.augment,
+        seed=config.train.seed,
+        caption_weights=config.data.kind_weights,
+    )
     return iter(
         make_loader(
             dataset,

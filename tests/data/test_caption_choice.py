@@ -1,0 +1,80 @@
+import json
+import logging
+import random
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from data_world import jpeg, write_tar
+
+from llm2clip_plugin.data.caption_choice import caption_shares, check_kinds, choose_caption, parse_weights
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import Caption
+
+MANY = (Caption("a", "short"), Caption("b", "short"), Caption("c", "short"), Caption("d", "long"))
+EVENLY = parse_weights(("short=1", "long=1"))
+
+
+def test_a_kind_has_its_weight_whatever_the_number_of_its_captions() -> None:
+    assert caption_shares(MANY, EVENLY) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    assert caption_shares(MANY, parse_weights(("short=3", "long=1"))) == pytest.approx([1 / 4] * 4)
+    assert caption_shares(MANY[:2], EVENLY) == pytest.approx([1 / 2, 1 / 2])  # this sample has no long one
+    assert caption_shares(MANY, {}) == [1 / 4] * 4
+    rng = random.Random(0)
+    drawn = Counter(choose_caption(MANY, EVENLY, rng).text for _ in range(6000))
+    # standard deviations: sqrt(6000 / 4) = 39 and sqrt(6000 x 5 / 36) = 29
+    assert abs(drawn["d"] - 3000) < 160 and all(abs(drawn[text] - 1000) < 120 for text in "abc")
+
+
+def test_without_weights_captions_are_drawn_as_in_version_0_1() -> None:
+    ours, theirs = random.Random(5), random.Random(5)
+    assert all(choose_caption(MANY, {}, ours) == MANY[theirs.randrange(4)] for _ in range(100))
+
+
+@pytest.mark.parametrize("bad", ["short", "=1", "short=", "short=0", "short=-1", "short=nan", "short=inf", "short=x"])
+def test_bad_weights_are_refused(bad: str) -> None:
+    with pytest.raises(ValueError, match=f"caption weight '{bad}' is not KIND=WEIGHT"):
+        parse_weights(("long=1", bad))
+
+
+def test_a_kind_has_one_weight() -> None:
+    with pytest.raises(ValueError, match="name 'short' twice"):
+        parse_weights(("short=1", "short=2"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """20 samples with three short captions, one long and one of a kind of its own."""
+    members = []
+    for number in range(20):
+        captions = [f"short {number} {letter}" for letter in "abc"]
+        own = [{"text": f"tags {number}", "kind": "tags"}]
+        meta = {"captions": captions, "long_caption": f"long {number}", "caption": own}
+        members += [(f"{number:03}.jpg", jpeg(number)), (f"{number:03}.json", json.dumps(meta).encode())]
+    write_tar(tmp_path / "0.tar", members)
+    return open_source(SourceConfig(path=str(tmp_path)))
+
+
+def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source) -> None:
+    dataset = PairDataset([source], [None], ImageConfig(size=8), seed=1, caption_weights=EVENLY)
+    texts = [text for batch in islice(make_loader(dataset, local_batch=20), 20) for text in batch["captions"]]
+    kinds = Counter(text.split()[0] for text in texts)
+    assert kinds.keys() == {"short", "long"} and abs(kinds["long"] - 200) < 50  # of 400; standard deviation 10
+    ranks = [make_loader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)]
+    steps = zip(*(islice(loader, 3) for loader in ranks), strict=True)
+    assert [text for step in steps for batch in step for text in batch["captions"]] == texts[:60]
+
+
+def test_unknown_kinds_are_refused_and_absent_ones_mentioned(source: Source, caplog: pytest.LogCaptureFixture) -> None:
+    check_kinds([source], {})
+    check_kinds([source], parse_weights(("short=1", "long=1", "tags=2")))  # no field declares tags, a caption has it
+    assert not caplog.records
+    with pytest.raises(ValueError, match="name the kinds lnog, which the data has not; known: long, short, tags"):
+        check_kinds([source], parse_weights(("short=1", "lnog=1")))
+    declared = open_source(SourceConfig(path=source.path, fields=("captions=short", "detailed=long")))
+    with caplog.at_level(logging.WARNING):
+        check_kinds([declared], EVENLY)
+    assert "name the kinds long, of which no sample looked at has a caption; present: short" in caplog.text
