@@ -1,4 +1,4 @@
-"""Open lists: a folder with one file a member, each found because it is there."""
+"""Plugins: a folder with one file per member, discovered by importing them all."""
 
 import importlib
 import pkgutil

@@ -35,13 +35,13 @@ def decode(data: bytes, min_side: int = 0) -> Image.Image:
 def open_header(data: bytes) -> Image.Image:
     """The image, its pixels not yet decoded. Raises BrokenImage."""
     if not data:
-        raise BrokenImage("the image has no bytes")
+        raise BrokenImage("the image is empty (0 bytes)")
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise BrokenImage(f"unknown image format ({len(data)} bytes, starting with {data[:8]!r})") from error
     except DAMAGE as error:
-        raise BrokenImage(f"the image's header can't be read: {error}") from error
+        raise BrokenImage(f"cannot read the image header: {error}") from error
 
 
 def shrink_factor(size: tuple[float, float], needed: tuple[float, float]) -> int:
@@ -58,4 +58,4 @@ def load(image: Image.Image, factor: int = 1) -> Image.Image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGE as error:
-        raise BrokenImage(f"the image can't be decoded: {error}") from error
+        raise BrokenImage(f"cannot decode the image: {error}") from error

@@ -69,7 +69,7 @@ class PairDataset(Dataset):
     ) -> None:
         """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly."""
         if len(sources) != len(caches):
-            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; give one for each source")
+            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
         if len({cache.width for cache in caches if cache is not None}) > 1:
             widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
             raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with the same teacher")
@@ -110,7 +110,7 @@ class PairDataset(Dataset):
             except BrokenSample as error:
                 broken.append(error)
         listed = "\n".join(f"  {error}" for error in broken)
-        raise ValueError(f"{len(broken)} samples of {self.sources[draw.source].path} in a row are broken:\n{listed}")
+        raise ValueError(f"{len(broken)} consecutive samples of {self.sources[draw.source].path} are broken:\n{listed}")
 
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source, cache = self.sources[draw.source], self.caches[draw.source]
@@ -135,7 +135,7 @@ def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[s
     if not captions:
         return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
     known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
-    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; it has {known}"
+    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; available: {known}"
 
 
 class PartDraws:
@@ -236,7 +236,7 @@ class PairLoader:
                 f"{self.substituted} of {max(self.rows, self._least_rows)} samples are broken, more than max_broken "
                 f"{self.max_broken:g} allows:\n"
                 + "\n".join(listed[:20] + more)
-                + "\nrun `llm2clip data check` on the data and fix it, or raise max_broken"
+                + "\nrun `llm2clip data check` to list them, then fix the data or raise max_broken"
             )
 
 

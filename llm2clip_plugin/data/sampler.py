@@ -81,7 +81,7 @@ class Mixture:
         windows: Sequence[int] = (),  # shuffle_window of each source; () is 0 for all
     ) -> None:
         if len(shard_sizes) != len(weights) or not shard_sizes:
-            raise ValueError(f"{len(shard_sizes)} sources but {len(weights)} weights; give one weight for each source")
+            raise ValueError(f"{len(shard_sizes)} sources but {len(weights)} weights; pass one weight per source")
         self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
         self.lengths = [sum(sizes) for sizes in self.shard_sizes]
         if empty := [number for number, length in enumerate(self.lengths) if length == 0]:

@@ -97,11 +97,11 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
         if not any(path == name or path.startswith(f"{name}.") for path in known):
-            raise ValueError(f"allow_changed: no field {name!r}{_did_you_mean(name, sorted(known))}")
+            raise ValueError(f"unknown field {name!r} in --allow-changed{_did_you_mean(name, sorted(known))}")
     old, new = flat_essentials(saved, allowed), flat_essentials(now, allowed)
     old = {name: value for name, value in ADDED.items() if name in new} | old
     changed = {
-        name: f"{old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} now"
+        name: f"{old.get(name, 'absent')!r} in the checkpoint, {new.get(name, 'absent')!r} in this run"
         for name in sorted(old.keys() | new.keys())
         if old.get(name, "absent") != new.get(name, "absent")
     }
@@ -147,7 +147,7 @@ def _typed(hint: Any, value: Any, *, where: str, path: str) -> Any:
         return from_plain(hint, value, where=where, path=path)
     if origin is tuple and isinstance(value, (list, tuple)):
         if arguments[-1] is not Ellipsis and len(arguments) != len(value):
-            raise ValueError(f"{where}: {path} has {len(value)} values; expected {len(arguments)}")
+            raise ValueError(f"{where}: {path} has {len(value)} values, expected {len(arguments)}")
         hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(
             _typed(h, item, where=where, path=f"{path}.{i}")

@@ -103,7 +103,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     if missing or unexpected or shapes:
         raise ContractError(
             f"{folder} does not fit {model.name_or_path}: {len(missing)} missing tensors {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} with the wrong shape {shapes[:3]}"
         )
     set_peft_model_state_dict(wrapped, saved)
     for name, parameter in wrapped.named_parameters():

@@ -1,4 +1,4 @@
-"""Where an LLM runs and in which dtype, if the user names none."""
+"""Where an LLM runs and in which dtype, by default."""
 
 import time
 
@@ -13,7 +13,7 @@ def default_device() -> torch.device:
 def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
     """bfloat16 on a GPU that supports it, else float16; on a CPU the faster of float32 and bfloat16, measured in 0.2 s.
 
-    CPUs differ by a factor of ten in bfloat16, both ways, and their flags don't tell which.
+    CPUs differ by a factor of ten in bfloat16, in either direction, and their CPU flags do not show which.
     """
     if device.type != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -149,7 +149,7 @@ def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
 def verify(source: Source, encoder: CaptionEncoder, directory: Path) -> str:
     """Read every byte of the cache, compare it with the data, embed a few captions again; returns a report.
 
-    Raises ContractError or FileNotFoundError at the first thing that is wrong.
+    Raises ContractError or FileNotFoundError at the first problem.
     """
     cache, teacher = EmbeddingCache.open(directory), encoder.identity()
     if cache.fingerprint != teacher.fingerprint:

@@ -28,7 +28,7 @@ def local_folder(llm: str, revision: str = "") -> Path:
     Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has it.
     """
     if not llm:
-        raise ValueError("no LLM is given; set --llm PATH_OR_HUB_ID")
+        raise ValueError("no LLM given; set --llm PATH_OR_HUB_ID")
     if Path(llm).is_dir():
         if not (Path(llm) / "config.json").is_file():
             raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")

@@ -67,7 +67,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(
-            f"{folder} is not a complete {type(model).__name__}: {len(names)} weights are missing or of another shape: "
+            f"{folder} is not a complete {type(model).__name__}: {len(names)} weights are missing or misshapen: "
             f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
         )
     if text is not settings:  # a multimodal model: its language part

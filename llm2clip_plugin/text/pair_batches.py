@@ -80,7 +80,7 @@ class PairBatches:
             pair = source.pair(chosen, kind, sample_rng(self.seed, epoch, number, chosen))
             if pair is not None:
                 return pair
-        raise ValueError(f"{source.path}: none of {SUBSTITUTES} samples from number {index} on has a pair {kind}")
+        raise ValueError(f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {index} on")
 
     def _source_of(self, step: int) -> int:
         """The source of a global batch: drawn by weight x size, the same on every rank."""

@@ -26,12 +26,12 @@ SURVEYED = 5000  # samples read before training, to detect a wrong configuration
 class PairsConfig:
     """Training data, and which two texts form a pair."""
 
-    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with one text a line
+    data: tuple[str, ...] = ()  # caption sets (as for the tower), .jsonl of text pairs, .txt with one text per line
     weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
     pair_format: str = "auto"  # auto | captions | pairs | text (each text with itself: unsupervised SimCSE by dropout)
     # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
     pair_kinds: tuple[str, ...] = ("short:long",)
-    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; LOW to HIGH items are drawn
+    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
     group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
     query_field: str = "query"  # of text-pair files
     positive_field: str = "positive"  # of text-pair files; a text, or a list whose first text is used
@@ -44,7 +44,7 @@ class PairsConfig:
             raise ValueError(f"unknown pair_format {self.pair_format!r}; known: {', '.join(PAIR_FORMATS)}")
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
-                f"{len(self.weights)} weights for {len(self.data)} data sets; give one weight for each, or none"
+                f"{len(self.weights)} weights for {len(self.data)} data sets; pass one weight per data set, or none"
             )
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
@@ -86,10 +86,10 @@ def parse_kinds(specifications: Sequence[str]) -> tuple[PairKind, ...]:
         except ValueError:
             number = -1.0
         if not (query and colon and positive and number > 0):
-            raise ValueError(f"pair kind {text!r} is not QUERY:POSITIVE or QUERY:POSITIVE=WEIGHT, as in short:long=0.5")
+            raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT], such as short:long=0.5")
         kinds_of_pairs.append(PairKind(query, positive, number))
     if not kinds_of_pairs:
-        raise ValueError("no kinds of pairs are configured; give at least one, as in short:long")
+        raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
     return tuple(kinds_of_pairs)
 
 
@@ -100,7 +100,7 @@ def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
         kind, _, bounds = text.partition("=")
         low, _, high = bounds.partition(":")
         if not (kind and low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
-            raise ValueError(f"list {text!r} is not KIND=LOW:HIGH, as in keywords=2:6")
+            raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
         bounds_of[kind] = (int(low), int(high))
     return bounds_of
 
@@ -175,7 +175,7 @@ class TextPairs(PairSource):
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
             raise ValueError(
-                f"{path}, line {line}: no {self.fields[2]!r}, which other lines have; give it in all lines or in none"
+                f"{path}, line {line}: no {self.fields[2]!r}, which other lines have; set it in all lines or in none"
             )
 
     def sizes(self) -> list[int]:
@@ -187,7 +187,7 @@ class TextPairs(PairSource):
         try:
             row = json.loads(data)
         except ValueError as error:
-            raise ValueError(f"{self.path}, line {line}: not JSON ({error})") from error
+            raise ValueError(f"{self.path}, line {line}: not valid JSON ({error})") from error
         texts = [first_text(row.get(name)) if isinstance(row, dict) else "" for name in self.fields]
         for name, text in zip(self.fields[:2], texts[:2], strict=True):
             if not text:
@@ -200,7 +200,7 @@ class TextPairs(PairSource):
 
 
 class PlainTexts(PairSource):
-    """One text a line, paired with itself: dropout makes the two embeddings differ (SimCSE, Gao et al. 2021)."""
+    """One text per line, paired with itself: dropout makes the two embeddings differ (SimCSE, Gao et al. 2021)."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), (PairKind("text", "text"),))
@@ -225,7 +225,7 @@ def first_text(value: Any) -> str:
 def open_pairs(config: PairsConfig) -> list[PairSource]:
     """Every data set of the configuration. Raises FileNotFoundError or ValueError, naming the data set."""
     if not config.data:
-        raise ValueError("no training data; name captions or text pairs: llm2clip finetune-llm DATA ...")
+        raise ValueError("no training data; pass captions or text pairs: llm2clip finetune-llm DATA ...")
     return [_open(path, config) for path in config.data]
 
 

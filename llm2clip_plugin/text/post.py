@@ -66,7 +66,7 @@ def load_post(folder: Path, card: EncoderCard | None) -> Post | None:
         raise ContractError(f"{path} is missing, but {EncoderCard.FILE} refers to it; copy the complete folder")
     if (actual := sha256_weights(path)) != card.post_sha256:
         raise ContractError(
-            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} says {card.post_sha256}; copy the folder again"
+            f"{path} has SHA-256 {actual}, but {EncoderCard.FILE} records {card.post_sha256}; copy the folder again"
         )
     tensors = load_file(path)
     return Post(tensors["mean"], tensors.get("matrix"))

@@ -35,7 +35,7 @@ def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderC
     }
     if isinstance(lengths, int):
         settings["max_tokens"] = lengths
-    return apply_settings(config, settings, f"the files of {folder.name} say")
+    return apply_settings(config, settings, f"the files of {folder.name} specify")
 
 
 def _pooling_folder(folder: Path) -> Path:
@@ -61,7 +61,7 @@ def _pooling(settings: dict[str, Any], folder: Path) -> str:
 
 
 def _attention(settings: dict[str, Any]) -> str:
-    """Decoders are causal unless their configuration says otherwise; encoders never are."""
+    """Decoders are causal unless their configuration has is_causal false; encoders never are."""
     causal = (
         any("ForCausalLM" in name for name in settings.get("architectures") or []) or "num_key_value_heads" in settings
     )
@@ -79,7 +79,7 @@ def _read(path: Path) -> Any:
 
 
 def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> None:
-    """Raise ValueError for settings that sentence-transformers has no place for.
+    """Raise ValueError for settings that sentence-transformers does not support.
 
     It pools the last layer, over all tokens or all but prompt and BOS, without a template. has_bos: the tokenizer
     puts a BOS first; post: embeddings are centered or whitened.

@@ -89,7 +89,7 @@ def apply_preset(config: EncoderConfig) -> EncoderConfig:
     """The configuration with its preset's settings; raises ContractError for a setting that contradicts it."""
     if not config.preset:
         return config
-    settings = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} means")
+    settings = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
     return dataclasses.replace(settings, preset="")
 
 

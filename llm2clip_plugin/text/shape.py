@@ -44,14 +44,14 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     Raises FileNotFoundError if there is none.
     """
     if not config.llm:
-        raise FileNotFoundError("no LLM is set; set --llm PATH_OR_HUB_ID")
+        raise FileNotFoundError("no LLM given; set --llm PATH_OR_HUB_ID")
     if not Path(config.llm).is_dir() and config.llm in SHAPES:
         return LlamaConfig(**SHAPES[config.llm])
     try:
         return AutoConfig.from_pretrained(config.llm, revision=config.revision or None)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no config.json of LLM {config.llm!r} on this machine or the Hub: {reason}") from error
+        raise FileNotFoundError(f"no config.json for LLM {config.llm!r}, local or on the Hub: {reason}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class LlmShape:
 def shape_llm(
     settings: PretrainedConfig, config: EncoderConfig, lora: LoraSettings, precision: str, *, last_blocks: int = 0
 ) -> LlmShape:
-    """The LLM up to the pooled layer with its adapter, cut to its last ``last_blocks`` blocks if that is not 0.
+    """The LLM up to the pooled layer with its adapter, reduced to its last ``last_blocks`` blocks if that is not 0.
 
     Raises ValueError for a model that isn't a decoder, and for a layer or LoRA target that it doesn't have.
     """

@@ -35,8 +35,8 @@ class Frame:
         """Number of tokens left for a caption; raises ValueError if there are none."""
         if max_tokens <= self.size:
             raise ValueError(
-                f"prompt and template use {self.size} tokens and max_tokens is {max_tokens}, which leaves none for the "
-                "caption; raise max_tokens or shorten them"
+                f"prompt and template use {self.size} tokens and max_tokens is {max_tokens}, which leaves no room for "
+                "the caption; raise max_tokens or shorten them"
             )
         return max_tokens - self.size
 
@@ -65,7 +65,7 @@ def literal_template(tokenizer, chat_template: str) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             f"chat_template is 'user', but the tokenizer of {tokenizer.name_or_path} has no chat template; "
-            f"write one out, as in '<|user|>{CAPTION}<|end|>', or leave it empty"
+            f"set one, such as '<|user|>{CAPTION}<|end|>', or leave it empty"
         )
     turn = [{"role": "user", "content": CAPTION}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, date_string=TEMPLATE_DATE)

@@ -182,8 +182,8 @@ def _set_up_optimizer(config: dict[str, Any], plan: EnginePlan, where: str) -> N
     optimizer = plan.optim.optimizer()
     if offloads_optimizer(config) and not optimizer.supports_offload:
         raise ValueError(
-            f"{where} offloads optimizer states to the host, where DeepSpeed only has an fp32 Adam, not optim.name "
-            f"{optimizer.name}: remove zero_optimization.offload_optimizer, or set --optim.name adamw"
+            f"{where} offloads optimizer states, which optim.name {optimizer.name} does not support: remove "
+            "zero_optimization.offload_optimizer, or set --optim.name adamw"
         )
     if zero_stage(config) > 0:
         for name, value in optimizer.deepspeed_settings.items():
@@ -203,7 +203,7 @@ def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:
         if config.get(package, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"the run reports to {package}, which is not installed: pip install {package}, or remove it from "
-                "--report_to (and of the DeepSpeed configuration)"
+                "--report_to (and from the DeepSpeed configuration)"
             )
 
 

@@ -32,8 +32,8 @@ Monitor = Literal["tensorboard", "wandb", "csv"]
 class TrainConfig:
     """Length, batch size, precision, checkpoints and logging of a run."""
 
-    global_batch: int = 4096  # image-caption pairs an optimizer step, over all ranks; also the negatives
-    micro_batch: int = 0  # pairs a forward pass on one rank; fewer than its part of the batch: gradient caching. 0: all
+    global_batch: int = 4096  # image-caption pairs per optimizer step, over all ranks; also the negatives
+    micro_batch: int = 0  # pairs per forward pass on one rank; fewer than its share: gradient caching. 0: its share
     num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
     max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs makes
     precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
@@ -199,8 +199,8 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
         values["grad_norm"] = norm
         if parts.train.precision != "fp16" and not 0 <= norm < math.inf:  # fp16 skips such an update by itself
             raise NonFiniteLossError(
-                f"the gradient is not finite (norm {norm}), although the loss is ({loss:.4g}), in the batch ending at "
-                f"sample {batch['position']} and starts with {', '.join(batch['keys'][:NAMED_KEYS])} on rank {rank()}. "
+                f"the gradient is not finite (norm {norm}, loss {loss:.4g}) in the batch that ends at "
+                f"sample {batch['position']}; it starts with {', '.join(batch['keys'][:NAMED_KEYS])} on rank {rank()}. "
                 "The last checkpoint is unchanged; lower the learning rate, or use fp32"
             )
     if parts.train.precision == "fp16":

@@ -39,7 +39,7 @@ def with_llm_width(config: DualConfig, width: int) -> DualConfig:
     """``config`` with ``llm_width`` set to the cache's width; ValueError if it is set to another one."""
     if config.llm_width not in (0, width):
         raise ValueError(
-            f"dual.llm_width is {config.llm_width}, the embedding cache is {width} wide; "
+            f"dual.llm_width is {config.llm_width}, but the embedding cache has width {width}; "
             "leave it unset, or use a cache of that width"
         )
     return dataclasses.replace(config, llm_width=width)
@@ -51,8 +51,8 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
     Raises ValueError if no tower is set.
     """
     if not tower.path:
-        kind = f", a {tower.architecture}: `llm2clip import` makes one of its checkpoint" if tower.architecture else ""
-        raise ValueError(f"no tower to train: set --tower.path (a directory or a Hub id{kind})")
+        hint = f"; create {tower.architecture} with `llm2clip import CHECKPOINT`" if tower.architecture else ""
+        raise ValueError(f"no tower to train: set --tower.path to a directory or Hub id{hint}")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
@@ -68,7 +68,7 @@ def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
     """
     source = tower.path or tower.architecture
     if not source:
-        raise ValueError("no tower to plan for: set --tower.path, or --tower.architecture to a known one")
+        raise ValueError("no tower to plan for: set --tower.path, or set --tower.architecture to a known architecture")
     with torch.device("meta"):
         return _trainable(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
 

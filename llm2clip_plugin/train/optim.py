@@ -46,7 +46,7 @@ class OptimConfig:
             raise ValueError(f"unknown optim.schedule {self.schedule!r}; known: {', '.join(get_args(Schedule))}")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
-                f"optim.warmup_steps {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set one of them"
+                f"optim.warmup_steps {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set only one"
             )
         bounds = {
             "lr": (0.0, 10.0),

@@ -145,7 +145,9 @@ class ContrastiveStep(ABC):
         rows = len(batch["keys"])
         size = rows // self.engine.accumulation
         if size * self.engine.accumulation != rows:
-            raise ValueError(f"{rows} rows on this rank do not divide into {self.engine.accumulation} micro-batches")
+            raise ValueError(
+                f"{rows} rows on this rank cannot be split into {self.engine.accumulation} equal micro-batches"
+            )
         first = batch["position"] - (world_size() - rank()) * rows
         starts = range(0, rows, size)
         return [{**self._rows(batch, slice(start, start + size)), "first": first + start} for start in starts]

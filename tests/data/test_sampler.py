@@ -161,7 +161,7 @@ def test_a_samples_randomness_is_its_own() -> None:
 
 
 def test_bad_mixtures_are_refused() -> None:
-    with pytest.raises(ValueError, match="give one weight for each source"):
+    with pytest.raises(ValueError, match="pass one weight per source"):
         Mixture([(1,)], (1, 2), 0)
     with pytest.raises(ValueError, match=r"sources at index \[1\]"):
         Mixture([(1,), (0,)], (1, 1), 0)

@@ -34,4 +34,4 @@ def test_an_llm_that_is_not_here_is_planned_by_the_papers_widths(tmp_path, capsy
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "1", "image": "x.png", "caption": "a"}) + "\n")
     assert embed.main([str(tmp_path / "c.jsonl"), "--llm", "somebody/not-here", "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "no config.json of" in told and "1 captions x 2048" in told and "1 captions x 4096" in told
+    assert "no local config.json for" in told and "1 captions x 2048" in told and "1 captions x 4096" in told

@@ -99,7 +99,7 @@ def test_data_and_tokenizer_that_are_there_are_counted(llama: Path, tmp_path: Pa
     assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of the first 8 samples have" in told
     assert not (tmp_path / "run").exists()
     unknown = planned(capsys, *options[:2], str(tmp_path / "missing"), *options[3:])
-    assert "memory is not planned: no config.json of LLM" in unknown and "steps: 1 of 8 pairs" in unknown
+    assert "memory is not planned: no config.json for LLM" in unknown and "steps: 1 of 8 pairs" in unknown
     assert (
         "assumed: 64 tokens per text, template and prompt included: the LLM's tokenizer is not on this machine"
         in unknown

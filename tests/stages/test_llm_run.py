@@ -172,7 +172,7 @@ def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
 ) -> None:
     (checkpoint,) = (plain / "checkpoints").glob("step-*")
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000
-    with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 there, 0\.001 now"):
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 in the checkpoint, 0\.001 in this run"):
         finetune_llm(parse([*options(captions, llama, plain), "--lr", "1e-3"]))
 
 
@@ -284,7 +284,7 @@ def test_hard_negatives(llama: Path, tmp_path: Path) -> None:
 def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(f"{WORDS[i % 16]} {WORDS[i * 5 % 16]} {i}" for i in range(32)))
     arguments = options(tmp_path / "texts.txt", llama, tmp_path / "run", "--learn-scale")
-    with pytest.raises(ValueError, match=r"differs only by dropout, and lora\.dropout is 0"):
+    with pytest.raises(ValueError, match=r"differs only by dropout, but lora\.dropout is 0"):
         finetune_llm(parse(arguments))
     finetune_llm(parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -316,7 +316,7 @@ def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None
         CaptionEncoder(EncoderConfig(llm=str(other), adapter=str(adapter)), "cpu")
     (adapter / EncoderCard.FILE).unlink()
     wide = make_llm(tmp_path / "wide", "llama", width=64)
-    with pytest.raises(ContractError, match=r"does not fit .* [1-9]\d* of another shape"):
+    with pytest.raises(ContractError, match=r"does not fit .* [1-9]\d* with the wrong shape"):
         CaptionEncoder(EncoderConfig(llm=str(wide), adapter=str(adapter)), "cpu")
     phi = make_llm(tmp_path / "phi3", "phi3")
     with pytest.raises(ContractError, match="does not fit"):
@@ -335,7 +335,7 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
         (("--precision", "bf16"), "would convert the LLM's float32 weights"),
         (("--max-tokens", "8"), "prompt and template use"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries are longer than max_tokens 36"),
-        (("--chat-template", "user", "--llm", str(bare)), "has no chat template; write one out"),
+        (("--chat-template", "user", "--llm", str(bare)), "has no chat template; set one, such as"),
         (("--fields", "label=short"), "kinds of captions (samples with them): none"),
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
         (("--global-batch", "64"), "global_batch 64 is larger than"),

@@ -158,7 +158,7 @@ def _ranks_of(pid: int) -> list[int]:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "missing resume path": (["--resume", "/nowhere"], "--resume /nowhere: no checkpoint found"),
-    "changed setting": (["--optim.lr", "1e-3"], "optim.lr: 0.0004 there, 0.001 now"),
+    "changed setting": (["--optim.lr", "1e-3"], "optim.lr: 0.0004 in the checkpoint, 0.001 in this run"),
     "another teacher": (["--data.validation-cache", "OTHER"], "expected fingerprint"),
     "no cache": (["--data.cache", "/nowhere"], "/nowhere"),
     "no tower": (["--tower.path", "/nowhere"], "/nowhere"),

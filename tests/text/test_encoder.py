@@ -114,7 +114,7 @@ def test_chat_template_is_written_out(llama: Path) -> None:
 
 def test_template_that_the_tokenizer_lacks(make_llm, tmp_path: Path) -> None:
     llm = make_llm(tmp_path / "plain", "llama", template=False)
-    with pytest.raises(ValueError, match="has no chat template; write one out"):
+    with pytest.raises(ValueError, match="has no chat template; set one, such as"):
         encoder(llm, chat_template="user")
 
 
@@ -171,7 +171,7 @@ def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: 
 
 
 def test_bad_models_are_named(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(ValueError, match="no LLM is given"):
+    with pytest.raises(ValueError, match="no LLM given"):
         CaptionEncoder(EncoderConfig())
     with pytest.raises(FileNotFoundError, match=r"has no config\.json; expected a Hugging Face"):
         encoder(tmp_path)

@@ -184,9 +184,9 @@ def test_wrong_files_and_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"global_batch 8 is larger than .*caps\.jsonl \(4\); lower it"):
         batches(PairsConfig(data=(str(write_captions(tmp_path, 4)),)))
     for wrong in ("short", "short:long=0", "short:long=x", ":long"):
-        with pytest.raises(ValueError, match="is not QUERY:POSITIVE"):
+        with pytest.raises(ValueError, match=r"invalid pair kind .*; expected QUERY:POSITIVE"):
             parse_kinds([wrong])
-    with pytest.raises(ValueError, match="is not KIND=LOW:HIGH"):
+    with pytest.raises(ValueError, match=r"invalid list .*; expected KIND=LOW:HIGH"):
         parse_lists(["keywords=6:2"])
     with pytest.raises(ValueError, match="no training data"):
         open_pairs(PairsConfig())

@@ -51,7 +51,7 @@ def test_preset_of_released_llms(llama: Path) -> None:
     config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
     assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
     assert not config.include_bos and config.preset == ""
-    with pytest.raises(ContractError, match="pooling is 'last', but preset llm2vec means 'mean'"):
+    with pytest.raises(ContractError, match="pooling is 'last', but preset llm2vec sets 'mean'"):
         CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
     with pytest.raises(ValueError, match="unknown preset 'gpt'; known: llm2clip-llama3, llm2vec"):
         EncoderConfig(preset="gpt")
@@ -123,7 +123,7 @@ def test_what_cannot_be_reproduced_is_refused(tokenizer, tmp_path: Path) -> None
     with pytest.raises(ContractError, match=r"unsupported modules \['Dense'\]"):
         CaptionEncoder(EncoderConfig(llm=str(dense)), "cpu")
     mean = write_bert(tmp_path / "mean", tokenizer)
-    with pytest.raises(ContractError, match="pooling is 'last', but the files of mean say 'mean'"):
+    with pytest.raises(ContractError, match="pooling is 'last', but the files of mean specify 'mean'"):
         CaptionEncoder(EncoderConfig(llm=str(mean), pooling="last"), "cpu")
     (mean / "modules.json").unlink()
     with pytest.raises(ValueError, match="is a BertModel; expected a decoder LLM"):

@@ -1,4 +1,4 @@
-"""The embedding cache: one safetensors file a shard, and a manifest that names the teacher.
+"""The embedding cache: one safetensors file per shard, and a manifest that names the teacher.
 
 ```
 <directory>/manifest.json             CacheManifest; complete = false until embedding has finished

@@ -77,7 +77,7 @@ class CacheWriter:
             )
         if existing.dtype != self.dtype:
             raise ContractError(
-                f"{path} stores {existing.dtype}, not {self.dtype}; choose another --cache, or use "
+                f"{path} has dtype {existing.dtype}, not {self.dtype}; choose another --cache, or use "
                 f"--dtype {existing.dtype}"
             )
 

@@ -33,10 +33,10 @@ class CheckConfig(SourceConfig):
     weight: tyro.conf.Suppress[float] = 1.0
     shuffle_window: tyro.conf.Suppress[int] = 0
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
-    max_tokens: int = 512  # tokens (or words): count longer captions, which the teacher truncates
-    small_side: int = 32  # pixels: count images with a shorter side
+    max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
+    small_side: int = 32  # count images with a side shorter than this, in pixels
     max_broken: float = 0.01  # fraction of broken samples above which training stops
-    show: int = 10  # broken samples, duplicate captions ... listed of each kind; --json lists all broken samples
+    show: int = 10  # how many broken samples, duplicate captions ... to list; --json lists all broken samples
     workers: int = 0  # processes; 0: one per core
     json: bool = False  # print one JSON object
 
@@ -115,7 +115,7 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except OSError as error:
-        raise ValueError(f"no tokenizer at {tokenizer!r}: {error}") from error
+        raise ValueError(f"cannot load the tokenizer {tokenizer!r}: {error}") from error
     return lambda text: len(loaded(text, verbose=False)["input_ids"])
 
 

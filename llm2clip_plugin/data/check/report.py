@@ -175,8 +175,8 @@ def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
         lines += [f"    ... and {len(entries) - show} more"] if len(entries) > show else []
     texts, keys = report["duplicate_captions"], report["duplicate_keys"]
     lines.append(f"  empty captions: {report['empty_captions']}; invalid UTF-8: {report['captions_with_invalid_utf8']}")
-    lines.append(f"  captions of several samples: {texts['texts']}, in {texts['samples']} samples")
+    lines.append(f"  duplicate captions: {texts['texts']} texts in {texts['samples']} samples")
     lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in texts["most_frequent"]]
-    lines.append(f"  keys of several samples: {keys['keys']}, in {keys['samples']} samples")
+    lines.append(f"  duplicate keys: {keys['keys']} keys in {keys['samples']} samples")
     lines += [f"    {one['samples']} x {one['key']!r} in {', '.join(one['shards'])}" for one in keys["examples"]]
     return lines

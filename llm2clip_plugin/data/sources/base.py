@@ -83,7 +83,7 @@ class SourceConfig(ReadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise ValueError("a data source needs a path")
+            raise ValueError("no data path is set; set --path (--data.path in training)")
         if self.path.startswith("file://"):
             raise ValueError(f"{self.path}: remove file:// from the path of a local source")
         if not self.weight > 0:

@@ -36,12 +36,14 @@ def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionF
         name, equals, rest = text.partition("=")
         kind, _, own_language = rest.partition(":")
         if not (name and equals and kind):
-            raise ValueError(f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in long_caption=long")
+            raise ValueError(
+                f"invalid caption field {text!r}; expected NAME=KIND or NAME=KIND:LANGUAGE, such as long_caption=long"
+            )
         if name in fields:
             raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
         fields[name] = CaptionField(name, kind, own_language or language)
     if not fields:
-        raise ValueError("no caption fields are configured; set at least one, as in caption=short")
+        raise ValueError("no caption fields configured; set at least one with --fields, such as caption=short")
     return tuple(fields.values())
 
 
@@ -86,5 +88,5 @@ def _clean(text: str) -> str:
 
 
 def well_formed(text: str) -> str:
-    """Surrogates, which JSON can hold and UTF-8 can't: pairs joined, halves replaced by U+FFFD."""
+    """The text with surrogates, which JSON allows and UTF-8 does not: pairs joined, lone ones replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -11,7 +11,7 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     """The source of ``config``, indexed, and downloaded if it is at a URL.
 
     A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
-    FileNotFoundError if there is no data, ValueError if the format can't be detected.
+    FileNotFoundError if there is no data, ValueError if the format cannot be determined.
     """
     name = config.format if config.format != "auto" else detect_format(config.path)
     return formats()[name].open(config, broken_shards)
@@ -24,4 +24,4 @@ def detect_format(path: str) -> str:
             return known.name
     if not os.path.exists(path):
         raise FileNotFoundError(f"no data at {path}")
-    raise ValueError(f"can't tell the format of {path}; choose one with --format ({format_help()})")
+    raise ValueError(f"cannot determine the format of {path}; choose one with --format ({format_help()})")

@@ -41,7 +41,9 @@ class RowSource(Source):
             raise ValueError(f"{config.path} contains no samples")
         self._images = config.images or config.path.rpartition("/")[0] or "."
         if not is_url(self._images) and not os.path.isdir(self._images):
-            raise FileNotFoundError(f"no image folder at {self._images}; set --images to the folder of {config.path}")
+            raise FileNotFoundError(
+                f"image folder {self._images} does not exist; set --images to the folder of {config.path}'s images"
+            )
         stem = config.path.rpartition("/")[2].rpartition(".")[0]
         super().__init__(config, row_shards(stem, len(self._spans)))
 
@@ -62,15 +64,15 @@ class RowSource(Source):
         try:
             row = json.loads(self._json[start:stop])
         except (ValueError, RecursionError) as error:
-            raise BrokenSample(shard, f"line {line}", f"not JSON: {error}") from error
+            raise BrokenSample(shard, f"line {line}", f"not valid JSON: {error}") from error
         if not isinstance(row, dict):
-            raise BrokenSample(shard, f"line {line}", f"not an object but of type {type(row).__name__}")
+            raise BrokenSample(shard, f"line {line}", f"contains a {type(row).__name__}, expected an object")
         key, image = row.get(self.config.key_field), row.get(self.config.image_field)
         key = well_formed(str(key) if key not in (None, "") else str(image or f"line {line}"))
         try:
             values = self.values(row)
         except (KeyError, TypeError, AttributeError) as error:
-            raise BrokenSample(shard, key, f"its conversations can't be read: {error!r}") from error
+            raise BrokenSample(shard, key, f"invalid conversations: {error!r}") from error
         return Record(key, values, row, partial(self._read_image, shard, key, image))
 
     def _read_image(self, shard: str, key: str, name: Any) -> bytes:

@@ -30,7 +30,7 @@ def expand_braces(pattern: str) -> list[str]:
     elif "," in inner:
         options = inner.split(",")
     else:
-        raise ValueError(f"braces in {pattern!r} hold {inner!r}; expected a range {{00000..00012}} or a list {{a,b}}")
+        raise ValueError(f"braces in {pattern!r} contain {inner!r}; expected a range {{00000..00012}} or list {{a,b}}")
     tails = expand_braces(pattern[match.end() :])
     return [pattern[: match.start()] + option + tail for option, tail in itertools.product(options, tails)]
 
@@ -64,4 +64,4 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)  # cached by fsspec; a forked process gets a fresh one
     except (ImportError, ValueError) as error:
-        raise ValueError(f"can't open {url}: {error}") from error
+        raise ValueError(f"cannot open {url}: {error}") from error

@@ -65,9 +65,9 @@ class TarSource(Source):
             try:
                 meta = json.loads(data)
             except (ValueError, RecursionError) as error:
-                raise BrokenSample(name, entry.key, f"its .json is not JSON: {error}") from error
+                raise BrokenSample(name, entry.key, f"its .json is not valid JSON: {error}") from error
             if not isinstance(meta, dict):
-                raise BrokenSample(name, entry.key, f"its .json is not an object but of type {type(meta).__name__}")
+                raise BrokenSample(name, entry.key, f"its .json contains a {type(meta).__name__}, expected an object")
         values = meta
         if entry.text[0] != ABSENT:
             values = {**meta, "txt": self._read(shard, *entry.text).decode("utf-8", "replace")}
@@ -89,7 +89,9 @@ class TarSource(Source):
             self._handles.move_to_end(shard)
         data = os.pread(descriptor, size, offset)
         if len(data) != size:
-            raise ValueError(f"{self._tars[shard]} shrank while it was read: {len(data)} of {size} bytes at {offset}")
+            raise ValueError(
+                f"{self._tars[shard]} was truncated while being read: got {len(data)} of {size} bytes at byte {offset}"
+            )
         return data
 
     def _open(self, shard: int) -> int:

@@ -28,7 +28,7 @@ def cache_plan(config: EmbedConfig) -> str:
     width = width_of(config.encoder)
     lines = [f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"]
     if not width:
-        lines.append(f"no config.json of {config.encoder.llm} on this machine; for embeddings of the paper's LLMs:")
+        lines.append(f"no local config.json for {config.encoder.llm}; sizes for the paper's LLMs:")
     for size in (width,) if width else [teacher.width for teacher in TEACHERS.values()]:
         listed = (
             f"{dtype} {readable(shard_bytes(len(source), rows, size, dtype, key_bytes=0) + key_bytes)}"

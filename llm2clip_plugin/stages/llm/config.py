@@ -19,7 +19,7 @@ from llm2clip_plugin.train.optim import OptimConfig
 class LlmPlanConfig:
     """What --dry-run assumes where there is no data yet."""
 
-    assumed_pairs: int = PlanConfig.images  # pairs of texts: one for each image of the paper's smaller tower data
+    assumed_pairs: int = PlanConfig.images  # pairs of texts; default: one per image of the paper's smaller tower data
     gpu_gib: float = PlanConfig.gpu_gib  # a GPU's memory in GiB: the plan proposes micro-batches that fit
 
     def __post_init__(self) -> None:

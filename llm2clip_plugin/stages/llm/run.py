@@ -60,7 +60,9 @@ def finetune_llm(config: FinetuneConfig) -> Path | None:
 def pretrain_llm(config: FinetuneConfig) -> Path | None:
     """Train an adapter to predict masked tokens of the same texts; otherwise as ``finetune_llm``."""
     if config.encoder.layer != -1:
-        raise ValueError(f"layer is {config.encoder.layer}; the LLM's head predicts tokens from the last layer only")
+        raise ValueError(
+            f"layer is {config.encoder.layer}; the LLM's head predicts tokens from the last layer only; set --layer -1"
+        )
 
     def masked(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
         head = output_head(encoder)
@@ -124,11 +126,11 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
     """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
     plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
-        raise ValueError("ZeRO-3 can't partition 4-bit weights; use scripts/zero2.json, or drop --load-in-4bit")
+        raise ValueError("ZeRO-3 can't partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if config.train.ema_decay:
-        raise ValueError(f"train.ema_decay is {config.train.ema_decay}; adapters are trained without a moving average")
+        raise ValueError(f"train.ema_decay is {config.train.ema_decay}, which adapters do not support; set it to 0")
     if any(path.endswith(".txt") for path in config.pairs.data) and not config.lora.dropout:
-        raise ValueError("a text paired with itself differs only by dropout, and lora.dropout is 0; set it to 0.1")
+        raise ValueError("a text paired with itself differs only by dropout, but lora.dropout is 0; set it to 0.1")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
         raise ValueError(
             f"train.precision {config.train.precision} would convert the LLM's float32 weights; leave precision (the "

@@ -58,7 +58,7 @@ def read_command(argv: list[str]) -> RunConfig:
     """The configuration of a command line. Raises ValueError or exits with status 2 for an unknown option."""
     first, words = split_options(argv, "recipe", "config")
     if first["recipe"] and first["config"]:
-        raise ValueError(f"--recipe {first['recipe']} and --config {first['config']} exclude each other; give one")
+        raise ValueError(f"--recipe {first['recipe']} and --config {first['config']} are mutually exclusive; pass one")
     default = from_file(Path(first["config"])) if first["config"] else recipe(first["recipe"] or "quickstart")
     return override(RunConfig, translate(words), command="train-tower", about=ABOUT, default=default)
 

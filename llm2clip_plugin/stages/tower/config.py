@@ -38,7 +38,7 @@ class DataConfig:
         for name, values in (("cache", self.cache), ("weight", self.weight)):
             if values and len(values) != len(self.path):
                 raise ValueError(
-                    f"data.{name} has {len(values)} values for {len(self.path)} paths; give one for each path, or none"
+                    f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one per path, or none"
                 )
         weights, kinds = self.kind_weights, self.read.kinds
         if weights and kinds and set(weights) != set(kinds):

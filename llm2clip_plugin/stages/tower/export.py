@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     if options.format != "tower":
         if is_run or options.push:
             raise ValueError(
-                f"--format {options.format} converts a tower directory and can't be pushed; export the run as a tower "
-                "first, then convert that"
+                f"--format {options.format} requires a tower directory and does not support --push; export the run as "
+                "a tower first, then convert the tower"
             )
         written = convert(options.source, options.output, options.format, replace=options.overwrite)
         print(f"{written}: verified by reloading")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         )
         card = TowerCard.read(Path(options.output) / TowerCard.FILE)
     elif options.ema or options.checkpoint:
-        raise ValueError(f"--ema and --checkpoint are for a training run; {options.source} has no {RunRecord.FILE}")
+        raise ValueError(f"--ema and --checkpoint require a training run, but {options.source} has no {RunRecord.FILE}")
     else:
         card = reexport(options.source, options.output, replace=options.overwrite)
     print(summary(options.output, card))
@@ -64,10 +64,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         choices=["tower", *known],
         help=f"tower: a tower directory (the default); {format_help}",
     )
-    parser.add_argument("--checkpoint", default="", help="a run's checkpoint other than the newest")
-    parser.add_argument("--ema", action="store_true", help="a run's moving averages instead of its weights")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the written tower directory to the Hub, too")
-    parser.add_argument("--public", action="store_true", help="the uploaded repository is public")
+    parser.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")
+    parser.add_argument("--public", action="store_true", help="make the uploaded repository public")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
     return parser.parse_args(argv)
 

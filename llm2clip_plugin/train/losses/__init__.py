@@ -1,4 +1,4 @@
-"""Loss terms, one a file: a file that defines ``TERM`` is the loss of ``--loss.kind NAME``."""
+"""Loss terms, one per file: a file that defines ``TERM`` is the loss of ``--loss.kind NAME``."""
 
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.train.losses.base import LossTerm

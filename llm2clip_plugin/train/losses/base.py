@@ -21,7 +21,7 @@ class Features:
     positive_bkD: Tensor  # L2-normalized: the caption or positive first; with k = 2 a hard negative second
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits; 0 where the model learns none
-    caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are no negatives of each other
+    caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are not negatives of each other
     image_ids: Tensor | None  # (b,) int64, likewise
     block: int = 0  # rows of the logits held at once; 0 chooses by device
     group: Group = None  # the ranks that hold the batch, b rows on each
@@ -48,7 +48,7 @@ class LossTerm(ABC):
     def check(cls, dual: DualConfig) -> None:
         """Raise ValueError if the dual encoder lacks what the term needs, or has what it does not use."""
         if dual.logit_bias_init is not None:
-            raise ValueError(f"loss.kind {cls.name} has no logit bias: leave dual.logit_bias_init unset")
+            raise ValueError(f"loss.kind {cls.name} does not use a logit bias: leave dual.logit_bias_init unset")
 
     @abstractmethod
     def __call__(self, features: Features) -> Tensor:

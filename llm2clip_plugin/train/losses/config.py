@@ -37,7 +37,7 @@ class LossConfig:
         return from_named_args(loss_terms()[self.kind], self.args, where="loss.args")
 
     def check(self, dual: DualConfig) -> None:
-        """Raise ValueError if the loss and the dual encoder don't fit each other."""
+        """Raise ValueError if the loss and the dual encoder are incompatible."""
         self.term().check(dual)
 
 

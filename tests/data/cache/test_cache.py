@@ -154,7 +154,7 @@ def test_another_llm_is_refused_with_both_fingerprints(source, tmp_path: Path) -
     assert "models/tiny" in str(caught.value)
     with pytest.raises(ContractError, match=r"pooling 'mean' != 'last'.*choose another --cache"):
         CacheWriter(tmp_path / "cache", dataclasses.replace(TEACHER, pooling="last"))
-    with pytest.raises(ContractError, match=r"stores float16, not int8; .* use --dtype float16"):
+    with pytest.raises(ContractError, match=r"has dtype float16, not int8; .* use --dtype float16"):
         CacheWriter(tmp_path / "cache", TEACHER, "int8")
 
 

@@ -123,7 +123,7 @@ def test_a_missing_file_and_an_unknown_protocol_are_not_retried(tmp_path: Path) 
     server = DroppingServer({})
     with serving(server) as address, pytest.raises(FileNotFoundError, match=r"no file at http.*none\.tar"):
         downloads(tmp_path).fetch(f"{address}/none.tar")
-    with pytest.raises(ValueError, match=r"can't open nosuch://x/a\.tar"):
+    with pytest.raises(ValueError, match=r"cannot open nosuch://x/a\.tar"):
         downloads(tmp_path).fetch("nosuch://x/a.tar")
 
 

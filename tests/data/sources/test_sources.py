@@ -111,8 +111,8 @@ def nested(depth: int) -> bytes:
 
 BROKEN = {
     "no image": ([("a.txt", b"text")], "no .jpg"),
-    "bad JSON": ([("a.jpg", b"x"), ("a.json", b"{not json")], "not JSON"),
-    "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "not an object but of type list"),
+    "bad JSON": ([("a.jpg", b"x"), ("a.json", b"{not json")], "not valid JSON"),
+    "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "contains a list, expected an object"),
     "JSON nested too deep": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], "recursion"),
     "caption nested too deep": ([("a.jpg", b"x"), ("a.json", b'{"caption": %s}' % nested(2000))], "recursion"),
     "number for a caption": ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "'caption' has type int"),
@@ -185,12 +185,12 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
         found.append((caught.value.key, caught.value.reason.split(":")[0]))
         source.captions(number)
     assert found == [
-        ("line 1", "not JSON"),
-        ("line 2", "not an object but of type list"),
+        ("line 1", "not valid JSON"),
+        ("line 2", "contains a list, expected an object"),
         ("a", f"no image 'none.jpg' in {tmp_path / 'images'}"),
         ("b", f"image '../secret.jpg' is not a path inside {tmp_path / 'images'}"),
         ("c", "no image path in field 'image'"),
-        ("line 6", "not JSON"),
+        ("line 6", "not valid JSON"),
         ("d", f"image 'a\\x00.jpg' is not a path inside {tmp_path / 'images'}"),
         ("e", f"image '\\ud800.jpg' is not a path inside {tmp_path / 'images'}"),
         ("f", "no image 'data"),
@@ -229,13 +229,13 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
     source = open_source(config(tmp_path / "chat.json"))
     assert len(source) == 2  # what has no image is no pair
     assert source[0].key == "004539375" and source[0].captions == (Caption("select luxury furniture"),)
-    with pytest.raises(BrokenSample, match="conversations can't be read"):
+    with pytest.raises(BrokenSample, match="invalid conversations"):
         source[1]
 
 
 def test_llavas_json_nested_too_deep_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_bytes(b"[" * 200_000)
-    with pytest.raises(ValueError, match=r"chat\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"chat\.json is not valid JSON"):
         open_source(config(tmp_path / "chat.json"))
 
 
@@ -248,7 +248,7 @@ def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
         open_source(config(tmp_path))
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(
-        ValueError, match=r"can't tell the format of .*x\.csv; .*jsonl: a \.jsonl file; .*webdataset: a \.tar, or"
+        ValueError, match=r"cannot determine the format of .*x\.csv; .*jsonl: a \.jsonl file; .*webdataset: a \.tar, or"
     ):
         open_source(config(tmp_path / "x.csv"))
     with pytest.raises(ValueError, match="known: auto, jsonl, llava, webdataset"):
@@ -258,10 +258,10 @@ def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weight"):
         config(tmp_path, weight=0.0)
     (tmp_path / "x.jsonl").write_text("{}\n")
-    with pytest.raises(FileNotFoundError, match="no image folder"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .* does not exist; set --images"):
         open_source(config(tmp_path / "x.jsonl", images=str(tmp_path / "none")))
     (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
-    with pytest.raises(ValueError, match="one object a line"):
+    with pytest.raises(ValueError, match="one object per line"):
         open_source(config(tmp_path / "lines.json"))
 
 

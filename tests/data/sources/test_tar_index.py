@@ -45,7 +45,9 @@ def test_sizes_in_base_256(tmp_path: Path) -> None:
     assert [(member.name, member.size) for member in scan_tar(path)] == [("a.txt", 3), ("b.txt", 1)]
 
 
-@pytest.mark.parametrize("keep, says", [(0, "is empty"), (512 + 100, "truncated: 'a.txt'"), (512 + 512, "no end mark")])
+@pytest.mark.parametrize(
+    "keep, says", [(0, "is empty"), (512 + 100, "truncated: 'a.txt'"), (512 + 512, "no end-of-archive marker")]
+)
 def test_a_cut_tar_is_named(tmp_path: Path, keep: int, says: str) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.txt", b"x" * 200), ("b.txt", b"y")])
     path.write_bytes(path.read_bytes()[:keep])
