@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 
 
 def complete(module: ModuleType) -> None:
-    """Wrap the function of ``module`` that deals with vision towers."""
+    """Wrap the function of ``module`` that handles vision towers."""
     if module.__name__ == "llava.model.multimodal_encoder.builder":
         wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
     elif module.__name__ == "llava.model.llava_arch":

@@ -49,7 +49,7 @@ class Question:
 def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en") -> list[Question]:
     """The questions of a file, whose suffix selects the format.
 
-    ``directly`` asks for the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
+    ``directly`` requests the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
     questions for every rotation of the options, ``lang`` is MMBench's. Raises FileNotFoundError, or ValueError with
     the line.
     """
@@ -61,11 +61,11 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
         return read_conversations(path, directly)
     if path.suffix == ".tsv":
         return read_table(path, directly, all_rounds, lang)
-    raise ValueError(f"unknown question file {path}; known: .jsonl, .json (ScienceQA), .tsv (MMBench)")
+    raise ValueError(f"unsupported question file {path}; supported: .jsonl, .json (ScienceQA), .tsv (MMBench)")
 
 
 def read_lines(path: Path) -> list[Question]:
-    """One JSON object a line: question_id, text, and image unless the question has none."""
+    """One JSON object per line: question_id, text, and image unless the question has none."""
     questions = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

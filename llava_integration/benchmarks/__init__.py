@@ -1,1 +1,1 @@
-"""Scoring MLLM answers: one file a benchmark in ``rules/``, the commands ``score`` and ``bench-mllm``."""
+"""Scoring MLLM answers: one file per benchmark in ``rules/``, the commands ``score`` and ``bench-mllm``."""

@@ -2,9 +2,9 @@
 
 | layout       | a row                                                                                    |
 |--------------|------------------------------------------------------------------------------------------|
-| llava        | ``question_id, prompt, text, answer_id, model_id`` a line, as ``llava.eval.model_*`` write |
+| llava        | ``question_id, prompt, text, answer_id, model_id`` per line, as ``llava.eval.model_*`` write |
 | submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``, or id: text   |
-| lmms_eval    | ``doc_id, target, filtered_resps`` a line (v0.2.3 and later), or ``{"logs": [...]}``        |
+| lmms_eval    | ``doc_id, target, filtered_resps`` per line (v0.2.3 and later), or ``{"logs": [...]}``        |
 | judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
 
 Also a folder of LLaVA's chunks (``0_8.jsonl`` ...) or of lmms-eval's logs.
@@ -55,7 +55,7 @@ class Answers:
 def read_text(path: Path) -> str:
     """Text of a UTF-8 file. Raises ValueError for an empty file or another encoding, naming the first invalid byte."""
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no such file: {path}")
     raw = path.read_bytes()
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{path} is UTF-16; expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > fixed{path.suffix}")
@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}, line {line}; save it as UTF-8"
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path} has NUL bytes: it is truncated or not a text file; write it again")
+        raise ValueError(f"{path} has NUL bytes: it is truncated or not a text file; generate it again")
     if not text.strip():
         raise ValueError(f"{path} is empty; run the evaluation again")
     return text
@@ -90,7 +90,9 @@ def read_jsonl(path: Path) -> list[Row]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); download the file again") from error
+                raise ValueError(
+                    f"{path}, line {number} is not valid JSON ({error}); download the file again"
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object")
             rows.append(row)
@@ -174,7 +176,7 @@ def _from_rows(
 
 
 def _layout(path: Path, head: Row) -> str:
-    """The layout of rows with the keys of ``head``; ValueError for an unknown one."""
+    """The layout of rows whose keys are those of ``head``; ValueError for an unknown one."""
     keys = set(head)
     if keys & {"filtered_resps", "resps"}:
         return "lmms_eval"
@@ -251,7 +253,7 @@ def _from_mapping(path: Path, value: dict[str, Any]) -> Answers:
         raise ValueError(f"{path} has no answers")
     judged = all(isinstance(entry, dict) and "score" in entry for entry in value.values())
     if not judged and not all(isinstance(entry, str) for entry in value.values()):
-        raise ValueError(f"{path} is a JSON object with {sorted(value)[:8]}; expected answers, one a line")
+        raise ValueError(f"{path} is a JSON object with {sorted(value)[:8]}; expected answers, one per line")
     layout = "judge" if judged else "submission"
     rows = tuple(
         Answer(

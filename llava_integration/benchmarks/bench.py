@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine", choices=("llava", "lmms-eval"), default="llava", help="program that generates the answers"
     )
     parse.add_argument("--gpus", type=int, default=1, help="number of processes, one GPU each")
-    parse.add_argument("--batch-size", type=int, default=1, help="questions in a batch")
+    parse.add_argument("--batch-size", type=int, default=1, help="questions per batch")
     parse.add_argument("--conv-mode", default="vicuna_v1", help="conversation template")
     parse.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parse.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     tasks = plans(args.benchmarks, args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
-        raise FileNotFoundError(f"no benchmark has its files in {args.data}; the reasons are listed above")
+        raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
     if args.plan:
         return 0
     if args.engine == "llava" and find_spec("llava") is None:

@@ -137,12 +137,12 @@ class Benchmark(ABC):
             return answers
         if options.reviews is None:
             raise ValueError(
-                f"{self.title} needs a judge, and {answers.path} has answers only; run {self.judge} and pass the "
+                f"{self.title} needs a judge, but {answers.path} contains answers only; run {self.judge} and pass the "
                 "file that it writes as --reviews (or as --answers)"
             )
         reviews = read_answers(options.reviews)
         if reviews.layout != "judge":
-            raise ValueError(f"{options.reviews} has no judge's scores; --reviews is the file that {self.judge} writes")
+            raise ValueError(f"{options.reviews} contains no judge scores; --reviews must be the file of {self.judge}")
         texts = {self.answer_key(answer): answer.text or "" for answer in answers.rows}
         rows = tuple(
             replace(review, row={**review.row, "model_answer": texts.get(self.answer_key(review), "")})
@@ -153,9 +153,9 @@ class Benchmark(ABC):
     # Files
 
     def require(self, folder: Path, *patterns: str, where: str) -> Path:
-        """The first file below ``folder`` that fits a pattern; FileNotFoundError says where to get it."""
+        """The first file below ``folder`` that matches a pattern; FileNotFoundError says where to get it."""
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}; --data is LLaVA's evaluation folder of {self.name}")
+            raise FileNotFoundError(f"no folder {folder}; --data must be LLaVA's evaluation folder of {self.name}")
         if (path := first_file(folder, *patterns)) is None:
             raise FileNotFoundError(f"{folder} has no {' or '.join(patterns)}, needed to score {self.name}; {where}")
         return path
@@ -220,7 +220,7 @@ def texts_by_id(answers: Answers, identifiers: Sequence[int | str]) -> dict[str,
 
 
 def first_file(folder: Path, *patterns: str) -> Path | None:
-    """The first file below ``folder`` that fits a pattern, or None."""
+    """The first file below ``folder`` that matches a pattern, or None."""
     for pattern in patterns:
         if paths := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return paths[0]

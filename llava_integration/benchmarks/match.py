@@ -19,7 +19,7 @@ class OtherBenchmarkError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Matched:
-    """The answer to each question, in the questions' order (None: no answer), with counts and notes of the faults."""
+    """The answer to each question, in the questions' order (None: no answer), with counts and notes of the problems."""
 
     answers: tuple[Answer | None, ...]
     counts: dict[str, int]
@@ -174,7 +174,7 @@ def _refuse_other_benchmark(
             f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, "
             f"prompt {example.prompt[:80]!r})."
             + f" The rows have no prompt, which joins answers to {name}." * no_prompt
-            + " Check BENCHMARK, --data and --answers; if --data is a part of what was answered, pass --allow-missing"
+            + " Check BENCHMARK, --data and --answers; if --data is a subset of what was answered, pass --allow-missing"
         )
     prompted = [(question, answer) for question, answer in answered if answer.prompt]
     wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
@@ -203,7 +203,7 @@ def _refuse_faults(counts: dict[str, int], answers: Answers, options: Options, n
 
 
 def _notes(counts: dict[str, int], answers: Answers, name: str) -> list[str]:
-    """One sentence a kind of fault, for the terminal and the report."""
+    """One sentence per kind of fault, for the terminal and the report."""
     notes = list(answers.notes)
     if counts["missing"]:
         notes.append(f"{counts['missing']} of {counts['questions']} questions of {name} have no answer")

@@ -32,7 +32,7 @@ class Missing:
 def plans(names: list[str], root: Path, generated: Path) -> list[Task | Missing]:
     """The plan of every named benchmark, or of all; ``generated``: folder for generated question files."""
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; --data is LLaVA's playground/data/eval, from its eval.zip")
+        raise FileNotFoundError(f"no folder {root}; --data must be LLaVA's playground/data/eval, from its eval.zip")
     for name in names:
         benchmark(name)  # raises for an unknown one
     return [plan(member, root, generated) for name, member in benchmarks().items() if not names or name in names]

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:
-    """Score answers. Raises ValueError for answers to another benchmark, and says to which."""
+    """Score answers. Raises ValueError for answers to another benchmark, which the message names."""
     member = benchmark(name)
     try:
         scored = member.score(data, answers, options)
@@ -115,9 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     member = benchmark(args.benchmark)
     if not 0 <= args.allow <= 1:
-        raise ValueError(f"--allow-missing {args.allow} is not a fraction between 0 and 1")
+        raise ValueError(f"--allow-missing {args.allow} must be a fraction between 0 and 1")
     if not args.data.is_dir():
-        raise FileNotFoundError(f"no folder {args.data}; --data is LLaVA's evaluation folder of {args.benchmark}")
+        raise FileNotFoundError(f"no folder {args.data}; --data must be LLaVA's evaluation folder of {args.benchmark}")
     answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
     if args.submission:
         if not member.submission_format:

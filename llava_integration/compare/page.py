@@ -26,7 +26,7 @@ class PageOptions:
 
     images: Path | None = None  # folder of evaluation folders, or of one benchmark
     with_images: bool = True
-    questions: int = 80  # disagreements a benchmark and pair of sides, wins and losses evenly
+    questions: int = 80  # disagreements per benchmark and pair of sides, wins and losses evenly
 
 
 def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) -> str:

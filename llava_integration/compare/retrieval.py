@@ -38,7 +38,7 @@ def expand(record: ScoreFile) -> list[ScoreFile]:
 
 
 def _rows(record: ScoreFile, name: str, items: Sequence[Item], ks: Sequence[str]) -> list[ScoreFile]:
-    """One record a direction and k."""
+    """One record per direction and k."""
     records = []
     for side, arrow in DIRECTIONS.items():
         chosen = [item for item in items if item["side"] == side]

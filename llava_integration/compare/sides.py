@@ -63,7 +63,7 @@ def _is_score_file(path: Path) -> bool:
 def _check(path: Path, record: ScoreFile) -> None:
     """ContractError if a score file's items can't be compared."""
     if not record.items:
-        raise ContractError(f"{path} has no items; a comparison needs one item a question")
+        raise ContractError(f"{path} has no items; a comparison needs one item per question")
     if any(not isinstance(item, dict) or "id" not in item or "score" not in item for item in record.items):
         raise ContractError(f"{path}: every item needs id, score and cluster")
     names = [str(item["id"]) for item in record.items]
@@ -75,7 +75,7 @@ def _check(path: Path, record: ScoreFile) -> None:
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
     """Read all sides; equal names get the parent folder's name or a number."""
     if names and len(names) != len(paths):
-        raise ValueError(f"{len(names)} --names for {len(paths)} sides; pass one name a side, base first")
+        raise ValueError(f"{len(names)} --names for {len(paths)} sides; pass one name per side, base first")
     sides = [load_side(path, names[place] if names else "") for place, path in enumerate(paths)]
     shown = [side.name for side in sides]
     for place, side in enumerate(sides):

@@ -1,4 +1,4 @@
-"""Paired statistics of two models on the same questions: several questions an image, one or several runs a side.
+"""Paired statistics of two models on the same questions: several questions per image, one or several runs per side.
 
 Shapes: N questions, C clusters (images), K sums of a statistic, M runs, R resamples.
 
@@ -110,7 +110,7 @@ def permutation_p(paired: Paired, observed: float, resamples: int, rng: np.rando
 def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Difference:
     """Estimate, interval and p-value of new minus base.
 
-    One run a side: the interval is ``percentile_interval`` of the resampled differences, p is from a permutation over
+    One run per side: the interval is ``percentile_interval`` of the resampled differences, p is from a permutation over
     images. Several runs: the variance between runs is added to the variance over images, and interval and p are
     Student's with Welch and Satterthwaite's degrees of freedom.
     """

@@ -51,7 +51,7 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 
 def forest(comparison: Comparison) -> str:
-    """Differences with their intervals, a line a benchmark and side; new is better right of 0."""
+    """Differences with their intervals, one line per benchmark and side; new is better right of 0."""
     order = list(comparison.titles)
     rows = sorted(comparison.rows, key=lambda row: order.index(row.benchmark))  # stable: sides in their order
     ends = [value / _size(row) for row in rows for value in (row.result.low, row.result.high)]

@@ -51,12 +51,12 @@ def method_lines(comparison: Comparison) -> list[str]:
     ]
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append(
-            "With several runs a side, the interval includes their variance, and p is Student's (±: s.d. over runs)."
+            "With several runs per side, the interval includes their variance, and p is Student's (±: s.d. over runs)."
         )
     if any(row.runs == (1, 1) for row in comparison.rows):
         mme = any(row.benchmark == "mme" for row in comparison.rows)
         lines.append(
-            "With one run a side, the interval covers the choice of questions but not the training seed"
+            "With one run per side, the interval covers the choice of questions but not the training seed"
             + ("; MME varies by about 20 points between identical runs." if mme else ".")
         )
     return lines

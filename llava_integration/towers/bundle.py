@@ -29,7 +29,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
         raise ContractError(
-            f"{checkpoint} was trained with the vision tower {name!r}, which is not a tower of this package"
+            f"{checkpoint} was trained with the vision tower {name!r}, not one of this package; only those are bundled"
         )
     location = locate_tower(checkpoint, name, config, tower)
     target = checkpoint / BUNDLE
@@ -59,7 +59,7 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
     if location.sha256 != recorded:
         raise ContractError(
             f"{checkpoint} was trained with the tower sha256 {recorded}, "
-            f"but {location.directory} has sha256 {location.sha256}"
+            f"but {location.directory} has sha256 {location.sha256}; pass the original with --tower"
         )
     return location
 

@@ -65,7 +65,9 @@ def parse_scales(text: str, image_size: int) -> list[int]:
     try:
         scales = sorted(int(part) for part in str(text).split(","))
     except ValueError as error:
-        raise ValueError(f"s2_scales {text!r} is not a comma-separated list of sizes, as {DEFAULT_SCALES!r}") from error
+        raise ValueError(
+            f"s2_scales {text!r} is not a comma-separated list of sizes, such as {DEFAULT_SCALES!r}"
+        ) from error
     if scales[0] != image_size or any(scale % image_size for scale in scales):
         fit = ",".join(str(image_size * factor) for factor in (1, 2, 3))
         raise ValueError(f"s2_scales {text!r} must be the tower's {image_size} px and multiples of it; try {fit!r}")

@@ -69,7 +69,7 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
         return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
         return locate_on_hub(spec, how=how)
-    raise TowerNotFoundError(f"{how}: no directory {spec!r}, and not a Hub id; {known.summary()}")
+    raise TowerNotFoundError(f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}")
 
 
 def locate_on_hub(spec: str, *, how: str) -> TowerLocation:

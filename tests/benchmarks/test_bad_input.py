@@ -106,7 +106,7 @@ def test_empty_file_question_file_and_no_file(tmp_path):
         command("pope", written(tmp_path, "<html>\n</html>\n"), tmp_path)
 
 
-def test_answers_that_are_no_text(tmp_path):
+def test_answers_that_are_not_text(tmp_path):
     """null where the text should be is not the word 'None'."""
     rows = [json.loads(line) for line in lines_of("gqa")]
     rows[3]["text"] = None

@@ -127,7 +127,7 @@ def test_runs_below_a_folder_are_seeds(tmp_path):
     assert row.result.new == pytest.approx(mean)
 
 
-def test_a_copy_of_a_run_is_no_second_run(tmp_path):
+def test_a_copied_score_file_is_not_a_second_run(tmp_path):
     simulated(tmp_path / "base", "one", [0, 1, 0, 1])
     simulated(tmp_path / "base", "two", [0, 1, 0, 1])
     side = load_side(tmp_path / "base")

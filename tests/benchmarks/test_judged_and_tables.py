@@ -52,9 +52,9 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     assert alone.metrics["all"] == record.metrics["all"]
 
 
-def test_answers_are_no_reviews(llava_bench):
+def test_answers_are_not_reviews(llava_bench):
     folder, said, _ = llava_bench
-    with pytest.raises(ValueError, match="has no judge's scores"):
+    with pytest.raises(ValueError, match="contains no judge scores"):
         score_answers("llava_bench", folder, read_answers(said), Options(reviews=said))
 
 

@@ -219,7 +219,7 @@ def test_log_of_v0_2_0_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_corrected_rule_is_beside_the_official_one(name):
+def test_corrected_rule_is_reported_next_to_the_official_one(name):
     plain, both = score(name, "model-a"), score(name, "model-a", corrected=True)
     extra = {key for key in both.metrics if key.startswith("corrected_")}
     assert extra and set(both.metrics) - extra == set(plain.metrics)

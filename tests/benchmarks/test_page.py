@@ -151,7 +151,7 @@ def own_benchmark(folder, pictures, **provenance):
     return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--html", str(folder / "x.html")]
 
 
-def test_a_benchmark_of_ones_own_has_its_pictures(tmp_path):
+def test_a_user_defined_benchmark_has_its_pictures(tmp_path):
     arguments = own_benchmark(tmp_path, tmp_path / "pictures", data=str(tmp_path / "pictures"))
     compare(arguments)
     questions = embedded(tmp_path / "x.html")["questions"]

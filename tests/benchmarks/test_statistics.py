@@ -146,7 +146,7 @@ def test_detectable_difference_is_found_four_times_in_five():
     assert 0.72 <= found / 300 <= 0.88
 
 
-def test_weights_are_whole_draws_within_strata():
+def test_weights_are_integer_draws_within_strata():
     strata = np.array([0, 0, 0, 1, 1, 2])
     drawn = np.concatenate(list(resample(strata, 2000, np.random.default_rng(0))))
     assert drawn.shape == (2000, 6)

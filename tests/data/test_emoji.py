@@ -77,7 +77,7 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
     assert not names["validation"] & names["test"]
 
 
-def test_no_concept_has_a_twin_of_another_gender_in_another_split(shards) -> None:
+def test_no_concept_has_another_gender_in_another_split(shards) -> None:
     """Told from the names, which the split never looked at: "woman farmer", "man farmer", "farmer"."""
     split_of = {s["captions"][0]["text"]: s["split"] for split in COUNTS for s in shards[split, "noto"].values()}
     twins = [
@@ -132,7 +132,7 @@ def test_pictures_are_square_and_not_blank(shards) -> None:
             assert any(low < 240 for low, _ in image.getextrema()), f"{key} is blank"
 
 
-def test_notices_name_every_style_and_the_texts_are_there() -> None:
+def test_notices_name_every_style_and_license_texts_exist() -> None:
     notice = (EMOJI / "NOTICE.md").read_text(encoding="utf-8")
     for style, licence in (("noto", "Apache-2.0"), ("twemoji", "CC-BY-4.0"), ("fluent", "MIT")):
         (row,) = [line for line in notice.splitlines() if f"`*-{style}.tar`" in line]

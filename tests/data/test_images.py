@@ -158,7 +158,7 @@ def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
     )
 
 
-def test_crops_stay_inside_with_the_area_and_ratio_asked() -> None:
+def test_crops_stay_inside_with_the_configured_area_and_ratio() -> None:
     augment = AugmentConfig(scale=(0.2, 0.8), ratio=(0.5, 2.0))
     rng = random.Random(0)
     areas = []
@@ -195,7 +195,7 @@ def test_flip_is_every_second_and_off_by_default() -> None:
     assert 70 < flips < 130
 
 
-def test_rotation_turns_a_little_and_fills_with_the_corners_colour() -> None:
+def test_rotation_is_small_and_fills_with_the_corner_color() -> None:
     image = Image.new("RGB", (64, 64), (250, 240, 230))
     image.paste((0, 0, 200), (16, 30, 48, 34))  # a bar across the middle
     transform = TrainTransform(ImageConfig(size=64), AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), rotate=20))
@@ -224,7 +224,7 @@ def broken_images() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("data", broken_images().values(), ids=broken_images())
-def test_broken_images_are_said_to_be_broken(data: bytes) -> None:
+def test_broken_images_raise_broken_image(data: bytes) -> None:
     for prepare in (
         EvalTransform(ImageConfig(size=32)),
         lambda data: TrainTransform(ImageConfig(size=32))(data, random.Random(0)),

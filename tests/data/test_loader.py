@@ -126,7 +126,7 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     assert not any(process.is_alive() for process in loaders)
 
 
-def test_a_data_set_is_sent_to_a_fresh_process_whole(dataset: PairDataset) -> None:
+def test_a_data_set_is_pickled_to_a_new_process(dataset: PairDataset) -> None:
     """As DataLoader does where processes are not forked."""
     import pickle
 
@@ -199,7 +199,7 @@ def test_broken_samples_are_named_counted_and_replaced(tmp_path: Path, caplog: p
     assert list(rows(again)) == expected[10:20] + expected[30:]  # the same substitutes on other ranks and workers
 
 
-def test_too_many_broken_samples_stop_and_say_where(tmp_path: Path) -> None:
+def test_too_many_broken_samples_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     dataset = PairDataset([broken_source(tmp_path, 17)], [None], IMAGES, seed=1)
     for workers in (0, 2):
         loader = make_loader(dataset, local_batch=20, max_broken=0.1, workers=workers)

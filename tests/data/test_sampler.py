@@ -83,7 +83,7 @@ def test_weights_and_passes_without_replacement() -> None:
     assert 10 < first[0] < 40
 
 
-def test_a_window_keeps_a_few_shards_at_work() -> None:
+def test_a_shuffle_window_limits_the_shards_in_use() -> None:
     sizes = [10] * 20
     order = PassOrder(sizes, 4, key=1)(np.arange(200))
     assert np.array_equal(np.sort(order), np.arange(200))
@@ -102,7 +102,7 @@ def test_ranks_cut_one_global_batch(world: int) -> None:
         assert [draw for part in parts for draw in part] == whole
 
 
-def test_a_run_goes_on_with_other_ranks() -> None:
+def test_a_run_resumes_with_other_ranks() -> None:
     mixture = Mixture([(70,)], (1,), 3)
     undisturbed = mixture.batch_indices(0, 240)
     two = [mixture.batch_indices(*rank_rows(position, rank, 12)) for position in range(0, 120, 24) for rank in range(2)]

@@ -67,7 +67,7 @@ def test_each_tie_rule_equals_its_own_count(name, ties):
 
 
 @pytest.mark.parametrize("name", ["ties_40", "ties_96"])
-def test_half_credit_lies_between_the_bounds_and_off_them(name):
+def test_half_credit_is_strictly_between_the_bounds(name):
     half = reference_names(recall(*golden(name)))
     low, high = EXPECTED[name]["pessimistic"], EXPECTED[name]["optimistic"]
     assert all(low[key] - 1e-9 <= half[key] <= high[key] + 1e-9 for key in half)

@@ -57,7 +57,7 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
         (["train-tower", "--data.path", "https://host/a.tar"], "--data.cache DIR"),
     ],
 )
-def test_what_cannot_work_is_said_before_it_costs_anything(
+def test_unusable_settings_are_refused_before_loading(
     capsys: pytest.CaptureFixture[str], argv: list[str], told: str
 ) -> None:
     try:
@@ -77,13 +77,13 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "usage" in out.lower() and len(out) > 200
 
 
-def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     assert cli.main(["import", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and "nowhere" in err
 
 
-def test_doctor_reports_and_mends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["doctor", "--environment", "train", "--captions", "1", "--width", "8"])
     out = capsys.readouterr().out
     assert status in (0, 1)

@@ -13,7 +13,7 @@ import torch
 from llm2clip_plugin.vision.towers import load_tower
 
 
-def test_tiny_models_stand_in_and_say_so(tmp_path, capsys) -> None:
+def test_tiny_models_are_used_and_reported(tmp_path, capsys) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     found = models.prepare(tmp_path, 56, tiny=True)
@@ -30,7 +30,7 @@ def test_tiny_models_stand_in_and_say_so(tmp_path, capsys) -> None:
     assert AutoModel.from_pretrained(found["llm"])(**ids).last_hidden_state.shape[-1] == 64
 
 
-def test_what_is_there_is_kept(tmp_path) -> None:
+def test_existing_models_are_kept(tmp_path) -> None:
     found = models.prepare(tmp_path, 56, tiny=True)
     file = Path(found["llm"]) / "model.safetensors"
     before = file.stat().st_mtime_ns

@@ -165,7 +165,7 @@ def test_a_cache_that_a_killed_run_left_is_named_and_left_out(folder, tmp_path, 
         report.open_caches(tmp_path)
 
 
-def test_what_is_missing_is_said(folder, tmp_path) -> None:
+def test_missing_parts_are_reported(folder, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="no complete embedding cache in"):
         report.make_report(tmp_path, folder / "out", [])
     with pytest.raises(FileNotFoundError, match="no exported towers"):

@@ -36,7 +36,7 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
     assert ("train", "openmoji") not in concepts
 
 
-def test_subset_keeps_english_and_the_languages_asked_for(folder) -> None:
+def test_subset_keeps_english_and_the_selected_languages(folder) -> None:
     source = open_source(SourceConfig(path=str(folder / "all" / "test-noto.tar")))
     languages = {caption.language for number in range(len(source)) for caption in source.captions(number)[1]}
     assert languages == {"en", "de", "zh"}
@@ -68,7 +68,7 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
     assert len({next(iter(pictures)) for pictures in shown.values()}) == 30
 
 
-def test_what_is_there_is_kept_and_another_subset_is_made_anew(tmp_path) -> None:
+def test_existing_data_is_kept_and_another_subset_is_rebuilt(tmp_path) -> None:
     shards.prepare(tmp_path, shards.Part(concepts=(6, 3, 3)))
     path = tmp_path / "shuffled" / "train-noto.tar"
     before = path.stat().st_mtime_ns

@@ -30,7 +30,7 @@ def test_the_size_is_that_of_the_tensors_written(llama, tmp_path, capsys):
     assert float(re.search(r"float16 ([\d.]+) kB", told)[1]) == round(written / 1e3, 1)
 
 
-def test_an_llm_that_is_not_here_is_planned_by_the_papers_widths(tmp_path, capsys):
+def test_an_llm_without_config_is_planned_with_the_papers_widths(tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "1", "image": "x.png", "caption": "a"}) + "\n")
     assert embed.main([str(tmp_path / "c.jsonl"), "--llm", "somebody/not-here", "--dry-run"]) == 0
     told = capsys.readouterr().out

@@ -86,7 +86,7 @@ def test_nf4_weighs_what_bitsandbytes_stores(tmp_path: Path, make_llm):
     assert len(states) == 14 and stored == pytest.approx(expected, rel=2e-3)
 
 
-def test_data_and_tokenizer_that_are_there_are_counted(llama: Path, tmp_path: Path, no_network, capsys):
+def test_existing_data_and_tokenizer_are_counted(llama: Path, tmp_path: Path, no_network, capsys):
     texts = ["a red bicycle", "two dogs run over the wet grass", "a cat"]
     rows = [{"query": texts[0], "positive": texts[1], "negative": texts[2]}] * 8
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -124,7 +124,7 @@ def test_how_a_batch_is_cut_changes_nothing(plain: Path, captions: Path, llama: 
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
-def test_two_ranks_killed_and_gone_on_with_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+def test_two_ranks_killed_and_resumed_with_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0: the same losses."""
     arguments = options(captions, llama, tmp_path, "--save-steps", "1")
     port = free_port()
@@ -180,9 +180,7 @@ TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house
 
 
 @pytest.mark.parametrize("layer", [-1, 1])
-def test_adapter_reloaded_is_the_adapter_trained_and_brings_its_settings(
-    any_llm: Path, tmp_path: Path, layer: int
-) -> None:
+def test_a_reloaded_adapter_has_the_trained_weights_and_settings(any_llm: Path, tmp_path: Path, layer: int) -> None:
     """Reloaded in float32 it is merged, so this also says that merged weights give the adapter's embeddings."""
     settings = {"pooling": "last", "attention": "causal", "layer": layer, "chat_template": "user", "max_tokens": 48}
     trained, folder = write_moved(any_llm, tmp_path / "adapter", **settings)
@@ -291,7 +289,7 @@ def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
     assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
 
 
-def test_going_on_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
     arguments = options(captions, llama, tmp_path)
     words = arguments.index("--query-prompt")
     finetune_llm(parse([*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]))

@@ -14,7 +14,7 @@ from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 
 
-def test_a_misspelt_option_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_a_misspelled_option_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
         from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
     with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):

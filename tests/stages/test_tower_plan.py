@@ -94,7 +94,7 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
     assert ("llm2clip import CHECKPOINT" in told) == name.startswith("eva02")
 
 
-def test_the_papers_data_is_told_where_there_is_none(capsys: pytest.CaptureFixture[str]):
+def test_the_papers_data_is_printed_where_there_is_none(capsys: pytest.CaptureFixture[str]):
     told = planned(capsys, "--recipe", "openai-b16/llama-1b")
     assert "15 M = CC3M (3 M) + CC12M (12 M)" in told and "60 M = CC3M (3 M)" in told
     assert "a part of Recap-DataComp-1B (30 M)" in told
@@ -112,7 +112,7 @@ def test_memory_shrinks_by_checkpointing_and_micro_batches(capsys: pytest.Captur
     )
 
 
-def test_data_and_caches_that_are_there_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_existing_data_and_caches_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tower, data = make_tower(tmp_path / "tower"), make_shards(tmp_path / "data")
     options = ["--recipe", "openai-b16", "--tower.path", str(tower), "--data.path", str(data)]
     options += ["--train.global-batch", "16"]
@@ -123,7 +123,7 @@ def test_data_and_caches_that_are_there_are_counted(tmp_path: Path, capsys: pyte
     told = planned(capsys, *options)
     assert "assumed" not in told and "cache on disk: 96 captions x 24:" in told
     other = dataclasses.replace(recipe("openai-b16/llama-1b"), data=DataConfig(path=(str(data),)))
-    with pytest.raises(ValueError, match="embedding cache is 24 wide"):
+    with pytest.raises(ValueError, match="embedding cache has width 24"):
         tower_plan(other, [])
 
 

@@ -62,7 +62,7 @@ def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_launcher_stops_cleanly_and_goes_on(tiny: Path, tmp_path: Path):
+def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     """`deepspeed --num_gpus 2` with ZeRO-3: SIGTERM saves, exit 0; it goes on to an end that exports the tower."""
     run = tmp_path / "run"
     validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
@@ -164,7 +164,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no tower": (["--tower.path", "/nowhere"], "/nowhere"),
     "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size is 99, but the run uses 16"),
     "batch that does not fit": (["--train.micro-batch", "5"], "not a multiple of"),
-    "another embedding width": (["--dual.llm-width", "99"], "dual.llm_width is 99, the embedding cache is 24 wide"),
+    "another embedding width": (
+        ["--dual.llm-width", "99"],
+        "dual.llm_width is 99, but the embedding cache has width 24",
+    ),
     "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
     "weights of other kinds": (["--data.caption-weights", "short=1"], "name different kinds; give each"),
     "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm has "),
@@ -230,7 +233,7 @@ Path(out).write_text(json.dumps(results))
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_a_user_can_mend_is_one_clear_line(refusals: dict[str, Any], name: str):
+def test_user_errors_are_one_clear_line(refusals: dict[str, Any], name: str):
     assert refusals["good"]["status"] == 0, refusals["good"]
     result = refusals[name]
     assert result["status"] == 2, result
@@ -269,7 +272,7 @@ def test_compiled_it_has_the_same_losses(tiny: Path, refusals: dict[str, Any], t
     assert losses(tmp_path / "run") == pytest.approx(losses(refusals["folder"] / "run"), abs=1e-5)
 
 
-def test_dry_run_tells_and_writes_nothing(refusals: dict[str, Any]):
+def test_dry_run_prints_the_plan_and_writes_nothing(refusals: dict[str, Any]):
     told = refusals["dry run"]["out"]
     assert refusals["dry run"]["status"] == 0 and not (refusals["folder"] / "dry").exists()
     assert f"steps: {STEPS} of 16 pairs" in told and '"train_batch_size": 16' in told

@@ -84,7 +84,7 @@ def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
     assert max(loads) <= sum(loads) / world + 900
 
 
-def test_second_run_embeds_only_what_is_not_whole(teacher: CaptionEncoder, tmp_path: Path) -> None:
+def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_path: Path) -> None:
     source = open_source(write_tars(tmp_path / "data", 4, 4))
     embed_source(source, teacher, tmp_path / "cache", quiet=True)
     files = sorted((tmp_path / "cache").glob("*.safetensors"))

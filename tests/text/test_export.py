@@ -103,7 +103,7 @@ def write_captions(path: Path, count: int) -> Path:
 
 @pytest.mark.parametrize("post", ["centre", "whiten"])
 @pytest.mark.parametrize("layout", ["adapter", "merged"])
-def test_centring_and_whitening_travel_with_the_card(llama: Path, tmp_path: Path, post: str, layout: str) -> None:
+def test_centering_and_whitening_are_stored_with_the_card(llama: Path, tmp_path: Path, post: str, layout: str) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
     data = write_captions(tmp_path / "c.jsonl", 100)
     command = ["export-llm", "--llm", str(llama), "--adapter", str(adapter), "--output", str(tmp_path / "out")]

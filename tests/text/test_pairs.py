@@ -39,7 +39,7 @@ def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8
     return PairBatches(open_pairs(config), config.weights, seed=seed, global_batch=size, rank=rank, world=world)
 
 
-def test_every_sample_comes_once_an_epoch_with_the_kinds_asked_for(tmp_path: Path) -> None:
+def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Path) -> None:
     path = write_captions(tmp_path)
     loader = batches(PairsConfig(data=(str(path),), pair_kinds=("short:long",)))
     pairs = [pair for position in range(0, 32, 8) for pair in loader.batch(position)["pairs"]]
@@ -69,7 +69,7 @@ def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> 
             assert torch.equal(torch.cat([part[name] for part in parts], dim=-1), whole[name])
 
 
-def test_any_position_can_be_asked_first(tmp_path: Path) -> None:
+def test_any_position_can_be_read_first(tmp_path: Path) -> None:
     config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:long", "short:keywords"))
     straight = [batch["pairs"] for batch, _ in zip(batches(config).start(0), range(9), strict=False)]
     assert batches(config).batch(7 * 8)["pairs"] == straight[7]

@@ -98,7 +98,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     return folder, run_ranks(train_and_save, 2, str(folder))[0]
 
 
-def test_the_same_ranks_go_on_bit_by_bit(saved: tuple[Path, dict[str, list[float]]]):
+def test_the_same_ranks_resume_bit_for_bit(saved: tuple[Path, dict[str, list[float]]]):
     folder, losses = saved
     resumed = run_ranks(go_on, 2, str(folder), ON_TWO)[0]
     for written, under in ON_TWO:
@@ -106,7 +106,7 @@ def test_the_same_ranks_go_on_bit_by_bit(saved: tuple[Path, dict[str, list[float
         assert resumed[f"{written} > {under}"] == pytest.approx(losses[written], abs=tolerance), (written, under)
 
 
-def test_another_number_of_ranks_goes_on_too(saved: tuple[Path, dict[str, list[float]]]):
+def test_resumes_with_another_number_of_ranks(saved: tuple[Path, dict[str, list[float]]]):
     """fp32 sums in another order: 1e-5; 8-bit moments are rounded once more to other blocks: 1e-3; bf16 and fp16 round
     features and gradients: hundredths."""
     folder, losses = saved
@@ -116,7 +116,7 @@ def test_another_number_of_ranks_goes_on_too(saved: tuple[Path, dict[str, list[f
         assert resumed[f"{written} > {under}"] == pytest.approx(losses[written], abs=tolerance), (written, under)
 
 
-def test_one_rank_goes_on_bit_by_bit_with_8_bit_moments(tmp_path: Path):
+def test_one_rank_resumes_bit_for_bit_with_8_bit_moments(tmp_path: Path):
     ways = [name for name in WAYS if "8bit" in name]
     losses = run_ranks(train_and_save, 1, str(tmp_path), ways)[0]
     resumed = run_ranks(go_on, 1, str(tmp_path), [(name, name) for name in ways])[0]
@@ -152,7 +152,7 @@ def test_masters_keep_the_digits_that_bf16_loses(saved: tuple[Path, dict[str, li
     assert any((value != value.bfloat16().float()).any() for value in weights.values())
 
 
-def test_checkpoints_of_version_0_1_go_on_bit_by_bit(saved: tuple[Path, dict[str, list[float]]]):
+def test_checkpoints_of_version_0_1_resume_bit_for_bit(saved: tuple[Path, dict[str, list[float]]]):
     """Their tensors were named ``dual.NAME``."""
     folder, losses = saved
     path = Checkpoints(folder / "zero2", keep=1).latest()

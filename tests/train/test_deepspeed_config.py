@@ -86,7 +86,7 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
         complete({"optimizer": {"type": "AdamW"}}, plan)
 
 
-def test_equal_values_and_a_fitting_scheduler_are_taken():
+def test_equal_values_and_a_matching_scheduler_are_accepted():
     user = {"train_batch_size": 512, "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": "auto"}}}
     assert "scheduler" not in complete(user, PLAN)
     assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see deepspeed_config
@@ -100,7 +100,7 @@ def test_our_own_files_are_complete(path: Path):
     assert str(config["zero_optimization"]["stage"]) in path.name.replace("zero0", "zero1")
 
 
-def test_files_that_are_no_configuration(tmp_path: Path):
+def test_files_that_are_not_a_configuration(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no DeepSpeed configuration at /nowhere\.json"):
         read_deepspeed_json("/nowhere.json")
     (tmp_path / "x.json").write_text("{,")
@@ -133,7 +133,7 @@ def test_files_that_are_no_configuration(tmp_path: Path):
         (lambda: RunConfig().validate(), "no training data; set --data.path"),
     ],
 )
-def test_the_door_refuses_with_values(make: Any, message: str):
+def test_contradictions_are_refused_with_values(make: Any, message: str):
     with pytest.raises(ValueError, match=message):
         make()
 

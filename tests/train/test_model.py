@@ -85,7 +85,7 @@ def test_freezing_is_visible(tiny: Path):
         TowerConfig(path=path, freeze=True, freeze_first_blocks=1)
     with pytest.raises(ValueError, match="no tower to train"):
         build_dual(TowerConfig(), DUAL, seed=0)
-    with pytest.raises(ValueError, match=r"dual.llm_width is 24, the embedding cache is 32 wide"):
+    with pytest.raises(ValueError, match=r"dual.llm_width is 24, but the embedding cache has width 32"):
         with_llm_width(DUAL, 32)
 
 
@@ -197,7 +197,7 @@ def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
     ]
 
 
-def test_progress_tells_rate_recall_memory_and_the_time_left(capsys: pytest.CaptureFixture[str]):
+def test_progress_shows_rate_recall_memory_and_time_left(capsys: pytest.CaptureFixture[str]):
     with Progress(6, start=4, show=True) as progress:
         progress.advance(64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
         progress.advance(64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})

@@ -19,7 +19,7 @@ def tower(tmp_path):
     return str(make_tower(tmp_path / "tower"))
 
 
-def test_heads_of_the_directory_go_on(tower, tmp_path):
+def test_keep_heads_trains_the_heads_of_the_directory(tower, tmp_path):
     first = build_dual(TowerConfig(path=tower), DUAL, seed=1)
     export_tower(first, tmp_path / "trained", origin="x")
     again = build_dual(TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), DUAL, seed=2)

@@ -95,7 +95,7 @@ def test_half_precision_towers_give_float32_features():
     assert image.dtype == text.dtype == torch.float32
 
 
-def test_heads_of_a_directory_go_on(tmp_path):
+def test_training_continues_from_the_heads_of_a_directory(tmp_path):
     first = dual("clip_vision", pool="mean", input_noise=0.5)
     first.logit_scale.data.fill_(3.0)
     export_tower(first, tmp_path / "tower", origin="x")

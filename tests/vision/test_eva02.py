@@ -78,7 +78,7 @@ def test_224_to_336(tmp_path):
         )
 
 
-def test_another_size_is_never_taken_silently(tmp_path):
+def test_another_size_is_never_accepted_silently(tmp_path):
     folder = TOWERS / "eva02_l14_224_to_336"
     vision = golden_config(folder)["vision_cfg_of_model"]
     (tmp_path / "config.json").write_text(json.dumps({"vision_cfg": vision}))
@@ -140,7 +140,7 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(variant, t
     assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"  # where nothing is said
 
 
-def test_the_configuration_may_ask_for_states():
+def test_the_configuration_may_request_states():
     tower = Eva02VisionModel(tiny_config(output_hidden_states=True)).eval()
     pixels = torch.randn(1, 3, 28, 28)
     assert len(tower(pixels).hidden_states) == len(tower.blocks) + 1

@@ -49,7 +49,7 @@ def test_resized_towers_carry_the_same_names(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WHOLE_MODELS)
-def test_whole_models_leave_a_tower(name, tmp_path):
+def test_image_text_models_leave_a_tower(name, tmp_path):
     command.main([str(TRANSFORMERS_TOWERS / name), "--output", str(tmp_path / "tower")])
     golden = read(TRANSFORMERS_TOWERS / name)
     with torch.no_grad():

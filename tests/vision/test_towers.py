@@ -55,7 +55,7 @@ def test_the_state_at_minus_two_is_the_last_blocks_input(name):
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
-def test_hidden_states_only_when_asked(name):
+def test_hidden_states_only_on_request(name):
     tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
     with torch.no_grad():
         assert tower(pixel_values=golden["pixels"]).hidden_states is None
@@ -63,7 +63,7 @@ def test_hidden_states_only_when_asked(name):
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dtype_is_the_one_said(name, dtype):
+def test_the_dtype_is_the_requested_one(name, dtype):
     assert {p.dtype for p in load_tower(TRANSFORMERS_TOWERS / name, dtype=dtype).parameters()} == {dtype}
 
 
@@ -189,7 +189,7 @@ def test_preprocessor_keeps_the_sources_mean_and_takes_the_towers_size(tmp_path)
     assert found["image_mean"] == [0.1, 0.2, 0.3] and found["crop_size"]["height"] == 30
 
 
-def test_unknown_families_and_sources_say_what_is_known(tmp_path):
+def test_unknown_families_and_sources_list_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="unknown tower family 'vit-x'; known: clip, dinov2"):
         family_named("vit-x")
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')

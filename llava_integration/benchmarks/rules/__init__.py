@@ -1,4 +1,4 @@
-"""One file a benchmark; each defines ``BENCHMARK``. A new file is a new benchmark; ``benchmarks`` finds it."""
+"""One file per benchmark; each defines ``BENCHMARK``, and a new file is a new benchmark."""
 
 from llava_integration.benchmarks.benchmark import Benchmark
 from llm2clip_plugin.discovery import discover

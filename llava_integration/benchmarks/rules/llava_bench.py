@@ -1,7 +1,7 @@
 """LLaVA-Bench (in the wild): a judge gives scores of 1-10 to the reference's and to the model's answer.
 
 The judge is a GPT model that this package never calls: ``--reviews`` is the file of LLaVA's
-``eval_gpt_review_bench.py``, one JSON line a question with ``tuple: [reference, model]``. Score of
+``eval_gpt_review_bench.py``, one JSON line per question with ``tuple: [reference, model]``. Score of
 ``summarize_gpt_review.py``: 100 x mean(model) / mean(reference), means rounded to 3 places, the score to 1. A review
 that cannot be parsed is [-1, -1], which the official script averages in; ``corrected`` leaves it out.
 """

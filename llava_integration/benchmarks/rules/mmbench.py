@@ -44,7 +44,7 @@ class MMBench(Benchmark):
     """Circular accuracy by both rules, by category. Items are groups of rotations, questions single rotations."""
 
     def load(self, folder: Path) -> list[Question]:
-        """One question a row of the table (a rotation), in its order."""
+        """One question per row of the table (a rotation), in its order."""
         table = self.require(folder, *self.question_files, where=WHERE)
         rows = read_table(table)
         by_index = {row["index"]: row for row in rows}

@@ -1,4 +1,4 @@
-"""MME: two yes/no questions an image, 14 subtasks; a subtask scores 100 x accuracy + 100 x accuracy of complete pairs.
+"""MME: two yes/no questions per image, 14 subtasks; a subtask scores 100 x accuracy + 100 x accuracy of complete pairs.
 
 Rule of its ``eval_tool/calculation.py`` after LLaVA's ``convert_answer_to_mme.py``: the first four characters of the
 lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which is wrong ('Not sure' and 'Snow' are no,
@@ -42,11 +42,11 @@ class MME(Benchmark):
     """Scores of the subtasks and their sums."""
 
     def load(self, folder: Path) -> list[Question]:
-        """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two a file."""
+        """The questions of all subtasks there, in the tool's order and LLaVA's within a subtask; two per file."""
         root = folder / RELEASE
         if not root.is_dir():
             raise FileNotFoundError(
-                f"{folder} has no {RELEASE} (a folder a subtask, a .txt an image); request it as described at "
+                f"{folder} has no {RELEASE} (one folder per subtask, one .txt per image); request it as described at "
                 "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
             )
         images = self._images(folder)
@@ -152,7 +152,7 @@ def plain(question: str) -> str:
 
 
 def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list[Question]:
-    """The questions of one image's file: ``question<TAB>Yes|No`` a line."""
+    """The questions of one image's file: one ``question<TAB>Yes|No`` per line."""
     questions = []
     for nth, line in enumerate(line for line in read_text(path).split("\n") if line.strip()):
         fields = line.strip().split("\t")

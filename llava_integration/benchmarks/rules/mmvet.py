@@ -1,7 +1,7 @@
 """MM-Vet: open questions that need some of six capabilities, scored 0 to 1 by a judge, usually five times.
 
 The judge is a GPT model that this package never calls: ``--reviews`` is the grade file of MM-Vet's evaluator
-(``{"v1_0": {"score": [0.5, ...], ...}}``, one score a run), whose input LLaVA's ``convert_mmvet_for_eval.py`` makes.
+(``{"v1_0": {"score": [0.5, ...], ...}}``, one score per run), whose input LLaVA's ``convert_mmvet_for_eval.py`` makes.
 Score: 100 x mean over runs of the mean score, overall and for the questions of each capability, with the standard
 deviation over runs.
 """

@@ -55,7 +55,7 @@ class POPE(Benchmark):
             if not known:
                 raise ValueError(
                     f"{path}: question {row['question_id']} ({row['category']}, {row['image']}, {text!r}) has no label "
-                    f"in {folder}/coco; the label files are of another release of POPE"
+                    f"in {folder}/coco; the label files are from another release of POPE"
                 )
             label = known[min(used[key], len(known) - 1)]
             used[key] += 1
@@ -241,7 +241,7 @@ def with_llava_ids(questions: Sequence[Question], answers: Answers) -> Answers:
     categories = list(dict.fromkeys(question.category for question in questions))
 
     def agreement(piece: Sequence[Answer], category: str) -> tuple[int, int]:
-        """How many questions are the category's; how many targets are its labels, where questions alone do not tell."""
+        """How many questions are the category's; how many targets are its labels, where questions are ambiguous."""
         return (
             sum((category, *_label_key(answer)) in ids for answer in piece),
             sum(truths.get((category, _label_key(answer)[0])) == answer.row.get("target") for answer in piece),

@@ -58,11 +58,11 @@ class ScienceQA(Benchmark):
         return questions, answers
 
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
-        """Raises ValueError for questions that were asked without their images."""
+        """Raises ValueError if the model answered without the images."""
         scored = super().score(folder, answers, options)
         if not any(item["is_multimodal"] for item in scored.items):
             raise ValueError(
-                f"no prompt in {answers.path} has <image>: the questions were asked without their images, which "
+                f"no prompt in {answers.path} has <image>: the model answered without the images, which "
                 "ScienceQA-IMG is about; evaluate with LLaVA's question file and --image-folder"
             )
         if answers.layout == "lmms_eval":  # part of the split: these are numbers of all of it

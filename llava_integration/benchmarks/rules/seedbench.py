@@ -76,7 +76,7 @@ class SEEDBench(Benchmark):
         return flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
-        """The leaderboard's file: ``{question_id, prediction}`` a line, in the annotations' order."""
+        """The leaderboard's file: one ``{question_id, prediction}`` per line, in the annotations' order."""
         identifiers = [entry["question_id"] for entry in self._annotations(folder)["questions"]]
         texts = texts_by_id(answers, identifiers)
         return [{"question_id": name, "prediction": texts[str(name)]} for name in identifiers]

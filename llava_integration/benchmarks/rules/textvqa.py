@@ -29,7 +29,7 @@ class TextVQA(Benchmark):
             where="https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
         )
         entries = read_json(path)["data"]
-        official = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}  # the last of twins
+        official = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}  # the last one
         return [
             Question(
                 id=entry["question_id"],

@@ -1,4 +1,4 @@
-"""VizWiz-VQA: ten crowd answers a picture, often 'unanswerable'; val is scored here, test by the server.
+"""VizWiz-VQA: ten crowd answers per picture, often 'unanswerable'; val is scored here, test by the server.
 
 Two rules: lmms-eval's (M4C normal form on both sides, the headline), and the VQA API's on LLaVA's
 ``convert_vizwiz_for_submission.py`` of the answers (``vqa_api``; the challenge's code is a fork of that API).

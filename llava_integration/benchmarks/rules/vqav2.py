@@ -1,4 +1,4 @@
-"""VQAv2: ten human answers a question; those of test-dev are known to the server only.
+"""VQAv2: ten human answers per question; those of test-dev are known to the server only.
 
 Rule: https://visualqa.org/evaluation.html, on LLaVA's ``convert_vqav2_for_submission.py`` of the answers
 (``converted_submission``, the headline: LLaVA's published numbers went through it) and on the raw texts (``raw_text``).

@@ -116,7 +116,7 @@ def test_broken_samples_of_one_key_all_count(tmp_path: Path, capsys: pytest.Capt
     assert report["duplicate_keys"]["samples"] == 4
 
 
-def test_clean_data_is_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_data_is_fit_for_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "x.tar", img2dataset_members(0, 5))
     status, report = checked(capsys, str(tmp_path), "--fields", "long_caption=dense:en-GB")
     assert status == 0 and report["fit_for_training"]

@@ -16,7 +16,7 @@ def test_fields_give_kind_and_language() -> None:
     )
 
 
-def test_lists_objects_and_languages_are_read_as_they_lie() -> None:
+def test_lists_objects_and_languages_are_read() -> None:
     fields = parse_fields(("captions=short", "names=short"), "en")
     values = {
         "captions": ["one", "two", {"text": "a long one", "kind": "long"}, {"text": "Hund", "language": "de"}],
@@ -56,7 +56,7 @@ def test_lone_surrogates_in_kind_and_language_are_replaced() -> None:
 
 
 @pytest.mark.parametrize("fields", [("caption",), ("=short",), ("caption=",), (), ("a=short", "a=long")])
-def test_misspelt_fields_are_refused(fields: tuple[str, ...]) -> None:
+def test_misspelled_fields_are_refused(fields: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="caption field"):
         parse_fields(fields, "en")
 

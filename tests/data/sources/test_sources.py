@@ -129,7 +129,7 @@ def test_broken_samples_are_named_and_have_no_captions(tmp_path: Path, members: 
     assert key == "a" and captions == ((Caption("text"),) if says == "no .jpg" else ())
 
 
-def test_text_that_is_no_utf8_is_read_with_marks(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_read_with_replacement_characters(tmp_path: Path) -> None:
     source = open_source(config(write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", b"caf\xe9")])))
     assert source[0].captions == (Caption("caf\ufffd"),)
 

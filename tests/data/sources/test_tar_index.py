@@ -26,7 +26,7 @@ def test_scan_equals_tarfile(tmp_path: Path, tar_format: int) -> None:
     assert [tuple(member) for member in scan_tar(path)] == expected
 
 
-def test_folders_and_links_are_no_members(tmp_path: Path) -> None:
+def test_folders_and_links_are_not_members(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, kind in (("folder", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
@@ -108,7 +108,7 @@ def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
     assert parts == {"1": ["image", "json"], "2": ["image", "text"], "x/1": ["image"], "3": ["text"]}
 
 
-def test_a_doubled_key_is_two_samples(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_two_samples(tmp_path: Path) -> None:
     names = ["1.jpg", "1.txt", "1.jpg", "1.txt"]
     samples = group_samples(scan_tar(write_tar(tmp_path / "x.tar", [(name, b"x") for name in names])))
     assert [sample.key for sample in samples] == ["1", "1"]

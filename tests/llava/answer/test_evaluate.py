@@ -204,7 +204,7 @@ def test_table_questions_rotate(world, run, tmp_path):
     assert asked[0].text.endswith("C. green\n请直接回答选项字母。")
 
 
-def test_what_can_be_wrong_is_said(world, run, tmp_path):
+def test_problems_are_reported(world, run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no question file at"):
         run(tmp_path / "a.jsonl", "--question-file", tmp_path / "none.jsonl")
     broken = tmp_path / "broken.jsonl"

@@ -76,7 +76,7 @@ def root(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_runs_what_is_there_and_goes_on_after_a_failure(world, checkpoint, root, tmp_path):
+def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, checkpoint, root, tmp_path):
     output = tmp_path / "out"
     command = ("-m", "llava_integration.benchmarks.bench", "--model-path", checkpoint, "--data", root)
     command += ("--output", output)
@@ -117,6 +117,6 @@ def test_plan_and_nothing_to_run(world, root, tmp_path):
     printed = world.python(*start, "--data", root, "--plan")
     assert "pope" in printed and "will run" in printed and "no folder MME or mme" in printed
     printed = world.python(*start, "--data", root, "--benchmarks", "mme", fails=True)
-    assert "no benchmark has its files" in printed
+    assert "no benchmark can run with the files in" in printed
     printed = world.python(*start, "--data", root, "--benchmarks", "mmee", fails=True)
     assert "unknown benchmark 'mmee'" in printed

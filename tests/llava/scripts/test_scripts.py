@@ -96,7 +96,7 @@ def test_slurm(world, tmp_path):
     assert done.stdout.strip() == f"srun {sys.executable} -m llava_integration.evaluate --batch-size 4"
 
 
-def test_what_is_missing_is_said(world, tmp_path):
+def test_missing_parts_are_reported(world, tmp_path):
     assert "--model (or MODEL=...) is required" in script(world, "llava/pretrain.sh", fails=True)
     words = given(world, tmp_path, "finetune")
     words[words.index("--data") + 1] = tmp_path / "none.json"

@@ -63,7 +63,7 @@ def test_known_names(world, home, tmp_path, capsys):
 def test_no_tower_directory(home, tmp_path):
     with pytest.raises(ContractError, match=r"llm2clip import .* --output DIR"):
         names.locate(f"llm2clip:{tmp_path}")
-    with pytest.raises(TowerNotFoundError, match="no directory '/nowhere', and not a Hub id"):
+    with pytest.raises(TowerNotFoundError, match="'/nowhere' is not a directory, a registered name or a Hub id"):
         names.locate("llm2clip:/nowhere")
 
 

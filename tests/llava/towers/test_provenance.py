@@ -157,11 +157,11 @@ def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
     theirs = train(world, f"llm2clip:{world.towers['clip']}", tmp_path / "llava-theirs")
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip-vit-large-patch14"}))
-    with pytest.raises(ContractError, match="which is not a tower of this package"):
+    with pytest.raises(ContractError, match="not one of this package; only those are bundled"):
         bundle.bundle(theirs)
 
 
-def test_a_damaged_bundle_is_said(mine):
+def test_a_damaged_bundle_is_reported(mine):
     tower, checkpoint = mine
     target = bundle.bundle(checkpoint)
     weights = (target / "model.safetensors").read_bytes()
@@ -171,7 +171,7 @@ def test_a_damaged_bundle_is_said(mine):
         load(checkpoint)
 
 
-def test_a_checkpoint_of_before_gets_its_record(mine):
+def test_an_old_checkpoint_gets_its_record(mine):
     _, checkpoint = mine
     config = json.loads((checkpoint / "config.json").read_text())
     record = config.pop("llm2clip_tower")
@@ -194,7 +194,7 @@ def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
     assert tower.location.directory == checkpoint / "vision_tower"
 
 
-def test_another_width_is_said_before_the_projector_fails(mine, world):
+def test_another_width_is_reported_before_the_projector_fails(mine, world):
     _, checkpoint = mine
     config = json.loads((checkpoint / "config.json").read_text())
     del config["llm2clip_tower"]  # as trained by LLaVA's own tower under a name that now means ours
@@ -204,7 +204,7 @@ def test_another_width_is_said_before_the_projector_fails(mine, world):
         load(checkpoint)
 
 
-def test_a_projector_of_another_width_is_said(world, tmp_path):
+def test_a_projector_of_another_width_is_refused(world, tmp_path):
     projector = tmp_path / "mm_projector.bin"
     torch.save({"model.mm_projector.0.weight": torch.zeros(32, 32)}, projector)
     arguments = SimpleNamespace(

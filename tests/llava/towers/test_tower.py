@@ -110,7 +110,7 @@ def test_blocks_above_the_selected_state_are_dropped(world):
     assert len(build_vision_tower(arguments(world.towers["clip"], -1)).vision_tower.vision_model.encoder.layers) == 3
 
 
-def test_what_can_be_asked_wrongly(world):
+def test_bad_arguments_are_refused(world):
     with pytest.raises(ValueError, match="-4 to 3"):
         build_vision_tower(arguments(world.towers["clip"], 7))
     with pytest.raises(ValueError, match="known: patch, cls_patch"):

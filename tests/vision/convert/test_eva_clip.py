@@ -27,7 +27,7 @@ TOWERS = REFERENCE / "A_vision_towers"
 
 
 @pytest.mark.parametrize("file", EVA_FILES)
-def test_whole_eva02_checkpoint(file, tmp_path, capsys):
+def test_complete_eva02_checkpoint(file, tmp_path, capsys):
     argv = [str(CHECKPOINT / file), "--output", str(tmp_path / "tower"), "--config", str(CHECKPOINT / "config.json")]
     assert command.main(argv) == 0
     assert "text.text_adaptor.0.fn.0.weight -> text_adapter.blocks.0.up.weight" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_eva02_checkpoint_needs_no_config(tmp_path):
     assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "told" / "config.json").read_text()
 
 
-def test_a_foreign_config_beside_an_eva_checkpoint_does_no_harm(tmp_path):
+def test_an_unrelated_config_next_to_an_eva_checkpoint_is_ignored(tmp_path):
     (tmp_path / "hub").mkdir()
     shutil.copy(CHECKPOINT / "checkpoint.pt", tmp_path / "hub" / "LLM2CLIP-EVA02.pt")
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "clip"}')

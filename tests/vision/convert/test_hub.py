@@ -140,7 +140,7 @@ def test_a_clip_is_not_imported_without_its_projection(tmp_path):
         import_tower(tmp_path / "model", tmp_path / "other")
 
 
-def test_a_users_config_goes_over_the_one_beside(tmp_path):
+def test_a_users_config_overrides_the_one_next_to_the_checkpoint(tmp_path):
     """Keys inside objects too; a whole model's config.json stands alone."""
     shutil.copytree(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "model")
     (tmp_path / "part.json").write_text('{"hidden_act": "gelu"}')

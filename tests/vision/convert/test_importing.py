@@ -37,7 +37,7 @@ def test_own_directory_resized_on_import(tmp_path):
     assert load_dual_encoder(tmp_path / "two").encode_image(torch.randn(1, 3, 42, 42)).shape == (1, 20)
 
 
-def test_a_foreign_source_resized_on_import_says_so(tmp_path):
+def test_an_imported_source_that_is_resized_records_it(tmp_path):
     card, report = import_tower(RELEASE, tmp_path / "one", image_size=42)
     assert card.training["resized_from"] == 28 and report[-1] == "positions interpolated from 28 to 42 px"
     assert not any("interpolated" in line for line in import_tower(RELEASE, tmp_path / "two")[1])

@@ -143,7 +143,7 @@ def test_a_truncated_open_clip_tower_is_refused(tmp_path):
         import_tower(tmp_path, tmp_path / "tower")
 
 
-def test_a_repository_that_holds_a_model_twice(tmp_path):
+def test_a_repository_that_contains_a_model_twice(tmp_path):
     """As OpenCLIP's and as Hugging Face's, each with its configuration: that of the tensors that are read counts."""
     shutil.copytree(RELEASE, tmp_path / "hub")
     save_file(open_clip_state_of_the_release(), tmp_path / "hub" / "open_clip_model.safetensors")
