@@ -29,7 +29,8 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
         raise ContractError(
-            f"{checkpoint} was trained with the vision tower {name!r}, not one of this package; only those are bundled"
+            f"{checkpoint} was trained with the vision tower {name!r}, which is not a tower of this package and "
+            "cannot be bundled"
         )
     location = locate_tower(checkpoint, name, config, tower)
     target = checkpoint / BUNDLE

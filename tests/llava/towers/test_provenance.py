@@ -157,7 +157,7 @@ def test_bundle_refuses_what_is_not_the_checkpoints(mine, world, tmp_path):
     theirs = train(world, f"llm2clip:{world.towers['clip']}", tmp_path / "llava-theirs")
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "openai/clip-vit-large-patch14"}))
-    with pytest.raises(ContractError, match="not one of this package; only those are bundled"):
+    with pytest.raises(ContractError, match="which is not a tower of this package and cannot be bundled"):
         bundle.bundle(theirs)
 
 
