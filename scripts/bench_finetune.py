@@ -48,9 +48,11 @@ def write_pairs(path: Path, count: int, longest: int) -> Path:
     return path
 
 
-def build(llm: str, contrast: ContrastConfig) -> tuple[CaptionEncoder, PairModule]:
+def build(
+    llm: str, contrast: ContrastConfig, encoding: EncoderConfig | None = None
+) -> tuple[CaptionEncoder, PairModule]:
     """The LLM with a new adapter, initialized the same each time."""
-    encoding = EncoderConfig(llm=llm, compute_dtype="float32")
+    encoding = encoding or EncoderConfig(llm=llm, compute_dtype="float32")
     encoder = CaptionEncoder(encoding, trainable_adapter=True)
     config = FinetuneConfig(encoder=encoding, lora=LoraSettings(dropout=0.0), contrast=contrast)
     return encoder, trained_module(encoder, config)
@@ -59,8 +61,10 @@ def build(llm: str, contrast: ContrastConfig) -> tuple[CaptionEncoder, PairModul
 class Ours:
     """The package's step with DeepSpeed's engine."""
 
-    def __init__(self, llm: str, batch: int, micro: int, contrast: ContrastConfig) -> None:
-        encoder, module = build(llm, contrast)
+    def __init__(
+        self, llm: str, batch: int, micro: int, contrast: ContrastConfig, encoding: EncoderConfig | None = None
+    ) -> None:
+        encoder, module = build(llm, contrast, encoding)
         ds_config = {
             "train_batch_size": batch,
             "train_micro_batch_size_per_gpu": micro,

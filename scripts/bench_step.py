@@ -164,7 +164,8 @@ def wait_share(step: TowerStep, options: argparse.Namespace) -> float:
     """Fraction of the time of ``rounds`` steps spent waiting for the loader, after one step that starts it."""
     with tempfile.TemporaryDirectory() as folder:
         waited, total, start = 0.0, 0.0, 0.0
-        batches = jpeg_batches(Path(folder), options)
+        write_jpegs(Path(folder), max(16, options.batch))
+        batches = jpeg_batches(Path(folder), batch=options.batch, workers=options.workers)
         for number in range(options.rounds + 1):
             start = time.perf_counter()
             batch = next(batches)
@@ -176,17 +177,16 @@ def wait_share(step: TowerStep, options: argparse.Namespace) -> float:
         return waited / total
 
 
-def jpeg_batches(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Batches over a shard of 512-pixel JPEGs with a cache of random embeddings."""
+def write_jpegs(folder: Path, count: int) -> None:
+    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache."""
     generator = np.random.default_rng(0)
     files = []
-    for number in range(max(16, options.batch)):
+    for number in range(count):
         smooth = generator.integers(0, 256, (32, 32, 3), np.uint8)
         body = io.BytesIO()
         Image.fromarray(smooth).resize((512, 512), Image.Resampling.BICUBIC).save(body, "JPEG", quality=90)
         files += [(f"{number:05d}.jpg", body.getvalue()), (f"{number:05d}.txt", f"caption {number}".encode())]
     write_tar(folder / "00000.tar", files)
-    source = open_source(SourceConfig(path=str(folder)))
     identity = TeacherIdentity(
         llm="random",
         revision="",
@@ -200,14 +200,20 @@ def jpeg_batches(folder: Path, options: argparse.Namespace) -> Iterator[dict[str
         max_tokens=64,
         width=WIDTH,
     )
+    source = open_source(SourceConfig(path=str(folder)))
     writer = CacheWriter(folder / "cache", identity)
     for shard in source.shards:
         pairs = [source.captions(shard.start + i) for i in range(shard.size)]
         rows = caption_rows([captions for _, captions in pairs])
         writer.write_shard(shard.name, [key for key, _ in pairs], rows, torch.randn(len(rows), WIDTH))
     writer.finish()
+
+
+def jpeg_batches(folder: Path, *, batch: int, workers: int) -> Iterator[dict[str, Any]]:
+    """Batches over the shard of ``write_jpegs``."""
+    source = open_source(SourceConfig(path=str(folder)))
     dataset = PairDataset([source], [EmbeddingCache.open(folder / "cache")], ImageConfig(size=224), seed=0)
-    return iter(make_loader(dataset, local_batch=options.batch, workers=options.workers))
+    return iter(make_loader(dataset, local_batch=batch, workers=workers))
 
 
 def matmul_peak(device: torch.device) -> float:
