@@ -87,7 +87,9 @@ def open_clip_epoch(dual: DualEncoder, folder: Path, options: Namespace) -> Any:
 
 def webdataset_loader(tar: Path, transform: Any, embeddings: dict[str, Tensor], options: Namespace) -> Any:
     """The stages of open_clip's ``get_wds_dataset``, whose own reader of tars fails with webdataset 1.0."""
-    import webdataset as wds
+    import webdataset
+
+    wds: Any = webdataset  # its names are made when they are first used
 
     stages = [
         wds.ResampledShards(str(tar), deterministic=True),

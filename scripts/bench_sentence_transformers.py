@@ -45,7 +45,7 @@ def theirs(args: argparse.Namespace) -> Step:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    transformer = Transformer(args.llm)
+    transformer: Any = Transformer(args.llm)
     width = transformer.get_embedding_dimension()
     torch.manual_seed(0)
     transformer.model = get_peft_model(transformer.model, LoraConfig(**LORA))
