@@ -155,6 +155,7 @@ def leave(status: int) -> "NoReturn":
 def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
     limit_threads()
+    allow_open_files()
     module, function, _ = COMMANDS[name]
     try:
         return getattr(importlib.import_module(module), function)(argv) or 0
@@ -200,6 +201,15 @@ def limit_threads() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files as far as the machine allows, and say so where that is little."""
+    from llm2clip_plugin.limits import raise_open_files, remedy_open_files
+
+    limit = raise_open_files()
+    if (fix := remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
 
 
 def usage() -> str:

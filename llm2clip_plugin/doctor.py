@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
 from llm2clip_plugin.finding import Finding, numbers
+from llm2clip_plugin.limits import raise_open_files, remedy_open_files
 
 GIB = 1024**3
 # first version with C++17, which DeepSpeed's extensions need, and with -std=c++20, which current torch builds with
@@ -184,6 +185,14 @@ def check_shared_memory(ranks: int, folder: str = SHARED_MEMORY) -> Iterator[Fin
     yield Finding(subject="shared memory", state="warn" if fix else "ok", found=found, fix=fix)
 
 
+def check_open_files() -> Iterator[Finding]:
+    """The hard limit of open files, which every command raises its own to."""
+    limit = raise_open_files()
+    fix = remedy_open_files(limit)
+    found = "unlimited" if limit == sys.maxsize else f"at most {limit} per process"
+    yield Finding(subject="open files", state="warn" if fix else "ok", found=found, fix=fix)
+
+
 def check_disk(folder: str, captions: int, width: int) -> Iterator[Finding]:
     """Space for an fp16 embedding cache of ``captions`` rows of ``width``."""
     need = captions * width * 2  # fp16
@@ -212,6 +221,7 @@ def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]
     listed += [check_accelerator, lambda: check_threads(options.ranks), lambda: check_port(options.port)]
     if training:
         listed.append(lambda: check_shared_memory(options.ranks))
+    listed.append(check_open_files)
     listed.append(lambda: check_disk(options.cache, options.captions, options.width))
     if not training:
         from llava_integration.doctor import check_llava

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.rows import caption_rows
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sources.base import SourceConfig

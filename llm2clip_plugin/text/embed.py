@@ -15,10 +15,12 @@ import torch
 from tqdm import tqdm
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError
-from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences, has_text
-from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.proof import keep_digests, kept_digests
+from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
+from llm2clip_plugin.data.cache.rows import caption_rows, has_text, rows_digest, shard_captions
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.open import Shard, Source
-from llm2clip_plugin.data.sources.records import Caption, caption_hash
+from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.progress import progress_bar
@@ -70,12 +72,6 @@ def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard
     return [group[rank] for group in (r[:: 1 if i % 2 == 0 else -1] for i, r in enumerate(rounds)) if rank < len(group)]
 
 
-def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
-    """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
-    samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-    return [key for key, _ in samples], [captions for _, captions in samples]
-
-
 class EmbeddingMemory:
     """Embeds captions, and keeps embeddings of up to ``limit`` bytes for captions that occur again."""
 
@@ -116,15 +112,20 @@ def embed_source(
     """
     writer = CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), EmbeddingMemory(encoder, tokens_per_batch)
-    shards = shards_of_rank(source.shards, rank, world)
+    shards, known, digests = shards_of_rank(source.shards, rank, world), kept_digests(source), {}
     started = time.monotonic()
     with progress_bar(total=sum(shard.size for shard in shards), label="embed", unit="samples", show=not quiet) as bar:
         for shard in shards:
             start = int(bar.n)
+            if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
+                summary.skipped += 1
+                bar.update(shard.size)
+                continue
             keys, captions = shard_captions(source, shard)
             summary.empty += [key for key, texts in zip(keys, captions, strict=True) if not any(map(has_text, texts))]
             rows = caption_rows(captions)
-            if writer.is_complete(shard.name, keys, rows):
+            digests[shard.name] = rows_digest(keys, rows)
+            if writer.is_complete(shard.name, digests[shard.name]):
                 summary.skipped += 1
             else:
                 text_of = {caption_hash(caption.text): caption.text for sample in captions for caption in sample}
@@ -138,6 +139,7 @@ def embed_source(
                 summary.truncated += truncated
                 summary.seconds = time.monotonic() - started
             bar.update(start + shard.size - bar.n)
+    keep_digests(source, digests)
     return writer.finish([shard.name for shard in source.shards]), summary
 
 
@@ -158,7 +160,7 @@ def verify(source: Source, encoder: CaptionEncoder, directory: Path) -> str:
             f"(fingerprints {cache.fingerprint[:12]} and {teacher.fingerprint[:12]})"
         )
     cache.verify()
-    cache.check(source)
+    cache.check(source, full=True)
     numbers = random.Random(0).sample(range(len(source)), min(len(source), VERIFY_SAMPLES))
     samples = [(number, *source.captions(number)) for number in numbers]
     checked = [(number, key, captions[0]) for number, key, captions in samples if captions]

@@ -13,7 +13,8 @@ from data_world import img2dataset_members, jpeg, write_shards, write_tar
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.data.augment import AugmentConfig
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.rows import caption_rows
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.rows import caption_rows
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower

@@ -13,7 +13,8 @@ import torch
 from scores import TESTS
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache.rows import caption_rows
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder

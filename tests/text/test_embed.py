@@ -16,7 +16,7 @@ import torch
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ContractError
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.sources import rows as row_sources
+from llm2clip_plugin.data.sources import row_index as row_sources
 from llm2clip_plugin.data.sources.open import Shard, SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.stages.embed.command import parse

@@ -20,31 +20,38 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
+from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, canonical_json, sha256_text
+from llm2clip_plugin.data.cache.proof import check_captions
+from llm2clip_plugin.data.cache.rows import row_numbers
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, REDO, TENSORS, ShardFile, tensors_digest
+from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
+from llm2clip_plugin.data.sources.downloads import default_download_folder
+from llm2clip_plugin.data.sources.index_file import stamps_of
+from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.progress import track
 
+OPEN_SHARDS = 128  # files that one process keeps mapped
+FEW = 16  # shards whose headers are read at every start
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
 
 
-def has_text(caption: Caption) -> bool:
-    """Whether a caption gets an embedding: blank ones don't."""
-    return bool(caption.text.strip())
-
-
 class EmbeddingCache:
-    """A complete cache, opened for reading. Its files are memory-mapped: local processes share their pages."""
+    """A complete cache, opened for reading.
+
+    The files of the last shards used are memory-mapped: local processes share their pages.
+    """
 
     def __init__(self, directory: Path, manifest: CacheManifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._files: dict[str, ShardFile] = {}
+        self._files: OrderedDict[str, ShardFile] = OrderedDict()  # last used last
 
     @classmethod
     def open(
@@ -77,8 +84,7 @@ class EmbeddingCache:
                 f"{expect_width}; use the cache of the LLM that the text adapter was made for"
             )
         cache = cls(directory, manifest)
-        for shard in manifest.shards:
-            cache.shard(shard)
+        cache._check_files()
         return cache
 
     @property
@@ -97,11 +103,43 @@ class EmbeddingCache:
         return self.manifest.fingerprint
 
     def __getstate__(self) -> dict[str, object]:
-        return {"directory": self.directory, "manifest": self.manifest, "_files": {}}  # a worker maps the files itself
+        # a worker maps the files itself
+        return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
+
+    def _check_files(self) -> None:
+        """Compare the files with the manifest: their headers, or, of files seen before, size and time."""
+        kept = KeptFolder.of(self.directory, default_download_folder())
+        ledger = Ledger(kept, "files.json")
+        stamps = self._file_stamps()
+        known = ledger.read() if len(stamps) > FEW else {}
+        if all(known.get(name) == stamp for name, stamp in stamps.items()):
+            return
+        if len(stamps) <= FEW:
+            for name in stamps:
+                self.shard(name)
+            return
+        with kept.lock(f"check the shards of {self.directory}"):
+            known = ledger.read()
+            names = [name for name, stamp in stamps.items() if known.get(name) != stamp]
+            for name in track(names, total=len(names), label="check the cache", unit="shards"):
+                self.shard(name)
+            ledger.add(stamps)
+
+    def _file_stamps(self) -> dict[str, str]:
+        """For each shard, a text that changes with its file and its entry; ContractError for a missing file."""
+        files = [str(self.directory / entry["file"]) for entry in self.manifest.shards.values()]
+        stamps: dict[str, str] = {}
+        for (name, entry), path, stamp in zip(self.manifest.shards.items(), files, stamps_of(files), strict=True):
+            if stamp is None:
+                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
+            expected = canonical_json([self.fingerprint, self.width, entry])
+            stamps[name] = f"{stamp[0]}-{stamp[1]}-{sha256_text(expected)[:16]}"
+        return stamps
 
     def shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
         if name in self._files:
+            self._files.move_to_end(name)
             return self._files[name]
         entry = self.manifest.shards.get(name)
         if entry is None:
@@ -112,10 +150,6 @@ class EmbeddingCache:
                 + f"; {REDO}"
             )
         path = self.directory / entry["file"]
-        if not path.resolve().is_relative_to(self.directory.resolve()):
-            raise ContractError(
-                f"{self.directory}: the file of shard {name!r}, {entry['file']!r}, is outside the cache"
-            )
         if not path.is_file():
             raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
         file = ShardFile(path)
@@ -127,6 +161,8 @@ class EmbeddingCache:
                 f"expected {expected}; {REDO}"
             )
         self._files[name] = file
+        if len(self._files) > OPEN_SHARDS:
+            self._files.popitem(last=False)
         return file
 
     def rows(self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = "") -> torch.Tensor:
@@ -136,23 +172,15 @@ class EmbeddingCache:
         the one that was embedded.
         """
         file = self.shard(shard_name)
-        return file.embeddings(_row_numbers(file, shard_name, index_in_shard, captions, key, "the data"))
+        return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, "the data"))
 
-    def check(self, source: Source) -> None:
+    def check(self, source: Source, *, full: bool = False) -> None:
         """Compare the cache with a source: shard names, counts, keys and the hash of every caption.
 
-        Raises ContractError at the first difference, with both values.
+        The captions are read where digests don't show that they are the cache's, or everywhere with ``full``. Raises
+        ContractError at the first difference, with both values.
         """
-        for shard in source.shards:
-            file = self.shard(shard.name)
-            if file.samples != shard.size:
-                raise ContractError(
-                    f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
-                    f"when it was embedded; {REDO}"
-                )
-            for index in range(shard.size):
-                key, captions = source.captions(shard.start + index)
-                _row_numbers(file, shard.name, index, list(filter(has_text, captions)), key, source.path)
+        check_captions(source, self.manifest.shards, self.shard, full=full)
 
     def verify(self) -> None:
         """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
@@ -163,34 +191,6 @@ class EmbeddingCache:
                 raise ContractError(
                     f"{file.path} is damaged: SHA-256 {digest}, expected {entry['sha256']}; delete it and {REDO}"
                 )
-
-
-def _row_numbers(
-    file: ShardFile, shard: str, index: int, captions: Sequence[Caption], key: str, data: str
-) -> list[int]:
-    """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
-    if not 0 <= index < file.samples:
-        raise ContractError(
-            f"{file.path} has no sample {index}: shard {shard!r} had {file.samples} samples when it was embedded; "
-            f"{REDO}"
-        )
-    if key and file.key(index) != key:
-        raise ContractError(
-            f"{file.path}: sample {index} of shard {shard!r} has key {key!r} in {data}, {file.key(index)!r} in the "
-            f"cache; {REDO}"
-        )
-    row_of = file.row_numbers(index)
-    hashes = [caption_hash(caption.text) for caption in captions]
-    for value, caption in zip(hashes, captions, strict=True):
-        if value not in row_of:
-            known = ", ".join(map(hash_hex, row_of)) or "none"
-            text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-            reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
-            raise ContractError(
-                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
-                f"{REDO}"
-            )
-    return [row_of[value] for value in hashes]
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
@@ -204,6 +204,9 @@ def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
 def _refuse_damaged(manifest: CacheManifest, path: Path) -> None:
     """ContractError unless a manifest agrees with itself: dtype, entries, and its teacher's fingerprint and width."""
     for name, entry in manifest.shards.items():
+        file = str(entry.get("file", ""))
+        if os.path.isabs(file) or os.path.normpath(file).startswith(".."):
+            raise ContractError(f"{path.parent}: the file of shard {name!r}, {file!r}, is outside the cache")
         if missing := [value for value in ENTRY if value not in entry]:
             raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
     if manifest.dtype not in CACHE_DTYPES:

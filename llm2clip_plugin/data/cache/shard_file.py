@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from llm2clip_plugin.contracts import ContractError
 
@@ -18,6 +20,7 @@ META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as
 REDO = "rerun `llm2clip embed`; complete shards are skipped"
 VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
 CACHE_DTYPES = tuple(VALUE_BYTES)
+DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
 
 
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
@@ -30,31 +33,36 @@ def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_byte
 
 
 class ShardFile:
-    """One shard's file. Its header is read at once; its tensors are mapped when the first row is used.
+    """One shard's file. Its header is read at once; the file is mapped, once, when the first row is used.
 
-    Raises ContractError if the file is truncated or not a shard of a cache.
+    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with safe_open(path, framework="np") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in TENSORS}
-                self.meta: dict[str, str] = json.loads(file.metadata()[META])
+            self._layouts, metadata = _read_header(path)
+            self.meta: dict[str, str] = json.loads(metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
-            self.captions, self.width = shapes["embeddings"]
-            self.samples = shapes["row_starts"][0] - 1
-        except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+            self.captions, self.width = self._layouts["embeddings"].shape
+            self.samples = self._layouts["row_starts"].shape[0] - 1
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ContractError(
                 f"{path} is truncated or not a shard of an embedding cache ({error}); {REDO}"
             ) from error
 
     @cached_property
     def _tensors(self) -> dict[str, np.ndarray]:
-        """Views of one memory map; no file descriptor stays open."""
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name).numpy() for name in TENSORS}
+        """Views of one memory map, which ends with the last of them; no file descriptor stays open."""
+        size = max(layout.stop for layout in self._layouts.values())
+        # Python's mmap keeps a copy of the descriptor, safetensors one for each tensor
+        storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
+        data = torch.asarray(storage, dtype=torch.uint8).numpy()
+        return {
+            name: data[layout.start : layout.stop].view(layout.dtype).reshape(layout.shape)
+            for name, layout in self._layouts.items()
+        }
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A tensor of the file, mapped."""
@@ -74,6 +82,36 @@ class ShardFile:
         """(n, W) float32 of these rows."""
         values = self["embeddings"][rows].astype(np.float32) * self["scales"][rows][:, None]
         return torch.from_numpy(values)
+
+
+class Layout(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    stop: int
+
+
+def _read_header(path: Path) -> tuple[dict[str, Layout], dict[str, str]]:
+    """Layouts and metadata of a safetensors file; ValueError, KeyError or TypeError unless the file is as long."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"{size} bytes")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__")
+    layouts = {}
+    for name in TENSORS:
+        start, stop = header[name]["data_offsets"]
+        dtype, shape = np.dtype(DTYPES[header[name]["dtype"]]), tuple(header[name]["shape"])
+        if math.prod(shape) * dtype.itemsize != stop - start or start < 0 or 8 + length + stop > size:
+            raise ValueError(f"{name} of shape {shape} in bytes {start} to {stop} of {size - 8 - length}")
+        layouts[name] = Layout(dtype, shape, 8 + length + start, 8 + length + stop)
+    if max(layout.stop for layout in layouts.values()) != size:
+        raise ValueError(f"{size} bytes")
+    return layouts, metadata
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:

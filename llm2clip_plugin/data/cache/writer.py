@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +15,13 @@ from llm2clip_plugin.contracts import (
     TeacherIdentity,
     atomic_file,
     canonical_json,
-    sha256_text,
 )
-from llm2clip_plugin.data.cache.reader import differences, has_text
+from llm2clip_plugin.data.cache.reader import differences
+from llm2clip_plugin.data.cache.rows import rows_digest
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, tensors_digest
-from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
 
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
-
-
-def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
-    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
-    rows: list[tuple[int, int]] = []
-    for index, of_sample in enumerate(captions):
-        distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
-        rows.extend((index, value) for value in distinct)
-    return rows
-
-
-def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
-    """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
-    return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
 
 
 def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +80,8 @@ class CacheWriter:
         """The file of a shard."""
         return self.directory / shard_file(shard)
 
-    def is_complete(self, shard: str, keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> bool:
-        """Whether the shard's file exists, is not truncated, and has this teacher, these keys and these captions."""
+    def is_complete(self, shard: str, digest: str) -> bool:
+        """Whether the shard's file exists, is not truncated, and has this teacher and the rows of this digest."""
         try:
             meta = ShardFile(self.path(shard)).meta
         except (FileNotFoundError, ContractError):
@@ -104,7 +89,7 @@ class CacheWriter:
         return (
             meta.get("fingerprint") == self.identity.fingerprint
             and meta.get("dtype") == self.dtype
-            and meta.get("rows_sha256") == rows_digest(keys, rows)
+            and meta.get("rows_sha256") == digest
         )
 
     def write_shard(

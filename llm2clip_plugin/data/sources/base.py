@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, read_captions
 from llm2clip_plugin.data.sources.downloads import Downloads, default_download_folder
+from llm2clip_plugin.data.sources.index_file import Stamp
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
 from llm2clip_plugin.discovery import discover
+
+READING = 1  # version of how captions are read from a sample; another one makes kept digests void
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,9 @@ class Shard:
 class Source(ABC):
     """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own files."""
 
+    kept: KeptFolder | None = None  # where digests of the captions are kept; None: they are computed at every start
+    stamps: Sequence[Stamp] = ()  # of each shard's file, if ``kept`` is set: its captions are those of this stamp
+
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
         self.config = config
         self.path = config.path
@@ -122,6 +130,15 @@ class Source(ABC):
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
+
+    @property
+    def digests(self) -> Ledger | None:
+        """Kept digests of keys and captions by shard, for this choice of fields."""
+        if self.kept is None:
+            return None
+        names = [field.name for field in self.fields]
+        reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
+        return Ledger(self.kept, f"captions-{sha256_text(canonical_json(reading))[:16]}.json")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {len(self)} samples in {len(self.shards)} shards)"

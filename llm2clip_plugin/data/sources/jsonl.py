@@ -14,6 +14,8 @@ from llm2clip_plugin.data.sources.urls import has_suffix
 class JsonlSource(RowSource):
     """The lines that aren't blank, of a memory-mapped file."""
 
+    rows_version = 1
+
     def read_rows(self, path: Path) -> Rows:
         spans, start = array("q"), 0
         with open(path, "rb") as file:

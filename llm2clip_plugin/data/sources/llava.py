@@ -12,6 +12,8 @@ from llm2clip_plugin.data.sources.urls import has_suffix
 class LlavaSource(RowSource):
     """The items with an image; text-only items are not image-caption pairs."""
 
+    rows_version = 1
+
     def read_rows(self, path: Path) -> Rows:
         try:
             items = json.loads(path.read_bytes())

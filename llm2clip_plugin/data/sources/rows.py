@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import mmap
 import os
 from abc import abstractmethod
 from array import array
@@ -15,40 +14,54 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.captions import well_formed
 from llm2clip_plugin.data.sources.records import BrokenSample, Record
+from llm2clip_plugin.data.sources.row_index import KeptRows, Rows, RowsInMemory, open_kept_rows
 from llm2clip_plugin.data.sources.urls import is_url
 
-ROWS_PER_SHARD = 16384
 NO_IMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-Rows = tuple[np.ndarray, bytes | mmap.mmap]  # (rows, 3) int64: start, stop, number for messages; and all rows as JSON
 
 
 class RowSource(Source):
     """A row is a sample: an object whose fields name the image, the key and the captions.
 
-    Rows stay JSON in one block of bytes, which forked workers share, and are parsed one at a time.
+    Rows stay JSON and are parsed one at a time. With a ``rows_version``, where each row is in the file is kept in an
+    index for later starts, and nothing of the file stays in memory.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
+    rows_version = 0  # of ``read_rows`` and ``values``, to be raised when they change; 0: the file is read every time
+
+    def __init__(self, config: SourceConfig, opened: KeptRows | None = None) -> None:
         self._downloads = config.downloads
-        path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file at {path}")
-        self._spans, self._json = self.read_rows(path)
-        if not len(self._spans):
-            raise ValueError(f"{config.path} contains no samples")
         self._images = config.images or config.path.rpartition("/")[0] or "."
+        self._rows = opened or self._open_rows(config)
         if not is_url(self._images) and not os.path.isdir(self._images):
             raise FileNotFoundError(
                 f"image folder {self._images} does not exist; set --images to the folder of {config.path}'s images"
             )
-        stem = config.path.rpartition("/")[2].rpartition(".")[0]
-        super().__init__(config, row_shards(stem, len(self._spans)))
+        super().__init__(config, self._rows.shards)
+        if isinstance(self._rows, KeptRows):
+            self.kept, self.stamps = self._rows.kept, self._rows.stamps
 
-    def __reduce__(self) -> tuple[type[RowSource], tuple[SourceConfig]]:
-        return type(self), (self.config,)
+    def __reduce__(self) -> tuple[type[RowSource], tuple[object, ...]]:
+        return type(self), (self.config, self._rows) if isinstance(self._rows, KeptRows) else (self.config,)
+
+    def _open_rows(self, config: SourceConfig) -> KeptRows | RowsInMemory:
+        path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {path}")
+        stem = config.path.rpartition("/")[2].rpartition(".")[0]
+
+        def read() -> RowsInMemory:
+            rows = RowsInMemory(stem, *self.read_rows(path))
+            if not rows.shards:
+                raise ValueError(f"{config.path} contains no samples")
+            return rows
+
+        if not self.rows_version:
+            return read()
+        return open_kept_rows(path, f"{path.name}-{self.rows_version}.index", self._downloads.folder, read)
 
     @abstractmethod
     def read_rows(self, path: Path) -> Rows:
@@ -59,10 +72,11 @@ class RowSource(Source):
         return row
 
     def record(self, number: int) -> Record:
-        shard = self.locate(number)[0]
-        start, stop, line = self._spans[number].tolist()
+        position = self.place(number)
+        shard = self.shards[position[0]].name
+        line, data = self._rows.row(*position)
         try:
-            row = json.loads(self._json[start:stop])
+            row = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BrokenSample(shard, f"line {line}", f"not valid JSON: {error}") from error
         if not isinstance(row, dict):
@@ -90,14 +104,6 @@ class RowSource(Source):
             if not isinstance(error, NO_IMAGE) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
             raise BrokenSample(shard, key, f"no image {shown!r} in {self._images}") from error
-
-
-def row_shards(stem: str, rows: int) -> tuple[Shard, ...]:
-    """One shard, or several of a long file: ranks embed them in parallel, and a killed run loses one at most."""
-    if rows <= ROWS_PER_SHARD:
-        return (Shard(stem, rows, 0),)
-    starts = range(0, rows, ROWS_PER_SHARD)
-    return tuple(Shard(f"{stem}-{i:05}", min(ROWS_PER_SHARD, rows - start), start) for i, start in enumerate(starts))
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -30,13 +31,20 @@ def list_tars(path: str) -> list[tuple[str, str]]:
         tars = _expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}")
-    folders = [tar.rpartition("/")[0] for tar in tars]
-    base = path.rstrip("/") if os.path.isdir(path) else _common_folder(folders)
-    names = [tar[len(base) :].lstrip("/").removesuffix(".tar") for tar in tars]
+    base = base_folder(path, tars)
+    names = [
+        (tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")).removesuffix(".tar")
+        for tar in tars
+    ]
     if len(set(names)) < len(names):
-        duplicates = sorted({name for name in names if names.count(name) > 1})
+        duplicates = [name for name, count in sorted(Counter(names).items()) if count > 1]
         raise ValueError(f"{path} lists shards more than once: {', '.join(duplicates)}")
     return list(zip(names, tars, strict=True))
+
+
+def base_folder(path: str, tars: Sequence[str]) -> str:
+    """The folder or URL that shard names are relative to: ``path`` itself, or the longest one that all tars share."""
+    return path if os.path.isdir(path) else _common_folder([tar.rpartition("/")[0] for tar in tars])
 
 
 def data_folder(path: str) -> Path:
@@ -55,7 +63,11 @@ def data_folder(path: str) -> Path:
 
 def _expand(pattern: str) -> list[str]:
     """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
-    return [path for one in expand_braces(pattern) for path in (sorted(glob.glob(one, recursive=True)) or [one])]
+    return [
+        path
+        for one in expand_braces(pattern)
+        for path in (glob.has_magic(one) and sorted(glob.glob(one, recursive=True))) or [one]
+    ]
 
 
 def _common_folder(folders: list[str]) -> str:

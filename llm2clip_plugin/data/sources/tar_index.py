@@ -1,15 +1,20 @@
-"""The index of a tar: offset and size of each sample's image, text and JSON, in a small memory-mapped file."""
+"""The index of a tar: offset and size of each sample's image, text and JSON, in a small file with a checksum."""
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.data.sources.index_file import Stamp
 from llm2clip_plugin.data.sources.tar_scan import Entry, group_samples, scan_tar
+
+log = logging.getLogger(__name__)
 
 FORMAT = {"kind": "llm2clip-tar-index", "format_version": 1}
 COLUMNS = 8  # offset and size of image, text, JSON and key
@@ -17,19 +22,24 @@ COLUMNS = 8  # offset and size of image, text, JSON and key
 
 @dataclass
 class TarIndex:
-    """The samples of one tar: a memory-mapped table, and the keys."""
+    """The samples of one tar, read to memory: a table, and the keys."""
 
     table: np.ndarray  # (samples, 8) int64: offset and size of image, text, JSON, key
-    keys: np.ndarray  # (bytes,) uint8: all keys, UTF-8, one after another
-    tar_size: int  # bytes of the tar that was indexed
+    keys: bytes  # all keys, UTF-8, one after another
+    stamp: Stamp  # of the tar that was indexed
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, number: int) -> Entry:
-        image, image_size, text, text_size, json_offset, json_size, key, key_size = self.table[number].tolist()
-        name = self.keys[key : key + key_size].tobytes().decode()
-        return Entry(name, (image, image_size), (text, text_size), (json_offset, json_size))
+        *columns, start, size = self.table[number].tolist()
+        return make_entry(columns, self.keys[start : start + size])
+
+
+def make_entry(columns: Sequence[int], key: bytes) -> Entry:
+    """An entry from the first six columns of a row."""
+    image, image_size, text, text_size, json_offset, json_size = columns
+    return Entry(key.decode(), (image, image_size), (text, text_size), (json_offset, json_size))
 
 
 def open_index(tar: Path, spare_folder: Path) -> TarIndex:
@@ -45,10 +55,10 @@ def open_index(tar: Path, spare_folder: Path) -> TarIndex:
     entries = group_samples(scan_tar(tar))
     target, spare = _index_paths(tar, spare_folder)
     try:
-        _save(target, entries, stamp)
+        save_index(target, entries, stamp)
     except OSError:  # a read-only folder or file system
         target = spare
-        _save(target, entries, stamp)
+        save_index(target, entries, stamp)
     index = _load(target, stamp)
     assert index is not None, f"{target} can't be read after writing"
     return index
@@ -66,13 +76,18 @@ def _stamp(tar: Path) -> dict[str, int]:
     return {"tar_size": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
 
 
+def index_path(tar: Path) -> Path:
+    """Path of the index of ``tar``, next to it."""
+    return tar.with_name(f".{tar.name}.index")
+
+
 def _index_paths(tar: Path, spare_folder: Path) -> tuple[Path, Path]:
     """Paths of the index of ``tar``: next to it, and in the spare folder."""
     digest = hashlib.sha256(os.path.abspath(tar).encode()).hexdigest()[:16]
-    return tar.with_name(f".{tar.name}.index"), spare_folder / f".{digest}-{tar.name}.index"
+    return index_path(tar), spare_folder / f".{digest}-{tar.name}.index"
 
 
-def _save(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
+def save_index(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
     """Write one line of JSON padded to a multiple of 8 bytes, the table, and the keys."""
     names = [entry.key.encode() for entry in entries]
     sizes = np.array([len(name) for name in names], dtype=np.int64)
@@ -82,28 +97,37 @@ def _save(path: Path, entries: list[Entry], stamp: dict[str, int]) -> None:
         table[:, 6] = np.cumsum(sizes) - sizes
         table[:, 7] = sizes
     blob = b"".join(names)
-    head = json.dumps({**FORMAT, **stamp, "samples": len(entries), "key_bytes": len(blob)}).encode()
+    body = table.tobytes() + blob
+    sizes_and_sum = {"samples": len(entries), "key_bytes": len(blob), "sha256": hashlib.sha256(body).hexdigest()}
+    head = json.dumps({**FORMAT, **stamp, **sizes_and_sum}).encode()
     head += b" " * (-(len(head) + 1) % 8) + b"\n"
     with atomic_file(path) as temporary:
-        temporary.write_bytes(head + table.tobytes() + blob)
+        temporary.write_bytes(head + body)
 
 
 def _load(path: Path, stamp: dict[str, int]) -> TarIndex | None:
-    """A memory-mapped index file; None if it is missing, truncated, of another tar or of another format."""
+    """An index file; None if it is missing or of another tar, and, with a warning, if it is damaged."""
     try:
-        with open(path, "rb") as file:
-            line = file.readline(4096)
-            head = json.loads(line)
-    except (OSError, ValueError):
+        line, _, body = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
         return None
-    if not isinstance(head, dict) or any(head.get(name) != value for name, value in {**FORMAT, **stamp}.items()):
+    except OSError as error:
+        log.warning("%s can't be read (%s); the tar is indexed again", path, error)
         return None
-    samples, key_bytes = head["samples"], head["key_bytes"]
-    keys_start = len(line) + samples * COLUMNS * 8
-    if path.stat().st_size != keys_start + key_bytes:
+    try:
+        head = json.loads(line)
+        stale = any(head.get(name) != value for name, value in stamp.items())
+        if stale and head["kind"] == FORMAT["kind"]:
+            return None
+        if any(head.get(name) != value for name, value in FORMAT.items()):
+            raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
+        table_bytes = head["samples"] * COLUMNS * 8
+        if len(body) != table_bytes + head["key_bytes"]:
+            raise ValueError("truncated")
+        if "sha256" in head and hashlib.sha256(body).hexdigest() != head["sha256"]:  # version 0.1 wrote none
+            raise ValueError("another SHA-256")
+        table = np.frombuffer(body[:table_bytes], dtype="<i8").reshape(-1, COLUMNS)
+        return TarIndex(table, body[table_bytes:], (head["tar_size"], head["tar_mtime_ns"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s); the tar is indexed again", path, error)
         return None
-    if samples == 0:
-        return TarIndex(np.zeros((0, COLUMNS), dtype="<i8"), np.zeros(0, dtype=np.uint8), head["tar_size"])
-    table = np.memmap(path, dtype="<i8", mode="r", offset=len(line), shape=(samples, COLUMNS))
-    keys = np.memmap(path, dtype=np.uint8, mode="r", offset=keys_start, shape=(key_bytes,))
-    return TarIndex(table, keys, head["tar_size"])

@@ -10,9 +10,10 @@ from typing import Any
 
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, SourceFormat
 from llm2clip_plugin.data.sources.records import BrokenSample, Record
-from llm2clip_plugin.data.sources.shards import list_tars, open_tar, prepare_tars, use_tar
-from llm2clip_plugin.data.sources.tar_index import TarIndex
-from llm2clip_plugin.data.sources.tar_scan import ABSENT, BrokenShard
+from llm2clip_plugin.data.sources.shards import use_tar
+from llm2clip_plugin.data.sources.tar_index import make_entry
+from llm2clip_plugin.data.sources.tar_scan import ABSENT
+from llm2clip_plugin.data.sources.tar_set import TarSet, open_tars
 from llm2clip_plugin.data.sources.urls import has_suffix, is_url
 
 OPEN_FILES = 64  # tars held open by one process
@@ -24,33 +25,23 @@ class TarSource(Source):
     A broken shard raises BrokenShard, or, if ``broken_shards`` is given, is noted there (name -> reason) and left out.
     """
 
-    def __init__(self, config: SourceConfig, broken_shards: dict[str, str] | None = None) -> None:
-        self._broken_shards = broken_shards
+    def __init__(
+        self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: TarSet | None = None
+    ) -> None:
         self._handles: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, last used last
         self._downloads = config.downloads
-        self._tars: list[str] = []
-        self._indexes: list[TarIndex] = []
-        tars = list_tars(config.path)
-        prepare_tars([tar for _, tar in tars], self._downloads)
-        shards, start = [], 0
-        for name, tar in tars:
-            try:
-                index = open_tar(self._downloads, tar)
-            except (BrokenShard, FileNotFoundError) as error:
-                if broken_shards is None:
-                    raise
-                broken_shards[name] = str(error)
-                continue
-            self._tars.append(tar)
-            self._indexes.append(index)
-            shards.append(Shard(name, len(index), start))
-            start += len(index)
+        self._set = opened or open_tars(config.path, self._downloads, broken_shards)
+        table, shards, start = self._set.index.table, [], 0
+        for name, samples in zip(table.names, table.samples, strict=True):
+            shards.append(Shard(name, samples, start))
+            start += samples
         super().__init__(config, tuple(shards))
-        if start == 0 and not broken_shards:
+        self.kept, self.stamps = self._set.kept, table.stamps
+        if start == 0 and not table.broken:
             raise ValueError(f"{config.path}: none of the {len(shards)} tars has an image, .txt or .json member")
 
-    def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, dict[str, str] | None]]:
-        return TarSource, (self.config, self._broken_shards)
+    def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, None, TarSet]]:
+        return TarSource, (self.config, None, self._set)
 
     def __del__(self) -> None:
         while self._handles:
@@ -58,7 +49,8 @@ class TarSource(Source):
 
     def record(self, number: int) -> Record:
         shard, within = self.place(number)
-        entry, name = self._indexes[shard][within], self.shards[shard].name
+        columns, key = self._set.index.row(shard, within)
+        entry, name = make_entry(columns[:6], key), self.shards[shard].name
         meta: dict[str, Any] = {}
         if entry.json[0] != ABSENT:
             data = self._read(shard, *entry.json)
@@ -90,13 +82,14 @@ class TarSource(Source):
         data = os.pread(descriptor, size, offset)
         if len(data) != size:
             raise ValueError(
-                f"{self._tars[shard]} was truncated while being read: got {len(data)} of {size} bytes at byte {offset}"
+                f"{self._set.tars[shard]} was truncated while being read: "
+                f"got {len(data)} of {size} bytes at byte {offset}"
             )
         return data
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
-        tar, expected = self._tars[shard], self._indexes[shard].tar_size
+        tar, expected = self._set.tars[shard], self.stamps[shard][0]
         descriptor = use_tar(self._downloads, tar, lambda path: os.open(path, os.O_RDONLY))
         size = os.fstat(descriptor).st_size
         if size != expected:

@@ -14,7 +14,8 @@ import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.writer import CacheWriter, caption_rows, shard_file
+from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest
+from llm2clip_plugin.data.cache.writer import CacheWriter, shard_file
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
 
@@ -217,7 +218,7 @@ def test_truncated_shard_is_refused(source, tmp_path: Path, share: float) -> Non
     with pytest.raises(ContractError, match=r"pairs\.safetensors is truncated or .*\(.+\); rerun `llm2clip embed"):
         EmbeddingCache.open(tmp_path / "cache")
     keys, captions = captions_of(source)
-    assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", keys, caption_rows(captions))
+    assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", rows_digest(keys, caption_rows(captions)))
 
 
 def test_flipped_bit_is_found_by_verify(source, tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_damaged_header_is_refused_and_embedded_again(source, tmp_path: Path, 
     with pytest.raises(ContractError, match=r"pairs\.safetensors is .* not a shard .*\(.+\); rerun `llm2clip embed"):
         EmbeddingCache.open(tmp_path / "cache")
     keys, captions = captions_of(source)
-    assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", keys, caption_rows(captions))
+    assert not CacheWriter(tmp_path / "cache", TEACHER).is_complete("pairs", rows_digest(keys, caption_rows(captions)))
 
 
 @pytest.mark.parametrize("field", ["file", "samples", "captions", "rows_sha256", "sha256"])

@@ -1,0 +1,350 @@
+"""Hundreds of shards: what a process keeps open is bounded, and a later start reads no captions."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from data_world import DroppingServer, jpeg, serving, write_tar
+
+from llm2clip_plugin.contracts import ContractError, TeacherIdentity
+from llm2clip_plugin.data import kept
+from llm2clip_plugin.data.cache import proof, reader
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.check.command import check_data
+from llm2clip_plugin.data.check.reading import CheckConfig
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources import shards, tar_index, webdataset
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.limits import raise_open_files, remedy_open_files
+from llm2clip_plugin.text.embed import embed_source
+from llm2clip_plugin.text.pairs import PairsConfig, open_pairs, survey
+
+TEACHER = TeacherIdentity(
+    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
+    layer=-1, prompt="", chat_template="", max_tokens=32, width=4,
+)  # fmt: skip
+PIXELS = jpeg(0, (16, 16))
+
+
+class LengthEncoder:
+    """Embeds a text as its length."""
+
+    width, count_truncated, config = TEACHER.width, 0, SimpleNamespace(max_tokens=TEACHER.max_tokens)
+
+    def identity(self) -> TeacherIdentity:
+        return TEACHER
+
+    def encode(self, texts: list[str], **options: object) -> torch.Tensor:
+        return torch.tensor([[float(len(text))] * self.width for text in texts]).reshape(-1, self.width)
+
+
+def write_tiny_tars(folder: Path, count: int, *, samples: int = 1, word: str = "picture") -> Path:
+    for shard in range(count):
+        members = []
+        for sample in range(samples):
+            key = f"{shard:05d}{sample:04d}"
+            text = json.dumps({"caption": f"{word} {key}", "long_caption": f"a long text about {word} {key}"})
+            members += [(f"{key}.jpg", PIXELS), (f"{key}.json", text.encode())]
+        write_tar(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+def embed(path: Path | str, cache: Path, **options: Any) -> Source:
+    source, encoder = open_source(SourceConfig(path=str(path), **options)), LengthEncoder()
+    embed_source(source, encoder, cache, quiet=True)  # pyright: ignore[reportArgumentType]
+    return source
+
+
+def open_now() -> tuple[int, int]:
+    """Descriptors and memory maps of this process."""
+    return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+
+
+@contextmanager
+def open_files_limit(more: int) -> Iterator[None]:
+    """At most ``more`` descriptors than now."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def use_everything(folder: Path) -> tuple[int, int]:
+    """Embed, check, load with two workers and form pairs; the most descriptors and maps after a shard was used."""
+    source = embed(folder, folder / "cache")
+    assert check_data(CheckConfig(path=str(folder), workers=2))["fit_for_training"]
+    cache = EmbeddingCache.open(folder / "cache")
+    cache.check(source, full=True)
+    dataset = PairDataset([source], [cache], ImageConfig(size=8), seed=0)
+    batches = islice(make_loader(dataset, local_batch=10, workers=2), len(source) // 10)
+    assert len({key for batch in batches for key in batch["keys"]}) == len(source)
+    config = PairsConfig(data=(str(folder),))
+    (pairs,) = open_pairs(config)
+    assert survey(pairs, config).usable == {"short:long": len(source)}
+    descriptors = maps = 0
+    for number in range(len(source)):
+        key, captions = source.captions(number)
+        assert source[number].read_image() == PIXELS
+        assert cache.rows(*source.locate(number), captions, key=key)[0, 0] == len(captions[0].text)
+        descriptors, maps = (max(pair) for pair in zip((descriptors, maps), open_now(), strict=True))
+    return descriptors, maps
+
+
+def test_open_files_and_maps_do_not_grow_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "OPEN_FILES", 8)
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 8)
+    use_everything(write_tiny_tars(tmp_path / "warm", 10))
+    few = use_everything(write_tiny_tars(tmp_path / "few", 30))
+    with open_files_limit(120):  # torch sends a tensor from a worker as a descriptor
+        many = use_everything(write_tiny_tars(tmp_path / "many", 300))
+    assert many[0] <= few[0] + 2 and many[1] <= few[1] + 20  # allocators map a little memory now and then
+
+
+def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = embed(write_tiny_tars(tmp_path, 20), tmp_path / "cache")
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("read again")
+
+    EmbeddingCache.open(tmp_path / "cache")  # keeps what the headers say
+    monkeypatch.setattr(Source, "captions", refuse)
+    monkeypatch.setattr(tar_index, "scan_tar", refuse)
+    monkeypatch.setattr(tar_index, "_load", refuse)
+    monkeypatch.setattr(EmbeddingCache, "shard", refuse)
+    again = open_source(SourceConfig(path=str(tmp_path)))
+    assert again.shards == source.shards
+    EmbeddingCache.open(tmp_path / "cache").check(again)
+    embed(tmp_path, tmp_path / "cache")
+    with pytest.raises(AssertionError, match="read again"):
+        EmbeddingCache.open(tmp_path / "cache").check(again, full=True)
+
+
+def test_digests_of_other_fields_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of all captions also fits a run that reads one field: compared in full once, then kept."""
+    read: list[int] = []
+    captions = Source.captions
+    monkeypatch.setattr(Source, "captions", lambda source, number: read.append(number) or captions(source, number))
+    embed(write_tiny_tars(tmp_path / "data", 3), tmp_path / "cache")
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    one_field = SourceConfig(path=str(tmp_path / "data"), fields=("caption=short",))
+    for expected in ([0, 1, 2], []):
+        read.clear()
+        cache.check(open_source(one_field))
+        assert read == expected
+    with pytest.raises(ContractError, match=r"caption 'pic\w+ 0+' \(hash \w{16}\) was not embedded"):
+        embed(tmp_path / "data", tmp_path / "other", fields=("long_caption=long",))
+        EmbeddingCache.open(tmp_path / "other").check(open_source(one_field))
+
+
+def test_a_changed_tar_is_compared_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    embed(write_tiny_tars(tmp_path / "data", 4), tmp_path / "cache")
+    write_tiny_tars(tmp_path / "other", 2, word="paintin")
+    (tmp_path / "other" / "00001.tar").replace(tmp_path / "data" / "00001.tar")
+    changed = open_source(SourceConfig(path=str(tmp_path / "data")))
+    with pytest.raises(ContractError, match=r"00001\.safetensors: sample '000010000': caption 'paintin 000010000'"):
+        EmbeddingCache.open(tmp_path / "cache").check(changed)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
+def test_a_damaged_ledger_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    source = embed(write_tiny_tars(tmp_path / "data", 3), tmp_path / "cache")
+    (ledger,) = (tmp_path / "data" / ".llm2clip").glob("captions-*.json")
+    whole = ledger.read_text()
+    cut, flipped = whole[:-5], whole.replace('"stamp":[', '"stamp":[1', 1)
+    ledger.write_text({"cut": cut, "flipped": flipped, "foreign": '{"kind": "other"}', "empty": ""}[damage])
+    EmbeddingCache.open(tmp_path / "cache").check(source)
+    assert "is damaged; its contents are checked again" in caplog.text
+    assert ledger.read_text() == whole
+
+
+@pytest.mark.parametrize("place", ["head", "table", "cut", "foreign"])
+def test_a_damaged_index_of_a_source_is_built_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    source = open_source(SourceConfig(path=str(write_tiny_tars(tmp_path / "data", 3))))
+    (index,) = (tmp_path / "data" / ".llm2clip").glob("shards-*.index")
+    whole = index.read_bytes()
+    table = whole.replace(b'"samples":[1', b'"samples":[7')
+    index.write_bytes({"head": b"x" + whole[1:], "table": table, "cut": whole[:-9], "foreign": b"{}\n"}[place])
+    again = open_source(SourceConfig(path=str(tmp_path / "data")))
+    assert again.shards == source.shards and index.read_bytes() == whole
+    assert "is damaged" in caplog.text and "built again" in caplog.text
+
+
+def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
+    """Exchanged rows too, which would give wrong pairs."""
+    source = open_source(SourceConfig(path=str(write_tiny_tars(tmp_path, 1, samples=3))))
+    (index,) = (tmp_path / ".llm2clip").glob("shards-*.index")
+    whole, row = index.read_bytes(), 9 * 8
+    rows = [whole[256 + n * row : 256 + (n + 1) * row] for n in range(3)]
+    for bad in (whole.replace(rows[0] + rows[1], rows[1] + rows[0]), whole.replace(b"000000002", b"000000009", 1)):
+        assert bad != whole
+        index.write_bytes(bad)
+        source = open_source(SourceConfig(path=str(tmp_path)))
+        with pytest.raises(ValueError, match=r"index is damaged \(row \d of shard '00000'\); delete it and restart"):
+            [source[number] for number in range(3)]
+
+
+def test_offsets_exchanged_in_the_index_of_a_tar_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tiny_tars(tmp_path, 1, samples=2) / "00000.tar"
+    tar_index.open_index(path, tmp_path)
+    file = tmp_path / ".00000.tar.index"
+    whole = file.read_bytes()
+    start = whole.index(b"\n") + 1
+    file.write_bytes(whole[:start] + whole[start + 64 : start + 128] + whole[start : start + 64] + whole[start + 128 :])
+    assert tar_index.open_index(path, tmp_path)[0].key == "000000000"
+    assert "is damaged (another SHA-256); the tar is indexed again" in caplog.text and file.read_bytes() == whole
+
+
+def test_in_a_read_only_folder_everything_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, spare = write_tiny_tars(tmp_path / "data", 20), tmp_path / "spare"
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(spare))
+    write, make = kept.atomic_file, Path.mkdir
+
+    def refuse(target: Path) -> Any:  # as a read-only folder does; modes don't stop a test that runs as root
+        if Path(target).is_relative_to(data):
+            raise PermissionError(13, "Permission denied", str(target))
+        return write(target)
+
+    def refuse_folder(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.is_relative_to(data) and not path.exists():
+            raise OSError(30, "Read-only file system", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(kept, "atomic_file", refuse)
+    monkeypatch.setattr(tar_index, "atomic_file", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse_folder)
+    source = embed(data, tmp_path / "cache")
+    assert [path.name for path in data.iterdir() if path.suffix != ".tar"] == []
+    monkeypatch.setattr(Source, "captions", lambda *arguments: pytest.fail("read again"))
+    EmbeddingCache.open(tmp_path / "cache").check(open_source(SourceConfig(path=str(data))))
+    assert source[0].read_image() == PIXELS
+
+
+def start(folder: str) -> tuple[int, int]:
+    """A start, in its own process: how many tars it indexed and captions it read."""
+    counts = {"scans": 0, "captions": 0}
+    scan, captions = tar_index.scan_tar, Source.captions
+
+    def counted_scan(path: Any) -> Any:
+        counts["scans"] += 1
+        return scan(path)
+
+    def counted_captions(source: Source, number: int) -> Any:
+        counts["captions"] += 1
+        return captions(source, number)
+
+    tar_index.scan_tar, shards.FEW, Source.captions = counted_scan, 1000, counted_captions
+    source = open_source(SourceConfig(path=folder, fields=("caption=short",)))
+    EmbeddingCache.open(Path(folder) / "cache").check(source)
+    return counts["scans"], counts["captions"]
+
+
+def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
+    folder = write_tiny_tars(tmp_path, 40, samples=5)
+    embed(folder, folder / "cache")
+    for path in (*folder.glob(".*.index"), *(folder / ".llm2clip").iterdir()):
+        path.unlink()
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        counts = pool.map(start, [str(folder)] * 3, chunksize=1)
+    assert [sum(column) for column in zip(*counts, strict=True)] == [40, 200]
+
+
+def test_a_waiting_process_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kept, "LINE_EVERY", 0.05)
+    folder = kept.KeptFolder.of(tmp_path, tmp_path / "spare")
+    ready = multiprocessing.Event()
+
+    def hold() -> None:
+        with folder.lock("index tars"):
+            ready.set()
+            time.sleep(0.5)
+
+    holder = multiprocessing.get_context("fork").Process(target=hold)
+    holder.start()
+    assert ready.wait(60)
+    with folder.lock("index tars"):
+        holder.join()
+    said = capsys.readouterr().err
+    assert re.search(rf"^waiting 0 s for process {holder.pid} of \S+ to index tars$", said, re.MULTILINE), said
+
+
+def test_a_set_at_a_url_larger_than_its_cache_is_not_downloaded_at_a_later_start(tmp_path: Path) -> None:
+    folder = write_tiny_tars(tmp_path / "data", 6)
+    files = {f"/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
+    limit = 2.5 * max(map(len, files.values())) / 1e9
+    server = DroppingServer(files)
+    options: dict[str, Any] = {"cache_folder": str(tmp_path / "copies"), "cache_gb": limit}
+    with serving(server) as address:
+        url = f"{address}/{{00000..00005}}.tar"
+        source = embed(url, tmp_path / "cache", **options)
+        before = server.sent
+        again = open_source(SourceConfig(path=url, **options))
+        EmbeddingCache.open(tmp_path / "cache").check(again)
+        assert again.shards == source.shards and server.sent == before > 0
+
+
+def test_a_table_keeps_its_index_and_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": f"k{n}", "image": f"{n}.jpg", "caption": f"picture {n}"} for n in range(5)]
+    chats = [{**row, "conversations": [{"from": "gpt", "value": row["caption"]}]} for row in rows]
+    (tmp_path / "t.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "t.json").write_text(json.dumps([*chats, {"id": "text only"}]))
+    for name in ("t.jsonl", "t.json"):
+        source = embed(tmp_path / name, tmp_path / f"cache-{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(type(source), "read_rows", lambda *arguments: pytest.fail("read again"))
+            again = open_source(SourceConfig(path=str(tmp_path / name)))
+            pickled = pickle.loads(pickle.dumps(again))
+            patch.setattr(Source, "captions", lambda *arguments: pytest.fail("read again"))
+            EmbeddingCache.open(tmp_path / f"cache-{name}").check(again)
+        assert [s[4].key for s in (source, again, pickled)] == ["k4"] * 3
+        assert [s[n].captions for s in (source, again) for n in (0, 4)] == [source[0].captions, source[4].captions] * 2
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+    assert open_source(SourceConfig(path=str(tmp_path / "t.jsonl")))[4].key == "k0"
+
+
+def test_the_limit_of_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+        raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "raise the hard limit to at least 1024 (ulimit -Hn" in remedy_open_files(512)
+    assert remedy_open_files(1024) == ""
+
+
+def test_what_was_compared_is_kept_when_a_later_shard_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with a pool of processes the first difference is still the one that is named."""
+    folder = write_tiny_tars(tmp_path / "data", 6, samples=2)
+    embed(folder, tmp_path / "cache")
+    write_tiny_tars(tmp_path / "other", 6, samples=2, word="paintin")
+    for name in ("00003.tar", "00005.tar"):
+        (tmp_path / "other" / name).replace(folder / name)
+    for path in (folder / ".llm2clip").glob("captions-*.json"):
+        path.unlink()
+    monkeypatch.setattr(proof, "FEW", 1)
+    source = open_source(SourceConfig(path=str(folder)))
+    with pytest.raises(ContractError, match=r"00003\.safetensors: sample '000030000'"):
+        EmbeddingCache.open(tmp_path / "cache").check(source)
+    assert list(proof.kept_digests(source)) == ["00000", "00001", "00002"]
