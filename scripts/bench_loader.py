@@ -7,8 +7,12 @@ rank is in a long step, and everything that may be prepared ahead is. Prints Mar
     python scripts/bench_loader.py --rows 256 --workers 2 --repeats 3
 """
 
+import dataclasses
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -16,14 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-import numpy as np
 import torch
 import tyro
-from bench import in_new_process
 from bench_data import BenchConfig as JpegConfig
 from bench_data import write_tars
 from torch import Tensor
@@ -35,6 +37,7 @@ from llm2clip_plugin.data.sampler import Draw
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 OLD, NEW = "normalized batches, four ahead (0.1)", "bytes, in parts"
+WAYS = {"old": OLD, "new": NEW}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class BenchConfig:
     batches: int = 2  # timed, after the first one
     delay: float = 0.005  # seconds a sample that stand for a slow disk
     repeats: int = 3
+    data: str = ""  # folder of the JPEGs; "": made for the benchmark
+    only: Literal["", "old speed", "old memory", "new speed", "new memory"] = ""  # measure this once, print JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +77,23 @@ class SlowDataset(PairDataset):
 
 
 def main(config: BenchConfig) -> None:
+    if config.only:
+        way, _, what = config.only.partition(" ")
+        measure = measure_speed if what == "speed" else measure_memory
+        print(json.dumps(vars(measure(WAYS[way], config))))
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_tars(Path(folder), JpegConfig(images=config.images, side=config.side))
+        config = dataclasses.replace(config, data=folder)
         results: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(config.repeats):
-            for way in (OLD, NEW):
-                for name, delay in (("speed", 0.0), ("slow disk", config.delay)):
-                    found = in_new_process(measure_speed, way, folder, config, delay)
-                    results.setdefault((way, name), []).append(found)
-                results.setdefault((way, "memory"), []).append(in_new_process(measure_memory, way, folder, config))
+            for short, way in WAYS.items():
+                for name, only, delay in (
+                    ("speed", f"{short} speed", 0.0),
+                    ("slow disk", f"{short} speed", config.delay),
+                    ("memory", f"{short} memory", 0.0),
+                ):
+                    results.setdefault((way, name), []).append(in_new_process(config, only, delay))
         print(f"{config.rows} rows of {config.size} px a batch, {config.workers} loader processes; medians of")
         print(f"{config.repeats} runs, [lowest, highest]; {os.cpu_count()} cores.\n")
         print(f"| way | /dev/shm, MB | other memory, MB | images/s | images/s at {config.delay * 1000:g} ms a sample |")
@@ -92,16 +105,24 @@ def main(config: BenchConfig) -> None:
             print(f"| {way} | " + " | ".join(map(summary, cells)) + " |")
 
 
-def measure_speed(way: str, folder: str, config: BenchConfig, delay: float) -> Measured:
+def in_new_process(config: BenchConfig, only: str, delay: float) -> Measured:
+    """One measurement by this script in another process."""
+    options = {**vars(config), "only": only, "delay": delay}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_speed(way: str, config: BenchConfig) -> Measured:
     """Images a second of a rank that only normalizes them, after a first batch."""
-    stream = pixels(way, folder, config, delay)
+    stream = pixels(way, config)
     next(stream)
     start = time.perf_counter()
     count = sum(len(batch) for batch in islice(stream, config.batches * config.rows // config.micro_batch))
     return Measured(speed=count / (time.perf_counter() - start))
 
 
-def measure_memory(way: str, folder: str, config: BenchConfig) -> Measured:
+def measure_memory(way: str, config: BenchConfig) -> Measured:
     """Peaks while the rank uses a batch for as long as its loader processes prepare more."""
     before, peaks, stop = used(), [0.0, 0.0], threading.Event()
 
@@ -113,7 +134,7 @@ def measure_memory(way: str, folder: str, config: BenchConfig) -> Measured:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    stream = pixels(way, folder, config, 0.0)
+    stream = pixels(way, config)
     first = next(stream)
     first_batch = time.perf_counter() - start
     time.sleep(first_batch * 6)  # as long as six batches take
@@ -122,12 +143,12 @@ def measure_memory(way: str, folder: str, config: BenchConfig) -> Measured:
     return Measured(speed=len(first), shared=peaks[0] / 1e6, memory=peaks[1] / 1e6)
 
 
-def pixels(way: str, folder: str, config: BenchConfig, delay: float) -> Iterator[Tensor]:
+def pixels(way: str, config: BenchConfig) -> Iterator[Tensor]:
     """Normalized micro-batches in order."""
     torch.set_num_threads(1)
     images = ImageConfig(size=config.size)
-    dataset = SlowDataset([open_source(SourceConfig(path=folder))], [None], images, seed=0)
-    dataset.delay = delay
+    dataset = SlowDataset([open_source(SourceConfig(path=config.data))], [None], images, seed=0)
+    dataset.delay = config.delay
     if way == OLD:
         draws = PartDraws(dataset.mixture(), 0, 0, 1, config.rows, config.rows)
         loader = DataLoader(
@@ -180,5 +201,4 @@ def summary(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    np.random.seed(0)
     main(tyro.cli(BenchConfig))

@@ -29,6 +29,7 @@ from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.parts import Ahead, join_parts
 from llm2clip_plugin.data.permutation import hash_words
+from llm2clip_plugin.data.read_rate import shuffle_window
 from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows, sample_rng
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.sources.base import Source
@@ -90,11 +91,12 @@ class PairDataset(Dataset):
 
     def mixture(self) -> Mixture:
         """The order in which samples of these sources are drawn."""
+        paths = [source.path for source in self.sources]
         return Mixture(
             [[shard.size for shard in source.shards] for source in self.sources],
             [source.config.weight for source in self.sources],
             self.seed,
-            [source.config.shuffle_window for source in self.sources],
+            [shuffle_window(source.config.shuffle_window, paths) for source in self.sources],
         )
 
     def __getitem__(self, draw: Draw) -> Row:

@@ -37,7 +37,8 @@ class PairsConfig:
     positive_field: str = "positive"  # of text-pair files; a text, or a list whose first text is used
     negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
     cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
-    read: ReadConfig = field(default_factory=ReadConfig)  # how caption sets are read
+    # how caption sets are read; stage 1 has an order of its own, without windows
+    read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
 
     def __post_init__(self) -> None:
         if self.pair_format not in PAIR_FORMATS:

@@ -31,7 +31,7 @@ class CheckConfig(SourceConfig):
         tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")
     ]  # folder of tars, .tar, .jsonl, .json or URL
     weight: tyro.conf.Suppress[float] = 1.0
-    shuffle_window: tyro.conf.Suppress[int] = 0
+    shuffle_window: tyro.conf.Suppress[int] = -1
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
     max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
     small_side: int = 32  # count images with a side shorter than this, in pixels

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading
+from llm2clip_plugin.data.read_rate import describe_report, reading_report
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
 
@@ -44,6 +45,7 @@ def build_report(
         "duplicate_keys": _duplicate_keys(source, keys, config.show),
         "caption_lengths": _lengths(config, source, captions),
         "images": _images(config, reading),
+        "reading": reading_report(source, reading.image_bytes / max(1, len(reading.sides))),
     }
 
 
@@ -133,6 +135,7 @@ def as_text(report: dict[str, Any], show: int) -> str:
             f"{width['median']} x {height['median']}, {images['mean_bytes'] / 1000:.1f} kB; "
             f"{images['small']} smaller than {images['small_side']} pixels"
         )
+    lines.append(f"  reading     {describe_report(report['reading'])}")
     lines += _length_lines(lengths) + _problem_lines(report, show)
     verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
     lines.append(f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed")

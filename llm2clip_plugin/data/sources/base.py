@@ -63,7 +63,9 @@ class ReadConfig:
     key_field: str = "id"  # field of a .jsonl with the sample's key; without it, the image's path is the key
     kinds: tuple[str, ...] = ()  # train only on these kinds of captions; empty: all
     languages: tuple[str, ...] = ()  # train only on captions in these languages; empty: all
-    shuffle_window: int = 0  # shards shuffled together, for slow disks and shard caches; 0: the entire source
+    # shards shuffled together, so that few are in use at a time; 0: the entire source; -1: 16 if the data is at a URL
+    # or on a network file system, else 0
+    shuffle_window: int = -1
     cache_folder: str = ""  # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
     cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
 
@@ -71,9 +73,9 @@ class ReadConfig:
         known = ("auto", *formats())
         if self.format not in known:
             raise ValueError(f"unknown data format {self.format!r}; known: {', '.join(known)}")
-        if self.shuffle_window < 0 or self.cache_gb < 0:
+        if self.shuffle_window < -1 or self.cache_gb < 0:
             raise ValueError(
-                f"shuffle_window and cache_gb must not be negative, got {self.shuffle_window} and {self.cache_gb}"
+                f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}, expected at least -1 and 0"
             )
         parse_fields(self.fields, self.language)
 

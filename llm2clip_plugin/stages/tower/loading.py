@@ -1,11 +1,24 @@
-"""What a rank's loader processes need: of this run's training, and of its evaluation."""
+"""How a run loads: what its loader processes need, in which order it reads, and what that asks of the disk."""
 
+import dataclasses
+from collections.abc import Sequence
+
+from llm2clip_plugin.data.read_rate import (
+    file_system,
+    is_network,
+    loose_images,
+    read_rate,
+    sample_bytes,
+    shuffle_window,
+)
 from llm2clip_plugin.data.shared_memory import (
     LoadPlan,
     lacks_shared_memory,
     plan_loading,
     row_bytes,
 )
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.stages.plan_text import WORLDS
 from llm2clip_plugin.stages.tower.config import RunConfig
 
 EVALUATION_PREFETCH = 2  # torch's default
@@ -50,3 +63,40 @@ def describe_loading(plans: list[LoadPlan], ranks: int) -> str:
     if reason := lacks_shared_memory(plans, ranks):
         return f"{text}\n  too much for this machine: {reason}"
     return text
+
+
+def with_order(config: RunConfig) -> RunConfig:
+    """The run with its ``shuffle_window`` decided by where its data is: it belongs to what a checkpoint records."""
+    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+    read = dataclasses.replace(config.data.read, shuffle_window=window)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, read=read))
+
+
+def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
+    """Order of the samples, and opens, reads and bytes a second on 1, 8 and 64 GPUs; without sources a hint."""
+    if not sources:
+        return "reading: give --data.path to see what the run asks of the disk"
+    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+    places = sorted({file_system(path) or "an unknown file system" for path in config.data.path})
+    order = f"shuffled by windows of {window} shards" if window else "shuffled over entire sources"
+    rate, workers = config.plan.images_per_second, max(1, config.train.dataloader_num_workers)
+    shards, samples = sum(len(source.shards) for source in sources), sum(map(len, sources))
+    size = sample_bytes(sources)
+    lines = [
+        f"reading from {', '.join(places)}: {samples:,} samples in {shards:,} shards, {order} "
+        f"(--data.read.shuffle-window); at {rate:g} images/s a GPU (--plan.images-per-second):"
+    ]
+    for world in WORLDS:
+        asked = read_rate(
+            images=rate * world,
+            mean_bytes=size,
+            shards=shards,
+            samples=samples,
+            window=window,
+            processes=world * workers,
+            loose=loose_images(sources),
+        )
+        lines.append(f"{world:6} GPUs: {asked}")
+    if not window and any(map(is_network, config.data.path)):
+        lines.append("  a network file system rarely bears so many opens: leave --data.read.shuffle-window at -1")
+    return "\n".join(lines)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.data.caption_choice import check_kinds
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.loading import describe_loading, load_plans
+from llm2clip_plugin.stages.tower.loading import describe_loading, describe_reading, load_plans
 from llm2clip_plugin.stages.tower.opening import find_cache, open_data
 from llm2clip_plugin.train.distributed import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
@@ -38,6 +39,7 @@ class DataSize:
     captions: int
     width: int
     assumed: tuple[str, ...]
+    sources: tuple[Source, ...] = ()  # opened; () without data
 
 
 def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
@@ -65,6 +67,7 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
         parameters,
         describe_cache(size),
         describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
+        describe_reading(config, size.sources),
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
         plans.describe_columns(table, train.global_batch, gpu_gib),
@@ -81,10 +84,13 @@ def measure_data(config: RunConfig) -> DataSize:
         data = open_data(config)
         check_kinds(data.sources, config.data.kind_weights)
         captions = sum(cache.manifest.captions for cache in data.caches)
-        return DataSize(samples=data.samples, captions=captions, width=data.caches[0].width, assumed=())
+        return DataSize(
+            samples=data.samples, captions=captions, width=data.caches[0].width, assumed=(), sources=tuple(data.sources)
+        )
     samples, captions = config.plan.images, config.plan.captions
-    if config.data.path:
-        samples = sum(len(open_source(source)) for source in config.data.sources)
+    sources = tuple(open_source(source) for source in config.data.sources)
+    if sources:
+        samples = sum(map(len, sources))
         assumed = [f"{captions} captions per image, as the data has no embedding cache"]
     else:
         assumed = [f"{samples:,} images x {captions} captions (--plan.images, or --data.path)"]
@@ -93,7 +99,7 @@ def measure_data(config: RunConfig) -> DataSize:
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
         assumed.append(f"LLM embeddings of width {width} (--dual.llm-width: {known})")
-    return DataSize(samples=samples, captions=samples * captions, width=width, assumed=tuple(assumed))
+    return DataSize(samples=samples, captions=samples * captions, width=width, assumed=tuple(assumed), sources=sources)
 
 
 def _has_caches(config: RunConfig) -> bool:

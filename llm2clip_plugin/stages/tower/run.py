@@ -15,7 +15,7 @@ from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
-from llm2clip_plugin.stages.tower.loading import load_plans
+from llm2clip_plugin.stages.tower.loading import load_plans, with_order
 from llm2clip_plugin.stages.tower.opening import Data, open_data
 from llm2clip_plugin.train.checkpoint import Loaded, load_weights
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
@@ -51,6 +51,7 @@ def train_tower(config: RunConfig) -> Path | None:
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest) -> Path | None:
     """From the opened data on: tower, engine, loop, export."""
     check_kinds(data.sources, config.data.kind_weights)
+    config = with_order(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
