@@ -27,6 +27,12 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
         return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world)]
 
 
+def start_ranks(function: Callable[..., Any], world: int, store: str, *args: Any) -> list[Any]:
+    """The processes of ``run_ranks``, to be killed; ``store``: an empty folder."""
+    spawn = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+    return spawn(_rank, (world, store, function, args), nprocs=world, join=False).processes
+
+
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(
         OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world)
