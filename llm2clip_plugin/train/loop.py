@@ -141,11 +141,12 @@ def run_loop(parts: LoopParts) -> TrainState:
 def _steps(parts: LoopParts, reports: "Reports", saver: Saver) -> tuple[TrainState, bool]:
     """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
     state, saved_at, save_due = parts.state, time.monotonic(), False
-    if _any_rank(parts, bool(parts.stop))[0]:  # requested before the first step
-        resumed = on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir())
-        if not resumed:
+    stop = _any_rank(parts, bool(parts.stop))[0]
+    if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
+        if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):  # resumed from another folder
             saver.save(state, last=True)
-        return state, True
+        if stop:
+            return state, True
     if state.evaluated is not None and state.evaluated < state.step and _evaluation_due(parts, state):
         state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
     while state.step < parts.total_steps:

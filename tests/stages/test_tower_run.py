@@ -307,3 +307,25 @@ def test_a_non_finite_loss_is_one_line_under_the_launcher(tiny: Path, tmp_path: 
     assert told.count("error: ") == 1 and "Traceback" not in told, told
     assert re.search(r"error: the loss is not finite .* rank 0: [01]-0\d\d, .* rank 1: [01]-0\d\d, ", told)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_full_disk_is_one_error_and_the_state_kept_elsewhere_ends_the_run(tiny: Path, tmp_path: Path):
+    """`deepspeed --num_gpus 2` into 96 kB: no checkpoint fits; the last state is resumed by its name."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    more = ("--heads.steps", "0", "--deepspeed", "scripts/zero1.json", "--train.save-fallback-dir", str(kept))
+    try:
+        done = launch(["scripts/train_tower.py", *options(tiny, disk / "run", *more)])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    told = done.stdout + done.stderr
+    last = kept / f"run/checkpoints/step-{STEPS:08d}"
+    assert done.returncode == 2 and told.count("error: ") == 1 and "Traceback" not in told, told
+    assert "No space left on device; there is no other checkpoint yet, trying again" in told, told
+    assert f"Its state is in {last}: resume with --resume {kept / 'run'}" in told, told
+    command = [*options(tiny, tmp_path / "run", *more), "--resume", str(kept / "run")]
+    assert finish(start(command, 1)) == [0]
+    assert TowerCard.read(tmp_path / "run/tower" / TowerCard.FILE).training["steps"] == STEPS
