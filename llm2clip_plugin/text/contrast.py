@@ -157,10 +157,11 @@ def hard_negative_loss(
     b, first = len(query_bW), rank() * len(query_bW)
     s = scale.float()
     all_NW = [gather_with_gradient(features) for features in (query_bW, positive_bW, negative_bW)]
-    excluded_bN = same_ids(caption_hashes, image_ids, first)
-    positive_bN = (s * query_bW.float() @ all_NW[1].float().T).masked_fill(excluded_bN, EXCLUDED)
+    positive_bN = s * query_bW.float() @ all_NW[1].float().T
     negative_bN = s * query_bW.float() @ all_NW[2].float().T
-    query_bN = (s * positive_bW.float() @ all_NW[0].float().T).masked_fill(excluded_bN, EXCLUDED)
+    query_bN = s * positive_bW.float() @ all_NW[0].float().T
+    if (excluded_bN := same_ids(caption_hashes, image_ids, first)) is not None:
+        positive_bN, query_bN = (logits.masked_fill(excluded_bN, EXCLUDED) for logits in (positive_bN, query_bN))
     target_b = torch.arange(first, first + b, device=query_bW.device)
     logits_b2N = torch.cat([positive_bN, negative_bN], 1)
     return 0.5 * (F.cross_entropy(logits_b2N, target_b) + F.cross_entropy(query_bN, target_b))
@@ -175,11 +176,11 @@ def gather_with_gradient(local: Tensor) -> Tensor:
     return torch.cat(all_gather(local.contiguous()))
 
 
-def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor:
-    """(b, N) bool: off-diagonal pairs that share an id; (1, 1) False without ids."""
+def same_ids(caption_hashes: Tensor | None, image_ids: Tensor | None, first: int) -> Tensor | None:
+    """(b, N) bool: off-diagonal pairs that share an id; None without ids."""
     ids_kb = stack_ids(caption_hashes, image_ids)
     if ids_kb is None:
-        return torch.zeros(1, 1, dtype=torch.bool)
+        return None
     ids_kN = gather_rows(ids_kb.T.contiguous()).T
     same_bN = (ids_kb[:, :, None] == ids_kN[:, None, :]).any(0)
     same_bN.diagonal(first)[: same_bN.shape[0]].fill_(False)
