@@ -113,7 +113,7 @@ def _wait(file: IO[str], doing: str) -> bool:
                 lines += 1
                 file.seek(0)
                 print(f"waiting {waited:.0f} s for {file.read(200).strip() or 'another process'}", file=sys.stderr)
-            time.sleep(0.05)
+            time.sleep(min(1.0, 0.02 + waited / 10))  # few requests to a network disk
         except OSError:
             return False
         else:

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -286,6 +288,34 @@ def test_a_waiting_process_says_for_whom(
         holder.join()
     said = capsys.readouterr().err
     assert re.search(rf"^waiting 0 s for process {holder.pid} of \S+ to index tars$", said, re.MULTILINE), said
+
+
+def test_the_processes_of_a_killed_reader_end(tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+from llm2clip_plugin.data.pool import process_pool
+
+def work(number):
+    with open(f"{sys.argv[1]}/{os.getpid()}", "w"):
+        time.sleep(600)
+
+with process_pool(2) as pool:
+    list(pool.map(work, range(2)))
+"""
+    reader = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    reader.kill()
+    reader.wait()
+    workers = [Path("/proc", path.name, "cmdline") for path in tmp_path.iterdir()]
+
+    def running() -> bool:
+        return any(path.exists() and path.read_bytes() for path in workers)  # a zombie has an empty one
+
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(workers) == 2 and not running()
 
 
 def test_a_set_at_a_url_larger_than_its_cache_is_not_downloaded_at_a_later_start(tmp_path: Path) -> None:

@@ -8,16 +8,15 @@ the processes that start together, while the others wait.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.rows import caption_rows, has_text, row_numbers, rows_digest, shard_captions
 from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile
+from llm2clip_plugin.data.pool import cores, process_pool
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.progress import progress_bar
 
@@ -118,16 +117,12 @@ def _compare_all(source: Source, shards: Sequence[Shard], open_shard: OpenShard,
 
 def _compared(source: Source, shards: Sequence[Shard], open_shard: OpenShard, full: bool) -> Iterator[tuple[str, str]]:
     """Results of ``_compare`` in order, from all cores if there is much to read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(shards))
+    workers = min(cores(), len(shards))
     if workers <= 1 or sum(shard.size for shard in shards) <= FEW:
         yield from map(partial(_compare, source, open_shard, full), shards)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(source, open_shard, full))
-    try:
+    with process_pool(workers, _begin_worker, (source, open_shard, full)) as pool:
         yield from pool.map(_compare_in_worker, shards)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _worker: Callable[[Shard], tuple[str, str]]  # _compare with the arguments that don't change; set in each process

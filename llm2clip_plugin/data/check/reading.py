@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
@@ -14,6 +13,7 @@ import numpy as np
 import tyro
 
 from llm2clip_plugin.data.decode import BrokenImage, load, open_header
+from llm2clip_plugin.data.pool import cores, process_pool
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions
 
@@ -75,15 +75,12 @@ class Reading:
 def read_all(source: Source, config: CheckConfig) -> Iterator[Reading | None]:
     """A reading of each chunk, followed by None for each of its other samples, so that progress counts samples."""
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(chunks))
+    workers = min(config.workers or cores(), len(chunks))
     if workers <= 1:
         yield from _spread(map(partial(read_samples, source, config, load_counter(config.tokenizer)), chunks))
         return
-    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(source, config))
-    try:
+    with process_pool(workers, _begin_worker, (source, config)) as pool:
         yield from _spread(pool.map(_read_in_worker, chunks))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, skip the rest
 
 
 def _spread(readings: Iterator[Reading]) -> Iterator[Reading | None]:

@@ -4,14 +4,16 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from llm2clip_plugin.data.pool import cores, process_pool
 from llm2clip_plugin.data.sources.downloads import Downloads, Result
-from llm2clip_plugin.data.sources.tar_index import TarIndex, find_index, open_index
+from llm2clip_plugin.data.sources.tar_index import TarIndex, find_index, has_index, open_index
 from llm2clip_plugin.data.sources.tar_scan import BrokenShard
 from llm2clip_plugin.data.sources.urls import expand_braces, is_url, list_urls
+from llm2clip_plugin.progress import track
 
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # shards that are indexed in this process, without a pool
@@ -103,14 +105,13 @@ def open_tar(downloads: Downloads, tar: str) -> TarIndex:
 def prepare_tars(tars: Sequence[str], downloads: Downloads) -> None:
     """Download and index many tars in parallel, with a progress bar; ``open_tar`` then finds each index."""
     remote = any(is_url(tar) for tar in tars)
-    missing = [tar for tar in tars if find_index(_local_name(tar, downloads), downloads.folder) is None]
+    missing = [tar for tar in tars if not has_index(_local_name(tar, downloads), downloads.folder)]
     if not missing or (len(missing) <= FEW and not remote):
         return
-    from llm2clip_plugin.progress import track
-
-    pool: Executor = ThreadPoolExecutor(DOWNLOADS_AT_ONCE) if remote else ProcessPoolExecutor()
-    with pool:
-        done = pool.map(partial(_prepare, downloads), missing)
+    pool = ThreadPoolExecutor(DOWNLOADS_AT_ONCE) if remote else process_pool(cores())
+    with pool as executor:
+        at_once = 1 if remote else max(1, min(32, len(missing) // (8 * cores())))
+        done = executor.map(partial(_prepare, downloads), missing, chunksize=at_once)
         for _ in track(done, total=len(missing), label="download and index" if remote else "index", unit="shards"):
             pass
 

@@ -71,6 +71,20 @@ def find_index(tar: Path, spare_folder: Path) -> TarIndex | None:
     return next((index for index in indexes if index is not None), None)
 
 
+def has_index(tar: Path, spare_folder: Path) -> bool:
+    """Whether there is an index that names the size and time of ``tar``; its contents are not read."""
+    stamp = _stamp(tar) if tar.exists() else {}
+    for path in _index_paths(tar, spare_folder):
+        try:
+            with open(path, "rb") as file:
+                head = json.loads(file.readline(4096))
+        except (OSError, ValueError):
+            continue
+        if isinstance(head, dict) and all(head.get(name) == value for name, value in {**FORMAT, **stamp}.items()):
+            return True
+    return False
+
+
 def _stamp(tar: Path) -> dict[str, int]:
     status = tar.stat()
     return {"tar_size": status.st_size, "tar_mtime_ns": status.st_mtime_ns}

@@ -16,6 +16,7 @@ from llm2clip_plugin.data.sources.shards import base_folder, list_tars, open_tar
 from llm2clip_plugin.data.sources.tar_index import COLUMNS, index_path
 from llm2clip_plugin.data.sources.tar_scan import BrokenShard
 from llm2clip_plugin.data.sources.urls import is_url
+from llm2clip_plugin.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _build(
     reasons: dict[str, str] = {}
 
     def shards() -> Iterator[ShardRows]:
-        for shard, tar in listed:
+        for shard, tar in track(listed, total=len(listed), label="join the indexes", unit="shards"):
             try:
                 index = open_tar(downloads, tar)
             except (BrokenShard, FileNotFoundError) as error:
