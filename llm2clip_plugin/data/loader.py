@@ -27,10 +27,11 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.caption_choice import choose_caption
 from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.parts import Ahead, join_parts
+from llm2clip_plugin.data.parts import Ahead, PartDraws, join_parts
 from llm2clip_plugin.data.permutation import hash_words
 from llm2clip_plugin.data.read_rate import shuffle_window
-from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows, sample_rng
+from llm2clip_plugin.data.sampler import Draw, Mixture, sample_rng
+from llm2clip_plugin.data.shards_ahead import ShardsAhead
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, select_captions
@@ -138,28 +139,6 @@ def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[s
         return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
     known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
     return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; available: {known}"
-
-
-class PartDraws:
-    """Endless draws of one rank from ``position`` on, in parts of a batch: each belongs to one batch."""
-
-    def __init__(self, mixture: Mixture, position: int, rank: int, world: int, local_batch: int, part: int) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank is {rank}, expected 0 .. {world - 1}")
-        if local_batch < 1 or position < 0 or part < 1:
-            raise ValueError(
-                f"local_batch is {local_batch}, position {position}, part {part}; expected at least 1, 0 and 1"
-            )
-        self.mixture, self.position = mixture, position
-        self.rank, self.world, self.local_batch, self.part = rank, world, local_batch, part
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        position = self.position
-        while True:
-            draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
-            for start in range(0, self.local_batch, self.part):
-                yield draws[start : start + self.part]
-            position += self.local_batch * self.world
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
@@ -281,7 +260,9 @@ def make_loader(
         row_bytes=dataset.row_bytes,
         prefetch_mb=prefetch_mb,
     )
-    draws = PartDraws(dataset.mixture(), position, rank, world, local_batch, plan.part)
+    mixture = dataset.mixture()
+    ahead = ShardsAhead(mixture, dataset.sources)
+    draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
     loader = DataLoader(
         dataset,
         batch_sampler=draws,  # pyright: ignore[reportArgumentType] - endless, so it has no length

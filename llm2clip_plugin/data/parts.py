@@ -1,16 +1,52 @@
-"""Parts of a batch, as loader processes hand them over, joined to batches; the next batch while one is in use."""
+"""Parts of a batch: drawn, handed over by loader processes, joined; the next batch while one is in use."""
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
+
 Batch = dict[str, Any]  # tensors and lists, one entry a row
 
 SHUTDOWN = 10  # seconds that closing waits for the thread
+
+
+class PartDraws:
+    """Endless draws of one rank from ``position`` on, in parts of a batch: each belongs to one batch."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        position: int,
+        rank: int,
+        world: int,
+        local_batch: int,
+        part: int,
+        before: Callable[[int], None] = lambda position: None,
+    ) -> None:
+        """before: called with the position of each global batch."""
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}, expected 0 .. {world - 1}")
+        if local_batch < 1 or position < 0 or part < 1:
+            raise ValueError(
+                f"local_batch is {local_batch}, position {position}, part {part}; expected at least 1, 0 and 1"
+            )
+        self.mixture, self.position = mixture, position
+        self.rank, self.world, self.local_batch, self.part = rank, world, local_batch, part
+        self.before = before
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        position = self.position
+        while True:
+            self.before(position)
+            draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            for start in range(0, self.local_batch, self.part):
+                yield draws[start : start + self.part]
+            position += self.local_batch * self.world
 
 
 def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Iterator[Batch]:
@@ -71,13 +107,12 @@ class Ahead:
             self._thread.join(SHUTDOWN)
 
     def _run(self, device: int | None) -> None:
-        torch.set_num_threads(1)  # of this thread: copies must not take the training step's cores
-        if device is not None:
-            torch.cuda.set_device(device)  # of this thread: pinning would open a context on GPU 0 otherwise
-        while self._wanted.acquire() and not self._closed.is_set():
-            try:
+        try:
+            torch.set_num_threads(1)  # of this thread: copies must not take the training step's cores
+            if device is not None:
+                torch.cuda.set_device(device)  # of this thread: pinning would open a context on GPU 0 otherwise
+            while self._wanted.acquire() and not self._closed.is_set():
                 self._ready.put((next(self._items), None))
-            except BaseException as error:
-                self._ready.put((None, error))
-                break
+        except BaseException as error:  # StopIteration, too: the caller waits for one or the other
+            self._ready.put((None, error))
         self._items = iter(())  # frees the loader processes

@@ -50,6 +50,10 @@ class PassOrder:
         self.group_starts = self.group_stops - group_sizes
         assert total == (self.group_stops[-1] if len(self.group_stops) else 0)
 
+    def window_at(self, place: int) -> int:
+        """Number of the group that is read at a position of the pass."""
+        return int(np.searchsorted(self.group_stops, place, side="right"))
+
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Sample numbers (k,) at int64 ``positions`` (k,) of the pass."""
         group_of = np.searchsorted(self.group_stops, positions, side="right")
@@ -105,6 +109,20 @@ class Mixture:
             here = min(count - len(result), self.epoch_length - offset)
             result += self._within_epoch(epoch, offset, here)
         return result
+
+    def window(self, source: int, position: int) -> tuple[int, int]:
+        """The pass over a source, and its window of shards, that the draws from ``position`` on read."""
+        epoch, offset = divmod(position, self.epoch_length)
+        before = offset if len(self.draws) == 1 else int(self._source_order(epoch).counts(offset)[source])
+        number, place = divmod(epoch * self.draws[source] + before, self.lengths[source])
+        return number, self._pass_order(source, number).window_at(place)
+
+    def window_shards(self, source: int, number: int, window: int) -> list[int]:
+        """Shards of a window of pass ``number``; the window after its last is the next pass's first."""
+        groups = self._pass_order(source, number).groups
+        if window == len(groups):
+            groups, window = self._pass_order(source, number + 1).groups, 0
+        return groups[window].tolist()
 
     def _within_epoch(self, epoch: int, offset: int, count: int) -> list[Draw]:
         labels, ranks = self._sources(epoch, offset, count)

@@ -63,12 +63,13 @@ def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
-    """`deepspeed --num_gpus 2` with ZeRO-3: SIGTERM saves, exit 0; it goes on to an end that exports the tower."""
+    """`deepspeed --num_gpus 2` with ZeRO-3 and loader processes: SIGTERM saves, exit 0; it resumes and exports."""
     run = tmp_path / "run"
     validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
     command += options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "0")
+    command += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
     long, port = ["--max_steps", "2000"], "--master_port"
     process = subprocess.Popen(
         [*command, *long], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

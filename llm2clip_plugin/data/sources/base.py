@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -129,6 +129,14 @@ class Source(ABC):
     @abstractmethod
     def record(self, number: int) -> Record:
         """A sample as it is stored. Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1."""
+
+    def download(self, shard: int) -> bool:
+        """Make a local copy of a shard at a URL, if there is none. False for a shard that is read where it is."""
+        return False
+
+    def download_bytes(self, shards: Iterable[int]) -> int:
+        """Bytes that ``download`` copies for these shards, if none is there yet; 0 for shards that are local."""
+        return 0
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0

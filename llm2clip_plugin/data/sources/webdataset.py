@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,13 @@ class TarSource(Source):
     def __del__(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+    def download(self, shard: int) -> bool:
+        tar = self._set.tars[shard]
+        return is_url(tar) and bool(self._downloads.fetch(tar))
+
+    def download_bytes(self, shards: Iterable[int]) -> int:
+        return sum(self.stamps[shard][0] for shard in shards if is_url(self._set.tars[shard]))
 
     def record(self, number: int) -> Record:
         shard, within = self.place(number)

@@ -1,0 +1,59 @@
+import logging
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from data_world import DroppingServer, serving, write_shards
+
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+
+WAIT = 20  # seconds that a download of a few kB may take on a busy machine
+
+
+def wait_for(copies: list[Path]) -> None:
+    end = time.monotonic() + WAIT
+    while not all(copy.exists() for copy in copies):
+        assert time.monotonic() < end, f"not downloaded: {copies}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers: int) -> None:
+    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [8] * 4).glob("*.tar")}
+    with serving(DroppingServer(files)) as address:
+        config = SourceConfig(
+            path=f"{address}/{{00000..00003}}.tar", cache_folder=str(tmp_path / "cache"), shuffle_window=1
+        )
+        source = open_source(config)
+        copies = [config.downloads.local_path(f"{address}/{shard.name}.tar") for shard in source.shards]
+        for copy in copies:
+            copy.unlink()  # the indexes stay
+        dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
+        order = [dataset.mixture().window_shards(0, 0, window)[0] for window in range(4)]
+        stream = iter(make_loader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
+        keys = [next(stream)["keys"][0]]
+        wait_for([copies[order[0]], copies[order[1]]])
+        assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
+        keys += [batch["keys"][0] for batch in islice(stream, 31)]
+        assert sorted(keys) == [f"{number:09d}" for number in range(32)]
+
+
+def test_a_cache_of_less_than_two_windows_is_mentioned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 4).glob("*.tar")}
+    size = max(map(len, files.values()))
+    with serving(DroppingServer(files)) as address:
+        config = SourceConfig(
+            path=f"{address}/{{00000..00003}}.tar",
+            cache_folder=str(tmp_path / "cache"),
+            cache_gb=1.5 * size / 1e9,
+            shuffle_window=1,
+        )
+        dataset = PairDataset([open_source(config)], [None], ImageConfig(size=8), seed=0)
+        with caplog.at_level(logging.WARNING):
+            found = list(islice(make_loader(dataset, local_batch=4), 4))
+        assert len({key for batch in found for key in batch["keys"]}) == 16
+    assert len(caplog.records) == 1 and "two windows of shards have" in caplog.text
+    assert "raise cache_gb or lower shuffle_window" in caplog.text
