@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,8 +66,13 @@ def options(captions: Path, llm: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def losses(output: Path) -> list[float]:
+def step_lines(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]  # without evaluations and checkpoints
+
+
+def losses(output: Path) -> list[float]:
+    lines = step_lines(output)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
@@ -285,7 +291,7 @@ def test_plain_texts_and_learned_scale(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"differs only by dropout, but lora\.dropout is 0"):
         finetune_llm(parse(arguments))
     finetune_llm(parse([*arguments, "--dropout", "0.2", "--precision", "fp32"]))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = step_lines(tmp_path / "run")
     assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
 
 

@@ -62,8 +62,8 @@ def test_it_learns_and_cutting_changes_nothing(llama: Path, tmp_path: Path) -> N
     losses = []
     for name, more in (("whole", []), ("cut", ["--micro-batch", "4"])):
         adapter = pretrain_llm(parse([*base, "--output-dir", str(tmp_path / name), *more]))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     assert losses[0][-1] < losses[0][0] - 0.5
     merged = ["export-llm", "--llm", str(llama), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
