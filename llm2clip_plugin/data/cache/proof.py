@@ -16,7 +16,7 @@ from typing import Any
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.rows import caption_rows, has_text, row_numbers, rows_digest, shard_captions
 from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile
-from llm2clip_plugin.data.pool import cores, process_pool
+from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.progress import progress_bar
 
@@ -122,7 +122,7 @@ def _compared(source: Source, shards: Sequence[Shard], open_shard: OpenShard, fu
         yield from map(partial(_compare, source, open_shard, full), shards)
         return
     with process_pool(workers, _begin_worker, (source, open_shard, full)) as pool:
-        yield from pool.map(_compare_in_worker, shards)
+        yield from map_in_order(pool, _compare_in_worker, shards, ahead=4 * workers)
 
 
 _worker: Callable[[Shard], tuple[str, str]]  # _compare with the arguments that don't change; set in each process

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from llm2clip_plugin.data.decode import BrokenImage, load, open_header
-from llm2clip_plugin.data.pool import cores, process_pool
+from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions
 
@@ -54,7 +54,7 @@ class Reading:
     caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 3) int64: hash, sample number, tokens
     key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample number
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
-    sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    side_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int32: width, height
     image_bytes: int = 0
 
     def add(self, other: Reading) -> None:
@@ -67,20 +67,21 @@ class Reading:
         self.without_captions += other.without_captions
         self.caption_rows += other.caption_rows
         self.key_rows += other.key_rows
-        self.sides += other.sides
+        self.side_rows += other.side_rows
         self.captions += other.captions
         self.formats += other.formats
 
 
 def read_all(source: Source, config: CheckConfig) -> Iterator[Reading | None]:
     """A reading of each chunk, followed by None for each of its other samples, so that progress counts samples."""
-    chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-    workers = min(config.workers or cores(), len(chunks))
+    starts = range(0, len(source), CHUNK)
+    chunks = (range(first, min(first + CHUNK, len(source))) for first in starts)
+    workers = min(config.workers or cores(), len(starts))
     if workers <= 1:
         yield from _spread(map(partial(read_samples, source, config, load_counter(config.tokenizer)), chunks))
         return
     with process_pool(workers, _begin_worker, (source, config)) as pool:
-        yield from _spread(pool.map(_read_in_worker, chunks))
+        yield from _spread(map_in_order(pool, _read_in_worker, chunks, ahead=8 * workers))
 
 
 def _spread(readings: Iterator[Reading]) -> Iterator[Reading | None]:
@@ -119,14 +120,14 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
 def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int], numbers: range) -> Reading:
     """Read some samples of a source and decode their images at full size."""
     reading = Reading(samples=len(numbers))
-    caption_rows, key_rows = [], []
+    caption_rows, key_rows, sides = [], [], []
     for number in numbers:
         key, captions, reason = "", (), ""
         try:
             sample = source[number]
             key, captions = sample.key, sample.captions
             reading.blank_captions += sample.blank_captions
-            _read_image(sample, reading)
+            sides.append(_read_image(sample, reading))
         except BrokenSample as error:
             key, reason = error.key, error.reason
         except BrokenImage as error:
@@ -142,18 +143,19 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
             reading.without_captions.append({**identity, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 3))
     reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
+    reading.side_rows.append(np.array(sides, dtype=np.int32).reshape(-1, 2))
     return reading
 
 
-def _read_image(sample: Sample, reading: Reading) -> None:
-    """Decode the image and add its format and size. Raises BrokenSample or BrokenImage."""
+def _read_image(sample: Sample, reading: Reading) -> tuple[int, int]:
+    """Decode the image, count it, and return its width and height. Raises BrokenSample or BrokenImage."""
     data = sample.read_image()
     image = open_header(data)
     image_format, size = image.format or "?", image.size
     load(image)
     reading.formats[image_format] += 1
-    reading.sides.append(size)
     reading.image_bytes += len(data)
+    return size
 
 
 def _count_captions(captions: tuple[Caption, ...], reading: Reading) -> None:

@@ -45,7 +45,7 @@ def build_report(
         "duplicate_keys": _duplicate_keys(source, keys, config.show),
         "caption_lengths": _lengths(config, source, captions),
         "images": _images(config, reading),
-        "reading": reading_report(source, reading.image_bytes / max(1, len(reading.sides))),
+        "reading": reading_report(source, reading.image_bytes / max(1, sum(reading.formats.values()))),
     }
 
 
@@ -107,7 +107,7 @@ def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[
 
 def _images(config: CheckConfig, reading: Reading) -> dict[str, Any]:
     """Formats and sizes of the images that decode."""
-    sides = np.array(reading.sides, dtype=np.int64).reshape(-1, 2)
+    sides = np.concatenate([np.zeros((0, 2), dtype=np.int32), *reading.side_rows])
     report: dict[str, Any] = {"whole": len(sides), "formats": dict(reading.formats.most_common())}
     if len(sides):
         report["mean_bytes"] = reading.image_bytes // len(sides)
