@@ -34,12 +34,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
 
 
-def start(argv: list[str], world: int) -> list[subprocess.Popen[bytes]]:
+def start(argv: list[str], world: int, script: str = "scripts/train_tower.py") -> list[subprocess.Popen[bytes]]:
     """The script in ``world`` processes, as a launcher starts it."""
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "scripts/train_tower.py", f"--local_rank={rank}", *argv],
+            [sys.executable, script, f"--local_rank={rank}", *argv],
             cwd=ROOT,
             env=environment(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port

@@ -5,7 +5,9 @@ Skipped without root, network namespaces, sshd or pdsh; scripts/test.sh installs
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tiny_data import make_all
+from tiny_llm import save_tiny_llm
 from tower_runs import environment, finish, losses, options, start
 from two_nodes import Cluster, Node, wait_for, why_not
 
@@ -23,7 +26,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_n
 
 STEPS = 30
 # as after `source .venv/bin/activate`; a login by ssh has none of it
-LOGIN = environment(PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+LOGIN = environment(
+    PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # without it, torchrun does not let a host return
+)
 PATIENCE = 240  # seconds until a run counts as hanging, on a busy machine
 
 
@@ -37,6 +43,23 @@ def launch(node: Node, log: Path, *words: str) -> subprocess.Popen[str]:
     """A command on a host, which writes into ``log``."""
     with log.open("a") as file:
         return node.popen(words, env=LOGIN, stdout=file, stderr=subprocess.STDOUT)
+
+
+def llm_options(captions: Path, llm: Path, run: Path, *more: str) -> list[str]:
+    """A short stage 1 at a rate that moves the loss."""
+    return [
+        *(str(captions), "--llm", str(llm), "--compute-dtype", "float32", "--output-dir", str(run), "--lr", "3e-3"),
+        *("--global-batch", "16", "--warmup-steps", "0", "--dropout", "0", "--scale", "20", *more),
+    ]
+
+
+def write_captions(path: Path) -> Path:
+    """48 samples with two captions each."""
+    words = "red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
+    names = [f"{words[i % 14]} {words[i * 5 % 14]} {i}" for i in range(48)]
+    rows = [{"id": name, "image": "x.png", "caption": name, "long_caption": f"here is a {name}"} for name in names]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def reaches(run: Path, step: int, process: subprocess.Popen[str], log: Path) -> None:
@@ -75,6 +98,38 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(range(1, STEPS + 1))
     worlds = {state.step: state.world_size for state in map(TrainState.read, run.glob("checkpoints/*/state.json"))}
     assert worlds[STEPS] == 2 and RunRecord.read(run / RunRecord.FILE).finished
+
+
+def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
+    """Stage 1 with ZeRO-1: node-1 is left alone, restarts with one rank, and takes node-2 in when it is back."""
+    one, two = cluster.nodes
+    captions, straight, run = write_captions(tmp_path / "captions.jsonl"), tmp_path / "straight", tmp_path / "run"
+    more = ("--max-steps", str(STEPS), "--save-steps", "2", "--deepspeed", "scripts/zero1.json")
+    llm = save_tiny_llm(tmp_path / "llm", "llama")
+    script = "scripts/finetune_llm.py"
+    assert finish(start(llm_options(captions, llm, straight, *more), 2, script)) == [0, 0]
+    agents = ("torchrun", "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv_backend", "c10d")
+    agents += ("--rdzv_endpoint", "node-1:29400", "--rdzv_id", "1", "--rdzv_conf")
+    agents += ("last_call_timeout=1,keep_alive_interval=1", script, *llm_options(captions, llm, run, *more))
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+
+    survivor = launch(one, first, *agents)
+    launch(two, second, *agents)
+    reaches(run, 5, survivor, first)
+    two.kill()
+    reached = max(losses(run))
+    reaches(run, reached + 5, survivor, first)
+    assert "lost the connection to another rank: " in first.read_text()
+    one.check("pkill", "-STOP", "-f", f"python -u {script}")  # it would be at its end before node-2 is back
+    two.start()
+    returned = launch(two, second, *agents)
+    wait_for(lambda: "closing signal SIGTERM" in first.read_text(), PATIENCE)
+    one.check("pkill", "-CONT", "-f", f"python -u {script}")
+    assert [survivor.wait(PATIENCE), returned.wait(PATIENCE)] == [0, 0], first.read_text()[-3000:]
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert re.search(rf"SIGTERM: saved step \d+ of {STEPS}", first.read_text())
+    (last,) = run.glob(f"checkpoints/step-{STEPS:08d}")
+    assert TrainState.read(last / TrainState.FILE).world_size == 2 and (run / "adapter").is_dir()
 
 
 KILLED = """
