@@ -21,6 +21,8 @@ from torch.distributed import ProcessGroup
 
 from llm2clip_plugin.train.errors import FirstRankError
 
+TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+
 Value = TypeVar("Value")
 
 
@@ -88,8 +90,17 @@ def free_port() -> int:
 
 
 def set_single_process_environment() -> None:
-    """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise."""
+    """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise.
+
+    Raises ValueError for one of several tasks of srun or mpirun: each of them would train alone, in the same folder.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        for program, variable in TASKS.items():
+            if (tasks := int(os.environ.get(variable) or 1)) > 1:
+                raise ValueError(
+                    f"{program} started {tasks} tasks ({variable}), but RANK and WORLD_SIZE are not set, so each would "
+                    "train alone; let it start one `torchrun --nnodes NODES ...` per node (docs/scaling.md)"
+                )
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 

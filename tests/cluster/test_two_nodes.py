@@ -85,7 +85,7 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     assert "error: rank 0 on node-1 lost the connection to another rank: " in log.read_text()
     assert "Traceback" not in log.read_text()
 
-    alone = launch(one, log, *launcher, "--include", "node-1", *command)
+    alone = launch(one, log, *launcher, "--exclude", "node-2", *command)
     reaches(run, 14, alone, log)
     one.check("pkill", "-TERM", "-f", "train_tower.py --local_rank")
     assert alone.wait(PATIENCE) == 0, log.read_text()[-3000:]

@@ -1,10 +1,11 @@
-"""A lost rank is one line, any other error is not taken for one."""
+"""A lost rank is one line, any other error is not taken for one; tasks without a launcher are refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
 
+from llm2clip_plugin.train.distributed import set_single_process_environment
 from llm2clip_plugin.train.errors import lost_rank
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4213"
@@ -28,3 +29,17 @@ def test_a_lost_rank_is_named(monkeypatch: pytest.MonkeyPatch, error: RuntimeErr
 
 def test_another_error_keeps_its_traceback():
     assert lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "16")  # of the whole job, also in the batch script
+    set_single_process_environment()
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "16")
+    with pytest.raises(
+        ValueError, match=rf"started 16 tasks \({variable}\).* each would train alone; let it start one"
+    ):
+        set_single_process_environment()
