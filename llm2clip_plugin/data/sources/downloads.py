@@ -1,28 +1,26 @@
 """Local copies of files at URLs, downloaded in byte ranges that resume where a connection broke.
 
-Ranges are appended to a ``.partial`` file; a range that fails is requested again, smaller, after a pause. The file gets
-its final name when it is complete, so a reader never sees part of a shard. A lock keeps the ranks and loader workers of
-a machine from downloading a shard twice.
+Ranges are appended to a ``.partial`` file; a range that fails is requested again, smaller, after a pause (data.retry
+has the rules). The file gets its final name when it is complete, so a reader never sees part of a shard. A lock keeps
+the ranks and loader workers of a machine from downloading a shard twice.
 """
 
 import fcntl
 import hashlib
 import itertools
-import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from llm2clip_plugin.contracts import atomic_file, canonical_json
-from llm2clip_plugin.data.sources.urls import open_filesystem
-
-log = logging.getLogger(__name__)
+from llm2clip_plugin.data.retry import Failures, Retry, retried
+from llm2clip_plugin.data.sources.urls import has_suffix, open_filesystem
 
 Result = TypeVar("Result")
 
@@ -30,6 +28,7 @@ LARGEST_RANGE = 32 << 20  # bytes of a request
 SMALLEST_RANGE = 64 << 10  # bytes of a request after larger ones have failed
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
+PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype html|html)\b", re.IGNORECASE | re.DOTALL)
 VERSION = {
     "size",
     "etag",
@@ -56,8 +55,7 @@ class Downloads:
     """A local folder of downloaded files."""
 
     folder: Path
-    tries: int = 8  # consecutive failures before giving up
-    first_pause: float = 0.5  # seconds after a failure; doubles up to 30 s
+    retry: Retry = field(default_factory=Retry)
     limit_bytes: int = 0  # least recently used shards are deleted above this size of the folder; 0: no limit
 
     def local_path(self, url: str) -> Path:
@@ -68,7 +66,8 @@ class Downloads:
     def fetch(self, url: str) -> Path:
         """The local copy of ``url``, downloaded if there is none.
 
-        Raises FileNotFoundError if the server has no such file, ConnectionError after too many failures.
+        Raises FileNotFoundError if the server has no such file, PermissionError if it denies access, ConnectionError
+        after too many failures.
         """
         target = self.local_path(url)
         if not target.exists():
@@ -90,21 +89,27 @@ class Downloads:
             try:
                 return action(path)
             except FileNotFoundError:
-                if attempt == self.tries or path.exists():
+                if attempt == self.retry.tries or path.exists():
                     raise
         raise AssertionError("count() does not end")
 
+    def forget(self, url: str) -> None:
+        """Delete the local copy of ``url``, so that it is downloaded again when it is next used."""
+        target = self.local_path(url)
+        for path in (target, target.with_name(target.name + ".partial")):
+            path.unlink(missing_ok=True)
+
     def read(self, url: str) -> bytes:
-        """The bytes at ``url``, without a local copy: for single images."""
+        """The bytes at ``url``, without a local copy: for single images. Raises as ``fetch`` does."""
         filesystem, path = open_filesystem(url)
-        return self._persist(lambda: filesystem.cat_file(path), url)
+        return retried(lambda: filesystem.cat_file(path), url, self.retry)
 
     def _download(self, url: str, target: Path) -> None:
         filesystem, path = open_filesystem(url)
-        info = self._persist(lambda: filesystem.info(path), url)
+        info = retried(lambda: filesystem.info(path), url, self.retry)
         total = info.get("size")
         if total is None:  # without a size there are no ranges
-            data = self._persist(lambda: filesystem.cat_file(path), url)
+            data = retried(lambda: _not_a_page(filesystem.cat_file(path), url), url, self.retry)
             with atomic_file(target) as temporary:
                 temporary.write_bytes(data)
             return
@@ -124,7 +129,7 @@ class Downloads:
 
     def _append(self, filesystem: Any, path: str, url: str, file: Any, total: int) -> None:
         """Append ranges to ``file`` until it has ``total`` bytes."""
-        span, failures = LARGEST_RANGE, 0
+        span, failures = LARGEST_RANGE, Failures(url, self.retry)
         file.truncate(min(file.seek(0, os.SEEK_END), total))
         while (done := file.seek(0, os.SEEK_END)) < total:
             want = min(span, total - done)
@@ -132,40 +137,17 @@ class Downloads:
                 data = filesystem.cat_file(path, start=done, end=done + want)
                 if len(data) == total and want < total:
                     data = data[done : done + want]  # a server without ranges sends the entire file
+                if done == 0:
+                    _not_a_page(data, url)
                 if len(data) != want:
                     raise ConnectionError(f"received {len(data)} bytes instead of {want}")
-            except (FileNotFoundError, PermissionError):
-                raise
-            except Exception as error:  # each protocol has its own network errors; all are worth a retry
-                failures += 1
-                self._pause(failures, url, error, f" at byte {done} of {total}")
+            except Exception as error:
+                failures.add(error, f" at byte {done} of {total}")
                 span = max(SMALLEST_RANGE, span // 4)
             else:
                 file.write(data)
-                failures, span = 0, min(LARGEST_RANGE, span * 2)
-
-    def _persist(self, action: Callable[[], Any], url: str) -> Any:
-        """``action()``, retried after network errors."""
-        for failures in itertools.count(1):
-            try:
-                return action()
-            except PermissionError:
-                raise
-            except Exception as error:  # as in _append
-                if isinstance(error, FileNotFoundError) and _is_missing(error):
-                    raise FileNotFoundError(f"no file at {url}") from error
-                self._pause(failures, url, error, "")
-
-    def _pause(self, failures: int, url: str, error: Exception, where: str) -> None:
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-        reason = f"{url}{where}: {type(cause).__name__}: {cause}"
-        if failures >= self.tries:
-            raise ConnectionError(
-                f"download failed {failures} times in a row: {reason}; rerun the same command to resume"
-            ) from error
-        pause = min(30.0, self.first_pause * 2 ** (failures - 1))
-        log.warning("%s; retrying in %.1f s (%d of %d)", reason, pause, failures, self.tries)
-        time.sleep(pause)
+                failures.reset()
+                span = min(LARGEST_RANGE, span * 2)
 
     def _evict(self, keep: Path) -> None:
         """Delete the least recently used shards until the folder fits ``limit_bytes``; open files stay readable."""
@@ -182,17 +164,11 @@ class Downloads:
                     path.unlink()
 
 
-def _is_missing(error: FileNotFoundError) -> bool:
-    """Whether the server has no such file.
-
-    fsspec's HTTP turns any failure of its first request into FileNotFoundError, a refused connection too, so the cause
-    decides: a status of 4xx is final, except 408 (timeout) and 429 (too many requests).
-    """
-    cause = error.__cause__
-    if cause is None or isinstance(cause, FileNotFoundError):
-        return True
-    status = vars(cause).get("status", 0)  # of aiohttp's ClientResponseError
-    return 400 <= status < 500 and status not in (408, 429)
+def _not_a_page(data: bytes, url: str) -> bytes:
+    """The data; ConnectionError for a web page in its place, which overloaded servers and logins send with HTTP 200."""
+    if PAGE.match(data) and not has_suffix(url, ".html"):
+        raise ConnectionError("the server sent a web page (HTML) instead of the file")
+    return data
 
 
 def _read_note(path: Path) -> str:

@@ -84,22 +84,33 @@ def _common_folder(folders: list[str]) -> str:
 def use_tar(downloads: Downloads, tar: str, action: Callable[[Path], Result]) -> Result:
     """``action`` on a tar as a local file, downloaded if it is at a URL.
 
-    Raises FileNotFoundError if there is no such shard, ConnectionError if its download fails.
+    Raises FileNotFoundError if there is no such shard, PermissionError if access is denied, ConnectionError if its
+    download fails.
     """
     if is_url(tar):
         return downloads.use(tar, action)
-    if not os.path.isfile(tar):
-        raise FileNotFoundError(f"no shard at {tar}")
-    return action(Path(tar))
+    try:
+        return action(Path(tar))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"no shard at {tar}") from error
 
 
 def open_tar(downloads: Downloads, tar: str) -> TarIndex:
-    """The index of one tar. A tar at a URL whose index is kept is not downloaded for it."""
+    """The index of one tar. A tar at a URL whose index is kept is not downloaded for it.
+
+    Raises BrokenShard, and what ``use_tar`` raises.
+    """
     if is_url(tar) and not downloads.local_path(tar).exists():
         index = find_index(downloads.local_path(tar), downloads.folder)
         if index is not None:
             return index
-    return use_tar(downloads, tar, lambda path: open_index(path, downloads.folder))
+    try:
+        return use_tar(downloads, tar, lambda path: open_index(path, downloads.folder))
+    except BrokenShard as error:
+        if not is_url(tar):
+            raise
+        downloads.forget(tar)
+        raise BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again") from error
 
 
 def prepare_tars(tars: Sequence[str], downloads: Downloads) -> None:
@@ -123,5 +134,5 @@ def _local_name(tar: str, downloads: Downloads) -> Path:
 def _prepare(downloads: Downloads, tar: str) -> None:
     try:
         open_tar(downloads, tar)
-    except (BrokenShard, FileNotFoundError):
+    except (BrokenShard, FileNotFoundError, PermissionError):
         pass  # open_tar raises it again, in order of the shards

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 BLOCK = 512  # bytes; tar headers and contents start on multiples of it
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EMPTY_TAR = 10240  # bytes of a tar without members, which is zeros
 ABSENT = -1  # offset of a member that the sample does not have
 
 
@@ -59,6 +60,11 @@ def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
     while offset + BLOCK <= size:
         header = view[offset : offset + BLOCK]
         if header.count(0) == BLOCK:
+            if offset == 0 and size > EMPTY_TAR:
+                raise BrokenShard(
+                    f"{path} begins with zeros: its writer was killed or the copy is incomplete; rewrite, copy again "
+                    "or delete the shard"
+                )
             return
         _verify(header, offset, path)
         length, kind = _number(header[124:136]), header[156:157]

@@ -106,7 +106,7 @@ def _build(
         for shard, tar in track(listed, total=len(listed), label="join the indexes", unit="shards"):
             try:
                 index = open_tar(downloads, tar)
-            except (BrokenShard, FileNotFoundError) as error:
+            except (BrokenShard, FileNotFoundError, PermissionError) as error:
                 if broken is None:
                     raise
                 reasons[shard] = str(error)

@@ -2,7 +2,10 @@
 
 import itertools
 import re
+from functools import partial
 from typing import Any
+
+from llm2clip_plugin.data.retry import Retry, retried, timeout
 
 
 def is_url(path: str) -> bool:
@@ -47,7 +50,7 @@ def list_urls(url: str, suffix: str) -> list[str]:
             continue
         filesystem, path = open_filesystem(one)
         pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
-        names = sorted(str(name) for name in filesystem.glob(pattern))
+        names = sorted(map(str, retried(partial(filesystem.glob, pattern), one, Retry())))
         if not names:
             raise FileNotFoundError(
                 f"no {suffix} files at {one}; for a server that doesn't list folders, name the files: "
@@ -58,10 +61,25 @@ def list_urls(url: str, suffix: str) -> list[str]:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for ``url`` and the path on it; ValueError if its protocol is unknown or not installed."""
+    """fsspec's filesystem for ``url`` and the path on it; ValueError if its protocol is unknown or not installed.
+
+    Over HTTP, a server that doesn't accept a connection or sends nothing for ``timeout()`` seconds is a TimeoutError;
+    other protocols have timeouts of their own.
+    """
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)  # cached by fsspec; a forked process gets a fresh one
+        options = _http_options(url) if url.startswith(("http://", "https://")) else {}
+        return fsspec.core.url_to_fs(url, **options)  # cached by fsspec; a forked process gets a fresh one
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {url}: {error}") from error
+
+
+def _http_options(url: str) -> dict[str, Any]:
+    """Timeouts, unless fsspec's own configuration sets some; aiohttp's is 300 s for a request of any size."""
+    from aiohttp import ClientTimeout
+    from fsspec.config import conf
+
+    limits = ClientTimeout(total=None, sock_connect=timeout(), sock_read=timeout())
+    configured = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
+    return {"client_kwargs": {"timeout": limits, **configured}}

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from data_world import DroppingServer, jpeg, serving, write_shards
 
+from llm2clip_plugin.data import retry as retry_module
+from llm2clip_plugin.data.retry import Retry
 from llm2clip_plugin.data.sources import downloads as downloads_module
 from llm2clip_plugin.data.sources.downloads import Downloads
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
@@ -14,8 +16,8 @@ from llm2clip_plugin.data.sources.urls import expand_braces
 BODY = os.urandom(300_000)
 
 
-def downloads(folder: Path, **settings: int) -> Downloads:
-    return Downloads(folder, first_pause=0.01, **settings)
+def downloads(folder: Path, *, tries: int = 8, limit_bytes: int = 0) -> Downloads:
+    return Downloads(folder, Retry(tries=tries, first_pause=0.01), limit_bytes=limit_bytes)
 
 
 def names(folder: Path) -> list[str]:
@@ -164,7 +166,7 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
 
 
 def test_shards_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry_module.time, "sleep", lambda seconds: None)
     folder = write_shards(tmp_path / "data", [2, 3])
     files = {f"/set/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
     server = DroppingServer(files, drop_after=5_000, drops=4)
