@@ -143,10 +143,11 @@ class Ledger:
     name: str
 
     def read(self) -> dict[str, Any]:
-        """All entries; none if there is no file, or, with a warning, if it is damaged."""
+        """All entries of both places, the newer file's first; a damaged file has none, and a warning says so."""
+        parts: list[tuple[float, dict[str, Any]]] = []
         for path in self.folder.paths(self.name):
             try:
-                text = path.read_text(encoding="utf-8")
+                text, time = path.read_text(encoding="utf-8"), path.stat().st_mtime
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
@@ -154,9 +155,13 @@ class Ledger:
                 continue
             head, _, body = text.partition("\n")
             if head == canonical_json({**LEDGER, "sha256": sha256_text(body)}):
-                return json.loads(body)
-            log.warning("%s is damaged; its contents are checked again", path)
-        return {}
+                parts.append((time, json.loads(body)))
+            else:
+                log.warning("%s is damaged; its contents are checked again", path)
+        entries: dict[str, Any] = {}
+        for _, part in sorted(parts, key=lambda part: part[0]):
+            entries |= part
+        return entries
 
     def add(self, entries: dict[str, Any]) -> None:
         """Add or replace entries, keeping those that other processes have added. The caller holds the folder's lock.

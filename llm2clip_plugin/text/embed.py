@@ -6,6 +6,7 @@ all of them written writes the manifest. A killed run resumes: shards that are c
 
 import random
 import time
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,7 +86,7 @@ class EmbeddingMemory:
         """(N, W) float32 of ``texts``; ``on_batch`` as in ``CaptionEncoder.encode``, for those not in memory."""
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         new_NW = self._encoder.encode(new, tokens_per_batch=self._tokens_per_batch, on_batch=on_batch)
-        rows = self._rows | dict(zip(new, new_NW, strict=True))
+        rows = ChainMap(dict(zip(new, new_NW, strict=True)), self._rows)
         for text, row in zip(new, new_NW, strict=True):
             self._bytes_left -= row.nbytes
             if self._bytes_left < 0:

@@ -240,6 +240,22 @@ def test_in_a_read_only_folder_everything_is_kept_elsewhere(tmp_path: Path, monk
     assert source[0].read_image() == PIXELS
 
 
+def test_a_folder_that_became_read_only_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = kept.KeptFolder.of(tmp_path / "data", tmp_path / "spare")
+    ledger, write = kept.Ledger(folder, "x.json"), kept.atomic_file
+    ledger.add({"a": 1, "b": 1})
+
+    def refuse(target: Path) -> Any:
+        if target.is_relative_to(folder.main):
+            raise OSError(30, "Read-only file system", str(target))
+        return write(target)
+
+    monkeypatch.setattr(kept, "atomic_file", refuse)
+    ledger.add({"b": 2})
+    ledger.add({"c": 3})
+    assert ledger.read() == {"a": 1, "b": 2, "c": 3}
+
+
 def start(folder: str) -> tuple[int, int]:
     """A start, in its own process: how many tars it indexed and captions it read."""
     counts = {"scans": 0, "captions": 0}
