@@ -34,14 +34,18 @@ class ContractError(ValueError):
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk and rename it."""
+    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk and rename it.
+
+    Raises OSError also where safetensors, on a full disk, raises an error of its own.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
-        yield temporary
+        with _safetensors_error_as_os_error(target):
+            yield temporary
         os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
         fsync(temporary)
         os.replace(temporary, target)
@@ -54,7 +58,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling directory; if the block ends without an error, flush its files to disk and rename it.
 
-    Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false.
+    Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false, and OSError also where
+    safetensors, on a full disk, raises an error of its own.
     """
     target = Path(path)
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -64,7 +69,8 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     temporary.mkdir()
     old = temporary.with_suffix(".old")
     try:
-        yield temporary
+        with _safetensors_error_as_os_error(target):
+            yield temporary
         for inside in (*temporary.rglob("*"), temporary):
             if not inside.is_symlink():
                 fsync(inside)
@@ -78,8 +84,19 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
             raise
         fsync(target.parent)
     finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+        shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+
+
+@contextmanager
+def _safetensors_error_as_os_error(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # this file imports the standard library alone
+            raise
+        raise OSError(f"cannot write {target}: {error}") from error
 
 
 def fsync(path: Path) -> None:
@@ -90,9 +107,9 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
+    except OSError as error:
         if not path.is_dir():  # several network file systems refuse it for directories
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 

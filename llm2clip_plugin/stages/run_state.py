@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
@@ -152,7 +151,7 @@ class TrainingRun:
     def _write_result(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except (OSError, SafetensorError) as error:  # safetensors' own error for a full disk
+        except OSError as error:
             raise OSError(
                 f"the run is complete, but its result could not be written: {error}. Its last checkpoint is in "
                 f"{self.checkpoints.folder}; rerun the same command to write the result"

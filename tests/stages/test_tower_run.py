@@ -172,6 +172,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
     "weights of other kinds": (["--data.caption-weights", "short=1"], "name different kinds; give each"),
     "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm has "),
+    "output_dir that is a file": (["--output_dir", "BAD_JSON"], "bad.json is a file, or below one; choose a folder"),
     "sigmoid without a bias": (["--loss.kind", "sigmoid"], "set --dual.logit-bias-init"),
 }
 
@@ -191,6 +192,10 @@ def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     commands["dry run"] = options(tiny, folder / "dry", "--dry-run")
     commands["before"] = options(tiny, folder / "nan", "--max_steps", "2")
     commands["non-finite"] = options(tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps")
+    forward = options(tiny, folder / "back", "--max_steps", "4", "--save_total_limit", "2")
+    commands["forward"] = forward
+    commands["back"] = [*forward, "--resume", str(folder / "back/checkpoints/step-00000002")]
+    commands["lost checkpoints"] = forward
     script = folder / "script.py"
     script.write_text(SCRIPT)
     subprocess.run(
@@ -224,10 +229,15 @@ for name, argv in commands.items():
         weights["visual_projection.weight"][0, 0] = float("nan")
         tensors = {MODEL: weights, OPTIMIZER: dict(loaded.moments), AVERAGES: dict(loaded.averages)}
         write_checkpoint(path, loaded.state, tensors)
+    if name == "lost checkpoints":
+        shutil.rmtree(Path(out).parent / "back/checkpoints")
     if name == "monitor that is not installed":
         sys.modules["wandb"] = None
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(printed):
-        status = run("train-tower", argv)
+        try:
+            status = run("train-tower", argv)
+        except SystemExit as left:  # an option that tyro refuses: that test alone fails
+            status = left.code
     results[name] = {"status": status, "error": told.getvalue(), "out": printed.getvalue()}
 Path(out).write_text(json.dumps(results))
 """
@@ -278,6 +288,21 @@ def test_dry_run_prints_the_plan_and_writes_nothing(refusals: dict[str, Any]):
     assert refusals["dry run"]["status"] == 0 and not (refusals["folder"] / "dry").exists()
     assert f"steps: {STEPS} of 16 pairs" in told and '"train_batch_size": 16' in told
     assert "trainable parameters: " in told and "expected memory per rank: " in told
+
+
+def test_going_back_keeps_what_was_newer_and_lost_checkpoints_are_an_error(refusals: dict[str, Any]):
+    """The script removes the checkpoints after it went back."""
+    run, back = refusals["folder"] / "back", refusals["back"]
+    assert refusals["forward"]["status"] == back["status"] == 0
+    assert re.search(
+        r"warning: resuming from .*step-00000002: moved step-00000004 to .*abandoned-\d+-\d+; delete that folder .*"
+        r"rerun without --resume",
+        back["error"],
+    )
+    assert sorted(losses(run)) == [1, 2, 3, 4] and RunRecord.read(run / RunRecord.FILE).finished
+    lost = refusals["lost checkpoints"]
+    assert lost["status"] == 2 and "had saved step 4: restore the checkpoints" in lost["error"]
+    assert not (run / "run.lock").exists()
 
 
 def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(refusals: dict[str, Any]):

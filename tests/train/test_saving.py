@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tower_runs import lines, losses
 from train_helpers import Averages, Engineless, run_ranks, start_ranks, tiny_batch, tiny_engine, tiny_step
 
+from llm2clip_plugin.contracts import atomic_directory, atomic_file
 from llm2clip_plugin.train.checkpoint import TrainState, load
 from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
@@ -252,6 +254,15 @@ def test_a_full_disk_ends_no_training_and_the_last_state_is_kept_elsewhere(small
     assert set(losses(small_disk / "run")) >= set(range(1, 11))  # lines that a full disk delayed are not lost
     events = [line["event"] for line in lines(small_disk / "run") if "event" in line]
     assert "checkpoint failed" in events and events.count("checkpoint") >= 2
+
+
+def test_safetensors_on_a_full_disk_is_an_os_error(small_disk: Path):
+    fill(small_disk)
+    for atomic in (atomic_file, atomic_directory):
+        with pytest.raises(OSError, match=r"cannot write .*tensors: .*No space left"):
+            with atomic(small_disk / "tensors") as temporary:
+                save_file({"a": torch.ones(1000)}, temporary / "x" if temporary.is_dir() else temporary)
+        assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_what_cannot_be_removed_is_a_warning_and_tried_again(tmp_path: Path):
