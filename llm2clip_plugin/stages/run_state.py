@@ -43,6 +43,7 @@ def plan_engine(
         warmup_steps=optim.warmup(steps),
         total_steps=steps,
         hidden_size=hidden_size,
+        communication_data_type=train.communication_data_type,
         report_to=train.report_to,
         output_dir=config.output_dir,
         run_name=Path(config.output_dir).name,

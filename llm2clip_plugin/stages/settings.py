@@ -42,6 +42,8 @@ IGNORED_ON_RESUME = (
     "train.report_to",
     "train.dataloader_num_workers",
     "train.dataloader_prefetch_mb",
+    "train.tf32",
+    "train.communication_data_type",
     "train.gradient_checkpointing",
     "train.torch_compile",
 )

@@ -4,6 +4,7 @@ Shape letters: B captions, T tokens, H hidden width, W embedding width (= H).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,8 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
-    extra = {}
+    # tensor by tensor to the device: the ranks of a machine share the file's pages, and none holds a copy of the LLM
+    extra: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if config.load_in_4bit:
         extra = {"quantization_config": nf4(dtype), "device_map": {"": device}}
     with quiet_transformers():  # it warns about the language head, which is left out on purpose

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from llm2clip_plugin.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+ReductionType = Literal["", "fp32", "bf16", "fp16"]
 SCHEDULERS = {  # DeepSpeed's scheduler -> optim.schedule
     "WarmupLR": "constant",
     "WarmupDecayLR": "linear",
@@ -34,6 +35,7 @@ class EnginePlan:
     warmup_steps: int
     total_steps: int
     hidden_size: int  # of the tower: sets the sizes of ZeRO-3's "auto" buckets
+    communication_data_type: ReductionType = ""  # in which gradients are reduced over ranks; "": DeepSpeed's default
     report_to: tuple[str, ...] = ()  # tensorboard | wandb | csv
     output_dir: str = ""
     run_name: str = ""
@@ -96,6 +98,10 @@ def _run_settings(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, A
         ("gradient_accumulation_steps", plan.accumulation, "--train.micro-batch"),
         ("gradient_clipping", plan.optim.max_grad_norm, "--optim.max-grad-norm"),
     ]
+    if plan.communication_data_type:
+        rows.append(
+            ("communication_data_type", plan.communication_data_type, "--train.communication-data-type"),
+        )
     for kind in ("bf16", "fp16"):
         if kind in config or plan.precision == kind:
             rows.append((f"{kind}.enabled", plan.precision == kind, "--train.precision"))

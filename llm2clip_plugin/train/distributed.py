@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -125,6 +125,25 @@ def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
         return value.copy_(on_gpu)
     dist.all_reduce(value, group=group)
     return value
+
+
+def sum_own_rows(values: Tensor, group: Group = None) -> Tensor:
+    """(world * b, ...) on each rank -> (b, ...), this rank's rows of the sum over ranks: half of a sum's traffic."""
+    world = world_size(group)
+    if world == 1:
+        return values
+    own = values.new_empty((len(values) // world, *values.shape[1:]))
+    dist.reduce_scatter_tensor(own, values.contiguous(), group=group)
+    return own
+
+
+def gather_to_first(value: Value) -> list[Value]:
+    """The value of every rank, in order of rank, on rank 0; [] on the others, which hold no copy."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 def gather_objects(value: Value, group: Group = None) -> list[Value]:

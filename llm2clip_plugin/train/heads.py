@@ -28,7 +28,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.progress import track
-from llm2clip_plugin.train.distributed import ALONE, gather_objects, local_world_size, rank, world_size
+from llm2clip_plugin.train.distributed import ALONE, gather_to_first, local_world_size, on_first_rank, rank, world_size
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
 from llm2clip_plugin.train.optim import is_vector
@@ -80,7 +80,7 @@ def fit_heads(
     bf16: bool = False,
     caption_weights: Mapping[str, float] | None = None,
 ) -> float:
-    """Fit the heads in place, equal on every rank; returns the last loss (0 on ranks but the first).
+    """Fit the heads in place, equal on every rank; returns the last loss.
 
     bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
     """
@@ -89,7 +89,8 @@ def fit_heads(
     with products:
         features = frozen_features(model, sources, caches, images, config.max_images, device, caption_weights or {})
     with _threads_of_all_ranks():
-        value = _fit(model, features, config, loss, products, device, seed) if rank() == 0 else 0.0
+        # the others wait in no collective, whose timeout a long fit would exceed
+        value = on_first_rank(lambda: _fit(model, features, config, loss, products, device, seed))
     for _, parameter in head_parameters(model):
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
@@ -121,8 +122,8 @@ def frozen_features(
     max_images: int,
     device: torch.device,
     caption_weights: Mapping[str, float],
-) -> FrozenFeatures:
-    """Encode blocks of images, distributed over the ranks, and gather them in order."""
+) -> FrozenFeatures | None:
+    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others."""
     model.eval()
     normalize = Normalize(images, device)
     blocks = [
@@ -148,8 +149,10 @@ def frozen_features(
         encoded[number] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
     model.train()
     merged: dict[int, list[tuple[Tensor, ...]]] = {}
-    for part in gather_objects(encoded):
+    for part in gather_to_first(encoded):
         merged |= part
+    if rank() > 0:
+        return None
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
@@ -184,7 +187,7 @@ def _encode(
 
 def _fit(
     model: DualEncoder,
-    features: FrozenFeatures,
+    features: FrozenFeatures | None,
     config: HeadsConfig,
     loss_config: LossConfig,
     products: torch.autocast,
@@ -192,6 +195,7 @@ def _fit(
     seed: int,
 ) -> float:
     """Train the heads; images are drawn without replacement in each pass, with one random caption each."""
+    assert features is not None  # of rank 0
     parameters = head_parameters(model)
     optimizer = torch.optim.AdamW(
         [
@@ -200,6 +204,7 @@ def _fit(
         ],
         lr=config.lr,
         betas=(0.9, 0.98),
+        fused=device.type == "cuda",
     )
     terms = weighted_terms(loss_config, group=ALONE)
     generator = torch.Generator().manual_seed(position_seed(seed, -1))

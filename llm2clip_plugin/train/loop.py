@@ -11,7 +11,8 @@ import torch
 
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB
 from llm2clip_plugin.train.checkpoint import TrainState
-from llm2clip_plugin.train.deepspeed_config import Precision
+from llm2clip_plugin.train.deepspeed_config import Precision, ReductionType
+from llm2clip_plugin.train.device import Tf32
 from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
@@ -37,6 +38,8 @@ class TrainConfig:
     num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
     max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs makes
     precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
+    tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
+    communication_data_type: ReductionType = ""  # in which gradients are reduced: fp32 | bf16 | fp16; "": DeepSpeed's
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
     gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
     torch_compile: bool = False  # torch.compile the tower
@@ -55,6 +58,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise ValueError(f"unknown train.precision {self.precision!r}; known: {', '.join(get_args(Precision))}")
+        if self.tf32 not in get_args(Tf32):
+            raise ValueError(f"unknown train.tf32 {self.tf32!r}; known: {', '.join(get_args(Tf32))}")
+        if self.communication_data_type not in get_args(ReductionType):
+            raise ValueError(
+                f"unknown train.communication_data_type {self.communication_data_type!r}; known: "
+                f"{', '.join(filter(None, get_args(ReductionType)))}, or leave it empty"
+            )
         if unknown := sorted(set(self.report_to) - set(get_args(Monitor))):
             raise ValueError(f"unknown train.report_to {unknown}; known: {', '.join(get_args(Monitor))}")
         if self.global_batch < 2 or self.micro_batch < 0:

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate import rank_counting
 from llm2clip_plugin.evaluate.retrieval import retrieve
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
@@ -34,6 +35,7 @@ from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
 from llm2clip_plugin.train.model import TowerConfig, shape_dual
 from llm2clip_plugin.train.optim import OptimConfig
@@ -136,8 +138,8 @@ def tower(folder: Path, config: Any = TOWERS["clip"], kind: str = "infonce", mic
         step = TowerStep(engine, terms, seed=0, text_noise=True, normalize=normalize)
         step(tower_batch(model))
         average.update()
-        assert all(value.device.type == "cpu" for value in average.values(keep=True).values())
-        assert all(value.device.type == "cpu" for value in engine.weights(keep=True).values())
+        assert all(value.device.type == "cpu" for value in average.values(HostCopies()).values())
+        assert all(value.device.type == "cpu" for value in engine.weights(HostCopies()).values())
         assert all(parameter.device == GPU for parameter in model.parameters())
 
 
@@ -201,12 +203,14 @@ def fit_heads(folder: Path) -> None:
             caption_hashes_M=torch.arange(2 * ROWS),
             first_I=2 * torch.arange(ROWS),
             count_I=torch.full((ROWS,), 2),
+            share_M=torch.full((2 * ROWS,), 0.5, dtype=torch.float64),
         )
         products = torch.autocast("cuda", torch.bfloat16)
         batch = tower_batch(model.to_empty(device=GPU))
-        batch |= {"captions": [], "owners": torch.zeros(0, dtype=torch.int64)}
+        captions = [Caption(text="a boat", kind="short", language="en")] * ROWS
+        batch |= {"captions": captions, "owners": torch.arange(ROWS)}
         with products:
-            assert heads._encode(model, batch, Normalize(IMAGES, GPU))[0].device.type == "cpu"
+            assert heads._encode(model, batch, Normalize(IMAGES, GPU), {})[0].device.type == "cpu"
         heads._fit(model, features, heads.HeadsConfig(steps=2, batch=4), LossConfig(), products, GPU, 0)
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
+from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.losses.config import LossConfig
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor
@@ -29,6 +31,7 @@ PLAN = EnginePlan(
     total_steps=100,
     hidden_size=1024,
 )
+REDUCED = dataclasses.replace(PLAN, communication_data_type="fp32")
 LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
     "fp16": {"enabled": "auto", "loss_scale": 0},
     "bf16": {"enabled": "auto"},
@@ -84,6 +87,48 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
         complete(offload, plan, where="zero.json")
     with pytest.raises(ValueError, match=r"optimizer.type is 'AdamW', but the run uses 'adamw_8bit' \(--optim"):
         complete({"optimizer": {"type": "AdamW"}}, plan)
+
+
+def test_gradients_are_reduced_in_the_type_of_the_option():
+    assert "communication_data_type" not in complete({}, PLAN)
+    assert complete({}, REDUCED)["communication_data_type"] == "fp32"
+    with pytest.raises(ValueError, match=r"communication_data_type is 'bf16', but the run uses 'fp32' \(--train\.comm"):
+        complete({"communication_data_type": "bf16"}, REDUCED)
+    with pytest.raises(ValueError, match=r"unknown train.communication_data_type 'fp64'; known: fp32, bf16, fp16, or"):
+        TrainConfig(communication_data_type="fp64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "tf32, precision, expected",
+    [
+        ("auto", "fp32", False),
+        ("auto", "bf16", True),
+        ("auto", "fp16", True),
+        ("on", "fp32", True),
+        ("off", "bf16", False),
+    ],
+)
+def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, precision: str, expected: bool):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not expected)
+    before = torch.get_float32_matmul_precision()
+    try:
+        set_tf32(tf32, precision, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == before
+        set_tf32(tf32, precision, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
+        assert torch.backends.cudnn.allow_tf32 is expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(ValueError, match=r"unknown train.tf32 'yes'; known: auto, on, off"):
+        TrainConfig(tf32="yes")  # type: ignore[arg-type]
+
+
+def test_adamw_is_fused_on_gpus(monkeypatch):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        made = OptimConfig().optimizer().make(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+        assert made.defaults["fused"] is gpu
 
 
 def test_equal_values_and_a_matching_scheduler_are_accepted():

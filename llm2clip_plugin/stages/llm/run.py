@@ -23,6 +23,7 @@ from llm2clip_plugin.text.pairs import Survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
+from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.loop import Evaluate, StepFunction
@@ -75,6 +76,7 @@ def pretrain_llm(config: FinetuneConfig) -> Path | None:
 def train_adapter(config: FinetuneConfig, assemble: Assemble) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
     device = start_ranks()
+    set_tf32(config.train.tf32, config.train.precision, device)
     with locked(Path(config.output_dir)):
         return _train(config, assemble, device)
 

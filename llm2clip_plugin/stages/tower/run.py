@@ -18,6 +18,7 @@ from llm2clip_plugin.stages.tower.export import export_run
 from llm2clip_plugin.stages.tower.loading import load_plans, with_order
 from llm2clip_plugin.stages.tower.opening import Data, open_data
 from llm2clip_plugin.train.checkpoint import Loaded, load_weights
+from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine, start_ranks
@@ -43,6 +44,7 @@ def train_tower(config: RunConfig) -> Path | None:
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite.
     """
     device = start_ranks()
+    set_tf32(config.train.tf32, config.train.precision, device)
     data = open_data(config.validate())
     with stop_requests() as stop, locked(Path(config.output_dir)):
         return _train(config, data, device, stop)

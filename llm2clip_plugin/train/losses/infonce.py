@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import Group, gather_rows, sum_over_ranks, world_size
+from llm2clip_plugin.train.distributed import Group, gather_rows, sum_own_rows, world_size
 from llm2clip_plugin.train.losses.base import Features, LossTerm
 from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
 
@@ -149,5 +149,5 @@ def _gradients(
         anchor_grad_bD[rows] = (grad_RN @ blocks.positive_ND).float()
         positive_grad_ND.add_((grad_RN.T @ blocks.anchor_bD[rows]).float())
     scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
-    positive_grad_bD = sum_over_ranks(positive_grad_ND, blocks.group)[blocks.own_columns]
+    positive_grad_bD = sum_own_rows(positive_grad_ND, blocks.group)
     return anchor_grad_bD.mul_(s), positive_grad_bD * s, scale_grad

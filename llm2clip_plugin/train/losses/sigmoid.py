@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import Group, sum_over_ranks
+from llm2clip_plugin.train.distributed import Group, sum_own_rows
 from llm2clip_plugin.train.losses.base import Features, LossTerm
 from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
 from llm2clip_plugin.vision.dual import DualConfig
@@ -63,7 +63,7 @@ class _Sigmoid(torch.autograd.Function):
         s, shift = scale.detach().float().reshape(()), bias.detach().float().reshape(())
         loss, anchor_grad_bD, positive_grad_ND, bias_grad = _loss_and_gradients(blocks, s, shift)
         scale_grad = (anchor_grad_bD * blocks.anchor_bD.float()).sum()
-        positive_grad_bD = sum_over_ranks(positive_grad_ND, group)[blocks.own_columns]
+        positive_grad_bD = sum_own_rows(positive_grad_ND, group)
         grads = (anchor_grad_bD * s, positive_grad_bD * s, scale_grad, bias_grad)
         ctx.save_for_backward(*gradients_as(grads, anchor_bD, positive_bD, scale, bias))
         return loss
