@@ -125,6 +125,22 @@ def cast_adapter(wrapped, dtype: torch.dtype):
     return wrapped
 
 
+def autocast_adapter(wrapped: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """Have an fp32 adapter on an LLM in half precision computed in the LLM's ``dtype``, its weights staying fp32.
+
+    Returns the dtype for ``CaptionModel.autocast``; None where products stay as they are: all of one dtype, or DoRA,
+    whose norms of weights need fp32. Otherwise PEFT converts every layer's input to fp32 and keeps it.
+    """
+    names = dict(wrapped.named_parameters())
+    fp32 = any(".lora_" in name and parameter.dtype == torch.float32 for name, parameter in names.items())
+    if dtype == torch.float32 or not fp32 or any("lora_magnitude_vector" in name for name in names):
+        return None
+    for module in wrapped.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    return dtype
+
+
 def merge(wrapped) -> PreTrainedModel:
     """The LLM with the adapter merged into its weights."""
     with torch.no_grad():

@@ -47,9 +47,7 @@ class MaskedModule(nn.Module):
 
         labels: the original token where one is masked, UNMASKED elsewhere. Token t is predicted from state t - 1.
         """
-        hidden_mTH = self.model.llm(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        hidden_mTH = self.model.states(input_ids, attention_mask, position_ids=position_ids, use_cache=False)
         masked_mT = labels[:, 1:] != UNMASKED
         logits_KV = (hidden_mTH[:, :-1][masked_mT].to(self.head_VH.dtype) @ self.head_VH.T).float()
         if self.cap:

@@ -18,6 +18,7 @@ from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import open_data
 from llm2clip_plugin.stages.llm.run import plan_stage, trained_parameters
 from llm2clip_plugin.stages.paper import LLM_MIXTURE
+from llm2clip_plugin.text.adapter import autocast_adapter
 from llm2clip_plugin.text.contrast import PairModule, equal_parts
 from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pairs import Pair
@@ -180,7 +181,9 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, lengths: Sequence[int])
     """Activations of TEXTS texts, their lengths spread over ``lengths``, in the step's groups of like length."""
     ordered = sorted(lengths)
     spread = [ordered[i * len(ordered) // TEXTS] for i in range(TEXTS)]
-    module = PairModule(CaptionModel(shape.llm, config.encoder.pooling), config.contrast).train()
+    model = CaptionModel(shape.llm, config.encoder.pooling)
+    model.autocast = autocast_adapter(shape.llm, shape.dtype)
+    module = PairModule(model, config.contrast).train()
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(shape.llm)
 

@@ -15,7 +15,7 @@ from llm2clip_plugin.evaluate.captions import measure_captions
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
-from llm2clip_plugin.text.adapter import add_lora, save_adapter
+from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, save_adapter
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
@@ -146,6 +146,8 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
     if not config.encoder.adapter:
         torch.manual_seed(config.train.seed)
         encoder.model.llm = add_lora(encoder.model.llm, config.lora, base=config.encoder.llm)
+    if config.train.precision == "fp32":  # otherwise DeepSpeed converts the adapter
+        encoder.model.autocast = autocast_adapter(encoder.model.llm, encoder.dtype)
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
