@@ -1,5 +1,5 @@
 # Shortcuts for development; CONTRIBUTING.md explains when to use which.
-.PHONY: setup check format test quick llava quickstart clean
+.PHONY: setup check format test quick llava gpu quickstart clean
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
@@ -23,6 +23,9 @@ test: ## everything, as CI runs it
 
 llava: ## LLaVA's environment alone
 	TORCH_EXTENSIONS_DIR=.venv-llava/torch-extensions $(TEST_ENV) .venv-llava/bin/python -m pytest -n 2 --dist loadfile tests/llava
+
+gpu: ## tests and benchmarks on a GPU, in ten minutes
+	scripts/check_gpu.sh
 
 quickstart: ## the whole method in miniature, small
 	scripts/quickstart.sh --smoke

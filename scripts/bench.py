@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Run(Generic[T]):
     """One timed call and its result."""
 
-    wall: float  # seconds
+    wall: float  # seconds; on a GPU, between two CUDA events
     cpu: float  # processor seconds of this process, which other programs hardly disturb
     result: T
 
@@ -32,12 +32,18 @@ class Run(Generic[T]):
 
 
 def timed(work: Callable[[], T]) -> Run[T]:
-    """Call ``work`` and wait until the GPU has finished."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Call ``work`` and wait until the GPU has finished; its time is then measured by CUDA events."""
+    if not torch.cuda.is_available():
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        return Run(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, result=result)
+    torch.cuda.synchronize()
+    start, end, cpu = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), time.process_time()
+    start.record()
     result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Run(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, result=result)
+    end.record()
+    torch.cuda.synchronize()
+    return Run(wall=start.elapsed_time(end) / 1e3, cpu=time.process_time() - cpu, result=result)
 
 
 def alternate(ways: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = True) -> dict[str, list[Run[T]]]:

@@ -162,7 +162,7 @@ def pixels(way: str, config: BenchConfig) -> Iterator[Tensor]:
         for batch in loader:
             yield from batch["pixel_values"].split(config.micro_batch)
         return
-    normalize = Normalize(images)
+    normalize = Normalize(images, "cuda" if torch.cuda.is_available() else "cpu")
     for batch in make_loader(dataset, local_batch=config.rows, micro_batch=config.micro_batch, workers=config.workers):
         yield from map(normalize, batch["pixels"].split(config.micro_batch))
 
