@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
 
 from llm2clip_plugin import cli
+from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.stages.tower import recipes
 from llm2clip_plugin.stages.tower.command import read_command, translate
 
@@ -58,3 +60,17 @@ def test_names_of_llava_s_scripts():
     silent = read_command(["--report_to", "none", "--seed", "7"])
     assert silent.train.report_to == () and silent.train.seed == 7
     assert translate(["--learning_rate", "1e-4"]) == ["--optim.lr", "1e-4"]
+
+
+def test_caption_weights_name_the_kinds_that_are_read(capsys: pytest.CaptureFixture[str]):
+    words = ["--recipe", "quickstart", "--data.caption-weights", "short=1", "long=2"]
+    config = read_command([*words, "--data.path", "a", "b"])
+    assert config.data.kind_weights == {"short": 1.0, "long": 2.0}
+    assert [source.kinds for source in config.data.sources] == [("short", "long")] * 2
+    alone = dataclasses.replace(config.data, read=ReadConfig())
+    assert [source.kinds for source in alone.sources] == [("short", "long")] * 2  # other kinds are not drawn
+    with pytest.raises(ValueError, match="name different kinds; give each of these kinds a weight"):
+        dataclasses.replace(config.data, caption_weights=("short=1",))
+    with pytest.raises(SystemExit):
+        read_command([*words[:-1], "keywords=1"])
+    assert "data.caption_weights short=1 keywords=1" in capsys.readouterr().err

@@ -152,9 +152,10 @@ def test_a_signal_before_the_first_step_keeps_the_heads(tiny: Path, tmp_path: Pa
 
 
 def _ranks_of(pid: int) -> list[int]:
-    """The training processes below a launcher."""
+    """The training processes below a launcher, without the loader processes below these."""
     below = psutil.Process(pid).children(recursive=True)  # psutil comes with DeepSpeed
-    return [process.pid for process in below if any(word.startswith("--local_rank=") for word in process.cmdline())]
+    ranks = {p.pid: p.ppid() for p in below if any(word.startswith("--local_rank=") for word in p.cmdline())}
+    return [rank for rank, parent in ranks.items() if parent not in ranks]
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -170,7 +171,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "dual.llm_width is 99, but the embedding cache has width 24",
     ),
     "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
-    "weights of other kinds": (["--data.caption-weights", "short=1"], "name different kinds; give each"),
     "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm has "),
     "output_dir that is a file": (["--output_dir", "BAD_JSON"], "bad.json is a file, or below one; choose a folder"),
     "sigmoid without a bias": (["--loss.kind", "sigmoid"], "set --dual.logit-bias-init"),
