@@ -92,7 +92,8 @@ def free_port() -> int:
 def set_single_process_environment() -> None:
     """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise.
 
-    Raises ValueError for one of several tasks of srun or mpirun: each of them would train alone, in the same folder.
+    Raises ValueError for one of several tasks of srun or mpirun: each of them would train alone, in the same folder;
+    and on CPUs for a host whose own name is a loopback address, if other hosts take part.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         for program, variable in TASKS.items():
@@ -103,6 +104,28 @@ def set_single_process_environment() -> None:
                 )
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    elif int(os.environ["WORLD_SIZE"]) > local_world_size() and not (
+        torch.cuda.is_available() or os.environ.get("GLOO_SOCKET_IFNAME")
+    ):
+        _refuse_loopback(socket.gethostname(), os.environ.get("MASTER_ADDR", "127.0.0.1"))
+
+
+def _refuse_loopback(own_name: str, master: str) -> None:
+    """ValueError if gloo would announce a loopback address to other hosts: it then hangs, whatever its timeout."""
+    own, others = _address(own_name), _address(master)
+    if own.startswith("127.") and not others.startswith("127."):
+        raise ValueError(
+            f"{own_name} resolves to {own} (/etc/hosts), which other hosts cannot reach; set GLOO_SOCKET_IFNAME to the "
+            "network interface, such as eth0, on every host (docs/scaling.md)"
+        )
+
+
+def _address(name: str) -> str:
+    """IPv4 address; "" if the name does not resolve."""
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return ""
 
 
 def gather_rows(local: Tensor, group: Group = None) -> Tensor:

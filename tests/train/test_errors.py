@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
+import torch
 import torch.distributed as dist
 
 from llm2clip_plugin.train.distributed import set_single_process_environment
@@ -43,3 +46,26 @@ def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatc
         ValueError, match=rf"started 16 tasks \({variable}\).* each would train alone; let it start one"
     ):
         set_single_process_environment()
+
+
+@pytest.mark.parametrize(
+    ("own", "master", "refused"), [("127.0.1.1", "10.0.0.1", True), ("127.0.1.1", "127.0.0.1", False)]
+)
+def test_a_host_that_would_announce_loopback_is_refused(
+    monkeypatch: pytest.MonkeyPatch, own: str, master: str, refused: bool
+):
+    """Addresses resolve to themselves, so they stand for names."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": master}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(socket, "gethostname", lambda: own)
+    if not refused:
+        return set_single_process_environment()
+    with pytest.raises(ValueError, match=r"127\.0\.1\.1 resolves to 127\.0\.1\.1 .* set GLOO_SOCKET_IFNAME"):
+        set_single_process_environment()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    set_single_process_environment()
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all on this host
+    set_single_process_environment()
