@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from llm2clip_plugin.train.errors import FirstRankError
+from llm2clip_plugin.train.timing import timed
 
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 
@@ -134,7 +135,8 @@ def gather_rows(local: Tensor, group: Group = None) -> Tensor:
     if world_size(group) == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(world_size(group))]
-    dist.all_gather(parts, local, group=group)
+    with timed("communication"):
+        dist.all_gather(parts, local, group=group)
     return torch.cat(parts)
 
 
@@ -142,11 +144,12 @@ def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
     """Sum in place over ranks; returns ``value``. Its device may be one that the backend cannot send from."""
     if world_size(group) == 1:
         return value
-    if value.device.type == "cpu" and dist.get_backend() == "nccl":
-        on_gpu = value.cuda()
-        dist.all_reduce(on_gpu, group=group)
-        return value.copy_(on_gpu)
-    dist.all_reduce(value, group=group)
+    with timed("communication"):
+        if value.device.type == "cpu" and dist.get_backend() == "nccl":
+            on_gpu = value.cuda()
+            dist.all_reduce(on_gpu, group=group)
+            return value.copy_(on_gpu)
+        dist.all_reduce(value, group=group)
     return value
 
 

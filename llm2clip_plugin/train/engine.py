@@ -6,8 +6,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stag
 from llm2clip_plugin.train.distributed import choose_device, rank, set_single_process_environment, world_size
 from llm2clip_plugin.train.engine_states import EngineStates
 from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.timing import timed
 
 
 def start_ranks() -> torch.device:
@@ -99,6 +101,9 @@ class Engine(EngineStates):
         config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
             self.device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        # DeepSpeed would also write the learning rate, by samples since the last start
+        self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
+        self.device_engine.allreduce_gradients = _timed_reduction(self.device_engine.allreduce_gradients)
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -116,10 +121,15 @@ class Engine(EngineStates):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""
-        self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
+        with timed("backward"):
+            self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
 
     def step(self) -> None:
         """To be called after each micro-batch; the last call of a step updates the parameters."""
+        with timed("optimizer"):
+            self._step()
+
+    def _step(self) -> None:
         if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
             grads = [p.grad for _, p in self.trained if p.grad is not None]
             norms = [torch.linalg.vector_norm(grad) for grad in grads]
@@ -146,12 +156,13 @@ class Engine(EngineStates):
 
     def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         """Clamp a trained parameter and its fp32 master."""
-        master = self._read(parameter, None)
-        assert master is not None
-        if bool(((master < low) | (master > high)).any()):
-            self._write(parameter, None, master.clamp(low, high))
-            with self.gathered([parameter], modify=True):
-                parameter.data.clamp_(low, high)
+        with timed("optimizer"):
+            master = self._read(parameter, None)
+            assert master is not None
+            if bool(((master < low) | (master > high)).any()):
+                self._write(parameter, None, master.clamp(low, high))
+                with self.gathered([parameter], modify=True):
+                    parameter.data.clamp_(low, high)
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
@@ -163,10 +174,9 @@ class Engine(EngineStates):
             yield
 
     def report(self, values: dict[str, float], samples: int) -> None:
-        """Send values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0."""
-        monitor = self.device_engine.monitor
-        if monitor.enabled:
-            monitor.write_events([(f"Train/{name}", value, samples) for name, value in values.items()])
+        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; x is ``samples``."""
+        if self._monitor.enabled:
+            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
         if self.stage > 0:
@@ -190,6 +200,16 @@ class Engine(EngineStates):
             safe_set_full_optimizer_state(parameter, value, str(key))
         elif (own := self._read(parameter, key)) is not None:
             own.copy_(value)
+
+
+def _timed_reduction(reduce: Callable[..., None]) -> Callable[..., None]:
+    """DeepSpeed's reduction of gradients after a backward pass, as communication."""
+
+    def timed_reduction(*args: Any, **kwargs: Any) -> None:
+        with timed("communication"):
+            reduce(*args, **kwargs)
+
+    return timed_reduction
 
 
 def _wait_for_every_gather() -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -18,11 +18,13 @@ from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
-from llm2clip_plugin.train.progress import MetricsFile, Progress, peak_memory
-from llm2clip_plugin.train.run_checkpoints import METRICS, Checkpoints
+from llm2clip_plugin.train.progress import peak_memory
+from llm2clip_plugin.train.reports import Queue, Reports
+from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.saving import Saver
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 from llm2clip_plugin.train.stopping import StopRequest
+from llm2clip_plugin.train.timing import timed
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -119,6 +121,7 @@ class LoopParts:
     run_folder: Path
     state: TrainState  # of the checkpoint resumed from, or a new run's
     stop: StopRequest
+    queue: Queue | None = None  # of the loader; called between batches
 
 
 def run_loop(parts: LoopParts) -> TrainState:
@@ -127,7 +130,15 @@ def run_loop(parts: LoopParts) -> TrainState:
     Raises NonFiniteLossError on every rank, before the update, and OSError if the final state cannot be saved; the last
     complete checkpoint is unchanged.
     """
-    with Reports(parts) as reports:
+    with Reports(
+        parts.engine,
+        parts.run_folder,
+        parts.state,
+        total_steps=parts.total_steps,
+        global_batch=parts.train.global_batch,
+        logging_steps=parts.train.logging_steps,
+        queue=parts.queue,
+    ) as reports:
         fallback = parts.train.save_fallback_dir
         with Saver(
             parts.checkpoints,
@@ -144,11 +155,11 @@ def run_loop(parts: LoopParts) -> TrainState:
                 raise
             saver.finish()
         if stopped:
-            reports.stopped(state)
+            reports.stopped(state, parts.stop.reason)
     return state
 
 
-def _steps(parts: LoopParts, reports: "Reports", saver: Saver) -> tuple[TrainState, bool]:
+def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState, bool]:
     """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
     state, saved_at, save_due = parts.state, time.monotonic(), False
     stop = _any_rank(parts, bool(parts.stop))[0]
@@ -161,9 +172,13 @@ def _steps(parts: LoopParts, reports: "Reports", saver: Saver) -> tuple[TrainSta
         state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
     while state.step < parts.total_steps:
         started = time.perf_counter()
+        reports.timer.start()
         batch = next(parts.batches)
         waited = time.perf_counter() - started
-        state, values = _one_step(parts, state, batch)
+        reports.timer.switch("forward")
+        with reports.count_flops():
+            state, values = _one_step(parts, state, batch)
+        reports.timer.stop()
         seconds = time.perf_counter() - started
         state = replace(state, seconds=state.seconds + seconds)
         values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
@@ -188,7 +203,7 @@ def _evaluation_due(parts: LoopParts, state: TrainState) -> bool:
     return parts.evaluate is not None and (done or _every(parts.train.eval_steps, state.step))
 
 
-def _evaluate(parts: LoopParts, state: TrainState, reports: "Reports", saver: Saver) -> TrainState:
+def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
     """Evaluate, after the checkpoint of the same step, which gets the scores."""
     assert parts.evaluate is not None
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
@@ -203,7 +218,8 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
     set_lr(parts.engine.groups, factor)
     loss, values = parts.step(batch)
     if parts.average is not None:
-        parts.average.update()
+        with timed("optimizer"):
+            parts.average.update()
     values = {"loss": loss, **values, "lr": parts.optim.lr * factor}
     norm = parts.engine.grad_norm
     if norm is not None:
@@ -225,72 +241,6 @@ def _any_rank(parts: LoopParts, *flags: bool) -> list[bool]:
     if world_size() == 1:
         return list(flags)
     return [flag > 0 for flag in sum_over_ranks(torch.tensor(flags, device=parts.engine.device).float()).tolist()]
-
-
-class Reports:
-    """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
-
-    None of them ends a run: what cannot be written is said once.
-    """
-
-    def __init__(self, parts: LoopParts) -> None:
-        self.parts = parts
-        self._file: MetricsFile | None = None  # of rank 0
-        on_first_rank(self._open)
-        self.progress = Progress(parts.total_steps, start=parts.state.step, show=rank() == 0)
-        self._failed = False
-
-    def _open(self) -> None:
-        self._file = MetricsFile(self.parts.run_folder / METRICS, from_step=self.parts.state.step)
-
-    def __enter__(self) -> "Reports":
-        self.progress.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._attempt(self._file.close)
-        self.progress.__exit__(*error)
-
-    def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
-        """A finished step."""
-        self.progress.advance(self.parts.train.global_batch, seconds, values)
-        if always or _every(self.parts.train.logging_steps, state.step):
-            self._values(state, values)
-
-    def scores(self, state: TrainState) -> None:
-        """An evaluation."""
-        self.progress.values |= state.metrics
-        self._values(state, state.metrics)
-
-    def event(self, values: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
-        if self._file is not None:
-            self._attempt(self._file.write, values)
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self.progress.note(text)
-
-    def stopped(self, state: TrainState) -> None:
-        """The run stops before its end."""
-        self.note(
-            f"{self.parts.stop.reason}: saved step {state.step} of {self.parts.total_steps}; rerun the same command to "
-            "resume"
-        )
-
-    def _values(self, state: TrainState, values: dict[str, float]) -> None:
-        self.event({"step": state.step, "samples": state.samples, **values})
-        if self._file is not None:
-            self._attempt(self.parts.engine.report, values, state.samples)
-
-    def _attempt(self, write: Callable[..., object], *values: object) -> None:
-        try:
-            write(*values)
-        except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
-            if not self._failed:
-                self.note(f"warning: cannot log to {self.parts.run_folder}: {error}; training continues")
-            self._failed = True
 
 
 def _every(steps: int, step: int) -> bool:

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl and a progress bar."""
 
 import json
+import math
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -13,6 +14,17 @@ from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.progress import progress_bar
 
 SMOOTHING = 0.9  # of samples per second
+SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
+
+# Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
+TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "mfu", "tflops", "slowest_rank"}
+TIME_PARTS = ("_seconds", "loader_")
+
+
+def label(name: str, phase: str) -> str:
+    """What monitors call a value of ``phase`` (train or eval): train/loss, time/data_seconds, eval/i2t_r1."""
+    is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
+    return f"{'time' if is_time else phase}/{name}"
 
 
 class MetricsFile:
@@ -57,14 +69,14 @@ class Progress(AbstractContextManager):
 
     def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
         self.show = show
-        self.values: dict[str, float] = {}
+        self.values: dict[str, Any] = {}
         self.samples_per_second = 0.0  # smoothed
         self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
-    def advance(self, samples: int, seconds: float, values: dict[str, float]) -> None:
+    def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
         """Show a finished step of ``samples`` pairs."""
         rate = samples / max(seconds, 1e-9)
         self.samples_per_second = (
@@ -75,18 +87,27 @@ class Progress(AbstractContextManager):
         self._bar.update()
 
     def description(self) -> str:
-        """``loss 3.21  72 samples/s  R@1 0.12/0.14  1.9 GiB  save 0.4 s``.
+        """``loss 3.21  72 samples/s  MFU 41 %  R@1 0.12/0.14  1.9 GiB  save 0.4 s``.
 
-        save: how long training waited for the last checkpoint.
+        TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
+        training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
         """
         loss = f"loss {self.values['loss']:.4g}" if "loss" in self.values else ""
         parts = [loss, f"{self.samples_per_second:.3g} samples/s"]
+        if "mfu" in self.values:
+            parts.append(f"MFU {100 * self.values['mfu']:.3g} %")
+        elif "tflops" in self.values:
+            parts.append(f"{self.values['tflops']:.3g} TFLOP/s")
+        if self.values.get("wait_share", 0) >= 0.05:
+            parts.append(f"data {100 * self.values['wait_share']:.0f} %")
         if "i2t_r1" in self.values:
             parts.append(f"R@1 {self.values['i2t_r1']:.3f}/{self.values['t2i_r1']:.3f}")
         if "peak_gib" in self.values:
             parts.append(f"{self.values['peak_gib']:.2f} GiB")
         if "save_seconds" in self.values:
             parts.append(f"save {self.values['save_seconds']:.1f} s")
+        if self.values.get("busy_seconds_max", 0) > SLOW_RANK * self.values.get("busy_seconds_min", math.inf):
+            parts.append(f"slow: rank {self.values['slowest_rank']} ({self.values['slowest_host']})")
         return "  ".join(part for part in parts if part)
 
     def note(self, text: str) -> None:

@@ -26,8 +26,10 @@ from torch import Tensor
 from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
+from llm2clip_plugin.train.flops import repeated
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import Terms
+from llm2clip_plugin.train.timing import timed
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists
@@ -90,7 +92,7 @@ class ContrastiveStep(ABC):
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
-        with torch.no_grad():
+        with torch.no_grad(), repeated():
             parts = [self._encode(micro) for micro in micro_batches]
         leaves = Encoded(
             torch.cat([part.anchor_mD for part in parts]),
@@ -101,7 +103,8 @@ class ContrastiveStep(ABC):
         for leaf in leaves:
             leaf.requires_grad_()
         loss, values = self._loss(leaves, batch)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        with timed("backward"):
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
         anchor_grad, positive_grad, scale_grad, bias_grad = grads
         size = len(parts[0].anchor_mD)

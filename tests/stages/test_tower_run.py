@@ -257,7 +257,7 @@ def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
     run = refusals["folder"] / "run"
     events = EventAccumulator(str(run / "monitor" / "run"))
     events.Reload()
-    found = events.Scalars("Train/loss")
+    found = events.Scalars("train/loss")
     assert [event.step for event in found] == [16, 32]  # samples
     assert [event.value for event in found] == pytest.approx(list(losses(run).values()), abs=1e-6)
 
@@ -270,7 +270,7 @@ def test_wandb_offline_writes_a_run(tiny: Path, tmp_path: Path):
     env = environment(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"Train/loss" in file.read_bytes()
+    assert b"train/loss" in file.read_bytes()
 
 
 @pytest.mark.slow

@@ -1,0 +1,196 @@
+"""Time of a step by phase, FLOPs and MFU, ranks compared, and how monitors call the values."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tower_runs import lines
+from train_helpers import run_ranks, tiny_batch, tiny_engine
+
+from llm2clip_plugin.train.flops import count_model_flops, peak_of, repeated
+from llm2clip_plugin.train.progress import Progress, label
+from llm2clip_plugin.train.timing import PHASES, Clock, StepTimer, compare_ranks, timed
+
+
+class Ticks(Clock):
+    """A mark a second; the device has passed those up to ``reached``."""
+
+    def __init__(self) -> None:
+        self.now, self.reached = 0, 1000
+
+    def mark(self) -> int:
+        self.now += 1
+        return self.now
+
+    def passed(self, mark: int) -> bool:
+        return mark <= self.reached
+
+    def wait(self, mark: int) -> None:
+        self.reached = max(self.reached, mark)
+
+    def seconds(self, start: int, end: int) -> float:
+        assert max(start, end) <= self.reached
+        return float(end - start)
+
+
+def one_step(timer: StepTimer) -> None:
+    timer.start()
+    timer.switch("forward")
+    with timed("communication"), timed("communication"):
+        pass
+    with timed("backward"), timed("communication"):  # a gather inside the backward pass
+        pass
+    with timed("optimizer"):
+        pass
+    timer.stop()
+
+
+def test_each_moment_of_a_step_belongs_to_one_phase():
+    clock = Ticks()
+    with StepTimer(clock) as timer:
+        before = timer.totals()
+        with timed("communication"):  # between steps nothing is measured
+            pass
+        one_step(timer)
+        mean = timer.totals().mean_since(before)
+        phases = {name: mean[f"{name}"] for name in PHASES}
+        assert phases == {"data": 1, "forward": 4, "backward": 2, "optimizer": 1, "communication": 2}
+        assert sum(phases.values()) == clock.now - 1
+    one_step(StepTimer(clock))  # not the active one
+    assert timer.totals().steps == 1
+
+
+def test_a_step_is_reported_when_the_device_has_finished_it():
+    clock = Ticks()
+    with StepTimer(clock) as timer:
+        one_step(timer)
+        clock.reached = clock.now
+        one_step(timer)
+        first = timer.totals()
+        assert first.steps == 1 and not timer.totals().mean_since(first)
+        both = timer.totals(wait=True)
+        assert both.steps == 2 and both.mean_since(first)["forward"] == 4
+
+
+def test_flops_are_those_of_the_model():
+    """A linear layer and attention: counted once, whatever is computed again for checkpointing or caching."""
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(2, 4, 5, 8, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x) + x @ weight
+
+    with count_model_flops() as plain:
+        block(x).sum().backward()
+    linear, attention = 2 * (2 * 4 * 5) * 8 * 8, 2 * 2 * (2 * 4) * 5 * 5 * 8
+    # two products each in the backward pass, and one more in flash attention's, which computes the scores again
+    assert plain == {torch.float32: 3 * linear + attention + attention * 5 // 2}
+    with count_model_flops() as again:
+        with torch.no_grad(), repeated():
+            block(x)
+        checkpoint(block, x, use_reentrant=False).sum().backward()  # type: ignore[union-attr]
+    assert again == plain
+    with count_model_flops() as half, torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    assert half[torch.bfloat16] == linear + attention
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, False, 312e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, True, 156e12),
+        ("NVIDIA H100 80GB HBM3", torch.float16, False, 989e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, False, 756e12),
+        ("NVIDIA A10G", torch.bfloat16, False, 70e12),
+        ("NVIDIA L4", torch.bfloat16, False, 121e12),
+        ("NVIDIA L40S", torch.float32, False, 91.6e12),
+        ("Tesla V100-SXM2-32GB", torch.float32, True, 15.7e12),  # it has no TF32
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, False, None),
+        ("NVIDIA Next 9000", torch.bfloat16, False, None),
+    ],
+)
+def test_peaks_by_name(name: str, dtype: torch.dtype, tf32: bool, expected: float | None):
+    assert peak_of(name, dtype, tf32=tf32) == (expected and pytest.approx(expected))
+
+
+def test_the_slowest_rank_is_the_one_that_waits_least_for_the_others():
+    ranks = [(1.0, 0.1, 0.5), (1.0, 0.6, 0.0), (1.0, 0.2, 0.4)]  # seconds of the step, of data, of communication
+    values = compare_ranks(ranks, ["node-1", "node-2", "node-2"])
+    assert values["slowest_rank"] == 1 and values["slowest_host"] == "node-2"
+    assert (values["data_seconds_min"], values["data_seconds_max"]) == (0.1, 0.6)
+    assert (values["busy_seconds_min"], values["busy_seconds_max"]) == (0.5, 1.0)
+    with Progress(1, start=0, show=False) as bar:
+        bar.values |= values | {"mfu": 0.412, "tflops": 3.0, "wait_share": 0.6}
+        assert bar.description() == "0 samples/s  MFU 41.2 %  data 60 %  slow: rank 1 (node-2)"
+        del bar.values["mfu"]
+        assert "3 TFLOP/s" in bar.description()
+
+
+def test_monitors_get_labels_by_phase():
+    names = ["loss", "lr", "step_seconds", "data_seconds_max", "wait_share", "tflops", "loader_ready", "slowest_rank"]
+    labels = [label(name, "train") for name in names]
+    assert labels[:2] == ["train/loss", "train/lr"] and labels[2:] == [f"time/{name}" for name in names[2:]]
+    assert label("i2t_r1", "eval") == "eval/i2t_r1"
+
+
+RUNS = {"zero0": (0, 16), "zero1 cached": (1, 4), "zero2": (2, 16), "zero3 cached": (3, 8)}
+STEPS = 12
+
+
+def train(rank: int, world: int, folder: str) -> None:
+    from test_saving import new_state, parts_of
+
+    from llm2clip_plugin.train.loop import run_loop
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for i in range(STEPS):
+            time.sleep(0.03 * rank)
+            yield tiny_batch(i, rank=rank, world=world)
+
+    for name, (stage, micro) in RUNS.items():
+        engine = tiny_engine(stage=stage, micro=micro, world=world)
+        parts = parts_of(Path(folder) / name, engine, new_state(), batches(), queue=lambda: (0.5, 3.0))
+        run_loop(
+            type(parts)(
+                **{**vars(parts), "total_steps": STEPS, "train": type(parts.train)(global_batch=32, save_minutes=0)}
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("timing")
+    run_ranks(train, 2, str(folder))
+    return {name: [line for line in lines(folder / name) if "loss" in line] for name in RUNS}
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_run_says_where_its_time_went(runs: dict[str, list[dict[str, Any]]], name: str):
+    """Two ranks under each ZeRO stage; rank 1 waits for its data."""
+    assert [line["step"] for line in runs[name]] == list(range(1, STEPS + 1))
+    for line in runs[name]:
+        parts = [line[f"{phase}_seconds"] for phase in PHASES]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(line["step_seconds"], rel=0.05)
+        assert line["tflops"] > 0 and "mfu" not in line
+        assert (line["loader_ready"], line["loader_capacity"]) == (0.5, 3.0)
+        assert {"samples_per_second", "wait_share"} <= line.keys()  # of 0.1
+    compared = [line["step"] for line in runs[name] if "slowest_rank" in line]
+    assert compared == [10, STEPS]  # a collective every ten steps, and at the end
+    last = runs[name][-1]
+    assert last["slowest_rank"] == 1 and last["slowest_host"] == socket.gethostname()
+    assert last["data_seconds_max"] > last["data_seconds_min"]
+
+
+def test_flops_do_not_depend_on_caching_or_zero(runs: dict[str, list[dict[str, Any]]]):
+    counts = [runs[name][-1]["tflops"] * runs[name][-1]["step_seconds"] for name in RUNS]
+    assert counts == pytest.approx([counts[0]] * len(RUNS), rel=1e-6)
