@@ -13,7 +13,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -182,16 +183,36 @@ class PairLoader:
         self.rows = 0  # rows loaded
         self.substituted = 0  # of these, rows that replace a broken sample
         self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
+        self._ahead: Callable[[], Ahead | None] = lambda: None  # weak references: see __iter__
+        self._processes: Callable[[], Any] = lambda: None
+
+    def queue(self) -> tuple[float, float]:
+        """Batches that are ready, and that there is space for: one put together, the others in parts.
+
+        (0, 0) without loader processes.
+        """
+        if not self.plan.workers:
+            return 0.0, 0.0
+        ahead, processes = self._ahead(), self._processes()
+        parts = 0
+        if processes is not None:  # torch has no public way to ask
+            early = sum(len(task) > 1 for task in list(processes._task_info.values()))
+            parts = early + processes._data_queue.qsize()
+        in_parts = self.plan.part / self.plan.rows
+        space = 1 + self.plan.workers * self.plan.prefetch * in_parts
+        return (ahead.ready if ahead else 0) + parts * in_parts, space
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         closed = threading.Event()
-        parts = takewhile(lambda part: not closed.is_set(), iter(self._loader))  # the loader processes start here
+        processes = iter(self._loader)  # the loader processes start here
+        parts = takewhile(lambda part: not closed.is_set(), processes)
         batches = join_parts(parts, self.plan.rows, pin_memory=self._pin_memory)
         if not self.plan.workers:
             yield from self._finished(batches)
             return
         ahead = Ahead(batches, closed, device=torch.cuda.current_device() if self._pin_memory else None)
-        del parts, batches  # the thread alone holds the loader processes, and ends them
+        self._ahead, self._processes = weakref.ref(ahead), weakref.ref(processes)
+        del processes, parts, batches  # the thread alone holds the loader processes, and ends them
         try:
             yield from self._finished(ahead)
         finally:

@@ -99,6 +99,11 @@ class Ahead:
         self._wanted.release()
         return item
 
+    @property
+    def ready(self) -> int:
+        """Items that can be taken without waiting: 0 or 1."""
+        return self._ready.qsize()
+
     def close(self) -> None:
         """Stop; waits for the thread, unless it hangs in a read."""
         self._closed.set()

@@ -18,6 +18,7 @@ from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
+from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
@@ -117,6 +118,7 @@ class TrainingRun:
         evaluate: Evaluate | None,
         stop: StopRequest,
         average: MovingAverage | None = None,
+        queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns where it ended or was stopped."""
         self._record(state)
@@ -134,6 +136,7 @@ class TrainingRun:
                 run_folder=self.folder,
                 state=state,
                 stop=stop,
+                queue=queue,
             )
         )
         self._record(state)

@@ -40,6 +40,8 @@ IGNORED_ON_RESUME = (
     "train.eval_steps",
     "train.logging_steps",
     "train.report_to",
+    "train.profile_steps",
+    "train.profile_all_ranks",
     "train.dataloader_num_workers",
     "train.dataloader_prefetch_mb",
     "train.tf32",

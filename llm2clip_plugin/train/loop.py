@@ -53,6 +53,8 @@ class TrainConfig:
     eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
+    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 others; 0: none
+    profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
     dataloader_num_workers: int = 0  # image-decoding processes per rank
     dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
@@ -81,7 +83,8 @@ class TrainConfig:
             )
         if self.dataloader_prefetch_mb < 1:
             raise ValueError(f"train.dataloader_prefetch_mb {self.dataloader_prefetch_mb} must be at least 1")
-        for name in ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "dataloader_num_workers"):
+        counts = ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
+        for name in (*counts, "dataloader_num_workers"):
             if vars(self)[name] < 0:
                 raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")
         if self.logging_steps < 1:
@@ -138,6 +141,7 @@ def run_loop(parts: LoopParts) -> TrainState:
         global_batch=parts.train.global_batch,
         logging_steps=parts.train.logging_steps,
         queue=parts.queue,
+        profile_steps=parts.train.profile_steps if parts.train.profile_all_ranks or rank() == 0 else 0,
     ) as reports:
         fallback = parts.train.save_fallback_dir
         with Saver(

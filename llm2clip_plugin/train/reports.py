@@ -14,10 +14,12 @@ from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.flops import count_model_flops, least_seconds
+from llm2clip_plugin.train.profiling import StepProfiler
 from llm2clip_plugin.train.progress import MetricsFile, Progress, label
 from llm2clip_plugin.train.run_checkpoints import METRICS
 from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
 
+PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
 
 Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
@@ -39,8 +41,9 @@ class Reports:
         global_batch: int,
         logging_steps: int,
         queue: Queue | None = None,
+        profile_steps: int = 0,
     ) -> None:
-        """state: where training starts."""
+        """state: where training starts. profile_steps: steps that this rank traces."""
         self.engine = engine
         self.run_folder = run_folder
         self.total_steps = total_steps
@@ -53,6 +56,10 @@ class Reports:
         self.timer = StepTimer(make_clock(engine.device))
         self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
         self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
+        remaining = total_steps - state.step
+        self._profiler: StepProfiler | None = None
+        if min(profile_steps, remaining) > 0:
+            self._profiler = StepProfiler(run_folder / PROFILE, profile_steps, remaining=remaining, note=self.note)
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
 
@@ -66,6 +73,8 @@ class Reports:
 
     def __exit__(self, *error: object) -> None:
         self.timer.__exit__(*error)
+        if self._profiler is not None:
+            self._profiler.close()
         if self._file is not None:
             self._attempt(self._file.close)
         self.progress.__exit__(*error)
@@ -86,6 +95,8 @@ class Reports:
             values = values | self._speed(last=always)
             self._values(state, values)
         self.progress.advance(self.global_batch, seconds, values)
+        if self._profiler is not None:
+            self._profiler.step()
 
     def scores(self, state: TrainState) -> None:
         """An evaluation."""

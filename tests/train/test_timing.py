@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tower_runs import lines
 from train_helpers import run_ranks, tiny_batch, tiny_engine
 
 from llm2clip_plugin.train.flops import count_model_flops, peak_of, repeated
+from llm2clip_plugin.train.loop import TrainConfig, run_loop
 from llm2clip_plugin.train.progress import Progress, label
 from llm2clip_plugin.train.timing import PHASES, Clock, StepTimer, compare_ranks, timed
 
@@ -150,8 +153,6 @@ STEPS = 12
 def train(rank: int, world: int, folder: str) -> None:
     from test_saving import new_state, parts_of
 
-    from llm2clip_plugin.train.loop import run_loop
-
     def batches() -> Iterator[dict[str, Any]]:
         for i in range(STEPS):
             time.sleep(0.03 * rank)
@@ -159,19 +160,46 @@ def train(rank: int, world: int, folder: str) -> None:
 
     for name, (stage, micro) in RUNS.items():
         engine = tiny_engine(stage=stage, micro=micro, world=world)
-        parts = parts_of(Path(folder) / name, engine, new_state(), batches(), queue=lambda: (0.5, 3.0))
-        run_loop(
-            type(parts)(
-                **{**vars(parts), "total_steps": STEPS, "train": type(parts.train)(global_batch=32, save_minutes=0)}
-            )
-        )
+        run = Path(folder) / name
+        parts = parts_of(run, engine, new_state(), batches(), queue=lambda: (0.5, 3.0), total_steps=STEPS)
+        profile = {"profile_steps": 2, "profile_all_ranks": True} if name == "zero0" else {}
+        run_loop(replace(parts, train=TrainConfig(global_batch=32, save_minutes=0, **profile)))
+    # a run of fewer steps than are to be traced
+    engine = tiny_engine(stage=0, micro=16, world=world)
+    parts = parts_of(Path(folder) / "short", engine, new_state(), batches(), total_steps=3)
+    run_loop(replace(parts, train=TrainConfig(global_batch=32, save_minutes=0, profile_steps=9)))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("timing")
     run_ranks(train, 2, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: [line for line in lines(folder / name) if "loss" in line] for name in RUNS}
+
+
+def traced_steps(folder: Path, rank: int) -> set[str]:
+    """The steps in the one trace of a rank, and the rows of its table."""
+    (trace,) = folder.glob(f"*-rank{rank}.*.pt.trace.json")
+    table = (folder / f"operators-rank{rank}.txt").read_text()
+    assert "Self CPU" in table and len([row for row in table.splitlines() if "us " in row or "ms " in row]) == 10
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::addmm" for event in events)
+    return {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep")}
+
+
+def test_a_profile_is_a_trace_of_some_steps_and_a_table(folder: Path):
+    for rank in (0, 1):
+        assert traced_steps(folder / "zero0/profile", rank) == {"ProfilerStep#5", "ProfilerStep#6"}
+    assert traced_steps(folder / "short/profile", 0) == {f"ProfilerStep#{i}" for i in range(3)}
+    assert not list((folder / "short/profile").glob("*rank1*"))
+    assert not (folder / "zero2/profile").exists()
+    with pytest.raises(ValueError, match=r"train.profile_steps -1 must not be negative"):
+        TrainConfig(profile_steps=-1)
 
 
 @pytest.mark.parametrize("name", list(RUNS))

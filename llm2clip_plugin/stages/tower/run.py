@@ -1,15 +1,13 @@
 """Stage 2 assembled: captioned images and a cache in, a trained and exported tower out."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llm2clip_plugin.data.caption_choice import check_kinds
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.loader import PairDataset, PairLoader, make_loader
 from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
@@ -80,6 +78,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     prepare(dual, config, device)
     engine = run.make_engine(dual, trained, resumed)
     start = run.start_state(resumed)
+    loader = make_batches(config, data, images, start.samples)
     state = run.train_to_end(
         engine,
         start,
@@ -90,7 +89,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
             text_noise=config.dual.input_noise > 0,
             normalize=Normalize(images, engine.device),
         ),
-        batches=batches(config, data, images, start.samples),
+        batches=iter(loader),
+        queue=loader.queue if config.train.dataloader_num_workers else None,
         evaluate=evaluation(dual, data, images, config),
         stop=stop,
         average=moving_average(engine, config, resumed),
@@ -126,7 +126,7 @@ def prepare(dual: DualEncoder, config: RunConfig, device: torch.device) -> None:
         dual.tower.compile()
 
 
-def batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> Iterator[dict[str, Any]]:
+def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> PairLoader:
     """This rank's rows of the global batches, from sample number ``position`` of the run on."""
     local_batch, micro_batch, _ = config.train.rows(world_size())
     dataset = PairDataset(
@@ -137,19 +137,17 @@ def batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -
         seed=config.train.seed,
         caption_weights=config.data.kind_weights,
     )
-    return iter(
-        make_loader(
-            dataset,
-            local_batch=local_batch,
-            micro_batch=micro_batch,
-            position=position,
-            rank=rank(),
-            world=world_size(),
-            workers=config.train.dataloader_num_workers,
-            prefetch_mb=config.train.dataloader_prefetch_mb,
-            max_broken=config.train.max_broken,
-            pin_memory=torch.cuda.is_available(),
-        )
+    return make_loader(
+        dataset,
+        local_batch=local_batch,
+        micro_batch=micro_batch,
+        position=position,
+        rank=rank(),
+        world=world_size(),
+        workers=config.train.dataloader_num_workers,
+        prefetch_mb=config.train.dataloader_prefetch_mb,
+        max_broken=config.train.max_broken,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
