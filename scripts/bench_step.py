@@ -5,8 +5,8 @@
 Both ways train the same dual encoder from the same weights; their steps alternate. Prints one JSON line per tower:
 median seconds per step of each way, their ratio (bare / ours, 1 is equal) by wall and by processor time, FLOP/s as a
 fraction of the measured peak of matrix products (on a CPU both by processor time, so that other processes don't
-count), and the fraction of the step spent waiting for data (512-pixel JPEGs from a shard, decoded by loader workers
-while the step runs).
+count), the fraction of a step that measuring its phases takes, and the fraction of the step spent waiting for data
+(512-pixel JPEGs from a shard, decoded by loader workers while the step runs).
 """
 
 import argparse
@@ -40,6 +40,8 @@ from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.train.timing import HostClock, StepTimer, make_clock
+from llm2clip_plugin.train.timing import timed as timed_phase
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 
 TOWERS: dict[str, dict[str, Any]] = {
@@ -86,6 +88,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device, peak: 
         "flops": flops,
         "flop_share_of_peak": flops / median_seconds(runs["ours"]) / peak,
         "matmul_peak_gflops": peak / 1e9,
+        "timing_share": timing_seconds(ours, batch, device) / median_seconds(runs["ours"]),
         "wait_share": wait_share(ours, options),
         "losses_agree": abs(first["bare"] - first["ours"]) < TOLERANCE[options.precision],
     }
@@ -166,6 +169,33 @@ def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> Tow
         text_noise=False,
         normalize=Normalize(ImageConfig(), engine.device),
     )
+
+
+def timing_seconds(step: TowerStep, batch: dict[str, Any], device: torch.device) -> float:
+    """Seconds that a step's timer takes: marks of a step x the mean of 10,000 of them."""
+
+    class Counting(HostClock):
+        marks = 0
+
+        def mark(self) -> float:
+            self.marks += 1
+            return super().mark()
+
+    clock, count = Counting(), 10_000
+    with StepTimer(clock) as timer:
+        timer.start()
+        step(batch)
+        timer.stop()
+    with StepTimer(make_clock(device)) as timer:
+        start = time.perf_counter()
+        for _ in range(count // 100):  # steps of 102 marks
+            timer.start()
+            for _ in range(50):
+                with timed_phase("backward"):
+                    pass
+            timer.stop()
+            timer.totals()
+        return clock.marks * (time.perf_counter() - start) / (count // 100 * 102)
 
 
 def wait_share(step: TowerStep, options: argparse.Namespace) -> float:

@@ -83,7 +83,7 @@ class StepTimer:
         self._marks: list[tuple[str, Any]] = []  # phase, and where it begins
         self._started = 0.0
         self._pending: deque[tuple[float, list[tuple[str, Any]], Any]] = deque()  # wall seconds, marks, the last mark
-        self._sums = dict.fromkeys((STEP, *PHASES), 0.0)
+        self._sums: dict[str, float] = dict.fromkeys((STEP, *PHASES), 0.0)
         self._steps = 0
 
     def __enter__(self) -> "StepTimer":

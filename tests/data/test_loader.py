@@ -1,5 +1,6 @@
 import logging
 import multiprocessing
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -125,6 +126,22 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     for process in loaders:
         process.join(timeout=10)
     assert not any(process.is_alive() for process in loaders)
+
+
+def test_the_queue_fills_while_the_caller_works(dataset: PairDataset) -> None:
+    loader = make_loader(dataset, local_batch=8, micro_batch=4, workers=2)
+    stream = iter(loader)
+    next(stream)
+    deadline = time.monotonic() + 60
+    while loader.queue() != (3.0, 3.0):  # one put together, and two parts of half a batch from each process
+        assert time.monotonic() < deadline, loader.queue()
+        time.sleep(0.01)
+    for _ in range(3):
+        next(stream)
+    assert 0 <= loader.queue()[0] <= 3
+    del stream
+    assert loader.queue() == (0.0, 3.0)
+    assert make_loader(dataset, local_batch=8).queue() == (0.0, 0.0)
 
 
 def test_a_data_set_is_pickled_to_a_new_process(dataset: PairDataset) -> None:
