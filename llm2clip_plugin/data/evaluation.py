@@ -55,7 +55,7 @@ class EvalDataset(Dataset):
         shard, within = self.source.locate(index)
         key = ""
         try:
-            sample = self.source[index]
+            sample = self.source.with_image(index)
             key = sample.key
             captions = select_captions(sample.captions, self.kinds, self.languages)
             if not captions:

@@ -31,6 +31,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.parts import Ahead, PartDraws, join_parts
 from llm2clip_plugin.data.permutation import hash_words
 from llm2clip_plugin.data.read_rate import shuffle_window
+from llm2clip_plugin.data.retry import take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, sample_rng
 from llm2clip_plugin.data.shards_ahead import ShardsAhead
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
@@ -119,7 +120,7 @@ class PairDataset(Dataset):
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source, cache = self.sources[draw.source], self.caches[draw.source]
         shard, within = source.locate(draw.index)
-        sample = source[draw.index]
+        sample = source.with_image(draw.index)
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(sample.captions, kinds, source.config.languages)
         if not captions:
@@ -152,6 +153,7 @@ def collate(rows: list[Row]) -> dict[str, Any]:
         "keys": [row.key for row in rows],
         "shards": [row.shard for row in rows],
         "broken": [row.broken for row in rows if row.broken],
+        "retries": [take_retries()],  # of the process that loaded these rows
     }
     if rows[0].embedding is not None:
         batch["embeddings"] = torch.stack([row.embedding for row in rows if row.embedding is not None])
@@ -182,6 +184,7 @@ class PairLoader:
         self.max_broken = max_broken
         self.rows = 0  # rows loaded
         self.substituted = 0  # of these, rows that replace a broken sample
+        self.retries = 0  # reads of data that were repeated after an error that passes
         self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
         self._ahead: Callable[[], Ahead | None] = lambda: None  # weak references: see __iter__
         self._processes: Callable[[], Any] = lambda: None
@@ -219,10 +222,15 @@ class PairLoader:
             ahead.close()
 
     def _finished(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Batches whose broken samples are counted, each with the position after it."""
-        for number, batch in enumerate(batches, start=1):
-            self._count(len(batch["keys"]), batch.pop("broken"))
-            yield {**batch, "position": self._position + number * self._global_batch}
+        """Batches whose broken samples and retries are counted, each with the position after it."""
+        try:
+            for number, batch in enumerate(batches, start=1):
+                self._count(len(batch["keys"]), batch.pop("broken"))
+                self.retries += sum(batch.pop("retries"))
+                yield {**batch, "position": self._position + number * self._global_batch, "retries": self.retries}
+        finally:
+            if self.retries:
+                log.warning("retried %d reads of data while loading %d rows", self.retries, self.rows)
 
     def _count(self, rows: int, broken: list[tuple[BrokenSample, ...]]) -> None:
         self.rows += rows
@@ -270,7 +278,8 @@ def make_loader(
 
     A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
     caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after
-    this batch. With ``workers`` the next batch is put together in a thread while the caller uses this one.
+    this batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
+    thread while the caller uses this one.
     ``pin_memory``: in page-locked memory, for copies to a GPU that don't wait.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
     """

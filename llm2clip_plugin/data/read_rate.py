@@ -122,7 +122,7 @@ def loose_images(sources: Sequence[Source]) -> float:
 def _image_bytes(source: Source, number: int) -> int:
     """Bytes of a sample's image; 0 if it is broken."""
     try:
-        return len(source[number].read_image())
+        return len(source.with_image(number).read_image())
     except BrokenSample:
         return 0
 

@@ -103,7 +103,7 @@ class FieldImages(LabeledImages):
         super().__init__(source.path, classes, keys, [number_of[value] for value in values], clusters)
 
     def image(self, number: int) -> bytes:
-        return self.source.record(number).read_image()
+        return self.source.record_with_image(number).read_image()
 
 
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:

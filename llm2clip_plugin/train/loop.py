@@ -236,6 +236,8 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
             )
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped
+    if batch.get("retries"):
+        values["data_retries"] = batch["retries"]
     values["peak_gib"] = peak_memory(parts.engine.device)
     return replace(state, step=state.step + 1, samples=batch["position"]), values
 

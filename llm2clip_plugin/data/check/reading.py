@@ -124,7 +124,7 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
     for number in numbers:
         key, captions, reason = "", (), ""
         try:
-            sample = source[number]
+            sample = source.with_image(number)
             key, captions = sample.key, sample.captions
             reading.blank_captions += sample.blank_captions
             sides.append(_read_image(sample, reading))

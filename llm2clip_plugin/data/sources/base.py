@@ -138,6 +138,10 @@ class Source(ABC):
         """Bytes that ``download`` copies for these shards, if none is there yet; 0 for shards that are local."""
         return 0
 
+    def record_with_image(self, number: int) -> Record:
+        """As ``record``; a source whose parts of a sample are neighbors reads them, and the image, at once."""
+        return self.record(number)
+
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
 
@@ -155,7 +159,13 @@ class Source(ABC):
 
     def __getitem__(self, number: int) -> Sample:
         """A sample, its image not yet read. Raises BrokenSample if its JSON or its captions can't be read."""
-        record = self.record(number)
+        return self._sample(number, self.record(number))
+
+    def with_image(self, number: int) -> Sample:
+        """As ``source[number]``, for a caller that will read the image: both may come from the disk in one read."""
+        return self[number]
+
+    def _sample(self, number: int, record: Record) -> Sample:
         try:
             captions, blank = read_captions(record.values, self.fields)
         except (ValueError, RecursionError) as error:

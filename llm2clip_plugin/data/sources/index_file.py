@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.data.retry import SteadyFile
 
 FORMAT = {"kind": "llm2clip-source-index", "format_version": 1}
 HEAD_BYTES = 256
@@ -94,24 +95,20 @@ class IndexFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._file = SteadyFile(path)
         try:
             self.columns, self.table = self._read_table()
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedIndex(f"{path} is damaged ({error})") from error
         self._row_bytes = (self.columns + 1) * 8
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
     def _read_table(self) -> tuple[int, Table]:
-        head: dict[str, Any] = json.loads(os.pread(self._descriptor, HEAD_BYTES, 0))
+        head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
         if any(head.get(name) != value for name, value in FORMAT.items()):
             raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
         start, size = head["table"]
-        text = os.pread(self._descriptor, size, start)
-        if len(text) != size or os.fstat(self._descriptor).st_size != start + size:
+        text = self._file.read(size + 1, start)  # a byte more would be too many
+        if len(text) != size:
             raise ValueError("truncated")
         if sha256_text(text.decode()) != head["sha256"]:
             raise ValueError("its table has another SHA-256")
@@ -122,12 +119,12 @@ class IndexFile:
     def row(self, shard: int, number: int) -> tuple[tuple[int, ...], bytes]:
         """The columns of a sample of a shard, and its text. Raises DamagedIndex."""
         start, samples = self.table.starts[shard], self.table.samples[shard]
-        row = os.pread(self._descriptor, self._row_bytes, start + number * self._row_bytes)
+        row = self._file.read(self._row_bytes, start + number * self._row_bytes)
         *values, checksum = np.frombuffer(row, dtype="<i8").tolist() if len(row) == self._row_bytes else (0, 0, -1)
         text_start, text_size = values[-2:]
         text = b""
         if text_size > 0 and 0 <= text_start <= self.table.text_bytes[shard] - text_size:
-            text = os.pread(self._descriptor, text_size, start + samples * self._row_bytes + text_start)
+            text = self._file.read(text_size, start + samples * self._row_bytes + text_start)
         if zlib.crc32(text, zlib.crc32(row[:-8], number)) != checksum:
             raise DamagedIndex(
                 f"{self.path} is damaged (row {number} of shard {self.table.names[shard]!r}); delete it and restart"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from llm2clip_plugin.data.kept import KeptFolder
+from llm2clip_plugin.data.retry import SteadyFile
 from llm2clip_plugin.data.sources.base import Shard
 from llm2clip_plugin.data.sources.index_file import DamagedIndex, IndexFile, ShardRows, Stamp, stamp_of, write_index
 
@@ -51,7 +51,7 @@ class KeptRows:
 
     def __init__(self, path: Path, kept: KeptFolder, index: IndexFile) -> None:
         self._path, self.kept, self._index = path, kept, index
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._file = SteadyFile(path)
         self.stamps = index.table.stamps
         shards, start = [], 0
         for name, size in zip(index.table.names, index.table.samples, strict=True):
@@ -59,17 +59,13 @@ class KeptRows:
             start += size
         self.shards = tuple(shards)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
     def __reduce__(self) -> tuple[object, tuple[Path, KeptFolder, Path]]:
         return _reopen, (self._path, self.kept, self._index.path)
 
     def row(self, shard: int, number: int) -> tuple[int, bytes]:
         """The number for messages, and the JSON."""
         (start, size, line, _, _), text = self._index.row(shard, number)
-        return line, text or os.pread(self._descriptor, size, start)
+        return line, text or self._file.read(size, start)
 
 
 def _reopen(path: Path, kept: KeptFolder, index: Path) -> KeptRows:

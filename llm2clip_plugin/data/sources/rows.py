@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2clip_plugin.data.retry import read_file
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.captions import well_formed
 from llm2clip_plugin.data.sources.records import BrokenSample, Record
@@ -54,9 +55,14 @@ class RowSource(Source):
         stem = config.path.rpartition("/")[2].rpartition(".")[0]
 
         def read() -> RowsInMemory:
-            rows = RowsInMemory(stem, *self.read_rows(path))
-            if not rows.shards:
-                raise ValueError(f"{config.path} contains no samples")
+            try:
+                rows = RowsInMemory(stem, *self.read_rows(path))
+                if not rows.shards:
+                    raise ValueError(f"{config.path} contains no samples")
+            except ValueError:
+                if is_url(config.path):
+                    self._downloads.forget(config.path)  # so that the next start downloads it again
+                raise
             return rows
 
         if not self.rows_version:
@@ -98,12 +104,12 @@ class RowSource(Source):
         try:
             if is_url(self._images):
                 return self._downloads.read(self._images.rstrip("/") + "/" + name)
-            with open(os.path.join(self._images, name), "rb") as file:
-                return file.read()
+            return read_file(os.path.join(self._images, name))
         except OSError as error:
             if not isinstance(error, NO_IMAGE) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
-            raise BrokenSample(shard, key, f"no image {shown!r} in {self._images}") from error
+            what = "access denied to" if isinstance(error, PermissionError) else "no"
+            raise BrokenSample(shard, key, f"{what} image {shown!r} in {self._images}") from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:

@@ -15,6 +15,9 @@ EMPTY_TAR = 10240  # bytes of a tar without members, which is zeros
 ABSENT = -1  # offset of a member that the sample does not have
 
 
+Part = tuple[int, int]  # of a sample: byte of its content in the tar, and size; ABSENT for a missing one
+
+
 class Member(NamedTuple):
     """One regular file of a tar."""
 
@@ -24,12 +27,12 @@ class Member(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One sample: (offset, size) in bytes of each part; the offset is ABSENT for a missing one."""
+    """One sample."""
 
     key: str
-    image: tuple[int, int]
-    text: tuple[int, int]
-    json: tuple[int, int]
+    image: Part
+    text: Part
+    json: Part
 
 
 class BrokenShard(ValueError):  # noqa: N818
@@ -108,6 +111,22 @@ def _verify(header: bytes, offset: int, path: str) -> None:
         compressed = header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd"
         hint = "compressed; decompress it to a plain .tar" if compressed else "not a tar or damaged; copy or rewrite it"
         raise BrokenShard(f"{path}: no tar header at byte {offset}: {hint}")
+
+
+def is_header_of(header: bytes, key: str, size: int) -> bool:
+    """Whether the block before a member's content is the header of one of ``size`` bytes of the sample ``key``.
+
+    Only short ASCII names are compared: others are in a block of their own.
+    """
+    if len(header) < BLOCK:
+        return False
+    try:
+        if _number(header[124:136]) not in (size, 0):  # 0: pax records may hold the size
+            return False
+    except ValueError:
+        return False
+    plain = len(key) < 80 and key.isascii() and header[345] == 0  # not split into prefix and name
+    return not plain or header.startswith(key.encode() + b".")
 
 
 def _number(field: bytes) -> int:
