@@ -250,7 +250,7 @@ class PairLoader:
             )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def leave_signals_to_the_run(worker: int) -> None:
     """In a loader process: keep loading for GRACE seconds after SIGTERM, and ignore Ctrl-C.
 
     Launchers send SIGTERM, and terminals SIGINT, to loader processes too. torch's handler would end them at once, and
@@ -299,7 +299,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=plan.prefetch if workers else None,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_run,
     )
     return PairLoader(
         loader,

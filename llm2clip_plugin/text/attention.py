@@ -50,8 +50,8 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
     name = type(model).__name__
     if not bool(padded_BTH.isfinite().all()):
         raise ValueError(
-            f"{where} is a {name}, whose states are not finite in {model.dtype}; set --compute-dtype bfloat16 or "
-            "float32"
+            f"{where} is a {name}, whose states are not finite in {model.dtype}: its weights are damaged, or too large "
+            "for float16; copy the LLM again, or set --compute-dtype bfloat16 or float32"
         )
     if attention == "bidirectional" and (causal := causal_blocks(passes)):
         kinds = getattr(model.config, "layer_types", None) or ["causal"] * len(passes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.model import CaptionModel
-from llm2clip_plugin.text.pairs import Pair
+from llm2clip_plugin.text.pair_loader import PairTokenizer
 from llm2clip_plugin.text.tokens import Batch as TokenBatch
 from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
@@ -60,7 +60,7 @@ class PairModule(nn.Module):
 
 
 class CaptionStep(ContrastiveStep):
-    """A step of the LLM: ``batch["pairs"]`` holds this rank's b pairs.
+    """A step of the LLM: ``batch["tokens"]`` holds this rank's b pairs (see PairTokenizer).
 
     The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second.
     """
@@ -78,17 +78,16 @@ class CaptionStep(ContrastiveStep):
         return loss, {**values, "masked_per_row": masked_per_row(batch) if self.config.mask_same else 0.0}
 
     def _on_device(self, batch: Batch) -> Batch:
-        return {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+        """Ids on the device; a batch that comes without tokens is tokenized here."""
+        moved = {key: v.to(self.engine.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+        return moved if "tokens" in moved else {**moved, "tokens": PairTokenizer(self.encoder)(batch["pairs"])}
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
-        return {"pairs": batch["pairs"][rows]}
+        return {"tokens": {side: ids[rows] for side, ids in batch["tokens"].items()}}
 
     def _forward(self, micro: Batch) -> Encoded:
-        pairs: Sequence[Pair] = micro["pairs"]
-        queries = self.encoder.tokenize([pair.query for pair in pairs], query=True)
-        targets = self.encoder.tokenize([pair.positive for pair in pairs])
-        if pairs[0].negative:
-            targets += self.encoder.tokenize([pair.negative for pair in pairs])
+        queries: list[list[int]] = micro["tokens"]["query"]
+        targets: list[list[int]] = [*micro["tokens"]["positive"], *micro["tokens"].get("negative", ())]
         frames = [self.encoder.query_frame] * len(queries) + [self.encoder.frame] * len(targets)
         rows = [*queries, *targets]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -103,8 +102,9 @@ class CaptionStep(ContrastiveStep):
             tensors += vars(group.to(self.engine.device)).values()
         sorted_RW, log_scale = self.engine(*tensors)
         features_RW = sorted_RW[torch.argsort(torch.tensor(order, device=sorted_RW.device))]
-        query_mW = features_RW[: len(pairs)]
-        positive_mkW = features_RW[len(pairs) :].unflatten(0, (-1, len(pairs))).transpose(0, 1)
+        size = len(queries)
+        query_mW = features_RW[:size]
+        positive_mkW = features_RW[size:].unflatten(0, (-1, size)).transpose(0, 1)
         return Encoded(query_mW, positive_mkW, log_scale, torch.zeros_like(log_scale))
 
     def _after_update(self) -> None:

@@ -51,6 +51,7 @@ def _paper(teacher: str, *, gradient_checkpointing: bool) -> FinetuneConfig:
             num_train_epochs=1.0,
             gradient_checkpointing=gradient_checkpointing,
             save_steps=500,
+            dataloader_num_workers=2,
         ),
     )
 

@@ -19,6 +19,7 @@ from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, save_adapte
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
+from llm2clip_plugin.text.pair_loader import tokenized_batches
 from llm2clip_plugin.text.pairs import Survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
@@ -101,7 +102,9 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device) -> 
             engine,
             start,
             step=make_step(engine),
-            batches=data.batches.start(start.samples),
+            batches=tokenized_batches(
+                data.batches, encoder, position=start.samples, workers=config.train.dataloader_num_workers
+            ),
             evaluate=evaluation(encoder, config),
             stop=stop,
         )

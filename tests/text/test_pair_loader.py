@@ -1,0 +1,42 @@
+"""Pairs read and tokenized in other processes: the same batches in the same order."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.pair_batches import PairBatches
+from llm2clip_plugin.text.pair_loader import tokenized_batches
+from llm2clip_plugin.text.pairs import PairsConfig, open_pairs
+from llm2clip_plugin.text.settings import EncoderConfig
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+def test_any_number_of_processes_gives_the_same_batches(llama: Path, tmp_path: Path, negatives: bool) -> None:
+    rows = [{"query": f"a boat {i}", "positive": f"the boat {i}"} for i in range(40)]
+    rows = [{**row, "negative": f"no boat {i}"} for i, row in enumerate(rows)] if negatives else rows
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    encoding = EncoderConfig(llm=str(llama), compute_dtype="float32", query_prompt="Query: ", max_tokens=12)
+    encoder = CaptionEncoder(encoding, "cpu")
+    sources = open_pairs(PairsConfig(data=(str(tmp_path / "pairs.jsonl"),)))
+    made = []
+    for workers in (0, 2):
+        batches = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2)
+        loaded = tokenized_batches(batches, encoder, position=16, workers=workers)
+        made.append(list(islice(loaded, 5)))
+        del loaded
+    plain = PairBatches(sources, (), seed=3, global_batch=8, rank=1, world=2).start(16)
+    for without, with_workers, pairs in zip(*made, plain, strict=False):
+        assert without["tokens"] == with_workers["tokens"]
+        assert without["pairs"] == with_workers["pairs"] == pairs["pairs"]
+        assert without["position"] == with_workers["position"] == pairs["position"]
+        assert torch.equal(without["caption_hashes"], with_workers["caption_hashes"])
+        assert without["tokens"]["query"] == encoder.tokenize([pair.query for pair in pairs["pairs"]], query=True)
+        assert without["tokens"]["positive"] == encoder.tokenize([pair.positive for pair in pairs["pairs"]])
+        assert ("negative" in without["tokens"]) is negatives
+    assert len(made[1]) == 5
