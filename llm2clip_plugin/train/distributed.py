@@ -3,12 +3,14 @@
 Everything here also works in one process without a process group, so callers need no special case for it.
 """
 
+import functools
 import itertools
 import math
 import os
 import pickle
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -201,7 +203,8 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
     """
     if world_size() == 1:
         return work()
-    store, key = dist.distributed_c10d._get_default_store(), f"llm2clip/on_first_rank/{next(_turns)}"
+    store = dist.distributed_c10d._get_default_store()
+    key = f"llm2clip/{_session(store)}/{next(_turns)}"
     if rank() == 0:
         try:
             result, error = work(), None
@@ -219,6 +222,12 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
     if message is not None:
         raise FirstRankError(message)
     return result
+
+
+@functools.cache
+def _session(store: dist.Store) -> str:
+    """A name of this process group. torchrun's store outlives a restart, with the answers of the ranks before it."""
+    return broadcast_object(uuid.uuid4().hex)
 
 
 def _poll(ready: Callable[[], bool], *, limit: float) -> None:

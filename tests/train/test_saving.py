@@ -8,11 +8,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from tower_runs import lines, losses
 from train_helpers import Averages, Engineless, run_ranks, start_ranks, tiny_batch, tiny_engine, tiny_step
@@ -50,7 +52,7 @@ def new_state() -> TrainState:
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -254,6 +256,32 @@ def test_a_full_disk_ends_no_training_and_the_last_state_is_kept_elsewhere(small
     assert set(losses(small_disk / "run")) >= set(range(1, 11))  # lines that a full disk delayed are not lost
     events = [line["event"] for line in lines(small_disk / "run") if "event" in line]
     assert "checkpoint failed" in events and events.count("checkpoint") >= 2
+
+
+def wait_for_rank_0(rank: int, world: int, folder: str) -> list[str]:
+    """Rank 0 works longer than the process group's timeout; then it fails."""
+    from llm2clip_plugin.train.distributed import on_first_rank
+
+    dist.destroy_process_group()
+    store = f"file://{folder}/again"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=2))
+
+    def work() -> str:
+        time.sleep(4)
+        return f"of rank {rank}"
+
+    told = [on_first_rank(work)]
+    try:
+        on_first_rank(lambda: Path("/nowhere").stat())
+    except (OSError, ValueError) as error:
+        told += [type(error).__name__, str(error)]
+    return told
+
+
+def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path):
+    first, second = run_ranks(wait_for_rank_0, 2, str(tmp_path))
+    assert first[0] == second[0] == "of rank 0" and first[2] == second[2]
+    assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
 
 
 def test_safetensors_on_a_full_disk_is_an_os_error(small_disk: Path):
