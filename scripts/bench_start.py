@@ -12,6 +12,7 @@ import io
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -22,13 +23,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 import tyro
 from bench import in_new_process, peak_growth
 from PIL import Image
 
-from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
+from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache.proof import keep_digests
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.cache.rows import caption_rows, shard_captions
@@ -58,6 +58,7 @@ class BenchConfig:
     real_samples: int = 20  # of each
     folder: str = ""  # for the files; "": a temporary one
     skip_large: bool = False
+    skip_real: bool = False
     use: int = 2000  # samples of ``real`` that are read through the loader after the start
 
 
@@ -81,10 +82,10 @@ def main(config: BenchConfig) -> None:
     raise_open_files()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     print(f"{len(os.sched_getaffinity(0))} cores, at most {limit} open files in a process\n")
-    print("| start | seconds | CPU s, without pools | MB read | MB of memory | open files | maps |")
+    print("| start | seconds | CPU seconds | MB read | MB of memory | open files | maps |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=config.folder or None) as name:
-        for count in config.real_shards:
+        for count in () if config.skip_real else config.real_shards:
             measure_real(Path(name) / f"real-{count}", count, config)
         if not config.skip_large:
             measure_large(Path(name) / "large", config)
@@ -120,7 +121,8 @@ def start(folder: str, full: bool = False, use: int = 0) -> Cost:
         return source, cache
 
     memory, (source, cache) = peak_growth(open_both)
-    seconds, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, cpu = time.perf_counter() - wall, time.process_time() - cpu + children.ru_utime + children.ru_stime
     if use:
         dataset = PairDataset([source], [cache], ImageConfig(size=16), seed=0)
         for _ in islice(make_loader(dataset, local_batch=20), use // 20):
@@ -160,26 +162,26 @@ def write_cache(folder: Path) -> None:
 
 
 def write_large(folder: Path, config: BenchConfig) -> None:
-    """Tars and cache files with holes, the tars' indexes, a manifest, and digests."""
+    """Tars with holes, their indexes, cache files, a manifest and digests; every shard has the same keys."""
     folder.mkdir(parents=True)
-    offset, size = np.arange(config.samples) * BYTES, BYTES // 2
-    writer = CacheWriter(folder / "cache", TEACHER)
-    for shard in track(range(config.shards), total=config.shards, label="write", unit="shards"):
-        tar = folder / f"{shard:05d}.tar"
+    starts, size = range(0, config.samples * BYTES, BYTES), BYTES // 2
+    entries = [Entry(f"{n:09d}", (start, size), (ABSENT, 0), (start + size, 1000)) for n, start in enumerate(starts)]
+    keys, rows = [entry.key for entry in entries], [(n, n) for n in range(len(entries))]
+    writer, names = CacheWriter(folder / "cache", TEACHER), [f"{shard:05d}" for shard in range(config.shards)]
+    writer.write_shard(names[0], keys, rows, torch.zeros(len(keys), TEACHER.width))
+    save_index(folder / "index", entries, {"tar_size": config.samples * BYTES, "tar_mtime_ns": 0})
+    for name in track(names, total=len(names), label="write", unit="shards"):
+        tar = folder / f"{name}.tar"
         with open(tar, "wb") as file:
             file.truncate(config.samples * BYTES)
-        entries = [
-            Entry(f"{shard:05d}{n:04d}", (start, size), (ABSENT, 0), (start + size, 1000))
-            for n, start in enumerate(offset.tolist())
-        ]
-        save_index(index_path(tar), entries, {"tar_size": tar.stat().st_size, "tar_mtime_ns": tar.stat().st_mtime_ns})
-        keys = [entry.key for entry in entries]
-        writer.write_shard(tar.stem, keys, [(n, n) for n in range(len(keys))], torch.zeros(len(keys), TEACHER.width))
-    manifest = writer.finish()
-    assert isinstance(manifest, CacheManifest)
-    digests = {name: entry["rows_sha256"] for name, entry in manifest.shards.items()}
+        os.utime(tar, ns=(0, 0))
+        shutil.copy(folder / "index", index_path(tar))
+        if name != names[0]:
+            shutil.copy(writer.path(names[0]), writer.path(name))
+    manifest = writer.finish(names)
+    assert manifest is not None
     source = open_source(SourceConfig(path=str(folder)))
-    keep_digests(source, digests)
+    keep_digests(source, {name: entry["rows_sha256"] for name, entry in manifest.shards.items()})
     for path in (folder / ".llm2clip").glob("shards-*"):
         path.unlink()
 
