@@ -5,6 +5,9 @@ import struct
 
 from PIL import Image, UnidentifiedImageError
 
+MAX_PIXELS = 89_478_485  # of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB
+MAX_ASPECT = 256  # longer to shorter side; with its shorter side at 448 pixels such an image has 154 MB
+
 
 class BrokenImage(ValueError):  # noqa: N818
     """Bytes that are not an image, or a damaged one."""
@@ -33,15 +36,22 @@ def decode(data: bytes, min_side: int = 0) -> Image.Image:
 
 
 def open_header(data: bytes) -> Image.Image:
-    """The image, its pixels not yet decoded. Raises BrokenImage."""
+    """The image, its pixels not yet decoded. Raises BrokenImage, also for more than MAX_PIXELS or MAX_ASPECT."""
     if not data:
         raise BrokenImage("the image is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise BrokenImage(f"unknown image format ({len(data)} bytes, starting with {data[:8]!r})") from error
     except DAMAGE as error:
         raise BrokenImage(f"cannot read the image header: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+        raise BrokenImage(
+            f"the image has {width} x {height} pixels; the limits are {MAX_PIXELS:,} pixels and sides in a ratio of "
+            f"{MAX_ASPECT}; crop or resize it"
+        )
+    return image
 
 
 def shrink_factor(size: tuple[float, float], needed: tuple[float, float]) -> int:

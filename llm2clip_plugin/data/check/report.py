@@ -152,7 +152,7 @@ def _length_lines(lengths: dict[str, Any]) -> list[str]:
     unit = lengths["unit"]
     lines = [
         f"  caption lengths in {unit}: mean {lengths['mean']}, median {lengths['median']}, 99 % to {lengths['p99']}, "
-        f"longest {lengths['max']} ({lengths['longest']['shard']}: {lengths['longest']['key']}); "
+        f"longest {lengths['max']} ({_label(lengths['longest'])}); "
         f"{lengths['over_limit']} over {lengths['limit']}"
     ]
     largest = max(bin["captions"] for bin in lengths["histogram"])
@@ -163,14 +163,23 @@ def _length_lines(lengths: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _label(sample: dict[str, str]) -> str:
+    return f"{_shown(sample['shard'])}: {_shown(sample['key'])}"
+
+
+def _shown(text: str) -> str:
+    """A text of the data with control characters, which a terminal would obey, as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines: list[str] = []
     for title, entries in (
-        ("broken shards", [f"{one['shard']}: {one['reason']}" for one in report["broken_shards"]]),
-        ("broken samples", [f"{one['shard']}: {one['key']}: {one['reason']}" for one in report["broken"]]),
+        ("broken shards", [f"{_shown(one['shard'])}: {_shown(one['reason'])}" for one in report["broken_shards"]]),
+        ("broken samples", [f"{_label(one)}: {_shown(one['reason'])}" for one in report["broken"]]),
         (
             "samples without a caption",
-            [f"{one['shard']}: {one['key']}: {one['reason']}" for one in report["without_captions"]],
+            [f"{_label(one)}: {_shown(one['reason'])}" for one in report["without_captions"]],
         ),
     ):
         lines.append(f"  {title}: {len(entries)}")
@@ -181,5 +190,7 @@ def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines.append(f"  duplicate captions: {texts['texts']} texts in {texts['samples']} samples")
     lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in texts["most_frequent"]]
     lines.append(f"  duplicate keys: {keys['keys']} keys in {keys['samples']} samples")
-    lines += [f"    {one['samples']} x {one['key']!r} in {', '.join(one['shards'])}" for one in keys["examples"]]
+    lines += [
+        f"    {one['samples']} x {one['key']!r} in {_shown(', '.join(one['shards']))}" for one in keys["examples"]
+    ]
     return lines

@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import pytest
 from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
 
 from llm2clip_plugin.cli import main
+from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
@@ -155,3 +158,29 @@ def test_errors_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         with pytest.raises(SystemExit) as stopped:
             main(["data", "check", str(tmp_path), *words])
         assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The header of a PNG that claims a size, as a bomb of a few kilobytes does."""
+    data = encoded(picture(0), "PNG")
+    size = struct.pack(">II", width, height)
+    return data[:16] + size + data[24:29] + struct.pack(">I", zlib.crc32(b"IHDR" + size + data[24:29])) + data[33:]
+
+
+@pytest.mark.parametrize("width, height", [(13_300, 13_300), (60_000_000, 1), (9_000, 30)])
+def test_an_image_too_large_is_named_and_replaced(
+    width: int, height: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the check, in training and in evaluation, before its pixels are decoded; a key can't reach the terminal."""
+    key = "bomb\x1b[2J"
+    bomb = [(f"{key}.png", png_of(width, height)), (f"{key}.txt", b"a bomb")]
+    write_tar(tmp_path / "0.tar", [*img2dataset_members(0, 3), *bomb])
+    assert main(["data", "check", str(tmp_path), "--max-broken", "0.5", "--workers", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f"0: bomb\\x1b[2J: the image has {width} x {height} pixels; the limits are" in text and "\x1b" not in text
+    source = open_source(SourceConfig(path=str(tmp_path)))
+    images = ImageConfig(size=8)
+    pairs = eval_pairs(source, None, images, batch=4)
+    assert [len(batch["keys"]) for batch in pairs] == [3] and [error.key for error in pairs.broken] == [key]
+    loader = make_loader(PairDataset([source], [None], images, seed=0), local_batch=4, max_broken=0.5)
+    assert key not in next(iter(loader))["keys"] and loader.broken[("0", key)].startswith("the image has")
