@@ -2,8 +2,8 @@
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None`` in a module of its
 own. ValueError (wrong input) and OSError (files, permissions, disk space, connections) end as one ``error:`` line and
-exit status 2; a non-finite loss as one line from rank 0 and exit status 1 on every rank; so does the loss of another
-rank, as one line from each that is left.
+exit status 2. What is raised on every rank alike (a non-finite loss, ranks that disagree) is printed by rank 0 alone,
+the loss of another rank by each that is left.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from llm2clip_plugin.train.errors import FirstRankError, NonFiniteLossError, lost_rank
+from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAllRanksError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -142,11 +142,13 @@ def leave(status: int) -> "NoReturn":
     """``sys.exit``; but one of several ranks runs its exit handlers and ends without the interpreter's shutdown.
 
     DeepSpeed keeps a reference to the process group after it is destroyed, so Gloo's threads are still alive, and one
-    in ten such shutdowns aborts.
+    in ten such shutdowns aborts. After an error the exit handlers don't run either: destroying a group waits for
+    collectives that other ranks may never join.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
-    atexit._run_exitfuncs()
+    if status in (0, RequeueError.status):
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -169,16 +171,16 @@ def run(name: str, argv: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLossError as error:
+    except SameOnAllRanksError as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":  # the same on every rank
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{error.label}{error}", file=sys.stderr)
+        return error.status
     except RuntimeError as error:
         message = lost_rank(error)
         if not message or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
-            raise
+            return _unexpected(error)
         print(f"error: {message}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
@@ -191,6 +193,18 @@ def run(name: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    """Raise it; but one of several ranks prints it: it must not wait for the others in the interpreter's shutdown."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        raise error
+    import traceback
+
+    traceback.print_exception(error)
+    return 1
 
 
 def limit_threads() -> None:

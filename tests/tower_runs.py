@@ -22,7 +22,7 @@ def options(tiny: Path, run: Path, *more: str) -> list[str]:
         *("--recipe", "quickstart", "--tower.path", str(tiny / "tower"), "--tower.image-size", "16"),
         *("--data_path", str(tiny / "data"), "--output_dir", str(run), "--max_steps", str(STEPS)),
         *("--tower.freeze-first-blocks", "0"),
-        *("--train.global-batch", "16", "--heads.steps", "3", "--heads.batch", "16", "--train.ema-decay", "0.9"),
+        *("--train.global-batch", "16", "--heads.steps", "3", "--train.ema-decay", "0.9"),
         *("--train.save-minutes", "0", "--save_steps", "2", "--evaluation.group=", *more),
     ]
 

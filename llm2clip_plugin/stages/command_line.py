@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llm2clip_plugin.stages.explicit import Unused, given_options, make_room, refuse_unused, unused_in_training
+
 Settings = TypeVar("Settings")
 
 
@@ -51,13 +53,20 @@ def override(
     about: str,
     default: Settings | None = None,
     sections: bool = True,
+    unused: Sequence[Unused[Settings]] | None = None,
 ) -> Settings:
     """``default`` with the fields that a command line sets, as --SECTION.FIELD or (``sections`` False) as --FIELD.
 
-    Exits with status 2 for an unknown option. Raises ModuleNotFoundError without tyro, which the train extra installs.
+    unused: of a training stage: which of its options have no effect, and when. Exits with status 2 for an unknown
+    option. Raises ValueError for one without an effect, ModuleNotFoundError without tyro, which the train extra
+    installs.
     """
     import tyro
 
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    given = given_options(kind, words, sections=sections) if unused is not None else set()
+    options: dict[str, Any] = {} if default is None else {"default": make_room(default, given)}
     form: Any = kind if sections else tyro.conf.OmitArgPrefixes[kind]
-    return tyro.cli(form, args=list(words), prog=f"llm2clip {command}", description=about, **options)
+    config = tyro.cli(form, args=list(words), prog=f"llm2clip {command}", description=about, **options)
+    if unused is not None:
+        refuse_unused(config, given, [*unused_in_training(given), *unused], sections=sections)
+    return config

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ class PlanConfig:
                 f"plan.images {self.images}, captions {self.captions}, gpu_gib {self.gpu_gib}, images_per_second "
                 f"{self.images_per_second} must all be above 0"
             )
+
+
+PLAN_OPTIONS = ("--plan.images", "--plan.captions", "--plan.gpu-gib", "--assumed-pairs", "--gpu-gib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ def describe_commands(
 
     words: the options of the dry run; option: the micro-batch's; deepspeed: file to add, "" if the words name one.
     """
-    words = [word for word in words if word not in ("--dry-run", "--dry_run")]
+    words = list(_without_plan(words))
     words += ["--deepspeed", deepspeed] if deepspeed else []
     lines = []
     for column in table:
@@ -135,6 +138,16 @@ def describe_commands(
             lines.append("  " + shlex.join(["deepspeed", *launcher, script, *words, *more]))
     nodes = WORLDS[-1] // NODE
     return [*lines, f"  (hosts: {nodes} lines like `node-1 slots={NODE}`; Slurm: scripts/slurm/torchrun.sbatch)"]
+
+
+def _without_plan(words: Sequence[str]) -> Iterator[str]:
+    """The words without --dry-run and its assumptions, which a run refuses."""
+    skip = False
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if not skip and name not in ("--dry-run", *PLAN_OPTIONS):
+            yield word
+        skip = name in PLAN_OPTIONS and "=" not in word
 
 
 def describe_deepspeed(config: dict[str, Any]) -> str:

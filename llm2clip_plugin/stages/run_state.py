@@ -3,26 +3,41 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.stages.agreement import ADVICE, run_facts
 from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
+from llm2clip_plugin.train.agreement import readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
-from llm2clip_plugin.train.distributed import on_first_rank, rank
+from llm2clip_plugin.train.distributed import gather_objects, on_first_rank, rank
 from llm2clip_plugin.train.ema import MovingAverage
-from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.errors import RequeueError
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
+from llm2clip_plugin.train.phases import each_in_phase, in_phase, phase
 from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
+from llm2clip_plugin.train.watchdog import watched
 from llm2clip_plugin.vision.export import library_versions
+
+
+@contextmanager
+def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
+    """This rank's device, inside a block in which the ranks form a group and watch each other."""
+    device = start_ranks(train.ddp_timeout)
+    with watched(straggler_seconds=train.straggler_seconds, timeout=train.ddp_timeout):
+        yield device
 
 
 def plan_engine(
@@ -64,6 +79,7 @@ class TrainingRun:
     teacher: dict[str, Any]  # TeacherIdentity as a dict; {} in stage 1
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
+    data: dict[str, str]  # digests of data and caches, which all ranks must have in common
 
     @property
     def folder(self) -> Path:
@@ -76,14 +92,26 @@ class TrainingRun:
         return Checkpoints(self.folder, keep=self.train.save_total_limit)
 
     def find_checkpoint(self) -> Loaded | None:
-        """The checkpoint to resume from, None for a new run; ValueError if it was saved with other settings."""
+        """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call this.
+
+        Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
+        """
         path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
+        self._agree(path)
         if path is None:
             return None
         loaded = load(path)
         refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
         state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
         return dataclasses.replace(loaded, state=state)
+
+    def _agree(self, path: Path | None) -> None:
+        """Compare with the other ranks what this one is about to train from."""
+        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
+        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
+        if path is not None:
+            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
+        refuse_disagreement(start | facts, ADVICE)
 
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
@@ -120,16 +148,19 @@ class TrainingRun:
         average: MovingAverage | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
-        """Run the training loop and record its start and end in run.json; returns where it ended or was stopped."""
+        """Run the training loop and record its start and end in run.json; returns where it ended or was stopped.
+
+        Raises RequeueError on every rank if it was stopped by SIGUSR1.
+        """
         self._record(state)
         state = run_loop(
             LoopParts(
-                step=step,
-                batches=batches,
+                step=in_phase("forward and backward", step),
+                batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
                 average=average,
                 checkpoints=self.checkpoints,
-                evaluate=evaluate,
+                evaluate=in_phase("evaluation", evaluate) if evaluate else None,
                 train=self.train,
                 optim=self.optim,
                 total_steps=self.total_steps,
@@ -140,6 +171,8 @@ class TrainingRun:
             )
         )
         self._record(state)
+        if state.step < self.total_steps and any(gather_objects(stop.requeue)):
+            raise RequeueError(f"stopped at step {state.step} of {self.total_steps} to be started again")
         return state
 
     def write_result(self, state: TrainState, write: Callable[[], object]) -> bool:
@@ -149,7 +182,8 @@ class TrainingRun:
         """
         finished = state.step >= self.total_steps
         if finished:
-            on_first_rank(lambda: self._write_result(write))
+            with phase("export"):
+                on_first_rank(lambda: self._write_result(write))
         return finished
 
     def _write_result(self, write: Callable[[], object]) -> None:

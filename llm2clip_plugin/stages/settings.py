@@ -46,6 +46,8 @@ IGNORED_ON_RESUME = (
     "train.dataloader_prefetch_mb",
     "train.tf32",
     "train.communication_data_type",
+    "train.ddp_timeout",
+    "train.straggler_seconds",
     "train.gradient_checkpointing",
     "train.torch_compile",
 )

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from llm2clip_plugin.train.timing import timed
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 
 Value = TypeVar("Value")
+DDP_TIMEOUT = 1800.0  # seconds, as in Hugging Face's Trainer; torch's is 600 on NCCL, DeepSpeed's 600 since 0.19.6
 
 
 class Alone(Enum):
@@ -68,6 +70,15 @@ def choose_device(name: str = "") -> torch.device:
     return torch.device("cpu")
 
 
+def set_default_timeout(seconds: float) -> None:
+    """Set the timeout of process groups that are made from now on without one, as DeepSpeed makes its own.
+
+    torch has a default for each backend, which no argument of the first group and no environment variable changes.
+    """
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timedelta(seconds=seconds))
+
+
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
     """(rank, world size) of the launcher's processes, which form a group inside the block; (0, 1) for one process."""
@@ -78,7 +89,8 @@ def process_group() -> Iterator[tuple[int, int]]:
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=DDP_TIMEOUT))
     try:
         yield dist.get_rank(), world
     finally:

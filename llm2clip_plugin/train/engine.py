@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,21 +29,32 @@ from deepspeed.utils import (
 )
 
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
-from llm2clip_plugin.train.distributed import choose_device, rank, set_single_process_environment, world_size
+from llm2clip_plugin.train.distributed import (
+    DDP_TIMEOUT,
+    choose_device,
+    rank,
+    set_default_timeout,
+    set_single_process_environment,
+    world_size,
+)
 from llm2clip_plugin.train.engine_states import EngineStates
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.train.timing import timed
 
 
-def start_ranks() -> torch.device:
-    """Join the process group (of one process, without a launcher); returns this rank's device."""
+def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
+    """Join the process group (of one process, without a launcher); returns this rank's device.
+
+    timeout: seconds after which a collective that a rank does not join fails, in this group and DeepSpeed's own.
+    """
     set_single_process_environment()
     prepare_deepspeed()
     accelerator: Any = deepspeed.get_accelerator()
     backend = accelerator.communication_backend_name()
     if not dist.is_initialized():
         atexit.register(_leave_ranks)
-    deepspeed.init_distributed("gloo" if backend == "ccl" else backend)
+    set_default_timeout(timeout)
+    deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -5,7 +5,31 @@ import re
 import socket
 
 
-class NonFiniteLossError(RuntimeError):
+class SameOnAllRanksError(RuntimeError):
+    """Raised on every rank with the same message, which the command line prints once, from rank 0."""
+
+    status = 1  # exit status
+    label = "error: "  # before the message
+
+
+class DisagreementError(SameOnAllRanksError):
+    """The ranks differ in what they must have in common; the message names the values, hosts and ranks."""
+
+    status = 2
+
+
+class RankFailedError(SameOnAllRanksError):
+    """Another rank has failed, and prints its error."""
+
+
+class RequeueError(SameOnAllRanksError):
+    """The run has saved and stopped before its end because of SIGUSR1, and is to be started again."""
+
+    status = 75  # EX_TEMPFAIL: no error, try again
+    label = ""
+
+
+class NonFiniteLossError(SameOnAllRanksError):
     """The loss or the gradient is not a number; raised on all ranks, its message names the batch's samples."""
 
 

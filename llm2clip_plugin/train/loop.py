@@ -13,11 +13,12 @@ from llm2clip_plugin.data.shared_memory import PREFETCH_MB
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.deepspeed_config import Precision, ReductionType
 from llm2clip_plugin.train.device import Tf32
-from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.distributed import DDP_TIMEOUT, on_first_rank, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
+from llm2clip_plugin.train.phases import phase
 from llm2clip_plugin.train.progress import peak_memory
 from llm2clip_plugin.train.reports import Queue, Reports
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
@@ -38,7 +39,7 @@ class TrainConfig:
     global_batch: int = 4096  # image-caption pairs per optimizer step, over all ranks; also the negatives
     micro_batch: int = 0  # pairs per forward pass on one rank; fewer than its share: gradient caching. 0: its share
     num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
-    max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs makes
+    max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
     precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
     tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
     communication_data_type: ReductionType = ""  # in which gradients are reduced: fp32 | bf16 | fp16; "": DeepSpeed's
@@ -58,6 +59,8 @@ class TrainConfig:
     dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
     dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
+    ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
+    straggler_seconds: float = 300.0  # a rank without progress for so long is named, with its phase; 0: never
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -83,6 +86,10 @@ class TrainConfig:
             )
         if self.dataloader_prefetch_mb < 1:
             raise ValueError(f"train.dataloader_prefetch_mb {self.dataloader_prefetch_mb} must be at least 1")
+        if self.ddp_timeout <= 0 or self.straggler_seconds < 0:
+            raise ValueError(
+                f"train.ddp_timeout {self.ddp_timeout} must be above 0, straggler_seconds {self.straggler_seconds} >= 0"
+            )
         counts = ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
         for name in (*counts, "dataloader_num_workers"):
             if vars(self)[name] < 0:
@@ -105,7 +112,9 @@ class TrainConfig:
 
     def steps(self, samples: int) -> int:
         """Optimizer steps of the run over ``samples`` samples."""
-        return self.max_steps or max(1, round(self.num_train_epochs * samples / self.global_batch))
+        return (
+            self.max_steps if self.max_steps > 0 else max(1, round(self.num_train_epochs * samples / self.global_batch))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +178,8 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     stop = _any_rank(parts, bool(parts.stop))[0]
     if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
         if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):  # resumed from another folder
-            saver.save(state, last=True)
+            with phase("gathering the checkpoint"):
+                saver.save(state, last=True)
         if stop:
             return state, True
     if state.evaluated is not None and state.evaluated < state.step and _evaluation_due(parts, state):
@@ -192,7 +202,8 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
         reports.step(state, seconds, values, always=last)
         save_due = save_due or due or _every(parts.train.save_steps, state.step)
         if last or (save_due and not busy):  # a save that comes while one is written waits for it
-            saver.save(state, last=last)
+            with phase("gathering the checkpoint"):
+                saver.save(state, last=last)
             reports.progress.values["save_seconds"] = saver.waited
             saved_at, save_due = time.monotonic(), False
         if stop:

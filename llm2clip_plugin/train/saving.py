@@ -20,6 +20,7 @@ from torch import Tensor
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.phases import CHECKPOINT, phase
 from llm2clip_plugin.train.run_checkpoints import SAVED, Checkpoints
 
 RETRY_SECONDS = 300.0  # after a save that failed
@@ -90,7 +91,8 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._thread.shutdown(wait=kind is not KeyboardInterrupt)
+        with phase(CHECKPOINT):
+            self._thread.shutdown(wait=kind is not KeyboardInterrupt)
         self.poll()
 
     @property
@@ -109,7 +111,8 @@ class Saver:
         the ``last`` save, which waits for the write in progress."""
         started = time.perf_counter()
         if last:
-            on_first_rank(self._wait)
+            with phase(CHECKPOINT):
+                on_first_rank(self._wait)
         first = rank() == 0
         copies = self._copies if first else dict.fromkeys(self._copies)
         tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
@@ -162,7 +165,8 @@ class Saver:
 
         Raises OSError (FirstRankError on other ranks) if it failed; its state is then written to ``fallback``.
         """
-        on_first_rank(self._finish)
+        with phase(CHECKPOINT):
+            on_first_rank(self._finish)
 
     def _wait(self) -> None:
         """Wait for the write in progress and report it."""

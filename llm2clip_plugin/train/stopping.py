@@ -1,10 +1,12 @@
-"""Requests to stop a run: SIGTERM, Ctrl-C, and the death of the `deepspeed` command that started it."""
+"""Requests to stop a run: SIGTERM, Ctrl-C, SIGUSR1, and the death of the `deepspeed` command that started it."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+REQUEUE = signal.SIGUSR1  # Slurm's warning before the time limit: save, stop, and be started again
 
 
 class StopRequest:
@@ -24,21 +26,30 @@ class StopRequest:
             return signal.Signals(self.signals[0]).name
         return "the launcher ended" if self._launcher_ended() else "a signal on another rank"
 
+    @property
+    def requeue(self) -> bool:
+        """Whether this rank was told that the run will be started again."""
+        return REQUEUE in self.signals
+
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record SIGTERM and SIGINT and print a notice instead of exiting; a second SIGINT raises KeyboardInterrupt."""
-    request = StopRequest(watch_launcher())
+    """Record SIGTERM, SIGINT and SIGUSR1 and print a notice instead of exiting.
+
+    A second SIGINT raises KeyboardInterrupt.
+    """
+    request, owner = StopRequest(watch_launcher()), os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in request.signals:
             raise KeyboardInterrupt
         request.signals.append(number)
-        if os.environ.get("RANK", "0") == "0":
+        # loader processes are forked with this handler, and Slurm signals all processes of a step
+        if os.environ.get("RANK", "0") == "0" and os.getpid() == owner:
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode())
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, REQUEUE)}
     try:
         yield request
     finally:

@@ -1,10 +1,13 @@
 """The command lines of stage 1: ``llm2clip finetune-llm`` and ``llm2clip pretrain-llm``."""
 
+from typing import Any
+
 from llm2clip_plugin.stages.command_line import override, plan_or_train, split_options
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.plan import llm_plan, pretraining_plan
 from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES, llm_recipe
 from llm2clip_plugin.stages.llm.run import finetune_llm, pretrain_llm
+from llm2clip_plugin.stages.llm.unused import PRETRAINING_UNUSED, UNUSED
 
 ABOUT = {
     "finetune-llm": f"""\
@@ -34,7 +37,9 @@ def parse(argv: list[str], command: str = "finetune-llm") -> FinetuneConfig:
     if words and not words[0].startswith("-"):
         words.insert(0, "--data")
     default = llm_recipe(first["recipe"]) if first["recipe"] else FinetuneConfig()
-    return override(FinetuneConfig, words, command=command, about=ABOUT[command], default=default, sections=False)
+    unused = PRETRAINING_UNUSED if command == "pretrain-llm" else UNUSED
+    options: dict[str, Any] = {"default": default, "sections": False, "unused": unused}
+    return override(FinetuneConfig, words, command=command, about=ABOUT[command], **options)
 
 
 def main(argv: list[str]) -> int:

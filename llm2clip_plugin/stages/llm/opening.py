@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llm2clip_plugin.data.digest import short_digest
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -16,6 +17,14 @@ class Data:
     surveys: tuple[Survey, ...]  # one for each source
     samples: int  # pairs of an epoch
     batches: PairBatches  # of one rank
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is compared between ranks: the number of samples, and the texts of the first ones."""
+        return {
+            str(number): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
+            for number, (source, result) in enumerate(zip(self.batches.sources, self.surveys, strict=True), 1)
+        }
 
     def lines(self) -> list[str]:
         """The surveys' findings."""

@@ -14,7 +14,7 @@ from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.evaluate.captions import measure_captions
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
-from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
+from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, save_adapter
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -26,10 +26,11 @@ from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import rank, world_size
-from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loop import Evaluate, StepFunction
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.train.phases import phase
 from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
@@ -76,15 +77,15 @@ def pretrain_llm(config: FinetuneConfig) -> Path | None:
 
 def train_adapter(config: FinetuneConfig, assemble: Assemble) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
-    device = start_ranks()
-    set_tf32(config.train.tf32, config.train.precision, device)
-    with locked(Path(config.output_dir)):
+    with training_ranks(config.train) as device, locked(Path(config.output_dir)):
+        set_tf32(config.train.tf32, config.train.precision, device)
         return _train(config, assemble, device)
 
 
 def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device) -> Path | None:
     """From the data on: LLM, engine, loop, adapter."""
-    data = open_data(config, rank(), world_size())
+    with phase("opening the data"):
+        data = open_data(config, rank(), world_size())
     run = open_run(config, data)
     if rank() == 0:
         print("\n".join(data.lines()), flush=True)
@@ -124,6 +125,7 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
         teacher={},
         total_steps=plan.total_steps,
         deepspeed=deepspeed,
+        data=data.digests,
     )
 
 

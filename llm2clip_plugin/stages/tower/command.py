@@ -13,6 +13,7 @@ from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.plan import tower_plan
 from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 from llm2clip_plugin.stages.tower.run import train_tower
+from llm2clip_plugin.stages.tower.unused import UNUSED
 
 ABOUT = f"""\
 llm2clip train-tower --recipe openai_l14_336 --data.path /data/cc3m --output-dir runs/l14-336
@@ -60,7 +61,8 @@ def read_command(argv: list[str]) -> RunConfig:
     if first["recipe"] and first["config"]:
         raise ValueError(f"--recipe {first['recipe']} and --config {first['config']} are mutually exclusive; pass one")
     default = from_file(Path(first["config"])) if first["config"] else recipe(first["recipe"] or "quickstart")
-    return override(RunConfig, translate(words), command="train-tower", about=ABOUT, default=default)
+    words = translate(words)
+    return override(RunConfig, words, command="train-tower", about=ABOUT, default=default, unused=UNUSED)
 
 
 def from_file(path: Path) -> RunConfig:
@@ -77,6 +79,7 @@ def from_file(path: Path) -> RunConfig:
 def translate(argv: list[str]) -> list[str]:
     """The Trainer's option names replaced by ours; ``--bf16 True`` becomes the precision, ``--flag True`` the flag."""
     out: list[str] = []
+    half: set[str] = set()
     words = [part for word in argv for part in _split(word)]
     i = 0
     while i < len(words):
@@ -85,6 +88,7 @@ def translate(argv: list[str]) -> list[str]:
         truth = TRUTH.get(following.lower())
         if name in ("bf16", "fp16"):
             out += ["--train.precision", name] if truth is not False else []
+            half |= {name} if truth is not False else set()
         elif name == "report_to" and following.lower() == "none":
             out.append("--train.report_to")  # an empty list
             truth = False
@@ -95,6 +99,8 @@ def translate(argv: list[str]) -> list[str]:
             out.append(f"--{ALIASES[name]}" if name in ALIASES else words[i])
             truth = None
         i += 1 if truth is None else 2
+    if len(half) > 1:
+        raise ValueError("--bf16 and --fp16 exclude each other; give one")
     return out
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.digest import cache_digest, source_digest
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -30,6 +31,17 @@ class Data:
     def teacher(self) -> TeacherIdentity:
         """The LLM whose embeddings the caches hold."""
         return self.caches[0].teacher
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is compared between ranks."""
+        own = {}
+        for number, (source, cache) in enumerate(zip(self.sources, self.caches, strict=True), 1):
+            own |= {str(number): source_digest(source), f"{number}, its cache": cache_digest(cache)}
+        if self.validation is not None and self.validation_cache is not None:
+            own |= {"validation": source_digest(self.validation)}
+            own |= {"validation, its cache": cache_digest(self.validation_cache)}
+        return own
 
 
 def open_data(config: RunConfig) -> Data:

@@ -10,7 +10,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, PairLoader, make_loader
 from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
-from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine
+from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
 from llm2clip_plugin.stages.tower.loading import load_plans, with_order
@@ -19,11 +19,12 @@ from llm2clip_plugin.train.checkpoint import Loaded, load_weights
 from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
-from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.heads import fit_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
+from llm2clip_plugin.train.phases import phase
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.step import TowerStep
@@ -41,11 +42,12 @@ def train_tower(config: RunConfig) -> Path | None:
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite.
     """
-    device = start_ranks()
-    set_tf32(config.train.tf32, config.train.precision, device)
-    data = open_data(config.validate())
-    with stop_requests() as stop, locked(Path(config.output_dir)):
-        return _train(config, data, device, stop)
+    with training_ranks(config.train) as device, stop_requests() as stop:
+        set_tf32(config.train.tf32, config.train.precision, device)
+        with phase("opening the data"):
+            data = open_data(config.validate())
+        with locked(Path(config.output_dir)):
+            return _train(config, data, device, stop)
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest) -> Path | None:
@@ -63,18 +65,19 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         load_weights(dual, resumed.weights, where=resumed.path)
     elif config.heads.steps:
         bf16 = config.train.precision == "bf16"
-        fit_heads(
-            dual,
-            data.sources,
-            data.caches,
-            images,
-            config.heads,
-            config.loss,
-            device=device,
-            seed=config.train.seed,
-            bf16=bf16,
-            caption_weights=config.data.kind_weights,
-        )
+        with phase("heads"):
+            fit_heads(
+                dual,
+                data.sources,
+                data.caches,
+                images,
+                config.heads,
+                config.loss,
+                device=device,
+                seed=config.train.seed,
+                bf16=bf16,
+                caption_weights=config.data.kind_weights,
+            )
     prepare(dual, config, device)
     engine = run.make_engine(dual, trained, resumed)
     start = run.start_state(resumed)
@@ -114,6 +117,7 @@ def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:
         teacher=dataclasses.asdict(data.teacher),
         total_steps=plan.total_steps,
         deepspeed=deepspeed,
+        data=data.digests,
     )
 
 

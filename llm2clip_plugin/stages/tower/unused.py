@@ -1,0 +1,63 @@
+"""Options of ``train-tower`` that have no effect in some configurations."""
+
+from llm2clip_plugin.data.sources.urls import is_url
+from llm2clip_plugin.stages.explicit import Unused
+from llm2clip_plugin.stages.tower.config import RunConfig
+
+ROW_FILES = (".jsonl", ".json")
+
+
+def _frozen(config: RunConfig) -> str:
+    return "tower.freeze trains the heads alone" if config.tower.freeze else ""
+
+
+def _lr_of_heads_alone(config: RunConfig) -> str:
+    head_lr = config.optim.head_lr
+    return f"tower.freeze trains the heads alone, at optim.head_lr {head_lr}" if config.tower.freeze and head_lr else ""
+
+
+def _paths(config: RunConfig) -> tuple[str, ...]:
+    return (*config.data.path, *([config.data.validation] if config.data.validation else []))
+
+
+def _no_row_files(config: RunConfig) -> str:
+    rows = config.data.read.format != "auto" or any(path.endswith(ROW_FILES) for path in _paths(config))
+    return "" if rows or not _paths(config) else "data.path names no .jsonl or .json file"
+
+
+def _no_urls(config: RunConfig) -> str:
+    return (
+        "data.path is local, nothing is downloaded" if _paths(config) and not any(map(is_url, _paths(config))) else ""
+    )
+
+
+UNUSED: list[Unused[RunConfig]] = [
+    Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
+    Unused(
+        ("train.eval_steps", "evaluation", "data.validation_cache"),
+        lambda c: "" if c.data.validation else "data.validation is not set, so nothing is evaluated",
+    ),
+    Unused(("tower.lora_alpha",), lambda c: "" if c.tower.lora_rank else "tower.lora_rank is 0, so there is no LoRA"),
+    Unused(
+        ("tower.architecture",),
+        lambda c: f"tower.path is {c.tower.path!r}, which has an architecture" if c.tower.path else "",
+    ),
+    Unused(("optim.layer_decay",), _frozen, off=1.0),
+    Unused(("train.gradient_checkpointing",), _frozen),
+    Unused(
+        ("train.dataloader_prefetch_mb",),
+        lambda c: "" if c.train.dataloader_num_workers else "train.dataloader_num_workers is 0",
+    ),
+    Unused(("optim.lr",), _lr_of_heads_alone),
+    Unused(
+        ("dual.adapter_blocks", "dual.adapter_expansion"),
+        lambda c: f"dual.adapter is {c.dual.adapter}, which has no blocks" if c.dual.adapter != "mlp" else "",
+    ),
+    Unused(("dual.projection_bias",), lambda c: "dual.projection is none" if c.dual.projection == "none" else ""),
+    Unused(
+        ("dual.logit_scale_init", "dual.logit_bias_init"),
+        lambda c: "tower.keep_heads starts from the tower directory's" if c.tower.keep_heads else "",
+    ),
+    Unused(("data.read.images", "data.read.image_field", "data.read.key_field"), _no_row_files),
+    Unused(("data.read.cache_gb",), _no_urls),
+]

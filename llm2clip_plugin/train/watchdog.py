@@ -1,0 +1,285 @@
+"""A watch over all ranks: who is late and in which phase, and an end for all of them within seconds if one fails.
+
+Every rank sends a sign of life through the process group's store. Rank 0 reads them and names the late ones; the late
+rank prints where it is. Two threads a rank: one talks to the store and may be blocked by it (rank 0 can host it, and be
+the one that is stopped), one only looks at what the other has read. Both are daemons and wait in no collective, so they
+delay no exit. A sign of life is about a hundred bytes every few seconds.
+
+Why an error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
+reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+"""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from llm2clip_plugin.train import phases
+from llm2clip_plugin.train.distributed import barrier, broadcast_object, gather_objects, rank, world_size
+from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, RequeueError, SameOnAllRanksError, lost_rank
+
+GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
+TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
+SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
+NAMED = 4  # late ranks that are named in detail
+WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
+WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
+
+
+@contextmanager
+def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
+    """Watch the ranks inside the block; every rank must enter it. Nothing happens with one rank.
+
+    straggler_seconds: a rank that makes no progress for so long is named; 0: never. timeout: after so many seconds
+    without a sign of life of one rank, all end with exit status 1. An exception that leaves the block ends all ranks;
+    where it was only the consequence of another rank's, it becomes a RankFailedError that names that one.
+    """
+    if world_size() == 1:
+        yield
+        return
+    watch = Watch(straggler_seconds=straggler_seconds, timeout=timeout)
+    watch.start()
+    try:
+        yield
+    except RequeueError:
+        raise
+    except (SameOnAllRanksError, FirstRankError):
+        watch.end_within(GRACE)
+        raise
+    except BaseException as error:
+        other = watch.failed(error)
+        if other:
+            raise RankFailedError(other) from error
+        raise
+    finally:
+        watch.stop()
+
+
+class Rank:
+    """What is known of a rank."""
+
+    def __init__(self, number: int, beat: dict[str, Any]) -> None:
+        self.number = number
+        self.beat = beat  # its latest sign of life, see Watch._beat
+        self.heard = time.monotonic()  # when that came
+        self.silence_told = 0.0  # seconds of silence that were reported
+
+    def update(self, beat: dict[str, Any]) -> None:
+        """Its newest sign of life, which may be the old one."""
+        if beat != self.beat:
+            self.beat, self.heard = beat, time.monotonic()
+
+    def __str__(self) -> str:
+        return f"rank {self.number} ({self.beat['host']}, pid {self.beat['pid']})"
+
+    @property
+    def doing(self) -> str:
+        """``data of step 7``."""
+        return self.beat["phase"] + (f" of step {self.beat['step']}" if self.beat["step"] else "")
+
+
+class Watch:
+    """The threads of one rank. ``start`` and the rest are called by its main thread."""
+
+    def __init__(self, *, straggler_seconds: float, timeout: float) -> None:
+        self.straggler_seconds, self.timeout = straggler_seconds, timeout
+        self.interval = max(0.2, min(SLOWEST_BEAT, (straggler_seconds or timeout) / 5))
+        self.rank = rank()
+        self.others: dict[int, Rank] = {}  # those that this rank watches
+        self.answered = time.monotonic()  # when the store last answered
+        self._gone = math.inf  # since when it has refused connections
+        self.failure = ""  # of another rank, as it published it
+        self.deadline = math.inf  # when this process ends, whatever its main thread does
+        self._beats = 0
+        self._outbox: list[tuple[str, str]] = []  # keys and values that _talk sends
+        self._lateness_told: dict[int, float] = {}  # number of a phase -> seconds of lateness that were reported
+        self._main = threading.get_ident()
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, daemon=True, name=work.__name__) for work in (self._talk, self._look)
+        ]
+
+    def start(self) -> None:
+        """Begin to watch."""
+        # a store of its own: a blocked request of one client blocks the client's other requests
+        store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
+        self.store.set_timeout(timedelta(seconds=30))
+        # rank 0 watches all, rank 1 watches rank 0
+        watches = range(1, world_size()) if self.rank == 0 else [0] if self.rank == 1 else []
+        for number, beat in enumerate(gather_objects(json.loads(self._beat()))):
+            if number in watches:
+                self.others[number] = Rank(number, beat)
+        self.store.set(f"beat/{self.rank}", self._beat())
+        barrier()  # all beats are there
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop watching, unless this process is to end."""
+        if self.deadline == math.inf:
+            self._stopped.set()
+
+    def failed(self, error: BaseException) -> str:
+        """Publish this rank's error; returns what to say instead if it follows from another rank's."""
+        self.end_within(GRACE)
+        if isinstance(error, RuntimeError) and lost_rank(error):
+            return self._published()
+        name = f"rank {self.rank} on {socket.gethostname()} failed in phase {_doing()}"
+        text = f"{name}: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # the store's host may be gone
+            self.store.set("failed", text)
+        return ""
+
+    def _published(self) -> str:
+        """The error that another rank publishes within three seconds, "" if none does."""
+        until = time.monotonic() + 3.0
+        while not self.failure and time.monotonic() < until:
+            with contextlib.suppress(RuntimeError):  # the store's host may be gone
+                if self.store.check(["failed"]):
+                    self.failure = self.store.get("failed").decode()
+            time.sleep(0.1)
+        return self.failure
+
+    def end_within(self, seconds: float) -> None:
+        """End this process so many seconds from now, if it still runs."""
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def _beat(self) -> str:
+        now, frame = phases.current(), sys._current_frames().get(self._main)
+        self._beats += 1
+        return json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "phase": now.name,
+                "step": now.step,
+                "number": now.number,
+                "seconds": time.monotonic() - now.since,
+                "waits": waits(frame),
+                "beat": self._beats,
+            }
+        )
+
+    def _talk(self) -> None:
+        """Send signs of life and read those of others; may block for long."""
+        while not self._stopped.wait(self.interval):
+            try:
+                self.store.set(f"beat/{self.rank}", self._beat())
+                keys = [f"beat/{number}" for number in self.others]
+                for number, beat in zip(self.others, self.store.multi_get(keys) if keys else [], strict=True):
+                    self.others[number].update(json.loads(beat))
+                while self._outbox:
+                    self.store.set(*self._outbox.pop())
+                if self.store.check(["failed"]):
+                    self.failure = self.failure or self.store.get("failed").decode()
+                if self.store.check([f"where/{self.rank}"]) and self.store.delete_key(f"where/{self.rank}"):
+                    self._print_stack()
+                self.answered, self._gone = time.monotonic(), math.inf
+            except dist.DistNetworkError:
+                self._gone = min(self._gone, time.monotonic())
+            except dist.DistStoreError:  # it is slow, or its process is stopped: `answered` stays old
+                continue
+
+    def _look(self) -> None:
+        """Name late ranks, end this process if it must end."""
+        looked = time.monotonic()
+        while not self._stopped.wait(self.interval / 2):
+            now = time.monotonic()
+            if now - looked > self.interval + 1:  # this process itself was stopped: what it knows is old
+                self.answered = now
+                for other in self.others.values():
+                    other.heard = now
+            looked = now
+            self._end_if_due(now)
+            if self.straggler_seconds and not self.failure:
+                self._name_silent(now)
+                if self.rank == 0:
+                    self._name_late()
+
+    def _end_if_due(self, now: float) -> None:
+        silent = next((other for other in self.others.values() if now - other.heard > self.timeout), None)
+        if silent is not None and not self.failure:
+            self.failure = f"{silent} has sent no sign of life for {now - silent.heard:.0f} s"
+            self._outbox.append(("failed", self.failure))
+        elif now - self.answered > self.timeout and not self.failure:
+            self.failure = f"the store of the process group has not answered for {now - self.answered:.0f} s"
+        elif now - self._gone > GRACE and not self.failure:
+            self.failure = "the process that holds the group's store (rank 0, or torchrun on its host) has ended"
+        if self.failure and self.deadline == math.inf:
+            self.end_within(GRACE)
+            if self.rank == 0 or (self.rank == 1 and silent is not None):
+                _say(f"{self.failure}; ending all ranks")
+        if now > self.deadline + (TO_WRITE if phases.current().name == phases.CHECKPOINT else 0.0):
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _name_silent(self, now: float) -> None:
+        """Ranks whose process does not run."""
+        limit = max(self.straggler_seconds, 3 * self.interval)
+        for other in self.others.values():
+            silence = now - other.heard
+            if silence > max(limit, 2 * other.silence_told):
+                other.silence_told = silence
+                _say(
+                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.doing}: "
+                    "its process is stopped, or its host is down or cut off"
+                )
+            elif other.silence_told and silence < limit:
+                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.doing}")
+                other.silence_told = 0.0
+
+    def _name_late(self) -> None:
+        """Ranks that run, but make no progress and wait for nobody; of these, the ones that are furthest behind."""
+        own = Rank(0, json.loads(self._beat()))
+        ranks = [own, *self.others.values()]
+        stuck = [one for one in ranks if one.beat["seconds"] > self.straggler_seconds and not one.beat["waits"]]
+        behind = min((one.beat["number"] for one in stuck), default=0)
+        late = [one for one in stuck if one.beat["number"] == behind]
+        seconds = min((one.beat["seconds"] for one in late), default=0.0)
+        if not late or seconds < max(self.straggler_seconds, 2 * self._lateness_told.get(behind, 0.0)):
+            return
+        self._lateness_told = {behind: seconds}
+        named = ", ".join(map(str, late[:NAMED])) + (f" and {len(late) - NAMED} more" if len(late) > NAMED else "")
+        has = "has" if len(late) == 1 else "have"
+        _say(f"late: {named} {has} been in phase {late[0].doing} for {seconds:.0f} s")
+        for one in late[:NAMED]:
+            if one.number == 0:
+                self._print_stack()
+            else:
+                self._outbox.append((f"where/{one.number}", ""))
+
+    def _print_stack(self) -> None:
+        stack = "".join(traceback.format_stack(sys._current_frames().get(self._main)))
+        _say(f"rank {self.rank} is in phase {_doing()}; its main thread:\n{stack}")
+
+
+def _doing() -> str:
+    """``data of step 7``."""
+    now = phases.current()
+    return now.name + (f" of step {now.step}" if now.step else "")
+
+
+def _say(text: str) -> None:
+    """Print to stderr, apart from a progress bar's line."""
+    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether the innermost Python function of a thread waits for other ranks. Kernels of NCCL are not seen."""
+    if frame is None:
+        return False
+    code = frame.f_code
+    return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)

@@ -1,0 +1,66 @@
+"""Ranks that are given different things say so before the first step, once, and end."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_data import make_all
+from tower_runs import ROOT, environment, options
+
+from llm2clip_plugin.train.agreement import disagreement
+from llm2clip_plugin.train.distributed import free_port
+
+# every rank in a folder of its own, as with an output_dir on a node's own disk; rank 1 also has other settings
+APART = """
+import os, sys
+from pathlib import Path
+from llm2clip_plugin.cli import leave, run
+rank = os.environ["RANK"]
+Path(rank).mkdir()
+os.chdir(rank)
+leave(run("train-tower", [*sys.argv[1:], *(["--optim.lr", "1e-3", "--deepspeed", ""] if rank == "1" else [])]))
+"""
+
+
+def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
+    tiny = make_all(tmp_path / "tiny")
+    (tmp_path / "apart.py").write_text(APART)
+    argv = options(tiny, Path("run"), "--deepspeed", str(ROOT / "scripts/zero1.json"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, "--master_port", str(free_port()), str(tmp_path / "apart.py"), *argv],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    said = done.stderr
+    assert done.returncode != 0 and said.count("error: the ranks disagree before the first step:") == 1, said
+    assert (
+        f"output_dir: shared with rank 0 on {socket.gethostname()} (rank 0); {tmp_path / '1' / 'run'} lacks a file"
+        in said
+    )
+    assert "setting optim.lr: 0.0004 on " in said and "0.001 on " in said
+    assert "DeepSpeed zero_optimization.stage: 1.0 on " in said
+    assert "output_dir must be a folder that all hosts share" in said
+    assert not list(tmp_path.glob("*/run/.shared-*"))
+
+
+def test_one_message_names_values_hosts_and_ranks() -> None:
+    facts = {"checkpoint": "step-4", "version of torch": "2.13"}
+    ranks = [("node-1", facts)] * 8 + [("node-2", facts | {"checkpoint": "none"})] * 8
+    ranks[11] = ("node-2", {"checkpoint": "none"})
+    assert disagreement(ranks, {"checkpoint": "share it", "data": "unused"}).splitlines() == [
+        "the ranks disagree before the first step:",
+        "  checkpoint: step-4 on node-1 (ranks 0-7); none on node-2 (ranks 8-15)",
+        "  version of torch: 2.13 on node-1 (ranks 0-7), node-2 (ranks 8-10, 12-15); absent on node-2 (rank 11)",
+        "share it",
+    ]
+    many = [("node-1", {f"setting {number}": str(rank) for number in range(20)}) for rank in range(9)]
+    said = disagreement(many, {})
+    assert "3 on node-1 (rank 3); 5 other values" in said and said.endswith("and 8 more")
