@@ -80,7 +80,9 @@ def test_the_folder_of_the_data(tmp_path: Path) -> None:
 def test_shard_names_do_not_depend_on_how_the_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path / "a" / "data", [1])
     monkeypatch.chdir(tmp_path / "a" / "data")
-    for path in (".", "./", "../data", "../../a/data/", "./*.tar", "00000.tar", str(tmp_path / "a" / "data")):
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "data")
+    whole, link = str(tmp_path / "a" / "data"), str(tmp_path / "link")
+    for path in (".", "./", "../data", "../../a/data/", "./*.tar", "00000.tar", whole, f"{whole}/", link, f"{link}/"):
         assert [shard.name for shard in open_source(config(path)).shards] == ["00000"], path
     monkeypatch.chdir(tmp_path)
     assert [shard.name for shard in open_source(config(".")).shards] == ["a/data/00000"]
