@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny_data import make_all
-from tower_runs import ROOT, environment, losses, options
+from tower_runs import ROOT, environment, lines, losses, options
 
 from llm2clip_plugin.train.distributed import free_port
 
@@ -23,14 +22,14 @@ OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarted ranks 
 FAULTS = """
 import os, sys, time
 from llm2clip_plugin.cli import leave, run
-from llm2clip_plugin.stages.tower import run as stage
+from llm2clip_plugin.stages.run_state import TrainingRun
 from llm2clip_plugin.train.step import TowerStep
-make_batches, make_step = stage.batches, TowerStep._loss
+train_to_end, make_loss = TrainingRun.train_to_end, TowerStep._loss
 slow_at, fail_at = int(os.environ["SLOW_AT"]), int(os.environ["FAIL_AT"])
 first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
-def batches(*args):
-    for batch in make_batches(*args):
+def slow(batches):
+    for batch in batches:
         if os.environ["RANK"] == "1" and batch["position"] == 16 * slow_at:
             time.sleep(6)
         yield batch
@@ -38,9 +37,10 @@ def batches(*args):
 def loss(self, encoded, batch):
     if os.environ["RANK"] == "1" and batch["position"] == 16 * fail_at and first_life:
         raise RuntimeError(f"broken at {time.time()}")
-    return make_step(self, encoded, batch)
+    return make_loss(self, encoded, batch)
 
-stage.batches, TowerStep._loss = batches, loss
+TowerStep._loss = loss
+TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=slow(batches), **o)
 leave(run("train-tower", sys.argv[1:]))
 """
 
@@ -75,6 +75,13 @@ class Run:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def end(self) -> None:
+        """Leave no process behind, whatever the test found."""
+        if self.process.poll() is None:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            for process in (self.process, *below):
+                process.kill()
+
     def ranks(self) -> dict[str, psutil.Process]:
         below = psutil.Process(self.process.pid).children(recursive=True)
         with_rank = {process.environ().get("RANK"): process for process in below if "python" in process.name()}
@@ -101,7 +108,7 @@ def test_late_ranks_are_named_and_come_back(tiny: Path, tmp_path: Path) -> None:
             rank.send_signal(signal.SIGTERM)
         assert run.process.wait(timeout=600) == 0, run.said
     finally:
-        run.process.kill()
+        run.end()
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
@@ -123,8 +130,8 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
         assert run.process.wait(timeout=600) != 0
         assert psutil.wait_procs(list(ranks.values()), timeout=60)[1] == []
     finally:
-        run.process.kill()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        run.end()
+    steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
     assert steps == sorted(set(steps))
 
 
@@ -149,7 +156,7 @@ def test_slurm_saves_and_requeues_before_the_time_limit(tiny: Path, tmp_path: Pa
         run.process.send_signal(signal.SIGUSR1)
         assert run.process.wait(timeout=600) == 75, run.said
     finally:
-        run.process.kill()
+        run.end()
     assert "requeue 17" in (tmp_path / "scontrol").read_text()
     assert "SIGUSR1: saved step" in run.said and "to be started again" in run.said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))

@@ -42,7 +42,8 @@ def train_tower(config: RunConfig) -> Path | None:
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite.
     """
-    with training_ranks(config.train) as device, stop_requests() as stop:
+    # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says which one failed
+    with stop_requests() as stop, training_ranks(config.train) as device:
         set_tf32(config.train.tf32, config.train.precision, device)
         with phase("opening the data"):
             data = open_data(config.validate())
