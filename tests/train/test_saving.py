@@ -146,8 +146,8 @@ def evaluated(rank: int, world: int, folder: str) -> None:
 
     def batches() -> Iterator[Any]:
         for i in range(STEPS):
-            if i == 3:  # so that the save of step 4 doesn't wait for one before it
-                wait_until((run / "checkpoints/step-00000003").is_dir)
+            if 1 <= i <= 3:  # so that no save waits for one before it, that of step 4 least of all
+                wait_until((run / f"checkpoints/step-{i:08d}").is_dir)
                 time.sleep(0.2)
             yield tiny_batch(i)
 
