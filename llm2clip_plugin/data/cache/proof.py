@@ -20,7 +20,7 @@ from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.progress import progress_bar
 
-KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not begin anew
+KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
 FEW = 16384  # samples that this process compares alone, without a pool
 
 OpenShard = Callable[[str], ShardFile]
