@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_data import make_all
-from tower_runs import STEPS, launch, losses, options
+from tower_runs import STEPS, finish, launch, losses, options, start
 from train_helpers import run_ranks
 
 from llm2clip_plugin.train import optimizers
@@ -75,16 +76,24 @@ def resume_from_half(straight: Path, cut: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
-def test_8_bit_adamw_resumes_bit_by_bit_under_the_launcher(tmp_path: Path, stage: int):
+def test_8_bit_adamw_killed_on_two_ranks_resumes_bit_by_bit(tmp_path: Path, stage: int):
     make_all(tmp_path)
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    more = ("--optim.name", "adamw_8bit", "--deepspeed", f"scripts/zero{stage}.json", *KEEP_ALL)
-    for run in (straight, cut):
-        if run is cut:
-            resume_from_half(straight, cut)
-        done = launch(["scripts/train_tower.py", *options(tmp_path, run, *more)])
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(cut) == losses(straight) and sorted(losses(cut)) == list(range(1, STEPS + 1))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    more = ("--optim.name", "adamw_8bit", "--deepspeed", f"scripts/zero{stage}.json")
+    done = launch(["scripts/train_tower.py", *options(tmp_path, straight, *more)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = start(options(tmp_path, killed, *more), 2)
+    deadline = time.monotonic() + 600
+    while max(losses(killed), default=0) < 5 and time.monotonic() < deadline:
+        assert ranks[0].poll() is None, "ended before it was killed"
+        time.sleep(0.005)
+    for process in ranks:
+        process.kill()
+    finish(ranks)
+    assert 5 <= max(losses(killed)) < STEPS and list((killed / "checkpoints").glob("step-*"))
+    done = launch(["scripts/train_tower.py", *options(tmp_path, killed, *more)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(killed) == losses(straight) and sorted(losses(killed)) == list(range(1, STEPS + 1))
 
 
 def test_a_block_with_one_magnitude_comes_back_as_it_was():
