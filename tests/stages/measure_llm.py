@@ -45,7 +45,7 @@ def main(llm: str, dtype: str, checkpointing: str, texts: str, tokens: str) -> N
     config = dataclasses.replace(config, train=train)
     module = trained_module(CaptionEncoder(config.encoder, "cpu", trainable_adapter=True), config)
     adam = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
-    for count in (4, int(texts)):
+    for count in (int(texts),) * 2:  # the first step also makes what the libraries keep
         before = peak(reset=True)
         features, scale = module(*tensors(count, int(tokens)))
         logits = scale.exp() * features[::2] @ features[1::2].T
