@@ -86,6 +86,11 @@ class Progress(AbstractContextManager):
         self._bar.set_postfix_str(self.description(), refresh=False)
         self._bar.update()
 
+    def show_values(self, values: dict[str, Any]) -> None:
+        """Show values that came after the step, such as an evaluation's; the last state of the bar has them, too."""
+        self.values |= values
+        self._bar.set_postfix_str(self.description())
+
     def description(self) -> str:
         """``loss 3.21  72 samples/s  MFU 41 %  R@1 0.12/0.14  1.9 GiB  save 0.4 s``.
 

@@ -100,7 +100,7 @@ class Reports:
 
     def scores(self, state: TrainState) -> None:
         """An evaluation."""
-        self.progress.values |= state.metrics
+        self.progress.show_values(state.metrics)
         self._values(state, state.metrics, phase="eval")
 
     def event(self, values: dict[str, Any]) -> None:
