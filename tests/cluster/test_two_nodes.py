@@ -148,7 +148,8 @@ def test_a_folder_on_a_disk_of_one_host_is_refused(cluster: Cluster, tmp_path: P
     assert re.search(
         r"output_dir: shared with rank 0 on node-\d \(rank 0\); .* lacks a file .* on node-\d \(rank 1\)", said
     )
-    assert said.count("output_dir must be a folder that all hosts share") == 1 and "Traceback" not in said
+    assert said.count("output_dir must be a folder that all hosts share") == 1
+    assert not re.search(r'File ".*(llm2clip_plugin|train_tower)', said)  # torchrun itself prints tracebacks
     assert not losses(run)
 
 
