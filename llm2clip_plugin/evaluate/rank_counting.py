@@ -109,12 +109,13 @@ class _RankCounts:
         """
         copies_c = partner.copies_U[columns]
         part = side.queries(rows.start, rows.stop)
-        for start in range(part.start, part.stop, len(score_rc)):  # more queries than rows: a row under several labels
-            some = slice(start, min(start + len(score_rc), part.stop))
+        step = max(len(score_rc), TILE)  # a row under several labels is several queries: few rows may be many
+        for start in range(part.start, part.stop, step):
+            some = slice(start, min(start + step, part.stop))
             one_to_one = part.stop - part.start == len(score_rc)
             score_qc = score_rc if one_to_one else score_rc[side.query_row_Q[some] - rows.start]
             best_q1 = self.best_Q[some, None]
-            flag_qc = flag_rc[: len(score_qc)]
+            flag_qc = flag_rc[: len(score_qc)] if len(score_qc) <= len(flag_rc) else torch.empty_like(score_qc)
             higher_q = (torch.gt(score_qc, best_q1, out=flag_qc) @ copies_c).long()
             equal_q = (torch.ge(score_qc, best_q1, out=flag_qc) @ copies_c).long() - higher_q
             self.counts_3Q[0, some] += higher_q

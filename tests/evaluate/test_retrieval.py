@@ -145,6 +145,23 @@ def test_identical_items_tie_wherever_they_stand():
     assert ranks.equal_before_Q.tolist() == list(range(7))
 
 
+@pytest.mark.parametrize("block", [64, 512, 4096])
+def test_few_distinct_images_under_many_labels_equal_the_full_matrix(block):
+    generator = torch.Generator().manual_seed(2)
+    image = unit_rows(torch.randn(3, 16, generator=generator))[
+        torch.arange(1300) % 3
+    ]  # more queries than a tile's rows
+    text = unit_rows(torch.randn(1300, 16, generator=generator))
+    labels = torch.arange(1300)
+    score = unit_rows(image[:3]) @ text.T  # equal images have one row of scores
+    score = score[labels % 3]
+    forward, backward = rank_both(image, text, labels, labels, tile=block)
+    own = score.diagonal()
+    assert forward.higher_Q.tolist() == (score > own[:, None]).sum(1).tolist()
+    assert backward.higher_Q.tolist() == (score.T > own[:, None]).sum(1).tolist()
+    assert backward.wrong_equal_Q.tolist() == ((score.T == own[:, None]).sum(1) - 1).tolist()
+
+
 def test_a_query_is_never_below_itself_though_correct_pairs_are_computed_twice(monkeypatch):
     image, text, owner = golden("generic_150")
     sides = F.normalize(image, dim=1), F.normalize(text, dim=1), torch.arange(len(image)), owner
