@@ -60,7 +60,7 @@ def choose_caption(captions: Sequence[Caption], weights: Mapping[str, float], rn
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
     """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has.
 
-    A kind that a source's fields declare may be rare; if no sample looked at has one, a warning says so.
+    A kind that a source's fields declare may be rare; if no sample looked at has one, it is logged as a warning.
     """
     if not weights:
         return

@@ -72,8 +72,8 @@ class KeptFolder:
     def lock(self, doing: str) -> Iterator[None]:
         """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
 
-        A process that waits says so every ten seconds (one of a launcher's ranks on a machine). The system releases the
-        lock of a killed process. Without a place or a file system for locks, nobody waits.
+        A waiting process prints a line every ten seconds (one of a launcher's ranks on a machine). The system releases
+        the lock of a killed process. Without a place or a file system for locks, nobody waits.
         """
         file = self._locked_file(doing)
         if file is None:
@@ -143,7 +143,7 @@ class Ledger:
     name: str
 
     def read(self) -> dict[str, Any]:
-        """All entries of both places, the newer file's first; a damaged file has none, and a warning says so."""
+        """All entries of both places, the newer file's first; a damaged file has none and is logged as a warning."""
         parts: list[tuple[float, dict[str, Any]]] = []
         for path in self.folder.paths(self.name):
             try:

@@ -16,7 +16,7 @@ class ShardsAhead:
 
     Only for sources that are read in windows and whose shards are at a URL: a file system over a network reads members
     of an open shard, not entire shards, and an open is short. If ``cache_gb`` does not hold two windows, nothing is
-    downloaded ahead, because that would evict what is being read; a warning says so.
+    downloaded ahead, because that would evict what is being read; a warning is logged.
     """
 
     def __init__(self, mixture: Mixture, sources: Sequence[Source]) -> None:

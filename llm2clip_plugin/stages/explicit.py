@@ -26,7 +26,7 @@ class Unused(Generic[Settings]):
 
     options: tuple[str, ...]  # fields or sections, by dotted names
     why: Callable[[Settings], str]  # what makes them so in this configuration; "" if they have an effect
-    besides: tuple[str, ...] = ()  # fields of these sections that have one
+    except_for: tuple[str, ...] = ()  # fields of these sections that have one
     off: Any = None  # a value that asks for nothing, as 0, False, "" and () do
 
 
@@ -83,7 +83,7 @@ def refuse_unused(config: Settings, given: set[str], rules: Iterable[Unused[Sett
             for name in sorted(given):
                 value = value_of(config, name)
                 affected = any(name == option or name.startswith(f"{option}.") for option in rule.options)
-                if affected and name not in rule.besides and value and value != rule.off:
+                if affected and name not in rule.except_for and value and value != rule.off:
                     problems.append(f"{flag(name, sections=sections)} {value} has no effect: {why}")
     if problems:
         raise ValueError("\n  ".join(problems) + ("\nremove these options" if len(problems) > 1 else "; remove it"))

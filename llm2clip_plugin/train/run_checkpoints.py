@@ -126,7 +126,7 @@ class Checkpoints:
         named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
         damaged = []
         if named is not None and named not in paths:
-            damaged.append(f"{named}, named by {pointer}, does not exist")
+            damaged.append(f"{pointer} refers to {named}, which does not exist")
         elif named is not None and _of_version_0_1(named):
             # it did not move aside what a run went back before: newer ones may be of an abandoned attempt
             paths = paths[paths.index(named) :]
@@ -163,7 +163,7 @@ class Checkpoints:
 
     def move_aside(self, resumed: Path | None) -> str:
         """Move what a run does not continue from to ``abandoned-*``: checkpoints newer than ``resumed``, all if that
-        is in another folder; returns a line that says so, "" if there are none. Raises OSError."""
+        is in another folder; returns a line about it, "" if there are none. Raises OSError."""
         names = sorted(path.name for path in self.folder.glob("step-*"))
         if resumed is not None and resumed.resolve().parent == self.folder.resolve():
             names = [name for name in names if name > resumed.name]

@@ -24,7 +24,7 @@ from llm2clip_plugin.train.phases import CHECKPOINT, phase
 from llm2clip_plugin.train.run_checkpoints import SAVED, Checkpoints
 
 RETRY_SECONDS = 300.0  # after a save that failed
-PATIENCE = 10.0  # seconds of waiting for a write before a line says so
+PATIENCE = 10.0  # seconds of waiting for a write before a line is printed
 
 
 class HasState(Protocol):

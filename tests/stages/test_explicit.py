@@ -98,7 +98,7 @@ def test_rules_name_fields_that_exist() -> None:
         names, config = set(field_names(kind)), kind()
         for rule in rules:
             rule.why(config)  # type: ignore[arg-type]
-            for option in (*rule.options, *rule.besides):
+            for option in (*rule.options, *rule.except_for):
                 assert any(name == option or name.startswith(f"{option}.") for name in names), option
 
 

@@ -38,7 +38,7 @@ UNUSED: list[Unused[FinetuneConfig]] = [
         ("train.eval_steps", "evaluation"),
         lambda c: "" if c.evaluation.captions else "captions is not set, so nothing is evaluated",
     ),
-    Unused(("lora",), _adapter, besides=("lora.dropout",)),
+    Unused(("lora",), _adapter, except_for=("lora.dropout",)),
     Unused(("pairs.query_field", "pairs.positive_field", "pairs.negative_field"), _no_pair_files),
     Unused(("pairs.pair_kinds", "pairs.lists", "pairs.group"), _no_caption_sets),
     Unused(("pairs.read.cache_gb",), _no_urls),
