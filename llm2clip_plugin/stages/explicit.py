@@ -96,7 +96,7 @@ def flag(name: str, *, sections: bool) -> str:
 
 def _both_lengths(config: Any) -> str:
     steps = config.train.max_steps
-    return f"max_steps {steps} decides; give one of the two" if steps > 0 else ""
+    return f"max_steps {steps} decides the length" if steps > 0 else ""
 
 
 def unused_in_training(given: set[str]) -> list[Unused[Any]]:
