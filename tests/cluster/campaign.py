@@ -76,7 +76,7 @@ def campaign(folder: Path, stage: int, kills: int, seed: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="a ZeRO stage")
+    parser.add_argument("--kills", type=int, default=20, help="kills of a run")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
