@@ -220,6 +220,8 @@ class PairLoader:
             yield from self._finished(ahead)
         finally:
             ahead.close()
+            # the thread's last exception refers to the thread's frame, so `ahead` lives until it is collected
+            self._ahead = self._processes = lambda: None
 
     def _finished(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Batches whose broken samples and retries are counted, each with the position after it."""
