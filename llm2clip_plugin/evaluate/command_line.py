@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 import torch
-import tyro
 from rich.console import Console
 
 from llm2clip_plugin import __version__
@@ -14,6 +13,7 @@ from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.train.distributed import choose_device, process_group
+from llm2clip_plugin.typed_options import parse_typed
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
@@ -31,7 +31,7 @@ def parse_options(
     words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, first)
-    return tyro.cli(config, args=words, prog=prog, description=description)
+    return parse_typed(config, words, prog=prog, description=description)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm2clip_plugin.stages.explicit import Unused, given_options, make_room, refuse_unused, unused_in_training
+from llm2clip_plugin.typed_options import parse_typed
 
 Settings = TypeVar("Settings")
 
@@ -57,16 +58,15 @@ def override(
 ) -> Settings:
     """``default`` with the fields that a command line sets, as --SECTION.FIELD or (``sections`` False) as --FIELD.
 
-    unused: of a training stage: which of its options have no effect, and when. Exits with status 2 for an unknown
-    option. Raises ValueError for one without an effect, ModuleNotFoundError without tyro, which the train extra
-    installs.
+    unused: of a training stage: which of its options have no effect, and when. Raises ValueError for an unknown option,
+    a value that is refused or one without an effect, ModuleNotFoundError without tyro, which the train extra installs.
     """
     import tyro
 
     given = given_options(kind, words, sections=sections) if unused is not None else set()
     options: dict[str, Any] = {} if default is None else {"default": make_room(default, given)}
     form: Any = kind if sections else tyro.conf.OmitArgPrefixes[kind]
-    config = tyro.cli(form, args=list(words), prog=f"llm2clip {command}", description=about, **options)
+    config: Settings = parse_typed(form, words, prog=f"llm2clip {command}", description=about, **options)
     if unused is not None:
         refuse_unused(config, given, [*unused_in_training(given), *unused], sections=sections)
     return config

@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from llm2clip_plugin.text.model import keep_layers, load_backbone
 from llm2clip_plugin.text.post import PostKind, fit_post
 from llm2clip_plugin.text.sentence_transformers import refuse_unsupported, write_sentence_transformers
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
+from llm2clip_plugin.typed_options import parse_typed
 
 SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
 # of an embedding's norm: the same float32 weights, summed in another order once
@@ -140,6 +141,7 @@ def main(argv: list[str]) -> int:
     """``llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR [--layout sentence-transformers]``."""
     import tyro
 
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[ExportConfig], args=argv, prog="llm2clip export-llm")
+    form: Any = tyro.conf.OmitArgPrefixes[ExportConfig]
+    config: ExportConfig = parse_typed(form, argv, prog="llm2clip export-llm")
     print(f"wrote {export_llm(config)}; verified by reloading")
     return 0

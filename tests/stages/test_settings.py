@@ -14,17 +14,15 @@ from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
 
 
-def test_a_misspelled_option_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_a_misspelled_option_is_refused():
     with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
         from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
     with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):
         from_plain(RunConfig, {"train": {"global_bach": 1}}, where="x.json")
     with pytest.raises(ValueError, match=r"train.global_batch is '8'; expected <class 'int'>"):
         from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match=r"unrecognized options: --train.global-bach, 8; did you mean --train.global-"):
         read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
-    assert stopped.value.code == 2
-    assert "--train.global-batch" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: quickstart"):
         read_command(["--recipe", "quickstrat"])
 

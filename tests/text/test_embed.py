@@ -180,9 +180,8 @@ def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_pa
 
 
 def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=r"unrecognized options: --poolin, mean; did you mean --pooling\?"):
         parse([str(tmp_path), "--llm", str(llama), "--poolin", "mean"])
-    assert "--poolin" in capsys.readouterr().err
     assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
     capsys.readouterr()
     assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2

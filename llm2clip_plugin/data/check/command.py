@@ -3,17 +3,16 @@
 import json
 from typing import Any
 
-import tyro
-
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
 from llm2clip_plugin.data.check.report import as_text, build_report
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.typed_options import parse_typed
 
 
 def main(argv: list[str]) -> int:
     """Exit status 1 if training on this data would stop, else 0."""
-    config = tyro.cli(CheckConfig, args=argv, prog="llm2clip data check")
+    config = parse_typed(CheckConfig, argv, prog="llm2clip data check")
     report = check_data(config)
     print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else as_text(report, config.show))
     return 0 if report["fit_for_training"] else 1
