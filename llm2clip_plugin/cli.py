@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
     if name is None:
-        print(f"error: {unknown_command(words)}", file=sys.stderr)
+        _report(f"error: {unknown_command(words)}")
         return 2
     return run(name, words[len(name.split()) :])
 
@@ -169,13 +169,13 @@ def run(name: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         return 2
     except SameOnAllRanksError as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{error.label}{error}", file=sys.stderr)
+            _report(f"{error.label}{error}")
         return error.status
     except RuntimeError as error:
         message = lost_rank(error)
@@ -195,6 +195,13 @@ def run(name: str, argv: list[str]) -> int:
         return 130
     except Exception as error:
         return _unexpected(error)
+
+
+def _report(text: str) -> None:
+    """Print an error; names in it come from files and servers, so control characters are shown as escapes."""
+    from llm2clip_plugin.outside.values import printable_lines
+
+    print(printable_lines(text), file=sys.stderr)
 
 
 def _unexpected(error: Exception) -> int:

@@ -16,8 +16,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
-import struct
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from llm2clip_plugin.outside.safetensors_header import read_header
+from llm2clip_plugin.outside.values import (
+    MAX_LAYERS,
+    MAX_PIXELS,
+    MAX_WIDTH,
+    ContractError,
+    check_fields,
+    check_whole,
+    read_json_value,
+)
+
 Record = TypeVar("Record", bound="VersionedRecord")
-
-
-class ContractError(ValueError):
-    """A file is damaged or does not match what its reader expects; the message names the file and the fix."""
+SHA256 = re.compile("[0-9a-f]{64}")
+IDENTIFIER = re.compile(r"\w{1,64}")
 
 
 @contextmanager
@@ -141,30 +150,17 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
 
     Raises ContractError if the file is not safetensors or is truncated.
     """
-    size = os.path.getsize(path)
+    header = read_header(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise ContractError(f"{path} is not a complete safetensors file ({size} bytes); copy or export it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ContractError(f"{path} is not a safetensors file: {error}") from error
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ContractError(
-                f"{path} is truncated: {size} bytes, expected {8 + length + end}; copy or export it again"
-            )
-        for name in sorted(header):
-            start, stop = header[name]["data_offsets"]
-            digest.update(canonical_json([name, header[name]["dtype"], header[name]["shape"]]).encode())
-            file.seek(8 + length + start)
-            remaining = stop - start
+        for name, entry in sorted(header.entries.items()):
+            digest.update(canonical_json([name, entry.dtype, list(entry.shape)]).encode())
+            file.seek(header.data_start + entry.start)
+            remaining = entry.stop - entry.start
             while remaining:
                 block = file.read(min(remaining, 1 << 22))
+                if not block:
+                    raise ContractError(f"{path} ends inside {name}; copy or export it again")
                 digest.update(block)
                 remaining -= len(block)
     return digest.hexdigest()
@@ -208,11 +204,7 @@ class VersionedRecord:
         """Read a record; raises FileNotFoundError, or ContractError naming the file and the field."""
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no {cls.KIND} at {path}")
-        try:
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ContractError(f"{path} is not valid JSON ({error})") from error
-        return cls.from_dict(body, where=str(path))
+        return cls.from_dict(read_json_value(path), where=str(path))
 
     @classmethod
     def from_dict(cls: type[Record], body: Any, *, where: str) -> Record:
@@ -236,7 +228,13 @@ class VersionedRecord:
         required = {name for name, item in known.items() if item.default is item.default_factory is dataclasses.MISSING}
         if missing := sorted(required - set(values)):
             raise ContractError(f"{where} is missing the required fields {missing}")
-        return cls(**values)
+        check_fields(cls, values, where=where, renamed=cls.KEYS)
+        record = cls(**values)
+        record.check_values(where=where)
+        return record
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for a value that no reader can use; the types of all fields are right already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +262,25 @@ class TowerCard(VersionedRecord):
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
     FILE: ClassVar[str] = "llm2clip.json"
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for widths, depths and image sizes that no tower has, and for hashes that are none."""
+        limits = {
+            "hidden_size": MAX_WIDTH,
+            "num_layers": MAX_LAYERS,
+            "patch_size": MAX_PIXELS,
+            "image_size": MAX_PIXELS,
+        }
+        for name, high in limits.items():
+            check_whole(getattr(self, name), 1, high, name=name, where=where)
+        check_whole(self.projection_dim, 0, MAX_WIDTH, name=self.KEYS["projection_dim"], where=where)
+        if self.patch_size > self.image_size:
+            raise ContractError(f"{where}: patch_size {self.patch_size} exceeds image_size {self.image_size}")
+        if not IDENTIFIER.fullmatch(self.family):
+            raise ContractError(f"{where}: family is {self.family!r}, expected the name of a tower family")
+        for name in ("weights_sha256", "adapter_sha256"):
+            if not SHA256.fullmatch(value := getattr(self, name)) and (value or name == "weights_sha256"):
+                raise ContractError(f"{where}: {name} is {value!r}, expected 64 hexadecimal digits")
 
     @property
     def num_patches(self) -> int:

@@ -9,6 +9,7 @@ from llm2clip_plugin.data.check.reading import CheckConfig, Reading
 from llm2clip_plugin.data.read_rate import describe_report, reading_report
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
+from llm2clip_plugin.outside.values import printable
 
 EDGES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower ends of the histogram's bins
 BAR = 40  # characters of the longest bar
@@ -164,22 +165,20 @@ def _length_lines(lengths: dict[str, Any]) -> list[str]:
 
 
 def _label(sample: dict[str, str]) -> str:
-    return f"{_shown(sample['shard'])}: {_shown(sample['key'])}"
-
-
-def _shown(text: str) -> str:
-    """A text of the data with control characters, which a terminal would obey, as escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return f"{printable(sample['shard'])}: {printable(sample['key'])}"
 
 
 def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines: list[str] = []
     for title, entries in (
-        ("broken shards", [f"{_shown(one['shard'])}: {_shown(one['reason'])}" for one in report["broken_shards"]]),
-        ("broken samples", [f"{_label(one)}: {_shown(one['reason'])}" for one in report["broken"]]),
+        (
+            "broken shards",
+            [f"{printable(one['shard'])}: {printable(one['reason'])}" for one in report["broken_shards"]],
+        ),
+        ("broken samples", [f"{_label(one)}: {printable(one['reason'])}" for one in report["broken"]]),
         (
             "samples without a caption",
-            [f"{_label(one)}: {_shown(one['reason'])}" for one in report["without_captions"]],
+            [f"{_label(one)}: {printable(one['reason'])}" for one in report["without_captions"]],
         ),
     ):
         lines.append(f"  {title}: {len(entries)}")
@@ -191,6 +190,6 @@ def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines += [f"    {one['samples']} x {one['text'][:80]!r}" for one in texts["most_frequent"]]
     lines.append(f"  duplicate keys: {keys['keys']} keys in {keys['samples']} samples")
     lines += [
-        f"    {one['samples']} x {one['key']!r} in {_shown(', '.join(one['shards']))}" for one in keys["examples"]
+        f"    {one['samples']} x {one['key']!r} in {printable(', '.join(one['shards']))}" for one in keys["examples"]
     ]
     return lines

@@ -1,0 +1,79 @@
+"""The header of a safetensors file, checked against the file's size before anything is allocated.
+
+The library's own errors don't name the file, and its reader maps all of it. Standard library only.
+"""
+
+import json
+import math
+import os
+import struct
+from typing import Any, NamedTuple
+
+from llm2clip_plugin.outside.values import ContractError
+
+MAX_HEADER = 100_000_000  # bytes, the library's own limit
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+
+class Entry(NamedTuple):
+    """A tensor of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # byte in the data, which begin after the header
+    stop: int
+
+
+class Header(NamedTuple):
+    """Tensors in order of their bytes, the metadata, and where the data begin."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> Header:
+    """Read and check a header. Raises ContractError naming the file if the header doesn't fit it, OSError.
+
+    Every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise ContractError(f"{path} is not a complete safetensors file ({size} bytes); {fix}")
+        if length > MAX_HEADER:
+            raise ContractError(f"{path} is not a safetensors file: a header of {length} bytes (at most {MAX_HEADER})")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = _entries(header)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ContractError(f"{path} is not a safetensors file: {error}; {fix}") from error
+    end = max((entry.stop for entry in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise ContractError(f"{path} is truncated: {size} bytes, expected {8 + length + end}; {fix}")
+    return Header(entries, metadata, 8 + length)
+
+
+def _entries(header: dict[str, Any]) -> dict[str, Entry]:
+    """The tensors in order of their bytes; ValueError, KeyError or TypeError says what is wrong."""
+    entries, end = {}, 0
+    for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = body["data_offsets"]
+        entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
+        if not all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop)):
+            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
+        if entry.dtype not in DTYPE_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {entry.dtype!r}")
+        if start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
+        entries[name], end = entry, stop
+    return entries
