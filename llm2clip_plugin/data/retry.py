@@ -225,6 +225,10 @@ class SteadyFile:
         """``size`` bytes from ``offset`` on, fewer at the end of the file."""
         return self._attempt(lambda: self._read(size, offset))
 
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._attempt(lambda: os.fstat(self._descriptor).st_size)
+
     def _read(self, size: int, offset: int) -> bytes:
         data = os.pread(self._descriptor, size, offset)
         while 0 < len(data) < size:  # a signal or a network file system may cut a read short

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.phases import each_in_phase, in_phase, phase
 from llm2clip_plugin.stages.agreement import ADVICE, run_facts
 from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
 from llm2clip_plugin.train.agreement import readable_checkpoint, refuse_disagreement, shared_folder
@@ -23,7 +24,6 @@ from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.errors import RequeueError
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
-from llm2clip_plugin.train.phases import each_in_phase, in_phase, phase
 from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.train.step import Batch

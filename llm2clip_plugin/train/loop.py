@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB
+from llm2clip_plugin.phases import phase
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.deepspeed_config import Precision, ReductionType
 from llm2clip_plugin.train.device import Tf32
@@ -18,7 +19,6 @@ from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
-from llm2clip_plugin.train.phases import phase
 from llm2clip_plugin.train.progress import peak_memory
 from llm2clip_plugin.train.reports import Queue, Reports
 from llm2clip_plugin.train.run_checkpoints import Checkpoints

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from llm2clip_plugin.phases import CHECKPOINT, phase
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.host_copies import HostCopies
-from llm2clip_plugin.train.phases import CHECKPOINT, phase
 from llm2clip_plugin.train.run_checkpoints import SAVED, Checkpoints
 
 RETRY_SECONDS = 300.0  # after a save that failed

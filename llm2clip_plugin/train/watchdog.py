@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm2clip_plugin.train import phases
+from llm2clip_plugin import phases
 from llm2clip_plugin.train.distributed import barrier, broadcast_object, gather_objects, rank, world_size
 from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, RequeueError, SameOnAllRanksError, lost_rank
 

@@ -14,6 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llm2clip_plugin.contracts import TeacherIdentity
+
+TEACHER = TeacherIdentity(
+    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
+    layer=-1, prompt="", chat_template="", max_tokens=32, width=4,
+)  # fmt: skip
+
 
 def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     """Colour gradients with a disc: smooth as photographs are, unlike for each seed."""

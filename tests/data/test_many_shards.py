@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_world import DroppingServer, jpeg, serving, write_tar
+from data_world import TEACHER, DroppingServer, jpeg, serving, write_tar
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.data import kept
@@ -35,10 +35,6 @@ from llm2clip_plugin.limits import raise_open_files, remedy_open_files
 from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.pairs import PairsConfig, open_pairs, survey
 
-TEACHER = TeacherIdentity(
-    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
-    layer=-1, prompt="", chat_template="", max_tokens=32, width=4,
-)  # fmt: skip
 PIXELS = jpeg(0, (16, 16))
 
 

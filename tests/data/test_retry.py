@@ -8,21 +8,25 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from data_world import img2dataset_members, jpeg, write_shards, write_tar
+import torch
+from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_tar
 
 from llm2clip_plugin.data import retry as retry_module
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.retry import Retry, SteadyFile, read_file, take_retries
 from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import BrokenSample
+from llm2clip_plugin.data.sources.tar_scan import scan_tar
 from llm2clip_plugin.data.sources.webdataset import GAP, join_parts
 
 pread = os.pread
 
 
 class Disk:
-    """The real disk, which counts reads and opens of tars and fails as often as ``failures`` says."""
+    """The real disk, which counts reads of tars and cache shards and fails as often as ``failures`` says."""
 
     def __init__(self) -> None:
         self.reads: list[tuple[str, int, int]] = []  # file name, size, offset
@@ -30,7 +34,7 @@ class Disk:
 
     def pread(self, descriptor: int, size: int, offset: int) -> bytes:
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if name.endswith(".tar"):
+        if name.endswith((".tar", ".safetensors")):
             self.reads.append((name, size, offset))
             if self.failures:
                 number = self.failures.pop(0)
@@ -66,6 +70,7 @@ def test_a_sample_is_one_read_and_its_captions_leave_the_image_out(tmp_path: Pat
 def test_distant_parts_are_read_apart(tmp_path: Path, disk: Disk) -> None:
     a, b, c = img2dataset_members(0, 1)
     source = source_of(write_tar(tmp_path / "x.tar", [a, ("000000000.npy", bytes(1_000_000)), b, c]).parent)
+    disk.reads.clear()
     sample = source.with_image(0)
     assert sample.read_image() == jpeg(0) and sample.captions
     assert len(disk.reads) == 2 and sum(size for _, size, _ in disk.reads) < 20_000
@@ -115,6 +120,21 @@ def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> 
     with pytest.raises(FileNotFoundError):
         SteadyFile(tmp_path / "none.tar")
     assert take_retries() == 0
+
+
+def test_a_cache_and_the_headers_of_a_tar_are_read_again(tmp_path: Path, disk: Disk) -> None:
+    (tar,) = sorted(write_shards(tmp_path / "data", [2]).glob("*.tar"))
+    writer = CacheWriter(tmp_path / "cache", TEACHER)
+    rows = torch.arange(2.0 * TEACHER.width).reshape(2, -1)
+    writer.write_shard("00000", ["a", "b"], [(0, 0), (1, 1)], rows)
+    writer.finish()
+    members, shard = list(scan_tar(tar)), EmbeddingCache.open(tmp_path / "cache").shard("00000")
+    take_retries()
+    disk.failures = [errno.EIO, errno.ESTALE]
+    assert list(scan_tar(tar)) == members
+    disk.failures = [errno.EIO, errno.ESTALE]
+    assert torch.equal(shard.embeddings([0, 1]), rows)
+    assert take_retries() == 4
 
 
 def source_of_pickled(source: Source) -> Source:

@@ -37,16 +37,13 @@ from llm2clip_plugin.data.sources.index_file import stamps_of
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.progress import track
 
-OPEN_SHARDS = 128  # files that one process keeps mapped
+OPEN_SHARDS = 64  # files that one process keeps open
 FEW = 16  # shards whose headers are read at every start
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
 
 
 class EmbeddingCache:
-    """A complete cache, opened for reading.
-
-    The files of the last shards used are memory-mapped: local processes share their pages.
-    """
+    """A complete cache, opened for reading. The files of the last shards used stay open."""
 
     def __init__(self, directory: Path, manifest: CacheManifest) -> None:
         self.directory = directory
@@ -103,7 +100,7 @@ class EmbeddingCache:
         return self.manifest.fingerprint
 
     def __getstate__(self) -> dict[str, object]:
-        # a worker maps the files itself
+        # a worker opens the files itself
         return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
 
     def _check_files(self) -> None:

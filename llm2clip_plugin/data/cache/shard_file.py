@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.data.retry import SteadyFile
 
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
@@ -33,15 +32,16 @@ def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_byte
 
 
 class ShardFile:
-    """One shard's file. Its header is read at once; the file is mapped, once, when the first row is used.
+    """One shard's file, read by position: one open file, and errors that pass are retried (see data.retry).
 
     Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = SteadyFile(path)
         try:
-            self._layouts, metadata = _read_header(path)
+            self._layouts, metadata = _read_header(self._file)
             self.meta: dict[str, str] = json.loads(metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
@@ -52,36 +52,36 @@ class ShardFile:
                 f"{path} is truncated or not a shard of an embedding cache ({error}); {REDO}"
             ) from error
 
-    @cached_property
-    def _tensors(self) -> dict[str, np.ndarray]:
-        """Views of one memory map, which ends with the last of them; no file descriptor stays open."""
-        size = max(layout.stop for layout in self._layouts.values())
-        # Python's mmap keeps a copy of the descriptor, safetensors one for each tensor
-        storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
-        data = torch.asarray(storage, dtype=torch.uint8).numpy()
-        return {
-            name: data[layout.start : layout.stop].view(layout.dtype).reshape(layout.shape)
-            for name, layout in self._layouts.items()
-        }
-
     def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor of the file, mapped."""
-        return self._tensors[name]
+        """An entire tensor of the file."""
+        return self._read(name, 0, self._layouts[name].shape[0])
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A tensor from one index of its first axis to another."""
+        layout = self._layouts[name]
+        one = math.prod(layout.shape[1:]) * layout.dtype.itemsize
+        size = (stop - start) * one
+        data = self._file.read(size, layout.start + start * one)
+        if len(data) != size:
+            raise ContractError(f"{self.path} was truncated while it was read; {REDO}")
+        return np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:])
 
     def key(self, index: int) -> str:
         """The key of a sample."""
-        start, stop = self["key_starts"][index : index + 2].tolist()
-        return self["keys"][start:stop].tobytes().decode()
+        start, stop = self._read("key_starts", index, index + 2).tolist()
+        return self._read("keys", start, stop).tobytes().decode()
 
     def row_numbers(self, index: int) -> dict[int, int]:
         """Caption hash -> row number, for the captions of a sample."""
-        start, stop = self["row_starts"][index : index + 2].tolist()
-        return {value: row for row, value in enumerate(self["caption_hashes"][start:stop].tolist(), start)}
+        start, stop = self._read("row_starts", index, index + 2).tolist()
+        return {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
 
-    def embeddings(self, rows: Sequence[int] | slice) -> torch.Tensor:
-        """(n, W) float32 of these rows."""
-        values = self["embeddings"][rows].astype(np.float32) * self["scales"][rows][:, None]
-        return torch.from_numpy(values)
+    def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
+        """(n, W) float32 of these rows, which should be near each other, as those of one sample are."""
+        first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
+        chosen = np.array(rows, dtype=np.int64) - first
+        values = self._read("embeddings", first, stop)[chosen].astype(np.float32)
+        return torch.from_numpy(values * self._read("scales", first, stop)[chosen, None])
 
 
 class Layout(NamedTuple):
@@ -93,14 +93,13 @@ class Layout(NamedTuple):
     stop: int
 
 
-def _read_header(path: Path) -> tuple[dict[str, Layout], dict[str, str]]:
+def _read_header(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
     """Layouts and metadata of a safetensors file; ValueError, KeyError or TypeError unless the file is as long."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{size} bytes")
-        header = json.loads(file.read(length))
+    size = file.size()
+    length = int.from_bytes(file.read(8, 0), "little")
+    if length > size - 8:
+        raise ValueError(f"{size} bytes")
+    header = json.loads(file.read(length, 8))
     metadata = header.pop("__metadata__")
     layouts = {}
     for name in TENSORS:

@@ -4,10 +4,13 @@
 marker as complete. Member names are split into key and extension and compared; none is used as a path.
 """
 
-import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
+
+from llm2clip_plugin.data.retry import SteadyFile
 
 BLOCK = 512  # bytes; tar headers and contents start on multiples of it
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -45,23 +48,23 @@ def scan_tar(path: str | os.PathLike[str]) -> Iterator[Member]:
     Raises BrokenShard for a compressed file, a header with a wrong checksum or size, a truncated member, or a missing
     end-of-archive marker (a writer that was killed between two members).
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with closing(SteadyFile(Path(path))) as file:
+        size = file.size()
         if size == 0:
             raise BrokenShard(f"{path} is empty; rewrite or delete the shard")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            try:
-                yield from _scan(view, size, str(path))
-            except BrokenShard:
-                raise
-            except ValueError as error:
-                raise BrokenShard(f"{path}: {error}; rewrite, copy again or delete the shard") from error
+        try:
+            yield from _scan(file.read, size, str(path))
+        except BrokenShard:
+            raise
+        except ValueError as error:
+            raise BrokenShard(f"{path}: {error}; rewrite, copy again or delete the shard") from error
 
 
-def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
+def _scan(read: Callable[[int, int], bytes], size: int, path: str) -> Iterator[Member]:
+    """read: of so many bytes, from an offset on."""
     offset, long_name, pax = 0, "", {}
     while offset + BLOCK <= size:
-        header = view[offset : offset + BLOCK]
+        header = read(BLOCK, offset)
         if header.count(0) == BLOCK:
             if offset == 0 and size > EMPTY_TAR:
                 raise BrokenShard(
@@ -83,7 +86,7 @@ def _scan(view: mmap.mmap, size: int, path: str) -> Iterator[Member]:
                 "download again, rewrite or delete the shard"
             )
         if kind in (b"L", b"x", b"g"):  # a long name, or pax records, of the next header's member
-            body = view[start : start + length]
+            body = read(length, start)
             if kind == b"L":
                 long_name = body.rstrip(b"\0").decode("utf-8", "replace")
             elif kind == b"x":

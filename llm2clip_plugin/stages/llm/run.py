@@ -12,6 +12,7 @@ import torch
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.evaluate.captions import measure_captions
+from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
@@ -30,7 +31,6 @@ from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loop import Evaluate, StepFunction
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
-from llm2clip_plugin.train.phases import phase
 from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions

@@ -10,6 +10,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, PairLoader, make_loader
 from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
+from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
@@ -24,7 +25,6 @@ from llm2clip_plugin.train.heads import fit_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
-from llm2clip_plugin.train.phases import phase
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.step import TowerStep

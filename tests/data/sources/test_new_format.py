@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_world import jpeg
+from data_world import TEACHER, jpeg
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import TeacherIdentity
@@ -43,10 +43,6 @@ SOURCE = SourceFormat(
     open=lambda config, broken_shards: CsvSource(config),
 )
 '''
-TEACHER = TeacherIdentity(
-    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
-    layer=-1, prompt="", chat_template="", max_tokens=32, width=4,
-)  # fmt: skip
 
 
 class FakeEncoder:
