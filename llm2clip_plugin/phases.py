@@ -17,7 +17,7 @@ class Phase(NamedTuple):
     name: str
     step: int  # optimizer step, counted from 1; 0 before training
     number: int  # of phases begun: ranks that wait for each other are in phases of about the same number
-    since: float  # time.monotonic()
+    since: float  # time.monotonic() of its begin, or of its last progress
 
 
 _counter = itertools.count()
@@ -40,6 +40,12 @@ def phase(name: str, *, step: int | None = None) -> Iterator[None]:
     _now = Phase(name, before.step if step is None else step, next(_counter), time.monotonic())
     yield
     _now = Phase(before.name, _now.step, next(_counter), time.monotonic())
+
+
+def progressed() -> None:
+    """The phase goes on: something of it is done."""
+    global _now
+    _now = _now._replace(since=time.monotonic())
 
 
 def in_phase(name: str, function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:

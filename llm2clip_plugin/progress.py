@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from llm2clip_plugin import phases
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -30,7 +32,7 @@ class _Lines:
 def progress_bar(
     *, total: int | None, label: str, unit: str, initial: int = 0, show: bool = True, delay: float = LINE_EVERY
 ) -> tqdm:
-    """A tqdm bar to be moved by ``update(count)`` and closed; it is a context manager.
+    """A tqdm bar to be moved by ``update(count)`` and closed; it is a context manager. An update is a sign of progress.
 
     total: units of the whole job, None if unknown. initial: units done before. show: False for a silent bar, as on
     every rank but one. delay: seconds before the first line where stderr is not a terminal; a job that ends earlier
@@ -38,8 +40,13 @@ def progress_bar(
     """
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            phases.progressed()
+            return super().update(n)
+
     terminal = sys.stderr.isatty()
-    return tqdm(
+    return Bar(
         total=total,
         desc=label,
         unit=f" {unit}",

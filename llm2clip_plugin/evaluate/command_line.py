@@ -12,7 +12,9 @@ from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.train.distributed import choose_device, process_group
+from llm2clip_plugin.phases import phase
+from llm2clip_plugin.train.distributed import choose_device
+from llm2clip_plugin.train.watchdog import watched_group
 from llm2clip_plugin.typed_options import parse_typed
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
@@ -52,7 +54,7 @@ def open_tower(tower: str, device: str) -> OpenedTower:
 
 def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
     """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit status."""
-    with process_group() as (rank, world):
+    with watched_group() as (rank, world), phase("evaluation"):
         result = measure(world > 1)
         if rank == 0:
             report(result)

@@ -236,6 +236,23 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
     return result
 
 
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Every rank enters the block, and none leaves it before all are at its end, however long some take.
+
+    They don't wait in a collective, whose time is limited.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    key = f"llm2clip/{_session(store)}/{next(_turns)}"
+    yield
+    store.add(key, 1)
+    _poll(lambda: store.add(key, 0) == world_size(), limit=math.inf)
+    barrier()  # rank 0 may host the store: if it left now, the others would not see that all are here
+
+
 @functools.cache
 def _session(store: dist.Store) -> str:
     """A name of this process group. torchrun's store outlives a restart, with the answers of the ranks before it."""

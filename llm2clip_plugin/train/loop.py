@@ -26,6 +26,7 @@ from llm2clip_plugin.train.saving import Saver
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.timing import timed
+from llm2clip_plugin.train.watchdog import STRAGGLER_SECONDS
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -60,7 +61,9 @@ class TrainConfig:
     dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
     ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
-    straggler_seconds: float = 300.0  # a rank without progress for so long is named, with its phase; 0: never
+    straggler_seconds: float = (
+        STRAGGLER_SECONDS  # a rank without progress for so long is named, with its phase; 0: never
+    )
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):

@@ -27,9 +27,18 @@ from typing import Any
 import torch.distributed as dist
 
 from llm2clip_plugin import phases
-from llm2clip_plugin.train.distributed import barrier, broadcast_object, gather_objects, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    DDP_TIMEOUT,
+    barrier,
+    broadcast_object,
+    gather_objects,
+    process_group,
+    rank,
+    world_size,
+)
 from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, RequeueError, SameOnAllRanksError, lost_rank
 
+STRAGGLER_SECONDS = 300.0  # without progress, after which a rank is named
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
@@ -65,6 +74,13 @@ def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
         raise
     finally:
         watch.stop()
+
+
+@contextmanager
+def watched_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block."""
+    with process_group() as ranks, watched(straggler_seconds=STRAGGLER_SECONDS, timeout=DDP_TIMEOUT):
+        yield ranks
 
 
 class Rank:

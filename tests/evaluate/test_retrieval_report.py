@@ -224,8 +224,29 @@ def test_two_processes_give_the_same_as_one(world, tmp_path):
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "llm2clip_plugin.cli", "evaluate", *words, str(tmp_path / "2.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     alone, together = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
     assert together["metrics"] == pytest.approx(alone["metrics"])
     assert [item["id"] for item in together["items"]] == [item["id"] for item in alone["items"]]
+
+
+FAILING = """
+import os, sys
+from llm2clip_plugin.cli import leave, run
+from llm2clip_plugin.data.images import EvalTransform
+if os.environ["RANK"] == "1":
+    EvalTransform.pixels = lambda *arguments: 1 / 0
+leave(run("evaluate", sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_fails_ends_the_others(world, tmp_path):
+    data, cache, tower = world
+    (tmp_path / "failing.py").write_text(FAILING)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(tmp_path / "failing.py"), str(tower), "--data", str(data), "--cache", str(cache)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"rank 1 on {os.uname().nodename} failed in phase evaluation: ZeroDivisionError" in done.stderr

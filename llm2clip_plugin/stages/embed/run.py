@@ -1,32 +1,40 @@
 """Stage 1.5 assembled: captions and a frozen LLM in, a cache of embeddings out."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.embed.config import EmbedConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.train.distributed import leaving_together
+from llm2clip_plugin.train.watchdog import watched_group
 
 
 def embed_captions(config: EmbedConfig) -> list[str]:
-    """Embed this rank's shards; returns the report as lines. Ranks meet only in the file system."""
-    rank, world = rank_and_world()
-    source, encoder, directory = open_all(config)
-    manifest, summary = embed_source(
-        source,
-        encoder,
-        directory,
-        config.dtype,
-        rank,
-        world,
-        tokens_per_batch=config.tokens_per_batch,
-        quiet=rank != 0,
-    )
+    """Embed this rank's shards; returns the report as lines."""
+    with _ranks() as (rank, world):
+        source, encoder, directory = open_all(config)
+        manifest, summary = embed_source(
+            source,
+            encoder,
+            directory,
+            config.dtype,
+            rank,
+            world,
+            tokens_per_batch=config.tokens_per_batch,
+            quiet=rank != 0,
+        )
+        if world > 1 and manifest is None:
+            print(f"rank {rank}: its shards are complete; other ranks are still embedding", file=sys.stderr)
     prefix = f"rank {rank}: " if world > 1 else ""
     lines = [prefix + line for line in summary.lines(encoder.config.max_tokens)]
     if manifest is not None:
@@ -34,6 +42,19 @@ def embed_captions(config: EmbedConfig) -> list[str]:
             f"{directory}: {manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}, complete"
         )
     return lines
+
+
+@contextmanager
+def _ranks() -> Iterator[tuple[int, int]]:
+    """This rank and their number. They share work by files alone, and watch each other under a launcher.
+
+    Without MASTER_ADDR (processes started by hand with RANK and WORLD_SIZE) they need not run at the same time.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        yield rank_and_world()
+        return
+    with watched_group() as ranks, phase("embedding"), leaving_together():
+        yield ranks
 
 
 def verify_cache(config: EmbedConfig) -> str:
