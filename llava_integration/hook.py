@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_integration.towers import names, provenance
+from llava_integration.towers import checkpoint_name, names, provenance
 from llm2clip_plugin.contracts import ContractError
 
 # LLaVA reads them, but its argument parser does not define them
@@ -130,6 +130,8 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
         for option in OWN_OPTIONS:  # from the base model's config.json
             if previous_tower is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
+        if previous_tower is None and os.environ.get("RANK", "0") == "0":
+            checkpoint_name.warn_about(argument("--output_dir"))
         original(self, model_args, fsdp=fsdp)
         tower = self.get_vision_tower()
         record = provenance.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
@@ -139,6 +141,16 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
                 setattr(self.config, option, getattr(model_args, option))
 
     return initialize_vision_modules
+
+
+def argument(name: str) -> str:
+    """The value of an option on this process's command line, "" without one: LLaVA's model never sees it."""
+    for word, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        if word == name:
+            return value
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return ""
 
 
 def refuse_another_tower(tower: Any, name: str) -> None:
@@ -159,9 +171,14 @@ def refuse_another_tower(tower: Any, name: str) -> None:
 
 
 def wrap_load_pretrained_model(original: Function) -> Function:
-    """Make the checkpoint's path known to ``provenance`` during loading, for the tower bundled in the checkpoint."""
+    """Refuse a name by which LLaVA would load another kind of model, and make the checkpoint's path known to
+    ``provenance`` during loading, for the tower bundled in the checkpoint."""
 
     def load_pretrained_model(model_path: str, *arguments: Any, **options: Any) -> Any:
+        given = dict(zip(("base", "name"), arguments, strict=False))
+        base, name = options.get("model_base", given.get("base")), options.get("model_name", given.get("name"))
+        if names.is_ours(checkpoint_name.config_of(model_path).get("mm_vision_tower")):
+            checkpoint_name.refuse_name(model_path, base=base, name=name)
         with provenance.loading(model_path):
             return original(model_path, *arguments, **options)
 

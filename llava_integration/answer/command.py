@@ -14,6 +14,7 @@ from typing import Any
 from llava_integration.answer.answerer import Answerer
 from llava_integration.answer.answers_file import AnswersFile
 from llava_integration.answer.questions import Question, read_questions
+from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import sha256_file
 
 
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+    refuse_name(options.model_path, base=options.model_base)
     rank, world = choose_device(options.device)
     questions = chunk(
         read_questions(

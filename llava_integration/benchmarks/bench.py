@@ -21,6 +21,7 @@ from llava_integration.benchmarks.provenance import run_provenance
 from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import tables
+from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import atomic_file
 
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args, extra = parser().parse_args(words[:split]), words[split + 1 :]
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
+    refuse_name(args.model_path, base=args.model_base)
     tasks = plans(args.benchmarks, args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
