@@ -12,7 +12,8 @@ import llm2clip_plugin
 from llm2clip_plugin.stages.settings import flat
 from llm2clip_plugin.vision.export import library_versions
 
-# Settings that may differ between hosts: where things are. What is there is compared instead.
+# Settings that may differ between hosts: where things are (what is there is compared instead), and how many processes
+# load, which follows a host's cores.
 PLACES = (
     "output_dir",
     "resume",
@@ -32,6 +33,7 @@ PLACES = (
     "tower.path",
     "encoder.llm",
     "encoder.adapter",
+    "train.dataloader_num_workers",
 )
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: set --output_dir to one on NFS or Lustre",

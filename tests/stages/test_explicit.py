@@ -18,12 +18,12 @@ from llm2clip_plugin.stages.tower.unused import UNUSED
 
 
 def test_an_explicit_length_wins_over_the_recipes(tmp_path: Path) -> None:
-    by_epochs = read_command(["--num_train_epochs", "50"]).train  # the quickstart sets max_steps
+    by_epochs = read_command(["--recipe", "quickstart", "--num_train_epochs", "50"]).train  # it sets max_steps
     assert (by_epochs.num_train_epochs, by_epochs.steps(1280)) == (50, 500)
     by_steps = read_command(["--recipe", "openai_b16", "--max_steps", "7"]).train  # this one sets epochs
     assert by_steps.steps(1_000_000) == 7
     for off in ("0", "-1"):  # -1 is the Trainer's
-        assert read_command(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(1280) == 20
+        assert read_command(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560) == 20
     with pytest.raises(ValueError, match=r"--train\.num-train-epochs 2\.0 has no effect: max_steps 7 decides"):
         read_command(["--max_steps", "7", "--num_train_epochs", "2"])
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 9}}}))
@@ -32,7 +32,7 @@ def test_an_explicit_length_wins_over_the_recipes(tmp_path: Path) -> None:
 
 
 def test_an_explicit_warmup_wins_over_the_recipes() -> None:
-    assert read_command(["--warmup_steps", "5"]).optim.warmup(100) == 5  # the quickstart sets a ratio
+    assert read_command(["--warmup_steps", "5"]).optim.warmup(100) == 5  # base sets a ratio
     assert read_command(["--warmup_steps", "0"]).optim.warmup(100) == 0
     assert parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10  # 300 steps by default
 
@@ -50,7 +50,10 @@ TOWER_REFUSED = {
     ),
     "blocks": ("--dual.adapter linear --dual.adapter-blocks 2", "--dual.adapter-blocks 2 has no effect: dual.adapter"),
     "floor": ("--optim.schedule constant --optim.min-lr-ratio 0.1", "no effect: optim.schedule constant never lowers"),
-    "prefetch": ("--train.dataloader-prefetch-mb 9", "no effect: train.dataloader_num_workers is 0"),
+    "prefetch": (
+        "--dataloader_num_workers 0 --train.dataloader-prefetch-mb 9",
+        "no effect: train.dataloader_num_workers is 0",
+    ),
     "folder": ("--data.path a.tar --image_folder b", "--data.read.images b has no effect: data.path names no .jsonl"),
     "plan": ("--plan.images 10", "--plan.images 10 has no effect: it is an assumption of --dry-run"),
     "both": ("--bf16 True --fp16 True", "--bf16 and --fp16 exclude each other"),

@@ -23,7 +23,7 @@ def test_a_misspelled_option_is_refused():
         from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
     with pytest.raises(ValueError, match=r"unrecognized options: --train.global-bach, 8; did you mean --train.global-"):
         read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
-    with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: quickstart"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: base, quickstart"):
         read_command(["--recipe", "quickstrat"])
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
+from tiny_data import make_tower
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.stages.tower import recipes
 from llm2clip_plugin.stages.tower.command import read_command, translate
+from llm2clip_plugin.stages.tower.config import DataConfig
+from llm2clip_plugin.train.model import TowerConfig
 
 
 def test_the_command_line_overrides_a_recipe():
@@ -73,3 +77,27 @@ def test_caption_weights_name_the_kinds_that_are_read():
         dataclasses.replace(config.data, caption_weights=("short=1",))
     with pytest.raises(ValueError, match=r"^data\.caption_weights short=1 keywords=1"):
         read_command([*words[:-1], "keywords=1"])
+
+
+def test_without_a_recipe_it_is_base_for_any_data_and_tower(capsys: pytest.CaptureFixture[str]):
+    config = read_command(["--data.path", "x", "--tower.path", "y"])
+    assert config == dataclasses.replace(recipes.base(), data=DataConfig(path=("x",)), tower=TowerConfig(path="y"))
+    assert not config.data.augment.flip and not config.data.augment.rotate and not config.evaluation.group
+    assert config.heads.steps and config.train.save_total_limit == recipes.quickstart().train.save_total_limit == 2
+    assert cli.main(["train-tower", "--data.path", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "error: no tower to train: add --tower.path with a directory or Hub id. For example: llm2clip train" in said
+    assert cli.main(["train-tower", "--recipe", "eva02_b16"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "no training data: add --data.path DATA and no tower to train (eva02-b16, as `llm2clip import` writes" in said
+    )
+
+
+def test_the_recipe_that_was_not_named_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--tower.path", str(make_tower(tmp_path / "tower")), "--dry-run"]
+    assert cli.main(["train-tower", *words]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "recipe: base (the paper's settings for any data and tower; --recipe NAME chooses another)"
+    assert cli.main(["train-tower", "--recipe=base", *words]) == 0
+    assert "recipe: " not in capsys.readouterr().out

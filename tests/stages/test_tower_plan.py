@@ -21,7 +21,7 @@ from llm2clip_plugin.vision.dual import DualConfig
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.meta_tower import meta_tower
 
-PAPER = [name for name in RECIPES if name != "quickstart"]
+PAPER = [name for name in RECIPES if name not in ("base", "quickstart")]
 PARAMETERS = {  # published: the Hub's model pages and EVA-CLIP's table 8, in millions
     "openai/clip-vit-base-patch16": 85.8,
     "openai/clip-vit-large-patch14": 303.18,

@@ -248,6 +248,10 @@ def test_user_errors_are_one_clear_line(refusals: dict[str, Any], name: str):
     assert "error: " in result["error"] and REFUSED[name][1] in result["error"]
 
 
+def test_the_quickstarts_settings_on_other_data_are_said(refusals: dict[str, Any]):
+    assert "note: the quickstart settings are for its emoji: " in refusals["good"]["error"]
+
+
 def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -175,7 +175,10 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
             lambda: LossConfig().check(DualConfig(logit_bias_init=-10.0)),
             "infonce does not use a logit bias: leave",
         ),
-        (lambda: RunConfig().validate(), "no training data; set --data.path"),
+        (
+            lambda: RunConfig().validate(),
+            "no training data: add .* and no tower to train: add .* For example: llm2clip train-tower --tower.path",
+        ),
     ],
 )
 def test_contradictions_are_refused_with_values(make: Any, message: str):

@@ -7,20 +7,22 @@ LLaVA's scripts keep their names.
 import json
 from pathlib import Path
 
-from llm2clip_plugin.stages.command_line import override, plan_or_train, split_options
+from llm2clip_plugin.stages.command_line import override, plan_or_train, rank_and_world, split_options
 from llm2clip_plugin.stages.settings import RENAMED, from_plain
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.plan import tower_plan
-from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
+from llm2clip_plugin.stages.tower.recipes import DEFAULT, RECIPES, recipe
 from llm2clip_plugin.stages.tower.run import train_tower
 from llm2clip_plugin.stages.tower.unused import UNUSED
 
 ABOUT = f"""\
-llm2clip train-tower --recipe openai_l14_336 --data.path /data/cc3m --output-dir runs/l14-336
+llm2clip train-tower --tower.path facebook/dinov2-base --data.path /data/photos --output-dir runs/photos
 
 Train a vision tower against the cached embeddings of an LLM. --recipe NAME or --config FILE (a JSON, for example the
 run.json of an earlier run) gives the full configuration; the options below override single fields. Rerun the same
-command to resume. Recipes: {", ".join(RECIPES)}; NAME/TEACHER for caches of one of the paper's LLMs."""
+command to resume. Recipes: {DEFAULT}, for any data and tower, is the default; quickstart is for the built-in emoji
+alone; the others are the paper's: {", ".join(name for name in RECIPES if name not in (DEFAULT, "quickstart"))};
+NAME/TEACHER for caches of one of the paper's LLMs."""
 ALIASES = {  # option of the Trainer or of LLaVA's scripts, or one of an earlier version -> ours
     "vision_tower": "tower.path",
     "data_path": "data.path",
@@ -52,6 +54,9 @@ TRUTH = {"true": True, "false": False}
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0, also after a SIGTERM that saved."""
     config = read_command(argv)
+    config.validate(needs_data=not config.dry_run)
+    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
+        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
     return plan_or_train(config.dry_run, lambda: tower_plan(config, argv), lambda: train_tower(config), "tower: {}")
 
 
@@ -60,7 +65,7 @@ def read_command(argv: list[str]) -> RunConfig:
     first, words = split_options(argv, "recipe", "config")
     if first["recipe"] and first["config"]:
         raise ValueError(f"--recipe {first['recipe']} and --config {first['config']} are mutually exclusive; pass one")
-    default = from_file(Path(first["config"])) if first["config"] else recipe(first["recipe"] or "quickstart")
+    default = from_file(Path(first["config"])) if first["config"] else recipe(first["recipe"] or DEFAULT)
     words = translate(words)
     return override(RunConfig, words, command="train-tower", about=ABOUT, default=default, unused=UNUSED)
 

@@ -19,6 +19,11 @@ from llm2clip_plugin.train.model import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.dual import DualConfig
 
+EXAMPLE = (
+    "llm2clip train-tower --tower.path facebook/dinov2-base --data.path /data/photos --data.validation /data/held-out "
+    "--output_dir runs/photos"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -90,11 +95,19 @@ class RunConfig(TrainingConfig):
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
-        if not self.data.path and needs_data:
-            raise ValueError("no training data; set --data.path, or use a recipe that sets it")
+        if needs_data and (missing := self._missing()):
+            raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         self.loss.check(self.dual)
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"
             )
         return self
+
+    def _missing(self) -> list[str]:
+        """What every run needs and no recipe can know, as the parts of an error."""
+        missing = [] if self.data.path else ["no training data: add --data.path DATA"]
+        if not self.tower.path:
+            made = f" ({self.tower.architecture}, as `llm2clip import` writes it)" if self.tower.architecture else ""
+            missing.append(f"no tower to train{made}: add --tower.path with a directory or Hub id")
+        return missing

@@ -1,6 +1,7 @@
 """Stage 2 assembled: captioned images and a cache in, a trained and exported tower out."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
 from llm2clip_plugin.stages.tower.loading import load_plans, with_order
+from llm2clip_plugin.stages.tower.notes import notes
 from llm2clip_plugin.stages.tower.opening import Data, open_data
 from llm2clip_plugin.train.checkpoint import Loaded, load_weights
 from llm2clip_plugin.train.device import set_tf32
@@ -54,6 +56,9 @@ def train_tower(config: RunConfig) -> Path | None:
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest) -> Path | None:
     """From the opened data on: tower, engine, loop, export."""
     check_kinds(data.sources, config.data.kind_weights)
+    if rank() == 0:
+        for line in notes(config, data.sources[0], device):
+            print(line, file=sys.stderr)
     config = with_order(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
