@@ -18,6 +18,7 @@ from pathlib import Path
 from llava_integration.towers import registry
 from llava_integration.towers.location import TowerLocation, TowerNotFoundError
 from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.outside.timeouts import hub_snapshot
 
 NAME = "llm2clip"
 HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
@@ -79,11 +80,9 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
 
 def locate_on_hub(spec: str, *, how: str) -> TowerLocation:
     """The tower directory of a Hub repository, downloaded once; raises TowerNotFoundError if the download fails."""
-    from huggingface_hub import snapshot_download
-
     repository, _, revision = spec.partition("@")
     try:
-        directory = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
+        directory = hub_snapshot(repository, revision=revision or None, patterns=HUB_FILES)
     except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise TowerNotFoundError(
@@ -91,4 +90,4 @@ def locate_on_hub(spec: str, *, how: str) -> TowerLocation:
             f"({type(error).__name__}: {reason}); download it on a machine with network access and pass "
             f"{NAME}:PATH; {registry.read().summary()}"
         ) from error
-    return TowerLocation.of(Path(directory), how=how, origin=spec)
+    return TowerLocation.of(directory, how=how, origin=spec)

@@ -12,6 +12,7 @@ from typing import Any
 from llava_integration.towers import names, registry
 from llava_integration.towers.location import TowerLocation, TowerNotFoundError
 from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.outside.timeouts import hub_snapshot
 
 KEY = "llm2clip_tower"  # in the checkpoint's config.json
 BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
@@ -116,12 +117,10 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
     """The tower in a checkpoint's ``vision_tower`` folder, on this machine or on the Hub."""
     directory = Path(checkpoint)
     if not directory.is_dir() and names.HUB_ID.match(checkpoint):
-        from huggingface_hub import snapshot_download
-
         try:
-            directory = Path(snapshot_download(checkpoint, allow_patterns=[f"{BUNDLE}/*"]))
+            directory = hub_snapshot(checkpoint, patterns=[f"{BUNDLE}/*"])
         except (OSError, ValueError) as error:
-            reason = type(error).__name__
+            reason = str(error) if isinstance(error, TimeoutError) else type(error).__name__
             raise TowerNotFoundError(f"downloading {checkpoint} from the Hub failed ({reason})") from error
     if not (directory / BUNDLE).is_dir():
         raise TowerNotFoundError("no such folder")

@@ -18,12 +18,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
+from llm2clip_plugin.outside.timeouts import TIMEOUT, timeout
+
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-TIMEOUT = "LLM2CLIP_TIMEOUT"  # environment variable: seconds that a server may take to connect, or to send more
-DEFAULT_TIMEOUT = 30.0
 WARN_EVERY = 30.0  # seconds between a process's warnings
 LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request
 PASSING = {
@@ -38,18 +38,6 @@ PASSING = {
 _jitter = random.Random()  # not the global generator, whose state belongs to the run
 _retries = [0, 0]  # of this process: since it began, and since take_retries
 _warned = [-WARN_EVERY]  # time of the last warning
-
-
-def timeout() -> float:
-    """Seconds that a server may take to accept a connection, and between two pieces of an answer."""
-    text = os.environ.get(TIMEOUT, "")
-    try:
-        seconds = float(text or DEFAULT_TIMEOUT)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"{TIMEOUT} is {text!r}, expected seconds above 0")
-    return seconds
 
 
 def take_retries() -> int:

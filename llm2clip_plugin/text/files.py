@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_file, sha256_text, sha256_weights
+from llm2clip_plugin.outside.timeouts import hub_snapshot
 
 SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
@@ -33,13 +34,12 @@ def local_folder(llm: str, revision: str = "") -> Path:
         if not (Path(llm) / "config.json").is_file():
             raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
         return Path(llm)
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(llm, revision=revision or None, allow_patterns=SNAPSHOT_PATTERNS))
+        folder = hub_snapshot(llm, revision=revision or None, patterns=SNAPSHOT_PATTERNS)
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(llm, revision=revision or None, allow_patterns=["*.bin"])
+            hub_snapshot(llm, revision=revision or None, patterns=["*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

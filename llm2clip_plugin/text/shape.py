@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
+from llm2clip_plugin.outside.timeouts import check_hub_answers
 from llm2clip_plugin.text.adapter import LoraSettings, add_lora
 from llm2clip_plugin.text.attention import set_attention, set_kernels
 from llm2clip_plugin.text.model import is_decoder, keep_layers, refuse_length_dependent_rope
@@ -48,6 +49,8 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     if not Path(config.llm).is_dir() and config.llm in SHAPES:
         return LlamaConfig(**SHAPES[config.llm])
     try:
+        if not Path(config.llm).is_dir():
+            check_hub_answers(config.llm, revision=config.revision or None)
         return AutoConfig.from_pretrained(config.llm, revision=config.revision or None)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
+from llm2clip_plugin.outside.timeouts import hub_snapshot
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"
@@ -24,13 +25,10 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
         raise FileNotFoundError(f"{path} is a file, not a tower directory; convert it with `llm2clip import`")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name} is not a file, a directory or a Hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.safetensors"])
         if not any(directory.glob("*.safetensors")):
-            patterns = ["*.json", "*.bin", "*.pt"]
-            directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.bin", "*.pt"])
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSError (network, missing) or ValueError
         raise FileNotFoundError(f"{name} is not a directory and cannot be downloaded from the Hub: {error}") from error
     return directory

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +17,7 @@ from llm2clip_plugin.data.decode import BrokenImage, load, open_header
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions
+from llm2clip_plugin.outside.timeouts import check_hub_answers
 
 CHUNK = 64  # samples that a worker reads in one task
 
@@ -111,6 +113,8 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
     from transformers import AutoTokenizer
 
     try:
+        if not Path(tokenizer).is_dir():
+            check_hub_answers(tokenizer)
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except OSError as error:
         raise ValueError(f"cannot load the tokenizer {tokenizer!r}: {error}") from error

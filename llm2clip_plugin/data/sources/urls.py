@@ -5,7 +5,8 @@ import re
 from functools import partial
 from typing import Any
 
-from llm2clip_plugin.data.retry import Retry, retried, timeout
+from llm2clip_plugin.data.retry import Retry, retried
+from llm2clip_plugin.outside.timeouts import timeout
 
 
 def is_url(path: str) -> bool:

@@ -11,9 +11,10 @@ from data_world import DroppingServer, jpeg, serving, write_shards
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.data import retry as retry_module
-from llm2clip_plugin.data.retry import Retry, retry_after, take_retries, timeout
+from llm2clip_plugin.data.retry import Retry, retry_after, take_retries
 from llm2clip_plugin.data.sources.downloads import Downloads
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.outside.timeouts import timeout
 
 BODY = bytes(range(256)) * 400
 

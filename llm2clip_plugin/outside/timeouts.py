@@ -1,0 +1,55 @@
+"""How long a server may take to answer; requests to the Hugging Face Hub, whose client waits without end for some."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+TIMEOUT = "LLM2CLIP_TIMEOUT"  # environment variable: seconds that a server may take to connect, or to send more
+DEFAULT_TIMEOUT = 30.0
+
+
+def timeout() -> float:
+    """Seconds that a server may take to accept a connection, and between two pieces of an answer."""
+    text = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(text or DEFAULT_TIMEOUT)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{TIMEOUT} is {text!r}, expected seconds above 0")
+    return seconds
+
+
+def hub_snapshot(repository: str, *, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
+    """The folder of a Hub repository's files, downloaded if they are not in the local cache.
+
+    Raises TimeoutError if the Hub does not answer for ``timeout()`` seconds and the cache has no snapshot, otherwise
+    what ``huggingface_hub`` raises: OSError or ValueError. Its downloads have the timeout HF_HUB_DOWNLOAD_TIMEOUT.
+    """
+    from huggingface_hub import snapshot_download
+
+    allowed = None if patterns is None else list(patterns)
+    try:
+        check_hub_answers(repository, revision=revision)
+    except TimeoutError as silence:
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed, local_files_only=True))
+        except (OSError, ValueError):
+            raise silence from None
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
+
+
+def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
+    """Ask the Hub for a repository: any answer will do. Raises TimeoutError after ``timeout()`` seconds without one."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().repo_info(repository, revision=revision, timeout=timeout())
+    except Exception as error:  # of requests or of httpx, by the client's version
+        if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
+            raise TimeoutError(
+                f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s ({TIMEOUT}); "
+                "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
+            ) from error
