@@ -275,6 +275,7 @@ def make_loader(
     prefetch_mb: float = PREFETCH_MB,  # 10^6 bytes of shared memory that the loader processes fill ahead
     max_broken: float = 0.01,  # fraction of broken samples above which the run stops
     pin_memory: bool = False,
+    whole_shards: bool = False,  # this machine reads all samples: fetch the next window of a network file system
 ) -> PairLoader:
     """Endless batches from ``position`` on.
 
@@ -293,7 +294,7 @@ def make_loader(
         prefetch_mb=prefetch_mb,
     )
     mixture = dataset.mixture()
-    ahead = ShardsAhead(mixture, dataset.sources)
+    ahead = ShardsAhead(mixture, dataset.sources, whole=whole_shards)
     draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
     loader = DataLoader(
         dataset,

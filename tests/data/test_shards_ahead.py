@@ -1,22 +1,26 @@
 import logging
+import os
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from data_world import DroppingServer, serving, write_shards
 
+from llm2clip_plugin.data import shards_ahead
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources import webdataset
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
-WAIT = 20  # seconds that a download of a few kB may take on a busy machine
+WAIT = 120  # seconds that a few kB may take on a busy machine
 
 
-def wait_for(copies: list[Path]) -> None:
+def wait_for(done: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT
-    while not all(copy.exists() for copy in copies):
-        assert time.monotonic() < end, f"not downloaded: {copies}"
+    while not done():
+        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -35,7 +39,7 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         order = [dataset.mixture().window_shards(0, 0, window)[0] for window in range(4)]
         stream = iter(make_loader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
         keys = [next(stream)["keys"][0]]
-        wait_for([copies[order[0]], copies[order[1]]])
+        wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())
         assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
         keys += [batch["keys"][0] for batch in islice(stream, 31)]
         assert sorted(keys) == [f"{number:09d}" for number in range(32)]
@@ -57,3 +61,44 @@ def test_a_cache_of_less_than_two_windows_is_mentioned_once(tmp_path: Path, capl
         assert len({key for batch in found for key in batch["keys"]}) == 16
     assert len(caplog.records) == 1 and "two windows of shards have" in caplog.text
     assert "raise cache_gb or lower shuffle_window" in caplog.text
+
+
+def network_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PairDataset, set[str]]:
+    """Four shards on a network file system in windows of one, and the names of the tars that were read at once."""
+    source = open_source(SourceConfig(path=str(write_shards(folder, [8] * 4)), shuffle_window=1))
+    monkeypatch.setattr(webdataset, "is_network", lambda path: True)
+    read, pread = set(), os.pread
+
+    def noted(descriptor: int, size: int, offset: int) -> bytes:
+        if size == webdataset.PIECE:
+            read.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).stem)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", noted)
+    return PairDataset([source], [None], ImageConfig(size=8), seed=0), read
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_next_window_of_a_network_disk_is_read_by_a_machine_that_needs_all_of_it(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, read = network_set(tmp_path, monkeypatch)
+    order = [dataset.sources[0].shards[dataset.mixture().window_shards(0, 0, number)[0]].name for number in range(4)]
+    stream = iter(make_loader(dataset, local_batch=4, whole_shards=whole))
+    next(stream)
+    if whole:
+        wait_for(lambda: read == {order[1]})
+    list(islice(stream, 7))
+    if whole:
+        wait_for(lambda: read >= set(order[1:]))
+    else:
+        assert not read
+
+
+def test_two_windows_that_memory_does_not_hold_are_mentioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset, read = network_set(tmp_path, monkeypatch)
+    monkeypatch.setattr(shards_ahead, "MEMORY_SHARE", 0.0)
+    assert len(list(islice(make_loader(dataset, local_batch=4, whole_shards=True), 8))) == 8
+    assert len(caplog.records) == 1 and "more than half of the available memory (" in caplog.text and not read

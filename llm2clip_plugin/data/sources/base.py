@@ -130,12 +130,11 @@ class Source(ABC):
     def record(self, number: int) -> Record:
         """A sample as it is stored. Raises BrokenSample if it can't be read, IndexError outside 0 .. len-1."""
 
-    def download(self, shard: int) -> bool:
-        """Make a local copy of a shard at a URL, if there is none. False for a shard that is read where it is."""
-        return False
+    def fetch(self, shard: int) -> None:  # noqa: B027 - a local disk needs nothing
+        """Bring a shard near: copy one from its URL, read one of a network file system into the page cache."""
 
-    def download_bytes(self, shards: Iterable[int]) -> int:
-        """Bytes that ``download`` copies for these shards, if none is there yet; 0 for shards that are local."""
+    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
+        """Bytes that ``fetch`` copies or reads for these shards, if none is near; 0 for a local disk."""
         return 0
 
     def record_with_image(self, number: int) -> Record:

@@ -6,9 +6,11 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import partial
+from contextlib import closing
+from functools import cached_property, partial
 from typing import Any
 
+from llm2clip_plugin.data.file_system import is_network
 from llm2clip_plugin.data.retry import SteadyFile
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, SourceFormat
 from llm2clip_plugin.data.sources.records import BrokenSample, Record, Sample
@@ -19,6 +21,7 @@ from llm2clip_plugin.data.sources.tar_set import TarSet, open_tars
 from llm2clip_plugin.data.sources.urls import has_suffix, is_url
 
 OPEN_FILES = 64  # tars held open by one process
+PIECE = 4 << 20  # bytes of one read of an entire shard
 GAP = 64 << 10  # bytes between two parts of a sample that are read too: a second read of a network disk costs more
 
 
@@ -46,12 +49,21 @@ class TarSource(Source):
     def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, None, TarSet]]:
         return TarSource, (self.config, None, self._set)
 
-    def download(self, shard: int) -> bool:
+    def fetch(self, shard: int) -> None:
         tar = self._set.tars[shard]
-        return is_url(tar) and bool(self._downloads.fetch(tar))
+        if is_url(tar):
+            self._downloads.fetch(tar)
+        elif self._on_network:
+            with closing(SteadyFile(tar)) as file:
+                for start in range(0, self.stamps[shard][0], PIECE):
+                    file.read(PIECE, start)
 
-    def download_bytes(self, shards: Iterable[int]) -> int:
-        return sum(self.stamps[shard][0] for shard in shards if is_url(self._set.tars[shard]))
+    def bytes_to_fetch(self, shards: Iterable[int]) -> int:
+        return sum(self.stamps[shard][0] for shard in shards if self._on_network)
+
+    @cached_property
+    def _on_network(self) -> bool:
+        return is_network(self.path)
 
     def record(self, number: int) -> Record:
         return self._record(number, with_image=False)

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from llm2clip_plugin.data.file_system import file_system, is_network
 from llm2clip_plugin.data.read_rate import (
-    file_system,
-    is_network,
     loose_images,
     read_rate,
     sample_bytes,
