@@ -2,7 +2,7 @@
 
 >>> from llm2clip_plugin import load_tower, load_dual_encoder
 >>> tower = load_tower("path/or/hub-id")          # a Hugging Face vision model
->>> dual = load_dual_encoder("path/or/hub-id")    # encode_image, encode_text, logit_scale
+>>> dual = load_dual_encoder("path/or/hub-id")    # encode_image(pixels), encode_text(["a bird"])
 
 Nothing heavy is imported until one of the names below is used.
 """
@@ -11,7 +11,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would be a quarter of the time of `--help`
 if TYPE_CHECKING:
-    from llm2clip_plugin.vision.dual import load_dual_encoder as load_dual_encoder
+    from llm2clip_plugin.text.teacher import load_dual_encoder as load_dual_encoder
     from llm2clip_plugin.vision.towers import load_tower as load_tower
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["__version__", "load_dual_encoder", "load_tower"]
 
 _HOMES = {
     "load_tower": "llm2clip_plugin.vision.towers",
-    "load_dual_encoder": "llm2clip_plugin.vision.dual",
+    "load_dual_encoder": "llm2clip_plugin.text.teacher",
 }
 
 

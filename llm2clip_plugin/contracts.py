@@ -307,12 +307,13 @@ class TeacherIdentity:
     tokenizer: str = ""  # hash of the tokens of a fixed text
     quantization: str = ""  # "" | nf4
     post: str = ""  # sha256 of the centering or whitening parameters; "" for none
+    adapter: str = ""  # path or Hub id of the adapter, to find it again; not part of the fingerprint
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that changes an embedding, so not over the path of the weights."""
+        """SHA-256 over everything that changes an embedding, so not over where the weights are."""
         body = dataclasses.asdict(self)
-        del body["llm"], body["revision"]
+        del body["llm"], body["revision"], body["adapter"]
         return sha256_text(canonical_json(body))
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from llm2clip_plugin import phases
+import llm2clip_plugin.phases as phases
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -71,7 +71,7 @@ def measure(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedT
     """
     tower = open_tower(config.tower, config.device)
     source = open_source(config.data)
-    cache = open_teacher_cache(tower.dual.card, config.cache, source.path, any_teacher=config.any_teacher)
+    cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
     cache.check(source)
     report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
     return tower, report

@@ -13,11 +13,12 @@ from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.phases import phase
+from llm2clip_plugin.text.teacher import load_dual_encoder
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.watchdog import watched_group
 from llm2clip_plugin.typed_options import parse_typed
 from llm2clip_plugin.vision.directory import fetch_directory
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual_encoder
+from llm2clip_plugin.vision.dual import LoadedDualEncoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 Config = TypeVar("Config")

@@ -102,6 +102,7 @@ def block_passes(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
             hook.remove()
 
 
+@torch.enable_grad()  # the caller may have turned gradients off
 def causal_blocks(passes: list[tuple[Tensor, Tensor]]) -> list[int]:
     """Numbers of the blocks in which the first token reaches the last, but not the last the first.
 

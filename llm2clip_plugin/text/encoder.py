@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.text.device import default_device, fastest_dtype
-from llm2clip_plugin.text.files import adapter_sha256, local_folder, weights_sha256
+from llm2clip_plugin.text.files import adapter_folder, adapter_sha256, local_folder, weights_sha256
 from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
 from llm2clip_plugin.text.post import load_post
 from llm2clip_plugin.text.sentence_transformers import apply_sentence_transformers, is_sentence_transformers
@@ -46,9 +46,9 @@ class CaptionEncoder:
     ) -> None:
         self.device = torch.device(device) if device is not None else default_device()
         self.folder = local_folder(config.llm, config.revision)
-        adapter = Path(config.adapter) if config.adapter else None
+        adapter = adapter_folder(config.adapter) if config.adapter else None
         self._adapter_sha256 = adapter_sha256(adapter) if adapter else ""
-        card = find_card(config.adapter) if adapter else find_card(str(self.folder))
+        card = find_card(str(adapter)) if adapter else find_card(str(self.folder))
         config = apply_card(apply_preset(config), card, config.adapter or config.llm)
         if card is None and is_sentence_transformers(self.folder):
             config = apply_sentence_transformers(config, self.folder)
@@ -100,7 +100,7 @@ class CaptionEncoder:
         """Everything that determines an embedding; caches and towers record it."""
         config = self.config
         return TeacherIdentity(
-            llm=config.llm,
+            llm=_place(config.llm),
             revision=config.revision,
             weights_sha256=self._weights_sha256,
             adapter_sha256=self._adapter_sha256,
@@ -115,6 +115,7 @@ class CaptionEncoder:
             tokenizer=tokenizer_identity(self.tokenizer),
             quantization="nf4" if config.load_in_4bit else "",
             post=self._post_sha256,
+            adapter=_place(config.adapter),
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
@@ -166,3 +167,8 @@ class CaptionEncoder:
             if on_batch is not None:
                 on_batch(done, len(distinct))
         return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+
+
+def _place(name: str) -> str:
+    """A local folder as an absolute path, so that it is found from any other; a Hub id as it is."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name

@@ -48,6 +48,25 @@ def local_folder(llm: str, revision: str = "") -> Path:
     return folder
 
 
+def adapter_folder(adapter: str) -> Path:
+    """The folder of a PEFT adapter: ``adapter`` itself, or its snapshot from the Hub, downloaded unless it is cached.
+
+    Raises FileNotFoundError if neither a folder nor the Hub has it.
+    """
+    if Path(adapter).is_dir() or adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=SNAPSHOT_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"adapter {adapter!r} is not a local folder and cannot be loaded from the Hub: {reason}"
+        ) from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder, sorted by name; raises FileNotFoundError if there are none."""
     for pattern in WEIGHT_PATTERNS:
@@ -69,6 +88,8 @@ def adapter_sha256(folder: Path) -> str:
 
     Raises FileNotFoundError for a folder without an adapter.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no adapter at {folder}; expected the folder of a PEFT adapter, or a Hub id")
     config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     for path in (config, weights):
         if not path.is_file():

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm2clip_plugin import phases
+import llm2clip_plugin.phases as phases
 from llm2clip_plugin.train.distributed import (
     DDP_TIMEOUT,
     barrier,

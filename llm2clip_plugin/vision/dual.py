@@ -6,6 +6,7 @@ Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM 
 import dataclasses
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
+from llm2clip_plugin.vision.places import located
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
@@ -130,12 +132,16 @@ class DualEncoder(nn.Module):
 
 
 class LoadedDualEncoder(nn.Module):
-    """A trained dual encoder for retrieval; features as in DualEncoder, ``logit_scale`` as a factor."""
+    """A trained dual encoder for retrieval; features as in DualEncoder, ``logit_scale`` as a factor.
 
-    def __init__(self, dual: DualEncoder, card: TowerCard) -> None:
+    ``embed``: strings -> (N, W), their embeddings by the tower's teacher.
+    """
+
+    def __init__(self, dual: DualEncoder, card: TowerCard, embed: Callable[[Sequence[str]], Tensor]) -> None:
         super().__init__()
         self.dual = dual
         self.card = card
+        self._embed = embed
 
     @property
     def logit_scale(self) -> Tensor:
@@ -145,8 +151,14 @@ class LoadedDualEncoder(nn.Module):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         return self.dual.encode_image(pixel_values)
 
-    def encode_text(self, llm_embeddings: Tensor) -> Tensor:
-        return self.dual.encode_text(llm_embeddings)
+    def encode_text(self, texts: str | Sequence[str] | Tensor) -> Tensor:
+        """N texts (one string is one text), or (N, W) embeddings of them by the teacher -> (N, D).
+
+        Raises ValueError for a blank text, another W, or a teacher that is not at hand.
+        """
+        if not isinstance(texts, Tensor):
+            texts = self._embed([texts] if isinstance(texts, str) else list(texts))
+        return self.dual.encode_text(texts.to(self.logit_scale.device))
 
 
 def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
@@ -183,11 +195,11 @@ def heads_state(dual: DualEncoder) -> dict[str, Tensor]:
 
 
 def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
-    """The card of a dual encoder's directory, and the DualConfig in it.
+    """The card of a dual encoder's directory, with its paths made absolute, and the DualConfig in it.
 
     Raises ValueError if the directory contains only a tower, ContractError for unknown fields.
     """
-    card = TowerCard.read(directory / TowerCard.FILE)
+    card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
         raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")
     known = {field.name for field in dataclasses.fields(DualConfig)}
@@ -234,10 +246,3 @@ def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
     dual = DualEncoder(load_tower(directory, dtype=dtype), config)
     load_heads(dual, directory)
     return dual.to(dtype).eval(), card
-
-
-def load_dual_encoder(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> LoadedDualEncoder:
-    """``encode_image(pixel_values)`` and ``encode_text(llm_embeddings)``, both (B, D) and L2-normalized, and
-    ``logit_scale`` (the factor, not its logarithm), from a tower directory or Hub id; in eval mode."""
-    dual, card = load_dual(source, dtype=dtype)
-    return LoadedDualEncoder(dual, card).eval()

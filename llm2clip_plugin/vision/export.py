@@ -32,6 +32,7 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower, tower_in
 from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
+from llm2clip_plugin.vision.places import located, recorded
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import load_tower, resize_tower, resized_from
 from llm2clip_plugin.vision.verify import verify_directory
@@ -49,7 +50,8 @@ def export_tower(
 ) -> TowerCard:
     """Write ``model`` (a DualEncoder or a tower) to ``directory``, completely or not at all; returns its card.
 
-    ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict.
+    ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict. Local paths in them
+    are recorded relative to ``directory``.
     ``training``: steps, samples, data ...; ``resized_from`` is added if positions were interpolated.
     LoRA layers are merged into a copy; the model itself does not change.
     Raises FileExistsError (directory not empty), ContractError (the reloaded directory differs from the model).
@@ -74,6 +76,7 @@ def export_tower(
             metrics=metrics or {},
             versions=library_versions(),
         )
+        card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
         try:
@@ -133,7 +136,7 @@ def reexport(
     because they were measured at the old size.
     """
     directory = fetch_directory(source)
-    card = check_card(directory)
+    card = located(check_card(directory), directory)
     model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
     metrics = card.metrics
     if image_size is not None and image_size != card.image_size:

@@ -23,13 +23,13 @@ from page import Picture, Query, Table, as_text, cell, page_html
 from scores import LONG_CAPTIONS, SIDES, TowerScores, open_sets, teacher_scores, tower_scores
 from shards import in_random_order
 
+from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, atomic_file
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
-from llm2clip_plugin.vision.dual import load_dual_encoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 TEACHERS = {  # part of a folder's name -> what the table calls it

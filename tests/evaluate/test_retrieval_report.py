@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluate_world import COLOURS, teacher, tiny_dual, write_cache, write_data
 
+from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
@@ -19,7 +20,6 @@ from llm2clip_plugin.evaluate.command import parse
 from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig, recall
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
-from llm2clip_plugin.vision.dual import load_dual_encoder
 
 IMAGES = ImageConfig(size=32)
 

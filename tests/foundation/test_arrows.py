@@ -13,6 +13,7 @@ FLOORS = (
     ("outside", "phases"),
     (
         "bootstrap",
+        "commands",
         "contracts",
         "discovery",
         "finding",

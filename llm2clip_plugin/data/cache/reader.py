@@ -193,7 +193,9 @@ class EmbeddingCache:
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     """The settings that differ between two teachers, with both values."""
     settings = [
-        f"{name} {stored.get(name)!r} != {value!r}" for name, value in vars(yours).items() if stored.get(name) != value
+        f"{name} {stored.get(name)!r} != {value!r}"
+        for name, value in vars(yours).items()
+        if stored.get(name) != value and name != "adapter"  # adapter_sha256 says which one it is
     ]
     return "; ".join(settings) or "the same settings"
 

@@ -1,0 +1,136 @@
+"""Texts in Python: load_dual_encoder(...).encode_text(["a bird"]) with the teacher that the tower's card names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from text_helpers import write_moved
+from tiny_data import make_tower
+
+from llm2clip_plugin import load_dual_encoder
+from llm2clip_plugin.cli import main as cli
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.export import export_tower, reexport
+from llm2clip_plugin.vision.towers import load_tower
+
+CAPTIONS = ["a red bicycle", "two dogs run over the wet grass", "zwei Hunde rennen", "二匹の犬"]
+
+
+@pytest.fixture(scope="module")
+def world(llama, tmp_path_factory):
+    """A folder with an LLM, its adapter, captioned images with their cache, and a tower that names this teacher."""
+    folder = tmp_path_factory.mktemp("teacher of a tower")
+    shutil.copytree(llama, folder / "llm")
+    write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")
+    rows = [{"id": str(number), "image": f"{number}.png", "caption": text} for number, text in enumerate(CAPTIONS)]
+    data = folder / "data" / "pairs.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["embed", str(data), "--llm", str(folder / "llm"), "--adapter", str(folder / "adapter")]
+    assert cli([*words, "--cache", str(folder / "cache"), "--compute-dtype", "float32"]) == 0
+    cache = EmbeddingCache.open(folder / "cache")
+    torch.manual_seed(0)
+    dual = DualEncoder(
+        load_tower(make_tower(folder / "start")),
+        DualConfig(projection_dim=16, llm_width=cache.width, adapter_blocks=1),
+    )
+    export_tower(dual, folder / "tower", origin=str(folder / "start"), teacher=dataclasses.asdict(cache.teacher))
+    return folder
+
+
+def cached_rows(folder: Path) -> torch.Tensor:
+    source, cache = (
+        open_source(SourceConfig(path=str(folder / "data" / "pairs.jsonl"))),
+        EmbeddingCache.open(folder / "cache"),
+    )
+    rows = []
+    for number in range(len(source)):
+        key, captions = source.captions(number)
+        rows.append(cache.rows(*source.locate(number), captions, key=key))
+    return torch.cat(rows)
+
+
+def test_strings_are_embedded_as_the_cached_captions_are(world):
+    dual = load_dual_encoder(world / "tower")
+    with torch.no_grad():
+        expected = dual.encode_text(cached_rows(world))  # embeddings are accepted as before
+        found = dual.encode_text(CAPTIONS)
+        one = dual.encode_text(CAPTIONS[1])
+    # the cache rounds to float16, 2**-11, and the LLM may compute in bfloat16, 2**-8
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999
+    assert torch.allclose(one, found[1:2], atol=0.02) and one.shape == (1, 16)
+    assert torch.allclose(found.norm(dim=1), torch.ones(len(CAPTIONS)), atol=1e-5)
+    assert dual.encode_text([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="blank"):
+        dual.encode_text(["  "])
+
+
+def test_the_teacher_is_loaded_once_and_is_no_part_of_the_model(world, monkeypatch):
+    from llm2clip_plugin.text import encoder
+
+    calls = []
+    original = encoder.CaptionEncoder.__init__
+    monkeypatch.setattr(
+        encoder.CaptionEncoder, "__init__", lambda self, *words: (calls.append(words), original(self, *words))[1]
+    )
+    dual = load_dual_encoder(world / "tower")
+    before = sum(parameter.numel() for parameter in dual.parameters())
+    assert not calls
+    dual.encode_text("a bird")
+    dual.encode_text("a dog")
+    assert len(calls) == 1 and calls[0][1] == torch.device("cpu")
+    assert sum(parameter.numel() for parameter in dual.parameters()) == before
+
+
+def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, tmp_path):
+    """Paths in the card are relative to the tower."""
+    card = TowerCard.read(world / "tower" / TowerCard.FILE)
+    assert (card.teacher["llm"], card.teacher["adapter"], card.origin) == ("../llm", "../adapter", "../start")
+    shutil.copytree(world, tmp_path / "elsewhere")
+    with torch.no_grad():
+        moved = load_dual_encoder(tmp_path / "elsewhere" / "tower")
+        assert moved.card.teacher["llm"] == str(tmp_path / "elsewhere" / "llm")
+        assert torch.allclose(
+            moved.encode_text("a bird"), load_dual_encoder(world / "tower").encode_text("a bird"), atol=1e-6
+        )
+    reexport(world / "tower", tmp_path / "deep" / "er" / "tower")
+    again = load_dual_encoder(tmp_path / "deep" / "er" / "tower")
+    assert again.card.teacher["adapter"] == str(world / "adapter")
+
+
+def test_a_teacher_that_is_not_at_hand(world, tmp_path):
+    """The error says what is missing and how to give it; given, the tower works; another LLM is refused."""
+    shutil.copytree(world / "tower", tmp_path / "tower")
+    with pytest.raises(ValueError, match=r"adapter .* no longer at .*; pass it with --teacher.adapter DIR .*adapter="):
+        load_dual_encoder(tmp_path / "tower").encode_text("a bird")
+    adapter = str(world / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"teacher is not at hand: .*llm.*in Python: teacher="):
+        load_dual_encoder(tmp_path / "tower", adapter=adapter).encode_text("a bird")
+    given = load_dual_encoder(tmp_path / "tower", teacher=str(world / "llm"), adapter=adapter)
+    assert given.encode_text("a bird").shape == (1, 16)
+    other = write_moved(world / "llm", tmp_path / "other")[1]
+    with pytest.raises(ContractError, match=r"prompt is 'Describe: ', but .*other was trained with"):
+        load_dual_encoder(world / "tower", adapter=str(other)).encode_text("a bird")
+
+
+def test_a_card_without_a_teacher_needs_one_with_its_settings(world, tmp_path):
+    tower = tmp_path / "tower"
+    shutil.copytree(world / "tower", tower)
+    dataclasses.replace(TowerCard.read(tower / TowerCard.FILE), teacher={}).write(tower / TowerCard.FILE)
+    with pytest.raises(ValueError, match=r"names no teacher.*in Python: teacher="):
+        load_dual_encoder(tower).encode_text("a bird")
+    settings = EncoderConfig(llm=str(world / "llm"), adapter=str(world / "adapter"), compute_dtype="float32")
+    with torch.no_grad():
+        found = load_dual_encoder(tower, teacher=settings).encode_text("a bird")
+        expected = load_dual_encoder(world / "tower").encode_text("a bird")
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999  # bfloat16, if it is faster here
