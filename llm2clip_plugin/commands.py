@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
+from llm2clip_plugin.options.shared import READ_NAMES
+
 
 def command(*words: object) -> str:
     """``llm2clip WORDS``, each word quoted if a shell would split or change it."""
@@ -14,7 +16,7 @@ def command(*words: object) -> str:
 def changed_options(config: Any, names: Iterable[str], *, prefix: str = "") -> list[str]:
     """The options that set the fields ``names`` of a dataclass, for those that differ from their defaults.
 
-    prefix: of a section, ``data.`` for --data.images.
+    prefix: of a section, ``data.`` for --data.fields.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     words: list[str] = []
@@ -22,7 +24,7 @@ def changed_options(config: Any, names: Iterable[str], *, prefix: str = "") -> l
         value = getattr(config, name)
         if value == defaults[name]:
             continue
-        option = f"{prefix}{name}".replace("_", "-")
+        option = READ_NAMES.get(name, f"{prefix}{name}".replace("_", "-"))
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--{prefix}no-{name}".replace("_", "-"))
         elif isinstance(value, tuple):

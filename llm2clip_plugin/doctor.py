@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
 from llm2clip_plugin.finding import Finding, numbers
 from llm2clip_plugin.limits import raise_open_files, remedy_open_files
+from llm2clip_plugin.options.parser import Parser
 
 GIB = 1024**3
 # first version with C++17, which DeepSpeed's extensions need, and with -std=c++20, which current torch builds with
@@ -181,7 +182,7 @@ def check_shared_memory(ranks: int, folder: str = SHARED_MEMORY) -> Iterator[Fin
     ranks = ranks or _default_ranks(_cores())
     need = ranks * PREFETCH_MB * 10**6
     found = f"{free / 1e6:,.0f} MB free in {folder}; {ranks} ranks with loader processes need {need / 1e6:,.0f} MB"
-    fix = "" if need <= free else f"{remedy(need)}, or lower --train.dataloader-prefetch-mb ({PREFETCH_MB})"
+    fix = "" if need <= free else f"{remedy(need)}, or lower --dataloader-prefetch-mb ({PREFETCH_MB})"
     yield Finding(subject="shared memory", state="warn" if fix else "ok", found=found, fix=fix)
 
 
@@ -232,7 +233,7 @@ def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]
 
 def main(argv: list[str]) -> int:
     """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="llm2clip doctor", description=__doc__)
+    parser = Parser("doctor", "llm2clip doctor --cache /data --captions 6000000", (__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--environment",
         choices=("train", "llava"),

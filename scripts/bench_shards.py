@@ -74,24 +74,24 @@ def commands(config: BenchConfig, data: Path) -> dict[str, list[str]]:
     run = data.parent / f"run-{data.name}"
     if "train-tower" in (config.only or ("train-tower",)):
         shutil.rmtree(run, ignore_errors=True)
-    train = ["--recipe", "quickstart", "--tower.path", config.tower, "--tower.image-size", str(config.image_size)]
-    train += ["--data_path", str(data), "--output_dir", str(run / "tower"), "--max_steps", "20", "--heads.steps", "0"]
-    train += ["--data.cache", str(data / "cache"), "--train.global-batch", "64", "--evaluation.group="]
+    train = ["--recipe", "quickstart", "--tower", config.tower, "--image-size", str(config.image_size)]
+    train += ["--data_path", str(data), "--output", str(run / "tower"), "--max_steps", "20", "--heads.steps", "0"]
+    train += ["--cache", str(data / "cache"), "--global-batch", "64", "--evaluation.group="]
     tune = ["--global-batch", "32", "--max-steps", "10"]
     return {
         "embed": [*ours, "embed", str(data), "--llm", config.llm, "--cache", str(data / "cache")],
         "embed again": [*ours, "embed", str(data), "--llm", config.llm, "--cache", str(data / "cache")],
         "data check": [*ours, "data", "check", str(data)],
         "train-tower, 2 ranks x 2 workers": [
-            *(*launcher, str(ROOT / "scripts/train_tower.py"), *train, "--train.dataloader-num-workers", "2")
+            *(*launcher, str(ROOT / "scripts/train_tower.py"), *train, "--workers", "2")
         ],
         "evaluate": [
-            *(*ours, "evaluate", str(run / "tower" / "tower"), "--data.path", str(data)),
+            *(*ours, "evaluate", str(run / "tower" / "tower"), "--data", str(data)),
             *("--cache", str(data / "cache"), "--resamples", "0", "--json", str(run / "scores.json")),
         ],
         "finetune-llm": [
             *(*launcher, str(ROOT / "scripts/finetune_llm.py"), str(data), "--llm", config.llm),
-            *("--output-dir", str(run / "llm"), *tune),
+            *("--output", str(run / "llm"), *tune),
         ],
     }
 

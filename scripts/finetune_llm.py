@@ -2,7 +2,7 @@
 """Stage 1 under the DeepSpeed launcher (or torchrun):
 
     deepspeed --num_gpus 8 scripts/finetune_llm.py /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct \\
-        --deepspeed scripts/zero2.json --pair-kinds short:long --output-dir runs/llama-1b-cc
+        --deepspeed scripts/zero2.json --pair-kinds short:long --output runs/llama-1b-cc
 
 ``--help`` lists every field; rerun the same command to resume from the newest checkpoint.
 """

@@ -132,7 +132,7 @@ tune() { # tune SEED: train an adapter and embed the captions with it
     local tuning=$DATA/llm/seed$1
     say "stage 1: fine-tuning the LLM contrastively on English captions, seed $1"
     [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style, so one shard is enough
-        launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output-dir "$tuning" --seed "$1" \
+        launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output "$tuning" --seed "$1" \
             --deepspeed scripts/zero1.json --languages en --group family \
             --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
             --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
@@ -149,19 +149,19 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     # shellcheck disable=SC2086 # words on purpose
-    $start --recipe quickstart --deepspeed scripts/zero1.json --output_dir "$OUT/runs/$name" \
-        --data.path "$shards" --data.cache "$DATA/cache/$cache" --data.read.kinds short long \
-        --data.validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --data.validation-cache "$DATA/cache/$cache" \
+    $start --recipe quickstart --deepspeed scripts/zero1.json --output "$OUT/runs/$name" \
+        --data "$shards" --cache "$DATA/cache/$cache" --kinds short long \
+        --validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --validation-cache "$DATA/cache/$cache" \
         --evaluation.group concept --evaluation.kinds short long \
-        --tower.path "$TOWER" --tower.image-size "$SIZE" --tower.freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --train.max-steps "$STEPS" \
-        --train.precision "$PRECISION" --seed "$seed" "$@"
+        --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
+        --precision "$PRECISION" --seed "$seed" "$@"
     mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
 }
 
 BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower for LLaVA, and of the control
 [ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
-    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --tower.freeze-first-blocks 0 --tower.freeze --train.max-steps 1
+    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --freeze-first-blocks 0 --freeze --max-steps 1
 }
 
 for seed in $(seq 0 $((SEEDS - 1))); do

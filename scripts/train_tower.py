@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Stage 2 under the DeepSpeed launcher (or torchrun):
 
-    deepspeed --num_gpus 2 scripts/train_tower.py --recipe openai_l14_336 --deepspeed scripts/zero1.json \\
-        --data.path /data/cc3m --output_dir runs/l14 --optim.lr 1e-5
+    deepspeed --num_gpus 2 scripts/train_tower.py /data/cc3m --recipe openai_l14_336 \\
+        --deepspeed scripts/zero1.json --output runs/l14 --lr 1e-5
 
 ``--help`` lists every field; rerun the same command to resume from the newest checkpoint.
 """

@@ -16,11 +16,23 @@ from llava_integration.answer.answers_file import AnswersFile
 from llava_integration.answer.questions import Question, read_questions
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import sha256_file
+from llm2clip_plugin.options.parser import Parser
+
+ABOUT = """\
+Answer a question file with a LLaVA model, on any device. The options of LLaVA's model_vqa_loader,
+model_vqa_science and model_vqa_mmbench are accepted, and the answers file is the same; batches, resuming
+and several ranks are added."""
 
 
 def parser() -> argparse.ArgumentParser:
     """LLaVA's options under the same names, and ours."""
-    made = argparse.ArgumentParser(prog="python -m llava_integration.evaluate", description=__doc__)
+    made = Parser(
+        "llava evaluate",
+        "llm2clip llava evaluate --model-path checkpoints/llava-7b --question-file questions.jsonl "
+        "--image-folder images --answers-file answers.jsonl",
+        ABOUT,
+        also={"data": "question-file", "output": "answers-file"},
+    )
     add = made.add_argument
     add("--model-path", required=True, help="LLaVA checkpoint: full, LoRA or projector")
     add("--model-base", default=None, help="base model of a LoRA or projector checkpoint")
@@ -32,13 +44,13 @@ def parser() -> argparse.ArgumentParser:
     add("--num-chunks", type=int, default=1, help="split the questions into chunks, as LLaVA's scripts do")
     add("--chunk-idx", type=int, default=0, help="chunk to answer")
     add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy decoding")
-    add("--top_p", "--top-p", type=float, default=None, help="nucleus sampling: probability mass")
-    add("--num_beams", "--num-beams", type=int, default=1, help="beam search; 1: none")
-    add("--max_new_tokens", "--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
+    add("--top-p", type=float, default=None, help="nucleus sampling: probability mass")
+    add("--num-beams", type=int, default=1, help="beam search; 1: none")
+    add("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter only (ScienceQA, MMBench)")
     add("--all-rounds", action="store_true", help="ask every rotation of the options (MMBench)")
     add("--lang", default="en", choices=("en", "cn"), help="language of MMBench")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="device of the model")
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="LLaVA uses float16")
     add("--load-8bit", action="store_true", help="quantize the language model to 8 bits")
     add("--load-4bit", action="store_true", help="quantize the language model to 4 bits")

@@ -1,8 +1,4 @@
-"""``llm2clip bench-mllm``: evaluate one LLaVA checkpoint on every benchmark whose files are found.
-
-Answers, scores and logs are written to --output; completed ones are skipped on a rerun, and a benchmark that fails does
-not stop the others. Options after ``--`` are passed to the engine (llava_integration.evaluate, or lmms_eval).
-"""
+"""``llm2clip bench-mllm``: evaluate one LLaVA checkpoint on every benchmark whose files are found."""
 
 import argparse
 import json
@@ -23,6 +19,7 @@ from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import tables
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.options.parser import Parser, add_data, data_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +33,22 @@ class Outcome:
     seconds: float = 0.0
 
 
-def parser() -> argparse.ArgumentParser:
+ABOUT = """\
+Evaluate one LLaVA checkpoint on every benchmark whose files are found. Answers, scores and logs are
+written to --output; completed ones are skipped on a rerun, and a benchmark that fails does not stop the
+others. Options after -- are passed to the engine (llava_integration.evaluate, or lmms_eval)."""
+
+
+def parser() -> Parser:
     """The command line."""
-    parse = argparse.ArgumentParser(
-        prog="llm2clip bench-mllm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parse = Parser(
+        "bench-mllm",
+        "llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
+        ABOUT,
     )
+    add_data(parse, "LLaVA's playground/data/eval", type=Path)
     parse.add_argument("--model-path", required=True, help="LLaVA checkpoint: full, LoRA or projector")
     parse.add_argument("--model-base", default="", help="base model of a LoRA or projector checkpoint")
-    parse.add_argument("--data", required=True, type=Path, help="LLaVA's playground/data/eval")
     parse.add_argument("--output", required=True, type=Path, help="folder for answers, scores and logs")
     parse.add_argument(
         "--benchmarks", nargs="+", default=[], metavar="NAME", help=f"default: all of {', '.join(benchmarks())}"
@@ -54,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--gpus", type=int, default=1, help="number of processes, one GPU each")
     parse.add_argument("--batch-size", type=int, default=1, help="questions per batch")
     parse.add_argument("--conv-mode", default="vicuna_v1", help="conversation template")
-    parse.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parse.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parse.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="device of the model")
+    parse.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the weights")
     parse.add_argument("--name", default="", help="model name in score files (default: the checkpoint's folder name)")
     parse.add_argument("--overwrite", action="store_true", help="generate existing answers again")
     parse.add_argument("--plan", action="store_true", help="only list the benchmarks whose files are found")
@@ -66,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
-    args, extra = parser().parse_args(words[:split]), words[split + 1 :]
+    parse = parser()
+    args, extra = parse.parse_args(words[:split]), words[split + 1 :]
+    args.data = data_of(parse, args)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
     refuse_name(args.model_path, base=args.model_base)
@@ -84,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + describe(outcomes))
     with atomic_file(args.output / "bench.json") as temporary:
         temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
-    print(f"\ncompare two towers: llm2clip compare BASE/scores {args.output / 'scores'} --out report", file=sys.stderr)
+    print(
+        f"\ncompare two towers: llm2clip compare BASE/scores {args.output / 'scores'} --output report", file=sys.stderr
+    )
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 

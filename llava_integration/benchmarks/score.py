@@ -1,6 +1,5 @@
 """``llm2clip score``: score one answers file against a benchmark's annotations, by the official rule."""
 
-import argparse
 import platform
 import sys
 from pathlib import Path
@@ -13,22 +12,26 @@ from llava_integration.benchmarks.benchmark import Benchmark
 from llava_integration.benchmarks.match import OtherBenchmarkError
 from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
+from llm2clip_plugin.options.parser import Parser, add_data, data_of
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parse = argparse.ArgumentParser(
-        prog="llm2clip score", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parse = Parser(
+        "score",
+        "llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
+        "Score one answers file against a benchmark's annotations, by the official rule.",
+        also={"json": "output", "allow-faults": "allow-missing"},
     )
     parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmarks()))
-    parse.add_argument("--data", required=True, type=Path, help="LLaVA's evaluation folder of the benchmark")
+    add_data(parse, "LLaVA's evaluation folder of the benchmark", type=Path)
     parse.add_argument(
         "--answers",
         required=True,
         type=Path,
-        help="answers of LLaVA's scripts, a submission file, or lmms-eval --log_samples\n(file or folder)",
+        help="answers of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)",
     )
-    parse.add_argument("--json", type=Path, help="score file to write")
+    parse.add_argument("--output", type=Path, help="score file to write")
     parse.add_argument("--submission", type=Path, help="file to write for the benchmark's server")
     judged = ", ".join(name for name, member in benchmarks().items() if member.judge)
     parse.add_argument("--reviews", type=Path, help=f"the judge's file ({judged})")
@@ -36,14 +39,13 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--corrected", action="store_true", help="also score without the official script's quirks")
     parse.add_argument(
         "--allow-missing",
-        "--allow-faults",
         dest="allow",
         nargs="?",
         const=1.0,
         default=0.10,
         type=float,
         metavar="FRACTION",
-        help="largest fraction of missing, duplicate, unreadable or unknown answers (default: 0.10;\n"
+        help="largest fraction of missing, duplicate, unreadable or unknown answers (default: 0.10; "
         "without a value: 1.0)",
     )
     return parse
@@ -112,25 +114,27 @@ def describe(member: Benchmark, record: ScoreFile) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Score one answers file."""
-    args = parser().parse_args(argv)
+    parse = parser()
+    args = parse.parse_args(argv)
+    args.data = data_of(parse, args)
     member = benchmark(args.benchmark)
     if not 0 <= args.allow <= 1:
         raise ValueError(f"--allow-missing {args.allow} must be a fraction between 0 and 1")
     if not args.data.is_dir():
-        raise FileNotFoundError(f"no folder {args.data}; --data must be LLaVA's evaluation folder of {args.benchmark}")
+        raise FileNotFoundError(f"no folder {args.data}; DATA must be LLaVA's evaluation folder of {args.benchmark}")
     answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
     if args.submission:
         if not member.submission_format:
             raise ValueError(f"{args.benchmark} has no server to submit to; remove --submission")
         member.write_submission(args.data, answers, args.submission)
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
-        if not args.json:
+        if not args.output:
             return 0
     options = Options(allow=args.allow, corrected=args.corrected, reviews=args.reviews)
     record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
-    if args.json:  # before printing, which `| head` may end
-        record.write(args.json)
-        print(f"wrote {args.json}", file=sys.stderr)
+    if args.output:  # before printing, which `| head` may end
+        record.write(args.output)
+        print(f"wrote {args.output}", file=sys.stderr)
     print(describe(member, record))
     return 0
 

@@ -1,8 +1,4 @@
-"""``llm2clip compare``: is the new tower better? Paired statistics over score files, and a report.
-
-BASE and NEW are score files of `llm2clip score`, or folders of them; several files of one benchmark in a folder are
-its runs (seeds).
-"""
+"""``llm2clip compare``: is the new tower better? Paired statistics over score files, and a report."""
 
 import argparse
 import json
@@ -18,17 +14,21 @@ from llava_integration.compare.comparison import Comparison
 from llava_integration.compare.page import PageOptions, page
 from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.options.parser import Parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = argparse.ArgumentParser(
-        prog="llm2clip compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parse = Parser(
+        "compare",
+        "llm2clip compare runs/openai/scores runs/llm2clip/scores --output report",
+        "Is the new tower better? Paired statistics over score files, and a report. Several files of one\n"
+        "benchmark in a folder are its runs (seeds).",
     )
     parse.add_argument("base", metavar="BASE", type=Path, help="score file or folder of the baseline")
     parse.add_argument("new", metavar="NEW", type=Path, nargs="+", help="score files or folders to compare with BASE")
     parse.add_argument("--names", nargs="+", default=[], help="names of the sides in the report, base first")
-    parse.add_argument("--out", type=Path, help="folder for compare.json, compare.md, compare.tex and compare.html")
+    parse.add_argument("--output", type=Path, help="folder for compare.json, compare.md, compare.tex and compare.html")
     parse.add_argument("--json", type=Path, help="write only this file")
     parse.add_argument("--markdown", type=Path, help="write only this file")
     parse.add_argument("--latex", type=Path, help="write only this file")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--seed", type=int, default=0, help="seed of the resampling")
     parse.add_argument("--no-references", action="store_true", help="omit the published numbers")
     parse.add_argument(
-        "--images", "--image-folder", type=Path, help="folder of the page's pictures: LLaVA's playground/data/eval, or "
+        "--image-folder", type=Path, help="folder of the page's pictures: LLaVA's playground/data/eval, or "
         "one benchmark's folder (default: the --data that the answers were scored with)"
     )  # fmt: skip
     parse.add_argument("--no-images", action="store_true", help="omit the pictures from the page")
@@ -56,9 +56,9 @@ def parser() -> argparse.ArgumentParser:
 def outputs(args: argparse.Namespace) -> dict[str, Path]:
     """Which files to write."""
     chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "latex", "html")}
-    if args.out:
+    if args.output:
         endings = {"json": "json", "markdown": "md", "latex": "tex", "html": "html"}
-        chosen = {kind: path or args.out / f"compare.{endings[kind]}" for kind, path in chosen.items()}
+        chosen = {kind: path or args.output / f"compare.{endings[kind]}" for kind, path in chosen.items()}
     return {kind: path for kind, path in chosen.items() if path}
 
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         references=not args.no_references,
         progress=progress,
     )
-    options = PageOptions(images=args.images, with_images=not args.no_images, questions=args.questions)
+    options = PageOptions(images=args.image_folder, with_images=not args.no_images, questions=args.questions)
     write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
     print(tables.terminal(comparison))
     return 0

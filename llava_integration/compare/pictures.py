@@ -1,7 +1,7 @@
 """Pictures of the questions, read from the benchmarks' folders and embedded into the report as small JPEGs.
 
 The pictures of a benchmark without a rule (score files from elsewhere) are below ``provenance["data"]`` of its score
-files, or below ``--images``; an item's ``image`` is a path relative to that.
+files, or below ``--image-folder``; an item's ``image`` is a path relative to that.
 """
 
 import base64
@@ -37,7 +37,7 @@ class Pictures:
         }
         if root is not None and not root.is_dir():
             raise FileNotFoundError(
-                f"no folder {root} for --images; pass LLaVA's playground/data/eval or one of its folders"
+                f"no folder {root} for --image-folder; pass LLaVA's playground/data/eval or one of its folders"
             )
 
     def key(self, name: str, item: Item) -> str:
@@ -68,13 +68,13 @@ class Pictures:
     def notes(self) -> list[str]:
         """How many pictures were not found."""
         return [
-            f"{count} pictures of {name} were not found; pass their folder with --images"
+            f"{count} pictures of {name} were not found; pass their folder with --image-folder"
             for name, count in sorted(self.missing.items())
         ]
 
 
 def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list[Path]:
-    """Folders to search for a benchmark's pictures: below --images, else the data that the answers were scored with."""
+    """Folders to search for a benchmark's pictures: below --image-folder, else the data that were scored."""
     if root is not None:
         known = benchmarks().get(name)
         below = [root / folder for folder in (known.folders if known else ())]

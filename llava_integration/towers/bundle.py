@@ -1,6 +1,5 @@
 """``llm2clip llava bundle CHECKPOINT``: copy the tower into a LLaVA checkpoint, so that they move together."""
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +11,7 @@ from llava_integration.towers import names
 from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_record
 from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, atomic_file
+from llm2clip_plugin.options.parser import Parser
 
 CONFIG = "config.json"
 
@@ -78,7 +78,7 @@ def already_bundled(target: Path, location: TowerLocation) -> bool:
 
 def main(argv: list[str]) -> int:
     """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
-    parser = argparse.ArgumentParser(prog="llm2clip llava bundle", description=main.__doc__)
+    parser = Parser("llava bundle", "llm2clip llava bundle checkpoints/llava-7b-llm2clip", main.__doc__ or "")
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="folder with config.json")
     parser.add_argument(
         "--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it"

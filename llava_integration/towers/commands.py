@@ -1,6 +1,5 @@
 """``llm2clip use`` and ``llm2clip towers``: the towers registered for ``--vision_tower llm2clip``."""
 
-import argparse
 import json
 import os
 from dataclasses import asdict
@@ -8,11 +7,12 @@ from pathlib import Path
 
 from llava_integration.towers import names, registry
 from llm2clip_plugin.contracts import ContractError, rename_keys
+from llm2clip_plugin.options.parser import Parser
 
 
 def main_use(argv: list[str]) -> int:
     """Register a tower and make it the one that --vision_tower llm2clip loads."""
-    parser = argparse.ArgumentParser(prog="llm2clip use", description=main_use.__doc__)
+    parser = Parser("use", "llm2clip use towers/l14-336", main_use.__doc__ or "")
     parser.add_argument("tower", metavar="PATH|HUB_ID|NAME", help="tower directory, Hub id, or a registered name")
     parser.add_argument("--name", default="", help="register it under this name (default: last part of the path or id)")
     options = parser.parse_args(argv)
@@ -26,7 +26,7 @@ def main_use(argv: list[str]) -> int:
 
 def main_towers(argv: list[str]) -> int:
     """List the registered towers: location, hash, width, patches. An asterisk marks the selected one."""
-    parser = argparse.ArgumentParser(prog="llm2clip towers", description=main_towers.__doc__)
+    parser = Parser("towers", "llm2clip towers", main_towers.__doc__ or "")
     parser.add_argument("--forget", metavar="NAME", help="remove a tower from the list; its files are kept")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)

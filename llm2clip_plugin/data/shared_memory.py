@@ -71,8 +71,8 @@ def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHA
     )
     return (
         f"{folder} has {free:,} bytes free, the loader processes of {ranks} rank{'s' * (ranks > 1)} on this machine "
-        f"need {need:,} (each rank: {parts}); {remedy(need)}, or lower --train.dataloader-prefetch-mb or "
-        "--train.dataloader-num-workers (0 needs none)"
+        f"need {need:,} (each rank: {parts}); {remedy(need)}, or lower --dataloader-prefetch-mb or "
+        "--workers (0 needs none)"
     )
 
 

@@ -11,20 +11,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import Caption, select_captions
-from llm2clip_plugin.evaluate.command_line import parse_options, write_scores
+from llm2clip_plugin.evaluate.command_line import write_scores
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 
@@ -158,11 +158,33 @@ def caption_ranks(
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCaptionsConfig:
-    """Caption retrieval accuracy of an LLM. Usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [options]."""
+    """Caption retrieval accuracy of an LLM."""
 
-    measure: Annotated[CaptionSetConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CaptionSetConfig)
-    encoder: Annotated[EncoderConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EncoderConfig)
-    json: str = ""  # write the metrics and every caption's hit here (a score file)
+    measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
+
+
+COMMAND = Command(
+    name="evaluate captions",
+    example="llm2clip evaluate captions /data/flickr30k --llm meta-llama/Llama-3.2-1B --adapter runs/llm/adapter",
+    about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
+    "another, within and across languages. Images are not read.",
+    settings=EvaluateCaptionsConfig,
+    arguments=("measure.captions",),
+    everyday=(
+        "encoder.llm",
+        "encoder.adapter",
+        "encoder.preset",
+        "measure.retrieve",
+        "measure.home",
+        "measure.across",
+        "measure.across_kind",
+        "measure.limit",
+        "json",
+    ),
+    shown={**EVALUATION_NAMES, "measure.captions": "data"},
+)
 
 
 def table(scores: Sequence[CaptionScore]) -> str:
@@ -195,7 +217,7 @@ def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions
 
 def main(argv: list[str]) -> int:
     """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long]``."""
-    config = parse_options(EvaluateCaptionsConfig, argv, prog="llm2clip evaluate captions", first="--captions")
+    config = COMMAND.parse(argv)
     if not config.measure.captions:
         raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
     encoder = CaptionEncoder(config.encoder)

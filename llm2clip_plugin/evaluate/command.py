@@ -2,9 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
 
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
@@ -13,7 +10,6 @@ from llm2clip_plugin.evaluate.command_line import (
     dataset_name,
     on_all_ranks,
     open_tower,
-    parse_options,
     tower_provenance,
     write_scores,
 )
@@ -21,33 +17,56 @@ from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval
 from llm2clip_plugin.evaluate.teacher import open_teacher_cache
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, TRAINING_ALONE, in_section
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Retrieval recall of a tower. Usage: llm2clip evaluate TOWER_DIR --data PATH [--cache DIR] [options].
-
-    Under torchrun or the deepspeed launcher the ranks split the work. For benchmarks by name (flickr30k, coco, docci,
-    sugarcrepe ...) run llm2clip evaluate TOWER_DIR --suite paper --root DIR; see llm2clip evaluate --suite all --help.
-    """
+    """Retrieval recall of a tower."""
 
     tower: str  # tower directory or Hub id, with a text adapter
-    data: SourceConfig  # captioned images
+    data: SourceConfig
     cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
-    retrieval: Annotated[RetrievalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RetrievalConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     any_teacher: bool = False  # accept a cache from a different teacher than the tower's
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
-    json: str = ""  # write the metrics and every query's hits here (a score file)
+    json: str = ""  # file to write: the metrics and every query's hits, for llm2clip compare
+
+
+COMMAND = Command(
+    name="evaluate",
+    example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
+    about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
+    "deepspeed launcher the ranks split the work. With --suite NAMES: benchmarks by name (flickr30k, coco, docci, "
+    "sugarcrepe ...), see llm2clip evaluate --suite all --help.",
+    settings=EvaluateConfig,
+    arguments=("tower", "data.path"),
+    everyday=(
+        "cache",
+        "data.images",
+        "data.fields",
+        "retrieval.kinds",
+        "retrieval.languages",
+        "retrieval.group",
+        "retrieval.limit",
+        "retrieval.batch",
+        "json",
+        "device",
+    ),
+    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
+    hidden=tuple(f"data.{name}" for name in TRAINING_ALONE),
+)
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip evaluate TOWER_DIR --data PATH``; with ``--suite`` the benchmarks by name."""
+    """``llm2clip evaluate TOWER DATA``; with ``--suite`` the benchmarks by name."""
     if any(word == "--suite" or word.startswith("--suite=") for word in argv):
         from llm2clip_plugin.evaluate.suite_command import main as suites
 
         return suites(argv)
-    config = parse(argv)
+    config = COMMAND.parse(argv)
 
     def report(measured: tuple[OpenedTower, RetrievalReport]) -> None:
         tower, retrieval = measured
@@ -56,12 +75,6 @@ def main(argv: list[str]) -> int:
         write_scores(score_file(config, tower, retrieval), config.json)
 
     return on_all_ranks(lambda all_ranks: measure(config, all_ranks=all_ranks), report)
-
-
-def parse(argv: list[str]) -> EvaluateConfig:
-    """The configuration; ``--data`` is short for ``--data.path``."""
-    words = ["--data.path" if word == "--data" else word.replace("--data=", "--data.path=", 1) for word in argv]
-    return parse_options(EvaluateConfig, words, prog="llm2clip evaluate")
 
 
 def measure(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:

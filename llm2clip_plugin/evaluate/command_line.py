@@ -1,7 +1,7 @@
 """What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
@@ -16,25 +16,13 @@ from llm2clip_plugin.phases import phase
 from llm2clip_plugin.text.teacher import load_dual_encoder
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.watchdog import watched_group
-from llm2clip_plugin.typed_options import parse_typed
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
-Config = TypeVar("Config")
 Result = TypeVar("Result")
 
 NOTES_SHOWN = 10
-
-
-def parse_options(
-    config: type[Config], argv: Sequence[str], *, prog: str, first: str = "--tower", description: str | None = None
-) -> Config:
-    """The configuration that a command line describes; the first word may stand without its option ``first``."""
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, first)
-    return parse_typed(config, words, prog=prog, description=description)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ScoreFile, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate.command_line import on_all_ranks, parse_options, print_scores, provenance, write_scores
+from llm2clip_plugin.evaluate.command_line import on_all_ranks, print_scores, provenance, write_scores
 from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
 from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
@@ -31,12 +33,7 @@ QUERY_BLOCK = 1024  # test images compared at once
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """kNN and linear probe on a tower's features. Usage: llm2clip evaluate probe TOWER --train DIR --test DIR.
-
-    TOWER is anything that load_tower opens, so a tower can be compared with the one that it was trained from. DIR
-    has one folder per class, or tars with .cls members; with --label FIELD it is captioned data, and the field is
-    the class.
-    """
+    """kNN and linear probe on a tower's features."""
 
     tower: str  # tower directory, Hugging Face directory or Hub id
     train: str  # labeled images that the probes are fitted on
@@ -54,9 +51,21 @@ class ProbeConfig:
     json: str = ""  # write the metrics and every test image's hits here (a score file)
 
 
+COMMAND = Command(
+    name="evaluate probe",
+    example="llm2clip evaluate probe towers/l14-336 /data/imagenet/train /data/imagenet/val",
+    about="Measure a tower's features by kNN and a linear probe. TOWER is anything that load_tower opens, so a tower "
+    "can be compared with the one that it was trained from. TRAIN and TEST have one folder per class, or tars with "
+    ".cls members; with --label FIELD they are captioned data, and the field is the class.",
+    settings=ProbeConfig,
+    arguments=("tower", "train", "test"),
+    shown=EVALUATION_NAMES,
+)
+
+
 def main(argv: list[str]) -> int:
-    """``llm2clip evaluate probe TOWER --train DIR --test DIR``."""
-    config = parse_options(ProbeConfig, argv, prog="llm2clip evaluate probe")
+    """``llm2clip evaluate probe TOWER TRAIN TEST``."""
+    config = COMMAND.parse(argv)
     return on_all_ranks(lambda all_ranks: measure(config, all_ranks=all_ranks), lambda scores: report(config, scores))
 
 

@@ -1,12 +1,11 @@
-"""``llm2clip evaluate TOWER_DIR --suite NAMES --root DIR``: benchmarks by name, and the paper's tables next to ours."""
+"""``llm2clip evaluate TOWER DATA --suite NAMES``: benchmarks by name, and the paper's tables next to ours."""
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 
 from llm2clip_plugin.contracts import ScoreFile
@@ -15,7 +14,6 @@ from llm2clip_plugin.evaluate.command_line import (
     OpenedTower,
     on_all_ranks,
     open_tower,
-    parse_options,
     tower_provenance,
 )
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
@@ -23,34 +21,56 @@ from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.tables import print_suites
 from llm2clip_plugin.evaluate.teacher import Teacher
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuitesConfig:
-    """Benchmarks by name. Usage: llm2clip evaluate TOWER_DIR --suite paper --root DIR [options].
-
-    Suites: {suites}; `paper` selects those that the paper reports, `all` every one. Each is a folder below the root.
-    Suites with missing files are skipped, with a line that says where to get them. Captions are embedded once, into a
-    cache in the suite's folder.
-    """
+    """Benchmarks by name."""
 
     tower: str  # tower directory or Hub id, with a text adapter
-    suite: str  # names, separated by commas
+    suite: str  # names, separated by commas; paper: those that the paper reports; all: every one
     root: str  # folder with one folder per suite
     output: str = ""  # folder of the score files, one per suite; "": <root>/scores-<hash of the tower>
     teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
-    retrieval: Annotated[RetrievalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RetrievalConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
     resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
     overwrite: bool = False  # measure again even where a score file exists
 
 
+def command() -> Command[SuitesConfig]:
+    """The command with the names of the suites that there are."""
+    return Command(
+        name="evaluate",
+        example="llm2clip evaluate towers/l14-336 /data/benchmarks --suite paper",
+        about=f"Measure benchmarks by name: {', '.join(suites())}. DATA has one folder for each; those with missing "
+        "files are skipped, with a line that says where to get them. Captions are embedded once, into a cache in the "
+        "suite's folder.",
+        settings=SuitesConfig,
+        arguments=("tower", "root"),
+        everyday=(
+            "suite",
+            "output",
+            "teacher.llm",
+            "teacher.adapter",
+            "retrieval.batch",
+            "retrieval.workers",
+            "retrieval.limit",
+            "resamples",
+            "overwrite",
+            "device",
+        ),
+        shown={**EVALUATION_NAMES, "root": "data"},
+    )
+
+
 def main(argv: list[str]) -> int:
     """Measure the suites whose files exist; 0 unless there is none."""
-    description = (SuitesConfig.__doc__ or "").format(suites=", ".join(suites()))
-    config = parse_options(SuitesConfig, argv, prog="llm2clip evaluate", description=description)
+    config = command().parse(argv)
     selected, root = select_suites(config.suite), Path(config.root)
     missing = {suite.name: lines for suite in selected if (lines := suite.missing(root))}
     missing_lines = [line for lines in missing.values() for line in lines]

@@ -19,7 +19,6 @@ from llm2clip_plugin.evaluate.command_line import (
     dataset_name,
     on_all_ranks,
     open_tower,
-    parse_options,
     print_scores,
     tower_provenance,
     write_scores,
@@ -28,19 +27,17 @@ from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_feature
 from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.teacher import Teacher
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.settings import EncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotConfig:
-    """Zero-shot classification. Usage: llm2clip evaluate zeroshot TOWER_DIR --data DIR [--classes FILE] [options].
-
-    DIR has one folder per class (ImageNet), or WebDataset tars with .cls members (CLIP_benchmark, whose
-    classnames.txt and zeroshot_classification_templates.txt are used); or it is captioned data, with --label.
-    """
+    """Zero-shot classification."""
 
     tower: str  # tower directory or Hub id, with a text adapter
-    data: str  # labeled images
+    data: str  # labeled images: a folder per class, tars with .cls members, or captioned data with --label
     label: str = ""  # field of the samples' JSON that is the class, for captioned data
     classes: str = ""  # file of class names: one per line, CLASS<TAB>NAME, or JSON; "": classnames.txt, or the folders
     templates: str = ""  # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
@@ -53,9 +50,33 @@ class ZeroShotConfig:
     clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
 
 
+COMMAND = Command(
+    name="evaluate zeroshot",
+    example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
+    about="Measure a tower's zero-shot classification. DATA has one folder per class (ImageNet), or WebDataset tars "
+    "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
+    "it is captioned data, with --label.",
+    settings=ZeroShotConfig,
+    arguments=("tower", "data"),
+    everyday=(
+        "label",
+        "classes",
+        "templates",
+        "cache",
+        "teacher.llm",
+        "teacher.adapter",
+        "batch",
+        "workers",
+        "json",
+        "device",
+    ),
+    shown=EVALUATION_NAMES,
+)
+
+
 def main(argv: list[str]) -> int:
-    """``llm2clip evaluate zeroshot TOWER_DIR --data DIR``."""
-    config = parse_options(ZeroShotConfig, argv, prog="llm2clip evaluate zeroshot")
+    """``llm2clip evaluate zeroshot TOWER DATA``."""
+    config = COMMAND.parse(argv)
     return on_all_ranks(lambda all_ranks: measure(config, all_ranks=all_ranks), lambda scores: report(config, scores))
 
 

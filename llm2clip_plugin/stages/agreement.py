@@ -36,8 +36,8 @@ PLACES = (
     "train.dataloader_num_workers",
 )
 ADVICE = {  # first word of a fact -> what to do
-    "output_dir": "output_dir must be a folder that all hosts share: set --output_dir to one on NFS or Lustre",
-    "checkpoint": "every host must see the same checkpoints: set --output_dir (or --resume) to a shared folder",
+    "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
+    "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",
     "data": "every host must read the same data and caches: copy them again, or use a shared folder",
     "setting": "start every rank with the same command",
     "DeepSpeed": "every host must read the same DeepSpeed configuration",

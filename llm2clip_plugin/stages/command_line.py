@@ -1,13 +1,12 @@
-"""What the stages' command lines share: options that are read before the others, tyro, and the launcher's variables."""
+"""What the stages' command lines share: settings over a recipe, and the launcher's variables."""
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from llm2clip_plugin.stages.explicit import Unused, given_options, make_room, refuse_unused, unused_in_training
-from llm2clip_plugin.typed_options import parse_typed
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.stages.explicit import Unused, make_room, refuse_unused, unused_in_training
 
 Settings = TypeVar("Settings")
 
@@ -33,40 +32,19 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
     return 0
 
 
-def split_options(argv: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
-    """The values of the options ``--NAME VALUE`` ("" if absent), and the other words.
-
-    ``--local_rank``, which the DeepSpeed launcher adds, is dropped: LOCAL_RANK says the same.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--local_rank", "--local-rank", dest="_local_rank")
-    values, words = parser.parse_known_args(argv)
-    return {name: getattr(values, name) for name in names}, words
-
-
-def override(
-    kind: type[Settings],
-    words: Sequence[str],
-    *,
-    command: str,
-    about: str,
-    default: Settings | None = None,
-    sections: bool = True,
-    unused: Sequence[Unused[Settings]] | None = None,
+def read_settings(
+    command: Command[Settings],
+    argv: Sequence[str],
+    default: Callable[[dict[str, str]], Settings],
+    unused: Sequence[Unused[Settings]],
 ) -> Settings:
-    """``default`` with the fields that a command line sets, as --SECTION.FIELD or (``sections`` False) as --FIELD.
+    """The settings of a training stage's command line.
 
-    unused: of a training stage: which of its options have no effect, and when. Raises ValueError for an unknown option,
-    a value that is refused or one without an effect, ModuleNotFoundError without tyro, which the train extra installs.
+    default: what the options override, from the words of the extra options (--recipe ...); unused: which options have
+    no effect, and when. Raises ValueError for an unknown option and for one without an effect.
     """
-    import tyro
-
-    given = given_options(kind, words, sections=sections) if unused is not None else set()
-    options: dict[str, Any] = {} if default is None else {"default": make_room(default, given)}
-    form: Any = kind if sections else tyro.conf.OmitArgPrefixes[kind]
-    config: Settings = parse_typed(form, words, prog=f"llm2clip {command}", description=about, **options)
-    if unused is not None:
-        refuse_unused(config, given, [*unused_in_training(given), *unused], sections=sections)
+    words = command.read(argv)
+    given = words.values
+    config = command.build(words, make_room(default(words.extras), given))
+    refuse_unused(config, given, [*unused_in_training(given), *unused], command.names)
     return config

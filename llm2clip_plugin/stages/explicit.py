@@ -5,10 +5,11 @@ that was typed does: whoever gives --num_train_epochs 50 must not get the 100 st
 """
 
 import dataclasses
-import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from llm2clip_plugin.options.names import Names
 
 Settings = TypeVar("Settings")
 
@@ -30,31 +31,6 @@ class Unused(Generic[Settings]):
     off: Any = None  # a value that asks for nothing, as 0, False, "" and () do
 
 
-def given_options(kind: type, words: Sequence[str], *, sections: bool) -> set[str]:
-    """The dotted names of the fields that a command line sets; words that name none are ignored.
-
-    sections: options are --SECTION.FIELD, else --FIELD.
-    """
-    known = {name if sections else name.rpartition(".")[2]: name for name in field_names(kind)}
-    given = set()
-    for word in words:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            section, _, leaf = name.rpartition(".")
-            positive = f"{section}{'.' if section else ''}{leaf.removeprefix('no_')}"  # --no-flip
-            given |= {known[form] for form in (name, positive) if form in known}
-    return given
-
-
-def field_names(kind: type, path: str = "") -> Iterator[str]:
-    """The dotted name of every leaf of nested dataclasses."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from field_names(hint, f"{path}{name}.")
-        elif typing.get_origin(hint) is not typing.ClassVar:
-            yield path + name
-
-
 def value_of(config: Any, name: str) -> Any:
     """The value of a dotted name."""
     for part in name.split("."):
@@ -62,7 +38,7 @@ def value_of(config: Any, name: str) -> Any:
     return config
 
 
-def make_room(default: Settings, given: set[str]) -> Settings:
+def make_room(default: Settings, given: Collection[str]) -> Settings:
     """``default`` without the settings that would take the place of a given option."""
     for option, replaced in REPLACES.items():
         if option in given and replaced not in given:
@@ -75,7 +51,7 @@ def _with(config: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(config, **{path[0]: type(getattr(config, path[0]))(inner) if len(path) == 1 else inner})
 
 
-def refuse_unused(config: Settings, given: set[str], rules: Iterable[Unused[Settings]], *, sections: bool) -> None:
+def refuse_unused(config: Settings, given: Collection[str], rules: Iterable[Unused[Settings]], names: Names) -> None:
     """Raise ValueError that names every given option without an effect, and the setting that makes it so."""
     problems = []
     for rule in rules:
@@ -84,14 +60,9 @@ def refuse_unused(config: Settings, given: set[str], rules: Iterable[Unused[Sett
                 value = value_of(config, name)
                 affected = any(name == option or name.startswith(f"{option}.") for option in rule.options)
                 if affected and name not in rule.except_for and value and value != rule.off:
-                    problems.append(f"{flag(name, sections=sections)} {value} has no effect: {why}")
+                    problems.append(f"{names.flag(name)} {value} has no effect: {why}")
     if problems:
         raise ValueError("\n  ".join(problems) + ("\nremove these options" if len(problems) > 1 else "; remove it"))
-
-
-def flag(name: str, *, sections: bool) -> str:
-    """How a field is spelled on the command line."""
-    return "--" + (name if sections else name.rpartition(".")[2]).replace("_", "-")
 
 
 def _both_lengths(config: Any) -> str:
@@ -99,7 +70,7 @@ def _both_lengths(config: Any) -> str:
     return f"max_steps {steps} decides the length" if steps > 0 else ""
 
 
-def unused_in_training(given: set[str]) -> list[Unused[Any]]:
+def unused_in_training(given: Collection[str]) -> list[Unused[Any]]:
     """What both training stages have in common."""
     rules: list[Unused[Any]] = [
         Unused(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm2clip_plugin.options.names import normal
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.memory import StepMemory, rank_bytes
@@ -34,7 +35,7 @@ class PlanConfig:
             )
 
 
-PLAN_OPTIONS = ("--plan.images", "--plan.captions", "--plan.gpu-gib", "--assumed-pairs", "--gpu-gib")
+PLAN_OPTIONS = ("assumed-samples", "assumed-pairs", "assumed-captions", "images-per-second", "gpu-gib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +145,11 @@ def _without_plan(words: Sequence[str]) -> Iterator[str]:
     """The words without --dry-run and its assumptions, which a run refuses."""
     skip = False
     for word in words:
-        name = word.partition("=")[0].replace("_", "-")
-        if not skip and name not in ("--dry-run", *PLAN_OPTIONS):
+        name = normal(word.partition("=")[0]) if word.startswith("--") else ""
+        assumption = name in PLAN_OPTIONS or name.startswith("plan.")
+        if not skip and not assumption and name != "dry-run":
             yield word
-        skip = name in PLAN_OPTIONS and "=" not in word
+        skip = assumption and "=" not in word
 
 
 def describe_deepspeed(config: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
         listed = "\n  ".join(f"{name}: {values}" for name, values in changed.items())
         raise ValueError(
             f"{where} was saved with other settings:\n  {listed}\n"
-            f"restore them, choose another --output_dir, or accept the changes with --allow-changed {' '.join(changed)}"
+            f"restore them, choose another --output, or accept the changes with --allow-changed {' '.join(changed)}"
         )
 
 

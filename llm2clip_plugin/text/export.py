@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -21,7 +22,6 @@ from llm2clip_plugin.text.model import keep_layers, load_backbone
 from llm2clip_plugin.text.post import PostKind, fit_post
 from llm2clip_plugin.text.sentence_transformers import refuse_unsupported, write_sentence_transformers
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
-from llm2clip_plugin.typed_options import parse_typed
 
 SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
 # of an embedding's norm: the same float32 weights, summed in another order once
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export a fine-tuned LLM. Usage: llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR."""
+    """Export a fine-tuned LLM."""
 
     output: str  # folder to write
     layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
@@ -41,6 +41,26 @@ class ExportConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
+COMMAND = Command(
+    name="export-llm",
+    example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
+    about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
+    "reloaded, and its embeddings are compared, before it counts.",
+    settings=ExportConfig,
+    everyday=(
+        "encoder.llm",
+        "encoder.adapter",
+        "encoder.preset",
+        "output",
+        "layout",
+        "post",
+        "post_data",
+        "overwrite",
+    ),
+    shown={"layout": "format"},
+)
+
+
 def export_llm(config: ExportConfig) -> Path:
     """Write the folder, reload it and compare embeddings before it is moved to its place; returns the folder.
 
@@ -49,7 +69,7 @@ def export_llm(config: ExportConfig) -> Path:
     if (config.post == "none") is bool(config.post_data):
         raise ValueError(f"post is {config.post!r} and post_data is {config.post_data!r}; set both or neither")
     if config.layout == "adapter" and not config.encoder.adapter:
-        raise ValueError("layout adapter needs an adapter; set --adapter DIR")
+        raise ValueError("--format adapter needs an adapter; set --adapter DIR")
     encoding = dataclasses.replace(config.encoder, compute_dtype="float32")
     if encoding.load_in_4bit:
         raise ValueError(
@@ -138,10 +158,6 @@ def compare(before_NW: torch.Tensor, after_NW: torch.Tensor, where: str) -> None
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR [--layout sentence-transformers]``."""
-    import tyro
-
-    form: Any = tyro.conf.OmitArgPrefixes[ExportConfig]
-    config: ExportConfig = parse_typed(form, argv, prog="llm2clip export-llm")
-    print(f"wrote {export_llm(config)}; verified by reloading")
+    """``llm2clip export-llm --llm PATH_OR_HUB_ID --adapter DIR --output DIR [--format sentence-transformers]``."""
+    print(f"wrote {export_llm(COMMAND.parse(argv))}; verified by reloading")
     return 0

@@ -97,7 +97,7 @@ def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> N
     if any(prompt.endswith(" ") for prompt in prompts):
         reasons.append("a prompt that ends in a space (it counts the caption's first token as the prompt's)")
     if reasons:
-        raise ValueError(f"sentence-transformers does not support {' and '.join(reasons)}; use --layout merged")
+        raise ValueError(f"sentence-transformers does not support {' and '.join(reasons)}; use --format merged")
 
 
 def write_sentence_transformers(config: EncoderConfig, width: int, folder: Path) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
 READING = ("format", "images", "fields", "language", "image_field", "key_field", "cache_folder")  # of captions
-GIVE_LLM = "pass the LLM with --teacher.llm PATH_OR_HUB_ID (in Python: teacher=)"
-GIVE_ADAPTER = "pass it with --teacher.adapter DIR (in Python: adapter=)"
+GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
+GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 
 
 def load_dual_encoder(
@@ -110,7 +110,7 @@ class TeacherLLM:
         if self.identity is not None and loaded.fingerprint != self.identity.fingerprint:
             raise ContractError(
                 f"{config.llm} is not the tower's teacher: {differences(vars(self.identity), loaded)}; "
-                "pass the correct one with --teacher.llm and --teacher.adapter (in Python: teacher= and adapter=)"
+                "pass the correct one with --llm and --adapter (in Python: teacher= and adapter=)"
             )
         if self.llm_width and encoder.width != self.llm_width:
             raise ContractError(

@@ -86,7 +86,7 @@ def shared_folder(folder: Path) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
         except OSError as error:
-            failure = f"cannot write in --output_dir {folder}: {error.strerror}"
+            failure = f"cannot write in --output {folder}: {error.strerror}"
     failure = broadcast_object(failure)
     if failure:
         raise OSError(failure)

@@ -93,18 +93,18 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 def _run_settings(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, Any, str]]:
     """(path in the JSON, the run's value, the option that sets it)."""
     rows = [
-        ("train_batch_size", plan.global_batch, "--train.global-batch"),
-        ("train_micro_batch_size_per_gpu", plan.micro_batch, "--train.micro-batch"),
-        ("gradient_accumulation_steps", plan.accumulation, "--train.micro-batch"),
-        ("gradient_clipping", plan.optim.max_grad_norm, "--optim.max-grad-norm"),
+        ("train_batch_size", plan.global_batch, "--global-batch"),
+        ("train_micro_batch_size_per_gpu", plan.micro_batch, "--micro-batch"),
+        ("gradient_accumulation_steps", plan.accumulation, "--micro-batch"),
+        ("gradient_clipping", plan.optim.max_grad_norm, "--max-grad-norm"),
     ]
     if plan.communication_data_type:
         rows.append(
-            ("communication_data_type", plan.communication_data_type, "--train.communication-data-type"),
+            ("communication_data_type", plan.communication_data_type, "--communication-data-type"),
         )
     for kind in ("bf16", "fp16"):
         if kind in config or plan.precision == kind:
-            rows.append((f"{kind}.enabled", plan.precision == kind, "--train.precision"))
+            rows.append((f"{kind}.enabled", plan.precision == kind, "--precision"))
     return rows
 
 
@@ -128,7 +128,7 @@ def _check_optimizer(section: dict[str, Any] | None, plan: EnginePlan, conflicts
         return
     if section.get("type") not in plan.optim.optimizer().deepspeed_types:
         conflicts.append(
-            f"optimizer.type is {section.get('type')!r}, but the run uses {plan.optim.name!r} (--optim.name); remove "
+            f"optimizer.type is {section.get('type')!r}, but the run uses {plan.optim.name!r} (--optimizer); remove "
             "the section"
         )
     known = {name: getattr(plan.optim, name) for name in ("lr", "betas", "eps", "weight_decay")}
@@ -144,7 +144,7 @@ def _check_scheduler(section: dict[str, Any] | None, plan: EnginePlan, conflicts
     if SCHEDULERS.get(str(kind)) != plan.optim.schedule:
         schedule = f" ({SCHEDULERS[kind]})" if kind in SCHEDULERS else ""
         conflicts.append(
-            f"scheduler.type is {kind!r}{schedule}, but the run uses {plan.optim.schedule!r} (--optim.schedule); "
+            f"scheduler.type is {kind!r}{schedule}, but the run uses {plan.optim.schedule!r} (--schedule); "
             "remove the section"
         )
     known = {
@@ -189,7 +189,7 @@ def _set_up_optimizer(config: dict[str, Any], plan: EnginePlan, where: str) -> N
     if offloads_optimizer(config) and not optimizer.supports_offload:
         raise ValueError(
             f"{where} offloads optimizer states, which optim.name {optimizer.name} does not support: remove "
-            "zero_optimization.offload_optimizer, or set --optim.name adamw"
+            "zero_optimization.offload_optimizer, or set --optimizer adamw"
         )
     if zero_stage(config) > 0:
         for name, value in optimizer.deepspeed_settings.items():

@@ -109,7 +109,7 @@ class TrainConfig:
             fits = max(unit, self.global_batch // unit * unit)
             raise ValueError(
                 f"train.global_batch {self.global_batch} is not a multiple of {world} ranks x train.micro_batch "
-                f"{self.micro_batch or local}; try --train.global-batch {fits}"
+                f"{self.micro_batch or local}; try --global-batch {fits}"
             )
         return local, micro, local // micro
 

@@ -52,7 +52,7 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
     """
     if not tower.path:
         hint = f"; create {tower.architecture} with `llm2clip import CHECKPOINT`" if tower.architecture else ""
-        raise ValueError(f"no tower to train: set --tower.path to a directory or Hub id{hint}")
+        raise ValueError(f"no tower to train: set --tower to a directory or Hub id{hint}")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
@@ -68,7 +68,7 @@ def shape_dual(tower: TowerConfig, dual: DualConfig) -> DualEncoder:
     """
     source = tower.path or tower.architecture
     if not source:
-        raise ValueError("no tower to plan for: set --tower.path, or set --tower.architecture to a known architecture")
+        raise ValueError("no tower to plan for: set --tower, or set --architecture to a known architecture")
     with torch.device("meta"):
         return _trainable(DualEncoder(meta_tower(source, image_size=tower.image_size or None), dual), tower)
 

@@ -98,7 +98,7 @@ class Checkpoints:
             if self.names():
                 raise FileExistsError(
                     f"{self.folder} contains {self.names()}; refusing to overwrite with --resume never: choose another "
-                    "--output_dir, or delete the folder"
+                    "--output, or delete the folder"
                 )
             return None
         path = Path(resume)
@@ -142,7 +142,7 @@ class Checkpoints:
         if damaged:
             raise ContractError(
                 f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one, or start over with "
-                f"another --output_dir"
+                f"another --output"
             )
         return None
 
@@ -157,7 +157,7 @@ class Checkpoints:
         if step:
             raise FileNotFoundError(
                 f"{self.folder} has no checkpoint, but the run in {self.run_folder} had saved step {step}: restore the "
-                "checkpoints, choose another --output_dir, or start over with --resume never (replaces its metrics "
+                "checkpoints, choose another --output, or start over with --resume never (replaces its metrics "
                 "and results)"
             )
 

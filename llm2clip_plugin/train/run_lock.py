@@ -60,13 +60,13 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"--output_dir {folder} is a file, or below one; choose a folder") from error
+        raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
     path, deadline, told = folder / FILE, time.monotonic() + patience, False
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise OSError(f"cannot write in --output_dir {folder}: {error.strerror}") from error
+            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
         try:
             return _lock(descriptor, path)
         except BlockingIOError:
@@ -79,7 +79,7 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
         if same_host or time.monotonic() > deadline:
             raise FileExistsError(
                 f"{folder} is in use by {holder or 'another process'} ({path}): wait for its end, stop it, or choose "
-                f"another --output_dir. If that host is down, delete {path}"
+                f"another --output. If that host is down, delete {path}"
             )
         if holder is not None and not told:
             print(f"{folder} is locked by {holder}; waiting up to {patience:.0f} s for that host", file=sys.stderr)
@@ -111,7 +111,7 @@ def _lock(descriptor: int, path: Path) -> int:
         os.pwrite(descriptor, json.dumps(asdict(me)).encode(), 0)
         os.fsync(descriptor)
     except OSError as error:
-        raise OSError(f"cannot write in --output_dir {path.parent}: {error.strerror}") from error
+        raise OSError(f"cannot write in --output {path.parent}: {error.strerror}") from error
     return descriptor
 
 

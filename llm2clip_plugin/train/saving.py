@@ -197,7 +197,7 @@ class Saver:
         failure = f"cannot write the last checkpoint {target}: {error}. {kept}"
         if self.fallback is None:
             return (
-                f"{failure}Free space and rerun the same command to resume from it; --train.save-fallback-dir DIR on "
+                f"{failure}Free space and rerun the same command to resume from it; --save-fallback-dir DIR on "
                 "another disk keeps the last state in such a case"
             )
         elsewhere = Checkpoints(self.fallback, keep=0)

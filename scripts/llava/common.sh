@@ -3,7 +3,7 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-# read_options ARGUMENTS...: sets the variables; EXTRA gets LLaVA's own options, after --.
+# read_options [DATA] OPTIONS...: sets the variables; EXTRA gets LLaVA's own options, after --.
 read_options() {
     EXTRA=()
     while [ $# -gt 0 ]; do
@@ -11,16 +11,20 @@ read_options() {
             --) shift; EXTRA=("$@"); break ;;
             -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            --model | --data | --images | --tower | --projector | --output | --hostfile | --gpus | --port | --deepspeed | --global-batch | --per-device | --python)
+            --model | --data | --image-folder | --tower | --projector | --output | --hostfile | --gpus | --port | --deepspeed | --global-batch | --micro-batch | --python | --images | --per-device)
                 [ $# -gt 1 ] || fail "$1 needs a value"
                 local name=${1#--}
+                case "$name" in images) name=image-folder ;; per-device) name=micro-batch ;; esac # earlier names
                 name=${name//-/_}
                 printf -v "${name^^}" '%s' "$2"
                 shift ;;
+            [!-]*) [ -z "${GIVEN:-}" ] || fail "unexpected argument $1"; GIVEN=$1 ;;
             *) fail "unknown option $1; put LLaVA's own options after --" ;;
         esac
         shift
     done
+    DATA=${GIVEN:-${DATA:-}}
+    IMAGE_FOLDER=${IMAGE_FOLDER:-${IMAGES:-}} MICRO_BATCH=${MICRO_BATCH:-${PER_DEVICE:-}} # the names before
     PYTHON=${PYTHON:-python}
     TOWER=${TOWER:-llm2clip}
     command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; activate LLaVA's environment, or set PYTHON"
@@ -77,9 +81,9 @@ check_deepspeed_env() {
 
 # accumulation: gradient accumulation steps, so that the global batch does not depend on the number of GPUs.
 accumulation() {
-    local once=$((WORLD * PER_DEVICE))
+    local once=$((WORLD * MICRO_BATCH))
     [ $((GLOBAL_BATCH % once)) -eq 0 ] ||
-        fail "--global-batch $GLOBAL_BATCH is not a multiple of $WORLD ranks x --per-device $PER_DEVICE = $once; choose another --per-device"
+        fail "--global-batch $GLOBAL_BATCH is not a multiple of $WORLD ranks x --micro-batch $MICRO_BATCH = $once; choose another --micro-batch"
     echo $((GLOBAL_BATCH / once))
 }
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # LLaVA 1.5, stage 1: the projector learns to read the tower. LLaVA's own command with our --vision_tower.
 #
-#   scripts/llava/pretrain.sh --model lmsys/vicuna-7b-v1.5 --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain/images \
+#   scripts/llava/pretrain.sh blip_laion_cc_sbu_558k.json --image-folder LLaVA-Pretrain/images --model lmsys/vicuna-7b-v1.5 \
 #       --output checkpoints/llava-7b-pretrain [--tower llm2clip:PATH] [-- MORE OPTIONS OF LLAVA]
 #
 #   --model         language model (folder or Hub id)      --tower         default llm2clip: see `llm2clip use`
-#   --data          LLaVA's pretraining JSON                --images        its image folder
+#   DATA            LLaVA's pretraining JSON                --image-folder  its image folder
 #   --output        where mm_projector.bin goes             --deepspeed     ZeRO configuration (default: zero2.json here)
 #   --gpus          of this node (default: all)             --hostfile      several nodes, as DeepSpeed's
-#   --global-batch  256, for any number of GPUs             --per-device    samples per GPU and step (32)
+#   --global-batch  256, for any number of GPUs             --micro-batch   samples per GPU and step (32)
 #   --python        LLaVA's environment (default: python)   --dry-run       only print the command
 #
 # Each is also an environment variable: MODEL, DATA, TOWER, GLOBAL_BATCH ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
@@ -17,18 +17,18 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"
 
 read_options "$@"
-need MODEL DATA IMAGES OUTPUT
+need MODEL DATA IMAGE_FOLDER OUTPUT
 need_file "$DATA"
-need_file "$IMAGES"
+need_file "$IMAGE_FOLDER"
 DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
-GLOBAL_BATCH=${GLOBAL_BATCH:-256} PER_DEVICE=${PER_DEVICE:-32}
+GLOBAL_BATCH=${GLOBAL_BATCH:-256} MICRO_BATCH=${MICRO_BATCH:-32}
 inspect
 ACCUMULATION=$(accumulation)
 launch \
     --model_name_or_path "$MODEL" \
     --version plain \
     --data_path "$DATA" \
-    --image_folder "$IMAGES" \
+    --image_folder "$IMAGE_FOLDER" \
     --vision_tower "$TOWER" \
     --mm_projector_type mlp2x_gelu \
     --tune_mm_mlp_adapter True \
@@ -38,7 +38,7 @@ launch \
     --bf16 True \
     --output_dir "$OUTPUT" \
     --num_train_epochs 1 \
-    --per_device_train_batch_size "$PER_DEVICE" \
+    --per_device_train_batch_size "$MICRO_BATCH" \
     --per_device_eval_batch_size 4 \
     --gradient_accumulation_steps "$ACCUMULATION" \
     --evaluation_strategy no \

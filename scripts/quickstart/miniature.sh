@@ -91,6 +91,6 @@ wait "$first" && wait "$second" || { wait; exit 1; }
 
 say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score before after --output "$OUT"
-"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --out "$OUT/compare" --no-references
+"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
 echo "This is a miniature: a language model of 2.5 million weights, trained from scratch, on pictures of 56 to 98 pixels." >&2

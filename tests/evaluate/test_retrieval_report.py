@@ -16,7 +16,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.evaluate.command import parse
+from llm2clip_plugin.evaluate.command import COMMAND
 from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig, recall
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
@@ -210,11 +210,11 @@ def test_the_command_refuses_another_teachers_cache_and_other_captions(world, tm
 
 
 def test_options_reach_their_fields():
-    config = parse(
-        ["tower", "--data=x.jsonl", "--kinds", "long", "short", "--ties", "optimistic", "--data.language", "de"]
-    )
-    assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
-    assert config.retrieval.kinds == ("long", "short") and config.retrieval.ties == "optimistic"
+    words = ["--kinds", "long", "short", "--ties", "optimistic"]
+    for data in (["--data=x.jsonl", "--data.language", "de"], ["x.jsonl", "--language", "de"]):
+        config = COMMAND.parse(["tower", *data, *words])
+        assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
+        assert config.retrieval.kinds == ("long", "short") and config.retrieval.ties == "optimistic"
 
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):

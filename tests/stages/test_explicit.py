@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.stages.explicit import field_names, given_options, value_of
-from llm2clip_plugin.stages.llm.command import parse
+from llm2clip_plugin.options.names import field_names
+from llm2clip_plugin.stages.llm.command import PRETRAIN, parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.unused import PRETRAINING_UNUSED
 from llm2clip_plugin.stages.tower.command import read_command
@@ -24,7 +23,7 @@ def test_an_explicit_length_wins_over_the_recipes(tmp_path: Path) -> None:
     assert by_steps.steps(1_000_000) == 7
     for off in ("0", "-1"):  # -1 is the Trainer's
         assert read_command(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560) == 20
-    with pytest.raises(ValueError, match=r"--train\.num-train-epochs 2\.0 has no effect: max_steps 7 decides"):
+    with pytest.raises(ValueError, match=r"--num-train-epochs 2\.0 has no effect: max_steps 7 decides"):
         read_command(["--max_steps", "7", "--num_train_epochs", "2"])
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 9}}}))
     assert read_command(["--config", str(tmp_path / "run.json"), "--num_train_epochs=3"]).train.steps(40960) == 30
@@ -39,14 +38,14 @@ def test_an_explicit_warmup_wins_over_the_recipes() -> None:
 
 TOWER_REFUSED = {
     "heads": ("--recipe openai_b16 --heads.lr 1e-2", "--heads.lr 0.01 has no effect: heads.steps is 0"),
-    "evaluation": ("--eval_steps 10", "--train.eval-steps 10 has no effect: data.validation is not set"),
+    "evaluation": ("--eval_steps 10", "--eval-steps 10 has no effect: data.validation is not set"),
     "scores": ("--evaluation.limit 10", "--evaluation.limit 10 has no effect: data.validation is not set"),
-    "alpha": ("--tower.lora-alpha 64", "--tower.lora-alpha 64 has no effect: tower.lora_rank is 0"),
-    "decay": ("--tower.freeze --optim.layer-decay 0.8", "--optim.layer-decay 0.8 has no effect: tower.freeze trains"),
-    "recompute": ("--tower.freeze --gradient_checkpointing True", "--train.gradient-checkpointing True has no effect"),
+    "alpha": ("--tower.lora-alpha 64", "--lora-alpha 64 has no effect: tower.lora_rank is 0"),
+    "decay": ("--tower.freeze --optim.layer-decay 0.8", "--layer-decay 0.8 has no effect: tower.freeze trains"),
+    "recompute": ("--tower.freeze --gradient_checkpointing True", "--gradient-checkpointing True has no effect"),
     "lr": (
         "--tower.freeze --learning_rate 1e-3",
-        "--optim.lr 0.001 has no effect: tower.freeze trains",
+        "--lr 0.001 has no effect: tower.freeze trains",
     ),
     "blocks": ("--dual.adapter linear --dual.adapter-blocks 2", "--dual.adapter-blocks 2 has no effect: dual.adapter"),
     "floor": ("--optim.schedule constant --optim.min-lr-ratio 0.1", "no effect: optim.schedule constant never lowers"),
@@ -54,15 +53,15 @@ TOWER_REFUSED = {
         "--dataloader_num_workers 0 --train.dataloader-prefetch-mb 9",
         "no effect: train.dataloader_num_workers is 0",
     ),
-    "folder": ("--data.path a.tar --image_folder b", "--data.read.images b has no effect: data.path names no .jsonl"),
-    "plan": ("--plan.images 10", "--plan.images 10 has no effect: it is an assumption of --dry-run"),
+    "folder": ("--data.path a.tar --image_folder b", "--image-folder b has no effect: data.path names no .jsonl"),
+    "plan": ("--plan.images 10", "--assumed-samples 10 has no effect: it is an assumption of --dry-run"),
     "both": ("--bf16 True --fp16 True", "--bf16 and --fp16 exclude each other"),
 }
 LLM_REFUSED = {
     "decay": ("--layer-decay 0.8", "--layer-decay 0.8 has no effect: an adapter has one learning rate, lr"),
     "workers": ("--max-broken 0.5", "--max-broken 0.5 has no effect: it belongs to the training of towers"),
-    "evaluation": ("--limit 10", "--limit 10 has no effect: captions is not set"),
-    "lora": ("--adapter a --r 8", "--r 8 has no effect: training continues from the adapter a"),
+    "evaluation": ("--limit 10", "--evaluation.limit 10 has no effect: validation is not set"),
+    "lora": ("--adapter a --r 8", "--lora-rank 8 has no effect: training continues from the adapter a"),
     "kinds": ("--pair-format text --pair-kinds a:b", "no effect: pair_format is text: no data set has captions"),
     "fields": ("--query-field q", "--query-field q has no effect: no data set is a .jsonl file"),
 }
@@ -86,7 +85,7 @@ def test_an_llm_option_without_effect_is_an_error(name: str) -> None:
 
 def test_masked_tokens_need_no_contrast() -> None:
     with pytest.raises(ValueError, match=r"--scale 20\.0 has no effect: pretrain-llm predicts masked tokens"):
-        parse(["data", "--llm", "x", "--scale", "20"], "pretrain-llm")
+        parse(["data", "--llm", "x", "--scale", "20"], PRETRAIN)
 
 
 def test_what_asks_for_nothing_and_what_a_recipe_sets_is_accepted() -> None:
@@ -103,14 +102,3 @@ def test_rules_name_fields_that_exist() -> None:
             rule.why(config)  # type: ignore[arg-type]
             for option in (*rule.options, *rule.except_for):
                 assert any(name == option or name.startswith(f"{option}.") for name in names), option
-
-
-def test_words_are_read_as_tyro_reads_them() -> None:
-    words = ["--tower.freeze", "--data.augment.no-flip", "--train.max-steps=3", "--output_dir", "x", "--optim.lr", "1"]
-    expected = {"tower.freeze", "data.augment.flip", "train.max_steps", "output_dir", "optim.lr"}
-    assert given_options(RunConfig, words, sections=True) == expected
-    flat = given_options(FinetuneConfig, ["--no-across", "--max-steps", "3", "data"], sections=False)
-    assert flat == {"evaluation.across", "train.max_steps"}
-    leaves = [name.rpartition(".")[2] for name in field_names(FinetuneConfig)]
-    assert len(set(leaves)) == len(leaves)
-    assert value_of(dataclasses.replace(RunConfig(), output_dir="x"), "output_dir") == "x"

@@ -1,9 +1,8 @@
-"""train-tower's command line: recipes, overrides, the Trainer's names, and what it says without tyro."""
+"""train-tower's command line: recipes, overrides, and the Trainer's names."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tiny_data import make_tower
 from llm2clip_plugin import cli
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.stages.tower import recipes
-from llm2clip_plugin.stages.tower.command import read_command, translate
+from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.stages.tower.config import DataConfig
 from llm2clip_plugin.train.model import TowerConfig
 
@@ -48,22 +47,13 @@ def test_the_command_line_overrides_a_recipe():
     assert config.heads == recipes.quickstart().heads
 
 
-@pytest.mark.parametrize("command", ["train-tower", "finetune-llm", "pretrain-llm", "embed"])
-def test_without_tyro_one_line_says_what_to_install(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert cli.main([command, "--seed", "1"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "tyro" in line and 'pip install "llm2clip-plugin[train]"' in line
-
-
 def test_names_of_llava_s_scripts():
-    assert translate(["--bf16", "False", "--fp16=True"]) == ["--train.precision", "fp16"]
-    assert translate(["--torch_compile", "False"]) == ["--train.no-torch_compile"]
+    assert read_command(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
+    assert read_command(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
+    assert not read_command(["--torch_compile", "False"]).train.torch_compile
     silent = read_command(["--report_to", "none", "--seed", "7"])
     assert silent.train.report_to == () and silent.train.seed == 7
-    assert translate(["--learning_rate", "1e-4"]) == ["--optim.lr", "1e-4"]
+    assert read_command(["--learning_rate", "1e-4"]).optim.lr == 1e-4
 
 
 def test_caption_weights_name_the_kinds_that_are_read():
@@ -75,7 +65,7 @@ def test_caption_weights_name_the_kinds_that_are_read():
     assert [source.kinds for source in alone.sources] == [("short", "long")] * 2  # other kinds are not drawn
     with pytest.raises(ValueError, match="name different kinds; give each of these kinds a weight"):
         dataclasses.replace(config.data, caption_weights=("short=1",))
-    with pytest.raises(ValueError, match=r"^data\.caption_weights short=1 keywords=1"):
+    with pytest.raises(ValueError, match=r"data\.caption_weights short=1 keywords=1"):
         read_command([*words[:-1], "keywords=1"])
 
 
@@ -86,12 +76,10 @@ def test_without_a_recipe_it_is_base_for_any_data_and_tower(capsys: pytest.Captu
     assert config.heads.steps and config.train.save_total_limit == recipes.quickstart().train.save_total_limit == 2
     assert cli.main(["train-tower", "--data.path", "x"]) == 2
     said = capsys.readouterr().err
-    assert "error: no tower to train: add --tower.path with a directory or Hub id. For example: llm2clip train" in said
+    assert "error: no tower to train: add --tower with a directory or Hub id. For example: llm2clip train" in said
     assert cli.main(["train-tower", "--recipe", "eva02_b16"]) == 2
     said = capsys.readouterr().err
-    assert (
-        "no training data: add --data.path DATA and no tower to train (eva02-b16, as `llm2clip import` writes" in said
-    )
+    assert "no training data: add DATA and no tower to train (eva02-b16, as `llm2clip import` writes" in said
 
 
 def test_the_recipe_that_was_not_named_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -19,7 +19,7 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.sources import row_index as row_sources
 from llm2clip_plugin.data.sources.open import Shard, SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.stages.embed.command import parse
+from llm2clip_plugin.stages.embed.command import COMMAND
 from llm2clip_plugin.text.embed import embed_source, shards_of_rank
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -180,8 +180,8 @@ def test_verify_finds_what_is_wrong(teacher: CaptionEncoder, llama: Path, tmp_pa
 
 
 def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"unrecognized options: --poolin, mean; did you mean --pooling\?"):
-        parse([str(tmp_path), "--llm", str(llama), "--poolin", "mean"])
+    with pytest.raises(ValueError, match=r"unknown option --poolin; did you mean --pooling\?"):
+        COMMAND.parse([str(tmp_path), "--llm", str(llama), "--poolin", "mean"])
     assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
     capsys.readouterr()
     assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
 from llm2clip_plugin.data.decode import BrokenImage, load, open_header
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
@@ -24,16 +22,8 @@ CHUNK = 64  # samples that a worker reads in one task
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(SourceConfig):
-    """Read a data set once, decode every image, and report statistics and broken samples.
+    """What to look for in a data set."""
 
-    The exit status is 1 if training on it would stop, else 0.
-    """
-
-    path: Annotated[
-        tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")
-    ]  # folder of tars, .tar, .jsonl, .json or URL
-    weight: tyro.conf.Suppress[float] = 1.0
-    shuffle_window: tyro.conf.Suppress[int] = -1
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
     max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
     small_side: int = 32  # count images with a side shorter than this, in pixels

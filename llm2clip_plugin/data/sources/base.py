@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.kept import KeptFolder, Ledger
@@ -42,20 +40,11 @@ def format_help() -> str:
     return "; ".join(f"{known.name}: {known.help}" for known in formats().values())
 
 
-def format_argument() -> object:
-    """What tyro shows for ``--format``; "" without tyro, as in LLaVA's environment."""
-    if importlib.util.find_spec("tyro") is None:
-        return ""
-    from tyro.conf import arg
-
-    return arg(help=f"auto, by the path's name, or one of: {format_help()}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """How captioned images are read."""
 
-    format: Annotated[str, format_argument()] = "auto"
+    format: str = "auto"  # of the data: webdataset, jsonl, llava or another of data/sources; auto: by the path's name
     images: str = ""  # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
     fields: tuple[str, ...] = DEFAULT_FIELDS  # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
     language: str = "en"  # of captions without a language
@@ -90,7 +79,7 @@ class SourceConfig(ReadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise ValueError("no data path is set; set --path (--data.path in training)")
+            raise ValueError("no data path is set; give DATA")
         if self.path.startswith("file://"):
             raise ValueError(f"{self.path}: remove file:// from the path of a local source")
         if not self.weight > 0:

@@ -39,7 +39,7 @@ class RowSource(Source):
         self._rows = opened or self._open_rows(config)
         if not is_url(self._images) and not os.path.isdir(self._images):
             raise FileNotFoundError(
-                f"image folder {self._images} does not exist; set --images to the folder of {config.path}'s images"
+                f"image folder {self._images} does not exist; --image-folder must be that of {config.path}"
             )
         super().__init__(config, self._rows.shards)
         if isinstance(self._rows, KeptRows):

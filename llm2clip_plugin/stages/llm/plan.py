@@ -111,7 +111,7 @@ def measure_data(config: FinetuneConfig) -> DataSize:
     """Size of the data and length of its texts; what is missing is assumed."""
     encoder, assumed = config.encoder, []
     if encoder.adapter:
-        assumed.append(f"{encoder.adapter} has rank {config.lora.r} (--r), on the layers below")
+        assumed.append(f"{encoder.adapter} has rank {config.lora.r} (--lora-rank), on the layers below")
     if config.pairs.data:
         data = open_data(config, rank=0, world=1)
         pairs = [pair for survey in data.surveys for pair in survey.pairs]
@@ -120,7 +120,7 @@ def measure_data(config: FinetuneConfig) -> DataSize:
     else:
         samples, texts, found = config.plan.assumed_pairs, 2, [f"the paper's data: {LLM_MIXTURE}"]
         lengths, missing = [], "no DATA"
-        assumed.append(f"{samples:,} pairs of a query and a positive (--plan.images, or DATA)")
+        assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
         lengths = [min(ASSUMED_TOKENS, encoder.max_tokens)]
         assumed.append(f"{lengths[0]} tokens per text, template and prompt included: {missing}")

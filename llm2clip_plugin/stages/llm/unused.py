@@ -36,7 +36,7 @@ UNUSED: list[Unused[FinetuneConfig]] = [
     ),
     Unused(
         ("train.eval_steps", "evaluation"),
-        lambda c: "" if c.evaluation.captions else "captions is not set, so nothing is evaluated",
+        lambda c: "" if c.evaluation.captions else "validation is not set, so nothing is evaluated",
     ),
     Unused(("lora",), _adapter, except_for=("lora.dropout",)),
     Unused(("pairs.query_field", "pairs.positive_field", "pairs.negative_field"), _no_pair_files),

@@ -20,8 +20,7 @@ from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.dual import DualConfig
 
 EXAMPLE = (
-    "llm2clip train-tower --tower.path facebook/dinov2-base --data.path /data/photos --data.validation /data/held-out "
-    "--output_dir runs/photos"
+    "llm2clip train-tower /data/photos --tower facebook/dinov2-base --validation /data/held-out --output runs/photos"
 )
 
 
@@ -106,8 +105,8 @@ class RunConfig(TrainingConfig):
 
     def _missing(self) -> list[str]:
         """What every run needs and no recipe can know, as the parts of an error."""
-        missing = [] if self.data.path else ["no training data: add --data.path DATA"]
+        missing = [] if self.data.path else ["no training data: add DATA"]
         if not self.tower.path:
             made = f" ({self.tower.architecture}, as `llm2clip import` writes it)" if self.tower.architecture else ""
-            missing.append(f"no tower to train{made}: add --tower.path with a directory or Hub id")
+            missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
         return missing

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.stages.settings import from_plain
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.model import build_dual
@@ -51,8 +52,10 @@ def main(argv: list[str]) -> int:
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line; exits with status 2 for a misspelt option."""
-    parser = argparse.ArgumentParser(
-        prog="llm2clip export", description="Write a run as a tower directory, or a tower directory in another format."
+    parser = Parser(
+        "export",
+        "llm2clip export runs/l14-336 --output towers/l14-336",
+        "Write a run as a tower directory, or a tower directory in another format.",
     )
     parser.add_argument("source", help="folder of a training run, tower directory, or Hub id")
     parser.add_argument("--output", required=True, help="directory to write")
@@ -86,7 +89,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
         raise FileNotFoundError(f"{run} has no checkpoint yet")
     loaded = load(path, moments=False)
     if averaged and not loaded.averages:
-        raise ValueError(f"{path} has no moving average: the run had --train.ema-decay 0")
+        raise ValueError(f"{path} has no moving average: the run had --ema-decay 0")
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
     export_tower(

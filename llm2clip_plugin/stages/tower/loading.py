@@ -53,11 +53,11 @@ def describe_loading(plans: list[LoadPlan], ranks: int) -> str:
     train = plans[0]
     memory = f"{train.host_bytes / 1e6:,.0f} MB of its own memory"
     if not sum(plan.workers for plan in plans):
-        return f"loader of a rank: no processes (--train.dataloader-num-workers), {memory}"
+        return f"loader of a rank: no processes (--workers), {memory}"
     shared = sum(plan.shared_bytes for plan in plans)
     text = (
         f"loader of a rank: {train.workers} processes, parts of {train.part} images, {shared / 1e6:,.0f} MB of "
-        f"/dev/shm (--train.dataloader-prefetch-mb), {memory}"
+        f"/dev/shm (--dataloader-prefetch-mb), {memory}"
     )
     if reason := lacks_shared_memory(plans, ranks):
         return f"{text}\n  too much for this machine: {reason}"
@@ -74,7 +74,7 @@ def with_order(config: RunConfig) -> RunConfig:
 def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
     """Order of the samples, and opens, reads and bytes a second on 1, 8 and 64 GPUs; without sources a hint."""
     if not sources:
-        return "reading: give --data.path to see what the run asks of the disk"
+        return "reading: give DATA to see what the run asks of the disk"
     window = shuffle_window(config.data.read.shuffle_window, config.data.path)
     places = sorted({file_system(path) or "an unknown file system" for path in config.data.path})
     order = f"shuffled by windows of {window} shards" if window else "shuffled over entire sources"
@@ -83,7 +83,7 @@ def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
     size = sample_bytes(sources)
     lines = [
         f"reading from {', '.join(places)}: {samples:,} samples in {shards:,} shards, {order} "
-        f"(--data.read.shuffle-window); at {rate:g} images/s a GPU (--plan.images-per-second):"
+        f"(--shuffle-window); at {rate:g} images/s a GPU (--images-per-second):"
     ]
     for world in WORLDS:
         asked = read_rate(
@@ -97,5 +97,5 @@ def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
         )
         lines.append(f"{world:6} GPUs: {asked}")
     if not window and any(map(is_network, config.data.path)):
-        lines.append("  a network file system rarely bears so many opens: leave --data.read.shuffle-window at -1")
+        lines.append("  a network file system rarely bears so many opens: leave --shuffle-window at -1")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ def notes(config: RunConfig, source: Source, device: torch.device) -> list[str]:
             "for other data leave out --recipe quickstart"
         )
     if device.type == "cpu" and config.train.precision == "bf16":
-        lines.append("no GPU: bf16 is slower than fp32 on most CPUs; add --train.precision fp32")
+        lines.append("no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32")
     return [f"note: {line}" for line in lines]
 
 

@@ -66,8 +66,8 @@ def open_pair(config: SourceConfig, cache_path: str, fingerprint: str | None) ->
     """A source and its cache, checked against each other and against the teacher's fingerprint."""
     if is_url(config.path) and not cache_path:  # before anything is downloaded
         raise ValueError(
-            f"{config.path} is not a local folder; set its embedding cache with --data.cache DIR "
-            "(--data.validation-cache DIR for the held-out split)"
+            f"{config.path} is not a local folder; set its embedding cache with --cache DIR "
+            "(--validation-cache DIR for the held-out split)"
         )
     source = open_source(config)
     cache = EmbeddingCache.open(cache_path or find_cache(config.path), expect_fingerprint=fingerprint)
@@ -87,5 +87,5 @@ def find_cache(source: str) -> str:
             f"no embedding cache (embeddings-*) in {folder}; create one with llm2clip embed {source} ..."
         )
     if len(caches) > 1:
-        raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --data.cache")
+        raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --cache")
     return caches[0]

@@ -93,7 +93,7 @@ def measure_data(config: RunConfig) -> DataSize:
         samples = sum(map(len, sources))
         assumed = [f"{captions} captions per image, as the data has no embedding cache"]
     else:
-        assumed = [f"{samples:,} images x {captions} captions (--plan.images, or --data.path)"]
+        assumed = [f"{samples:,} images x {captions} captions (--assumed-samples, or DATA)"]
         assumed += [f"data like the paper's, {mixture}" for mixture in TOWER_MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
@@ -150,14 +150,14 @@ def describe_commands(config: RunConfig, words: Sequence[str], table: list[plans
     before, words = [], list(words)
     if not config.tower.path:
         before.append(f"  llm2clip import CHECKPOINT --output towers/{config.tower.architecture}")
-        words += ["--tower.path", f"towers/{config.tower.architecture}"]
+        words += ["--tower", f"towers/{config.tower.architecture}"]
     if not config.data.path:
         teacher = next((t for t in TEACHERS.values() if t.width == config.dual.llm_width), None)
         llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "LLM"
         before.append(f"  llm2clip embed DATA --llm {llm}")
-        words += ["--data.path", "DATA"]
+        words.insert(0, "DATA")
     deepspeed = "" if config.deepspeed else "scripts/zero1.json"
     runs = plans.describe_commands(
-        "scripts/train_tower.py", words, table, config.train, option="--train.micro-batch", deepspeed=deepspeed
+        "scripts/train_tower.py", words, table, config.train, option="--micro-batch", deepspeed=deepspeed
     )
     return ["commands:", *before, *runs]

@@ -33,7 +33,7 @@ EMOJI_FIELD = "concept"  # of its samples: the same for one emoji in several sty
 def base() -> RunConfig:
     """Own data with any tower: the paper's settings, with a batch that one GPU holds and heads fitted first.
 
-    Set --tower.path and --data.path. Thousands of images to millions: the length is counted in epochs.
+    Set --tower and --data. Thousands of images to millions: the length is counted in epochs.
     """
     return RunConfig(
         optim=OptimConfig(
@@ -62,8 +62,8 @@ def base() -> RunConfig:
 def quickstart() -> RunConfig:
     """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two CPU cores.
 
-    For the emoji alone: it mirrors and rotates images, and evaluates by the field ``concept``. Set --tower.path (the
-    quickstart makes a tower) and --data.cache.
+    For the emoji alone: it mirrors and rotates images, and evaluates by the field ``concept``. Set --tower (the
+    quickstart makes a tower) and --cache.
     """
     return RunConfig(
         output_dir="runs/quickstart",
@@ -105,17 +105,17 @@ def openai_b16() -> RunConfig:
 
 
 def eva02_l14_336() -> RunConfig:
-    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then set --tower.path."""
+    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then set --"""
     return _paper("eva02-l14-336", TowerConfig(architecture="eva02-l14-336"))
 
 
 def eva02_l14_224() -> RunConfig:
-    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then set --tower.path."""
+    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then set --"""
     return _paper("eva02-l14-224", TowerConfig(architecture="eva02-l14-224"))
 
 
 def eva02_b16() -> RunConfig:
-    """EVA02-CLIP B/16: `llm2clip import` its .pt, then set --tower.path."""
+    """EVA02-CLIP B/16: `llm2clip import` its .pt, then set --"""
     return _paper("eva02-b16", TowerConfig(architecture="eva02-b16"))
 
 

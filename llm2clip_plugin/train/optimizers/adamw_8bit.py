@@ -26,7 +26,7 @@ NUMBER = {"exp_avg": "1", "exp_avg_sq": "2"}  # bitsandbytes names its moments s
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bit(OptimizerSpec):
-    """``--optim.name adamw_8bit``, as Hugging Face's Trainer calls it."""
+    """``--optimizer adamw_8bit``, as Hugging Face's Trainer calls it."""
 
     min_8bit_size: int = 4096  # values of a master from which its moments are in 8 bits
 

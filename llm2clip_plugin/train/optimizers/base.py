@@ -19,12 +19,12 @@ State = dict[str, Any]  # optimizer.state[master]
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSpec(ABC):
     """One optimizer. Subclasses are frozen dataclasses; their fields are the optimizer's own settings, with defaults,
-    which ``--optim.args NAME=VALUE`` sets.
+    which ``--optimizer-args NAME=VALUE`` sets.
 
     If the moments are ordinary tensors of the master's shape, ``make`` and ``empty_state`` are all there is to define.
     """
 
-    name: ClassVar[str]  # of ``--optim.name``
+    name: ClassVar[str]  # of ``--optimizer``
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # keys of a state that checkpoints hold
     state_bytes: ClassVar[float] = 8.0  # of the moments of one parameter
     supports_offload: ClassVar[bool] = False  # DeepSpeed's CPU Adam computes the same on offloaded states
@@ -66,6 +66,6 @@ class OptimizerSpec(ABC):
         if value is not None and not value.is_floating_point():
             raise ValueError(
                 f"the checkpoint holds {moment} as {value.dtype}, which {self.name} cannot read: resume with the "
-                "--optim.name that wrote it"
+                "--optimizer that wrote it"
             )
         return {} if value is None else {moment: value}

@@ -1,7 +1,6 @@
 """``llm2clip import SOURCE --output DIR``."""
 
-import argparse
-
+from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.vision.convert.checkpoint_files import PICKLE_SUFFIXES
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.model_card import summary
@@ -9,8 +8,10 @@ from llm2clip_plugin.vision.model_card import summary
 
 def main(argv: list[str]) -> int:
     """Import a checkpoint, print what was matched and what was ignored."""
-    parser = argparse.ArgumentParser(
-        prog="llm2clip import", description="Convert a vision checkpoint into a tower directory."
+    parser = Parser(
+        "import",
+        "llm2clip import openai/clip-vit-large-patch14-336 --output towers/clip-l14-336",
+        "Convert a vision checkpoint into a tower directory.",
     )
     parser.add_argument(
         "source", help=f"directory, Hub id, timm:NAME, or file (.safetensors, {', '.join(PICKLE_SUFFIXES)})"

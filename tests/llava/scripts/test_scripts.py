@@ -54,7 +54,7 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     several = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, PER_DEVICE="8")
     assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several  # 16 x 8 x 2
     told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
-    assert "256 is not a multiple of 3 ranks x --per-device 32 = 96" in told
+    assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in told
     carried = {"LLM2CLIP_TOWER": "/some/tower", "HOME": str(tmp_path)}
     told = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, **carried)
     assert "add LLM2CLIP_TOWER=/some/tower to ~/.deepspeed_env" in told

@@ -1,0 +1,97 @@
+"""What options are called: one name for one thing in all commands, and the names of earlier versions.
+
+A setting is a field of nested dataclasses, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of
+the command ends in it; else the dotted name, or the one that the command chooses. Every option is also understood by
+its dotted name, with underscores, and under the names below; ``--help`` shows one. docs/options.md has the table.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+# Names of earlier versions, of Hugging Face's Trainer and of LLaVA's scripts -> the name now; not shown in --help.
+ALSO = {
+    "data-path": "data",
+    "root": "data",
+    "images": "image-folder",
+    "output-dir": "output",
+    "out": "output",
+    "batch": "batch-size",
+    "layout": "format",
+    "learning-rate": "lr",
+    "lr-scheduler-type": "schedule",
+    "per-device-train-batch-size": "micro-batch",
+    "per-device": "micro-batch",
+    "dataloader-num-workers": "workers",
+    "epochs": "num-train-epochs",
+    "resume-from-checkpoint": "resume",
+    "vision-tower": "tower",
+    "model-name-or-path": "llm",
+    "weights": "data-weights",
+    "assumed-pairs": "assumed-samples",
+}
+
+
+def normal(name: str) -> str:
+    """``max_steps`` and ``--max-steps`` as ``max-steps``."""
+    return name.removeprefix("--").replace("_", "-")
+
+
+def field_names(kind: type, path: str = "") -> Iterator[str]:
+    """The dotted name of every leaf of nested dataclasses."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from field_names(hint, f"{path}{name}.")
+        elif typing.get_origin(hint) is not typing.ClassVar:
+            yield path + name
+
+
+class Names:
+    """The names of the fields of one command's settings."""
+
+    def __init__(self, fields: Iterable[str], shown: Mapping[str, str], also: Mapping[str, str]) -> None:
+        """``shown``: names that a command chooses; of a field, or of a section (then before the field's last part).
+
+        ``also``: further names that are understood -> the field. Names are without the two dashes.
+        """
+        fields = tuple(fields)
+        leaves = Counter(name.rpartition(".")[2] for name in fields)
+        self.shown = {name: self._choose(name, shown, leaves) for name in fields}
+        self.fields = {name: field for field, name in self.shown.items()}
+        if len(self.fields) != len(fields):
+            twice = [name for name, count in Counter(self.shown.values()).items() if count > 1]
+            raise AssertionError(f"options with one name: {twice}")
+        for name, field in also.items():
+            self.fields.setdefault(normal(name), field)
+        for field in fields:
+            self.fields.setdefault(normal(field), field)
+            if leaves[leaf := field.rpartition(".")[2]] == 1:
+                self.fields.setdefault(normal(leaf), field)
+        for name, now in ALSO.items():
+            if now in self.fields:
+                self.fields.setdefault(name, self.fields[now])
+
+    @staticmethod
+    def _choose(field: str, shown: Mapping[str, str], leaves: Mapping[str, int]) -> str:
+        section, _, leaf = field.rpartition(".")
+        if field in shown:
+            return shown[field]
+        if section in shown:
+            return f"{shown[section]}{normal(leaf)}"
+        return normal(leaf if leaves[leaf] == 1 else field)
+
+    def flag(self, field: str) -> str:
+        """``--lr`` of ``optim.lr``."""
+        return f"--{self.shown[field]}"
+
+    def nearest(self, name: str) -> str:
+        """``; did you mean --lr?``, with the shown name of what comes nearest; "" if nothing does."""
+        return nearest(normal(name), self.fields, lambda near: self.flag(self.fields[near]))
+
+
+def nearest(name: str, known: Iterable[str], write: typing.Callable[[str], str] = repr) -> str:
+    """``; did you mean 'NAME'?`` with the known name that comes nearest; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {write(near[0])}?" if near else ""
