@@ -1,0 +1,71 @@
+"""What the first-day page starts from: a folder of pictures with captions, and tiny models under the Hub's names.
+
+``python tests/own_photos.py FOLDER`` makes it, for running the page by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+COLORS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 210), "yellow": (240, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+PLACES = {"on the left": 0.3, "in the middle": 0.5, "on the right": 0.7}
+SIZES = {"small": 8, "large": 16}
+LLM, TOWER = "meta-llama/Llama-3.2-1B-Instruct", "openai/clip-vit-base-patch16"
+
+
+def draw(size: str, color: str, shape: str, place: str, rng: random.Random) -> Image.Image:
+    """A picture of 72 x 64 pixels: a shape on light paper, with a little of everything else at random."""
+    image = Image.new("RGB", (72, 64), tuple(rng.randint(225, 255) for _ in range(3)))
+    pen, radius = ImageDraw.Draw(image), SIZES[size] + rng.randint(-2, 2)
+    x, y = round(72 * PLACES[place]), rng.randint(24, 40)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        pen.ellipse(box, fill=COLORS[color])
+    elif shape == "square":
+        pen.rectangle(box, fill=COLORS[color])
+    else:
+        pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=COLORS[color])
+    return image
+
+
+def make_photos(folder: Path) -> None:
+    """photos/NUMBER.jpg and captions.jsonl: 72 pictures, each with a short and a long caption of its own."""
+    rng, rows = random.Random(0), []
+    (folder / "photos").mkdir(parents=True)
+    for number, (size, color, shape, place) in enumerate(itertools.product(SIZES, COLORS, SHAPES, PLACES)):
+        name = f"photos/{number:04d}.jpg"
+        draw(size, color, shape, place, rng).save(folder / name, quality=90)
+        short, long = (
+            f"{size} {color} {shape} {place}",
+            f"A {size} {shape} of {color} ink, drawn {place} of light paper.",
+        )
+        rows.append({"image": name, "caption": short, "long_caption": long})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+
+
+def make_models(folder: Path) -> None:
+    """The page's LLM and tower in tiny, where their names lead if they are read as paths."""
+    import torch
+    from tiny_llm import save_tiny_llm
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from llm2clip_plugin.vision.export import save_tower
+
+    save_tiny_llm(folder / LLM, "llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    (folder / TOWER).mkdir(parents=True)
+    save_tower(CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sizes)), folder / TOWER)
+
+
+if __name__ == "__main__":
+    make_photos(Path(sys.argv[1]))
+    make_models(Path(sys.argv[1]))
