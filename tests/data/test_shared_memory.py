@@ -46,7 +46,7 @@ def test_too_little_shared_memory_is_an_error_that_says_what_to_do(tmp_path: Pat
         check_shared_memory([plan], too_many, str(tmp_path))
     message = str(caught.value)
     assert f"need {too_many * plan.shared_bytes:,}" in message
-    for word in ("--ipc=host", "--shm-size=", "--train.dataloader-prefetch-mb", "--train.dataloader-num-workers"):
+    for word in ("--ipc=host", "--shm-size=", "--dataloader-prefetch-mb", "--workers"):
         assert word in message
     none = dataclasses.replace(plan, workers=0)
     check_shared_memory([none], too_many, str(tmp_path))

@@ -111,7 +111,7 @@ def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, t
 def test_a_teacher_that_is_not_at_hand(world, tmp_path):
     """The error says what is missing and how to give it; given, the tower works; another LLM is refused."""
     shutil.copytree(world / "tower", tmp_path / "tower")
-    with pytest.raises(ValueError, match=r"adapter .* no longer at .*; pass it with --teacher.adapter DIR .*adapter="):
+    with pytest.raises(ValueError, match=r"adapter .* no longer at .*; pass it with --adapter DIR .*adapter="):
         load_dual_encoder(tmp_path / "tower").encode_text("a bird")
     adapter = str(world / "adapter")
     with pytest.raises(FileNotFoundError, match=r"teacher is not at hand: .*llm.*in Python: teacher="):

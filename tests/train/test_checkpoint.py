@@ -140,7 +140,7 @@ def refuse_moments(rank: int, world: int, folder: str) -> str:
 
 def test_moments_of_another_kind_are_refused(saved: tuple[Path, dict[str, list[float]]]):
     (message,) = run_ranks(refuse_moments, 1, str(saved[0]))
-    assert "exp_avg as torch.uint8, which adamw cannot read: resume with the --optim.name that wrote it" in message
+    assert "exp_avg as torch.uint8, which adamw cannot read: resume with the --optimizer that wrote it" in message
 
 
 def test_masters_keep_the_digits_that_bf16_loses(saved: tuple[Path, dict[str, list[float]]]):

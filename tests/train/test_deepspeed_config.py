@@ -83,7 +83,7 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
     assert complete({}, plan)["zero_allow_untested_optimizer"] is True
     assert "zero_allow_untested_optimizer" not in complete({}, PLAN)
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ValueError, match=r"zero.json offloads optimizer states(.|\n)*set --optim.name adamw"):
+    with pytest.raises(ValueError, match=r"zero.json offloads optimizer states(.|\n)*set --optimizer adamw"):
         complete(offload, plan, where="zero.json")
     with pytest.raises(ValueError, match=r"optimizer.type is 'AdamW', but the run uses 'adamw_8bit' \(--optim"):
         complete({"optimizer": {"type": "AdamW"}}, plan)

@@ -97,7 +97,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(
     told = capsys.readouterr().err
     assert "step-00000002" in told and f"warning: falling back to {checkpoints.path(1)}" in told
     DAMAGE[name](checkpoints.path(1))
-    with pytest.raises(ContractError, match=r"no checkpoint in .* is intact: .*step-00000002.*another --output_dir"):
+    with pytest.raises(ContractError, match=r"no checkpoint in .* is intact: .*step-00000002.*another --output"):
         checkpoints.find("auto")
 
 
@@ -180,7 +180,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_is_not(
         assert json.loads((run / run_lock.FILE).read_text())["pid"] == psutil.Process().pid
     assert not (run / run_lock.FILE).exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match=r"--output_dir .*file is a file, or below one; choose a folder"):
+    with pytest.raises(FileExistsError, match=r"--output .*file is a file, or below one; choose a folder"):
         run_lock.acquire(tmp_path / "file")
     with pytest.raises(FileExistsError, match=r"is a file, or below one"):
         run_lock.acquire(tmp_path / "file/run")

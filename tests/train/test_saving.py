@@ -321,7 +321,7 @@ def test_a_disk_that_is_gone_is_one_error_on_a_save_that_must_succeed(tmp_path: 
     (tmp_path / "run").write_text("not a folder")
     saver = Saver(Checkpoints(tmp_path / "run", keep=1), Engineless(), note=told.append, event=events.append)
     saver.save(TrainState(step=3, samples=1, config={}, config_hash="", seed=0))
-    with pytest.raises(OSError, match=r"cannot write the last checkpoint .*step-00000003: .*--train.save-fallback-dir"):
+    with pytest.raises(OSError, match=r"cannot write the last checkpoint .*step-00000003: .*--save-fallback-dir"):
         saver.finish()
     saver.save(TrainState(step=4, samples=1, config={}, config_hash="", seed=0))
     with saver:

@@ -273,7 +273,7 @@ def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weight"):
         config(tmp_path, weight=0.0)
     (tmp_path / "x.jsonl").write_text("{}\n")
-    with pytest.raises(FileNotFoundError, match=r"image folder .* does not exist; set --images"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .* does not exist; --image-folder must"):
         open_source(config(tmp_path / "x.jsonl", images=str(tmp_path / "none")))
     (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(ValueError, match="one object per line"):
