@@ -65,7 +65,7 @@ def test_auto_values_are_filled():
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        ({"train_batch_size": 256}, r"train_batch_size is 256, but the run uses 512 \(--train.global-batch\)"),
+        ({"train_batch_size": 256}, r"train_batch_size is 256, but the run uses 512 \(--global-batch\)"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled is True, but the run uses False"),
         ({"optimizer": {"type": "Lamb"}}, r"optimizer.type is 'Lamb'"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, r"lr is 0.001, but the run uses 1e-05"),
@@ -92,7 +92,7 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
 def test_gradients_are_reduced_in_the_type_of_the_option():
     assert "communication_data_type" not in complete({}, PLAN)
     assert complete({}, REDUCED)["communication_data_type"] == "fp32"
-    with pytest.raises(ValueError, match=r"communication_data_type is 'bf16', but the run uses 'fp32' \(--train\.comm"):
+    with pytest.raises(ValueError, match=r"communication_data_type is 'bf16', but the run uses 'fp32' \(--comm"):
         complete({"communication_data_type": "bf16"}, REDUCED)
     with pytest.raises(ValueError, match=r"unknown train.communication_data_type 'fp64'; known: fp32, bf16, fp16, or"):
         TrainConfig(communication_data_type="fp64")  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
         (lambda: TrainConfig(precision="fp8"), "unknown train.precision 'fp8'; known: fp32, bf16, fp16"),  # type: ignore[arg-type]
         (lambda: TrainConfig(report_to=("mlflow",)), "unknown train.report_to"),  # type: ignore[arg-type]
         (lambda: TrainConfig(max_steps=0, num_train_epochs=0), "nothing to train"),
-        (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --train.global-batch 64"),
+        (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --global-batch 64"),
         (lambda: LossConfig(args=("margin=1",)), r"loss.args: unknown setting 'margin=1' of InfoNCE; known: none"),
         (lambda: LossConfig(kind="sigmoid").check(DualConfig()), "sigmoid learns a logit bias: set --dual.logit-bias"),
         (
@@ -177,7 +177,7 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
         ),
         (
             lambda: RunConfig().validate(),
-            "no training data: add .* and no tower to train: add .* For example: llm2clip train-tower --tower.path",
+            "no training data: add .* and no tower to train: add .* For example: llm2clip train-tower .* --tower",
         ),
     ],
 )
