@@ -163,7 +163,8 @@ def test_a_user_defined_benchmark_has_its_pictures(tmp_path):
 def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     arguments = own_benchmark(tmp_path, tmp_path / "pictures")
     compare(arguments)
-    assert "12 pictures of our own were not found; pass their folder with --image-folder" in (tmp_path / "x.html").read_text()
+    told = "12 pictures of our own were not found; pass their folder with --image-folder"
+    assert told in (tmp_path / "x.html").read_text()
     compare([*arguments, "--image-folder", str(tmp_path / "pictures")])
     assert all(question["image"] for question in embedded(tmp_path / "x.html")["questions"])
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
