@@ -17,6 +17,7 @@ def main_use(argv: list[str]) -> int:
     parser.add_argument("--name", default="", help="register it under this name (default: last part of the path or id)")
     options = parser.parse_args(argv)
     location = names.locate_spec(options.tower, how=f"llm2clip use {options.tower}")
+    location.check_weights()
     name = registry.select(location.origin, location.sha256, name=options.name)
     print(f"--vision_tower llm2clip is now {name}: {location.describe()}")
     if spec := os.environ.get("LLM2CLIP_TOWER"):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
-
-WEIGHTS = "model.safetensors"
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.intact import check_card
 
 
 class TowerNotFoundError(FileNotFoundError):
@@ -43,13 +42,8 @@ class TowerLocation:
         return self.card.weights_sha256
 
     def check_weights(self) -> None:
-        """Hash the weights file; raises ContractError with both hashes if it does not match the card."""
-        actual = sha256_weights(self.directory / WEIGHTS)
-        if actual != self.sha256:
-            raise ContractError(
-                f"{self.directory}/{WEIGHTS} has sha256 {actual}, but {TowerCard.FILE} records {self.sha256}: "
-                "the directory was modified or only partly copied; copy or export the tower again"
-            )
+        """Compare the tower's files with their hashes; raises ContractError with both if one was changed."""
+        check_card(self.directory, adapter=False)
 
     def describe(self) -> str:
         """One line: origin, hash, family, width, blocks, patches."""

@@ -54,7 +54,6 @@ class LLM2CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return
         directory = self.location.directory
-        self.location.check_weights()
         self.image_processor = CLIPImageProcessor.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
         del tower_blocks(self.vision_tower)[self.blocks_used :]

@@ -61,7 +61,10 @@ class EvalDataset(Dataset):
             if not captions:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
                 raise BrokenSample(shard, key, f"no caption{selected}")
-            pixels = self.transform.pixels(sample.read_image())
+            image = sample.read_image()
+            if self.cache is not None:
+                self.cache.check_image(shard, within, key, image)
+            pixels = self.transform.pixels(image)
         except BrokenImage as error:
             return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))
         except BrokenSample as error:

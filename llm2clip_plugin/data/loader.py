@@ -128,7 +128,10 @@ class PairDataset(Dataset):
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         caption = choose_caption(captions, self.caption_weights, rng)
         try:
-            pixels = self.transform.pixels(sample.read_image(), rng)
+            image = sample.read_image()
+            if cache is not None:
+                cache.check_image(shard, within, sample.key, image)
+            pixels = self.transform.pixels(image, rng)
         except BrokenImage as error:
             raise BrokenSample(shard, sample.key, str(error)) from error
         embedding = None if cache is None else cache.rows(shard, within, (caption,), key=sample.key)[0]

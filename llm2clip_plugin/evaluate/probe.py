@@ -6,13 +6,14 @@ Shapes: N training images, M test images, D width of a feature, C classes.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ScoreFile, sha256_text, sha256_weights
+from llm2clip_plugin.contracts import ScoreFile, TowerCard, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate.command_line import on_all_ranks, print_scores, provenance, write_scores
 from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
@@ -20,9 +21,10 @@ from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.train.distributed import choose_device
-from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.families import family_of
+from llm2clip_plugin.vision.intact import has_card
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import load_tower
 
@@ -92,17 +94,24 @@ def measure(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
     hits = {"knn": knn(train, test.feature_ND, config.k, config.temperature) == test_label_N}
     if config.linear:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
-    weights = directory / "model.safetensors"
     return dataclasses.replace(
         probe_scores(hits, test, test_images.classes, unseen),
         model=config.tower,
         provenance=provenance(
-            weights_sha256=sha256_weights(weights) if weights.is_file() else "",
+            weights_sha256=weights_hash(directory),
             family=family_of(tower).name,
             train=sha256_text("\n".join(train.keys)),
             settings={"pool": config.pool, "k": config.k, "temperature": config.temperature, "label": config.label},
         ),
     )
+
+
+def weights_hash(directory: Path) -> str:
+    """SHA-256 of a loaded tower's weights: the card's, which loading has compared; "" for another format's weights."""
+    if has_card(directory):
+        return TowerCard.read(directory / TowerCard.FILE).weights_sha256
+    weights = directory / WEIGHTS_FILE
+    return sha256_weights(weights) if weights.is_file() else ""
 
 
 def knn(train: ImageFeatures, test_MD: Tensor, k: int, temperature: float) -> Tensor:

@@ -7,7 +7,8 @@ all of them written writes the manifest. A killed run resumes: shards that are c
 import random
 import time
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from llm2clip_plugin.contracts import CacheManifest, ContractError
 from llm2clip_plugin.data.cache.proof import keep_digests, kept_digests
 from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
-from llm2clip_plugin.data.cache.rows import caption_rows, has_text, rows_digest, shard_captions
+from llm2clip_plugin.data.cache.rows import caption_rows, has_text, rows_digest, shard_contents
 from llm2clip_plugin.data.cache.writer import CacheWriter
+from llm2clip_plugin.data.pool import map_in_order
 from llm2clip_plugin.data.sources.open import Shard, Source
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.data.sources.shards import data_folder
@@ -113,35 +115,73 @@ def embed_source(
     """
     writer = CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), EmbeddingMemory(encoder, tokens_per_batch)
-    shards, known, digests = shards_of_rank(source.shards, rank, world), kept_digests(source), {}
+    shards, digests = shards_of_rank(source.shards, rank, world), {}
     started = time.monotonic()
-    with progress_bar(total=sum(shard.size for shard in shards), label="embed", unit="samples", show=not quiet) as bar:
-        for shard in shards:
+    total = sum(shard.size for shard in shards)
+    with (
+        progress_bar(total=total, label="embed", unit="samples", show=not quiet) as bar,
+        ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
+    ):
+        read = partial(_read_shard, source, writer, kept_digests(source))
+        # the next shard is read while this one is embedded
+        for shard, content in zip(shards, map_in_order(reader, read, shards, ahead=2), strict=True):
             start = int(bar.n)
-            if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
-                summary.skipped += 1
-                bar.update(shard.size)
-                continue
-            keys, captions = shard_captions(source, shard)
-            summary.empty += [key for key, texts in zip(keys, captions, strict=True) if not any(map(has_text, texts))]
-            rows = caption_rows(captions)
-            digests[shard.name] = rows_digest(keys, rows)
-            if writer.is_complete(shard.name, digests[shard.name]):
+            if content.digest:
+                digests[shard.name] = content.digest
+            summary.empty += content.empty
+            if content.complete:
                 summary.skipped += 1
             else:
-                text_of = {caption_hash(caption.text): caption.text for sample in captions for caption in sample}
                 before = encoder.count_truncated
                 on_batch = partial(_move_bar, bar, start, shard.size)
-                embeddings = memory.embed([text_of[digest] for _, digest in rows], on_batch)
+                embeddings = memory.embed([content.text_of[value] for _, value in content.rows], on_batch)
                 truncated = encoder.count_truncated - before
-                writer.write_shard(shard.name, keys, rows, embeddings, truncated=truncated)
+                writer.write_shard(
+                    shard.name,
+                    content.keys,
+                    content.rows,
+                    embeddings,
+                    truncated=truncated,
+                    image_checks=content.image_checks,
+                )
                 summary.shards += 1
-                summary.captions += len(rows)
+                summary.captions += len(content.rows)
                 summary.truncated += truncated
                 summary.seconds = time.monotonic() - started
             bar.update(start + shard.size - bar.n)
     keep_digests(source, digests)
     return writer.finish([shard.name for shard in source.shards]), summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardContent:
+    """What is to be embedded of a shard."""
+
+    complete: bool  # the cache has it
+    digest: str = ""  # of keys and captions; "" if they were not read
+    keys: Sequence[str] = ()
+    rows: Sequence[tuple[int, int]] = ()  # (sample, caption hash)
+    text_of: Mapping[int, str] = field(default_factory=dict)  # caption hash -> caption
+    image_checks: Sequence[int] | None = None
+    empty: Sequence[str] = ()  # keys of samples without a readable caption
+
+
+def _read_shard(source: Source, writer: CacheWriter, known: Mapping[str, str], shard: Shard) -> _ShardContent:
+    """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: kept digests."""
+    if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
+        return _ShardContent(complete=True)
+    keys, captions, checks = shard_contents(source, shard)
+    rows = caption_rows(captions)
+    digest = rows_digest(keys, rows)
+    return _ShardContent(
+        complete=digest != known.get(shard.name) and writer.is_complete(shard.name, digest, checks),
+        digest=digest,
+        keys=keys,
+        rows=rows,
+        text_of={caption_hash(caption.text): caption.text for sample in captions for caption in sample},
+        image_checks=checks,
+        empty=[key for key, texts in zip(keys, captions, strict=True) if not any(map(has_text, texts))],
+    )
 
 
 def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:

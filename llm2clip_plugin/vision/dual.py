@@ -20,6 +20,7 @@ from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
+from llm2clip_plugin.vision.intact import REMEDY, checked_while_read
 from llm2clip_plugin.vision.places import located
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
@@ -205,14 +206,20 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     known = {field.name for field in dataclasses.fields(DualConfig)}
     if unknown := sorted(set(card.dual) - known):
         raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
-    return card, DualConfig(**card.dual)
+    config = DualConfig(**card.dual)
+    if config.projection_dim != card.projection_dim:
+        raise ContractError(
+            f"{directory / card.FILE} contradicts itself: projection_dim is {card.projection_dim}, in dual "
+            f"{config.projection_dim}; {REMEDY}"
+        )
+    return card, config
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
     """Load the projection, text adapter and logit scale of a tower directory into ``dual``, in place.
 
     Raises ValueError if the directory contains only a tower, or has other settings than ``dual``, naming each with both
-    values; ContractError if its tensors don't match its card.
+    values; ContractError if its tensors or their hash don't match its card.
     """
     from safetensors.torch import load_file
 
@@ -226,7 +233,8 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"cannot load the heads in {directory}, saved with {', '.join(different)}; set dual.* to these values"
         )
-    state = load_file(directory / ADAPTER_FILE)
+    with checked_while_read(directory, ADAPTER_FILE):
+        state = load_file(directory / ADAPTER_FILE)
     expected = {name: tuple(value.shape) for name, value in heads_state(dual).items()}
     actual = {name: tuple(value.shape) for name, value in state.items()}
     if actual != expected:

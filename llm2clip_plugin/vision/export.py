@@ -6,6 +6,7 @@
 | preprocessor_config.json       | CLIPImageProcessor's, crop and shortest edge = the tower's image size      |
 | text_adapter.safetensors       | text adapter, visual projection, logit scale (absent for a tower alone)    |
 | llm2clip.json                  | the TowerCard                                                              |
+| checksums.json                 | SHA-256 of the three JSON files above                                      |
 | README.md                      | model card                                                                 |
 """
 
@@ -23,13 +24,13 @@ from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
-    check_card,
     fetch_directory,
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower, tower_in
+from llm2clip_plugin.vision.intact import write_checksums
 from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.places import located, recorded
@@ -78,6 +79,7 @@ def export_tower(
         )
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
+        write_checksums(temporary)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
         try:
             verify_directory(model.eval(), temporary)
@@ -136,7 +138,7 @@ def reexport(
     because they were measured at the old size.
     """
     directory = fetch_directory(source)
-    card = located(check_card(directory), directory)
+    card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
     metrics = card.metrics
     if image_size is not None and image_size != card.image_size:

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.directory import fetch_directory, read_json
-from llm2clip_plugin.vision.families import family_of, family_of_type
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
+from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
+from llm2clip_plugin.vision.intact import checked_while_read
 from llm2clip_plugin.vision.positions import check_pixels, resize_positions
 from llm2clip_plugin.vision.preprocessor import own_preprocessor
 
@@ -39,7 +40,7 @@ def load_tower(
     ``image_size``, in pixels, interpolates the positions once if it is not the source's own (see ``resize_tower``);
     the forward pass then rejects images of any other size.
     Raises FileNotFoundError (no such source), ValueError (unknown family), ContractError (weights that don't match the
-    config: names every missing, unexpected or misshapen tensor).
+    config: names every missing, unexpected or misshapen tensor; a tower directory that differs from its card).
     """
     if str(source).startswith(TIMM_PREFIX):
         from llm2clip_plugin.vision.timm_tower import timm_tower
@@ -55,18 +56,18 @@ def load_tower(
 
 def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
-    config = read_json(directory / "config.json")
-    family = family_of_type(str(config.get("model_type")), where=str(directory / "config.json"))
+    family, _ = read_config(directory)
     read = functools.partial(
         family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
     )
-    try:
-        tower, info = read()
-    except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes; raised below
+    with checked_while_read(directory, WEIGHTS_FILE):
         try:
-            tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 every parameter is empty here
-        except RuntimeError as error:
-            raise ContractError(f"the weights in {directory} don't match its config.json: {error}") from error
+            tower, info = read()
+        except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes
+            try:
+                tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 all parameters are empty
+            except RuntimeError as error:
+                raise ContractError(f"the weights in {directory} don't match its config.json: {error}") from error
     # old files on the Hub contain position_ids: a counter, not a weight
     extra = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
     unexpected = sorted(key for key in extra if not key.startswith(family.not_tower))

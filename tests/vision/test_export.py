@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.convert import command
@@ -139,7 +139,7 @@ def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):
         state = load_file(directory / "text_adapter.safetensors")
         state["visual_projection.weight"][0, 0] += 1
         save_file(state, directory / "text_adapter.safetensors")
-        return {**fields, "adapter_sha256": "0" * 64}
+        return {**fields, "adapter_sha256": sha256_weights(directory / "text_adapter.safetensors")}
 
     monkeypatch.setattr(export, "save_heads", spoiled)
     with pytest.raises(ContractError, match=r"tensors differ after reloading: .*visual_projection.weight"):

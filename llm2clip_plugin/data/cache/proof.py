@@ -8,19 +8,29 @@ the processes that start together, while the others wait.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.data.cache.rows import caption_rows, has_text, row_numbers, rows_digest, shard_captions
+from llm2clip_plugin.data.cache.rows import (
+    caption_rows,
+    has_text,
+    row_numbers,
+    rows_digest,
+    shard_captions,
+    shard_contents,
+)
 from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.progress import progress_bar
 
 KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
+NAMED = 5  # samples and shards that a message names
 FEW = 16384  # samples that this process compares alone, without a pool
 
 OpenShard = Callable[[str], ShardFile]
@@ -31,9 +41,10 @@ def check_captions(
 ) -> None:
     """Compare a source with a cache's manifest entries: shard names, counts, and the digests of keys and captions.
 
-    Every caption is read where no digest is kept, or everywhere with ``full``. Raises ContractError at the first
-    difference, with both values.
+    Every caption is read where no digest is kept, or everywhere, and every image, with ``full``. Raises ContractError
+    at the first difference, with both values; warns of embedded shards that a folder has no longer.
     """
+    _warn_of_lost_shards(source, entries)
     for shard in source.shards:
         entry = entries.get(shard.name)
         if entry is None or entry["samples"] != shard.size:
@@ -50,6 +61,19 @@ def check_captions(
     with source.kept.lock(f"compare {source.path} with its embeddings"):
         shards = source.shards if full else _unproven(source, entries)
         _compare_all(source, shards, open_shard, full=full)
+
+
+def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Only of a folder, which means all of its shards; a pattern or file may be a part of what was embedded."""
+    here = {shard.name for shard in source.shards}
+    lost = [name for name in entries if name not in here]
+    if lost and os.path.isdir(source.path) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {source.path} has {len(here)} shards, {len(entries)} were embedded; not there: "
+            f"{', '.join(lost[:NAMED])}{', ...' if len(lost) > NAMED else ''}; restore them unless they were removed "
+            "on purpose",
+            file=sys.stderr,
+        )
 
 
 def kept_digests(source: Source) -> dict[str, str]:
@@ -139,10 +163,20 @@ def _compare_in_worker(shard: Shard) -> tuple[str, str]:
 
 def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) -> tuple[str, str]:
     """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
-    keys, captions = shard_captions(source, shard)
+    checks: list[int] | None = None
+    if full:
+        keys, captions, checks = shard_contents(source, shard)
+    else:
+        keys, captions = shard_captions(source, shard)
     file = open_shard(shard.name)
     digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
     if full or digest != in_cache:
         for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
             row_numbers(file, shard.name, index, list(filter(has_text, texts)), key, source.path)
+    if changed := file.changed_images(checks or ()):
+        raise ContractError(
+            f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
+            f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:NAMED])))}"
+            f"{', ...' if len(changed) > NAMED else ''}; restore them, or delete {file.path} and rerun `llm2clip embed`"
+        )
     return digest, in_cache

@@ -15,11 +15,16 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 | caption_hashes | (R,)   | int64        | first 64 bits of the caption's SHA-256                       |
 | keys           | (K,)   | uint8        | the sample keys, UTF-8, one after the other                  |
 | key_starts     | (N+1,) | int64        | where each key starts                                        |
+| row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
+| image_checks   | (N,)   | int64        | size and CRC-32 of the image file; 0: not recorded           |
+
+The last two are absent in caches of version 0.1, image_checks also where images were not read.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,12 +34,12 @@ import torch
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, canonical_json, sha256_text
 from llm2clip_plugin.data.cache.proof import check_captions
 from llm2clip_plugin.data.cache.rows import row_numbers
-from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, REDO, TENSORS, ShardFile, tensors_digest
+from llm2clip_plugin.data.cache.shard_file import AGAIN, CACHE_DTYPES, REDO, ShardFile, image_check
 from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.downloads import default_download_folder
 from llm2clip_plugin.data.sources.index_file import stamps_of
-from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 from llm2clip_plugin.progress import track
 
 OPEN_SHARDS = 64  # files that one process keeps open
@@ -82,6 +87,7 @@ class EmbeddingCache:
             )
         cache = cls(directory, manifest)
         cache._check_files()
+        cache._note_missing_checks()
         return cache
 
     @property
@@ -102,6 +108,16 @@ class EmbeddingCache:
     def __getstate__(self) -> dict[str, object]:
         # a worker opens the files itself
         return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
+
+    def _note_missing_checks(self) -> None:
+        """Say of a cache of version 0.1 that damage of its rows is not noticed while they are read."""
+        first = next(iter(self.manifest.shards), None)
+        if first is not None and not self.shard(first).has_checks and os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: {self.directory} has no checksums of rows and images (version 0.1): damage of it is found by "
+                "`llm2clip embed` with --verify alone",
+                file=sys.stderr,
+            )
 
     def _check_files(self) -> None:
         """Compare the files with the manifest: their headers, or, of files seen before, size and time."""
@@ -150,13 +166,12 @@ class EmbeddingCache:
         if not path.is_file():
             raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
         file = ShardFile(path)
-        actual = (file.meta["fingerprint"], file.width, file.samples, file.captions, file.meta["rows_sha256"])
-        expected = (self.fingerprint, self.width, entry["samples"], entry["captions"], entry["rows_sha256"])
-        if actual != expected:
-            raise ContractError(
-                f"{path} differs from the manifest: (fingerprint, width, samples, captions, rows) is {actual}, "
-                f"expected {expected}; {REDO}"
-            )
+        actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
+        expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
+        expected |= {"truncated": str(entry["truncated"])}
+        if wrong := [name for name in expected if name != "file" and actual[name] != expected[name]]:
+            both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
+            raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
         self._files[name] = file
         if len(self._files) > OPEN_SHARDS:
             self._files.popitem(last=False)
@@ -171,6 +186,18 @@ class EmbeddingCache:
         file = self.shard(shard_name)
         return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, "the data"))
 
+    def check_image(self, shard_name: str, index_in_shard: int, key: str, data: bytes) -> None:
+        """Raises BrokenSample if a sample's image is not the one that it had when its captions were embedded."""
+        file = self.shard(shard_name)
+        recorded = file.image_check(index_in_shard)
+        if recorded and image_check(data) != recorded:
+            raise BrokenSample(
+                shard_name,
+                key,
+                f"its image was changed or exchanged after its captions were embedded ({len(data)} bytes, "
+                f"{recorded >> 32} then); restore it, or delete {file.path} and rerun `llm2clip embed`",
+            )
+
     def check(self, source: Source, *, full: bool = False) -> None:
         """Compare the cache with a source: shard names, counts, keys and the hash of every caption.
 
@@ -181,13 +208,10 @@ class EmbeddingCache:
 
     def verify(self) -> None:
         """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
-        for name, entry in self.manifest.shards.items():
+        for name in self.manifest.shards:
             file = self.shard(name)
-            digest = tensors_digest({tensor: file[tensor] for tensor in TENSORS})
-            if digest != entry["sha256"]:
-                raise ContractError(
-                    f"{file.path} is damaged: SHA-256 {digest}, expected {entry['sha256']}; delete it and {REDO}"
-                )
+            if damage := file.damage():
+                raise ContractError(f"{file.path} is damaged: {damage}; {AGAIN}")
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_text
-from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile
+from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile, image_check
 from llm2clip_plugin.data.sources.base import Shard, Source
-from llm2clip_plugin.data.sources.records import Caption, caption_hash, hash_hex
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, hash_hex
 
 
 def has_text(caption: Caption) -> bool:
@@ -19,6 +19,31 @@ def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[
     """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
     samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
     return [key for key, _ in samples], [captions for _, captions in samples]
+
+
+def shard_contents(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
+    """As ``shard_captions``, and the checksum of each sample's image: 0 for one that can't be read.
+
+    None instead of the checksums where images are at a URL: they would all be downloaded.
+    """
+    if not source.images_at_hand:
+        return *shard_captions(source, shard), None
+    keys, captions, checks = [], [], []
+    for number in range(shard.start, shard.start + shard.size):
+        try:
+            sample = source.with_image(number)
+        except BrokenSample as error:
+            keys.append(error.key)
+            captions.append(())
+            checks.append(0)
+            continue
+        keys.append(sample.key)
+        captions.append(sample.captions)
+        try:
+            checks.append(image_check(sample.read_image()))
+        except BrokenSample:
+            checks.append(0)
+    return keys, captions, checks
 
 
 def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +16,10 @@ from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.retry import SteadyFile
 
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
+CHECKS = ("image_checks", "row_checks")  # tensors that version 0.1 did not write
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
 META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
+AGAIN = "rerun `llm2clip embed`, which embeds damaged shards again"
 REDO = "rerun `llm2clip embed`; complete shards are skipped"
 VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
 CACHE_DTYPES = tuple(VALUE_BYTES)
@@ -25,10 +29,20 @@ DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # s
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
     """Bytes of a cache's tensors.
 
-    A caption has a row, its scale (4) and its hash (8); a sample has a key of ``key_bytes`` and the starts of its key
-    and of its rows (8 each).
+    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, the
+    starts of its key and of its rows, and the checksum of its image (8 each).
     """
-    return captions * (width * VALUE_BYTES[dtype] + 12) + samples * (key_bytes + 16)
+    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 24)
+
+
+def row_check(row_W: np.ndarray, scale: float, number: int) -> int:
+    """Checksum of a stored row with its scale and its number in the shard."""
+    return zlib.crc32(row_W.data, zlib.crc32(struct.pack("<fq", scale, number)))
+
+
+def image_check(data: bytes) -> int:
+    """Checksum of an image file: its size and CRC-32, as an integer below 2^63."""
+    return min(len(data), (1 << 31) - 1) << 32 | zlib.crc32(data)
 
 
 class ShardFile:
@@ -45,6 +59,8 @@ class ShardFile:
             self.meta: dict[str, str] = json.loads(metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
+            if self.has_checks != ("checks_sha256" in self.meta):
+                raise ValueError("its checksums, or the SHA-256 of them, are missing")
             self.captions, self.width = self._layouts["embeddings"].shape
             self.samples = self._layouts["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -76,12 +92,47 @@ class ShardFile:
         start, stop = self._read("row_starts", index, index + 2).tolist()
         return {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
 
+    @property
+    def has_checks(self) -> bool:
+        """Whether rows have checksums; those of version 0.1 have none."""
+        return "row_checks" in self._layouts
+
+    def image_check(self, index: int) -> int:
+        """Checksum of a sample's image when its captions were embedded; 0 if it was not recorded."""
+        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._layouts else 0
+
+    def changed_images(self, checks: Sequence[int]) -> list[int]:
+        """Samples whose image has another checksum than the recorded one; none if either was not recorded."""
+        if not len(checks) or "image_checks" not in self._layouts:
+            return []
+        return np.flatnonzero(self["image_checks"] != np.asarray(checks, dtype=np.int64)).tolist()
+
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
-        """(n, W) float32 of these rows, which should be near each other, as those of one sample are."""
+        """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
+
+        Raises ContractError for a row that is not finite or, except in files of version 0.1, has another checksum.
+        """
         first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
         chosen = np.array(rows, dtype=np.int64) - first
-        values = self._read("embeddings", first, stop)[chosen].astype(np.float32)
-        return torch.from_numpy(values * self._read("scales", first, stop)[chosen, None])
+        stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
+        if self.has_checks:
+            checks = self._read("row_checks", first, stop)[chosen].tolist()
+            for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
+                if row_check(row_W, scale, number) != check:
+                    raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {AGAIN}")
+        value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
+        if not (finite_n := np.isfinite(value_nW).all(axis=1)).all():
+            number = rows[int(np.flatnonzero(~finite_n)[0])]
+            raise ContractError(f"{self.path} is damaged: row {number} is not finite; {AGAIN}")
+        return torch.from_numpy(value_nW)
+
+    def damage(self) -> str:
+        """What is wrong with the file's contents, "" if nothing is; reads every byte."""
+        for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
+            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._layouts})
+            if digest != self.meta.get(name, digest):
+                return f"SHA-256 {digest}, expected {self.meta[name]}"
+        return ""
 
 
 class Layout(NamedTuple):
@@ -101,8 +152,10 @@ def _read_header(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
         raise ValueError(f"{size} bytes")
     header = json.loads(file.read(length, 8))
     metadata = header.pop("__metadata__")
+    if unknown := header.keys() - {*TENSORS, *CHECKS}:
+        raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
     layouts = {}
-    for name in TENSORS:
+    for name in (*TENSORS, *(name for name in CHECKS if name in header)):
         start, stop = header[name]["data_offsets"]
         dtype, shape = np.dtype(DTYPES[header[name]["dtype"]]), tuple(header[name]["shape"])
         if math.prod(shape) * dtype.itemsize != stop - start or start < 0 or 8 + length + stop > size:

@@ -1,6 +1,7 @@
 """Write an embedding cache, from any number of ranks; ``reader`` lists what its files hold."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.cache.rows import rows_digest
-from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, tensors_digest
+from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, row_check, tensors_digest
 
+log = logging.getLogger(__name__)
+
+NAMED = 3  # samples whose image has changed that are named
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 
@@ -80,17 +84,37 @@ class CacheWriter:
         """The file of a shard."""
         return self.directory / shard_file(shard)
 
-    def is_complete(self, shard: str, digest: str) -> bool:
-        """Whether the shard's file exists, is not truncated, and has this teacher and the rows of this digest."""
+    def is_complete(self, shard: str, digest: str, image_checks: Sequence[int] | None = None) -> bool:
+        """Whether the shard's file exists, is intact, and has this teacher and the rows of this digest.
+
+        image_checks: of the samples' images now; None: they are not compared. Reads every byte, and logs a warning if
+        the file is damaged or an image has changed.
+        """
+        path = self.path(shard)
         try:
-            meta = ShardFile(self.path(shard)).meta
-        except (FileNotFoundError, ContractError):
+            file = ShardFile(path)
+        except FileNotFoundError:
             return False
-        return (
-            meta.get("fingerprint") == self.identity.fingerprint
-            and meta.get("dtype") == self.dtype
-            and meta.get("rows_sha256") == digest
-        )
+        except ContractError as error:
+            log.warning("%s", error)
+            return False
+        meta = file.meta
+        expected = (self.identity.fingerprint, self.dtype, digest)
+        if (meta["fingerprint"], meta["dtype"], meta["rows_sha256"]) != expected:
+            return False
+        if damage := file.damage():
+            log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
+            return False
+        changed = file.changed_images(image_checks or ())
+        if changed:
+            names = ", ".join(map(file.key, changed[:NAMED])) + (", ..." if len(changed) > NAMED else "")
+            log.warning(
+                "%d images of shard %r were changed after its captions were embedded (%s); they are embedded again",
+                len(changed),
+                shard,
+                names,
+            )
+        return not changed
 
     def write_shard(
         self,
@@ -100,11 +124,13 @@ class CacheWriter:
         embeddings: torch.Tensor,
         *,
         truncated: int = 0,
+        image_checks: Sequence[int] | None = None,
     ) -> None:
         """Write one shard; its file appears only when complete.
 
         shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index, caption hash) in order
-        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum.
+        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum;
+        image_checks: of the samples' images (shard_file.image_check), 0 for one that can't be read.
         Raises ValueError for a wrong shape or a non-finite row, ContractError if int8 loses too much.
         """
         embeddings = embeddings.float()
@@ -129,16 +155,23 @@ class CacheWriter:
             "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
             "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
         }
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        scaled_rows = enumerate(zip(arrays["embeddings"], scales.tolist(), strict=True))
+        checks = {"row_checks": [row_check(row, scale, number) for number, (row, scale) in scaled_rows]}
+        if image_checks is not None:
+            checks["image_checks"] = list(image_checks)
+        checks = {name: torch.tensor(values, dtype=torch.int64) for name, values in checks.items()}
         metadata = {  # kept as one entry: safetensors writes entries in random order
             "shard": shard,
             "fingerprint": self.identity.fingerprint,
             "dtype": self.dtype,
             "rows_sha256": rows_digest(keys, rows),
-            "sha256": tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()}),
+            "sha256": tensors_digest(arrays),
+            "checks_sha256": tensors_digest({name: tensor.numpy() for name, tensor in checks.items()}),
             "truncated": str(truncated),
         }
         with atomic_file(self.path(shard)) as temporary:
-            save_file(tensors, str(temporary), metadata={META: canonical_json(metadata)})
+            save_file(tensors | checks, str(temporary), metadata={META: canonical_json(metadata)})
         self._written.append(shard)
 
     def _refuse_inaccurate(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:

@@ -105,6 +105,7 @@ class Source(ABC):
     """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own files."""
 
     kept: KeptFolder | None = None  # where digests of the captions are kept; None: they are computed at every start
+    images_at_hand = True  # False: reading an image means a request to a server
     stamps: Sequence[Stamp] = ()  # of each shard's file, if ``kept`` is set: its captions are those of this stamp
 
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:

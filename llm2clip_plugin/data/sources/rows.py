@@ -42,6 +42,7 @@ class RowSource(Source):
                 f"image folder {self._images} does not exist; --image-folder must be that of {config.path}"
             )
         super().__init__(config, self._rows.shards)
+        self.images_at_hand = not is_url(self._images)
         if isinstance(self._rows, KeptRows):
             self.kept, self.stamps = self._rows.kept, self._rows.stamps
 

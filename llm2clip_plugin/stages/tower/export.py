@@ -13,9 +13,9 @@ from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.train.run_checkpoints import FOLDER, RESUME_AUTO, Checkpoints
 from llm2clip_plugin.vision.convert.formats import convert, formats
-from llm2clip_plugin.vision.directory import push_to_hub
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import summary
+from llm2clip_plugin.vision.push import push_to_hub
 
 
 def main(argv: list[str]) -> int:

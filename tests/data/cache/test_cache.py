@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest
+from llm2clip_plugin.data.cache.shard_file import META, TENSORS
 from llm2clip_plugin.data.cache.writer import CacheWriter, shard_file
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
@@ -299,3 +302,97 @@ def test_writer_refuses_bad_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown cache dtype 'fp8'; known: float16, int8"):
         CacheWriter(tmp_path, TEACHER, "fp8")
     assert not (tmp_path / "s.safetensors").exists()
+
+
+def damage(path: Path, tensor: str, position: int, value: int | None = None) -> None:
+    """Change one byte of a tensor in a shard's file."""
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    at = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0] + position
+    data[at] = data[at] ^ 1 if value is None else value
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, dtype: str, tensor: str) -> None:
+    """The other rows are read; embedding again finds the shard damaged and writes it again."""
+    fill(tmp_path / "cache", source, dtype)
+    file = tmp_path / "cache" / "pairs.safetensors"
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    whole = cache.shard("pairs").embeddings(range(7))
+    damage(file, tensor, 0)
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    cache.check(source)
+    with pytest.raises(ContractError, match=r"pairs\.safetensors is damaged: row 0 .*; rerun `llm2clip embed`"):
+        cache.rows("pairs", 0, source.captions(0)[1])
+    with pytest.raises(ContractError, match="is damaged: row 0"):
+        cache.shard("pairs").embeddings(range(7))
+    assert torch.equal(cache.shard("pairs").embeddings(range(1, 7)), whole[1:])
+    with pytest.raises(ContractError, match="is damaged: SHA-256"):
+        cache.verify()
+
+
+@pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"])
+def test_a_damaged_shard_is_not_complete(source, tmp_path: Path, caplog: pytest.LogCaptureFixture, tensor: str) -> None:
+    fill(tmp_path / "cache", source)
+    keys, captions = captions_of(source)
+    digest = rows_digest(keys, caption_rows(captions))
+    writer = CacheWriter(tmp_path / "cache", TEACHER)
+    assert writer.is_complete("pairs", digest) and not caplog.text
+    damage(tmp_path / "cache" / "pairs.safetensors", tensor, 0)
+    assert not writer.is_complete("pairs", digest)
+    assert "is damaged: SHA-256" in caplog.text and "its captions are embedded again" in caplog.text
+
+
+def strip_checks(folder: Path) -> None:
+    """Make the one shard of a cache a file of version 0.1."""
+    path = folder / "pairs.safetensors"
+    with safe_open(path, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in TENSORS}
+        meta = json.loads(file.metadata()[META])
+    del meta["checks_sha256"]
+    save_file(tensors, path, metadata={META: json.dumps(meta)})
+
+
+def test_a_cache_of_version_0_1_is_noted(source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "cache", source)
+    EmbeddingCache.open(tmp_path / "cache")
+    assert capsys.readouterr().err == ""
+    strip_checks(tmp_path / "cache")
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    assert "has no checksums of rows and images" in capsys.readouterr().err
+    cache.verify()
+    assert len(cache.rows("pairs", 0, source.captions(0)[1])) == 2
+    damage(tmp_path / "cache" / "pairs.safetensors", "embeddings", 1, 0x7E)  # float16: not a number
+    with pytest.raises(ContractError, match=r"pairs\.safetensors is damaged: row 0 is not finite; rerun"):
+        EmbeddingCache.open(tmp_path / "cache").rows("pairs", 0, source.captions(0)[1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("complete", "no", "complete is 'no', expected bool"),
+        ("shards", [1], r"shards is \[1\], expected dict"),
+        ("shards", {"pairs": 1}, r"shards\.pairs is 1, expected dict"),
+        ("width", True, "width is True, expected int"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(source, tmp_path: Path, field: str, value: object, message: str) -> None:
+    fill(tmp_path / "cache", source)
+    path = tmp_path / "cache" / CacheManifest.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ContractError, match=rf"manifest\.json.*{message}"):
+        EmbeddingCache.open(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("field", ["samples", "captions", "truncated", "sha256", "rows_sha256"])
+def test_an_edited_entry_of_the_manifest_is_refused(source, tmp_path: Path, field: str) -> None:
+    fill(tmp_path / "cache", source)
+    path = tmp_path / "cache" / CacheManifest.FILE
+    body = json.loads(path.read_text())
+    value = body["shards"]["pairs"][field]
+    body["shards"]["pairs"][field] = value + 1 if isinstance(value, int) else "0" * 64
+    path.write_text(json.dumps(body))
+    with pytest.raises(ContractError, match=rf"pairs\.safetensors differs from the manifest: {field} is .*, not"):
+        EmbeddingCache.open(tmp_path / "cache")

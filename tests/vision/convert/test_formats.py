@@ -14,9 +14,9 @@ from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision.convert.formats import convert, onnx
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.directory import push_to_hub
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.push import push_to_hub
 from llm2clip_plugin.vision.towers import load_tower
 
 from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from llm2clip_plugin.contracts import atomic_directory
+from llm2clip_plugin.contracts import TowerCard, atomic_directory
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.vision.convert.output_format import Format
-from llm2clip_plugin.vision.directory import check_card, fetch_directory
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import load_dual
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import load_tower
@@ -29,7 +29,8 @@ def convert(
     if format_name not in known:
         raise ValueError(f"unknown format {format_name!r}; known: tower, {', '.join(known)}")
     directory = fetch_directory(source)
-    model = load_dual(directory)[0] if check_card(directory).projection_dim else load_tower(directory)
+    card = TowerCard.read(directory / TowerCard.FILE)
+    model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
     with atomic_directory(output, replace=replace) as temporary:
         known[format_name].write(model.eval(), temporary, preprocessor_config(directory))
     return Path(output)

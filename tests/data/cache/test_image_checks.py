@@ -1,0 +1,171 @@
+"""What a cache knows of the images whose captions were embedded: exchanged, changed and lost ones are told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from data_world import img2dataset_members, jpeg, write_shards, write_tar
+
+from llm2clip_plugin.contracts import ContractError, TeacherIdentity
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest, shard_contents
+from llm2clip_plugin.data.cache.writer import CacheWriter
+from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
+
+WIDTH = 4
+TEACHER = TeacherIdentity(
+    llm="tiny", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
+    layer=-1, prompt="", chat_template="", max_tokens=32, width=WIDTH,
+)  # fmt: skip
+IMAGES = ImageConfig(size=16)
+SAMPLES = 6
+LOST = f"{SAMPLES - 1}.jpg"  # an image that is not there when the captions are embedded
+
+
+def embed(source: Source, folder: Path) -> EmbeddingCache:
+    """A cache of ``source`` and of its images, as ``llm2clip embed`` writes it."""
+    writer = CacheWriter(folder, TEACHER)
+    for shard in source.shards:
+        keys, captions, checks = shard_contents(source, shard)
+        rows = caption_rows(captions)
+        writer.write_shard(shard.name, keys, rows, torch.ones(len(rows), WIDTH), image_checks=checks)
+    writer.finish()
+    return EmbeddingCache.open(folder)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A .jsonl file with images next to it, of which one is missing."""
+    folder = tmp_path / "table"
+    folder.mkdir()
+    for number in range(SAMPLES):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    (folder / LOST).unlink()
+    lines = [{"id": f"k{n}", "image": f"{n}.jpg", "caption": f"picture {n}"} for n in range(SAMPLES)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "pairs.jsonl"
+
+
+def open_table(table: Path, **options: str) -> Source:
+    return open_source(SourceConfig(path=str(table), **options))
+
+
+def exchange(table: Path, *numbers: int) -> None:
+    first, second = (table.with_name(f"{number}.jpg") for number in numbers)
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def broken_in_training(source: Source, cache: EmbeddingCache) -> dict[str, str]:
+    """Keys and reasons of the samples that training replaces in two epochs."""
+    dataset = PairDataset([source], [cache], IMAGES, seed=0)
+    loader = make_loader(dataset, local_batch=len(source), max_broken=1.0)
+    for _ in zip(range(2), loader, strict=False):
+        pass
+    return {key: reason for (_, key), reason in loader.broken.items()}
+
+
+def test_images_that_are_the_same_are_no_matter(table: Path, tmp_path: Path) -> None:
+    """Nor is one that was missing before and is missing now."""
+    source = open_table(table)
+    cache = embed(source, tmp_path / "cache")
+    assert broken_in_training(source, cache).keys() == {"k5"}
+    cache.check(source, full=True)
+    cache.verify()
+    os.utime(table.with_name("0.jpg"))
+    cache.check(source, full=True)
+
+
+def test_exchanged_images_are_replaced_and_named(table: Path, tmp_path: Path) -> None:
+    cache = embed(open_table(table), tmp_path / "cache")
+    exchange(table, 1, 3)
+    source = open_table(table)
+    cache.check(source)  # the captions are the same, and images are not read for a start
+    broken = broken_in_training(source, cache)
+    assert broken.keys() == {"k1", "k3", "k5"}
+    assert "was changed or exchanged after its captions were embedded" in broken["k1"]
+    assert "delete" in broken["k3"] and "pairs.safetensors and rerun `llm2clip embed`" in broken["k3"]
+    pairs = eval_pairs(source, cache, IMAGES, batch=4)
+    assert [key for batch in pairs for key in batch["keys"]] == ["k0", "k2", "k4"]
+    assert [error.key for error in pairs.broken] == ["k1", "k3", "k5"]
+    with pytest.raises(ContractError, match=r"2 images of shard 'pairs' were changed .*: 'k1', 'k3'; restore"):
+        cache.check(source, full=True)
+    exchange(table, 1, 3)
+    cache.check(source, full=True)
+
+
+def test_a_flipped_byte_of_an_image(table: Path, tmp_path: Path) -> None:
+    source = open_table(table)
+    cache = embed(source, tmp_path / "cache")
+    image = table.with_name("2.jpg")
+    data = bytearray(image.read_bytes())
+    data[len(data) // 2] ^= 1
+    image.write_bytes(data)
+    assert broken_in_training(source, cache).keys() == {"k2", "k5"}
+
+
+def test_a_run_with_many_exchanged_images_stops(table: Path, tmp_path: Path) -> None:
+    cache = embed(open_table(table), tmp_path / "cache")
+    exchange(table, 0, 1)
+    exchange(table, 2, 3)
+    dataset = PairDataset([open_table(table)], [cache], IMAGES, seed=0)
+    with pytest.raises(ValueError, match=r"samples are broken, more than max_broken 0\.5 allows:\n.*exchanged after"):
+        for _ in make_loader(dataset, local_batch=6, max_broken=0.5):
+            pass
+
+
+def test_images_exchanged_in_a_tar(tmp_path: Path) -> None:
+    """A tar that is written again is indexed and its captions are compared again; the images are then told, too."""
+    write_shards(tmp_path / "data", [5])
+    cache = embed(open_source(SourceConfig(path=str(tmp_path / "data"))), tmp_path / "cache")
+    members = list(img2dataset_members(0, 5))
+    swapped = {members[0][0]: members[3][1], members[3][0]: members[0][1]}
+    write_tar(tmp_path / "data" / "00000.tar", [(name, swapped.get(name, data)) for name, data in members])
+    source = open_source(SourceConfig(path=str(tmp_path / "data")))
+    cache.check(source)
+    assert broken_in_training(source, cache).keys() == {"000000000", "000000001"}
+    with pytest.raises(ContractError, match="2 images of shard '00000'"):
+        cache.check(source, full=True)
+
+
+def test_embedding_again_accepts_new_images(table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = open_table(table)
+    embed(source, tmp_path / "cache")
+    writer = CacheWriter(tmp_path / "cache", TEACHER)
+
+    def complete() -> bool:
+        keys, captions, checks = shard_contents(source, source.shards[0])
+        return writer.is_complete("pairs", rows_digest(keys, caption_rows(captions)), checks)
+
+    with caplog.at_level(logging.WARNING):
+        assert complete() and not caplog.text
+        table.with_name(LOST).write_bytes(jpeg(99))  # it was missing
+        assert not complete()
+    assert "1 images of shard 'pairs' were changed after its captions were embedded (k5)" in caplog.text
+    cache = embed(source, tmp_path / "cache")
+    assert complete() and not broken_in_training(source, cache)
+
+
+def test_images_at_a_url_are_not_read_for_it(table: Path) -> None:
+    source = open_table(table, images="http://127.0.0.1:9/images")
+    assert shard_contents(source, source.shards[0])[2] is None
+
+
+def test_a_shard_that_was_removed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder: a pattern may stand for a part of what was embedded."""
+    write_shards(tmp_path / "data", [2, 2, 2])
+    cache = embed(open_source(SourceConfig(path=str(tmp_path / "data"))), tmp_path / "cache")
+    (tmp_path / "data" / "00001.tar").unlink()
+    cache.check(open_source(SourceConfig(path=str(tmp_path / "data" / "{00000,00002}.tar"))))
+    assert "warning" not in capsys.readouterr().err
+    cache.check(open_source(SourceConfig(path=str(tmp_path / "data"))))
+    assert f"warning: {tmp_path}/data has 2 shards, 3 were embedded; not there: 00001; re" in capsys.readouterr().err
