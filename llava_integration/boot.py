@@ -1,4 +1,4 @@
-"""Start-up hook: completes three modules of LLaVA, each right after Python has executed it.
+"""Start-up hook: completes four modules of LLaVA, each right after Python has executed it.
 
 ``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python process of the
 environment; the watcher imports this module when a process imports the first ``llava.model.*`` module. That covers
@@ -14,6 +14,7 @@ WATCHED = (
     "llava.model.multimodal_encoder.builder",  # before llava_arch binds build_vision_tower
     "llava.model.llava_arch",
     "llava.model.builder",
+    "llava.train.llava_trainer",
 )
 WATCHER = "LLM2CLIPWatcher"  # class name, here and in the .pth file
 
@@ -28,7 +29,11 @@ class LLM2CLIPWatcher:
 
 def find_spec(name, path=None, target=None):
     """For a module in WATCHED: the spec of the other finders, with a loader that calls ``complete``; else None."""
-    if name not in WATCHED or os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
+        return None
+    if not any(isinstance(finder, LLM2CLIPWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, LLM2CLIPWatcher())  # that of the .pth file asks for llava.model.* alone
+    if name not in WATCHED:
         return None
     for finder in sys.meta_path:
         find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)

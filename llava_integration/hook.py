@@ -1,4 +1,4 @@
-"""Wrappers of three LLaVA functions, so that LLaVA builds, records and finds the towers of this package.
+"""Wrappers of LLaVA's functions, so that LLaVA builds, records and finds the towers of this package.
 
 ``boot`` calls `complete` for each module in ``boot.WATCHED``, right after Python has executed it.
 """
@@ -21,13 +21,17 @@ Function = Callable[..., Any]
 
 
 def complete(module: ModuleType) -> None:
-    """Wrap the function of ``module`` that handles vision towers."""
+    """Wrap the function of ``module`` that handles vision towers; complete LLaVA's trainer."""
     if module.__name__ == "llava.model.multimodal_encoder.builder":
         wrap_function(module, "build_vision_tower", wrap_build_vision_tower)
     elif module.__name__ == "llava.model.llava_arch":
         wrap_function(module.LlavaMetaModel, "initialize_vision_modules", wrap_initialize_vision_modules)
     elif module.__name__ == "llava.model.builder":
         wrap_function(module, "load_pretrained_model", wrap_load_pretrained_model)
+    elif module.__name__ == "llava.train.llava_trainer":
+        from llava_integration import training
+
+        training.complete_trainer(module)
 
 
 def wrap_function(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:

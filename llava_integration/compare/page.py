@@ -58,9 +58,13 @@ def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) ->
         style=style,
         script=script,
         verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],
-        forest=svg.forest(comparison),
-        radar=svg.radar(comparison),
-        categories=[(row, svg.bars(comparison, row)) for row in comparison.rows if row.categories],
+        forest=_twice(lambda width: svg.forest(comparison, width)),
+        radar=_twice(lambda width: svg.radar(comparison, width)),
+        categories=[
+            (row, _twice(lambda width, row=row: svg.bars(comparison, row, width)))
+            for row in comparison.rows
+            if row.categories
+        ],
         header=["new side", *tables.HEADER] if several else tables.HEADER,
         with_scores=several or len(comparison.titles) != len(comparison.rows) or bool(comparison.references),
         notes=[*_notes(comparison, row_name), *pictures.notes()],
@@ -72,6 +76,11 @@ def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) ->
         most_bars=svg.MOST_BARS,
         published_note=tables.NOTE,
     )
+
+
+def _twice(plot: Callable[[float], str]) -> str:
+    """A plot for wide and for narrow pages."""
+    return plot(svg.WIDTH) + plot(svg.NARROW)
 
 
 def _verdict(rows: Sequence[Row]) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
+from llm2clip_plugin.quiet import quiet_peft
 from llm2clip_plugin.text.files import ADAPTER_WEIGHTS
-from llm2clip_plugin.text.quiet import quiet_peft
 
 ALL_LINEAR = "all-linear"
 # An adapter trained on the model with its language head names the blocks one level deeper.

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
-from llm2clip_plugin.text.quiet import quiet_transformers
 from llm2clip_plugin.text.sentence_transformers import is_sentence_transformers
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.text.tokens import Batch

@@ -3,9 +3,7 @@
 import atexit
 import contextlib
 import io
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +26,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+from llm2clip_plugin.quiet import quiet_deepspeed
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.distributed import (
     DDP_TIMEOUT,
@@ -74,9 +73,7 @@ def prepare_deepspeed() -> None:
     a compiler, and leaves a lock behind if the build is killed, which every later run waits for.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if os.environ.get("LLM2CLIP_DEEPSPEED_LOG") != "1":
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    quiet_deepspeed()
 
 
 class Engine(EngineStates):

@@ -92,7 +92,7 @@ class Progress(AbstractContextManager):
         self._bar.set_postfix_str(self.description())
 
     def description(self) -> str:
-        """``loss 3.21  72 samples/s  MFU 41 %  R@1 0.12/0.14  1.9 GiB  save 0.4 s``.
+        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.123, text->image 0.141  1.9 GiB memory  save 0.4 s``.
 
         TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
         training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
@@ -104,11 +104,11 @@ class Progress(AbstractContextManager):
         elif "tflops" in self.values:
             parts.append(f"{self.values['tflops']:.3g} TFLOP/s")
         if self.values.get("wait_share", 0) >= 0.05:
-            parts.append(f"data {100 * self.values['wait_share']:.0f} %")
+            parts.append(f"waiting for data {100 * self.values['wait_share']:.0f} %")
         if "i2t_r1" in self.values:
-            parts.append(f"R@1 {self.values['i2t_r1']:.3f}/{self.values['t2i_r1']:.3f}")
+            parts.append(f"R@1 image->text {self.values['i2t_r1']:.3f}, text->image {self.values['t2i_r1']:.3f}")
         if "peak_gib" in self.values:
-            parts.append(f"{self.values['peak_gib']:.2f} GiB")
+            parts.append(f"{self.values['peak_gib']:.2f} GiB memory")
         if "save_seconds" in self.values:
             parts.append(f"save {self.values['save_seconds']:.1f} s")
         if self.values.get("busy_seconds_max", 0) > SLOW_RANK * self.values.get("busy_seconds_min", math.inf):

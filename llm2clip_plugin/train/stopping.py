@@ -34,7 +34,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record SIGTERM, SIGINT and SIGUSR1 and print a notice instead of exiting.
+    """Record SIGTERM, SIGINT and SIGUSR1 and print a notice of the first instead of exiting.
+
+    After a Ctrl-C, which reaches the ranks too, DeepSpeed's launcher sends them a SIGTERM.
 
     A second SIGINT raises KeyboardInterrupt.
     """
@@ -45,9 +47,9 @@ def stop_requests() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signals.append(number)
         # loader processes are forked with this handler, and Slurm signals all processes of a step
-        if os.environ.get("RANK", "0") == "0" and os.getpid() == owner:
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode())
+        if os.environ.get("RANK", "0") == "0" and os.getpid() == owner and len(request.signals) == 1:
+            name, line = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # below the bar
+            os.write(2, f"{line}{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode())
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, REQUEUE)}
     try:

@@ -20,6 +20,7 @@ from torch import nn
 
 import llm2clip_plugin
 from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, sha256_weights
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
@@ -102,7 +103,8 @@ def save_tower(tower: Tower, directory: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tower.config._name_or_path = ""  # transformers 4 would write a path of this machine
-    tower.save_pretrained(directory, safe_serialization=True, max_shard_size="1000GB")  # one file, one hash
+    with quiet_transformers():
+        tower.save_pretrained(directory, safe_serialization=True, max_shard_size="1000GB")  # one file, one hash
     if not (directory / WEIGHTS_FILE).is_file():
         raise ContractError(f"save_pretrained wrote {sorted(os.listdir(directory))}, expected {WEIGHTS_FILE}")
     # transformers 5 restores `vision_model.` only in a model made by from_pretrained, not in a resized one

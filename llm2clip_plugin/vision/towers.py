@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
@@ -60,7 +61,7 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     read = functools.partial(
         family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
     )
-    with checked_while_read(directory, WEIGHTS_FILE):
+    with checked_while_read(directory, WEIGHTS_FILE), quiet_transformers():
         try:
             tower, info = read()
         except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes

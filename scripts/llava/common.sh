@@ -39,27 +39,22 @@ need() { # need NAME...: fails unless these variables are set
 
 need_file() { [ -e "$1" ] || fail "$1 does not exist"; }
 
-# inspect: sets LLAVA (its package), SCRIPT (training program), GPUS (per node), WORLD, CUDA (0 or 1), REPORT_TO.
+# inspect: refuses options that would stop the stage; sets LLAVA (its package), SCRIPT (training program), GPUS (per node),
+# WORLD, CUDA (0 or 1), REPORT_TO, QUIET (options of DeepSpeed's launcher).
 inspect() {
-    local inspected
-    inspected=$("$PYTHON" - <<'PYTHON'
-from importlib.util import find_spec
-import torch
-
-llava = find_spec("llava")
-print(llava.submodule_search_locations[0] if llava else "")
-print("train_mem.py" if find_spec("flash_attn") else "train.py")
-print(torch.cuda.device_count())
-print("wandb" if find_spec("wandb") else "none")
-PYTHON
-    ) || fail "$PYTHON cannot import torch; activate LLaVA's environment, or set PYTHON"
-    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; } <<<"$inspected"
+    local inspected words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
+    [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
+    [ -z "$DEEPSPEED" ] || need_file "$DEEPSPEED"
+    "$PYTHON" -c 'from importlib.util import find_spec as f; exit(not (f("torch") and f("llava_integration")))' ||
+        fail "$PYTHON has no torch or no llm2clip-plugin; activate LLaVA's environment, or set PYTHON; then pip install llm2clip-plugin"
+    inspected=$("$PYTHON" -m llava_integration.stage_check "${words[@]}") || exit 2
+    { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     [ -n "$LLAVA" ] || fail "LLaVA is not installed for $PYTHON; pip install --no-deps llava-torch==1.2.2.post1"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))
     GPUS=${GPUS:-$((SEEN > 0 ? SEEN : 1))}
     REPORT_TO=${REPORT_TO:-$LOGGER}
-    PORT=${PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+    PORT=${PORT:-$FREE_PORT}
     if [ -n "${HOSTFILE:-}" ]; then
         need_file "$HOSTFILE"
         WORLD=$(sed 's/#.*//' "$HOSTFILE" | awk 'match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }')
@@ -67,6 +62,8 @@ PYTHON
         check_deepspeed_env
     else
         WORLD=$((GPUS * ${SLURM_JOB_NUM_NODES:-1}))
+        [ "$SEEN" = 0 ] || [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] || [ "$GPUS" -le "$SEEN" ] ||
+            fail "--gpus $GPUS: only $SEEN are visible on this machine"
     fi
 }
 
@@ -93,6 +90,7 @@ launch() {
     if [ "$CUDA" = 1 ]; then words+=(--tf32 True); else export DS_ACCELERATOR=cpu; fi
     launcher=$(dirname "$(command -v "$PYTHON")")/deepspeed
     [ -x "$launcher" ] || launcher=deepspeed
+    launcher="$launcher $QUIET"
     if [ -n "${HOSTFILE:-}" ]; then
         launcher="$launcher --hostfile $HOSTFILE --master_port $PORT"
     elif [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then

@@ -18,9 +18,6 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 
 read_options "$@"
 need MODEL DATA IMAGE_FOLDER PROJECTOR OUTPUT
-need_file "$DATA"
-need_file "$IMAGE_FOLDER"
-need_file "$PROJECTOR"
 DEEPSPEED=${DEEPSPEED:-$HERE/zero3.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} MICRO_BATCH=${MICRO_BATCH:-16}
 inspect

@@ -9,7 +9,7 @@
 #   --output        where mm_projector.bin goes             --deepspeed     ZeRO configuration (default: zero2.json here)
 #   --gpus          of this node (default: all)             --hostfile      several nodes, as DeepSpeed's
 #   --global-batch  256, for any number of GPUs             --micro-batch   samples per GPU and step (32)
-#   --python        LLaVA's environment (default: python)   --dry-run       only print the command
+#   --python        LLaVA's environment (default: python)   --dry-run       check everything, print the command
 #
 # Each is also an environment variable: MODEL, DATA, TOWER, GLOBAL_BATCH ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
 set -euo pipefail
@@ -18,8 +18,6 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 
 read_options "$@"
 need MODEL DATA IMAGE_FOLDER OUTPUT
-need_file "$DATA"
-need_file "$IMAGE_FOLDER"
 DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-256} MICRO_BATCH=${MICRO_BATCH:-32}
 inspect

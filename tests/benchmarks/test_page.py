@@ -132,6 +132,28 @@ def test_a_link_leads_to_what_was_chosen(report):
         assert browser.run("location.href") == report.as_uri() and browser.errors == []
 
 
+# Elements that reach over the edge of the page, and texts over that of their plot.
+CUT_OFF = """[...document.querySelectorAll('main *')].filter(one => {
+  const box = one.getBoundingClientRect(), svg = one.closest('svg');
+  const frame = svg ? svg.getBoundingClientRect() : {left: 0, right: innerWidth};
+  return box.width > 0 && (box.left < frame.left - 1 || box.right > frame.right + 1);
+}).map(one => one.tagName + ' ' + one.textContent.slice(0, 40))"""
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium here: apt-get install chromium, then this test runs")
+@pytest.mark.parametrize("width, shown", [(400, "forest-narrow"), (1200, "forest")])
+def test_nothing_is_cut_off_on_a_telephone_or_a_desk(report, width, shown):
+    with chromium.Chromium() as browser:
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        browser.open(report.as_uri())
+        browser.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run(CUT_OFF) == []
+        forests = "[...document.querySelectorAll('svg[id^=forest]')].filter(f => f.getBoundingClientRect().width)"
+        assert browser.run(f"{forests}.map(f => f.id)") == [shown]
+        assert browser.run(f"{forests}[0].querySelectorAll('.forest-row circle').length") == 3
+
+
 INPUT = "document.getElementById('controls').dispatchEvent(new Event('input'))"
 
 

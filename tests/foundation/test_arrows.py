@@ -19,6 +19,7 @@ FLOORS = (
         "finding",
         "limits",
         "progress",
+        "quiet",
         "templates",
     ),
     ("data", "vision"),
@@ -34,7 +35,7 @@ LLAVA_MAY_IMPORT = {f"{PACKAGE}.vision", *(f"{PACKAGE}.{room}" for room in FLOOR
 MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor"}  # asks about LLaVA where LLaVA is installed
 
 HOMES = {  # heavy package -> the only places that may import it
-    "deepspeed": {"llm2clip_plugin/train/engine.py"},
+    "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},
     "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/lora.py"},
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optimizers/adamw_8bit.py"},
     "llava": {"llava_integration/"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from tiny_data import make_all
 from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, options, start
 
 from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.train.distributed import free_port
 
@@ -192,7 +194,9 @@ def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     commands["dry run"] = options(tiny, folder / "dry", "--dry-run")
     commands["before"] = options(tiny, folder / "nan", "--max_steps", "2")
     commands["non-finite"] = options(tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps")
-    forward = options(tiny, folder / "back", "--max_steps", "4", "--save_total_limit", "2")
+    forward = options(
+        tiny, folder / "back", "--max_steps", "4", "--save_total_limit", "2", "--report_to", "tensorboard"
+    )
     commands["forward"] = forward
     commands["back"] = [*forward, "--resume", str(folder / "back/checkpoints/step-00000002")]
     commands["lost checkpoints"] = forward
@@ -252,6 +256,26 @@ def test_the_quickstarts_settings_on_other_data_are_said(refusals: dict[str, Any
     assert "note: the quickstart settings are for its emoji: " in refusals["good"]["error"]
 
 
+def test_no_line_of_another_library(
+    refusals: dict[str, Any], tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """No bars of transformers, no warnings: training prints its bar and the tower; other commands only their result."""
+    told = refusals["good"]
+    assert {line.split(":")[0] for line in told["error"].splitlines()} <= {"train", "heads: features", "heads"}, told
+    assert told["out"].splitlines() == [f"tower: {refusals['folder'] / 'run' / 'tower'}"]
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    for argv, ours in (
+        (["export", str(refusals["folder"] / "run"), "--output", str(exported)], f"{exported}: clip tower, 16 px"),
+        (["export", str(exported), "--format", "clip", "--output", str(tmp_path / "clip")], "verified by reloading"),
+        (["import", str(tiny / "tower"), "--output", str(imported)], f"{imported}: clip tower, 16 px"),
+        (["evaluate", str(exported), "--data", str(tiny / "data")], "bootstrap over 48 clusters"),
+    ):
+        capfd.readouterr()
+        assert main(argv) == 0
+        out, err = capfd.readouterr()
+        assert err == "" and ours in " ".join(out.split()), (argv, out, err)
+
+
 def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -261,6 +285,18 @@ def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
     found = events.Scalars("train/loss")
     assert [event.step for event in found] == [16, 32]  # samples
     assert [event.value for event in found] == pytest.approx(list(losses(run).values()), abs=1e-6)
+
+
+def test_a_resumed_run_goes_on_at_the_same_place_of_tensorboards_axis(refusals: dict[str, Any]):
+    """4 steps, then a resume from step 2: the two runs' files have samples 16 to 64, and 48 and 64."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = sorted((refusals["folder"] / "back" / "monitor").rglob("events.*"), key=os.path.getmtime)
+    steps = [
+        [event.step for event in EventFileLoader(str(file)).Load() for value in event.summary.value if value.tag == tag]
+        for file, tag in itertools.product(files, ("train/loss", "time/samples_per_second"))
+    ]
+    assert steps == [[16, 32, 48, 64]] * 2 + [[48, 64]] * 2
 
 
 @pytest.mark.slow

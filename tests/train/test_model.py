@@ -204,7 +204,10 @@ def test_progress_shows_rate_recall_memory_and_time_left(capsys: pytest.CaptureF
         progress.note("saved")
     first, *_, last = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"train: 4/6 steps, .* left", first)
-    assert re.fullmatch(r"train: 6/6 steps, .* left, loss 1.5  32 samples/s  R@1 0.250/0.500  3.25 GiB", last)
+    assert re.fullmatch(
+        r"train: 6/6 steps, .* left, loss 1.5  32 samples/s  R@1 image->text 0.250, text->image 0.500  3.25 GiB memory",
+        last,
+    )
     with Progress(6, start=4, show=False) as silent:
         silent.advance(64, 2.0, {"loss": 1.5})
         silent.note("saved")

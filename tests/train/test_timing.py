@@ -134,7 +134,7 @@ def test_the_slowest_rank_is_the_one_that_waits_least_for_the_others():
     assert (values["busy_seconds_min"], values["busy_seconds_max"]) == (0.5, 1.0)
     with Progress(1, start=0, show=False) as bar:
         bar.values |= values | {"mfu": 0.412, "tflops": 3.0, "wait_share": 0.6}
-        assert bar.description() == "0 samples/s  MFU 41.2 %  data 60 %  slow: rank 1 (node-2)"
+        assert bar.description() == "0 samples/s  MFU 41.2 %  waiting for data 60 %  slow: rank 1 (node-2)"
         del bar.values["mfu"]
         assert "3 TFLOP/s" in bar.description()
 

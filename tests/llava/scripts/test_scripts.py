@@ -1,6 +1,7 @@
 """The scripts a user starts: LLaVA's own command with our tower's name, on one node, several nodes, Slurm."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,15 @@ COMMON = (
 
 def script(world, name, *words, fails=False, **environment):
     """Run a script in LLaVA's environment; returns what it printed."""
-    return world.run("bash", SCRIPTS / name, *words, fails=fails, PYTHON=sys.executable, **environment)
+    environment = {"LLM2CLIP_TOWER": str(world.towers["clip"]), "PYTHON": sys.executable, **environment}
+    return world.run("bash", SCRIPTS / name, *words, fails=fails, **environment)
 
 
 def given(world, tmp_path, stage):
     """The options that every stage needs."""
-    (tmp_path / "mm_projector.bin").write_bytes(b"")
     data = world.pretrain_data if stage == "pretrain" else world.finetune_data
-    words = ["--model", world.llm, "--data", data, "--images", world.images, "--output", tmp_path / "llava"]
-    return words if stage == "pretrain" else [*words, "--projector", tmp_path / "mm_projector.bin"]
+    words = ["--model", world.llm, "--data", data, "--images", world.images, "--output", tmp_path / "llava-lora"]
+    return words if stage == "pretrain" else [*words, "--projector", world.projector()]
 
 
 @pytest.mark.parametrize("stage", list(RECIPE))
@@ -51,13 +52,13 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     assert "--num_gpus 2" in one and "--gradient_accumulation_steps 4 " in one  # 2 x 32 x 4 = 256
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
-    several = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, PER_DEVICE="8")
+    named = [*words, "--tower", f"llm2clip:{world.towers['clip']}"]
+    several = script(world, "llava/pretrain.sh", *named, "--hostfile", hosts, PER_DEVICE="8", LLM2CLIP_TOWER="")
     assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several  # 16 x 8 x 2
     told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
     assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in told
-    carried = {"LLM2CLIP_TOWER": "/some/tower", "HOME": str(tmp_path)}
-    told = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, **carried)
-    assert "add LLM2CLIP_TOWER=/some/tower to ~/.deepspeed_env" in told
+    told = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, HOME=str(tmp_path))
+    assert f"add LLM2CLIP_TOWER={world.towers['clip']} to ~/.deepspeed_env" in told
 
 
 def test_slurm(world, tmp_path):
@@ -75,6 +76,7 @@ def test_slurm(world, tmp_path):
         "SLURM_JOB_NODELIST": "node-[7-8]",
         "SLURM_GPUS_ON_NODE": "4",
         "PYTHON": sys.executable,
+        "LLM2CLIP_TOWER": str(world.towers["clip"]),
     }
     here = SCRIPTS.parent
 
@@ -98,21 +100,60 @@ def test_slurm(world, tmp_path):
 
 def test_missing_parts_are_reported(world, tmp_path):
     assert "--model (or MODEL=...) is required" in script(world, "llava/pretrain.sh", fails=True)
-    words = given(world, tmp_path, "finetune")
-    words[words.index("--data") + 1] = tmp_path / "none.json"
-    assert f"{tmp_path / 'none.json'} does not exist" in script(world, "llava/finetune.sh", *words, fails=True)
     assert "unknown option --modle" in script(world, "llava/finetune.sh", "--modle", "x", fails=True)
     assert "--projector" in script(world, "llava/finetune.sh", "--help")
     assert "BATCH_SIZE" in script(world, "llava/eval/gqa.sh", "--help")
 
 
-def test_pretrain_runs(world, tmp_path):
-    """The whole script on this machine, under DeepSpeed's launcher."""
-    words = [*given(world, tmp_path, "pretrain"), "--per-device", "4", "--global-batch", "8", "--gpus", "1"]
-    quick = "--max_steps 2 --model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
-    tower = str(world.towers["clip"])
-    script(world, "llava/pretrain.sh", *words, "--", *quick, LLM2CLIP_TOWER=tower, REPORT_TO="none")
-    assert (tmp_path / "llava" / "mm_projector.bin").is_file()
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path, dry):
+    words = [*given(world, tmp_path, "finetune"), "--output", tmp_path / "run-1", "--tower", "llm2clip:/nowhere", *dry]
+    told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
+    assert len(told) == 2 and all(line.startswith("error: --") for line in told), told
+    assert "choose another name, such as 'llava-run-1'" in told[0] and "'/nowhere' is not a directory" in told[1]
+
+
+def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
+    """A script on this machine under DeepSpeed's launcher, as a user without a GPU runs it; the loss of each step."""
+    words = [*given(world, tmp_path, stage), "--output", tmp_path / name, "--gpus", str(gpus), *words]
+    words += ["--micro-batch", str(per_device), "--global-batch", "16", "--", "--max_steps", "3", "--seed", "7"]
+    words += "--model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
+    script(world, f"llava/{stage}.sh", *words, *more, REPORT_TO="none", PYTHONPATH="")
+    history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def one_batch(world, tmp_path):
+    """16 samples, so that each step takes all of them in whatever order, with equally many tokens in each answer, so
+    that the mean over micro-batches of their means is that of the batch."""
+    samples = [one for one in json.loads(world.pretrain_data.read_text()) if not one["image"].startswith("blue")]
+    path = tmp_path / "one-batch.json"
+    path.write_text(json.dumps((samples + samples)[:16]))
+    return path
+
+
+def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, tmp_path):
+    """2 ranks x 4 samples x 2 micro-batches under ZeRO-2 give the losses of 1 rank x 16, up to bf16."""
+    words = ["--data", one_batch(world, tmp_path)]
+    more = [
+        "--pretrain_mm_mlp_adapter",
+        world.projector(),
+        "--learning_rate",
+        "2e-2",
+        "--lr_scheduler_type",
+        "constant",
+    ]
+    one = train(world, tmp_path, "pretrain", 1, 16, *words, more=more, name="one")
+    two = train(world, tmp_path, "pretrain", 2, 4, *words, more=more, name="two")
+    assert len(one) == 3 and one[0] - one[2] > 0.5 and two == pytest.approx(one, abs=0.02)
+    assert (tmp_path / "two" / "mm_projector.bin").is_file()
+
+
+@pytest.mark.parametrize("stage, saved", [("finetune", "model"), ("finetune_lora", "adapter_model")])
+def test_finetuning_without_a_gpu_keeps_its_model(world, tmp_path, stage, saved):
+    """ZeRO-3 with accumulation over two ranks; nothing of the tests' own makes it run on a CPU."""
+    assert len(train(world, tmp_path, stage, 2, 4)) == 3
+    assert (tmp_path / "llava-lora" / f"{saved}.safetensors").is_file()
 
 
 def test_each_evaluation_script_names_a_benchmark(world, tmp_path):

@@ -295,3 +295,14 @@ def test_push_refuses_weights_that_are_not_the_cards(clip, eva, hub):
     with pytest.raises(ContractError, match=r"but llm2clip\.json records"):
         push_to_hub(clip, "o/n")
     assert not handler.files and not handler.calls
+
+
+def test_push_without_network_is_one_line_with_the_way_on(clip, hub, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        OSError, match=r"cannot push .* to o/n on http://127.0.0.1:9: .*; the directory is complete"
+    ) as told:
+        push_to_hub(clip, "o/n")
+    assert "\n" not in str(told.value) and f"hf upload o/n {clip}" in str(told.value)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.convert.output_format import Format, projected_dual
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, read_json, write_json
 from llm2clip_plugin.vision.export import save_tower
@@ -25,7 +26,8 @@ def write(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> No
     fields = {"projection_dim": dual.config.projection_dim, "architectures": ["CLIPVisionModelWithProjection"]}
     write_json(directory / "config.json", read_json(directory / "config.json") | fields)
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
-    reloaded: Any = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
+    with quiet_transformers():
+        reloaded: Any = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
     pixels = probe_images(dual.tower)
     with torch.no_grad():
         features = F.normalize(reloaded(pixel_values=pixels).image_embeds.float(), dim=-1)

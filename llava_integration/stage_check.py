@@ -1,0 +1,232 @@
+"""``python -m llava_integration.stage_check``: what would stop one of LLaVA's training stages, before its ranks start.
+
+``scripts/llava/*.sh`` run it first. It prints every problem in a line of its own and returns 2; without any, it prints
+what the scripts need to know of the environment, a line each: LLaVA's folder, the training program, the number of
+GPUs, the logger, a free port, options by which DeepSpeed's launcher is quiet.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llava_integration.towers import names
+from llava_integration.towers.checkpoint_name import LORA, OTHERS, WORD, model_name
+from llm2clip_plugin.contracts import ContractError
+
+STAGES = ("pretrain", "finetune", "finetune_lora")
+LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
+IMAGES_LOOKED_AT = 200
+IMAGE_TOKEN = "<image>"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of scripts/llava/*.sh that can be wrong."""
+    made = argparse.ArgumentParser(prog="python -m llava_integration.stage_check", description=__doc__)
+    made.add_argument("stage", choices=STAGES)
+    for name in ("model", "tower", "output"):
+        made.add_argument(f"--{name}", required=True)
+    for name in ("data", "image-folder"):
+        made.add_argument(f"--{name}", required=True, type=Path)
+    made.add_argument("--projector", default=None)
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Print the problems to stderr, or the environment to stdout; returns the exit status."""
+    options = parser().parse_args(argv)
+    problems = list(find_problems(options))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    import torch
+
+    llava = find_spec("llava")
+    print(next(iter(llava.submodule_search_locations or []), "") if llava else "")
+    print("train_mem.py" if find_spec("flash_attn") else "train.py")
+    print(torch.cuda.device_count())
+    print("wandb" if find_spec("wandb") else "none")
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        print(probe.getsockname()[1])
+    print(quiet_launcher())
+    return 0
+
+
+def quiet_launcher() -> str:
+    """``--log_level warning`` if this DeepSpeed's launcher has it; else it prints ten lines of its own."""
+    deepspeed = find_spec("deepspeed")
+    for folder in deepspeed.submodule_search_locations or [] if deepspeed else []:
+        if "--log_level" in Path(folder, "launcher", "runner.py").read_text(encoding="utf-8"):
+            return "--log_level warning"
+    return ""
+
+
+def find_problems(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with a stage's options, a line each."""
+    yield from check_model(options.model)
+    yield from check_output(options.stage, options.output)
+    yield from check_data(options.stage, options.data, options.image_folder)
+    yield from check_tower(options.tower, options.projector)
+
+
+def check_model(model: str) -> Iterator[str]:
+    """The language model is a folder with a config.json, or a name of the Hub, which is not asked here."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
+    elif not names.HUB_ID.match(model):
+        yield f"--model {model} is neither a folder nor a name of the Hub, such as lmsys/vicuna-7b-v1.5"
+
+
+def check_output(stage: str, output: str) -> Iterator[str]:
+    """The folder's name is one by which LLaVA will load what it holds; see ``checkpoint_name``."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        yield f"--output {output} is a file; expected a folder"
+        return
+    if stage == "pretrain":  # its projector is loaded by path
+        if path.name.startswith("checkpoint-"):
+            yield f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* elsewhere; rename it"
+        return
+    name = model_name(output)
+    required = (WORD, LORA) if stage == "finetune_lora" else (WORD,)
+    for word in required:
+        if word not in name.lower():
+            kind = "a LLaVA model" if word == WORD else "a LoRA checkpoint"
+            yield (
+                f"--output {output}: LLaVA loads a folder as {kind} only if its name contains {word!r}, so it could "
+                f"not load {name!r}; choose another name, such as {suggest(path.name, required)!r}"
+            )
+            return
+    for word in OTHERS if stage == "finetune" else ():
+        if word in name.lower():
+            yield f"--output {output}: LLaVA loads a folder with {word!r} in its name as a {word} model; choose another"
+
+
+def suggest(name: str, required: tuple[str, ...]) -> str:
+    """``name`` behind the required words that it lacks.
+
+    >>> suggest("run-1", ("llava", "lora"))
+    'llava-lora-run-1'
+    """
+    return "-".join([*(word for word in required if word not in name.lower()), name])
+
+
+def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
+    """The first problem of LLaVA's JSON, and of the image folder."""
+    if not images.is_dir():
+        yield f"--image-folder {images} is not a folder; expected the folder that the JSON's image paths start in"
+    if not data.is_file():
+        yield f"DATA {data} does not exist; expected LLaVA's JSON"
+        return
+    try:
+        samples = json.loads(data.read_text(encoding="utf-8"))
+    except ValueError as error:
+        lines = " (JSON Lines? put the samples into one list)" if "Extra data" in str(error) else ""
+        yield f"{data} is not JSON: {error}{lines}"
+        return
+    if not isinstance(samples, list) or not samples:
+        yield f"{data}: expected a list of samples, found {describe(samples)}"
+        return
+    for number, sample in enumerate(samples):
+        if problem := sample_problem(stage, sample):
+            name = f" (id {sample['id']!r})" if isinstance(sample, dict) and "id" in sample else ""
+            yield f"{data}, sample {number}{name}: {problem}"
+            return
+    if images.is_dir():
+        yield from check_images(data, images, [sample["image"] for sample in samples if "image" in sample])
+
+
+def describe(value: Any) -> str:
+    """What a JSON value is, for a message."""
+    return "an empty list" if value == [] else f"a value of type {type(value).__name__}"
+
+
+def sample_problem(stage: str, sample: Any) -> str:
+    """What LLaVA's data set would stop at in a sample; '' for nothing."""
+    if not isinstance(sample, dict):
+        return f"expected an object with id, image and conversations, found {describe(sample)}"
+    if not isinstance(sample.get("image", ""), str):
+        return f"image is {describe(sample['image'])}; expected a path in the image folder"
+    turns = sample.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return "no conversations; expected a list of turns"
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return "a turn without a text; expected {'from': 'human' or 'gpt', 'value': TEXT}"
+    speakers = [turn.get("from") for turn in turns]
+    if stage == "pretrain":
+        if len(turns) != 2 or IMAGE_TOKEN not in turns[0]["value"] or "image" not in sample:
+            return f"pretraining needs an image and two turns, {IMAGE_TOKEN} in the first and the caption in the second"
+        return ""
+    speakers = speakers[1:] if speakers[0] == "gpt" else speakers  # as LLaVA skips it
+    if any(speaker != ("human", "gpt")[turn % 2] for turn, speaker in enumerate(speakers)):
+        return f"the turns are from {', '.join(map(str, speakers[:6]))}; expected human and gpt in turn"
+    return ""
+
+
+def check_images(data: Path, images: Path, paths: list[str]) -> Iterator[str]:
+    """Up to IMAGES_LOOKED_AT images, evenly spaced over the samples, exist."""
+    looked_at = paths[:: max(1, len(paths) // IMAGES_LOOKED_AT)]
+    missing = [path for path in looked_at if not os.path.isfile(os.path.join(images, path))]
+    if missing:
+        yield (
+            f"--image-folder {images}: {len(missing)} of {len(looked_at)} images looked at are missing, the first is "
+            f"{os.path.join(images, missing[0])}; {data} has its path as {missing[0]!r}"
+        )
+
+
+def check_tower(tower: str, projector: str | None) -> Iterator[str]:
+    """The tower exists, its weights are those of its card, and the projector fits."""
+    if projector is not None and not os.path.isfile(projector):
+        yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
+        projector = None
+    if not names.is_ours(tower):
+        if os.path.isdir(tower) and not os.path.isfile(os.path.join(tower, "config.json")):
+            yield f"--tower {tower}: the folder has no config.json; expected a tower directory or a CLIP vision model"
+        elif not os.path.exists(tower) and not tower.startswith(LLAVAS_TOWERS) and "ShareGPT4V" not in tower:
+            yield (
+                f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, llm2clip:PATH_OR_HUB_ID, a "
+                "folder that exists, or a name such as openai/clip-vit-large-patch14-336"
+            )
+        return
+    try:
+        location = names.locate(tower)
+        location.check_weights()
+        if projector is not None:
+            check_projector(tower, location.card.hidden_size, projector)
+    except (ContractError, FileNotFoundError) as error:
+        yield str(error).replace("--vision_tower", "--tower")
+
+
+def check_projector(tower: str, hidden_size: int, projector: str) -> None:
+    """Raise ContractError if the projector is not a file of weights for this tower's features."""
+    import pickle
+
+    from llava_integration.hook import projector_width
+
+    scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
+    try:
+        width = projector_width(projector)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ContractError(f"--projector {projector} is not a file of weights: {reason}") from error
+    if width not in (None, hidden_size * scales):
+        per_scale = f" x {scales} scales" if scales > 1 else ""
+        raise ContractError(
+            f"the projector {projector} expects features of width {width}, but the tower {tower!r} has hidden_size "
+            f"{hidden_size}{per_scale}; use the tower that it was trained with, or pretrain a projector for this one"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""What other libraries print on a normal run, silenced by name and reason. Their errors are never silenced.
+
+Everything here is called where it applies, not at import: no library is imported for its silence.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars ("Loading weights", "Writing model shards") and warnings.
+
+    For loading and saving: we compare what was loaded with the file ourselves, and the bars last milliseconds.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def quiet_peft() -> None:
+    """Silence peft about an attribute that transformers renamed, and bitsandbytes about kernels from the Hub."""
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def quiet_deepspeed() -> None:
+    """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it calls.
+
+    ``LLM2CLIP_DEEPSPEED_LOG=1`` keeps them.
+    """
+    if os.environ.get("LLM2CLIP_DEEPSPEED_LOG") != "1":
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def quiet_llava() -> None:
+    """Silence what LLaVA's training makes other libraries warn about: old names that LLaVA and the trainer of its
+    transformers use, memory that a machine without a GPU cannot pin, and the type of the language model it extends."""
+    quiet_deepspeed()
+    warnings.filterwarnings("ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning)
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: "to instantiate a model of type llava" not in record.getMessage()
+    )

@@ -1,0 +1,95 @@
+"""What the scripts refuse before a rank starts: one line a problem, with the value and what to do."""
+
+import json
+
+import pytest
+import torch
+
+from llava_integration.stage_check import main
+
+HUMAN, GPT = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red picture"}
+
+
+def refused(capsys, world, stage="finetune", **changed):
+    """The lines of stderr for the world's options, of which some are changed; [] if nothing is wrong."""
+    data = world.pretrain_data if stage == "pretrain" else world.finetune_data
+    options = {"model": world.llm, "data": data, "image-folder": world.images, "output": "checkpoints/llava-lora-1"}
+    options |= {"tower": f"llm2clip:{world.towers['clip']}", "projector": world.projector(), **changed}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    status = main([stage, *words])
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert status == (2 if lines else 0) and (len(printed.out.splitlines()) == (0 if lines else 6))
+    return lines
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "finetune_lora"])
+def test_good_options_are_accepted(capsys, world, home, stage):
+    assert refused(capsys, world, stage) == []
+    assert refused(capsys, world, stage, tower="openai/clip-vit-large-patch14-336", model="lmsys/vicuna-7b-v1.5") == []
+
+
+@pytest.mark.parametrize(
+    "stage, name, told",
+    [
+        (
+            "finetune",
+            "run-1",
+            "its name contains 'llava', so it could not load 'run-1'; choose another name, such as 'll",
+        ),
+        ("finetune_lora", "run-1", "'llava-lora-run-1'"),
+        ("finetune_lora", "llava-1", "only if its name contains 'lora'"),
+        ("finetune", "run-1/checkpoint-5", "'run-1_checkpoint-5'"),
+        ("finetune", "llava-prompts", "with 'mpt' in its name as a mpt model"),
+        ("pretrain", "llava/checkpoint-5", "elsewhere; rename it"),
+    ],
+)
+def test_names_that_llava_cannot_load(capsys, world, home, stage, name, told):
+    (line,) = refused(capsys, world, stage, output=name)
+    assert line.startswith("error: --output") and told in line
+
+
+@pytest.mark.parametrize(
+    "stage, name", [("finetune", "llava-1/checkpoint-5"), ("pretrain", "projector"), ("finetune_lora", "LLaVA-LoRA")]
+)
+def test_names_that_llava_loads(capsys, world, home, stage, name):
+    assert refused(capsys, world, stage, output=name) == []
+
+
+@pytest.mark.parametrize(
+    "stage, content, told",
+    [
+        ("finetune", "{", "is not JSON: Expecting property name"),
+        ("finetune", '{"id": 1}\n{"id": 2}\n', "JSON Lines? put the samples into one list"),
+        ("finetune", "[]", "expected a list of samples, found an empty list"),
+        ("finetune", [{"id": "a", "image": "red-0.png"}], "sample 0 (id 'a'): no conversations"),
+        ("finetune", [{"id": 7, "conversations": [GPT, HUMAN, HUMAN]}], "(id 7): the turns are from human, human"),
+        ("finetune", [{"image": 3, "conversations": [HUMAN, GPT]}], "sample 0: image is a value of type int"),
+        ("finetune", [{"conversations": [{"from": "human"}]}], "a turn without a text"),
+        ("pretrain", [{"conversations": [HUMAN, GPT]}], "pretraining needs an image and two turns"),
+        ("finetune", [{"image": "x.png", "conversations": [HUMAN, GPT]}], "1 of 1 images looked at are missing"),
+    ],
+)
+def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, content, told):
+    path = tmp_path / "data.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    (line,) = refused(capsys, world, stage, data=path)
+    assert told in line and str(path) in line
+
+
+def test_every_problem_has_its_line(capsys, world, home, tmp_path):
+    wrong = {name: tmp_path / name for name in ("model", "data", "image-folder", "projector")}
+    lines = refused(capsys, world, tower="openia/clip", **wrong)
+    assert [line.split()[1] for line in lines] == ["--model", "--image-folder", "DATA", "--projector", "--tower"]
+
+
+def test_towers(capsys, world, home, tmp_path, monkeypatch):
+    assert "no tower is selected; run `llm2clip use" in refused(capsys, world, tower="llm2clip")[0]
+    (line,) = refused(capsys, world, tower=f"llm2clip:{world.towers['wide']}")
+    assert "expects features of width 32" in line and "hidden_size 48" in line
+    (tmp_path / "no.bin").write_text("no weights")
+    assert "is not a file of weights" in refused(capsys, world, projector=tmp_path / "no.bin")[0]
+    scales = tmp_path / "scales.bin"
+    torch.save({"model.mm_projector.0.weight": torch.zeros(32, 64)}, scales)
+    monkeypatch.setenv("LLM2CLIP_S2_SCALES", "28,56")
+    assert refused(capsys, world, projector=scales) == []
