@@ -45,6 +45,23 @@ def quiet_deepspeed() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
+def quiet_accelerator() -> None:
+    """Silence DeepSpeed, which transformers imports for many commands, about a machine without a GPU."""
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_cpu)
+
+
+def _is_not_about_the_cpu(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """Silence torch's ONNX exporter about a renamed class of torch's own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
+
+
 def quiet_llava() -> None:
     """Silence what LLaVA's training makes other libraries warn about: old names that LLaVA and the trainer of its
     transformers use, memory that a machine without a GPU cannot pin, and the type of the language model it extends."""

@@ -190,9 +190,13 @@ COMMAND = Command(
 def table(scores: Sequence[CaptionScore]) -> str:
     """The rows as text, top-1 accuracy as fractions: first to second, second to first, the former after centering."""
     width = max(len(row.name) for row in scores)
-    lines = [f"{'top-1':<{width}}  {'cra':>6} {'reverse':>7} {'centered':>8} {'pairs':>6} {'chance':>6}"]
+    lines = [
+        "top-1 accuracy; forward: the first caption finds the second, reverse: the second the first, "
+        "centered: forward after subtracting each set's mean",
+        f"{'':<{width}}  {'forward':>7} {'reverse':>7} {'centered':>8} {'pairs':>6} {'chance':>6}",
+    ]
     for row in scores:
-        numbers = f"{row.cra:6.3f} {row.reverse:7.3f} {row.centred:8.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
+        numbers = f"{row.cra:7.3f} {row.reverse:7.3f} {row.centred:8.3f} {row.pairs:6d} {1 / row.pairs:6.3f}"
         lines.append(f"{row.name:<{width}}  {numbers}")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm2clip_plugin.quiet import quiet_onnx
 from llm2clip_plugin.vision.convert.output_format import Format
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, write_json
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -38,17 +39,18 @@ def write(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> No
     encoder = _ImageEncoder(model).float().eval()
     pixels = probe_images(tower_in(model), count=3)
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
-    torch.onnx.export(
-        encoder,
-        (pixels[:2],),
-        str(directory / FILE),
-        input_names=["pixel_values"],
-        output_names=["image_features"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-        external_data=size > LARGEST_FILE,
-        dynamo=True,
-        verbose=False,
-    )
+    with quiet_onnx():
+        torch.onnx.export(
+            encoder,
+            (pixels[:2],),
+            str(directory / FILE),
+            input_names=["pixel_values"],
+            output_names=["image_features"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            external_data=size > LARGEST_FILE,
+            dynamo=True,
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(str(directory / FILE), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         for batch in (pixels, pixels[:1]):
