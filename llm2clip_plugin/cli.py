@@ -59,6 +59,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "measure a tower's zero-shot classification"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "measure a tower's features by kNN and linear probe"),
+    "search": (
+        "llm2clip_plugin.evaluate.search",
+        "main",
+        "find the images that are nearest to a text; a page with pictures",
+    ),
     "export": (
         "llm2clip_plugin.stages.tower.export",
         "main",

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 
+def page_style() -> str:
+    """The CSS that every page of ours starts with: colors, also for dark screens, widths and headings."""
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+
 def render(template: Path, **values: object) -> str:
     """The text of a template file: every value is escaped (``markupsafe.Markup`` is not), an unknown name is an error.
 

@@ -15,7 +15,7 @@ from llava_integration.compare.comparison import Comparison, Row
 from llava_integration.compare.disagreements import disagreements
 from llava_integration.compare.pictures import Pictures
 from llava_integration.compare.sides import Side
-from llm2clip_plugin.templates import render
+from llm2clip_plugin.templates import page_style, render
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,8 @@ class PageOptions:
 
 def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) -> str:
     """The page's HTML."""
-    style, script = (HERE / "page.css").read_text(encoding="utf-8"), (HERE / "page.js").read_text(encoding="utf-8")
+    style = page_style() + (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pictures = Pictures(sides, options.images if options.with_images else None, enabled=options.with_images)
     questions = [

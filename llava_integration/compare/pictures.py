@@ -4,20 +4,15 @@ The pictures of a benchmark without a rule (score files from elsewhere) are belo
 files, or below ``--image-folder``; an item's ``image`` is a path relative to that.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image, UnidentifiedImageError
 
 from llava_integration.benchmarks.base import Item
 from llava_integration.benchmarks.benchmark import find_image
 from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.compare.sides import Side
+from llm2clip_plugin.thumbnails import thumbnail
 
-SIDE = 256  # pixels of the longer side in the page
-QUALITY = 70
 IMAGE_FOLDERS = ("", "images")  # below the folder of a benchmark without a rule
 
 
@@ -46,7 +41,7 @@ class Pictures:
             return ""
         key = f"{name}/{item['image']}"
         if key not in self.encoded:
-            encoded = encode(self._read(name, item))
+            encoded = thumbnail(self._read(name, item))
             if encoded is None:
                 self.missing[name] = self.missing.get(name, 0) + 1
                 return ""
@@ -80,19 +75,3 @@ def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list
         below = [root / folder for folder in (known.folders if known else ())]
         return [folder for folder in (*below, root) if folder.is_dir()]
     return [Path(folder) for folder in dict.fromkeys(filter(None, scored)) if Path(folder).is_dir()]
-
-
-def encode(raw: bytes | None) -> str | None:
-    """A small JPEG as a data URI; None for bytes that are not a picture."""
-    if not raw:
-        return None
-    try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            opened.draft("RGB", (SIDE, SIDE))
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        return None
-    picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -21,6 +21,7 @@ FLOORS = (
         "progress",
         "quiet",
         "templates",
+        "thumbnails",
     ),
     ("data", "vision"),
     ("train",),

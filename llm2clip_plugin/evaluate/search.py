@@ -1,0 +1,179 @@
+"""``llm2clip search``: the images of a data set that are nearest to a text, listed, as JSON, and as a page.
+
+Shapes: Q texts, D projection dimension.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.downloads import default_download_folder
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption
+from llm2clip_plugin.evaluate.command_line import (
+    NOTES_SHOWN,
+    OpenedTower,
+    dataset_name,
+    on_all_ranks,
+    open_tower,
+)
+from llm2clip_plugin.evaluate.image_index import Hit, ImageIndex, embed_images, folder_of_images, index_folder
+from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
+from llm2clip_plugin.evaluate.search_page import Found, Result, search_page
+from llm2clip_plugin.evaluate.teacher import Teacher
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_ALONE, in_section
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.thumbnails import thumbnail
+from llm2clip_plugin.train.distributed import on_first_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Images by text."""
+
+    tower: str  # tower directory or Hub id, with a text adapter
+    data: SourceConfig  # images, with or without captions; also a folder of image files
+    text: tuple[str, ...] = ()  # texts to search for, in any language
+    top_k: int = 10  # images of each text
+    output: str = "search.html"  # the page to write; "": none
+    json: str = ""  # write keys and scores here
+    cache: str = ""  # folder of the embedded images and texts; "": TOWER-search, next to the tower
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError('no text to search for; usage: llm2clip search TOWER DATA "a bird on a wire"')
+        if blank := [number for number, text in enumerate(self.text, 1) if not text.strip()]:
+            raise ValueError(f"text {blank[0]} of {len(self.text)} is blank")
+        if self.top_k < 1 or self.batch < 1:
+            raise ValueError(f"top-k is {self.top_k} and batch-size {self.batch}, expected at least 1")
+
+
+COMMAND = Command(
+    name="search",
+    example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
+    about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
+    "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
+    "same command to resume.",
+    settings=SearchConfig,
+    arguments=("tower", "data.path", "text"),
+    everyday=(
+        "top_k",
+        "output",
+        "json",
+        "cache",
+        "data.images",
+        "teacher.llm",
+        "teacher.adapter",
+        "batch",
+        "workers",
+        "device",
+    ),
+    shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
+    hidden=tuple(f"data.{name}" for name in TRAINING_ALONE),
+)
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip search TOWER DATA TEXT [TEXT ...]``."""
+    config = COMMAND.parse(argv)
+    return on_all_ranks(lambda all_ranks: search(config, all_ranks=all_ranks), lambda result: report(config, *result))
+
+
+def search(config: SearchConfig, *, all_ranks: bool = False) -> tuple[Source, ImageIndex, list[list[Hit]]]:
+    """The source, its embedded images, and for each text the nearest of them.
+
+    The texts are embedded first, so that a teacher that is not at hand is an error before the work on the images.
+    """
+    source = folder_of_images(config.data.path) or open_source(config.data)
+    tower = open_tower(config.tower, config.device)
+    folder = Path(config.cache) if config.cache else default_folder(config.tower)
+    text_QD = on_first_rank(lambda: embed_texts(tower, config.text, folder, config.teacher))
+    images = index_folder(tower, source, folder)
+    index = embed_images(tower, source, images, batch=config.batch, workers=config.workers, all_ranks=all_ranks)
+    return source, index, on_first_rank(lambda: index.search(text_QD, config.top_k))
+
+
+def default_folder(tower: str) -> Path:
+    """``TOWER-search`` next to a tower directory; in the folder of downloads for a tower on the Hub."""
+    path = Path(tower).expanduser()
+    if path.is_dir():
+        return path.absolute().with_name(f"{path.absolute().name}-search")
+    return default_download_folder().parent / f"{tower.replace('/', '--')}-search"
+
+
+def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: EncoderConfig) -> Tensor:
+    """(Q, D): the texts by the tower's teacher; texts that ``folder`` already has need no LLM."""
+    source = InMemorySource(
+        f"texts-{sha256_text(canonical_json(list(texts)))[:12]}",
+        folder,
+        [Row(f"{number:05d}", None, (Caption(text, "text"),)) for number, text in enumerate(texts)],
+    )
+    teacher = Teacher(tower.dual.card, config, tower.device)
+    cache = teacher.cache(source, folder / f"texts-{teacher.fingerprint[:12]}")
+    rows = [
+        cache.rows(*source.locate(number), source.captions(number)[1], key=source.captions(number)[0])
+        for number in range(len(source))
+    ]
+    with torch.no_grad():
+        return tower.dual.encode_text(torch.cat(rows)).cpu()
+
+
+def results(config: SearchConfig, source: Source, hits: Sequence[Sequence[Hit]], *, pictures: bool) -> list[Result]:
+    """The hits with their keys, and with ``pictures`` what they show."""
+    return [
+        Result(text=text, found=[_found(source, hit, pictures) for hit in of_text])
+        for text, of_text in zip(config.text, hits, strict=True)
+    ]
+
+
+def _found(source: Source, hit: Hit, picture: bool) -> Found:
+    try:
+        record = source.record_with_image(hit.number)
+        return Found(key=record.key, score=hit.score, picture=thumbnail(record.read_image()) if picture else None)
+    except BrokenSample as error:
+        return Found(key=error.key, score=hit.score, picture=None)
+
+
+def report(config: SearchConfig, source: Source, index: ImageIndex, hits: Sequence[Sequence[Hit]]) -> None:
+    """Print the hits, and write the page and the JSON."""
+    found = results(config, source, hits, pictures=bool(config.output))
+    for result in found:
+        print(f"\n{result.text}")
+        for place, image in enumerate(result.found, 1):
+            print(f"{place:4}  {image.score:6.3f}  {image.key}")
+    print()
+    for error in index.broken[:NOTES_SHOWN]:
+        print(f"left out: {error}")
+    if config.output:
+        title = f"{dataset_name(config.tower)}: {dataset_name(config.data.path)}"
+        intro = f"The {config.top_k} nearest of {len(source):,} images, with their cosine similarity to the text."
+        with atomic_file(config.output) as temporary:
+            temporary.write_text(search_page(title, intro, found), encoding="utf-8")
+        print(f"wrote {config.output}")
+    if config.json:
+        with atomic_file(config.json) as temporary:
+            temporary.write_text(_json(config, found), encoding="utf-8")
+        print(f"wrote {config.json}")
+
+
+def _json(config: SearchConfig, found: Sequence[Result]) -> str:
+    body = {
+        "tower": config.tower,
+        "data": config.data.path,
+        "results": [
+            {"text": result.text, "found": [{"key": image.key, "score": image.score} for image in result.found]}
+            for result in found
+        ],
+    }
+    return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
