@@ -374,6 +374,7 @@ class RunRecord(VersionedRecord):
     samples: int = 0  # image-caption pairs consumed by all ranks together
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,8 +1,10 @@
 """What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.contracts import ScoreFile, TowerCard
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.text.teacher import load_dual_encoder
@@ -35,10 +37,28 @@ class OpenedTower:
 
 
 def open_tower(tower: str, device: str) -> OpenedTower:
-    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one."""
+    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
+
+    Raises ValueError with the commands for a baseline if it has none.
+    """
     directory, chosen = fetch_directory(tower), choose_device(device)
+    if not _has_heads(directory):
+        raise ValueError(
+            f"{tower} is a vision tower without the projection and text adapter that are needed to compare images with "
+            "captions. Fit these with the tower frozen (no epochs: the heads alone), then evaluate the result:\n"
+            f"  llm2clip train-tower --tower.path {shlex.quote(tower)} --data.path TRAINING_DATA --num_train_epochs 0 "
+            "--output_dir runs/baseline\n"
+            "  llm2clip evaluate runs/baseline/tower --data DATA"
+        )
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     return OpenedTower(dual=load_dual_encoder(directory).to(chosen), images=images, device=chosen)
+
+
+def _has_heads(directory: Path) -> bool:
+    """Whether a folder is a tower directory with heads, or no vision tower at all, which loading it tells better."""
+    if not (directory / TowerCard.FILE).is_file():
+        return not (directory / "config.json").is_file()
+    return TowerCard.read(directory / TowerCard.FILE).projection_dim > 0
 
 
 def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:

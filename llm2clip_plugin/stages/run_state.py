@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.watchdog import watched
 from llm2clip_plugin.vision.export import library_versions
+
+HEADLINE = ("i2t_r1", "t2i_r1")  # of a tower's scores: recall over all captions
 
 
 @contextmanager
@@ -144,13 +146,15 @@ class TrainingRun:
         step: StepFunction,
         batches: Iterator[Batch],
         evaluate: Evaluate | None,
+        before: Evaluate | None = None,
         stop: StopRequest,
         average: MovingAverage | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns where it ended or was stopped.
 
-        Raises RequeueError on every rank if it was stopped by SIGUSR1.
+        ``before``: scores of a new run before its first step, if they are wanted. Raises RequeueError on every rank if
+        it was stopped by SIGUSR1.
         """
         self._record(state)
         state = run_loop(
@@ -161,6 +165,7 @@ class TrainingRun:
                 average=average,
                 checkpoints=self.checkpoints,
                 evaluate=in_phase("evaluation", evaluate) if evaluate else None,
+                before=in_phase("evaluation before training", before) if before else None,
                 train=self.train,
                 optim=self.optim,
                 total_steps=self.total_steps,
@@ -173,6 +178,8 @@ class TrainingRun:
         self._record(state)
         if state.step < self.total_steps and any(gather_objects(stop.requeue)):
             raise RequeueError(f"stopped at step {state.step} of {self.total_steps} to be started again")
+        if rank() == 0 and state.step >= self.total_steps and (line := before_and_after(state.before, state.metrics)):
+            print(line)
         return state
 
     def write_result(self, state: TrainState, write: Callable[[], object]) -> bool:
@@ -205,6 +212,18 @@ class TrainingRun:
             samples=state.samples,
             finished=state.step >= self.total_steps,
             metrics=state.metrics,
+            before=state.before,
             versions=library_versions(),
         )
         on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
+
+
+def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """One line with the scores before training and now: of all captions, or of every part if there is no total."""
+    names = [name for name in after if name in before]
+    names = [name for name in names if name in HEADLINE] or names
+    if before == after:  # a run without steps
+        values = [f"{name} {after[name]:.3f}" for name in names]
+        return f"held-out scores: {', '.join(values)}" if values else ""
+    changes = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names]
+    return f"held-out scores, before -> after: {', '.join(changes)}" if changes else ""

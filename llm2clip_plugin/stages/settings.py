@@ -38,6 +38,7 @@ IGNORED_ON_RESUME = (
     "train.save_total_limit",
     "train.save_fallback_dir",
     "train.eval_steps",
+    "train.eval_on_start",
     "train.logging_steps",
     "train.report_to",
     "train.profile_steps",

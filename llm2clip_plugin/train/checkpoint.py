@@ -45,6 +45,7 @@ class TrainState(VersionedRecord):
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
     world_size: int = 1  # ranks that wrote it; any number can resume
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
     evaluated: int | None = None  # step of that evaluation; None in version 0.1, which saved after it
     seconds: float = 0.0  # training time so far
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256; {} in version 0.1
@@ -60,7 +61,10 @@ class TrainState(VersionedRecord):
             raise ContractError(f"{where} is damaged: its fields do not have the checksum {self.checksum!r}")
 
     def _digest(self) -> str:
-        return sha256_text(canonical_json({**dataclasses.asdict(self), "checksum": ""}))
+        body = {**dataclasses.asdict(self), "checksum": ""}
+        if not self.before:
+            del body["before"]  # earlier releases have none
+        return sha256_text(canonical_json(body))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ class TrainConfig:
     save_total_limit: int = 2  # checkpoints kept; 0: all
     save_fallback_dir: str = ""  # where the last checkpoint is written if output_dir fails (disk full); "": nowhere
     eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
+    eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
     profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 others; 0: none
@@ -81,8 +82,8 @@ class TrainConfig:
             raise ValueError(
                 f"train.global_batch {self.global_batch} must be >= 2, micro_batch {self.micro_batch} >= 0"
             )
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ValueError("train.max_steps and train.num_train_epochs are both 0: nothing to train")
+        if self.max_steps <= 0 and self.num_train_epochs < 0:
+            raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must not be negative")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.max_broken <= 1:
             raise ValueError(
                 f"train.ema_decay {self.ema_decay} must be in [0, 1), max_broken {self.max_broken} in [0, 1]"
@@ -113,11 +114,16 @@ class TrainConfig:
             )
         return local, micro, local // micro
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is a step to make."""
+        return self.max_steps > 0 or self.num_train_epochs > 0
+
     def steps(self, samples: int) -> int:
-        """Optimizer steps of the run over ``samples`` samples."""
-        return (
-            self.max_steps if self.max_steps > 0 else max(1, round(self.num_train_epochs * samples / self.global_batch))
-        )
+        """Optimizer steps of the run over ``samples`` samples; 0 for 0 epochs."""
+        if self.max_steps > 0 or not self.has_steps:
+            return max(0, self.max_steps)
+        return max(1, round(self.num_train_epochs * samples / self.global_batch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,7 @@ class LoopParts:
     average: MovingAverage | None
     checkpoints: Checkpoints
     evaluate: Evaluate | None  # called on every rank
+    before: Evaluate | None = None  # the same before step 1, in a new run
     train: TrainConfig
     optim: OptimConfig
     total_steps: int
@@ -179,6 +186,8 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
     state, saved_at, save_due = parts.state, time.monotonic(), False
     stop = _any_rank(parts, bool(parts.stop))[0]
+    if parts.before is not None and state.step == 0 and not state.before and not stop:
+        state = _evaluate_start(parts.before, parts, state, reports)
     if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
         if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):  # resumed from another folder
             with phase("gathering the checkpoint"):
@@ -221,11 +230,18 @@ def _evaluation_due(parts: LoopParts, state: TrainState) -> bool:
     return parts.evaluate is not None and (done or _every(parts.train.eval_steps, state.step))
 
 
+def _evaluate_start(before: Evaluate, parts: LoopParts, state: TrainState, reports: Reports) -> TrainState:
+    """Evaluate before step 1; in a run without steps these are its scores."""
+    state = replace(state, before=before())
+    reports.scores(state, state.before)
+    return state if parts.total_steps else replace(state, metrics=state.before, evaluated=0)
+
+
 def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
     """Evaluate, after the checkpoint of the same step, which gets the scores."""
     assert parts.evaluate is not None
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
-    reports.scores(state)
+    reports.scores(state, state.metrics)
     saver.record_metrics(state)
     return state
 

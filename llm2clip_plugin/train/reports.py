@@ -51,7 +51,8 @@ class Reports:
         self.logging_steps = logging_steps
         self.queue = queue
         self._file: MetricsFile | None = None  # of rank 0
-        on_first_rank(lambda: self._open(state.step))
+        new = state.step == 0 and not state.before
+        on_first_rank(lambda: self._open(-1 if new else state.step))
         self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
         self.timer = StepTimer(make_clock(engine.device))
         self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
@@ -63,8 +64,8 @@ class Reports:
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
 
-    def _open(self, step: int) -> None:
-        self._file = MetricsFile(self.run_folder / METRICS, from_step=step)
+    def _open(self, from_step: int) -> None:
+        self._file = MetricsFile(self.run_folder / METRICS, from_step=from_step)
 
     def __enter__(self) -> "Reports":
         self.progress.__enter__()
@@ -98,10 +99,10 @@ class Reports:
         if self._profiler is not None:
             self._profiler.step()
 
-    def scores(self, state: TrainState) -> None:
-        """An evaluation."""
-        self.progress.show_values(state.metrics)
-        self._values(state, state.metrics, phase="eval")
+    def scores(self, state: TrainState, scores: dict[str, float]) -> None:
+        """An evaluation, in ``state``."""
+        self.progress.show_values(scores)
+        self._values(state, scores, phase="eval")
 
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""

@@ -5,6 +5,8 @@ import os
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.families import families
 
+BEFORE = "before"  # of a card's training: scores before step 1
+
 
 def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
@@ -20,6 +22,26 @@ def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
     """One line about a written tower directory, and a second one if LLaVA 1.5 cannot run it."""
     line = f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
     return f"{line}\n{place}: {beyond_llava(card)}" if beyond_llava(card) else line
+
+
+def _metrics(card: TowerCard) -> list[str]:
+    """The scores, next to those before training if these were measured."""
+    before = card.training.get(BEFORE, {})
+    if not card.metrics:
+        return []
+    if not before:
+        values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
+        return ["## Metrics", "", *_table(values, ("metric", "value"))]
+    lines = [
+        "## Metrics",
+        "",
+        "On held-out data. Before: the start tower, frozen, with fitted projection and text adapter.",
+    ]
+    lines += ["", "| metric | before | after |", "|---|---|---|"]
+    for name, value in sorted(card.metrics.items()):
+        start = f"{before[name]:.4f}" if name in before else ""
+        lines.append(f"| {name} | {start} | {value:.4f} |")
+    return [*lines, ""]
 
 
 def model_card(card: TowerCard) -> str:
@@ -44,10 +66,9 @@ def model_card(card: TowerCard) -> str:
     rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))
     lines += _table(rows)
     if card.training:
-        lines += ["## Training", "", *_table([(k, str(v)) for k, v in sorted(card.training.items())])]
-    if card.metrics:
-        values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
-        lines += ["## Metrics", "", *_table(values, ("metric", "value"))]
+        facts = [(k, str(v)) for k, v in sorted(card.training.items()) if k != BEFORE]
+        lines += ["## Training", "", *_table(facts)]
+    lines += _metrics(card)
     lines += ["## Use", ""]
     if reason := beyond_llava(card):
         lines += [f"This tower {reason}.", ""]

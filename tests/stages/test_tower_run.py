@@ -96,7 +96,8 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     ended = RunRecord.read(run / RunRecord.FILE)
     assert ended.finished and ended.step == end and ended.samples == 16 * end
     assert sorted(losses(run)) == list(range(1, end + 1))
-    (scores,) = [line for line in lines(run) if "i2t_r1" in line]
+    before, scores = [line for line in lines(run) if "i2t_r1" in line]
+    assert before["step"] == before["samples"] == 0
     assert "t2i_r10" in scores and scores["step"] == end
     assert load_tower(run / "tower").config.image_size == 16
     card = TowerCard.read(run / "tower" / TowerCard.FILE)

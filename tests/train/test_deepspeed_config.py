@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.losses.config import LossConfig
+from llm2clip_plugin.train.model import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor
 from llm2clip_plugin.vision.dual import DualConfig
 
@@ -167,7 +168,13 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
         ),
         (lambda: TrainConfig(precision="fp8"), "unknown train.precision 'fp8'; known: fp32, bf16, fp16"),  # type: ignore[arg-type]
         (lambda: TrainConfig(report_to=("mlflow",)), "unknown train.report_to"),  # type: ignore[arg-type]
-        (lambda: TrainConfig(max_steps=0, num_train_epochs=0), "nothing to train"),
+        (lambda: TrainConfig(max_steps=0, num_train_epochs=-1), "num_train_epochs -1 must not be negative"),
+        (
+            lambda: RunConfig(
+                data=DataConfig(path=("x",)), tower=TowerConfig(path="y"), train=TrainConfig(num_train_epochs=0)
+            ).validate(),
+            "heads.steps are all 0: nothing to train",
+        ),
         (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --global-batch 64"),
         (lambda: LossConfig(args=("margin=1",)), r"loss.args: unknown setting 'margin=1' of InfoNCE; known: none"),
         (lambda: LossConfig(kind="sigmoid").check(DualConfig()), "sigmoid learns a logit bias: set --dual.logit-bias"),

@@ -98,6 +98,7 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device) -> 
                 parameter.data.copy_(resumed.weights[name])
     engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
+    evaluate = evaluation(encoder, config)
     with stop_requests() as stop:
         state = run.train_to_end(
             engine,
@@ -106,7 +107,8 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device) -> 
             batches=tokenized_batches(
                 data.batches, encoder, position=start.samples, workers=config.train.dataloader_num_workers
             ),
-            evaluate=evaluation(encoder, config),
+            evaluate=evaluate,
+            before=evaluate if config.train.eval_on_start else None,
             stop=stop,
         )
     finished = run.write_result(state, lambda: write_adapter(run, encoder, config, state))
@@ -134,6 +136,8 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
     plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError("ZeRO-3 can't partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
+    if not config.train.has_steps:
+        raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
     if config.train.ema_decay:
         raise ValueError(f"train.ema_decay is {config.train.ema_decay}, which adapters do not support; set it to 0")
     if any(path.endswith(".txt") for path in config.pairs.data) and not config.lora.dropout:

@@ -35,7 +35,7 @@ UNUSED: list[Unused[FinetuneConfig]] = [
         lambda c: "it belongs to the training of towers",
     ),
     Unused(
-        ("train.eval_steps", "evaluation"),
+        ("train.eval_steps", "train.eval_on_start", "evaluation"),
         lambda c: "" if c.evaluation.captions else "validation is not set, so nothing is evaluated",
     ),
     Unused(("lora",), _adapter, except_for=("lora.dropout",)),

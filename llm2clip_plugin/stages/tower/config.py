@@ -96,6 +96,8 @@ class RunConfig(TrainingConfig):
         """Check what no single section can check; returns itself. Raises ValueError."""
         if needs_data and (missing := self._missing()):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
+        if not self.train.has_steps and not self.heads.steps:
+            raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
         self.loss.check(self.dual)
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(

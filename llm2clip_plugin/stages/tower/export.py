@@ -14,7 +14,7 @@ from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.train.run_checkpoints import FOLDER, RESUME_AUTO, Checkpoints
 from llm2clip_plugin.vision.convert.formats import convert, formats
 from llm2clip_plugin.vision.export import export_tower, reexport
-from llm2clip_plugin.vision.model_card import summary
+from llm2clip_plugin.vision.model_card import BEFORE, summary
 from llm2clip_plugin.vision.push import push_to_hub
 
 
@@ -104,6 +104,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
             "data": [Path(path).name for path in config.data.path],
             "config_hash": loaded.state.config_hash,
             "moving_average": averaged,
+            **({BEFORE: loaded.state.before} if loaded.state.before and not averaged else {}),
         },
         metrics={} if averaged else loaded.state.metrics,
         replace=replace,

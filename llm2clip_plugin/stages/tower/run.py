@@ -23,7 +23,7 @@ from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.heads import fit_heads
+from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
@@ -36,6 +36,7 @@ from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import use_fastest_attention
 
 TOWER, TOWER_EMA = "tower", "tower-ema"
+FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 
 
 def train_tower(config: RunConfig) -> Path | None:
@@ -70,20 +71,12 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     elif config.heads.steps:
-        bf16 = config.train.precision == "bf16"
         with phase("heads"):
-            fit_heads(
-                dual,
-                data.sources,
-                data.caches,
-                images,
-                config.heads,
-                config.loss,
-                device=device,
-                seed=config.train.seed,
-                bf16=bf16,
-                caption_weights=config.data.kind_weights,
-            )
+            fit(dual, data, images, config, config.heads, device)
+    evaluate = evaluation(dual, data, images, config)
+    before = evaluate if config.train.eval_on_start else None
+    if before is not None and not (config.heads.steps or config.tower.keep_heads):
+        before = measured_before(dual, data, images, config, before, device) if resumed is None else None
     prepare(dual, config, device)
     engine = run.make_engine(dual, trained, resumed)
     start = run.start_state(resumed)
@@ -100,12 +93,48 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         ),
         batches=iter(loader),
         queue=loader.queue if config.train.dataloader_num_workers else None,
-        evaluate=evaluation(dual, data, images, config),
+        evaluate=evaluate,
+        before=before,
         stop=stop,
         average=moving_average(engine, config, resumed),
     )
     finished = run.write_result(state, lambda: export_towers(config, state.step))
     return run.folder / TOWER if finished else None
+
+
+def fit(
+    dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, heads: HeadsConfig, device: torch.device
+) -> None:
+    """Fit the heads on the frozen tower, in place."""
+    fit_heads(
+        dual,
+        data.sources,
+        data.caches,
+        images,
+        heads,
+        config.loss,
+        device=device,
+        seed=config.train.seed,
+        bf16=config.train.precision == "bf16",
+        caption_weights=config.data.kind_weights,
+    )
+
+
+def measured_before(
+    dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, evaluate: Evaluate, device: torch.device
+) -> Evaluate:
+    """Scores of a start tower whose run does not fit its heads first: with heads that are fitted for them alone.
+
+    The run's own heads are put back bit for bit.
+    """
+    own = {name: parameter.detach().clone() for name, parameter in head_parameters(dual)}
+    with phase("heads of the scores before training"):
+        fit(dual, data, images, config, FITTED_FOR_SCORES, device)
+        scores = evaluate()
+    with torch.no_grad():
+        for name, parameter in head_parameters(dual):
+            parameter.copy_(own[name])
+    return lambda: scores
 
 
 def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:

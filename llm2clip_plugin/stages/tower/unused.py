@@ -34,7 +34,7 @@ def _no_urls(config: RunConfig) -> str:
 UNUSED: list[Unused[RunConfig]] = [
     Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
     Unused(
-        ("train.eval_steps", "evaluation", "data.validation_cache"),
+        ("train.eval_steps", "train.eval_on_start", "evaluation", "data.validation_cache"),
         lambda c: "" if c.data.validation else "data.validation is not set, so nothing is evaluated",
     ),
     Unused(("tower.lora_alpha",), lambda c: "" if c.tower.lora_rank else "tower.lora_rank is 0, so there is no LoRA"),
