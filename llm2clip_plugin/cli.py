@@ -51,6 +51,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "stage 2: train a vision tower against the cache",
     ),
+    "status": (
+        "llm2clip_plugin.stages.status.command",
+        "main",
+        "where a run or cache stands: progress, scores, checkpoints, disk, how to go on",
+    ),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "measure a tower's image-text retrieval recall"),
     "evaluate captions": (
         "llm2clip_plugin.evaluate.captions",

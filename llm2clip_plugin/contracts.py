@@ -8,7 +8,8 @@ and by ``llm2clip --help``.
 | TowerCard     | ``llm2clip.json``   | export, import         | load_tower, LLaVA integration    |
 | EncoderCard   | ``llm2clip_encoder.json`` | finetune-llm     | embed, evaluate captions         |
 | CacheManifest | ``manifest.json``   | embed                  | tower training, evaluation       |
-| RunRecord     | ``run.json``        | tower and LLM training | export, resume                   |
+| EmbedRecord   | ``embed.json``      | embed                  | status                           |
+| RunRecord     | ``run.json``        | tower and LLM training | export, resume, status           |
 | ScoreFile     | ``*.scores.json``   | score, bench-mllm      | compare                          |
 """
 
@@ -361,6 +362,18 @@ class CacheManifest(VersionedRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbedRecord(VersionedRecord):
+    """``embed.json`` of an embedding cache: what the last ``llm2clip embed`` was to embed, for ``llm2clip status``."""
+
+    KIND: ClassVar[str] = "llm2clip-embed"
+    FILE: ClassVar[str] = "embed.json"
+
+    data: str  # path or URL of the data
+    shards: list[str]  # names of its shards
+    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(VersionedRecord):
     """``run.json`` of a training run: its configuration and progress."""
 
@@ -375,6 +388,9 @@ class RunRecord(VersionedRecord):
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
+    total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
+    epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
+    command: dict[str, Any] = field(default_factory=dict)  # how it was started last: run_files.started_by
     versions: dict[str, str] = field(default_factory=dict)
 
 

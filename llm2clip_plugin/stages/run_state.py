@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.phases import each_in_phase, in_phase, phase
+from llm2clip_plugin.run_files import headline
 from llm2clip_plugin.stages.agreement import ADVICE, run_facts
 from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
 from llm2clip_plugin.train.agreement import readable_checkpoint, refuse_disagreement, shared_folder
@@ -30,8 +31,6 @@ from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.watchdog import watched
 from llm2clip_plugin.vision.export import library_versions
-
-HEADLINE = ("i2t_r1", "t2i_r1")  # of a tower's scores: recall over all captions
 
 
 @contextmanager
@@ -82,6 +81,7 @@ class TrainingRun:
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
     data: dict[str, str]  # digests of data and caches, which all ranks must have in common
+    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by; {}: called from Python
 
     @property
     def folder(self) -> Path:
@@ -213,6 +213,9 @@ class TrainingRun:
             finished=state.step >= self.total_steps,
             metrics=state.metrics,
             before=state.before,
+            total_steps=self.total_steps,
+            epoch_samples=int(self.run_settings.get("samples", 0)),
+            command=self.command,
             versions=library_versions(),
         )
         on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
@@ -220,8 +223,7 @@ class TrainingRun:
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """One line with the scores before training and now: of all captions, or of every part if there is no total."""
-    names = [name for name in after if name in before]
-    names = [name for name in names if name in HEADLINE] or names
+    names = headline(name for name in after if name in before)
     if before == after:  # a run without steps
         values = [f"{name} {after[name]:.3f}" for name in names]
         return f"held-out scores: {', '.join(values)}" if values else ""

@@ -173,10 +173,10 @@ def run_loop(parts: LoopParts) -> TrainState:
         ) as saver:
             try:
                 state, stopped = _steps(parts, reports, saver)
-            except NonFiniteLossError as error:
-                reports.event({"step": parts.state.step, "event": "stopped", "reason": str(error)})
+                saver.finish()
+            except (Exception, KeyboardInterrupt) as error:
+                reports.failed(error)
                 raise
-            saver.finish()
         if stopped:
             reports.stopped(state, parts.stop.reason)
     return state

@@ -2,6 +2,7 @@
 
 import math
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 
+from llm2clip_plugin.run_files import FAILED, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.flops import count_model_flops, least_seconds
 from llm2clip_plugin.train.profiling import StepProfiler
 from llm2clip_plugin.train.progress import MetricsFile, Progress, label
-from llm2clip_plugin.train.run_checkpoints import METRICS
 from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
 
 PROFILE = "profile"  # folder of a run for traces
@@ -47,6 +48,7 @@ class Reports:
         self.engine = engine
         self.run_folder = run_folder
         self.total_steps = total_steps
+        self._step = state.step  # the last one that was reported
         self.global_batch = global_batch
         self.logging_steps = logging_steps
         self.queue = queue
@@ -92,6 +94,7 @@ class Reports:
 
     def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
         """A finished step of ``seconds``; ``always``: write a line of it."""
+        self._step = state.step
         if always or state.step % self.logging_steps == 0:
             values = values | self._speed(last=always)
             self._values(state, values)
@@ -104,6 +107,14 @@ class Reports:
         self.progress.show_values(scores)
         self._values(state, scores, phase="eval")
 
+    def failed(self, error: BaseException) -> None:
+        """The run ends by an error, after the last step that was reported."""
+        self._ended(FAILED, self._step, str(error) or type(error).__name__)
+
+    def _ended(self, event: str, step: int, reason: str) -> None:
+        """A line of metrics.jsonl that says why no more follow."""
+        self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         if self._file is not None:
@@ -115,6 +126,7 @@ class Reports:
 
     def stopped(self, state: TrainState, reason: str) -> None:
         """The run stops before its end."""
+        self._ended(STOPPED, state.step, reason)
         self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
 
     def _speed(self, *, last: bool) -> dict[str, Any]:

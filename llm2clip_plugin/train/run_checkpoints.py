@@ -20,12 +20,9 @@ from pathlib import Path
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError, RunRecord, atomic_file
+from llm2clip_plugin.run_files import CHECKPOINTS, LATEST, METRICS, SAVED
 from llm2clip_plugin.train.checkpoint import TrainState, record_metrics, verify, write_checkpoint
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-METRICS = "metrics.jsonl"
-SAVED = "checkpoint"  # the event of metrics.jsonl that a checkpoint is complete
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 
 
@@ -35,7 +32,7 @@ class Checkpoints:
     def __init__(self, run_folder: Path, *, keep: int) -> None:
         """keep: number of checkpoints to keep, 0 for all."""
         self.run_folder = run_folder
-        self.folder = run_folder / FOLDER
+        self.folder = run_folder / CHECKPOINTS
         self.keep = keep
 
     def path(self, step: int) -> Path:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import psutil  # comes with DeepSpeed
 
+from llm2clip_plugin.run_files import LOCK
 from llm2clip_plugin.train.distributed import on_first_rank, rank
 
-FILE = "run.lock"
 LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -61,7 +61,7 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
-    path, deadline, told = folder / FILE, time.monotonic() + patience, False
+    path, deadline, told = folder / LOCK, time.monotonic() + patience, False
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -89,7 +89,7 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
 
 def release(folder: Path, descriptor: int) -> None:
     """Give the lock back and remove its file."""
-    (folder / FILE).unlink(missing_ok=True)  # before the lock ends, so never the next holder's
+    (folder / LOCK).unlink(missing_ok=True)  # before the lock ends, so never the next holder's
     os.close(descriptor)
 
 

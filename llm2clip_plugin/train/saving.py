@@ -18,10 +18,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llm2clip_plugin.phases import CHECKPOINT, phase
+from llm2clip_plugin.run_files import SAVE_FAILED, SAVED
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.host_copies import HostCopies
-from llm2clip_plugin.train.run_checkpoints import SAVED, Checkpoints
+from llm2clip_plugin.train.run_checkpoints import Checkpoints
 
 RETRY_SECONDS = 300.0  # after a save that failed
 PATIENCE = 10.0  # seconds of waiting for a write before a line is printed
@@ -146,7 +147,7 @@ class Saver:
                 f"warning: cannot write the checkpoint {self.checkpoints.path(write.state.step)}: {error}; {kept}, "
                 f"trying again at the next save, or in {RETRY_SECONDS / 60:.0f} minutes"
             )
-            self._event({"step": write.state.step, "event": f"{SAVED} failed", "reason": str(error)})
+            self._event({"step": write.state.step, "event": SAVE_FAILED, "reason": str(error)})
             return
         written = write.result.result()
         for line in written.warnings:

@@ -19,6 +19,7 @@ FLOORS = (
         "finding",
         "limits",
         "progress",
+        "run_files",
         "quiet",
         "templates",
         "thumbnails",

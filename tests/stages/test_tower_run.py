@@ -351,7 +351,7 @@ def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(refusals: dict[st
     assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])  # the samples' keys
     assert "Traceback" not in result["error"]
     stopped = lines(run)[-1]
-    assert (stopped["step"], stopped["event"]) == (2, "stopped") and stopped["reason"] in result["error"]
+    assert (stopped["step"], stopped["event"]) == (2, "failed") and stopped["reason"] in result["error"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
     assert not RunRecord.read(run / RunRecord.FILE).finished
 

@@ -169,16 +169,16 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_is_not(
     finally:
         holder.kill()
         holder.communicate()
-    assert (run / run_lock.FILE).is_file()
+    assert (run / run_lock.LOCK).is_file()
     run_lock.release(run, run_lock.acquire(run))
     there = {"host": "elsewhere", "pid": 1, "started": 0.0}
-    (run / run_lock.FILE).write_text(json.dumps(there))
+    (run / run_lock.LOCK).write_text(json.dumps(there))
     run_lock.release(run, run_lock.acquire(run))
     assert "names process 1 on elsewhere" in capsys.readouterr().err
     monkeypatch.undo()
     with run_lock.locked(run):
-        assert json.loads((run / run_lock.FILE).read_text())["pid"] == psutil.Process().pid
-    assert not (run / run_lock.FILE).exists()
+        assert json.loads((run / run_lock.LOCK).read_text())["pid"] == psutil.Process().pid
+    assert not (run / run_lock.LOCK).exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match=r"--output .*file is a file, or below one; choose a folder"):
         run_lock.acquire(tmp_path / "file")

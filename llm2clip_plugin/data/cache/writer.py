@@ -1,6 +1,5 @@
 """Write an embedding cache, from any number of ranks; ``reader`` lists what its files hold."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from llm2clip_plugin.contracts import (
     atomic_file,
     canonical_json,
 )
+from llm2clip_plugin.data.cache.names import shard_file
 from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.cache.rows import rows_digest
 from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, row_check, tensors_digest
@@ -211,11 +211,3 @@ class CacheWriter:
         manifest = self._manifest(entries, complete=True)
         manifest.write(path)
         return manifest
-
-
-def shard_file(shard: str) -> str:
-    """File name of a shard, relative to the cache; a hash for a shard name that would lead out of the folder."""
-    parts = Path(shard).parts
-    if not parts or Path(shard).is_absolute() or ".." in parts:
-        return f"shard-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"
-    return f"{shard}.safetensors"

@@ -2,6 +2,7 @@
 
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.shared import READ_NAMES, in_section
+from llm2clip_plugin.run_files import started_by
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.embed.config import EmbedConfig
 from llm2clip_plugin.stages.embed.plan import cache_plan
@@ -41,6 +42,6 @@ def main(argv: list[str]) -> int:
     elif config.verify:
         print(verify_cache(config))
     else:
-        for line in embed_captions(config):
+        for line in embed_captions(config, started_by("embed", argv)):
             print(line)
     return 0

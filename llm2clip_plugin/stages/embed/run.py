@@ -5,9 +5,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llm2clip_plugin.contracts import EmbedRecord
+from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.phases import phase
@@ -19,10 +22,14 @@ from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.watchdog import watched_group
 
 
-def embed_captions(config: EmbedConfig) -> list[str]:
-    """Embed this rank's shards; returns the report as lines."""
+def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -> list[str]:
+    """Embed this rank's shards; returns the report as lines. ``command``: run_files.started_by, to be recorded."""
     with _ranks() as (rank, world):
         source, encoder, directory = open_all(config)
+        if rank == 0:
+            CacheWriter(directory, encoder.identity(), config.dtype)  # refuses another teacher's cache
+            names = [shard.name for shard in source.shards]
+            EmbedRecord(data=source.path, shards=names, command=command or {}).write(directory / EmbedRecord.FILE)
         manifest, summary = embed_source(
             source,
             encoder,

@@ -3,6 +3,7 @@
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
+from llm2clip_plugin.run_files import started_by
 from llm2clip_plugin.stages.command_line import plan_or_train, read_settings
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.plan import llm_plan, pretraining_plan
@@ -78,11 +79,21 @@ def parse(argv: list[str], command: Command[FinetuneConfig] = FINETUNE) -> Finet
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = parse(argv)
-    return plan_or_train(config.dry_run, lambda: llm_plan(config, argv), lambda: finetune_llm(config), "adapter: {}")
+    return plan_or_train(
+        config.dry_run,
+        lambda: llm_plan(config, argv),
+        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
+        "adapter: {}",
+    )
 
 
 def main_pretrain(argv: list[str]) -> int:
     """``llm2clip pretrain-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = parse(argv, PRETRAIN)
     result = "adapter: {}; merge it with llm2clip export-llm, then fine-tune the merged LLM"
-    return plan_or_train(config.dry_run, lambda: pretraining_plan(config), lambda: pretrain_llm(config), result)
+    return plan_or_train(
+        config.dry_run,
+        lambda: pretraining_plan(config),
+        lambda: pretrain_llm(config, started_by("pretrain-llm", argv)),
+        result,
+    )

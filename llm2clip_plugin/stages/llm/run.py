@@ -41,11 +41,12 @@ StepMaker = Callable[[Engine], StepFunction]
 Assemble = Callable[[CaptionEncoder, Sequence[Survey]], tuple[torch.nn.Module, StepMaker]]
 
 
-def finetune_llm(config: FinetuneConfig) -> Path | None:
+def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path | None:
     """Train an adapter contrastively on captions; returns its folder, None if the run was stopped before its end.
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
-    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite.
+    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
+    see run_files.started_by; recorded in run.json.
     """
 
     def contrastive(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
@@ -57,10 +58,10 @@ def finetune_llm(config: FinetuneConfig) -> Path | None:
         module = trained_module(encoder, config)
         return module, lambda engine: CaptionStep(engine, terms, encoder, contrast, seed=config.train.seed)
 
-    return train_adapter(config, contrastive)
+    return train_adapter(config, contrastive, command)
 
 
-def pretrain_llm(config: FinetuneConfig) -> Path | None:
+def pretrain_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path | None:
     """Train an adapter to predict masked tokens of the same texts; otherwise as ``finetune_llm``."""
     if config.encoder.layer != -1:
         raise ValueError(
@@ -72,21 +73,21 @@ def pretrain_llm(config: FinetuneConfig) -> Path | None:
         module = MaskedModule(trained_module(encoder, config).model, head).train()
         return module, lambda engine: MaskedStep(engine, encoder, seed=config.train.seed)
 
-    return train_adapter(config, masked)
+    return train_adapter(config, masked, command)
 
 
-def train_adapter(config: FinetuneConfig, assemble: Assemble) -> Path | None:
+def train_adapter(config: FinetuneConfig, assemble: Assemble, command: dict[str, Any] | None = None) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
         set_tf32(config.train.tf32, config.train.precision, device)
-        return _train(config, assemble, device)
+        return _train(config, assemble, device, command or {})
 
 
-def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device) -> Path | None:
+def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, command: dict[str, Any]) -> Path | None:
     """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
         data = open_data(config, rank(), world_size())
-    run = open_run(config, data)
+    run = dataclasses.replace(open_run(config, data), command=command)
     if rank() == 0:
         print("\n".join(data.lines()), flush=True)
     resumed = run.find_checkpoint()

@@ -10,6 +10,7 @@ from pathlib import Path
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
+from llm2clip_plugin.run_files import started_by
 from llm2clip_plugin.stages.command_line import plan_or_train, rank_and_world, read_settings
 from llm2clip_plugin.stages.settings import RENAMED, from_plain
 from llm2clip_plugin.stages.tower.config import RunConfig
@@ -77,7 +78,12 @@ def main(argv: list[str]) -> int:
     config.validate(needs_data=not config.dry_run)
     if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
         print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
-    return plan_or_train(config.dry_run, lambda: tower_plan(config, argv), lambda: train_tower(config), "tower: {}")
+    return plan_or_train(
+        config.dry_run,
+        lambda: tower_plan(config, argv),
+        lambda: train_tower(config, command=started_by("train-tower", argv)),
+        "tower: {}",
+    )
 
 
 def read_command(argv: list[str]) -> RunConfig:

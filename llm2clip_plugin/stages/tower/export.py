@@ -8,10 +8,11 @@ from pathlib import Path
 
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.run_files import CHECKPOINTS
 from llm2clip_plugin.stages.settings import from_plain
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.train.run_checkpoints import FOLDER, RESUME_AUTO, Checkpoints
+from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.vision.convert.formats import convert, formats
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import BEFORE, summary
@@ -82,7 +83,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
 
     record = RunRecord.read(run / RunRecord.FILE)
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
-    inside = run / FOLDER / checkpoint
+    inside = run / CHECKPOINTS / checkpoint
     named = str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO
     path = Checkpoints(run, keep=0).find(named, moments=False)
     if path is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,11 +40,12 @@ TOWER, TOWER_EMA = "tower", "tower-ema"
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 
 
-def train_tower(config: RunConfig) -> Path | None:
+def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path | None:
     """Train a tower; returns the directory of the exported tower, None if the run was stopped before its end.
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
-    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite.
+    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
+    see run_files.started_by; recorded in run.json.
     """
     # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says which one failed
     with stop_requests() as stop, training_ranks(config.train) as device:
@@ -51,10 +53,12 @@ def train_tower(config: RunConfig) -> Path | None:
         with phase("opening the data"):
             data = open_data(config.validate())
         with locked(Path(config.output_dir)):
-            return _train(config, data, device, stop)
+            return _train(config, data, device, stop, command or {})
 
 
-def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest) -> Path | None:
+def _train(
+    config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]
+) -> Path | None:
     """From the opened data on: tower, engine, loop, export."""
     check_kinds(data.sources, config.data.kind_weights)
     if rank() == 0:
@@ -67,6 +71,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
     trained = trained_parameters(dual, config.optim)
     run = open_run(config, data, hidden_size=dual.tower.config.hidden_size)
+    run = dataclasses.replace(run, command=command)
     resumed = run.find_checkpoint()
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)

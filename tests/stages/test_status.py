@@ -1,0 +1,202 @@
+"""llm2clip status: a run that is running, finished, stopped, failed, killed, damaged; a cache; without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny_data import make_all
+from tower_runs import ROOT
+
+from llm2clip_plugin.cli import run
+from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, RunRecord
+from llm2clip_plugin.run_files import again, started_by
+from llm2clip_plugin.stages.status.cache_folder import cache_status
+from llm2clip_plugin.stages.status.run_folder import run_status
+from llm2clip_plugin.stages.tower import run as tower_run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_all(tmp_path_factory.mktemp("status"))
+
+
+def words(tiny: Path, output: Path) -> list[str]:
+    data = str(tiny / "data")
+    small = ("--train.precision", "fp32", "--train.global-batch", "16", "--dataloader_num_workers", "0")
+    sources = ("--tower.path", str(tiny / "tower"), "--data.path", data, "--data.validation", data)
+    return [
+        *sources,
+        *small,
+        "--heads.steps",
+        "2",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--output_dir",
+        str(output),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert run("train-tower", [*words(tiny, output), "--eval_steps", "2"]) == 0
+    return output
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run as if it had ended after step 2, without a word."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "tower")
+    shutil.rmtree(copy / "checkpoints/step-00000004")
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(record | {"finished": False, "step": 0, "metrics": {}}))
+    kept = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 2]
+    (copy / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+    return copy
+
+
+def add(folder: Path, **line: object) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
+    status = run_status(finished)
+    assert (status.state, status.step, status.total_steps, status.samples) == ("finished", 4, 4, 64)
+    assert status.epoch_samples == 48 and status.problems == [] and status.go_on == ""
+    assert [(item.name, item.problem) for item in status.checkpoints] == [("step-00000002", ""), ("step-00000004", "")]
+    assert status.results == {"tower": ""} and status.used_bytes > sum(item.bytes for item in status.checkpoints)
+    record = RunRecord.read(finished / "run.json")
+    assert status.before["i2t_r1"] == record.before["i2t_r1"] and status.last["i2t_r1"] == record.metrics["i2t_r1"]
+    assert status.best["t2i_r1"][0] >= status.last["t2i_r1"] and status.last_scored == 4
+    assert run("status", [str(finished)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{finished}: finished" and "go on" not in "".join(said)
+    assert said[1].split()[:5] == ["progress", "step", "4", "of", "4"] and "1.33 epochs" in said[1]
+    assert run("status", [str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+
+
+def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder: Path):
+    status = run_status(folder)
+    assert (status.state, status.step) == ("killed", 2) and status.seconds_left is not None and status.seconds_left > 0
+    assert [item.name for item in status.checkpoints] == ["step-00000002"] and status.results == {}
+    assert status.go_on.startswith("llm2clip train-tower --tower.path ") and "--max_steps 4" in status.go_on
+    go_on = status.go_on.split()[2:]
+    go_on[go_on.index("--output_dir") + 1] = str(folder)  # the fixture's copy
+    assert run("train-tower", go_on) == 0
+    assert run_status(folder).state == "finished"
+
+
+def test_why_it_ended(folder: Path):
+    add(folder, step=2, event="stopped", reason="SIGTERM", time="2026-11-26 10:00:00")
+    assert run_status(folder).state == "stopped" and run_status(folder).reason == "SIGTERM, 2026-11-26 10:00:00"
+    add(folder, step=3, samples=48, loss=1.0, step_seconds=2.0)  # it went on, and was killed
+    assert run_status(folder).state == "killed" and run_status(folder).step == 3
+    add(folder, step=3, event="checkpoint failed", reason="No space left on device")
+    add(folder, step=3, event="failed", reason="the loss is nan", time="2026-11-26 11:00:00")
+    status = run_status(folder)
+    assert status.state == "failed" and status.reason.startswith("the loss is nan")
+    assert status.problems == ["the last checkpoint could not be written: No space left on device"]
+
+
+def test_a_signal_is_recorded_by_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fit = tower_run.fit_heads
+
+    def told_meanwhile(*arguments: Any, **options: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(tower_run, "fit_heads", told_meanwhile)
+    assert run("train-tower", words(tiny, tmp_path / "run")) == 0
+    status = run_status(tmp_path / "run")
+    assert (status.state, status.step, status.total_steps) == ("stopped", 0, 4) and status.reason.startswith(
+        "SIGTERM, 20"
+    )
+    assert [item.problem for item in status.checkpoints] == [""]
+
+
+def test_running_here_and_elsewhere(folder: Path):
+    me = psutil.Process()
+    lock = {"host": socket.gethostname(), "pid": os.getpid(), "started": me.create_time()}
+    (folder / "run.lock").write_text(json.dumps(lock))
+    status = run_status(folder)
+    assert status.state == "running" and f"process {os.getpid()}" in status.reason and status.go_on == ""
+    (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))  # its number was given to another process
+    assert run_status(folder).state == "killed"
+    (folder / "run.lock").write_text(json.dumps(lock | {"host": "node-7"}))
+    assert run_status(folder).state == "running elsewhere" and "node-7, or killed" in run_status(folder).reason
+
+
+def test_damage_is_reported_and_never_an_error(folder: Path, capsys: pytest.CaptureFixture[str]):
+    step = folder / "checkpoints/step-00000002"
+    body = (step / "model.safetensors").read_bytes()
+    (step / "model.safetensors").write_bytes(body[:-100])
+    (folder / "checkpoints/step-00000001").mkdir()
+    shutil.copytree(step, folder / "checkpoints/step-00000003")
+    (folder / "checkpoints/step-00000003/state.json").write_text("{")
+    (folder / "run.json").write_text("[1]")
+    (folder / "run.lock").write_text("")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n[1]\n{"step": "x"}\n{"step": 3, "samp')
+    (folder / "tower").mkdir()
+    status = run_status(folder)
+    none, damaged, state = (item.problem for item in status.checkpoints)
+    assert none == "no state.json" and "is truncated" in damaged and state == "state.json is damaged"
+    assert status.step == 2 and any("unreadable lines" in one for one in status.problems)
+    assert any("run.json" in one for one in status.problems) and "llm2clip.json" in status.results["tower"]
+    assert run("status", [str(folder)]) == 0
+    shutil.rmtree(folder)
+    folder.mkdir()
+    capsys.readouterr()
+    assert run("status", [str(folder)]) == 2 and "is neither the folder of a run" in capsys.readouterr().err
+    (folder / "run.lock").write_text("{}")
+    assert run_status(folder).state == "killed" and run_status(folder).step == 0
+
+
+def test_the_command_to_go_on():
+    command = started_by("train-tower", ["--data.path", "a b", "--resume", "runs/x", "--max_steps=3"])
+    assert again(command) == "llm2clip train-tower --data.path 'a b' --max_steps=3"  # --resume would go back again
+    launched = command | {"launcher": ["torchrun", "--nproc_per_node", "2", "x.py", "--resume=y"], "ranks": 2}
+    assert again(launched) == "torchrun --nproc_per_node 2 x.py"
+    assert again(command | {"folder": "/else where"}).startswith("cd '/else where' && llm2clip train-tower")
+    assert "# on 4 ranks" in again(command | {"ranks": 4}) and again({}) == ""
+
+
+def test_a_cache(tiny: Path, tmp_path: Path):
+    (cache,) = (tiny / "data").glob("embeddings-*")
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    assert cache_status(copy).complete and cache_status(copy).done == 2
+    record = EmbedRecord(data="d", shards=["00000", "00001", "00002"], command=started_by("embed", ["d", "--llm", "l"]))
+    record.write(copy / EmbedRecord.FILE)
+    status = cache_status(copy)
+    assert (status.complete, status.done, status.shards, status.data) == (False, 2, 3, "d")
+    assert status.go_on == "llm2clip embed d --llm l"
+    (copy / CacheManifest.FILE).write_text("{")
+    assert "not valid JSON" in cache_status(copy).problems[0]
+
+
+def test_it_needs_no_torch(finished: Path, tiny: Path):
+    (cache,) = (tiny / "data").glob("embeddings-*")
+    script = (
+        "import sys; from llm2clip_plugin.cli import main\n"
+        f"assert main(['status', {str(finished)!r}]) == main(['status', {str(cache)!r}]) == 0\n"
+        "assert not {'torch', 'numpy', 'tyro'} & set(sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, capture_output=True)
