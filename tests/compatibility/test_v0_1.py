@@ -175,7 +175,7 @@ def test_stage_1_resumes(world: Path) -> None:
 def test_a_changed_setting_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The settings that v0.1 recorded are compared with today's, field by field."""
     assert main([*EXPECTED["commands"]["training/tower"], "--optim.lr", "1e-3"]) == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.partition("error: ")[2]
     assert "optim.lr" in error and "0.0004" in error and "0.001" in error
     assert "dual" not in error and "data" not in error  # a renamed field would be reported as changed
 

@@ -12,7 +12,7 @@ from tower_runs import lines, losses
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 
-SMALL = ("--train.precision", "fp32", "--train.global-batch", "16", "--dataloader_num_workers", "0")
+SMALL = ("--precision", "fp32", "--global-batch", "16", "--workers", "0")
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(tiny: Path, output: Path, *more: str) -> list[dict]:
     """A run of ``base``; the lines of its evaluations."""
     data = str(tiny / "data")
-    words = ["--tower.path", str(tiny / "tower"), "--data.path", data, "--data.validation", data, *SMALL, *more]
-    assert run("train-tower", [*words, "--output_dir", str(output)]) == 0
+    words = [data, "--tower", str(tiny / "tower"), "--validation", data, *SMALL, *more]
+    assert run("train-tower", [*words, "--output", str(output)]) == 0
     return [line for line in lines(output) if "i2t_r1" in line]
 
 
@@ -33,7 +33,7 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     output.mkdir()
     left = '{"step": 0, "i2t_r1": 0.5}\n{"step": 1, "loss": 1.0}\n'  # by a run killed before its first checkpoint
     (output / "metrics.jsonl").write_text(left)
-    before, after = train(tiny, output, "--heads.steps", "5", "--heads.batch", "16", "--max_steps", "2")
+    before, after = train(tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", "--max-steps", "2")
     assert (before["step"], before["samples"], after["step"]) == (0, 0, 2) and before["i2t_r1"] != 0.5
     said = capsys.readouterr().out
     assert f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
@@ -41,16 +41,16 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
     row = f"| t2i_r5 | {before['t2i_r5']:.4f} | {after['t2i_r5']:.4f} |"
     assert row in (output / "tower" / "README.md").read_text()
-    resumed = ("--max_steps", "3", "--allow-changed", "train.max_steps")
-    again, _, longer = train(tiny, output, "--heads.steps", "5", "--heads.batch", "16", *resumed)
+    resumed = ("--max-steps", "3", "--allow-changed", "train.max_steps")
+    again, _, longer = train(tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", *resumed)
     assert again == before and longer["step"] == 3
     assert RunRecord.read(output / "run.json").before == record.before
 
 
 def test_the_heads_of_its_scores_change_nothing_in_a_run_that_fits_none(tiny: Path, tmp_path: Path):
-    words = ("--heads.steps", "0", "--max_steps", "2")
+    words = ("--heads.steps", "0", "--max-steps", "2")
     before, _ = train(tiny, tmp_path / "with", *words)
-    (after,) = train(tiny, tmp_path / "without", *words, "--train.no-eval-on-start")
+    (after,) = train(tiny, tmp_path / "without", *words, "--no-eval-on-start")
     assert before["step"] == 0 and after["step"] == 2
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     cards = [TowerCard.read(tmp_path / name / "tower" / TowerCard.FILE) for name in ("with", "without")]
@@ -63,15 +63,15 @@ def test_heads_alone_are_a_baseline_that_can_be_evaluated(
 ):
     """As the error of evaluating a plain vision tower says."""
     tower = str(tiny / "tower")
-    assert run("evaluate", [tower, "--data", str(tiny / "data")]) == 2
+    assert run("evaluate", [tower, str(tiny / "data")]) == 2
     said = capsys.readouterr().err
-    assert f"--tower.path {tower} --data.path TRAINING_DATA --num_train_epochs 0" in said
-    heads = ("--heads.steps", "5", "--heads.batch", "16", "--num_train_epochs", "0")
+    assert f"llm2clip train-tower TRAINING_DATA --tower {tower} --num-train-epochs 0" in said
+    heads = ("--heads.steps", "5", "--heads.batch-size", "16", "--num-train-epochs", "0")
     (scores,) = train(tiny, tmp_path / "baseline", *heads)
     assert f"held-out scores: i2t_r1 {scores['i2t_r1']:.3f}" in capsys.readouterr().out
     trained = tmp_path / "baseline" / "tower"
     card = TowerCard.read(trained / TowerCard.FILE)
     assert card.training["steps"] == 0 and card.metrics["i2t_r1"] == scores["i2t_r1"]
     found = tmp_path / "scores.json"
-    assert run("evaluate", [str(trained), "--data", str(tiny / "data"), "--json", str(found)]) == 0
+    assert run("evaluate", [str(trained), str(tiny / "data"), "--json", str(found)]) == 0
     assert json.loads(found.read_text())["metrics"]["i2t_r1"] == pytest.approx(scores["i2t_r1"], abs=1e-6)

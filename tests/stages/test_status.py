@@ -32,18 +32,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(tiny: Path, output: Path) -> list[str]:
     data = str(tiny / "data")
-    small = ("--train.precision", "fp32", "--train.global-batch", "16", "--dataloader_num_workers", "0")
-    sources = ("--tower.path", str(tiny / "tower"), "--data.path", data, "--data.validation", data)
+    small = ("--precision", "fp32", "--global-batch", "16", "--workers", "0")
+    sources = (data, "--tower", str(tiny / "tower"), "--validation", data)
     return [
         *sources,
         *small,
         "--heads.steps",
         "2",
-        "--max_steps",
+        "--max-steps",
         "4",
-        "--save_steps",
+        "--save-steps",
         "2",
-        "--output_dir",
+        "--output",
         str(output),
     ]
 
@@ -51,7 +51,7 @@ def words(tiny: Path, output: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert run("train-tower", [*words(tiny, output), "--eval_steps", "2"]) == 0
+    assert run("train-tower", [*words(tiny, output), "--eval-steps", "2"]) == 0
     return output
 
 
@@ -95,9 +95,9 @@ def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder
     status = run_status(folder)
     assert (status.state, status.step) == ("killed", 2) and status.seconds_left is not None and status.seconds_left > 0
     assert [item.name for item in status.checkpoints] == ["step-00000002"] and status.results == {}
-    assert status.go_on.startswith("llm2clip train-tower --tower.path ") and "--max_steps 4" in status.go_on
+    assert status.go_on.startswith(f"llm2clip train-tower {tiny}/data --tower ") and "--max-steps 4" in status.go_on
     go_on = status.go_on.split()[2:]
-    go_on[go_on.index("--output_dir") + 1] = str(folder)  # the fixture's copy
+    go_on[go_on.index("--output") + 1] = str(folder)  # the fixture's copy
     assert run("train-tower", go_on) == 0
     assert run_status(folder).state == "finished"
 
@@ -169,8 +169,8 @@ def test_damage_is_reported_and_never_an_error(folder: Path, capsys: pytest.Capt
 
 
 def test_the_command_to_go_on():
-    command = started_by("train-tower", ["--data.path", "a b", "--resume", "runs/x", "--max_steps=3"])
-    assert again(command) == "llm2clip train-tower --data.path 'a b' --max_steps=3"  # --resume would go back again
+    command = started_by("train-tower", ["a b", "--resume", "runs/x", "--max-steps=3"])
+    assert again(command) == "llm2clip train-tower 'a b' --max-steps=3"  # --resume would go back again
     launched = command | {"launcher": ["torchrun", "--nproc_per_node", "2", "x.py", "--resume=y"], "ranks": 2}
     assert again(launched) == "torchrun --nproc_per_node 2 x.py"
     assert again(command | {"folder": "/else where"}).startswith("cd '/else where' && llm2clip train-tower")

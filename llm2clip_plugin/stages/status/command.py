@@ -1,12 +1,12 @@
 """``llm2clip status FOLDER``: where a training run or an embedding cache stands. Imports no torch."""
 
-import argparse
 import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from llm2clip_plugin.contracts import CacheManifest
+from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.outside.values import printable_lines
 from llm2clip_plugin.stages.status.cache_folder import CacheStatus, cache_status
 from llm2clip_plugin.stages.status.run_folder import RunStatus, ago, is_run, run_status
@@ -23,11 +23,11 @@ STATES = {
 
 def main(argv: list[str]) -> int:
     """Print the status; exit status 0."""
-    parser = argparse.ArgumentParser(
-        prog="llm2clip status",
-        description="Where a training run or an embedding cache stands: progress, scores, checkpoints, disk, and the "
-        "command to go on. It reads files only, also while the run is running.",
-        epilog="example: llm2clip status runs/photos",
+    parser = Parser(
+        "status",
+        "llm2clip status runs/photos",
+        "Where a training run or an embedding cache stands: progress, scores, checkpoints, disk, and the command to go on.\n"
+        "It reads files only, also while the run is running.",
     )
     parser.add_argument("folder", type=Path, help="folder of a run (either stage), or of an embedding cache")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -50,7 +50,7 @@ def read_status(folder: Path) -> RunStatus | CacheStatus:
         return run_status(folder)
     raise FileNotFoundError(
         f"{folder} is neither the folder of a run (run.json, {'checkpoints/'}) nor an embedding cache "
-        f"({CacheManifest.FILE}); llm2clip status wants the --output_dir of a training, or an embeddings-* folder"
+        f"({CacheManifest.FILE}); llm2clip status wants the --output of a training, or an embeddings-* folder"
     )
 
 

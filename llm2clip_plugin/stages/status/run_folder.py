@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -156,7 +157,7 @@ def _go_on(folder: Path, record: RunRecord) -> str:
     if command := again(record.command):
         return command
     if "tower" in record.config:  # called from Python, or recorded by an earlier release
-        return f"llm2clip train-tower --config {folder / RunRecord.FILE}"
+        return f"llm2clip train-tower --config {shlex.quote(str(folder / RunRecord.FILE))}"
     return ""
 
 
