@@ -26,6 +26,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "read a data set once; report its contents and problems",
     ),
+    "data split": (
+        "llm2clip_plugin.data.split.command",
+        "main",
+        "hold out a part of a data set for validation",
+    ),
     "pretrain-llm": (
         "llm2clip_plugin.stages.llm.command",
         "main_pretrain",

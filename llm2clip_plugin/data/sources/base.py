@@ -127,6 +127,13 @@ class Source(ABC):
         """Bytes that ``fetch`` copies or reads for these shards, if none is near; 0 for a local disk."""
         return 0
 
+    def key(self, number: int) -> str:
+        """The key of a sample, also of one that can't be read."""
+        try:
+            return self.record(number).key
+        except BrokenSample as error:
+            return error.key
+
     def record_with_image(self, number: int) -> Record:
         """As ``record``; a source whose parts of a sample are neighbors reads them, and the image, at once."""
         return self.record(number)

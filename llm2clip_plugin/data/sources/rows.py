@@ -78,6 +78,15 @@ class RowSource(Source):
         """What captions are read from; KeyError, TypeError or AttributeError for a row without it."""
         return row
 
+    @property
+    def images_folder(self) -> str:
+        """The folder or URL that images are relative to; a local one as an absolute path."""
+        return self._images if is_url(self._images) else os.path.abspath(self._images)
+
+    def row(self, number: int) -> bytes:
+        """A sample's JSON as it is stored."""
+        return self._rows.row(*self.place(number))[1]
+
     def record(self, number: int) -> Record:
         position = self.place(number)
         shard = self.shards[position[0]].name

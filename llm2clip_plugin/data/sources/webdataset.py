@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.file_system import is_network
 from llm2clip_plugin.data.retry import SteadyFile
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, SourceFormat
+from llm2clip_plugin.data.sources.downloads import Result
 from llm2clip_plugin.data.sources.records import BrokenSample, Record, Sample
 from llm2clip_plugin.data.sources.shards import use_tar
 from llm2clip_plugin.data.sources.tar_index import make_entry
@@ -64,6 +66,15 @@ class TarSource(Source):
     @cached_property
     def _on_network(self) -> bool:
         return is_network(self.path)
+
+    def key(self, number: int) -> str:
+        shard, within = self.place(number)
+        columns, key = self._set.index.row(shard, within)
+        return make_entry(columns[:6], key).key
+
+    def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
+        """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
+        return use_tar(self._downloads, self._set.tars[shard], action)
 
     def record(self, number: int) -> Record:
         return self._record(number, with_image=False)

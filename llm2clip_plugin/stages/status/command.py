@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         "status",
         "llm2clip status runs/photos",
-        "Where a training run or an embedding cache stands: progress, scores, checkpoints, disk, and the command to go on.\n"
+        "Where a training run or embedding cache stands: progress, scores, checkpoints, disk, the command to go on.\n"
         "It reads files only, also while the run is running.",
     )
     parser.add_argument("folder", type=Path, help="folder of a run (either stage), or of an embedding cache")

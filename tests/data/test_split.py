@@ -1,0 +1,172 @@
+"""llm2clip data split: the same sides in any order of shards, groups on one side, nothing lost, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from tiny_data import make_shards
+
+from llm2clip_plugin.cli import run
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.split import writing
+from llm2clip_plugin.data.split.sides import decide, is_held_out
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return make_shards(tmp_path / "shards")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Twelve rows of four places, whose images are in another folder."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "lists" / "photos.jsonl"
+    lines = [
+        f'{{"id":"k{i}",  "image": "{i}.png", "caption": "{"Pp"[i % 2]}icture {i % 5}!", "place": "p{i % 4}"}}'
+        for i in range(12)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def content(source: Source) -> dict[str, tuple[bytes, tuple]]:
+    samples = [source[number] for number in range(len(source))]
+    return {sample.key: (sample.read_image(), sample.captions) for sample in samples}
+
+
+def read(path: Path, **more: str) -> Source:
+    return open_source(SourceConfig(path=str(path), **more))
+
+
+def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "split"
+    words = [str(shards), "--output", str(output), "--validation", "0.25"]
+    assert run("data split", [*words, "--dry-run"]) == 0
+    counts = capsys.readouterr().out.splitlines()[:2]
+    assert not output.exists() and not list(tmp_path.glob(".split*"))
+    assert run("data split", words) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.splitlines()[:2] == counts and f"llm2clip train-tower {output}/train --validation {output}/valid" in said
+    )
+    before, train, held_out = (
+        content(read(shards)),
+        content(read(output / "train")),
+        content(read(output / "validation")),
+    )
+    assert train | held_out == before and not train.keys() & held_out.keys()
+    assert held_out.keys() == {key for key in before if is_held_out(key, 0.25)} and 4 < len(held_out) < 24
+    assert f"validation: {len(held_out)} samples ({100 * len(held_out) / 48:.2f} %)" in said
+    summary = json.loads((output / "split.json").read_text())
+    assert summary["samples"] == {"train": len(train), "validation": len(held_out)} and not (output / ".done").exists()
+    assert run("data split", words) == 0 and "is complete already" in capsys.readouterr().out
+    assert run("data split", [*words[:-1], "0.5"]) == 2
+    assert "exists and is not this split" in capsys.readouterr().err
+
+
+def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
+    def held_out(source: Source) -> set[str]:
+        sides = decide(source, 0.3, "")
+        return {
+            source.key(shard.start + place)
+            for shard, side in zip(source.shards, sides.shards, strict=True)
+            for place in side.nonzero()[0].tolist()
+        }
+
+    first = held_out(read(shards))
+    shutil.move(shards / "00000.tar", shards / "z.tar")  # another order, and other names
+    assert held_out(read(shards)) == first
+    (shards / "z.tar").unlink()
+    assert held_out(read(shards)) == {key for key in first if key.startswith("1-")}
+
+
+def test_groups_stay_together_and_rows_stay_as_they_are(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output, images = tmp_path / "split", ["--image-folder", str(tmp_path / "images")]
+    assert run("data split", [str(rows), "--output", str(output), "--validation", "0.4", "--by", "place", *images]) == 0
+    said = capsys.readouterr().out
+    lines = {side: (output / f"{side}.jsonl").read_text().splitlines() for side in writing.SIDES}
+    places = {side: {json.loads(line)["place"] for line in text} for side, text in lines.items()}
+    assert places["train"] | places["validation"] == {"p0", "p1", "p2", "p3"}
+    assert not places["train"] & places["validation"]
+    assert sorted(lines["train"] + lines["validation"]) == sorted(rows.read_text().splitlines())  # byte by byte
+    assert f"--validation {output}/validation.jsonl --image-folder {tmp_path}/images" in said
+    assert f"{len(places['validation'])} values of 'place'" in said
+    captions = {side: [json.loads(line)["caption"].lower() for line in text] for side, text in lines.items()}
+    shared = sum(caption in captions["train"] for caption in captions["validation"])
+    assert shared and f"warning: {shared} of the {len(lines['validation'])} captions of validation also stand" in said
+
+
+def test_llava_s_list_stays_a_list(tmp_path: Path):
+    items = [
+        {
+            "id": str(i),
+            "image": f"{i}.jpg",
+            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {i}"}],
+        }
+        for i in range(30)
+    ]
+    (tmp_path / "blip.json").write_text(json.dumps(items))
+    assert run("data split", [str(tmp_path / "blip.json"), "--output", str(tmp_path / "s"), "--validation", "0.2"]) == 0
+    both = [json.loads((tmp_path / "s" / f"{side}.json").read_text()) for side in writing.SIDES]
+    assert sorted((item for side in both for item in side), key=lambda item: int(item["id"])) == items and all(both)
+
+
+def test_a_killed_split_is_resumed(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copied: list[str] = []
+    copy = writing._copy_shard
+
+    def dies(source: Source, folder: Path, job: tuple) -> None:
+        if len(copied) == 1:
+            raise KeyboardInterrupt
+        copied.append(source.shards[job[0]].name)
+        copy(source, folder, job)  # type: ignore[arg-type]
+
+    output = tmp_path / "split"
+    words = [str(shards), "--output", str(output), "--validation", "0.25", "--workers", "1"]
+    monkeypatch.setattr(writing, "_copy_shard", dies)
+    assert run("data split", words) == 130 and not output.exists() and copied == ["00000"]
+    copied.clear()
+    assert run("data split", [*words[:-3], "0.5", "--workers", "1"]) == 2  # of other settings: not mixed
+    assert run("data split", words) == 0 and copied == ["00001"]
+    assert content(read(output / "train")) | content(read(output / "validation")) == content(read(shards))
+
+
+REFUSED = {
+    "fraction": (["--validation", "2"], "validation is 2, expected a fraction between 0 and 1"),
+    "nothing": (["--validation", "0.0000001"], "leaves nothing for validation; choose a larger fraction"),
+    "no field": (["--by", "album"], "has no field 'album' (--by); its fields: caption, long_caption"),
+    "no data": (["--data", "/nowhere"], "no data at /nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_bad_input_is_one_line_and_writes_nothing(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    more, said = REFUSED[name]
+    data = [] if "--data" in more else [str(shards)]
+    assert run("data split", [*data, "--output", str(tmp_path / "out"), *more]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_what_belongs_to_a_sample_goes_with_it(shards: Path, tmp_path: Path):
+    """Members that are no image, .txt or .json, and long names."""
+    long = "x" * 150
+    with tarfile.open(shards / "more.tar", "w") as tar:
+        for name in (f"{long}.txt", f"{long}.cls", "0-x.txt", "0-x.cls"):
+            path = tmp_path / "member"
+            path.write_text(f"a {name[-5:]}")
+            tar.add(path, arcname=name)
+    assert run("data split", [str(shards), "--output", str(tmp_path / "s"), "--validation", "0.5"]) == 0
+    names = []
+    for tar in (tmp_path / "s").rglob("more.tar"):
+        with tarfile.open(tar) as opened:
+            names += opened.getnames()
+    assert sorted(names) == sorted([f"{long}.txt", f"{long}.cls", "0-x.txt", "0-x.cls"])
