@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.intact import check_card
 
 
@@ -34,6 +35,11 @@ class TowerLocation:
                 f"create one with `llm2clip export RUN --output DIR` or `llm2clip import {directory} --output DIR`"
             )
         card = TowerCard.read(directory / TowerCard.FILE)
+        if card.family not in families():
+            raise ContractError(
+                f"{directory / TowerCard.FILE}: unknown tower family {card.family!r}; known: {', '.join(families())}; "
+                "a newer version of this package may know it"
+            )
         return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
 
     @property

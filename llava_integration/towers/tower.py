@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessor
 
 from llava_integration.towers.location import TowerLocation
 from llm2clip_plugin.vision.families import read_config
+from llm2clip_plugin.vision.preprocessor import check_crop
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
 
 FEATURES = ("patch", "cls_patch")
@@ -54,6 +55,7 @@ class LLM2CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return
         directory = self.location.directory
+        check_crop(directory, self.location.card.image_size)
         self.image_processor = CLIPImageProcessor.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
         del tower_blocks(self.vision_tower)[self.blocks_used :]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.outside.safetensors_header import read_header
+from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_WIDTH, check_fields, check_range, check_whole
 from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of
@@ -26,6 +28,13 @@ from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
 PROJECTIONS = ("linear", "none")
+WHOLE_NUMBERS = (  # field of DualConfig, smallest and largest value
+    ("projection_dim", 1, MAX_WIDTH),
+    ("llm_width", 0, MAX_WIDTH),
+    ("adapter_blocks", 0, MAX_LAYERS),
+    ("adapter_expansion", 1, 64),
+)
+NUMBERS = (("input_noise", 0, 100), ("logit_scale_init", -100, 100), ("logit_bias_init", -1000, 1000))
 MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 
 
@@ -170,10 +179,11 @@ def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
         raise ValueError(f"unknown projection {config.projection!r}; known: {', '.join(PROJECTIONS)}")
     if config.pool in ("cls", "cls_mean") and not has_cls:
         raise ValueError(f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean")
-    if config.projection_dim < 1 or config.llm_width < 0:
-        raise ValueError(
-            f"projection_dim {config.projection_dim} must be at least 1, llm_width {config.llm_width} at least 0"
-        )
+    for name, low, high in WHOLE_NUMBERS:
+        check_whole(getattr(config, name), low, high, name=name, where="dual")
+    for name, low, high in NUMBERS:
+        if getattr(config, name) is not None:
+            check_range(getattr(config, name), low, high, name=name, where="dual")
 
 
 def make_adapter(config: DualConfig) -> TextAdapter:
@@ -206,6 +216,7 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     known = {field.name for field in dataclasses.fields(DualConfig)}
     if unknown := sorted(set(card.dual) - known):
         raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
+    check_fields(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
     config = DualConfig(**card.dual)
     if config.projection_dim != card.projection_dim:
         raise ContractError(
@@ -234,13 +245,24 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
             f"cannot load the heads in {directory}, saved with {', '.join(different)}; set dual.* to these values"
         )
     with checked_while_read(directory, ADAPTER_FILE):
+        check_heads(dual, directory)
         state = load_file(directory / ADAPTER_FILE)
+    dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
+
+
+def check_heads(dual: DualEncoder, directory: Path) -> None:
+    """Compare the tensors in text_adapter.safetensors with those of ``dual``, which may be on the meta device.
+
+    Raises ContractError for another set of names or shapes, FileNotFoundError without the file.
+    """
+    path = directory / ADAPTER_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {ADAPTER_FILE} in {directory}, but {TowerCard.FILE} describes one; copy all files")
     expected = {name: tuple(value.shape) for name, value in heads_state(dual).items()}
-    actual = {name: tuple(value.shape) for name, value in state.items()}
+    actual = {name: entry.shape for name, entry in read_header(path).entries.items()}
     if actual != expected:
         wrong = sorted(set(actual.items()) ^ set(expected.items()))
-        raise ContractError(f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}")
-    dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
+        raise ContractError(f"{path} does not match {TowerCard.FILE}: {wrong}")
 
 
 def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
@@ -251,6 +273,9 @@ def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
     """
     directory = fetch_directory(source)
     card, config = read_dual_card(directory)
-    dual = DualEncoder(load_tower(directory, dtype=dtype), config)
+    tower = load_tower(directory, dtype=dtype)
+    with torch.device("meta"):  # nothing is allocated for widths that the file doesn't have
+        check_heads(DualEncoder(tower, config), directory)
+    dual = DualEncoder(tower, config)
     load_heads(dual, directory)
     return dual.to(dtype).eval(), card

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from llm2clip_plugin.outside.values import ContractError
+from llm2clip_plugin.vision.bounds import check_preprocessor
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, fetch_directory, read_json
 from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
@@ -14,11 +16,32 @@ INHERITED = ("image_mean", "image_std", "resample")  # from the source's own pre
 
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
-    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one."""
+    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
+
+    Raises ContractError for a value that no image processor can use.
+    """
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
+    check_preprocessor(body, where=str(directory / PREPROCESSOR_FILE))
     return {name: body[name] for name in INHERITED if name in body}
+
+
+def check_crop(directory: Path, image_size: int) -> None:
+    """Check a tower directory's preprocessor_config.json, which LLaVA uses as it is.
+
+    Raises ContractError for a value that no image processor can use, or a crop other than the tower's image size.
+    """
+    path = directory / PREPROCESSOR_FILE
+    own_preprocessor(directory)
+    for name in ("crop_size", "size"):
+        sizes = read_json(path).get(name)
+        values = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
+        if values != {image_size}:
+            raise ContractError(
+                f"{path}: {name} is {sizes}, but the tower's images have {image_size} pixels a side; copy or export "
+                "the tower again"
+            )
 
 
 def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_transformers
+from llm2clip_plugin.vision.convert.checkpoint_files import check_pickles
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
@@ -58,10 +60,12 @@ def load_tower(
 def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
     family, _ = read_config(directory)
+    check_pickles(directory)
     read = functools.partial(
         family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
     )
-    with checked_while_read(directory, WEIGHTS_FILE), quiet_transformers():
+    whole = errors_about(f"the tower in {directory}", fix="copy or export it again")
+    with checked_while_read(directory, WEIGHTS_FILE), whole, quiet_transformers():
         try:
             tower, info = read()
         except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes

@@ -50,6 +50,14 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def check_pickles(directory: Path) -> None:
+    """Raise ContractError if a model's weights are only in a pickle that runs code, or is not safe to read."""
+    if any(directory.glob("model*.safetensors")):
+        return
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        read_tensors(path)
+
+
 def _shards(index: Path) -> list[Path]:
     """The files listed in an index of shards."""
     files = section(read_json(index), "weight_map", where=str(index)).values()

@@ -5,6 +5,7 @@ from typing import Any
 
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.vision.bounds import check_config, check_weights
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
 from llm2clip_plugin.vision.family import Family, Tower
 from llm2clip_plugin.vision.intact import check_description, check_json_files
@@ -38,12 +39,17 @@ def family_of(tower: Tower) -> Family:
 def read_config(directory: Path) -> tuple[Family, Any]:
     """Family and vision configuration of a directory; the latter is part of an image-text model's, if it is one.
 
-    Raises ContractError if the configuration is damaged, or a tower directory's card describes another tower.
+    Raises ContractError if the configuration is damaged, states sizes that no tower has or that the headers of the
+    weights contradict, or a tower directory's card describes another tower.
     """
     check_json_files(directory)
     file = directory / CONFIG_FILE
-    family = family_of_type(str(read_json(file).get("model_type")), where=str(file))
+    body = read_json(file)
+    check_config(body, where=str(file))
+    family = family_of_type(str(body.get("model_type")), where=str(file))
+    check_weights(directory, family, body)
+    vision_class = family.vision_class()
     with errors_about(file, fix="copy or export the tower again"):
-        config = family.vision_class().config_class.from_pretrained(directory)
+        config = vision_class.config_class.from_pretrained(directory)
     check_description(directory, family.name, config.to_dict(), has_cls=family.has_cls)
     return family, config
