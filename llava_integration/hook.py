@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_integration.towers import checkpoint_name, names, provenance
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.outside.values import errors_about
 
 # LLaVA reads them, but its argument parser does not define them
 OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
@@ -104,7 +105,8 @@ def projector_width(adapter: str) -> int | None:
     """Input width of the projector in ``mm_projector.bin``; None if its first layer is not linear."""
     import torch
 
-    weights = torch.load(adapter, map_location="cpu", weights_only=True)
+    with errors_about(adapter, fix="pretrain the projector again, or copy it again"):
+        weights = torch.load(adapter, map_location="cpu", weights_only=True)
     widths = [tensor.shape[1] for key, tensor in weights.items() if FIRST_LAYER.search(key) and tensor.ndim == 2]
     return widths[0] if widths else None
 

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, TypeVar
 from llm2clip_plugin.outside.safetensors_header import read_header
 from llm2clip_plugin.outside.values import (
     MAX_LAYERS,
-    MAX_PIXELS,
+    MAX_SIDE,
     MAX_WIDTH,
     ContractError,
     check_fields,
@@ -39,6 +39,8 @@ from llm2clip_plugin.outside.values import (
 
 Record = TypeVar("Record", bound="VersionedRecord")
 SHA256 = re.compile("[0-9a-f]{64}")
+SEAL = "record_sha256"
+HEAD = ("kind", "format_version")
 IDENTIFIER = re.compile(r"\w{1,64}")
 
 
@@ -188,10 +190,14 @@ class VersionedRecord:
     KIND: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
     KEYS: ClassVar[dict[str, str]] = {}  # field -> its key in the file, where they differ; a reader accepts both
+    # an object of the file that also holds the record's checksum: version 0.1 accepts any key there, but no other field
+    SEALED_IN: ClassVar[str] = ""
 
     def to_json(self) -> str:
-        """The record as indented JSON."""
+        """The record as indented JSON, with its checksum."""
         body = {"kind": self.KIND, "format_version": self.VERSION, **rename_keys(dataclasses.asdict(self), self.KEYS)}
+        if self.SEALED_IN:
+            body[self.SEALED_IN] = {**body[self.SEALED_IN], SEAL: _checksum(body)}
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -218,7 +224,7 @@ class VersionedRecord:
                 f"{where} has format version {body.get('format_version')}, but this release reads {cls.VERSION}; "
                 "create the file again with this release, or install the release that wrote it"
             )
-        values = {name: value for name, value in body.items() if name not in ("kind", "format_version")}
+        values = {name: value for name, value in unsealed(cls, body, where).items() if name not in HEAD}
         try:
             values = rename_keys(values, {key: field_name for field_name, key in cls.KEYS.items()})
         except ContractError as error:
@@ -236,6 +242,27 @@ class VersionedRecord:
 
     def check_values(self, *, where: str) -> None:
         """Raise ContractError for a value that no reader can use; the types of all fields are right already."""
+
+
+def unsealed(record: type[VersionedRecord], body: dict[str, Any], where: str) -> dict[str, Any]:
+    """A record's JSON without its checksum, after comparing it; ContractError if a field was changed.
+
+    Version 0.1 and other programs write none.
+    """
+    holder = body.get(record.SEALED_IN)
+    if not isinstance(holder, dict) or SEAL not in holder:
+        return body
+    rest = {**body, record.SEALED_IN: {key: value for key, value in holder.items() if key != SEAL}}
+    if (actual := _checksum(rest)) != holder[SEAL]:
+        raise ContractError(
+            f"{where} was changed after it was written: its checksum is {actual[:12]}..., {record.SEALED_IN}.{SEAL} "
+            f"says {str(holder[SEAL])[:12]}...; write it again, or, if the change is intended, delete {SEAL!r} in it"
+        )
+    return rest
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return sha256_text(canonical_json(json.loads(json.dumps(body))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +296,8 @@ class TowerCard(VersionedRecord):
         limits = {
             "hidden_size": MAX_WIDTH,
             "num_layers": MAX_LAYERS,
-            "patch_size": MAX_PIXELS,
-            "image_size": MAX_PIXELS,
+            "patch_size": MAX_SIDE,
+            "image_size": MAX_SIDE,
         }
         for name, high in limits.items():
             check_whole(getattr(self, name), 1, high, name=name, where=where)
@@ -323,6 +350,7 @@ class EncoderCard(VersionedRecord):
     """``llm2clip_encoder.json`` next to an adapter or merged LLM: how to embed captions with it."""
 
     KIND: ClassVar[str] = "llm2clip-encoder"
+    SEALED_IN: ClassVar[str] = "versions"
     FILE: ClassVar[str] = "llm2clip_encoder.json"
 
     base: str  # path or Hub id of the LLM that was fine-tuned, for display
@@ -378,6 +406,7 @@ class RunRecord(VersionedRecord):
     """``run.json`` of a training run: its configuration and progress."""
 
     KIND: ClassVar[str] = "llm2clip-run"
+    SEALED_IN: ClassVar[str] = "versions"
     FILE: ClassVar[str] = "run.json"
 
     config: dict[str, Any]
@@ -399,6 +428,7 @@ class ScoreFile(VersionedRecord):
     """Scores of one model on one benchmark: headline metrics, and every item for paired statistics."""
 
     KIND: ClassVar[str] = "llm2clip-scores"
+    SEALED_IN: ClassVar[str] = "provenance"
 
     benchmark: str
     metrics: dict[str, float]

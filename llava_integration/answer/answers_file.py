@@ -7,10 +7,13 @@ them. A run resumes with any number of ranks, and no rank waits for another.
 import json
 import shutil
 import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import ContractError, atomic_file
+from llava_integration.answer.checksum import check_unchanged, checksum_file, write_checksum
+from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json
+from llm2clip_plugin.outside.values import read_json_value
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
 
@@ -30,9 +33,11 @@ class AnswersFile:
         if overwrite:
             path.unlink(missing_ok=True)
             self.settings_file.unlink(missing_ok=True)
+            checksum_file(path).unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         if self.settings_file.is_file():
             self.compare_settings()
+            check_unchanged(path)
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
@@ -42,7 +47,9 @@ class AnswersFile:
 
     def compare_settings(self) -> None:
         """Raise ContractError if a previous run saved other settings."""
-        before = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        before = read_json_value(self.settings_file)
+        if not isinstance(before, dict):
+            raise ContractError(f"{self.settings_file} contains a {type(before).__name__}, not settings; {OTHER_FILE}")
         names = sorted(name for name in {*before, *self.settings} if before.get(name) != self.settings.get(name))
         if names:
             differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
@@ -54,15 +61,17 @@ class AnswersFile:
         return self.path.is_file()
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
+        """The answers of all ranks and earlier runs; a line cut short by a kill, or damaged, is ignored."""
         answers: dict[int, dict[str, Any]] = {}
         for file in sorted(self.partial.glob("*.jsonl")):
-            for line in file.read_text(encoding="utf-8").split("\n"):
+            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                    index, answer = entry["index"], entry["answer"]
+                    if entry.get("crc", _crc(index, answer)) == _crc(index, answer):  # version 0.1 wrote none
+                        answers[index] = answer
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
-                answers[entry["index"]] = entry["answer"]
         return answers
 
     def write(self, answers: dict[int, dict[str, Any]]) -> None:
@@ -70,7 +79,8 @@ class AnswersFile:
         self.partial.mkdir(exist_ok=True)
         with self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
-                file.write(json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n")
+                entry = {"index": index, "answer": answer, "crc": _crc(index, answer)}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def finish(self) -> int:
         """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
@@ -82,7 +92,14 @@ class AnswersFile:
             return 0
         if len(answers) < self.total:
             return self.total - len(answers)
+        text = "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
+        write_checksum(self.path, text)
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(answers[i]) + "\n" for i in range(self.total)), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0
+
+
+def _crc(index: Any, answer: Any) -> int:
+    """A checksum of one answer."""
+    return zlib.crc32(canonical_json([index, answer]).encode("utf-8", "surrogatepass"))

@@ -11,6 +11,7 @@ import base64
 import csv
 import io
 import json
+import struct
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import Any
 
 from PIL import Image
 
+from llm2clip_plugin.outside.images import check_image_size
+from llm2clip_plugin.outside.values import errors_about
+
+BAD_IMAGE = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)  # Pillow's
 LETTERS = ("A", "B", "C", "D")
 DIRECTLY = {
     "en": "Answer with the option's letter from the given choices directly.",
@@ -38,11 +43,14 @@ class Question:
 
     def open_image(self, folder: str) -> Image.Image:
         """The image in RGB; raises ValueError with the question's id if it cannot be read."""
-        source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else Path(folder) / self.image
+        path = Path(folder) / self.image
         try:
-            return Image.open(source).convert("RGB")
-        except OSError as error:
-            where = "the embedded image" if self.embedded else str(source)
+            source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
+            image = Image.open(source)
+            check_image_size(*image.size)
+            return image.convert("RGB")
+        except BAD_IMAGE as error:
+            where = "the embedded image" if self.embedded else str(path)
             raise ValueError(f"question {self.id!r}: cannot read {where}: {error}") from error
 
 
@@ -55,12 +63,13 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
     """
     if not path.is_file():
         raise FileNotFoundError(f"no question file at {path}")
-    if path.suffix == ".jsonl":
-        return read_lines(path)
-    if path.suffix == ".json":
-        return read_conversations(path, directly)
-    if path.suffix == ".tsv":
-        return read_table(path, directly, all_rounds, lang)
+    with errors_about(path, fix="download it again"):
+        if path.suffix == ".jsonl":
+            return read_lines(path)
+        if path.suffix == ".json":
+            return read_conversations(path, directly)
+        if path.suffix == ".tsv":
+            return read_table(path, directly, all_rounds, lang)
     raise ValueError(f"unsupported question file {path}; supported: .jsonl, .json (ScienceQA), .tsv (MMBench)")
 
 

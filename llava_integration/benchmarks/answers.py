@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava_integration.answer.checksum import check_unchanged
+
 Row = dict[str, Any]
 
 
@@ -78,7 +80,7 @@ def read_json(path: Path) -> Any:
     text = read_text(path)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
@@ -89,7 +91,7 @@ def read_jsonl(path: Path) -> list[Row]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number} is not valid JSON ({error}); download the file again"
                 ) from error
@@ -110,10 +112,11 @@ def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
         return _read_folder(path, tasks)
     if not path.exists():
         raise FileNotFoundError(f"no answers at {path}")
+    check_unchanged(path)
     text = read_text(path)
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, list):
         return _from_rows(path, value, lines=range(1, len(value) + 1))
@@ -132,7 +135,7 @@ def _from_lines(path: Path, text: str) -> Answers:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row, reason = None, str(error)
         else:
             reason = "not an object"

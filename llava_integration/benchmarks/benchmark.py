@@ -22,6 +22,7 @@ from llava_integration.benchmarks.base import (
 from llava_integration.benchmarks.match import Matched, match
 from llava_integration.benchmarks.xlsx import write_xlsx
 from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
+from llm2clip_plugin.outside.values import errors_about
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix
 LONG_ANSWERS = ("--max-new-tokens", "1024")  # default of LLaVA's model_vqa*; evaluate's is model_vqa_loader's 128
@@ -63,6 +64,11 @@ class Benchmark(ABC):
     @abstractmethod
     def load(self, folder: Path) -> list[Question]:
         """Questions with their truth. Raises FileNotFoundError or ValueError for missing or unusable annotations."""
+
+    def questions(self, folder: Path) -> list[Question]:
+        """As ``load``; ValueError, naming the folder, for files of another layout too."""
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+            return self.load(folder)
 
     @abstractmethod
     def score_item(self, question: Question, answer: Answer | None) -> Item:
@@ -115,7 +121,7 @@ class Benchmark(ABC):
         """The questions, and the answer to each."""
         if self.judge:
             answers = self.read_reviews(answers, options)
-        questions, answers = self.prepare(self.load(folder), answers)
+        questions, answers = self.prepare(self.questions(folder), answers)
         return questions, match(
             questions,
             answers,

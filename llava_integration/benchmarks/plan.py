@@ -8,6 +8,7 @@ from llava_integration.benchmarks.answers import read_json
 from llava_integration.benchmarks.benchmark import Benchmark, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.outside.values import errors_about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Miss
     """Look for a benchmark's files in one folder."""
     unscored = ""
     try:
-        member.load(folder)
+        member.questions(folder)
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
     questions = question_file(member, folder, generated, scored=not unscored)
@@ -95,9 +96,10 @@ def image_folder(member: Benchmark, folder: Path, questions: Path) -> Path | Non
 def first_images(questions: Path, most: int = 3) -> list[str]:
     """Image names of the first questions that have one."""
     if questions.suffix == ".json":
-        return [row["image"] for row in read_json(questions) if row.get("image")][:most]
+        with errors_about(questions, fix="download it again"):
+            return [row["image"] for row in read_json(questions) if row.get("image")][:most]
     names: list[str] = []
-    with questions.open(encoding="utf-8") as file:
+    with errors_about(questions, fix="download it again"), questions.open(encoding="utf-8") as file:
         for line in file:
             name = json.loads(line).get("image") if line.strip() else None
             if name:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_integration.compare.retrieval import expand
 from llm2clip_plugin.contracts import ContractError, ScoreFile
+from llm2clip_plugin.outside.values import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,17 @@ def _check(path: Path, record: ScoreFile) -> None:
     """ContractError if a score file's items can't be compared."""
     if not record.items:
         raise ContractError(f"{path} has no items; a comparison needs one item per question")
-    if any(not isinstance(item, dict) or "id" not in item or "score" not in item for item in record.items):
-        raise ContractError(f"{path}: every item needs id, score and cluster")
+    for number, item in enumerate(record.items):
+        if "id" not in item or "score" not in item:
+            raise ContractError(f"{path}: item {number} has the fields {sorted(item)}; every item needs id and score")
+        if not isinstance(item["id"], (str, int)):
+            raise ContractError(f"{path}: item {number} has the id {item['id']!r}, expected a text or a whole number")
+        numbers = {key: value for key, value in item.items() if isinstance(value, float)}
+        for key, value in {**numbers, "score": item["score"]}.items():
+            number = int(value) if isinstance(value, bool) else value
+            check_range(number, -1e12, 1e12, name=f"{key} of item {item['id']!r}", where=str(path))
+        if isinstance(item.get("cluster"), (list, dict)):
+            raise ContractError(f"{path}: item {item['id']!r} has the cluster {item['cluster']!r}, expected a text")
     names = [str(item["id"]) for item in record.items]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -12,6 +12,7 @@ from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_record
 from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, atomic_file
 from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.outside.values import read_json_value
 
 CONFIG = "config.json"
 
@@ -25,7 +26,9 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     """
     if not (checkpoint / CONFIG).is_file():
         raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
-    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config = read_json_value(checkpoint / CONFIG)
+    if not isinstance(config, dict):
+        raise ContractError(f"{checkpoint / CONFIG} contains a {type(config).__name__}, expected an object")
     name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
         raise ContractError(

@@ -59,6 +59,7 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     record = getattr(config, KEY, None)
     if not record:
         return find_unrecorded(name, config)
+    check_record(record, where=f"{KEY} in config.json of {checkpoint_of(config) or 'the checkpoint'}")
     failures: list[str] = []
     other_tower = False
     for where, locate in candidates(name, record, config):
@@ -75,6 +76,17 @@ def find_tower(name: str, config: Any) -> TowerLocation:
         failures.append(f"{where}: {location.directory} has sha256 {location.sha256}")
     message = not_found_message(checkpoint_of(config) or "the checkpoint", record, failures, other_tower=other_tower)
     raise ContractError(message) if other_tower else TowerNotFoundError(message)
+
+
+def check_record(record: Any, *, where: str) -> None:
+    """Raise ContractError unless a tower's record has the fields that finding it needs."""
+    if not isinstance(record, dict):
+        raise ContractError(f"{where} is {record!r}, expected an object; copy the checkpoint again")
+    for name, kind in (("weights_sha256", str), ("origin", str), ("family", str), ("image_size", int)):
+        if not isinstance(record.get(name), kind):
+            raise ContractError(
+                f"{where}: {name} is {record.get(name)!r}, expected {kind.__name__}; copy the checkpoint again"
+            )
 
 
 def not_found_message(checkpoint: str, record: dict[str, Any], failures: list[str], *, other_tower: bool) -> str:

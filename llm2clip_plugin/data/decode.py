@@ -5,8 +5,7 @@ import struct
 
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 89_478_485  # of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB
-MAX_ASPECT = 256  # longer to shorter side; with its shorter side at 448 pixels such an image has 154 MB
+from llm2clip_plugin.outside.images import check_image_size
 
 
 class BrokenImage(ValueError):  # noqa: N818
@@ -45,12 +44,10 @@ def open_header(data: bytes) -> Image.Image:
         raise BrokenImage(f"unknown image format ({len(data)} bytes, starting with {data[:8]!r})") from error
     except DAMAGE as error:
         raise BrokenImage(f"cannot read the image header: {error}") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
-        raise BrokenImage(
-            f"the image has {width} x {height} pixels; the limits are {MAX_PIXELS:,} pixels and sides in a ratio of "
-            f"{MAX_ASPECT}; crop or resize it"
-        )
+    try:
+        check_image_size(*image.size)
+    except ValueError as error:
+        raise BrokenImage(str(error)) from error
     return image
 
 

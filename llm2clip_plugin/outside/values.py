@@ -16,7 +16,7 @@ from typing import Any
 
 MAX_WIDTH = 1 << 17  # of a hidden state, an embedding or an MLP; the largest LLMs of today have 1 << 14
 MAX_LAYERS = 1 << 10
-MAX_PIXELS = 1 << 14  # along a side of a tower's image
+MAX_SIDE = 1 << 14  # along a side of a tower's image
 
 
 class ContractError(ValueError):
@@ -45,13 +45,15 @@ def read_json_value(path: str | os.PathLike[str]) -> Any:
 def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
     """What a library raises about a file of ours, of any type, as a ContractError that names the file.
 
-    OSError and ContractError pass: they name the file already, or a cause outside it.
+    OSError, ContractError and a lack of memory pass: they name the file already, or a cause outside it.
     """
     try:
         yield
     except (OSError, ContractError):
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         kind = "" if isinstance(error, ValueError) and reason else type(error).__name__
         reason = ": ".join(part for part in (kind, reason) if part)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
+from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_peft
-from llm2clip_plugin.text.files import ADAPTER_WEIGHTS
+from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ALL_LINEAR = "all-linear"
 # An adapter trained on the model with its language head names the blocks one level deeper.
@@ -84,15 +85,19 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     quiet_peft()
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(folder))
+    with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
+        config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
     blocks = len(model.get_submodule("layers"))  # type: ignore[arg-type]
-    named = ((HEAD_PREFIX.sub("base_model.model.", n), t) for n, t in load_file(folder / ADAPTER_WEIGHTS).items())
+    with errors_about(folder / ADAPTER_WEIGHTS, fix="copy the adapter again"):
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    named = ((HEAD_PREFIX.sub("base_model.model.", name), tensor) for name, tensor in tensors.items())
     saved = {name: tensor for name, tensor in named if block_number(name) < blocks}
     try:
-        wrapped = PeftModel(model, config)
-        expected = get_peft_model_state_dict(wrapped)
-    except ValueError as error:
+        with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
+            wrapped = PeftModel(model, config)
+            expected = get_peft_model_state_dict(wrapped)
+    except ContractError as error:
         raise ContractError(f"{folder} does not fit {model.name_or_path}: {error}") from error
     missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
     shapes = [

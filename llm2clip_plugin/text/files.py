@@ -1,10 +1,10 @@
 """The files of an LLM or adapter: found or downloaded, and hashed."""
 
-import json
 from pathlib import Path
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_file, sha256_text, sha256_weights
 from llm2clip_plugin.outside.timeouts import hub_snapshot
+from llm2clip_plugin.outside.values import read_json_value
 
 SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
@@ -94,10 +94,9 @@ def adapter_sha256(folder: Path) -> str:
     for path in (config, weights):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a PEFT adapter: {path.name} is missing")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ContractError(f"{config} is not valid JSON ({error})") from error
+    settings = read_json_value(config)
+    if not isinstance(settings, dict):
+        raise ContractError(f"{config} contains a {type(settings).__name__}, expected the settings of a PEFT adapter")
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
         relevant["target_modules"] = sorted(relevant["target_modules"])  # PEFT writes a set, whose order is random

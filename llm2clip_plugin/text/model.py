@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
 from llm2clip_plugin.text.sentence_transformers import is_sentence_transformers
@@ -61,7 +62,8 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
     of range.
     """
-    settings = AutoConfig.from_pretrained(folder)
+    with errors_about(folder / "config.json", fix="download or copy the LLM again"):
+        settings = AutoConfig.from_pretrained(folder)
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)

@@ -187,7 +187,7 @@ class TextPairs(PairSource):
         line, data = self.rows[index]
         try:
             row = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, line {line}: not valid JSON ({error})") from error
         texts = [first_text(row.get(name)) if isinstance(row, dict) else "" for name in self.fields]
         for name, text in zip(self.fields[:2], texts[:2], strict=True):
@@ -248,7 +248,7 @@ def _detect(path: str, config: PairsConfig) -> str:
             first = next((line for line in file if line.strip()), "{}")
         try:
             row = json.loads(first)
-        except ValueError:
+        except (ValueError, RecursionError):
             return "captions"
         return "pairs" if isinstance(row, dict) and config.query_field in row else "captions"
     return "captions"

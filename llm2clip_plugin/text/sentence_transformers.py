@@ -74,7 +74,7 @@ def _read(path: Path) -> Any:
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"{path} is not valid JSON ({error})") from error
 
 

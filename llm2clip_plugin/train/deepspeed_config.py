@@ -49,7 +49,7 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}")
     try:
         body = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError(f"{path} contains a {type(body).__name__}, expected a JSON object of DeepSpeed settings")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.outside.safetensors_header import Header, read_header
-from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_PIXELS, MAX_WIDTH, ContractError, check_range, check_whole
+from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_SIDE, MAX_WIDTH, ContractError, check_range, check_whole
 from llm2clip_plugin.vision.family import Family
 
 CONFIG_LIMITS = {  # field of config.json -> largest value; the smallest is 1
@@ -14,11 +14,11 @@ CONFIG_LIMITS = {  # field of config.json -> largest value; the smallest is 1
     "intermediate_size": 8 * MAX_WIDTH,
     "num_hidden_layers": MAX_LAYERS,
     "num_attention_heads": MAX_WIDTH,
-    "image_size": MAX_PIXELS,
-    "patch_size": MAX_PIXELS,
+    "image_size": MAX_SIDE,
+    "patch_size": MAX_SIDE,
     "num_channels": MAX_WIDTH,
     "projection_dim": MAX_WIDTH,
-    "rope_pretrained_grid": MAX_PIXELS,
+    "rope_pretrained_grid": MAX_SIDE,
     "num_register_tokens": MAX_WIDTH,
 }
 MAY_BE_ZERO = ("projection_dim", "num_register_tokens")
@@ -39,7 +39,7 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if width and heads and width % heads:
         raise ContractError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}")
-    if (config.get("patch_size") or 1) > (config.get("image_size") or MAX_PIXELS):
+    if (config.get("patch_size") or 1) > (config.get("image_size") or MAX_SIDE):
         raise ContractError(f"{where}: patch_size {config['patch_size']} exceeds image_size {config['image_size']}")
 
 
@@ -95,7 +95,7 @@ def check_preprocessor(body: Mapping[str, Any], *, where: str) -> None:
         if sizes is None:
             continue
         for key, value in sizes.items() if isinstance(sizes, Mapping) else [("", sizes)]:
-            check_whole(value, 1, MAX_PIXELS, name=f"{name}.{key}".rstrip("."), where=where)
+            check_whole(value, 1, MAX_SIDE, name=f"{name}.{key}".rstrip("."), where=where)
     for name, value in body.items():
         if name.startswith("do_") and value is not None and not isinstance(value, bool):
             raise ContractError(f"{where}: {name} is {value!r}, expected true or false")

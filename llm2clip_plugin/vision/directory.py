@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {path.name} in {path.parent}; create a tower directory with `llm2clip import`")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ContractError(f"{path} contains a {type(body).__name__}, expected a JSON object")

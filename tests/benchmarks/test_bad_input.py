@@ -4,9 +4,13 @@ import json
 
 import pytest
 from golden_mllm import BENCHMARKS, ROOT, answers
+from PIL import Image
 
+from llava_integration.answer.questions import Question
 from llava_integration.benchmarks.score import main
+from llava_integration.compare.sides import load_side
 from llm2clip_plugin.cli import run
+from llm2clip_plugin.contracts import ContractError, ScoreFile
 
 
 def command(name, path, tmp_path, *more):
@@ -175,3 +179,43 @@ def test_chunks_of_a_multi_gpu_run(tmp_path):
     (tmp_path / "2_4.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"is missing the chunks \['2_4.jsonl'\]"):
         command("vqav2", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ({"id": 7, "score": float("nan")}, "score of item 7 is nan, expected a number"),
+        ({"id": 7, "score": float("inf")}, "score of item 7 is inf, expected a number"),
+        ({"id": 7, "score": "good"}, "score of item 7 is 'good', expected a number"),
+        ({"id": 7, "score": None}, "score of item 7 is None, expected a number"),
+        ({"id": 7, "score": [1]}, r"score of item 7 is \[1\], expected a number"),
+        ({"id": 7, "score": 1, "r1": float("nan")}, "r1 of item 7 is nan, expected a number"),
+        ({"id": [7], "score": 1}, r"item 1 has the id \[7\], expected a text or a whole number"),
+        ({"id": 7, "score": 1, "cluster": {}}, "item 7 has the cluster {}, expected a text"),
+        ({"id": 7}, r"item 1 has the fields \['id'\]; every item needs id and score"),
+    ],
+)
+def test_a_score_that_is_no_number_names_file_item_and_value(tmp_path, item, message):
+    record = ScoreFile(benchmark="own", metrics={}, items=[{"id": 1, "score": True}, item], model="m")
+    path = record.write(tmp_path / "own.scores.json")
+    with pytest.raises(ContractError, match=f"^{path}: {message}"):
+        load_side(path)
+
+
+@pytest.mark.parametrize("size", [(13300, 13300), (100_000, 1)])
+def test_an_image_too_large_is_refused_before_it_is_decoded(tmp_path, size):
+    Image.new("1", size).save(tmp_path / "bomb.png")
+    question = Question(id="q", text="", shown="", image="bomb.png")
+    with pytest.raises(
+        ValueError, match=rf"question 'q': cannot read .*bomb.png: the image has {size[0]} x {size[1]} "
+    ):
+        question.open_image(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(40), b"no image"])
+def test_a_damaged_image_names_the_question(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="question 'q': cannot read"):
+        Question(id="q", text="", shown="", image="x.png").open_image(str(tmp_path))
+    with pytest.raises(ValueError, match="question 'q': cannot read the embedded image"):
+        Question(id="q", text="", shown="", image="not base64!", embedded=True).open_image("")

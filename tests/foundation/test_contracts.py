@@ -137,3 +137,17 @@ def test_weights_hash_ignores_order_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(whole[:-4])
     with pytest.raises(ContractError, match="truncated"):
         sha256_weights(tmp_path / "cut.safetensors")
+
+
+def test_a_record_with_a_checksum_refuses_a_changed_field_and_reads_one_without(tmp_path: Path) -> None:
+    record = ScoreFile(benchmark="gqa", metrics={"accuracy": 0.1}, items=[{"id": 1, "score": 1.0}])
+    path = record.write(tmp_path / "gqa.scores.json")
+    assert ScoreFile.read(path) == record and ScoreFile.read(path).provenance == {}
+    body = json.loads(path.read_text())
+    body["items"][0]["score"] = 0.0
+    path.write_text(json.dumps(body))
+    with pytest.raises(ContractError, match=r"was changed after it was written.*delete 'record_sha256' in it"):
+        ScoreFile.read(path)
+    del body["provenance"]["record_sha256"]
+    path.write_text(json.dumps(body))
+    assert ScoreFile.read(path).items[0]["score"] == 0.0

@@ -105,6 +105,6 @@ def from_file(path: Path) -> RunConfig:
         raise FileNotFoundError(f"no configuration at {path}")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=str(path))

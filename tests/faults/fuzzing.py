@@ -1,0 +1,240 @@
+"""Damage to files, drawn from a fixed seed: flipped bytes, cuts, changed and missing fields; and what may come of it.
+
+A case damages one file of a format and loads it as a command does. Allowed are the result of the intact files, or a
+ValueError or OSError, which the command line prints as one ``error:`` line. Anything else is a silent difference, a
+traceback, or a hang.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 30  # that a case may take
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    10**9,
+    1 << 70,
+    0.5,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "../../x",
+    "\x1b[2J",
+    [],
+    {},
+    [1],
+    {"a": 1},
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Files that a command reads."""
+
+    name: str
+    make: Callable[[Path], object]  # writes the files into an empty folder
+    load: Callable[[Path], Any]  # reads them as a command does; returns what can be compared
+    files: tuple[str, ...] = ("**/*",)  # patterns of the files that are damaged
+    without: tuple[str, ...] = ()  # names that are not: for people
+    free_text: bool = False  # texts of other programs, whose changes nobody can notice: only errors are judged
+
+
+def run_cases(form: Format, folder: Path, *, cases: int, seed: int = 0) -> None:
+    """Damage the files of a format ``cases`` times; raises AssertionError that describes every case that failed."""
+    intact, damaged = folder / "intact" / "x", folder / "damaged" / "x"
+    intact.mkdir(parents=True)
+    form.make(intact)
+    files = sorted({path.relative_to(intact) for pattern in form.files for path in intact.glob(pattern)})
+    files = [file for file in files if (intact / file).is_file() and file.name not in form.without]
+    assert files, f"{form.name} has no files"
+    shutil.copytree(intact, damaged)
+    expected = form.load(damaged)
+    failures = []
+    for case in range(cases):
+        draw = random.Random(f"{form.name} {seed} {case}")
+        file = draw.choice(files)
+        shutil.rmtree(damaged)
+        shutil.copytree(intact, damaged)
+        what = damage(damaged / file, draw)
+        if problem := judge(form, damaged, expected):
+            failures.append(f"case {case}, {file}, {what}: {problem}")
+    assert not failures, f"{len(failures)} of {cases} cases of {form.name}:\n" + "\n".join(failures)
+
+
+def judge(form: Format, folder: Path, expected: Any) -> str:
+    """What is wrong with what comes of loading, "" if nothing."""
+    try:
+        with deadline():
+            result = form.load(folder)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        return "" if text.strip() else f"a {type(error).__name__} without a message"
+    except HangError:
+        return f"no end after {SECONDS} s"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "" if form.free_text or result == expected else f"a silent difference: {_difference(result, expected)}"
+
+
+class HangError(BaseException):
+    """A case took too long."""
+
+
+@contextmanager
+def deadline() -> Iterator[None]:
+    """Raise HangError in the block after SECONDS."""
+
+    def stop(*_: object) -> None:
+        raise HangError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def damage(path: Path, draw: random.Random) -> str:
+    """Change one file; returns what was done."""
+    content = path.read_bytes()
+    kinds: list[Callable[[bytes, random.Random], tuple[bytes, str]]] = [flip, flip, cut, overwrite]
+    if path.suffix in (".json", ".jsonl") or content[:1] in (b"{", b"["):
+        kinds += [change_field] * 6
+    if path.suffix == ".safetensors":
+        kinds += [change_header] * 3
+    kind = draw.choice([*kinds, extend, remove])
+    if kind is remove:
+        path.unlink()
+        return "removed"
+    changed, what = kind(content, draw)
+    path.write_bytes(changed)
+    return what
+
+
+def flip(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """One bit."""
+    if not content:
+        return b"\0", "a byte in an empty file"
+    place = draw.randrange(len(content))
+    changed = content[place] ^ (1 << draw.randrange(8))
+    return content[:place] + bytes([changed]) + content[place + 1 :], f"byte {place} {content[place]} -> {changed}"
+
+
+def cut(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """The end is missing."""
+    length = draw.randrange(len(content) or 1)
+    return content[:length], f"cut to {length} of {len(content)} bytes"
+
+
+def extend(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """Bytes behind the end."""
+    return content + draw.randbytes(draw.randint(1, 40)), "extended"
+
+
+def overwrite(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """A block of zeros, as a disk that was full leaves it, or of noise."""
+    place = draw.randrange(len(content) or 1)
+    block = content[place : place + draw.randint(1, 64)]
+    new = bytes(len(block)) if draw.random() < 0.5 else draw.randbytes(len(block))
+    return content[:place] + new + content[place + len(block) :], f"bytes {place} to {place + len(block)} overwritten"
+
+
+def remove(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    raise AssertionError("done by damage")
+
+
+def change_header(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """A field in the header of a safetensors file, its length kept right."""
+    length = int.from_bytes(content[:8], "little")
+    header, what = change_field(content[8 : 8 + length], draw)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :], f"header: {what}"
+
+
+def change_field(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """A JSON value, changed, exchanged, doubled or left out, in one of the lines that hold JSON."""
+    lines = content.split(b"\n")
+    bodies = {}
+    for number, line in enumerate(lines):
+        try:
+            bodies[number] = json.loads(line)
+        except ValueError:
+            continue
+    try:
+        whole = json.loads(content)
+    except ValueError:
+        whole = None
+    if isinstance(whole, (dict, list)):
+        body, what = change_value(whole, draw)
+        return json.dumps(body, indent=2).encode() + b"\n", what
+    bodies = {number: body for number, body in bodies.items() if isinstance(body, (dict, list))}
+    if not bodies:
+        return flip(content, draw)
+    number = draw.choice(sorted(bodies))
+    body, what = change_value(bodies[number], draw)
+    lines[number] = json.dumps(body).encode()
+    return b"\n".join(lines), f"line {number + 1}: {what}"
+
+
+def change_value(body: Any, draw: random.Random) -> tuple[Any, str]:
+    """A copy of a JSON value with one change somewhere inside."""
+    body = copy.deepcopy(body)
+    places = list(_places(body))
+    if not places:
+        return draw.choice(VALUES), "another value"
+    holder, key = draw.choice(places)
+    before = holder[key]
+    kind = draw.randrange(4)
+    if kind == 0:
+        del holder[key]
+        return body, f"{key!r} left out"
+    if kind == 1 and isinstance(holder, dict):
+        holder[f"{key}x"] = holder.pop(key)
+        return body, f"{key!r} renamed"
+    holder[key] = draw.choice(VALUES) if kind < 3 else _near(before, draw)
+    return body, f"{key!r}: {str(before)[:60]!r} -> {str(holder[key])[:60]!r}"
+
+
+def _near(value: Any, draw: random.Random) -> Any:
+    """A value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + draw.choice((-1, 1))
+    if isinstance(value, str) and value:
+        place = draw.randrange(len(value))
+        return value[:place] + chr(ord(value[place]) ^ 1) + value[place + 1 :]
+    return draw.choice(VALUES)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield value, key
+        yield from _places(part)
+
+
+def _difference(result: Any, expected: Any) -> str:
+    if isinstance(result, dict) and isinstance(expected, dict):
+        names = [name for name in {**result, **expected} if result.get(name) != expected.get(name)]
+        return ", ".join(
+            f"{name} {str(result.get(name))[:60]} not {str(expected.get(name))[:60]}" for name in names[:3]
+        )
+    return f"{str(result)[:120]} not {str(expected)[:120]}"

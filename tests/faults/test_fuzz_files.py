@@ -1,0 +1,296 @@
+"""Damaged files that need no model to be read: checkpoints, data, caches, scores, answers, registry."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import Format, run_cases
+from PIL import Image
+from tiny_data import make_cache, make_shards
+
+from llava_integration.answer.answers_file import AnswersFile
+from llava_integration.answer.questions import read_questions
+from llava_integration.benchmarks.answers import read_answers
+from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.score import score_answers
+from llava_integration.compare.build import build
+from llava_integration.compare.sides import load_sides
+from llava_integration.towers import names, provenance, registry
+from llm2clip_plugin.contracts import RunRecord, ScoreFile, TowerCard
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
+from llm2clip_plugin.train.run_checkpoints import Checkpoints
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "mllm"
+
+
+def digest(*parts: Any) -> str:
+    """One hash of texts, bytes and tensors."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(
+            part
+            if isinstance(part, bytes)
+            else np.asarray(part).tobytes()
+            if isinstance(part, torch.Tensor)
+            else str(part).encode()
+        )
+    return total.hexdigest()
+
+
+# a run folder
+
+
+def make_run(folder: Path) -> None:
+    """Two checkpoints; truth.json has what each holds."""
+    checkpoints, truth = Checkpoints(folder, keep=0), {}
+    torch.manual_seed(0)
+    for step in (1, 2):
+        state = TrainState(
+            step=step, samples=8 * step, config={"train": {"lr": 1e-3}}, config_hash="h", seed=0, metrics={"r": 0.5}
+        )
+        weights, moments = {"w": torch.randn(4, 6), "b": torch.randn(6)}, {"w.exp_avg": torch.randn(4, 6)}
+        checkpoints.write(state, {"model.safetensors": weights, "optimizer.safetensors": moments})
+        truth[f"step-{step:08d}"] = content_of(load(checkpoints.path(step)))
+    (folder / "truth.json").write_text(json.dumps(truth))
+    record = RunRecord(config={"tower": {"path": "x"}}, config_hash="h", step=2, samples=16, metrics={"r": 0.5})
+    record.write(folder / RunRecord.FILE)
+
+
+def content_of(loaded: Loaded) -> str:
+    tensors = [(name, part[name].tolist()) for part in (loaded.weights, loaded.moments) for name in sorted(part)]
+    return digest(tensors, sorted(dataclasses.asdict(loaded.state).items()))
+
+
+def load_run(folder: Path) -> str:
+    """As a resumed run does: the older checkpoint is as good, if a warning says so."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        path = Checkpoints(folder, keep=0).find("auto")
+    assert path is not None
+    assert path.name == "step-00000002" or "falling back" in said.getvalue()
+    same = content_of(load(path)) == json.loads((folder / "truth.json").read_text())[path.name]
+    return "the checkpoint that was written" if same else "another one"
+
+
+def load_record(folder: Path) -> Any:
+    return dataclasses.asdict(RunRecord.read(folder / RunRecord.FILE))
+
+
+# data and caches
+
+
+def make_data(folder: Path) -> None:
+    make_shards(folder / "data")
+    read_source(folder / "data")  # writes the index
+
+
+def read_source(path: Path) -> str:
+    source = open_source(SourceConfig(path=str(path)))
+    parts: list[Any] = []
+    for number in range(len(source)):
+        sample = source[number]
+        parts += [sample.key, [caption.text for caption in sample.captions], sample.read_image()]
+    return digest(*parts)
+
+
+def make_rows(folder: Path) -> None:
+    rows = []
+    for number in range(6):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / f"{number}.png")
+        rows.append({"id": f"r{number}", "image": f"{number}.png", "caption": f"caption {number}"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_source(folder / "pairs.jsonl")
+
+
+def make_cached(folder: Path) -> None:
+    make_cache(make_shards(folder / "data"))
+    load_cache(folder)  # writes the proof
+
+
+def load_cache(folder: Path) -> str:
+    """As a training does: the cache is proven for its data, then the rows of every sample are read."""
+    (directory,) = (folder / "data").glob("embeddings-*")
+    cache = EmbeddingCache.open(directory)
+    source = open_source(SourceConfig(path=str(folder / "data")))
+    cache.check(source)
+    cache.verify()
+    parts: list[Any] = [cache.fingerprint]
+    for number in range(len(source)):
+        key, captions = source.captions(number)
+        parts.append(cache.rows(*source.locate(number), captions, key=key))
+    return digest(*parts)
+
+
+# LLaVA's side
+
+
+def make_registry(folder: Path) -> None:
+    for name in ("a", "b"):
+        tower = folder / "towers" / name
+        tower.mkdir(parents=True)
+        TowerCard(
+            family="clip",
+            origin=name,
+            hidden_size=32,
+            num_layers=2,
+            patch_size=14,
+            image_size=28,
+            has_cls=True,
+            weights_sha256=name * 64,
+        ).write(tower / TowerCard.FILE)
+
+
+def load_registry(folder: Path) -> str:
+    """As every process of LLaVA does."""
+    location = names.locate("llm2clip")
+    record = json.loads((folder / "config.json").read_text())
+    found = provenance.find_tower("llm2clip", SimpleNamespace(**record))
+    return f"{location.sha256} {location.directory.name} {found.sha256} {found.directory.name}"
+
+
+def make_scores(folder: Path) -> None:
+    for model, shift in (("old", 0), ("new", 1)):
+        items = [
+            {"id": number, "score": float((number + shift) % 3 > 0), "cluster": number // 2} for number in range(24)
+        ]
+        ScoreFile(
+            benchmark="own",
+            metrics={"accuracy": 0.5},
+            items=items,
+            counts={"missing": 0},
+            model=model,
+            provenance={"data": "d"},
+            notes=["n"],
+        ).write(folder / model / "own.scores.json")
+
+
+def load_scores(folder: Path) -> str:
+    comparison = build(load_sides([folder / "old", folder / "new"], []), resamples=50)
+    return json.dumps(comparison.to_dict())
+
+
+SETTINGS = {"model": "m", "temperature": 0.0, "questions": "q"}
+
+
+def make_partial_answers(folder: Path) -> None:
+    for numbers in (range(4), range(4, 8)):
+        AnswersFile(folder / "answers.jsonl", SETTINGS, 9).write(
+            {number: {"question_id": number, "text": f"a {number}"} for number in numbers}
+        )
+
+
+def load_partial_answers(folder: Path) -> list[str]:
+    """As a resumed run does: what is lost is answered again."""
+    book = AnswersFile(folder / "answers.jsonl", SETTINGS, 9)
+    done = book.done()
+    book.write({number: {"question_id": number, "text": f"a {number}"} for number in range(9) if number not in done})
+    assert book.finish() == 0
+    return (folder / "answers.jsonl").read_text().splitlines()
+
+
+def make_answers(folder: Path) -> None:
+    book = AnswersFile(folder / "answers.jsonl", SETTINGS, 9)
+    book.write(
+        {number: {"question_id": number, "prompt": "p", "text": f"a {number}", "model_id": "m"} for number in range(9)}
+    )
+    assert book.finish() == 0
+
+
+def load_answers(folder: Path) -> Any:
+    """As bench-mllm does: complete answers are scored."""
+    AnswersFile(folder / "answers.jsonl", SETTINGS, 9)
+    answers = read_answers(folder / "answers.jsonl")
+    return [(answer.id, answer.text, answer.prompt) for answer in answers.rows]
+
+
+FORMATS = [
+    (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*",)), 60),
+    (Format("run.json", make_run, load_record, files=("run.json",)), 25),
+    (
+        Format(
+            "tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*", "data/.*index*")
+        ),
+        40,
+    ),
+    (Format("JSONL index", make_rows, lambda folder: read_source(folder / "pairs.jsonl"), files=(".*/*",)), 40),
+    (Format("cache", make_cached, load_cache, files=("data/embeddings-*/**/*",)), 50),
+    (Format("proof", make_cached, load_cache, files=("data/.llm2clip/*",)), 25),
+    (Format("scores", make_scores, load_scores), 40),
+    (Format("partial answers", make_partial_answers, load_partial_answers), 30),
+    (Format("answers", make_answers, load_answers), 30),
+]
+
+
+@pytest.mark.parametrize("form, cases", FORMATS, ids=[form.name for form, _ in FORMATS])
+def test_damaged(form: Format, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run_cases(form, tmp_path, cases=cases)
+
+
+def test_a_damaged_registry_or_record_of_the_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LLM2CLIP_TOWER", raising=False)
+    make_registry(tmp_path)
+    home = tmp_path / "damaged" / "x"
+    monkeypatch.setenv("LLM2CLIP_HOME", str(home))
+
+    def make(folder: Path) -> None:
+        monkeypatch.setenv("LLM2CLIP_HOME", str(folder))
+        for name in ("b", "a"):
+            registry.select(str(tmp_path / "towers" / name), name * 64, name=name)
+        (folder / "towers.lock").unlink(missing_ok=True)
+        record = {
+            "mm_vision_tower": "llm2clip",
+            "llm2clip_tower": {
+                "weights_sha256": "a" * 64,
+                "origin": str(tmp_path / "towers" / "a"),
+                "name": "llm2clip",
+                "family": "clip",
+                "image_size": 28,
+                "mm_hidden_size": 32,
+            },
+        }
+        (folder / "config.json").write_text(json.dumps(record, indent=2))
+        monkeypatch.setenv("LLM2CLIP_HOME", str(home))
+
+    run_cases(Format("registry", make, load_registry), tmp_path, cases=40)
+
+
+READERS = ["gqa", "mmbench", "mme", "pope", "scienceqa", "seedbench", "textvqa", "vizwiz", "vqav2"]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_of_a_benchmark_are_no_traceback(name: str, tmp_path: Path):
+    """Texts of other programs: a changed answer cannot be seen, but nothing ends in a traceback or a hang."""
+    small = ("*.json", "*.jsonl", "*.tsv", "*.csv", "answers/**/*.jsonl")
+
+    def make(folder: Path) -> None:
+        shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
+
+    def read(folder: Path) -> None:
+        for path in sorted(folder.glob("*.*")):
+            if path.suffix in (".jsonl", ".tsv") or path.name.startswith("llava_test"):
+                read_questions(path)
+        paths = [
+            path
+            for pattern in ("answers/model-a.jsonl", "answers/*/model-a.jsonl", "answers/**/model-a/merge.jsonl")
+            for path in folder.glob(pattern)
+        ]
+        if not paths:
+            raise FileNotFoundError("no answers")
+        score_answers(name, folder, read_answers(paths[0]), Options())
+
+    run_cases(Format(name, make, read, files=small, without=("expected.json",), free_text=True), tmp_path, cases=8)
