@@ -1,0 +1,105 @@
+"""Damaged files of models: towers with their heads, as Python and LLaVA open them, and the LLM's adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzzing import Format, run_cases
+from tiny_llm import save_tiny_llm
+from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+
+from llava_integration.towers.location import TowerLocation
+from llava_integration.towers.tower import LLM2CLIPVisionTower
+from llm2clip_plugin.contracts import ContractError, EncoderCard
+from llm2clip_plugin.text.adapter import LoraSettings, add_lora, save_adapter
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.files import weights_sha256
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
+
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+
+
+def make_tower(folder: Path, *, family: str = "clip") -> None:
+    torch.manual_seed(0)
+    if family == "clip":
+        tower: Any = CLIPVisionModel(CLIPVisionConfig(intermediate_size=16, **SHAPE))
+    else:
+        tower = Dinov2Model(Dinov2Config(mlp_ratio=2, **SHAPE))
+    dual = DualEncoder(tower, DualConfig(projection_dim=4, llm_width=6, adapter_blocks=1))
+    export_tower(dual, folder / "tower", origin="x", metrics={"recall": 0.5})
+
+
+def load_tower_directory(folder: Path) -> dict[str, Any]:
+    """As evaluate and export do."""
+    dual, card = load_dual(folder / "tower")
+    pixels, texts = torch.linspace(-1, 1, 192).view(1, 3, 8, 8), torch.linspace(-1, 1, 6).view(1, 6)
+    with torch.no_grad():
+        features = dual(pixels, texts)
+    return {
+        "features": [part.tolist() for part in features],
+        "card": vars(card),
+        "preprocessor": preprocessor_config(folder / "tower"),
+    }
+
+
+class Arguments:
+    mm_vision_select_layer = -2
+
+
+def load_in_llava(folder: Path) -> dict[str, Any]:
+    """As LLaVA's processes do."""
+    location = TowerLocation.of(folder / "tower", how="test")
+    tower = LLM2CLIPVisionTower("llm2clip", location, Arguments())
+    processor = tower.image_processor.to_dict()
+    with torch.no_grad():
+        features = tower(torch.linspace(-1, 1, 192).view(1, 3, 8, 8))
+    return {"features": features.tolist(), "processor": processor, "hidden_size": tower.hidden_size}
+
+
+@pytest.mark.parametrize("load", [load_tower_directory, load_in_llava], ids=["python", "llava"])
+@pytest.mark.parametrize("family", ["clip", "dinov2"])
+def test_a_damaged_tower(family: str, load, tmp_path: Path):
+    form = Format(f"tower {family} {load.__name__}", lambda folder: make_tower(folder, family=family), load)
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_cases(form, tmp_path, cases=30)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llama", "llama", width=16)
+
+
+def test_a_damaged_adapter(llm: Path, tmp_path: Path):
+    """A cache and a tower refuse another fingerprint than their own: with the same one, embeddings must be the same."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        wrapped = add_lora(AutoModel.from_pretrained(llm), LoraSettings(r=2), base=str(llm))
+        trained = {name: torch.randn_like(p) for name, p in wrapped.named_parameters() if ".lora_" in name}
+        card = EncoderCard(
+            base=str(llm), base_sha256=weights_sha256(llm), attention="bidirectional", pooling="mean", layer=-1,
+            prompt="p ", query_prompt="q ", chat_template="", include_bos=True, max_tokens=32,
+        )  # fmt: skip
+        save_adapter(wrapped, trained, card, folder / "adapter")
+
+    expected: list[str] = []
+
+    def load(folder: Path) -> Any:
+        encoder = CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(folder / "adapter"), compute_dtype="float32"))
+        fingerprint = encoder.identity().fingerprint
+        expected.append(fingerprint)
+        if fingerprint != expected[0]:
+            raise ContractError("what EmbeddingCache.open raises for another teacher")
+        captions = ["a red bicycle", "two dogs"]
+        return [encoder.encode(captions).tolist(), encoder.encode(captions, query=True).tolist()]
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_cases(Format("adapter", make, load, without=("README.md",)), tmp_path, cases=40)
