@@ -5,6 +5,7 @@ Everything here is called where it applies, not at import: no library is importe
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,22 @@ def quiet_onnx() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         yield
+
+
+def quiet_llava_loading() -> None:
+    """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the tower's own folder.
+
+    Other weights that are not used, or not there, are still warned of.
+    """
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_the_tower)
+
+
+def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
+    first, _, _ = record.getMessage().partition("\n")
+    if "were not used when initializing Llava" not in first:
+        return True
+    names = re.findall(r"'([^']+)'", first.partition("[")[2])
+    return not all(name.startswith("model.vision_tower.") for name in names)
 
 
 def quiet_llava() -> None:

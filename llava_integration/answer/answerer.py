@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_integration.answer.prepare import Prepare, Prepared, conversation_of, padded
 from llava_integration.answer.questions import Question
+from llm2clip_plugin.quiet import quiet_llava_loading
 
 
 class Answerer:
@@ -29,6 +30,7 @@ class Answerer:
             raise ValueError("--device cuda: no GPU is available to torch; pass --device cpu")
         path = os.path.expanduser(options.model_path)
         self.options, self.name = options, get_model_name_from_path(path)
+        quiet_llava_loading()
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             path, options.model_base, self.name, options.load_8bit, options.load_4bit
         )

@@ -113,12 +113,17 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
     assert "choose another name, such as 'llava-run-1'" in told[0] and "'/nowhere' is not a directory" in told[1]
 
 
+FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
+
+
 def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
     """A script on this machine under DeepSpeed's launcher, as a user without a GPU runs it; the loss of each step."""
     words = [*given(world, tmp_path, stage), "--output", tmp_path / name, "--gpus", str(gpus), *words]
     words += ["--micro-batch", str(per_device), "--global-batch", "16", "--", "--max_steps", "3", "--seed", "7"]
     words += "--model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
-    script(world, f"llava/{stage}.sh", *words, *more, REPORT_TO="none", PYTHONPATH="")
+    told = script(world, f"llava/{stage}.sh", *words, *more, REPORT_TO="none", PYTHONPATH="")
+    _, *lines = told.splitlines()  # the command
+    assert [line for line in lines if any(word in line for word in FOREIGN)] == []
     history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 

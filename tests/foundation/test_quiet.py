@@ -1,0 +1,39 @@
+"""What is silenced by its message alone: the one record that is meant, and none beside it."""
+
+import logging
+
+import pytest
+
+from llm2clip_plugin.quiet import quiet_accelerator, quiet_llava_loading
+
+UNUSED = (
+    "Some weights of the model checkpoint at x were not used when initializing LlavaLlamaForCausalLM: [{}]\n- This IS"
+)
+TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b'"
+
+
+@pytest.mark.parametrize(
+    "silence, name, message, heard",
+    [
+        (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(TOWER), False),
+        (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(f"{TOWER}, 'lm_head.weight'"), True),
+        (quiet_llava_loading, "transformers.modeling_utils", "Some weights were not initialized from x", True),
+        (quiet_accelerator, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
+        (quiet_accelerator, "DeepSpeed", "Setting accelerator to a toaster", True),
+    ],
+)
+def test_only_the_record_that_is_meant(silence, name, message, heard):
+    logger, records = logging.getLogger(name), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    before, filters = logger.level, list(logger.filters)
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        silence()
+        logger.warning(message)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        logger.filters[:] = filters
+    assert [record.getMessage() for record in records] == ([message] if heard else [])
