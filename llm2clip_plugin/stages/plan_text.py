@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2clip_plugin.options.names import normal
+from llm2clip_plugin.stages.run_state import warmup_note
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.memory import StepMemory, rank_bytes
@@ -75,10 +76,12 @@ def _total(memory: StepMemory, stage: int, world: int, global_batch: int, micro_
 def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, world: int) -> str:
     """Steps, ranks, schedule and precision."""
     optim, epochs = plan.optim, plan.total_steps * plan.global_batch / samples
+    note = warmup_note(optim, plan.total_steps)
+    warmup = f"{plan.warmup_steps} steps of warm-up" + (f" (note: {note})" if note else "")
     return (
         f"steps: {plan.total_steps} of {plan.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples\n"
         f"ranks: {world} x {plan.accumulation} micro-batches of {plan.micro_batch}\n"
-        f"schedule: {optim.schedule}, {plan.warmup_steps} steps of warm-up, gradient clipping {optim.max_grad_norm:g}\n"
+        f"schedule: {optim.schedule}, {warmup}, gradient clipping {optim.max_grad_norm:g}\n"
         f"precision: {plan.precision}; ZeRO-{zero_stage(config)}"
     )
 

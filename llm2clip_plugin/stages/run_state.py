@@ -157,6 +157,8 @@ class TrainingRun:
         it was stopped by SIGUSR1.
         """
         self._record(state)
+        if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
+            print(f"note: {note}", file=sys.stderr)
         state = run_loop(
             LoopParts(
                 step=in_phase("forward and backward", step),
@@ -219,6 +221,18 @@ class TrainingRun:
             versions=library_versions(),
         )
         on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
+
+
+def warmup_note(optim: OptimConfig, total_steps: int) -> str:
+    """What to say of a run that ends before its learning rate has reached its peak; "" for any other."""
+    warmup = optim.warmup(total_steps)
+    if not 0 < total_steps <= warmup:
+        return ""
+    reached = optim.lr * total_steps / warmup
+    return (
+        f"all {total_steps} steps are warm-up ({warmup} steps): the learning rate ends at {reached:.3g}, below its "
+        f"peak {optim.lr:.3g}; train longer, or set --warmup-ratio 0.1"
+    )
 
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:

@@ -9,8 +9,10 @@ from tiny_data import SAMPLES, WIDTH, make_cache, make_shards
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.stages.plan_text import GIB, Column, columns
+from llm2clip_plugin.stages.run_state import warmup_note
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.memory import StepMemory
+from llm2clip_plugin.train.optim import OptimConfig
 
 
 def planned(global_batch: int, gpu_gib: float, micro_batch: int = 0) -> list[Column]:
@@ -44,3 +46,11 @@ def test_cache_bytes_are_those_of_a_file(tmp_path: Path):
     # key_starts and row_starts have one entry more than there are samples
     written = shard.stat().st_size - 8 - head - 16
     assert shard_bytes(SAMPLES, 2 * SAMPLES, WIDTH, "float16", key_bytes=keys) == written
+
+
+def test_a_warmup_that_never_ends_is_said():
+    optim = OptimConfig(lr=2e-4, warmup_steps=300)
+    assert warmup_note(optim, 301) == "" == warmup_note(optim, 0) == warmup_note(OptimConfig(), 1)
+    assert warmup_note(optim, 30).startswith(
+        "all 30 steps are warm-up (300 steps): the learning rate ends at 2e-05, below"
+    )
