@@ -53,7 +53,7 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
     [
         (["embed", "https://host/a.tar", "--llm", "x"], "is not a local folder; set --cache DIR"),
         (["embed", "/data", "--llm", "x", "--dtype", "fp8"], "unknown cache dtype 'fp8'; known: float16, int8"),
-        (["train-tower", "--data.path", "https://host/a.tar"], "--cache DIR"),
+        (["train-tower", "https://host/a.tar", "--tower", "x"], "--cache DIR"),
     ],
 )
 def test_unusable_settings_are_refused_before_loading(

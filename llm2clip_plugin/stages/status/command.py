@@ -17,7 +17,7 @@ STATES = {
     "finished": "finished",
     "stopped": "stopped",
     "failed": "failed",
-    "killed": "ended before its end",
+    "killed": "ended early",
 }
 
 

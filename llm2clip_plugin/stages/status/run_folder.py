@@ -115,7 +115,9 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
         state: State = "stopped" if metrics.ended["event"] == STOPPED else "failed"
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
         return state, f"{metrics.ended.get('reason', '')}{when}"
-    return "killed", "without a word: killed from outside, out of memory, or the machine went down" if step else ""
+    if not step:
+        return "killed", "before step 1"
+    return "killed", "without a word: killed from outside, out of memory, or the machine went down"
 
 
 def _holder(path: Path) -> dict[str, Any]:
