@@ -35,6 +35,7 @@ from llm2clip_plugin.outside.values import (
     check_fields,
     check_whole,
     read_json_value,
+    type_problem,
 )
 
 Record = TypeVar("Record", bound="VersionedRecord")
@@ -382,6 +383,14 @@ class CacheManifest(VersionedRecord):
     width: int
     shards: dict[str, dict[str, Any]]  # shard name -> {"file", "samples", "captions", "truncated"}
     complete: bool = True
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for a value of a shard's entry of another type; the reader checks which are missing."""
+        kinds = {"file": str, "samples": int, "captions": int, "truncated": int, "rows_sha256": str, "sha256": str}
+        for name, entry in self.shards.items():
+            for key, kind in kinds.items():
+                if key in entry and (problem := type_problem(entry[key], kind)):
+                    raise ContractError(f"{where}: shards.{name}.{key}{problem}")
 
     @property
     def captions(self) -> int:

@@ -109,13 +109,14 @@ class Benchmark(ABC):
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Score answers with the annotations in ``folder``. Raises ValueError for answers to another benchmark."""
         questions, matched = self.join(folder, answers, options)
-        items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
-        return Scored(
-            metrics=self.metrics(items),
-            items=items,
-            counts={**matched.counts, **self.counts(items)},
-            notes=matched.notes,
-        )
+        try:
+            items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
+            metrics, counts = self.metrics(items), self.counts(items)
+        except (TypeError, AttributeError, LookupError) as error:  # a truth of another type than the rule's
+            reason = f"{type(error).__name__}: {error}"
+            message = f"the {self.title} files in {folder} cannot be used ({reason}); download them again"
+            raise ValueError(message) from error
+        return Scored(metrics=metrics, items=items, counts={**matched.counts, **counts}, notes=matched.notes)
 
     def join(self, folder: Path, answers: Answers, options: Options) -> tuple[list[Question], Matched]:
         """The questions, and the answer to each."""

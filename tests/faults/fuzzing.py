@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -54,8 +55,12 @@ class Format:
     free_text: bool = False  # texts of other programs, whose changes nobody can notice: only errors are judged
 
 
-def run_cases(form: Format, folder: Path, *, cases: int, seed: int = 0) -> None:
-    """Damage the files of a format ``cases`` times; raises AssertionError that describes every case that failed."""
+def run_cases(form: Format, folder: Path, *, cases: int) -> None:
+    """Damage the files of a format ``cases`` times; raises AssertionError that describes every case that failed.
+
+    Another seed than 0: ``FUZZ_SEED=1 pytest tests/faults -k fuzz``.
+    """
+    seed = os.environ.get("FUZZ_SEED", "0")
     intact, damaged = folder / "intact" / "x", folder / "damaged" / "x"
     intact.mkdir(parents=True)
     form.make(intact)
