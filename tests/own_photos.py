@@ -40,8 +40,8 @@ def make_photos(folder: Path) -> None:
     rng, rows = random.Random(0), []
     (folder / "photos").mkdir(parents=True)
     for number, (size, color, shape, place) in enumerate(itertools.product(SIZES, COLORS, SHAPES, PLACES)):
-        name = f"photos/{number:04d}.jpg"
-        draw(size, color, shape, place, rng).save(folder / name, quality=90)
+        name = f"{number:04d}.jpg"
+        draw(size, color, shape, place, rng).save(folder / "photos" / name, quality=90)
         short, long = (
             f"{size} {color} {shape} {place}",
             f"A {size} {shape} of {color} ink, drawn {place} of light paper.",

@@ -1,9 +1,15 @@
-"""docs/first-day.md as printed, in little: its blocks up to LLaVA, on drawn pictures and models of two layers."""
+"""docs/first-day.md as printed, in little: its blocks up to LLaVA, on drawn pictures and models of two layers; then
+the cells of docs/first_day.ipynb in the same folder.
+
+The blocks under "In LLaVA" run in LLaVA's environment: tests/llava/end_to_end/test_first_day.py.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from own_photos import make_models, make_photos
@@ -31,15 +37,44 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         )
         return done.returncode, done.stdout + done.stderr
 
+    run.folder = folder
     yield run
     server.close()
 
 
-def test_the_page_runs_as_printed(run):
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder after the page's steps."""
     steps = [block for block in blocks(PAGE) if not block.heading.startswith("In LLaVA")]
-    assert len(steps) >= 9
+    assert len(steps) >= 12
     for block in steps:
         run_block(block, run)
+    return run.folder
+
+
+def test_the_page_runs_as_printed(folder: Path):
+    assert (folder / "towers" / "photos" / "model.safetensors").is_file()
+    assert (folder / "report-retrieval" / "compare.html").is_file()
+
+
+def test_the_notebook_runs_where_the_page_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(folder)
+    cells = json.loads((ROOT / "docs" / "first_day.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in cells if cell["cell_type"] == "code"] == [[]] * len(code)
+    names: dict[str, Any] = {}
+    for number, source in enumerate(code):
+        exec(compile(source, f"cell {number}", "exec"), names)
+    told = capsys.readouterr().out
+    assert "teacher: " in told and "R@1, image to text: " in told
+    assert names["similarity"].shape == (16, 16) and names["search"]("small").size == (480, 160)
+    # by hand as by the command: captions of one kind, no ties
+    scores = json.loads((folder / "runs" / "photos" / "after.scores.json").read_text())
+    assert (names["best"] == names["torch"].arange(16)).float().mean().item() == pytest.approx(
+        scores["metrics"]["short:en/i2t_r1"], abs=0.07
+    )
 
 
 def test_the_page_is_read_as_it_is_meant(tmp_path: Path):

@@ -1,0 +1,58 @@
+"""docs/first-day.md as printed, in little: its blocks "In LLaVA", with LLaVA's own stages on tiny models.
+
+The blocks before run in the training environment: tests/docs/test_first_day.py.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from page import ROOT, blocks, run_block
+from PIL import Image
+
+from llava_integration.benchmarks.answers import read_jsonl
+
+PAGE = ROOT / "docs" / "first-day.md"
+POPE = ROOT / "tests" / "golden" / "mllm" / "pope"
+SMALL = {"GPUS": "1", "MICRO_BATCH": "6", "PER_DEVICE": "6", "GLOBAL_BATCH": "12"}  # options of the scripts, in little
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """Where the user works: LLaVA's data, the tower of the page's first part, the checkpoint to compare with."""
+    links = {
+        "scripts": ROOT / "scripts",
+        "blip_laion_cc_sbu_558k.json": world.pretrain_data,
+        "llava_v1_5_mix665k.json": world.finetune_data,
+        "LLaVA-Pretrain/images": world.images,
+        "lmsys/vicuna-7b-v1.5": world.llm,
+        "liuhaotian/llava-v1.5-7b": tmp_path / "checkpoints" / "llava-photos",  # is there when it is needed
+    }
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    shutil.copytree(world.towers["clip"], tmp_path / "towers" / "photos")
+    shutil.copytree(world.images, tmp_path / "playground" / "data")
+    pope = tmp_path / "playground" / "data" / "eval" / "pope"
+    shutil.copytree(POPE / "coco", pope / "coco")
+    questions = [row for row in read_jsonl(POPE / "llava_pope_test.jsonl") if row["question_id"] % 13 == 0]
+    (pope / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (pope / "val2014").mkdir()
+    for row in questions:
+        Image.new("RGB", (32, 24), (len(row["image"]) * 7 % 255, 90, 160)).save(pope / "val2014" / row["image"])
+    return tmp_path
+
+
+def test_the_llava_part_runs_as_printed(world, folder):
+    variables = {"PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **SMALL}
+
+    def run(command: str) -> tuple[int, str]:
+        return 0, world.run("bash", "-c", f"cd {folder} && {command}", **variables)
+
+    steps = [block for block in blocks(PAGE) if block.heading.startswith("In LLaVA")]
+    assert len(steps) == 3
+    for block in steps:
+        run_block(block, run)
+    assert "llm2clip_tower" in json.loads((folder / "checkpoints" / "llava-photos" / "config.json").read_text())
