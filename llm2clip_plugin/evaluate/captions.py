@@ -62,18 +62,28 @@ class CaptionScore:
 
 
 def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[CaptionScore]:
-    """One row per ``retrieve``, per further language, and their mean.
+    """One row per ``retrieve``, per further language, and their mean. Raises ValueError as ``caption_sets``."""
+    rows = {name: score_pairs(encoder, name, pairs) for name, pairs in caption_sets(config).items()}
+    retrieve = [text.replace(":", "->") for text in config.retrieve]
+    foreign = [row for name, row in rows.items() if name not in retrieve]
+    return [*rows.values(), *([mean_row(foreign)] if foreign else [])]
+
+
+Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
+
+
+def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
+    """What is retrieved: pairs of captions by row name; reads captions, needs no encoder.
 
     Raises ValueError if no image has both kinds of captions.
     """
     source = open_source(SourceConfig(path=config.captions))
     captions = [source.captions(number) for number in range(min(len(source), config.limit))]
-    rows = [
-        score_pairs(encoder, f"{first}->{second}", find_pairs(captions, (first, config.home), (second, config.home)))
+    sets = {
+        f"{first}->{second}": find_pairs(captions, (first, config.home), (second, config.home))
         for first, second in (text.split(":") for text in config.retrieve)
-    ]
-    empty = [row.name for row in rows if not row.pairs]
-    if empty:
+    }
+    if empty := [name for name, pairs in sets.items() if not pairs]:
         kinds = ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample})) or "none"
         raise ValueError(
             f"{config.captions}: no image has captions of both kinds for {', '.join(empty)}; available kinds: {kinds}"
@@ -81,17 +91,9 @@ def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[
     if config.across:
         kind = config.across_kind
         languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}
-        foreign = [
-            score_pairs(
-                encoder, f"{language}->{config.home}", find_pairs(captions, (kind, language), (kind, config.home))
-            )
-            for language in sorted(languages)
-        ]
-        rows += [*foreign, mean_row(foreign)] if foreign else []
-    return rows
-
-
-Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
+        for language in sorted(languages):
+            sets[f"{language}->{config.home}"] = find_pairs(captions, (kind, language), (kind, config.home))
+    return sets
 
 
 def find_pairs(

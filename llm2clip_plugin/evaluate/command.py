@@ -13,12 +13,14 @@ from llm2clip_plugin.evaluate.command_line import (
     tower_provenance,
     write_scores,
 )
+from llm2clip_plugin.evaluate.preconditions import check_measurable
 from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval
 from llm2clip_plugin.evaluate.teacher import open_teacher_cache
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, TRAINING_ALONE, in_section
+from llm2clip_plugin.train.distributed import on_first_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,9 @@ def measure(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedT
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
     """
-    tower = open_tower(config.tower, config.device)
     source = open_source(config.data)
+    on_first_rank(lambda: check_measurable(source, config.retrieval))
+    tower = open_tower(config.tower, config.device)
     cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
     cache.check(source)
     report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)

@@ -36,6 +36,14 @@ class RetrievalConfig:
     batch: int = 64  # images in one call of the tower
     workers: int = 0  # processes that decode images
 
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks {' '.join(map(str, self.ks)) or 'is empty'}: recall@k needs numbers above 0")
+        if self.limit < 0 or self.batch < 1 or self.workers < 0:
+            raise ValueError(
+                f"limit {self.limit} and workers {self.workers} must not be negative, batch {self.batch} at least 1"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:

@@ -19,10 +19,11 @@ from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
 from llm2clip_plugin.train.agreement import readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
+from llm2clip_plugin.train.disk_space import check_space, checkpoint_bytes
 from llm2clip_plugin.train.distributed import gather_objects, on_first_rank, rank
 from llm2clip_plugin.train.ema import MovingAverage
-from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.errors import RequeueError
+from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
+from llm2clip_plugin.train.errors import FirstRankError, RequeueError
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
 from llm2clip_plugin.train.reports import Queue
@@ -31,6 +32,8 @@ from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.watchdog import watched
 from llm2clip_plugin.vision.export import library_versions
+
+RERUN = "rerun the same command"
 
 
 @contextmanager
@@ -65,7 +68,10 @@ def plan_engine(
         output_dir=config.output_dir,
         run_name=Path(config.output_dir).name,
     )
-    return plan, complete(read_deepspeed_json(config.deepspeed), plan, where=config.deepspeed or "the run")
+    where = config.deepspeed or "the run"
+    deepspeed = complete(read_deepspeed_json(config.deepspeed), plan, where=where)
+    check_deepspeed(deepspeed, where)
+    return plan, deepspeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,12 @@ class TrainingRun:
             start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
         refuse_disagreement(start | facts, ADVICE)
 
+    def check_space(self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True) -> None:
+        """Raise OSError if the disk of the run's folder has no space for a checkpoint. Every rank must call this."""
+        averages = bool(self.train.ema_decay)
+        needed = checkpoint_bytes(module, trained, self.optim, averages=averages, keep_frozen=keep_frozen)
+        on_first_rank(lambda: check_space(self.folder, needed, fallback=self.train.save_fallback_dir))
+
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
     ) -> Engine:
@@ -159,7 +171,7 @@ class TrainingRun:
         self._record(state)
         if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
             print(f"note: {note}", file=sys.stderr)
-        state = run_loop(
+        state = self._run_loop(
             LoopParts(
                 step=in_phase("forward and backward", step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
@@ -183,6 +195,20 @@ class TrainingRun:
         if rank() == 0 and state.step >= self.total_steps and (line := before_and_after(state.before, state.metrics)):
             print(line)
         return state
+
+    def _run_loop(self, parts: LoopParts) -> TrainState:
+        """``run_loop``, whose errors say what is kept."""
+        try:
+            return run_loop(parts)
+        except FirstRankError:
+            raise
+        except (ValueError, OSError) as error:
+            if RERUN in str(error):
+                raise
+            newest = self.checkpoints.latest()
+            kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{error}\n{kept}; when this is fixed, {RERUN} to resume") from error
 
     def write_result(self, state: TrainState, write: Callable[[], object]) -> bool:
         """Call ``write`` on rank 0 if the run is at its end; all ranks wait. Returns whether it is.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llm2clip_plugin.train.deepspeed_keys import check_sections
 from llm2clip_plugin.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -63,6 +64,7 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     groups), and the loop sets the learning rate.
     """
     config = copy.deepcopy(user)
+    check_sections(config, where)
     conflicts: list[str] = []
     for path, value, option in _run_settings(plan, config):
         _set_or_conflict(config, path.split("."), value, option, conflicts)

@@ -90,7 +90,12 @@ def process_group() -> Iterator[tuple[int, int]]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=DDP_TIMEOUT))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=DDP_TIMEOUT))
+    except RuntimeError as error:
+        if message := port_in_use(error):
+            raise OSError(message) from error
+        raise
     try:
         yield dist.get_rank(), world
     finally:
@@ -102,6 +107,16 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def port_in_use(error: RuntimeError) -> str:
+    """The message for a process group whose port, MASTER_PORT, another process listens on; "" for another error."""
+    if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
+        return ""
+    return (
+        f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} is in use by another process; choose "
+        f"another one, as in `deepspeed --master_port {free_port()} ...` (torchrun: --master-port)"
+    )
 
 
 def set_single_process_environment() -> None:

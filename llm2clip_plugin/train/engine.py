@@ -17,6 +17,7 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -28,9 +29,11 @@ from deepspeed.utils import (
 
 from llm2clip_plugin.quiet import quiet_deepspeed
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
+from llm2clip_plugin.train.deepspeed_keys import check_keys
 from llm2clip_plugin.train.distributed import (
     DDP_TIMEOUT,
     choose_device,
+    port_in_use,
     rank,
     set_default_timeout,
     set_single_process_environment,
@@ -44,6 +47,7 @@ from llm2clip_plugin.train.timing import timed
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     """Join the process group (of one process, without a launcher); returns this rank's device.
 
+    Raises OSError if another process listens on the launcher's port.
     timeout: seconds after which a collective that a rank does not join fails, in this group and DeepSpeed's own.
     """
     set_single_process_environment()
@@ -53,7 +57,12 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     if not dist.is_initialized():
         atexit.register(_leave_ranks)
     set_default_timeout(timeout)
-    deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
+    try:
+        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        if message := port_in_use(error):
+            raise OSError(message) from error
+        raise
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -74,6 +83,17 @@ def prepare_deepspeed() -> None:
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet_deepspeed()
+
+
+def check_deepspeed(config: dict[str, Any], where: str) -> None:
+    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError; see check_keys."""
+    prepare_deepspeed()
+    world = world_size()  # of a plan's ranks there may be none yet
+    batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    models = [DeepSpeedConfigModel]
+    for model in models:
+        models += model.__subclasses__()
+    check_keys({**config, "train_batch_size": batch}, where, read=deepspeed.DeepSpeedConfig, models=models)
 
 
 class Engine(EngineStates):

@@ -105,14 +105,17 @@ class TrainConfig:
         """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
         local, rest = divmod(self.global_batch, world)
         micro = self.micro_batch or local
-        if rest or local % micro:
-            unit = world * (self.micro_batch or 1)
-            fits = max(unit, self.global_batch // unit * unit)
-            raise ValueError(
-                f"train.global_batch {self.global_batch} is not a multiple of {world} ranks x train.micro_batch "
-                f"{self.micro_batch or local}; try --global-batch {fits}"
-            )
-        return local, micro, local // micro
+        if not rest and local % micro == 0:
+            return local, micro, local // micro
+        unit = world * min(micro, local) or world
+        fits = [f"--global-batch {max(unit, self.global_batch // unit * unit)}"] if rest or micro < local else []
+        if not rest:
+            divisors = [size for size in range(1, min(micro, local) + 1) if local % size == 0]
+            fits.append(f"--micro-batch {divisors[-1]}")
+        shares = f"{world} ranks" + (f" x train.micro_batch {self.micro_batch}" if self.micro_batch else "")
+        raise ValueError(
+            f"train.global_batch {self.global_batch} is not a multiple of {shares}; try {' or '.join(fits)}"
+        )
 
     @property
     def has_steps(self) -> bool:

@@ -164,6 +164,12 @@ def _non_finite_message(values: dict[str, float], encoded: Encoded, batch: Batch
     count = sum(bad_count for bad_count, _, _ in ranks)
     keys = [bad_keys if count else first_keys for _, bad_keys, first_keys in ranks]
     named = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(keys) if names)
+    if count and "embeddings" in batch and not all(gather_objects(bool(torch.isfinite(batch["embeddings"]).all()))):
+        return (
+            f"cached embeddings of the batch that ends at sample {batch['position']} are not finite, among {named}. "
+            "The weights were not updated and the last checkpoint is unchanged; check the cache with `llm2clip embed "
+            "--verify`, and delete the shards that it names before you rerun `llm2clip embed`"
+        )
     samples = f"{count} samples have non-finite features" if count else "all features are finite; the batch starts with"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
     return (

@@ -196,7 +196,9 @@ def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
         assert bad != whole
         index.write_bytes(bad)
         source = open_source(SourceConfig(path=str(tmp_path)))
-        with pytest.raises(ValueError, match=r"index is damaged \(row \d of shard '00000'\); delete it and restart"):
+        with pytest.raises(
+            ValueError, match=r"index is damaged \(row \d of shard '00000'\); it was removed: restart, and"
+        ):
             [source[number] for number in range(3)]
 
 

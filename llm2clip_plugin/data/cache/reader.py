@@ -33,7 +33,7 @@ import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, canonical_json, sha256_text
 from llm2clip_plugin.data.cache.proof import check_captions
-from llm2clip_plugin.data.cache.rows import row_numbers
+from llm2clip_plugin.data.cache.rows import UNCOMPARED, row_numbers
 from llm2clip_plugin.data.cache.shard_file import AGAIN, CACHE_DTYPES, REDO, ShardFile, image_check
 from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.base import Source
@@ -184,7 +184,7 @@ class EmbeddingCache:
         the one that was embedded.
         """
         file = self.shard(shard_name)
-        return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, "the data"))
+        return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, UNCOMPARED))
 
     def check_image(self, shard_name: str, index_in_shard: int, key: str, data: bytes) -> None:
         """Raises BrokenSample if a sample's image is not the one that it had when its captions were embedded."""

@@ -60,6 +60,9 @@ def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
 
 
+UNCOMPARED = "the data"  # what ``row_numbers`` calls a sample whose shard was proven by its size and time alone
+
+
 def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Caption], key: str, data: str) -> list[int]:
     """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
     if not 0 <= index < file.samples:
@@ -79,6 +82,8 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
             known = ", ".join(map(hash_hex, row_of)) or "none"
             text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
             reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
+            if data == UNCOMPARED:
+                reason += f"; if shard {shard!r} was changed and its time kept, `touch` its file first"
             raise ContractError(
                 f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
                 f"{REDO}"

@@ -127,9 +127,17 @@ class IndexFile:
             text = self._file.read(text_size, start + samples * self._row_bytes + text_start)
         if zlib.crc32(text, zlib.crc32(row[:-8], number)) != checksum:
             raise DamagedIndex(
-                f"{self.path} is damaged (row {number} of shard {self.table.names[shard]!r}); delete it and restart"
+                f"{self.path} is damaged (row {number} of shard {self.table.names[shard]!r}); {self._remove()}"
             )
         return tuple(values), text
+
+    def _remove(self) -> str:
+        """Remove the file, which this and other processes keep open, so that the next start builds it; what to do."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError:
+            return "delete it and restart"
+        return "it was removed: restart, and it is built again"
 
 
 def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.evaluate.captions import measure_captions
+from llm2clip_plugin.evaluate.captions import caption_sets, measure_captions
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
@@ -26,8 +26,9 @@ from llm2clip_plugin.text.settings import CARD_SETTINGS
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.device import set_tf32
-from llm2clip_plugin.train.distributed import rank, world_size
+from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.finite import check_finite
 from llm2clip_plugin.train.loop import Evaluate, StepFunction
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
@@ -90,6 +91,8 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, com
     run = dataclasses.replace(open_run(config, data), command=command)
     if rank() == 0:
         print("\n".join(data.lines()), flush=True)
+    if config.evaluation.captions:
+        on_first_rank(lambda: len(caption_sets(config.evaluation)))  # fails here rather than after the first steps
     resumed = run.find_checkpoint()
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
     module, make_step = assemble(encoder, data.surveys)
@@ -97,7 +100,10 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, com
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
-    engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
+    on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
+    trained = trained_parameters(module, config)
+    run.check_space(module, trained, keep_frozen=False)
+    engine = run.make_engine(module, trained, resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)
     with stop_requests() as stop:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
-from llm2clip_plugin.data.caption_choice import check_kinds
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
+from llm2clip_plugin.stages.tower.checks import check_data
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.loading import describe_loading, describe_reading, load_plans
 from llm2clip_plugin.stages.tower.opening import find_cache, open_data
@@ -82,7 +82,7 @@ def measure_data(config: RunConfig) -> DataSize:
     config.validate(needs_data=False)
     if config.data.path and _has_caches(config):
         data = open_data(config)
-        check_kinds(data.sources, config.data.kind_weights)
+        check_data(config, data)
         captions = sum(cache.manifest.captions for cache in data.caches)
         return DataSize(
             samples=data.samples, captions=captions, width=data.caches[0].width, assumed=(), sources=tuple(data.sources)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.data.caption_choice import check_kinds
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, PairLoader, make_loader
 from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
+from llm2clip_plugin.stages.tower.checks import check_data, check_weights
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
 from llm2clip_plugin.stages.tower.loading import load_plans, with_order
@@ -60,7 +60,8 @@ def _train(
     config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]
 ) -> Path | None:
     """From the opened data on: tower, engine, loop, export."""
-    check_kinds(data.sources, config.data.kind_weights)
+    with phase("checking the data"):
+        check_data(config, data)
     if rank() == 0:
         for line in notes(config, data.sources[0], device):
             print(line, file=sys.stderr)
@@ -75,7 +76,9 @@ def _train(
     resumed = run.find_checkpoint()
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
-    elif config.heads.steps:
+    check_weights(dual, config, resumed)
+    run.check_space(dual, trained)
+    if resumed is None and config.heads.steps:
         with phase("heads"):
             fit(dual, data, images, config, config.heads, device)
     evaluate = evaluation(dual, data, images, config)

@@ -1,0 +1,48 @@
+"""What can be known to fail is checked before step 1 of stage 2: the data, the evaluation, the start weights."""
+
+import sys
+
+from llm2clip_plugin.data.caption_choice import check_kinds
+from llm2clip_plugin.evaluate.preconditions import check_measurable
+from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.stages.tower.opening import Data
+from llm2clip_plugin.train.checkpoint import Loaded
+from llm2clip_plugin.train.distributed import on_first_rank
+from llm2clip_plugin.train.finite import check_finite
+from llm2clip_plugin.vision.dual import DualEncoder
+
+
+def check_data(config: RunConfig, data: Data) -> None:
+    """Raise ValueError for data on which training or the run's evaluation would fail; warn about what is unusual.
+
+    Every rank must call this; rank 0 reads samples.
+    """
+    on_first_rank(lambda: _check_data(config, data))
+
+
+def _check_data(config: RunConfig, data: Data) -> None:
+    warnings = [repeated_samples(config, sum(map(len, data.sources)))]
+    check_kinds(data.sources, config.data.kind_weights)
+    if data.validation is not None:
+        warnings += check_measurable(data.validation, config.evaluation, option="--evaluation.")
+    for line in filter(None, warnings):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def repeated_samples(config: RunConfig, samples: int) -> str:
+    """A line about a batch that is larger than the data; ValueError if its samples would be their own negatives."""
+    batch = config.train.global_batch
+    if batch <= samples:
+        return ""
+    problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
+    if not config.loss.mask_same_image:
+        raise ValueError(
+            f"{problem}: samples would be their own negatives, as loss.mask_same_image is off; lower --global-batch"
+        )
+    return f"{problem}: a sample comes several times in a batch, and no more than {samples} pairs are negatives"
+
+
+def check_weights(dual: DualEncoder, config: RunConfig, resumed: Loaded | None) -> None:
+    """Raise ValueError on rank 0 for weights that are NaN or infinite. Every rank must call this."""
+    where = config.tower.path if resumed is None else resumed.path
+    on_first_rank(lambda: check_finite(dual, where))

@@ -1,0 +1,229 @@
+"""Faults of tars, indexes and caches: named with file and sample before or while training reads them, or repaired."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import Fault, World, copied, flip, meet, rows
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import RunRecord
+
+TAR, OTHER = "data/00000.tar", "data/00001.tar"
+
+
+@pytest.fixture(scope="module")
+def indexed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world whose data has been read once, so that its indexes and digests are kept."""
+    world = copied(whole, tmp_path_factory.mktemp("indexed") / "w")
+    assert main(world.train("--dry-run")) == 0
+    assert list(world.folder.glob("data/.*.index")) and list(world.folder.glob("data/.llm2clip/captions-*"))
+    return world.folder
+
+
+@pytest.fixture
+def read_before(indexed: Path, tmp_path: Path) -> World:
+    return copied(indexed, tmp_path / "w")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Other content under the same time."""
+    status = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(member.name, file.read()) for member in tar.getmembers() if (file := tar.extractfile(member))]
+
+
+def rewrite(path: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]) -> None:
+    """Write the members of a tar anew, under the same time."""
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w") as tar:
+        for name, data in change(members(path)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    write(path, body.getvalue())
+
+
+def reversed_samples(found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    pairs = [found[start : start + 2] for start in range(0, len(found), 2)]
+    return [member for pair in reversed(pairs) for member in pair]
+
+
+def exchanged_captions(world: World) -> None:
+    """Two captions of the same length, so that size, time and every offset stay."""
+    one, two = b'"a red half, 0 dark rows"', b'"a red half, 1 dark rows"'
+    data = world.path(TAR).read_bytes()
+    assert one in data and two in data
+    write(world.path(TAR), data.replace(one, b"<first>").replace(two, one).replace(b"<first>", two))
+
+
+@rows(
+    Fault(
+        "tar that is cut",
+        "",
+        "{w}/data/00001.tar is truncated: '1-...' ends at byte ..., the file has 20000 bytes; download again, "
+        "rewrite or delete the shard",
+        lambda w: w.path(OTHER).write_bytes(w.path(OTHER).read_bytes()[:20000]),
+    ),
+    Fault("empty tar", "", "{w}/data/00001.tar is empty; rewrite or ...", lambda w: w.path(OTHER).write_bytes(b"")),
+    Fault(
+        "no tar",
+        "",
+        "{w}/data/00001.tar: no tar header at byte 0: not a tar or damaged; copy or rewrite it",
+        lambda w: w.path(OTHER).write_bytes(b"x" * 51200),
+    ),
+    Fault("no data", "--data.path {w}/nowhere", "no ...{w}/nowhere..."),
+    Fault(
+        "cache file that is cut",
+        "",
+        "{w}/data/embeddings-.../00000.safetensors is truncated or not a shard of an embedding cache (500 bytes)...",
+        lambda w: (w.cache / "00000.safetensors").write_bytes((w.cache / "00000.safetensors").read_bytes()[:500]),
+    ),
+    Fault(
+        "cache file that is missing",
+        "",
+        "{w}/data/embeddings-.../00000.safetensors is missing, but the manifest lists shard '00000'; ...",
+        lambda w: (w.cache / "00000.safetensors").unlink(),
+    ),
+    Fault(
+        "manifest complete: no",
+        "",
+        ".../manifest.json: complete is 'no', expected bool",
+        lambda w: edit(w, complete="no"),
+    ),
+    Fault(
+        "manifest with a list of shards",
+        "",
+        ".../manifest.json: shards is [1], expected dict",
+        lambda w: edit(w, shards=[1]),
+    ),
+    Fault(
+        "manifest of another width",
+        "",
+        ".../manifest.json was edited: it has fingerprint ... and width 25, its teacher's settings "
+        "give ... and 24; ...",
+        lambda w: edit(w, width=25),
+    ),
+    Fault(
+        "row of the index of all shards flipped",
+        "",
+        "{w}/data/.llm2clip/shards-....index is damaged (row 0 of shard '00000'); it was removed: restart, and it is "
+        "built again",
+        lambda w: flip(next(w.folder.glob("data/.llm2clip/shards-*.index")), 300),
+    ),
+    Fault("manifest of a future version", "", ".../manifest.json...99...", lambda w: edit(w, format_version=99)),
+)
+def test_refused_before_step_1(fault: Fault, read_before: World, capsys: pytest.CaptureFixture[str]) -> None:
+    meet(fault, read_before, read_before.train(f"{fault.words} --dry-run"), capsys)
+
+
+def edit(world: World, **fields: Any) -> None:
+    path = world.cache / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+NOT_ONE = "--max_steps 12 --train.max-broken 0 --heads.steps 0"
+
+
+@rows(
+    Fault(
+        "captions exchanged, size and time kept",
+        "--max_steps 12 --heads.steps 0",
+        "{w}/data/embeddings-.../00000.safetensors: sample '0-0...': caption 'a red half, ... dark rows' (hash ...) "
+        "was not embedded; if shard '00000' was changed and its time kept, `touch` its file first; ...",
+        exchanged_captions,
+    ),
+    Fault(
+        "order of samples exchanged, size and time kept",
+        NOT_ONE,
+        "... of 48 samples are broken, more than max_broken 0 allows:",
+        lambda w: rewrite(w.path(TAR), reversed_samples),
+    ),
+    Fault(
+        "NaN in the cache",
+        "--global-batch 48 --heads.steps 0",
+        "...embeddings-...",
+        lambda w: nan_in_cache(w),
+    ),
+)
+def test_named_while_it_is_read(fault: Fault, read_before: World, capsys: pytest.CaptureFixture[str]) -> None:
+    told = meet(fault, read_before, read_before.train(fault.words), capsys)
+    assert "no checkpoint has been saved yet; when this is fixed, rerun the same command" in told or (
+        "step-00000002 is kept; when this is fixed, rerun the same command" in told
+    )
+
+
+def nan_in_cache(world: World) -> None:
+    path = world.cache / "00000.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    tensors["embeddings"][3, 2] = float("nan")
+    save_file(tensors, path, metadata)
+
+
+def kept(name: str) -> Callable[[World], Path]:
+    return lambda world: next(world.folder.glob(f"data/.llm2clip/{name}"))
+
+
+@pytest.mark.parametrize(
+    ("path", "damage", "says"),
+    [
+        (kept("shards-*.index"), lambda path: flip(path, 5), "shards-"),
+        (kept("shards-*.index"), lambda path: flip(path, -10), "shards-"),
+        (kept("shards-*.index"), lambda path: path.write_bytes(path.read_bytes()[:700]), "shards-"),
+        (kept("shards-*.index"), lambda path: path.write_bytes(b""), "shards-"),
+        (kept("captions-*.json"), lambda path: path.write_text('{"a"'), ""),
+        (kept("captions-*.json"), lambda path: path.write_text("[1]"), ""),
+    ],
+    ids=["head", "table", "cut", "empty", "digests cut", "digests of another type"],
+)
+def test_a_damaged_index_is_built_again(
+    path: Callable[[World], Path],
+    damage: Callable[[Path], object],
+    says: str,
+    read_before: World,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = path(read_before).read_bytes()
+    damage(path(read_before))
+    assert path(read_before).read_bytes() != before
+    assert main(read_before.train("--dry-run")) == 0
+    assert path(read_before).read_bytes() == before
+    lines = [record.getMessage() for record in caplog.records if "again" in record.getMessage()]
+    assert any(says in line for line in lines) if says else True
+
+
+@pytest.mark.parametrize("at", [5, 300, -10], ids=["head", "table", "keys"])
+def test_a_damaged_index_of_a_tar_is_built_again(at: int, read_before: World, caplog: pytest.LogCaptureFixture) -> None:
+    path = read_before.path("data/.00000.tar.index")
+    before = path.read_bytes()
+    flip(path, at)
+    kept("shards-*.index")(read_before).unlink()
+    assert main(read_before.train("--dry-run")) == 0
+    assert path.read_bytes() == before and "the tar is indexed again" in caplog.text
+
+
+def test_a_broken_sample_is_named_and_replaced(read_before: World, caplog: pytest.LogCaptureFixture) -> None:
+    def break_one(found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        return [(name, data[:40] if name == "0-003.png" else data) for name, data in found]
+
+    rewrite(read_before.path(TAR), break_one)
+    os.utime(read_before.path(TAR))
+    assert main(read_before.train("--max_steps 12 --heads.steps 0 --train.max-broken 0.1")) == 0
+    assert "broken: sample '0-003' of shard '00000': " in caplog.text
+    assert RunRecord.read(read_before.path("new") / RunRecord.FILE).finished

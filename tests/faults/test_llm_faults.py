@@ -1,0 +1,56 @@
+"""Faults of stage 1: refused before the first step, where possible before the LLM is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from faults import Fault, World, meet, rows, set_weight
+from tiny_llm import save_tiny_llm
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm", "llama")
+
+
+def short_captions_alone(world: World) -> None:
+    lines = [json.dumps({"id": f"k{i}", "image": "x.png", "caption": f"a red bicycle {i}"}) for i in range(9)]
+    world.path("short.jsonl").write_text("\n".join(lines))
+
+
+def nan(world: World) -> None:
+    set_weight(world.path("llm/model.safetensors"), "down_proj", float("nan"))
+
+
+@rows(
+    Fault(
+        "evaluation on captions of one kind",
+        "--captions {w}/short.jsonl",
+        "{w}/short.jsonl: no image has captions of both kinds for short->long; available kinds: short",
+        short_captions_alone,
+    ),
+    Fault("evaluation on captions that are not there", "--captions {w}/nowhere.jsonl", "...{w}/nowhere.jsonl..."),
+    Fault("batch larger than the data", "--global-batch 64", "global_batch 64 is larger than {w}/data (48); ..."),
+    Fault(
+        "batch that the micro-batch does not divide",
+        "--micro-batch 3",
+        "train.global_batch 8 is not a multiple of 1 ranks x train.micro_batch 3; try --global-batch 6 or --micro-...",
+    ),
+    Fault(
+        "NaN in a weight of the LLM",
+        "",
+        "{w}/llm is a LlamaModel, whose states are not finite in torch.float32: its weights are damaged, ...",
+        nan,
+    ),
+)
+def test_refused_before_step_1(fault: Fault, world: World, llm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world.path("llm").symlink_to(llm)
+    if fault.plant is nan:
+        world.path("llm").unlink()
+        save_tiny_llm(world.path("llm"), "llama")
+    words = ["finetune-llm", f"{world.folder}/data", "--llm", f"{world.folder}/llm", "--output", f"{world.folder}/new"]
+    words += ["--global-batch", "8", "--max-steps", "2", "--warmup-steps", "0", "--r", "4"]
+    meet(fault, world, [*words, *fault.words.replace("{w}", str(world.folder)).split()], capsys)
+    assert not list(world.folder.glob("new/checkpoints/step-*")) and not world.path("new/metrics.jsonl").exists()

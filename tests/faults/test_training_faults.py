@@ -1,0 +1,382 @@
+"""Faults of a training's settings, weights, checkpoints and folders: refused before step 1, or resumed from what is
+whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faults import Fault, World, copied, flip, matches, meet, rows, set_weight
+from tiny_data import make_cache
+from tower_runs import ROOT, environment
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
+from llm2clip_plugin.train.disk_space import check_space
+
+LAST, BEFORE = "run/checkpoints/step-00000004", "run/checkpoints/step-00000002"
+AT = "{w}/" + LAST
+HELD_OUT = "--data.validation {w}/data"
+AGAIN = "--output_dir {w}/run --train.ema-decay 0.9 --save_total_limit 2"  # the run's command
+
+
+@pytest.fixture(scope="module")
+def finished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A world with a finished run, its last checkpoint and the one before, and a copy of it."""
+    world = copied(whole, tmp_path_factory.mktemp("finished") / "w")
+    assert main(world.train(f"{AGAIN} {HELD_OUT}")) == 0
+    assert all(world.path(name).is_dir() for name in (BEFORE, LAST))
+    return world.folder, copied(world.folder, world.folder.with_name("copy")).folder
+
+
+@pytest.fixture
+def trained(finished: tuple[Path, Path]) -> World:
+    """The finished run as it was, under the paths that it has recorded."""
+    folder, copy = finished
+    shutil.rmtree(folder)
+    return copied(copy, folder)
+
+
+@rows(
+    Fault(
+        "field that the data lacks",
+        f"{HELD_OUT} --evaluation.group concept",
+        "--evaluation.group concept: sample '0-000' of {w}/data has no field 'concept' in its JSON; known: caption, "
+        "long_caption. Choose one of these, or none with --evaluation.group ''",
+    ),
+    Fault(
+        "cluster that the data lacks",
+        f"{HELD_OUT} --evaluation.cluster concept",
+        "--evaluation.cluster concept: sample '0-000' of {w}/data has no field 'concept' in its JSON; known: ...",
+    ),
+    Fault(
+        "only kind that no caption has",
+        f"{HELD_OUT} --evaluation.kinds lng",
+        "--evaluation.kinds lng: no caption of {w}/data has kinds lng; known: long, short",
+    ),
+    Fault(
+        "language that no caption has",
+        f"{HELD_OUT} --evaluation.languages de",
+        "--evaluation.languages de: no caption of {w}/data has languages de; known: en",
+    ),
+    Fault("recall@0", f"{HELD_OUT} --evaluation.ks 0", "ks 0: recall@k needs numbers above 0"),
+    Fault(
+        "validation without a cache",
+        "--data.validation {w}/other",
+        "no embedding cache (embeddings-*) in {w}/other; create one with llm2clip embed {w}/other ...",
+        lambda w: shutil.copytree(w.path("data"), w.path("other"), ignore=shutil.ignore_patterns("embeddings-*")),
+    ),
+    Fault(
+        "validation of another teacher",
+        "--data.validation {w}/other",
+        "{w}/other/embeddings-... contains embeddings of another with fingerprint ..., expected fingerprint ...",
+        lambda w: another_teacher(w),
+    ),
+    Fault(
+        "kind without captions to train on",
+        "--data.caption-weights lng=1 --data.read.kinds lng",
+        "caption weights name the kinds lng, which the data has not; known: long, short",
+    ),
+    Fault(
+        "batch larger than the data, samples as their own negatives",
+        "--global-batch 999 --loss.no-mask-same-image",
+        "global_batch 999 is more than the 48 samples of {w}/data: samples would be their own negatives, as "
+        "loss.mask_same_image is off; lower --global-batch",
+    ),
+    Fault(
+        "micro-batch larger than the batch",
+        "--train.micro-batch 99",
+        "train.global_batch 8 is not a multiple of 1 ranks x train.micro_batch 99; try --micro-batch 8",
+    ),
+    Fault("negative learning rate", "--optim.lr -1", "optim.lr -1.0 must be between 0.0 and 10.0"),
+    Fault(
+        "misspelled option",
+        "--optim.lrr 1",
+        "unknown option --optim.lrr; did you mean --lr?; `llm2clip train-tower --help-all` lists all",
+    ),
+    Fault(
+        "NaN in a start weight",
+        "",
+        "{w}/tower: 1 of the 2048 values of tower...fc1.weight are NaN or infinite, so training cannot start from it; "
+        "restore the file, or start from another one",
+        lambda w: set_weight(w.path("tower/model.safetensors"), "fc1.weight", float("nan")),
+    ),
+    Fault(
+        "infinite start weight",
+        "",
+        "{w}/tower: 1 of the 32 values of tower...fc2.bias are NaN or infinite, so training cannot start...",
+        lambda w: set_weight(w.path("tower/model.safetensors"), "fc2.bias", float("-inf")),
+    ),
+    Fault(
+        "output_dir is a file",
+        "--output_dir {w}/tower/config.json",
+        "--output {w}/tower/config.json is a file, or below one; choose a folder",
+    ),
+    Fault(
+        "output_dir is below a file",
+        "--output_dir {w}/tower/config.json/run",
+        "--output {w}/tower/config.json/run is a file, or below one; choose a folder",
+    ),
+    Fault("no tower", "--tower.path {w}/nowhere", "{w}/nowhere..."),
+)
+def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    meet(fault, world, world.train(fault.words), capsys)
+    assert not list(world.folder.glob("new/checkpoints/step-*")) and not world.path("new/metrics.jsonl").exists()
+
+
+def another_teacher(world: World) -> None:
+    shutil.copytree(world.path("data"), world.path("other"), ignore=shutil.ignore_patterns("embeddings-*"))
+    make_cache(world.path("other"), llm="another")
+
+
+def deepspeed(name: str, body: str, says: str) -> Fault:
+    """A fault of the DeepSpeed JSON."""
+    return Fault(name, "--deepspeed {w}/zero.json", says, lambda w: w.path("zero.json").write_text(body))
+
+
+@rows(
+    deepspeed("not JSON", '{"zero', "{w}/zero.json is not valid JSON: ..."),
+    deepspeed("a list", "[1]", "{w}/zero.json contains a list, expected a JSON object of DeepSpeed settings"),
+    deepspeed(
+        "misspelled section",
+        '{"zero_optimizaton": {"stage": 1}}',
+        "{w}/zero.json: unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?",
+    ),
+    deepspeed(
+        "misspelled key",
+        '{"zero_optimization": {"stage": 1, "reduce_bucket_sze": 5}}',
+        "{w}/zero.json: unknown key 'zero_optimization.reduce_bucket_sze'; did you mean "
+        "'zero_optimization.reduce_bucket_size'?",
+    ),
+    deepspeed(
+        "misspelled key of a nested section",
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memry": true}}}',
+        "{w}/zero.json: unknown key 'zero_optimization.offload_optimizer.pin_memry'; did you mean "
+        "'zero_optimization.offload_optimizer.pin_memory'?",
+    ),
+    deepspeed(
+        "stage 7",
+        '{"zero_optimization": {"stage": 7}}',
+        "{w}/zero.json: zero_optimization.stage is 7; known: 0, 1, 2, 3",
+    ),
+    deepspeed(
+        "stage as a word",
+        '{"zero_optimization": {"stage": "two"}}',
+        "{w}/zero.json: zero_optimization.stage is 'two'; known: 0, 1, 2, 3",
+    ),
+    deepspeed(
+        "section as a number",
+        '{"zero_optimization": 3}',
+        '{w}/zero.json: zero_optimization is 3, expected an object such as {"enabled": true}',
+    ),
+    deepspeed(
+        "unknown device",
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}',
+        "{w}/zero.json: zero_optimization.offload_optimizer.device is 'gpu', expected 'none', 'cpu' or 'nvme'",
+    ),
+    deepspeed(
+        "value of another type",
+        '{"fp16": {"enabled": false, "hysteresis": "big"}}',
+        "{w}/zero.json: fp16.hysteresis is 'big', expected a valid integer...",
+    ),
+    deepspeed(
+        "unknown dtype",
+        '{"communication_data_type": "fp7"}',
+        "{w}/zero.json: DeepSpeed refuses it: Invalid communication_data_type...",
+    ),
+    Fault("missing", "--deepspeed {w}/no.json", "no DeepSpeed configuration at {w}/no.json"),
+)
+@pytest.mark.parametrize("dry", ["", " --dry-run"], ids=["run", "dry run"])
+def test_deepspeed_json(fault: Fault, dry: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    meet(fault, world, world.train(fault.words + dry), capsys)
+
+
+def remove_shard(world: World) -> None:
+    world.path("data/00001.tar").unlink()
+
+
+@rows(
+    Fault(
+        "fewer images than k",
+        f"{HELD_OUT} --evaluation.limit 5",
+        "--evaluation.ks 1 5 10: {w}/data has 5 images, so recall@10 is 1 for any tower; set --evaluation.ks to ... 5",
+        status=0,
+    ),
+    Fault(
+        "kind that no caption has",
+        f"{HELD_OUT} --evaluation.kinds short lng",
+        "--evaluation.kinds short lng: no caption of {w}/data has kinds lng; known: long, short",
+        status=0,
+    ),
+    Fault(
+        "batch larger than the data",
+        "--global-batch 999",
+        "global_batch 999 is more than the 48 samples of {w}/data: a sample comes several times in a batch, and "
+        "no more than 48 pairs are negatives",
+        status=0,
+    ),
+    Fault(
+        "shard that was embedded and is gone",
+        "",
+        "{w}/data has 1 shards, 2 were embedded; not there: 00001; restore them unless they were removed on purpose",
+        remove_shard,
+        status=0,
+    ),
+)
+def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys).count("warning: ") == 1
+
+
+def test_a_key_that_deepspeed_does_not_know_and_that_resembles_none_is_a_warning(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.path("zero.json").write_text('{"_why": "a note", "my_own": 1}')
+    fault = Fault("", "", "{w}/zero.json: DeepSpeed does not read the key 'my_own'; it has no effect", status=0)
+    told = meet(fault, world, world.train("--dry-run --deepspeed {w}/zero.json"), capsys)
+    assert told.count("warning: ") == 1
+
+
+def nan_in_checkpoint(world: World) -> None:
+    """A checkpoint whose hashes are right and whose weights are not."""
+    loaded = load(world.path(LAST))
+    weights = dict(loaded.weights)
+    weights["visual_projection.weight"][0, 0] = float("nan")
+    tensors = {MODEL: weights, OPTIMIZER: dict(loaded.moments), AVERAGES: dict(loaded.averages)}
+    write_checkpoint(world.path(LAST), loaded.state, tensors)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit_step(world: World) -> None:
+    path = world.path(f"{LAST}/state.json")
+    path.write_text(path.read_text().replace('"step": 4', '"step": 2'))
+
+
+MORE = f"{AGAIN} --max_steps 6 --allow-changed train.max_steps"
+FELL_BACK = "falling back to {w}/" + BEFORE
+
+
+@rows(
+    Fault("cut state.json", MORE, AT + "/state.json is not valid JSON...", lambda w: cut(w.path(LAST) / "state.json")),
+    Fault("edited state.json", MORE, AT + "/state.json is damaged: its fields do not have the checksum ...", edit_step),
+    Fault(
+        "flipped weight",
+        MORE,
+        AT + "/model.safetensors is damaged: its SHA-256 is ...",
+        lambda w: flip(w.path(LAST) / MODEL),
+    ),
+    Fault(
+        "flipped moment", MORE, AT + "/optimizer.safetensors is damaged: ...", lambda w: flip(w.path(LAST) / OPTIMIZER)
+    ),
+    Fault("flipped average", MORE, AT + "/ema.safetensors is damaged: ...", lambda w: flip(w.path(LAST) / AVERAGES)),
+    Fault("cut weights", MORE, AT + "/model.safetensors...", lambda w: cut(w.path(LAST) / MODEL)),
+    Fault(
+        "missing weights",
+        MORE,
+        "model.safetensors is missing from the checkpoint {w}/" + LAST + "...",
+        lambda w: (w.path(LAST) / MODEL).unlink(),
+    ),
+)
+def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world = trained
+    fault = dataclasses.replace(fault, status=0)
+    told = meet(fault, world, world.train(fault.words), capsys)
+    assert FELL_BACK.replace("{w}", str(world.folder)) in told
+    record = RunRecord.read(world.path("run") / RunRecord.FILE)
+    assert record.finished and record.step == 6
+    steps = [json.loads(line).get("step") for line in world.path("run/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 6
+
+
+@rows(
+    Fault(
+        "every state.json cut",
+        MORE,
+        "no checkpoint in {w}/run/checkpoints is intact: {w}/run/...4/state.json is not valid JSON ...; {w}/run/...2/"
+        "state.json is not valid JSON .... Restore one, or start over with another --output",
+        lambda w: [cut(path) for path in w.folder.glob("run/checkpoints/*/state.json")],
+    ),
+    Fault(
+        "emptied checkpoints",
+        AGAIN,
+        "{w}/run/checkpoints has no checkpoint, but the run in {w}/run had saved step 4: restore the checkpoints, "
+        "choose another --output, or start over with --resume never (replaces its metrics and results)",
+        lambda w: shutil.rmtree(w.path("run/checkpoints")),
+    ),
+    Fault(
+        "NaN in a checkpoint",
+        MORE,
+        AT + ": 1 of the ... values of visual_projection.weight are NaN or infinite, ...",
+        nan_in_checkpoint,
+    ),
+    Fault(
+        "resume from nowhere",
+        f"{MORE} --resume {{w}}/nowhere",
+        "--resume {w}/nowhere: no checkpoint found (no state.json)...",
+    ),
+    Fault(
+        "resume by the name of a damaged one",
+        f"{MORE} --resume {{w}}/{LAST}",
+        AT + "/model.safetensors is damaged: ...; available checkpoints of this run: ['step-00000002']",
+        lambda w: flip(w.path(LAST) / MODEL),
+    ),
+    Fault("another learning rate", f"{AGAIN} --optim.lr 1e-3", AT + " was saved with other settings:"),
+    Fault(
+        "never, over checkpoints",
+        f"{AGAIN} --resume never",
+        "{w}/run/checkpoints contains ['step-00000002', 'step-00000004']; refusing to overwrite with --resume never: "
+        "...",
+    ),
+)
+def test_not_resumed(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world = trained
+    before = {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
+    meet(fault, world, world.train(fault.words), capsys)
+    assert before == {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
+
+
+def test_no_space_for_the_first_checkpoint(tmp_path: Path) -> None:
+    needed = 10**18
+    with pytest.raises(
+        OSError, match=r"^a checkpoint of this run takes 1000000000\.00 GB, but .* has .* free; free space"
+    ):
+        check_space(tmp_path, needed)
+    with pytest.raises(OSError, match="free space, or choose an --output on another disk"):
+        check_space(tmp_path, needed, fallback=str(tmp_path / "not/yet/there"))
+    check_space(tmp_path, 1)
+
+
+def test_a_port_in_use_is_one_line(world: World) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        done = subprocess.run(
+            [sys.executable, "scripts/train_tower.py", *world.train()[1:]],
+            cwd=ROOT,
+            env=environment(**place),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    says = "port ... of 127.0.0.1 is in use by another process; choose another one, as in `deepspeed --master_port ..."
+    assert matches(f"error: {says}", line, world) and str(port) in line
