@@ -16,6 +16,7 @@ from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
+from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class EvalPairs:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.broken = []
-        for batch in self._loader:
+        for batch in raised(self._loader):
             self.broken += batch.pop("broken")
             if batch["keys"]:
                 yield batch
@@ -139,4 +140,6 @@ def eval_pairs(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()
     dataset = EvalDataset(source, cache, images, mine, kinds, languages)
-    return EvalPairs(DataLoader(dataset, batch, collate_fn=EvalCollate(images), num_workers=workers))
+    return EvalPairs(
+        DataLoader(Guarded(dataset), batch, collate_fn=GuardedCollate(EvalCollate(images)), num_workers=workers)
+    )

@@ -37,6 +37,7 @@ from llm2clip_plugin.data.shards_ahead import ShardsAhead
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, select_captions
+from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class PairLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         closed = threading.Event()
         processes = iter(self._loader)  # the loader processes start here
-        parts = takewhile(lambda part: not closed.is_set(), processes)
+        parts = raised(takewhile(lambda part: not closed.is_set(), processes))
         batches = join_parts(parts, self.plan.rows, pin_memory=self._pin_memory)
         if not self.plan.workers:
             yield from self._finished(batches)
@@ -300,10 +301,10 @@ def make_loader(
     ahead = ShardsAhead(mixture, dataset.sources, whole=whole_shards)
     draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
     loader = DataLoader(
-        dataset,
+        Guarded(dataset),
         batch_sampler=draws,  # pyright: ignore[reportArgumentType] - endless, so it has no length
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=GuardedCollate(collate),
         prefetch_factor=plan.prefetch if workers else None,
         worker_init_fn=leave_signals_to_the_run,
     )

@@ -1,5 +1,6 @@
 """Tower directories: written atomically, verified by reloading, the Hub's names in both versions of transformers."""
 
+import dataclasses
 import json
 import math
 
@@ -168,10 +169,13 @@ def test_existing_directory_is_kept(tmp_path):
 
 
 def test_damaged_directories_are_refused(tmp_path):
-    export_tower(tiny_dual(), tmp_path / "tower", origin="x")
-    state = load_file(tmp_path / "tower" / "text_adapter.safetensors")
+    card = export_tower(tiny_dual(), tmp_path / "tower", origin="x")
+    adapter = tmp_path / "tower" / "text_adapter.safetensors"
+    state = load_file(adapter)
     del state["text_adapter.norm.bias"]
-    save_file(state, tmp_path / "tower" / "text_adapter.safetensors")
+    save_file(state, adapter)
+    dataclasses.replace(card, adapter_sha256=sha256_weights(adapter)).write(tmp_path / "tower" / TowerCard.FILE)
+    (tmp_path / "tower" / "checksums.json").unlink()
     with pytest.raises(ContractError, match=r"does not match llm2clip.json: .*text_adapter.norm.bias"):
         load_dual(tmp_path / "tower")
     weights = load_file(tmp_path / "tower" / "model.safetensors")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
+from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
@@ -19,6 +20,7 @@ from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
 from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
+from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
 
 WIDTH = 4
 TEACHER = TeacherIdentity(
@@ -169,3 +171,39 @@ def test_a_shard_that_was_removed_is_told(tmp_path: Path, capsys: pytest.Capture
     assert "warning" not in capsys.readouterr().err
     cache.check(open_source(SourceConfig(path=str(tmp_path / "data"))))
     assert f"warning: {tmp_path}/data has 2 shards, 3 were embedded; not there: 00001; re" in capsys.readouterr().err
+
+
+def test_a_damaged_row_ends_training_with_one_line(table: Path, tmp_path: Path) -> None:
+    source = open_table(table)
+    cache = embed(source, tmp_path / "cache")
+    file = tmp_path / "cache" / "pairs.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    data[8 + length + json.loads(data[8 : 8 + length])["embeddings"]["data_offsets"][0]] ^= 1
+    file.write_bytes(data)
+    loader = make_loader(PairDataset([source], [cache], IMAGES, seed=0), local_batch=5, max_broken=1.0)
+    with pytest.raises(ContractError, match=r"^/.*pairs\.safetensors is damaged: row 0 has another checksum; [^\n]*$"):
+        for _ in zip(range(2), loader, strict=False):
+            pass
+    with pytest.raises(ContractError, match=r"^/.*pairs\.safetensors is damaged: row 0"):
+        list(eval_pairs(source, cache, IMAGES, batch=4))
+
+
+class Damaged(Dataset):
+    """Two samples, of which the second is not readable."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> int:
+        if number:
+            raise ContractError("a file is damaged")
+        return number
+
+
+def test_a_loader_process_hands_over_its_error() -> None:
+    """The message without the traceback of that process."""
+    loader = DataLoader(Guarded(Damaged()), 2, collate_fn=GuardedCollate(list), num_workers=1)
+    (failure,) = list(loader)
+    with pytest.raises(ContractError, match=r"^a file is damaged$"):
+        list(raised([failure]))
