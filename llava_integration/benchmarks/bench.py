@@ -18,6 +18,7 @@ from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import tables
 from llava_integration.towers.checkpoint_name import refuse_name
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.options.parser import Parser, add_data, data_of
 
@@ -91,9 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + describe(outcomes))
     with atomic_file(args.output / "bench.json") as temporary:
         temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
-    print(
-        f"\ncompare two towers: llm2clip compare BASE/scores {args.output / 'scores'} --output report", file=sys.stderr
-    )
+    compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
+    print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
@@ -137,7 +137,7 @@ def score_task(task: Task, args: argparse.Namespace, path: Path, command: list[s
     member, name = task.benchmark, task.benchmark.name
     answers = read_answers(path, tasks=member.lmms_eval_tasks)
     if member.judge:
-        score = f"llm2clip score {name} --data {task.folder} --answers {path} --reviews FILE"
+        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
         return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
     if task.unscored:
         upload = args.output / "submissions" / f"{name}.{member.submission_format}"

@@ -28,7 +28,9 @@ def load_side(path: Path, name: str = "") -> Side:
     if path.is_dir():
         records = [(file, ScoreFile.read(file)) for file in sorted(path.rglob("*.json")) if _is_score_file(file)]
         if not records:
-            raise FileNotFoundError(f"{path} has no score files; `llm2clip score ... --json FILE` writes them")
+            raise FileNotFoundError(
+                f"{path} has no score files; `llm2clip score BENCHMARK DATA --answers FILE --output FILE` writes them"
+            )
     elif path.is_file():
         records = [(path, ScoreFile.read(path))]
     else:

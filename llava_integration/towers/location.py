@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.intact import check_card
@@ -32,7 +33,8 @@ class TowerLocation:
         if not (directory / TowerCard.FILE).is_file():
             raise ContractError(
                 f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); "
-                f"create one with `llm2clip export RUN --output DIR` or `llm2clip import {directory} --output DIR`"
+                "create one with `llm2clip export RUN --output DIR` or "
+                f"`{command('import', directory, '--output', 'DIR')}`"
             )
         card = TowerCard.read(directory / TowerCard.FILE)
         if card.family not in families():

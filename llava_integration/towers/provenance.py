@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_integration.towers import names, registry
 from llava_integration.towers.location import TowerLocation, TowerNotFoundError
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.outside.timeouts import hub_snapshot
 
@@ -97,7 +98,7 @@ def not_found_message(checkpoint: str, record: dict[str, Any], failures: list[st
         f"{checkpoint} was trained with the tower sha256 {record['weights_sha256']} (origin {record['origin']}, "
         f"{record['family']}, {record['image_size']} px); {refusal}. Searched:{searched}\n"
         "Copy that tower to this machine and run `llm2clip use PATH`, or run "
-        f"`llm2clip llava bundle {checkpoint}` where the tower still exists and copy the checkpoint again"
+        f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     )
 
 

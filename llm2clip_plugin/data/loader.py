@@ -252,7 +252,7 @@ class PairLoader:
                 f"{self.substituted} of {max(self.rows, self._least_rows)} samples are broken, more than max_broken "
                 f"{self.max_broken:g} allows:\n"
                 + "\n".join(listed[:20] + more)
-                + "\nrun `llm2clip data check` to list them, then fix the data or raise max_broken"
+                + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
 
 

@@ -57,7 +57,9 @@ class EmbedSummary:
             lines.append(f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)")
         if self.empty:
             keys = ", ".join(self.empty[:3]) + (", ..." if len(self.empty) > 3 else "")
-            lines.append(f"{len(self.empty)} samples without a readable caption ({keys}); run `llm2clip data check`")
+            lines.append(
+                f"{len(self.empty)} samples without a readable caption ({keys}); see `llm2clip data check DATA`"
+            )
         return lines
 
 

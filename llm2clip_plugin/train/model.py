@@ -51,7 +51,11 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
     Raises ValueError if no tower is set.
     """
     if not tower.path:
-        hint = f"; create {tower.architecture} with `llm2clip import CHECKPOINT`" if tower.architecture else ""
+        hint = (
+            f"; create {tower.architecture} with `llm2clip import CHECKPOINT --output towers/{tower.architecture}`"
+            if tower.architecture
+            else ""
+        )
         raise ValueError(f"no tower to train: set --tower to a directory or Hub id{hint}")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     torch.manual_seed(seed)

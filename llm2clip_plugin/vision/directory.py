@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.timeouts import hub_snapshot
 
@@ -23,7 +24,9 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
     if path.is_dir():
         return path
     if path.exists():
-        raise FileNotFoundError(f"{path} is a file, not a tower directory; convert it with `llm2clip import`")
+        raise FileNotFoundError(
+            f"{path} is a file, not a tower directory; convert it with `{command('import', path, '--output', 'DIR')}`"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name} is not a file, a directory or a Hub id (owner/name)")
     try:
@@ -38,7 +41,9 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FileNotFoundError or ContractError names the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; create a tower directory with `llm2clip import`")
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}; create a tower directory with `llm2clip import CHECKPOINT --output DIR`"
+        )
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -79,7 +79,7 @@ def test_without_a_recipe_it_is_base_for_any_data_and_tower(capsys: pytest.Captu
     assert "error: no tower to train: add --tower with a directory or Hub id. For example: llm2clip train" in said
     assert cli.main(["train-tower", "--recipe", "eva02_b16"]) == 2
     said = capsys.readouterr().err
-    assert "no training data: add DATA and no tower to train (eva02-b16, as `llm2clip import` writes" in said
+    assert "no training data: add DATA and no tower to train (eva02-b16, as llm2clip import writes" in said
 
 
 def test_the_recipe_that_was_not_named_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

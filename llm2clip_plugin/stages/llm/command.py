@@ -1,5 +1,8 @@
 """The command lines of stage 1: ``llm2clip finetune-llm`` and ``llm2clip pretrain-llm``."""
 
+from pathlib import Path
+
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
@@ -8,7 +11,7 @@ from llm2clip_plugin.stages.command_line import plan_or_train, read_settings
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.plan import llm_plan, pretraining_plan
 from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES, llm_recipe
-from llm2clip_plugin.stages.llm.run import finetune_llm, pretrain_llm
+from llm2clip_plugin.stages.llm.run import ADAPTER, finetune_llm, pretrain_llm
 from llm2clip_plugin.stages.llm.unused import PRETRAINING_UNUSED, UNUSED
 
 NAMES = {
@@ -90,7 +93,9 @@ def main(argv: list[str]) -> int:
 def main_pretrain(argv: list[str]) -> int:
     """``llm2clip pretrain-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
     config = parse(argv, PRETRAIN)
-    result = "adapter: {}; merge it with llm2clip export-llm, then fine-tune the merged LLM"
+    adapter = Path(config.output_dir) / ADAPTER
+    merge = command("export-llm", "--llm", config.encoder.llm, "--adapter", adapter, "--output", "MERGED_LLM")
+    result = "adapter: {}; merge it, then fine-tune the merged LLM: " + merge.replace("{", "{{").replace("}", "}}")
     return plan_or_train(
         config.dry_run,
         lambda: pretraining_plan(config),

@@ -50,7 +50,7 @@ def read_status(folder: Path) -> RunStatus | CacheStatus:
         return run_status(folder)
     raise FileNotFoundError(
         f"{folder} is neither the folder of a run (run.json, {'checkpoints/'}) nor an embedding cache "
-        f"({CacheManifest.FILE}); llm2clip status wants the --output of a training, or an embeddings-* folder"
+        f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
     )
 
 

@@ -109,6 +109,6 @@ class RunConfig(TrainingConfig):
         """What every run needs and no recipe can know, as the parts of an error."""
         missing = [] if self.data.path else ["no training data: add DATA"]
         if not self.tower.path:
-            made = f" ({self.tower.architecture}, as `llm2clip import` writes it)" if self.tower.architecture else ""
+            made = f" ({self.tower.architecture}, as llm2clip import writes it)" if self.tower.architecture else ""
             missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
         return missing

@@ -11,6 +11,7 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.text.teacher import embed_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,40 +52,42 @@ def open_data(config: RunConfig) -> Data:
     """
     paths = config.data.cache or ("",) * len(config.data.path)
     sources, caches = [], []
-    fingerprint = None
+    teacher = None
     for item, path in zip(config.data.sources, paths, strict=True):
-        source, cache = open_pair(item, path, fingerprint)
-        fingerprint = cache.fingerprint
+        source, cache = open_pair(item, path, teacher)
+        teacher = cache.teacher
         sources.append(source)
         caches.append(cache)
     held_out = config.data.held_out
-    pair = open_pair(held_out, config.data.validation_cache, fingerprint) if held_out else (None, None)
+    pair = open_pair(held_out, config.data.validation_cache, teacher) if held_out else (None, None)
     return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1])
 
 
-def open_pair(config: SourceConfig, cache_path: str, fingerprint: str | None) -> tuple[Source, EmbeddingCache]:
-    """A source and its cache, checked against each other and against the teacher's fingerprint."""
+def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:
+    """A source and its cache, checked against each other and against the teacher of the caches before it."""
     if is_url(config.path) and not cache_path:  # before anything is downloaded
         raise ValueError(
             f"{config.path} is not a local folder; set its embedding cache with --cache DIR "
             "(--validation-cache DIR for the held-out split)"
         )
     source = open_source(config)
-    cache = EmbeddingCache.open(cache_path or find_cache(config.path), expect_fingerprint=fingerprint)
+    cache = EmbeddingCache.open(
+        cache_path or find_cache(config, teacher), expect_fingerprint=teacher.fingerprint if teacher else None
+    )
     cache.check(source)
     return source, cache
 
 
-def find_cache(source: str) -> str:
-    """The only ``embeddings-*`` folder next to the data.
+def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None) -> str:
+    """The only ``embeddings-*`` folder next to the data; ``teacher``: for the message, if it is known.
 
     Raises FileNotFoundError if there is none, ValueError if there are several.
     """
-    folder = data_folder(source)
+    folder = data_folder(source.path)
     caches = sorted(str(path.parent) for path in folder.glob("embeddings-*/manifest.json"))
     if not caches:
         raise FileNotFoundError(
-            f"no embedding cache (embeddings-*) in {folder}; create one with llm2clip embed {source} ..."
+            f"no embedding cache (embeddings-*) in {folder}; create it: {embed_command(source.path, source, teacher)}"
         )
     if len(caches) > 1:
         raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --cache")

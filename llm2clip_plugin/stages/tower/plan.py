@@ -105,7 +105,7 @@ def measure_data(config: RunConfig) -> DataSize:
 def _has_caches(config: RunConfig) -> bool:
     """Whether the configuration names the caches, or there is one next to each path."""
     try:
-        return bool(config.data.cache) or all(map(find_cache, config.data.path))
+        return bool(config.data.cache) or all(map(find_cache, config.data.sources))
     except FileNotFoundError:
         return False
 
@@ -153,7 +153,7 @@ def describe_commands(config: RunConfig, words: Sequence[str], table: list[plans
         words += ["--tower", f"towers/{config.tower.architecture}"]
     if not config.data.path:
         teacher = next((t for t in TEACHERS.values() if t.width == config.dual.llm_width), None)
-        llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "LLM"
+        llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "PATH_OR_HUB_ID"
         before.append(f"  llm2clip embed DATA --llm {llm}")
         words.insert(0, "DATA")
     deepspeed = "" if config.deepspeed else "scripts/zero1.json"
