@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -93,10 +94,11 @@ def complete_for_cpu() -> None:
     torch.cuda.synchronize = lambda device=None: None  # LLaVA calls it before it saves a full finetune
     for name in COLLECTIVES:
         setattr(torch.distributed, name, finish_at_once(getattr(torch.distributed, name)))
-    import deepspeed
+    if find_spec("deepspeed"):
+        import deepspeed
 
-    # Only for tensor-parallel inference, but compiled for minutes, in silence, by the first run
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Only for tensor-parallel inference, but compiled for minutes, in silence, by the first run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     atexit.register(leave_ranks)
 
 
