@@ -16,6 +16,7 @@ from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAll
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import NoReturn
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -128,6 +129,10 @@ def main(argv: list[str] | None = None) -> int:
         from llm2clip_plugin import __version__
 
         print(f"llm2clip {__version__}")
+        return 0
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if group and words[0] not in COMMANDS and (len(words) == 1 or words[1] in ("-h", "--help", "--help-all")):
+        print(usage(group))  # `llm2clip data --help`
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
     if name is None:
@@ -250,10 +255,11 @@ def allow_open_files() -> None:
         print(f"warning: a process may open only {limit} files; {fix}", file=sys.stderr)
 
 
-def usage() -> str:
-    """The text of ``llm2clip --help``."""
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {help_line}" for name, (_, _, help_line) in COMMANDS.items())
+def usage(names: "Iterable[str]" = COMMANDS) -> str:
+    """The text of ``llm2clip --help``, or of a group of commands."""
+    names = list(names)
+    width = max(map(len, names))
+    rows = "\n".join(f"  {name:<{width}}  {COMMANDS[name][2]}" for name in names)
     return f"usage: llm2clip COMMAND [options]\n\nLLM2CLIP for LLaVA 1.5.\n\n{rows}\n\n{EPILOG}"
 
 

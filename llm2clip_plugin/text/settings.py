@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard
+from llm2clip_plugin.options.names import nearest
 
 ATTENTIONS = ("bidirectional", "causal")
 POOLINGS = ("mean", "last")
@@ -48,7 +49,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
+            hint = nearest(self.preset, PRESETS)
+            raise ValueError(f"unknown preset {self.preset!r}{hint}; known: {', '.join(PRESETS)}")
         for name, known in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("compute_dtype", COMPUTE_DTYPES)):
             if (value := vars(self)[name]) not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")

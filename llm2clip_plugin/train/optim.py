@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.train.named_args import from_named_args
 from llm2clip_plugin.train.optimizers import optimizers
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec
@@ -40,7 +41,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.name not in optimizers():
-            raise ValueError(f"unknown optim.name {self.name!r}; known: {', '.join(optimizers())}")
+            hint = nearest(self.name, optimizers())
+            raise ValueError(f"unknown optimizer {self.name!r}{hint}; known: {', '.join(optimizers())}")
         self.optimizer()
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"unknown optim.schedule {self.schedule!r}; known: {', '.join(get_args(Schedule))}")

@@ -41,6 +41,37 @@ def test_half_a_command_lists_its_other_halves(capsys: pytest.CaptureFixture[str
     assert said == "error: unknown command 'data chekc'; did you mean 'data check'? known: data check, data split\n"
 
 
+def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["data", "--help"], ["data"], ["llava", "-h"]):
+        assert cli.main(words) == 0
+        out = capsys.readouterr().out
+        assert f"\n  {words[0]} " in out and "train-tower" not in out
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("train-tower x --recipe openai_l14_36", "unknown recipe 'openai_l14_36'; did you mean 'openai_l14_336'?"),
+        ("train-tower x --recipe base/llama-8", "unknown teacher 'llama-8' in recipe 'base/llama-8'; did you mean"),
+        ("train-tower x --optimizer adam", "unknown optimizer 'adam'; did you mean 'adamw'?"),
+        ("train-tower x --loss.kind infonc", "unknown loss.kind 'infonc'; did you mean 'infonce'?"),
+        ("train-tower x --precision bf61", "--precision 'bf61' is not one of fp32, bf16, fp16; did you mean 'bf16'?"),
+        ("finetune-llm x --recipe llama-8", "unknown recipe 'llama-8'; did you mean 'llama-8b'?"),
+        ("embed x --llm y --preset llm2vc", "unknown preset 'llm2vc'; did you mean 'llm2vec'?"),
+        ("data check x --format jsnl", "unknown data format 'jsnl'; did you mean 'jsonl'?"),
+        ("evaluate t d --suite flickr30", "unknown suite 'flickr30'; did you mean 'flickr30k'?"),
+        ("export x --output y --format clp", "invalid choice: 'clp'"),
+        ("score popee d --answers a", "unknown benchmark 'popee'; did you mean 'pope'?"),
+    ],
+)
+def test_the_nearest_name_is_suggested(line: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(line.split())
+    except SystemExit as ended:  # argparse's own
+        status = ended.code
+    assert status == 2 and hint in capsys.readouterr().err
+
+
 def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     assert cli.main(["train-tower", "--config", str(tmp_path / "no"), "--recipe", ""]) == 2
     (tmp_path / "folder.jsonl").mkdir()

@@ -2,6 +2,7 @@
 
 from llava_integration.benchmarks.benchmark import Benchmark
 from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.options.names import nearest
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -14,7 +15,7 @@ def benchmark(name: str) -> Benchmark:
     """The benchmark with that name. Raises ValueError with the known names for an unknown one."""
     known = benchmarks()
     if name not in known:
-        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown benchmark {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return known[name]
 
 

@@ -9,9 +9,11 @@ from llm2clip_plugin.data.check.reading import CheckConfig, Reading
 from llm2clip_plugin.data.read_rate import describe_report, reading_report
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
+from llm2clip_plugin.data.sources.rows import NO_IMAGE
 from llm2clip_plugin.outside.values import printable
 
 EDGES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower ends of the histogram's bins
+WHERE_IMAGES_ARE = "set --image-folder to the folder that the paths in the file start from"
 BAR = 40  # characters of the longest bar
 
 
@@ -170,12 +172,17 @@ def _label(sample: dict[str, str]) -> str:
 
 def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines: list[str] = []
+    missing = [one for one in report["broken"] if one["reason"].startswith(NO_IMAGE)]
+    others = [one for one in report["broken"] if one not in missing] if len(missing) > 1 else report["broken"]
+    if len(missing) > 1:  # one mistake, so one line
+        first = printable(missing[0]["reason"].removeprefix(NO_IMAGE))
+        lines.append(f"  images that are not found: {len(missing)}, the first {first}: {WHERE_IMAGES_ARE}")
     for title, entries in (
         (
             "broken shards",
             [f"{printable(one['shard'])}: {printable(one['reason'])}" for one in report["broken_shards"]],
         ),
-        ("broken samples", [f"{_label(one)}: {printable(one['reason'])}" for one in report["broken"]]),
+        ("broken samples", [f"{_label(one)}: {printable(one['reason'])}" for one in others]),
         (
             "samples without a caption",
             [f"{_label(one)}: {printable(one['reason'])}" for one in report["without_captions"]],

@@ -15,6 +15,7 @@ from llm2clip_plugin.data.sources.downloads import Downloads, default_download_f
 from llm2clip_plugin.data.sources.index_file import Stamp
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
 from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.options.names import nearest
 
 READING = 1  # version of how captions are read from a sample; another one makes kept digests void
 
@@ -61,7 +62,8 @@ class ReadConfig:
     def __post_init__(self) -> None:
         known = ("auto", *formats())
         if self.format not in known:
-            raise ValueError(f"unknown data format {self.format!r}; known: {', '.join(known)}")
+            hint = nearest(self.format, known)
+            raise ValueError(f"unknown data format {self.format!r}{hint}; known: {', '.join(known)}")
         if self.shuffle_window < -1 or self.cache_gb < 0:
             raise ValueError(
                 f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}, expected at least -1 and 0"

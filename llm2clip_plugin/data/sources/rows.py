@@ -21,7 +21,8 @@ from llm2clip_plugin.data.sources.records import BrokenSample, Record
 from llm2clip_plugin.data.sources.row_index import KeptRows, Rows, RowsInMemory, open_kept_rows
 from llm2clip_plugin.data.sources.urls import is_url
 
-NO_IMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+NO_IMAGE = "no image "  # how the reason begins if there is no such file
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class RowSource(Source):
@@ -116,10 +117,10 @@ class RowSource(Source):
                 return self._downloads.read(self._images.rstrip("/") + "/" + name)
             return read_file(os.path.join(self._images, name))
         except OSError as error:
-            if not isinstance(error, NO_IMAGE) and error.errno != errno.ENAMETOOLONG:
+            if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
-            what = "access denied to" if isinstance(error, PermissionError) else "no"
-            raise BrokenSample(shard, key, f"{what} image {shown!r} in {self._images}") from error
+            what = "access denied to image " if isinstance(error, PermissionError) else NO_IMAGE
+            raise BrokenSample(shard, key, f"{what}{shown!r} in {self._images} (--image-folder)") from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:

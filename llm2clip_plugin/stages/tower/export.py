@@ -6,6 +6,7 @@ A tower directory is exported with LLaVA's environment alone; a run needs the tr
 import argparse
 from pathlib import Path
 
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.run_files import CHECKPOINTS
@@ -24,11 +25,10 @@ def main(argv: list[str]) -> int:
     options = read_arguments(argv)
     is_run = (Path(options.source) / RunRecord.FILE).is_file()
     if options.format != "tower":
-        if is_run or options.push:
-            raise ValueError(
-                f"--format {options.format} requires a tower directory and does not support --push; export the run as "
-                "a tower first, then convert the tower"
-            )
+        if options.push:
+            raise ValueError(f"--push uploads a tower directory; leave out --format {options.format}, or --push")
+        if is_run:
+            raise ValueError(f"--format {options.format} converts a tower directory, not a run; {two_steps(options)}")
         written = convert(options.source, options.output, options.format, replace=options.overwrite)
         print(f"{written}: verified by reloading")
         return 0
@@ -49,6 +49,17 @@ def main(argv: list[str]) -> int:
     if options.push:
         print(push_to_hub(options.output, options.push, private=not options.public))
     return 0
+
+
+def two_steps(options: argparse.Namespace) -> str:
+    """The commands that convert a run: its tower at the end of the training, or a new export of a checkpoint."""
+    done = Path(options.source) / "tower"
+    tower = str(done) if done.is_dir() and not options.checkpoint else f"{options.output}-tower"
+    convert = command("export", tower, "--output", options.output, "--format", options.format)
+    if tower == str(done):
+        return f"convert the run's tower: {convert}"
+    checkpoint = ["--checkpoint", options.checkpoint] if options.checkpoint else []
+    return f"export it first: {command('export', options.source, '--output', tower, *checkpoint)} && {convert}"
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:

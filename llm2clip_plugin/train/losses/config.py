@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.train.distributed import Group
 from llm2clip_plugin.train.losses import loss_terms
 from llm2clip_plugin.train.losses.base import Features, LossTerm
@@ -27,7 +28,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in loss_terms():
-            raise ValueError(f"unknown loss.kind {self.kind!r}; known: {', '.join(loss_terms())}")
+            hint = nearest(self.kind, loss_terms())
+            raise ValueError(f"unknown loss.kind {self.kind!r}{hint}; known: {', '.join(loss_terms())}")
         if self.block < 0 or not math.isfinite(self.weight):
             raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
         self.term()

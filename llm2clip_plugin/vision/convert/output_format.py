@@ -10,6 +10,8 @@ from torch import nn
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
 
+OTHER = "--format onnx converts every tower, and the tower directory itself opens with transformers' AutoModel"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -23,17 +25,19 @@ class Format:
 def projected_dual(model: nn.Module, format_name: str, families: tuple[str, ...]) -> DualEncoder:
     """The dual encoder, if the format can represent it: a pooled token, then one matrix; else ValueError."""
     if not isinstance(model, DualEncoder):
-        raise ValueError(f"format {format_name!r} requires a projection, but this directory contains only a tower")
+        raise ValueError(
+            f"format {format_name!r} requires a projection, but this directory contains only a tower; {OTHER}"
+        )
     family, config = family_of(model.tower).name, model.config
     if family not in families:
-        raise ValueError(f"format {format_name!r} supports {', '.join(families)} towers, not {family}")
+        raise ValueError(f"format {format_name!r} supports {', '.join(families)} towers, not {family}; {OTHER}")
     # pooled and cls are the same except in SigLIP, whose own models have no projection
     pools, projections = (("pooled",), ("linear", "none")) if family == "siglip" else (("pooled", "cls"), ("linear",))
     if config.pool not in pools or config.projection not in projections or config.projection_norm:
         raise ValueError(
             f"format {format_name!r} requires pool {' or '.join(pools)}, projection {' or '.join(projections)} and no "
             f"projection_norm; this tower has pool {config.pool!r}, projection {config.projection!r}, "
-            f"projection_norm {config.projection_norm}"
+            f"projection_norm {config.projection_norm}; {OTHER}"
         )
     if config.projection_bias and family != "eva02":
         raise ValueError(f"format {format_name!r} has no projection bias for {family} towers, but this tower has one")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.vision.bounds import check_config, check_weights
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
@@ -19,7 +20,8 @@ def families() -> dict[str, Family]:
 def family_named(name: str) -> Family:
     """The family of that name; ValueError lists the known ones."""
     if name not in families():
-        raise ValueError(f"unknown tower family {name!r}; known: {', '.join(sorted(families()))}")
+        known = sorted(families())
+        raise ValueError(f"unknown tower family {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return families()[name]
 
 

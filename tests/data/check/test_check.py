@@ -183,3 +183,15 @@ def test_an_image_too_large_is_named_and_replaced(
     assert [len(batch["keys"]) for batch in pairs] == [3] and [error.key for error in pairs.broken] == [key]
     loader = make_loader(PairDataset([source], [None], images, seed=0), local_batch=4, max_broken=0.5)
     assert key not in next(iter(loader))["keys"] and loader.broken[("0", key)].startswith("the image has")
+
+
+def test_images_that_are_elsewhere_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": f"{number}.jpg", "caption": f"picture {number}"} for number in range(30)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["data", "check", str(tmp_path / "x.jsonl"), "--workers", "1"]) == 1
+    told = capsys.readouterr().out
+    assert (
+        f"images that are not found: 30, the first '0.jpg' in {tmp_path} (--image-folder): set --image-folder to the "
+        "folder that the paths in the file start from\n  broken shards: 0\n  broken samples: 0\n"
+    ) in told
+    assert told.count(".jpg") == 1

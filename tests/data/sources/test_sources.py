@@ -202,14 +202,14 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
     assert found == [
         ("line 1", "not valid JSON"),
         ("line 2", "contains a list, expected an object"),
-        ("a", f"no image 'none.jpg' in {tmp_path / 'images'}"),
+        ("a", f"no image 'none.jpg' in {tmp_path / 'images'} (--image-folder)"),
         ("b", f"image '../secret.jpg' is not a path inside {tmp_path / 'images'}"),
         ("c", "no image path in field 'image'"),
         ("line 6", "not valid JSON"),
         ("d", f"image 'a\\x00.jpg' is not a path inside {tmp_path / 'images'}"),
         ("e", f"image '\\ud800.jpg' is not a path inside {tmp_path / 'images'}"),
         ("f", "no image 'data"),
-        ("g", f"no image 'whole.jpg/a.jpg' in {tmp_path / 'images'}"),
+        ("g", f"no image 'whole.jpg/a.jpg' in {tmp_path / 'images'} (--image-folder)"),
     ]
 
 
