@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -62,8 +63,8 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "tower")
     shutil.rmtree(copy / "checkpoints/step-00000004")
-    record = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(record | {"finished": False, "step": 0, "metrics": {}}))
+    record = dataclasses.replace(RunRecord.read(copy / "run.json"), finished=False, step=0, metrics={})
+    record.write(copy / "run.json")
     kept = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 2]
     (copy / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
     return copy
