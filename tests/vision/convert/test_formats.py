@@ -1,6 +1,7 @@
 """Other people's formats, opened by the libraries that they are for."""
 
 import base64
+import dataclasses
 import http.server
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from llm2clip_plugin.vision.convert.formats import convert, onnx
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.intact import check_card, write_checksums
 from llm2clip_plugin.vision.push import push_to_hub
 from llm2clip_plugin.vision.towers import load_tower
 
@@ -287,6 +289,30 @@ def test_push_sends_every_file_of_the_directory(clip, hub):
     assert push_to_hub(clip, "o/n") == f"{address}/o/n/commit/1"
     assert handler.files == {path.name: path.read_bytes() for path in clip.iterdir()}
     assert b"SHA-256" in handler.files["README.md"]
+
+
+def test_push_sends_no_local_path(clip, hub, tmp_path):
+    """The card and the README that are uploaded; the weights are the same, the directory does not change."""
+    handler, _ = hub
+    teacher = {"llm": str(tmp_path / "models" / "gemma"), "adapter": str(tmp_path / "secret" / "adapter"), "width": 8}
+    tower = tmp_path / "towers" / "mine"
+    shutil.copytree(clip, tower)
+    card = TowerCard.read(tower / TowerCard.FILE)
+    card = dataclasses.replace(card, origin="../../models/start", teacher=teacher)
+    card.write(tower / TowerCard.FILE)
+    write_checksums(tower)
+    push_to_hub(tower, "o/n")
+    for name, body in handler.files.items():
+        (tmp_path / "uploaded" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "uploaded" / name).write_bytes(body)
+    check_card(tmp_path / "uploaded")  # its checksums are of the files that were uploaded
+    sent = json.loads(handler.files[TowerCard.FILE])
+    assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
+    for name in (TowerCard.FILE, "README.md"):
+        assert str(tmp_path).encode() not in handler.files[name] and b"../" not in handler.files[name]
+    assert b"`gemma`" in handler.files["README.md"]
+    assert handler.files["model.safetensors"] == (tower / "model.safetensors").read_bytes()
+    assert TowerCard.read(tower / TowerCard.FILE) == card
 
 
 def test_push_refuses_weights_that_are_not_the_cards(clip, eva, hub):
