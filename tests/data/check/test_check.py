@@ -194,4 +194,4 @@ def test_images_that_are_elsewhere_are_one_line(tmp_path: Path, capsys: pytest.C
         f"images that are not found: 30, the first '0.jpg' in {tmp_path} (--image-folder): set --image-folder to the "
         "folder that the paths in the file start from\n  broken shards: 0\n  broken samples: 0\n"
     ) in told
-    assert told.count(".jpg") == 1
+    assert "1.jpg" not in told
