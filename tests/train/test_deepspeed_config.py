@@ -159,7 +159,7 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
     [
         (lambda: OptimConfig(schedule="cosin"), "unknown optim.schedule 'cosin'; known: cosine, linear, constant"),  # type: ignore[arg-type]
         (lambda: OptimConfig(lr=-1), "optim.lr -1 must be between"),
-        (lambda: OptimConfig(name="lamb"), "unknown optim.name 'lamb'; known: adamw, adamw_8bit"),
+        (lambda: OptimConfig(name="lamb"), "unknown optimizer 'lamb'; known: adamw, adamw_8bit"),
         (lambda: OptimConfig(name="adamw_8bit", args=("min_8bit_size=a",)), "min_8bit_size is 'a', expected int"),
         (lambda: OptimConfig(args=("beta3=1",)), r"optim.args: unknown setting 'beta3=1' of AdamW; known: none"),
         (
