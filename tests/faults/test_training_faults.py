@@ -70,7 +70,7 @@ def trained(finished: tuple[Path, Path]) -> World:
     Fault(
         "validation without a cache",
         "--data.validation {w}/other",
-        "no embedding cache (embeddings-*) in {w}/other; create one with llm2clip embed {w}/other ...",
+        "no embedding cache (embeddings-*) in {w}/other; create it: llm2clip embed {w}/other --llm made-up",
         lambda w: shutil.copytree(w.path("data"), w.path("other"), ignore=shutil.ignore_patterns("embeddings-*")),
     ),
     Fault(
