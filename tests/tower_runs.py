@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from forked import Script
 
 from llm2clip_plugin.train.distributed import free_port
 
@@ -34,20 +37,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
 
 
-def start(argv: list[str], world: int, script: str = "scripts/train_tower.py") -> list[subprocess.Popen[bytes]]:
+def start(argv: list[str], world: int, script: str = "scripts/train_tower.py") -> list[Script]:
     """The script in ``world`` processes, as a launcher starts it."""
-    port = str(free_port())
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(world)]
     return [
-        subprocess.Popen(
-            [sys.executable, script, f"--local_rank={rank}", *argv],
-            cwd=ROOT,
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            ),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(world)
+        Script(ROOT / script, [f"--local_rank={rank}", *argv], variables, ROOT) for rank, variables in enumerate(ranks)
     ]
 
 
@@ -58,7 +53,7 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
-def finish(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+def finish(processes: Sequence[Script]) -> list[int]:
     return [process.wait(timeout=900) for process in processes]
 
 

@@ -133,7 +133,7 @@ def four_blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtype: str, checkpointing: bool):
     """Large tensors have pages of their own, so that what is freed is given back."""
-    texts, tokens = 128, 64
+    texts, tokens = 64, 64
     words = [str(Path(__file__).parent / "measure_llm.py"), str(four_blocks), dtype, str(checkpointing)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *words, str(texts), str(tokens)]

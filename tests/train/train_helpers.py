@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import FORKED
 from torch import Tensor, nn
 
 from llm2clip_plugin.vision.dual import DualFeatures
@@ -23,14 +24,18 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "reference"
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Call ``function(rank, world, *args)`` in ``world`` gloo processes; returns their results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (world, folder, function, args), nprocs=world)  # type: ignore[attr-defined]
+        _start(world, folder, function, args, join=True)
         return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world)]
 
 
 def start_ranks(function: Callable[..., Any], world: int, store: str, *args: Any) -> list[Any]:
     """The processes of ``run_ranks``, to be killed; ``store``: an empty folder."""
-    spawn = torch.multiprocessing.spawn  # type: ignore[attr-defined]
-    return spawn(_rank, (world, store, function, args), nprocs=world, join=False).processes
+    return _start(world, store, function, args, join=False).processes
+
+
+def _start(world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], *, join: bool) -> Any:
+    start = torch.multiprocessing.start_processes  # type: ignore[attr-defined]
+    return start(_rank, (world, folder, function, args), world, join=join, start_method=FORKED.get_start_method())
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
