@@ -121,8 +121,8 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
     started = time.monotonic()
     print(f"\n== {task.benchmark.title}", flush=True)
     try:
-        answers, command = make_answers(task, args, extra)
-        outcome = score_task(task, args, answers, command)
+        answers, answered_by = make_answers(task, args, extra)
+        outcome = score_task(task, args, answers, answered_by)
     except Exception as error:
         log = args.output / "logs" / f"{name}.error.txt"
         with atomic_file(log) as temporary:
@@ -132,7 +132,7 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
     return replace(outcome, seconds=round(time.monotonic() - started, 1))
 
 
-def score_task(task: Task, args: argparse.Namespace, path: Path, command: list[str]) -> Outcome:
+def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: list[str]) -> Outcome:
     """Score the answers and write the score file; if only the server has the truth, write the server's file."""
     member, name = task.benchmark, task.benchmark.name
     answers = read_answers(path, tasks=member.lmms_eval_tasks)
@@ -145,7 +145,7 @@ def score_task(task: Task, args: argparse.Namespace, path: Path, command: list[s
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or Path(args.model_path).name
     record = score_answers(name, task.folder, answers, Options(corrected=True), model=model)
-    record.provenance.update(run_provenance(args.model_path, task.question_file, command))
+    record.provenance.update(run_provenance(args.model_path, task.question_file, answered_by))
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale
     detail = f"{tables.number(value, member.unit)} {member.unit}"
