@@ -114,6 +114,20 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
+# Commands with many options declare them in a module that imports no torch: --help and a misspelt option need no more.
+OPTIONS: dict[str, tuple[str, str]] = {
+    "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
+    "pretrain-llm": ("llm2clip_plugin.stages.llm.options", "PRETRAIN"),
+    "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
+    "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
+    "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),
+    "train-tower": ("llm2clip_plugin.stages.tower.options", "COMMAND"),
+    "evaluate": ("llm2clip_plugin.evaluate.options.retrieval", "COMMAND"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
+    "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
+    "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
+}
+
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
 
 
@@ -182,6 +196,7 @@ def run(name: str, argv: list[str]) -> int:
     quiet_accelerator()
     module, function, _ = COMMANDS[name]
     try:
+        read_options(name, argv)
         return getattr(importlib.import_module(module), function)(argv) or 0
     except BrokenPipeError:  # `llm2clip ... | head` stops reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -234,6 +249,14 @@ def _unexpected(error: Exception) -> int:
 
     traceback.print_exception(error)
     return 1
+
+
+def read_options(name: str, argv: list[str]) -> None:
+    """Print --help and exit, or raise ValueError for an unknown option, before anything large is imported."""
+    suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
+    if name in OPTIONS and not suites:
+        module, command = OPTIONS[name]
+        getattr(importlib.import_module(module), command).read(argv)
 
 
 def limit_threads() -> None:

@@ -9,7 +9,7 @@ Shapes: N pairs of captions, W width of an embedding.
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,31 +21,13 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import Caption, select_captions
 from llm2clip_plugin.evaluate.command_line import write_scores
+from llm2clip_plugin.evaluate.config import CaptionSetConfig
+from llm2clip_plugin.evaluate.options.captions import COMMAND
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionSetConfig:
-    """Which captions retrieve which."""
-
-    captions: str = ""  # captioned images; only the captions are read
-    retrieve: tuple[str, ...] = ("short:long",)  # FIRST:SECOND, kinds of captions: the first retrieves the second
-    home: str = "en"  # language of these captions, and the target of cross-lingual retrieval
-    across: bool = True  # also retrieve from every other language into the home language
-    across_kind: str = "short"  # kind of caption for cross-lingual retrieval
-    limit: int = 5000  # use the first images, at most this many
-
-    def __post_init__(self) -> None:
-        for text in self.retrieve:
-            if text.count(":") != 1 or not all(text.split(":")):
-                raise ValueError(f"--retrieve expects FIRST:SECOND, such as short:long; got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -156,37 +138,6 @@ def caption_ranks(
     if center:
         first_NW, second_NW = first_NW - first_NW.mean(0, keepdim=True), second_NW - second_NW.mean(0, keepdim=True)
     return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateCaptionsConfig:
-    """Caption retrieval accuracy of an LLM."""
-
-    measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
-
-
-COMMAND = Command(
-    name="evaluate captions",
-    example="llm2clip evaluate captions /data/flickr30k --llm meta-llama/Llama-3.2-1B --adapter runs/llm/adapter",
-    about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
-    "another, within and across languages. Images are not read.",
-    settings=EvaluateCaptionsConfig,
-    arguments=("measure.captions",),
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "measure.retrieve",
-        "measure.home",
-        "measure.across",
-        "measure.across_kind",
-        "measure.limit",
-        "json",
-    ),
-    shown={**EVALUATION_NAMES, "measure.captions": "data"},
-)
 
 
 def table(scores: Sequence[CaptionScore]) -> str:

@@ -1,10 +1,9 @@
 """``llm2clip evaluate``: retrieval recall of a tower directory on a dataset whose captions are cached."""
 
 import dataclasses
-from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.evaluate.command_line import (
     OpenedTower,
     dataset_name,
@@ -13,53 +12,12 @@ from llm2clip_plugin.evaluate.command_line import (
     tower_provenance,
     write_scores,
 )
+from llm2clip_plugin.evaluate.options.retrieval import COMMAND, EvaluateConfig
 from llm2clip_plugin.evaluate.preconditions import check_measurable
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.tables import print_retrieval
 from llm2clip_plugin.evaluate.teacher import open_teacher_cache
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, TRAINING_ALONE, in_section
 from llm2clip_plugin.train.distributed import on_first_rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Retrieval recall of a tower."""
-
-    tower: str  # tower directory or Hub id, with a text adapter
-    data: SourceConfig
-    cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    any_teacher: bool = False  # accept a cache from a different teacher than the tower's
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
-    json: str = ""  # file to write: the metrics and every query's hits, for llm2clip compare
-
-
-COMMAND = Command(
-    name="evaluate",
-    example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
-    about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
-    "deepspeed launcher the ranks split the work. With --suite NAMES: benchmarks by name (flickr30k, coco, docci, "
-    "sugarcrepe ...), see llm2clip evaluate --suite all --help.",
-    settings=EvaluateConfig,
-    arguments=("tower", "data.path"),
-    everyday=(
-        "cache",
-        "data.images",
-        "data.fields",
-        "retrieval.kinds",
-        "retrieval.languages",
-        "retrieval.group",
-        "retrieval.limit",
-        "retrieval.batch",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in TRAINING_ALONE),
-)
 
 
 def main(argv: list[str]) -> int:

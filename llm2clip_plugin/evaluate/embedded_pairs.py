@@ -16,8 +16,8 @@ from llm2clip_plugin.data.evaluation import EvalPairs, eval_pairs
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.rank_counting import row_digests
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llm2clip_plugin.data.decode import BrokenImage, open_header
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Sample, select_captions
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 
 LOOKED_AT = 2048  # samples whose JSON is read, evenly spaced
 IMAGES = 8  # of these, whose headers are read until one can be opened

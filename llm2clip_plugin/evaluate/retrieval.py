@@ -13,36 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_plugin.evaluate.config import KS
 from llm2clip_plugin.evaluate.rank_counting import TILE, rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
 
-KS = (1, 5, 10)
 UNIT_TOLERANCE = 1e-6  # error of a norm after fp32 normalization, at some thousand dimensions
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    """How retrieval is measured."""
-
-    kinds: tuple[str, ...] = ()  # only captions of these kinds; empty: all
-    languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
-    group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
-    cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
-    ties: TieRule = "half"  # how items of equal score rank
-    ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
-    parts: bool = True  # also measure each kind and language separately
-    control: bool = False  # also measure with captions shuffled among the images, which must give chance
-    limit: int = 0  # use the first images, at most this many; 0: all
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-
-    def __post_init__(self) -> None:
-        if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks {' '.join(map(str, self.ks)) or 'is empty'}: recall@k needs numbers above 0")
-        if self.limit < 0 or self.batch < 1 or self.workers < 0:
-            raise ValueError(
-                f"limit {self.limit} and workers {self.workers} must not be negative, batch {self.batch} at least 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

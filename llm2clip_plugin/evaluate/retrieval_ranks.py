@@ -8,12 +8,12 @@ Shapes: Q queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-TieRule = Literal["half", "optimistic", "pessimistic", "lowest_index_first"]
+from llm2clip_plugin.evaluate.config import TieRule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import Dual, EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval import Retrieval, RetrievalConfig, retrieve, shuffled
+from llm2clip_plugin.evaluate.retrieval import Retrieval, retrieve, shuffled
 
 ALL = "all"  # the part with every caption
 

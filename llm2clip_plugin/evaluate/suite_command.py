@@ -16,7 +16,7 @@ from llm2clip_plugin.evaluate.command_line import (
     open_tower,
     tower_provenance,
 )
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.suite import Suite
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.tables import print_suites

@@ -8,8 +8,8 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.command_line import OpenedTower
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval_report import ALL, evaluate_retrieval
 
 # metrics (fractions) and the score of every query; the last argument: all ranks call it together and split the work

@@ -6,7 +6,6 @@ Shapes: N images, C classes, D projection dimension.
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,53 +24,9 @@ from llm2clip_plugin.evaluate.command_line import (
 )
 from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
 from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
+from llm2clip_plugin.evaluate.options.zeroshot import COMMAND, ZeroShotConfig
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.teacher import Teacher
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES
-from llm2clip_plugin.text.settings import EncoderConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig:
-    """Zero-shot classification."""
-
-    tower: str  # tower directory or Hub id, with a text adapter
-    data: str  # labeled images: a folder per class, tars with .cls members, or captioned data with --label
-    label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    classes: str = ""  # file of class names: one per line, CLASS<TAB>NAME, or JSON; "": classnames.txt, or the folders
-    templates: str = ""  # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
-    cache: str = ""  # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for prompts not cached yet
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    json: str = ""  # write the metrics and every image's hit here (a score file)
-    clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
-
-
-COMMAND = Command(
-    name="evaluate zeroshot",
-    example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
-    about="Measure a tower's zero-shot classification. DATA has one folder per class (ImageNet), or WebDataset tars "
-    "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
-    "it is captioned data, with --label.",
-    settings=ZeroShotConfig,
-    arguments=("tower", "data"),
-    everyday=(
-        "label",
-        "classes",
-        "templates",
-        "cache",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "json",
-        "device",
-    ),
-    shown=EVALUATION_NAMES,
-)
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,6 @@
 """PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that holds one."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,29 +11,12 @@ from transformers import PreTrainedModel
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
 from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_peft
+from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
 from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-ALL_LINEAR = "all-linear"
 # An adapter trained on the model with its language head names the blocks one level deeper.
 HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """LoRA adapter of the LLM."""
-
-    r: int = 16  # rank
-    alpha: int = 32  # the update is scaled by alpha / r, or by alpha / sqrt(r) with rslora
-    dropout: float = 0.05  # dropout on the adapter's input
-    # names of the linear layers to adapt; all-linear: every linear layer of the blocks
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-    dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
-    rslora: bool = False  # rank-stabilized scale (Kalajdzievski 2023)
-
-    def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"r {self.r} and alpha {self.alpha} must be at least 1, dropout {self.dropout} in [0, 1)")
 
 
 def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:

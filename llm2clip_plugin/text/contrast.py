@@ -6,12 +6,12 @@ G texts of one length group, T tokens, W embedding width.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2clip_plugin.text.config import ContrastConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pair_loader import PairTokenizer
@@ -24,23 +24,6 @@ from llm2clip_plugin.train.losses.blocks import EXCLUDED, stack_ids
 from llm2clip_plugin.train.losses.config import Terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, Encoded
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastConfig:
-    """The loss of caption-contrastive training."""
-
-    scale: float = 50.0  # logit scale (1 / temperature), as in the paper; the initial value if it is learned
-    learn_scale: bool = False  # learn the logit scale, up to 100
-    # groups of similar length in which a micro-batch's texts are padded: less padding, same result
-    length_groups: int = 4
-    mask_same: bool = True  # pairs with a common text or image are not negatives of each other
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale <= 100:
-            raise ValueError(f"scale is {self.scale}; expected a number above 0, at most 100")
-        if self.length_groups < 1:
-            raise ValueError(f"length_groups is {self.length_groups}; expected 1 or more")
 
 
 class PairModule(nn.Module):

@@ -2,9 +2,7 @@
 
 import dataclasses
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -13,52 +11,19 @@ from transformers import AutoTokenizer, PreTrainedModel
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.export_options import COMMAND, ExportConfig
 from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llm2clip_plugin.text.model import keep_layers, load_backbone
-from llm2clip_plugin.text.post import PostKind, fit_post
+from llm2clip_plugin.text.post import fit_post
 from llm2clip_plugin.text.sentence_transformers import refuse_unsupported, write_sentence_transformers
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 
 SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
 # of an embedding's norm: the same float32 weights, summed in another order once
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Export a fine-tuned LLM."""
-
-    output: str  # folder to write
-    layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
-    post: PostKind = "none"  # center or whiten the embeddings, fitted on --post-data
-    post_data: str = ""  # captioned images whose captions are used to fit it
-    post_captions: int = 20000  # maximum number of distinct captions for it
-    overwrite: bool = False  # replace an existing folder
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-
-
-COMMAND = Command(
-    name="export-llm",
-    example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
-    about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
-    "reloaded, and its embeddings are compared, before it counts.",
-    settings=ExportConfig,
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "output",
-        "layout",
-        "post",
-        "post_data",
-        "overwrite",
-    ),
-    shown={"layout": "format"},
-)
 
 
 def export_llm(config: ExportConfig) -> Path:

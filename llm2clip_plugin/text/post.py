@@ -5,16 +5,15 @@ Shape letters: N captions, W embedding width.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, sha256_weights
+from llm2clip_plugin.text.config import PostKind
 
 POST_FILE = "llm2clip_post.safetensors"
-PostKind = Literal["none", "centre", "whiten"]
 # fraction of the mean variance that is added to every variance, so that nearly constant directions are not blown up
 SHRINKAGE = 0.01
 

@@ -9,13 +9,12 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from llm2clip_plugin.train.choices import Precision, ReductionType
 from llm2clip_plugin.train.deepspeed_keys import check_sections
 from llm2clip_plugin.train.optim import OptimConfig
 
-Precision = Literal["fp32", "bf16", "fp16"]
-ReductionType = Literal["", "fp32", "bf16", "fp16"]
 SCHEDULERS = {  # DeepSpeed's scheduler -> optim.schedule
     "WarmupLR": "constant",
     "WarmupDecayLR": "linear",

@@ -1,10 +1,8 @@
 """How a device computes products of fp32 tensors."""
 
-from typing import Literal
-
 import torch
 
-Tf32 = Literal["auto", "on", "off"]
+from llm2clip_plugin.train.choices import Tf32
 
 
 def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:

@@ -22,13 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from llm2clip_plugin.train.choices import DDP_TIMEOUT
 from llm2clip_plugin.train.errors import FirstRankError
+from llm2clip_plugin.train.launcher import local_world_size
 from llm2clip_plugin.train.timing import timed
 
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 
 Value = TypeVar("Value")
-DDP_TIMEOUT = 1800.0  # seconds, as in Hugging Face's Trainer; torch's is 600 on NCCL, DeepSpeed's 600 since 0.19.6
 
 
 class Alone(Enum):
@@ -54,11 +55,6 @@ def world_size(group: Group = None) -> int:
 def rank(group: Group = None) -> int:
     """This process's number; 0 without a process group."""
     return 0 if group is ALONE or not dist.is_initialized() else dist.get_rank(group)
-
-
-def local_world_size() -> int:
-    """Number of ranks on this machine as set by DeepSpeed's or torch's launcher; 1 without a launcher."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def choose_device(name: str = "") -> torch.device:

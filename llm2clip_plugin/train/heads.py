@@ -28,6 +28,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.progress import track
+from llm2clip_plugin.train.config import HeadsConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_to_first, local_world_size, on_first_rank, rank, world_size
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
@@ -36,23 +37,6 @@ from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder
 
 BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadsConfig:
-    """The phase that fits the heads on a frozen tower."""
-
-    steps: int = 0  # updates that train only the heads; 0: skip this phase
-    batch: int = 256  # image-caption pairs per update
-    lr: float = 1e-3  # of AdamW, constant
-    weight_decay: float = 0.05  # not applied to norms, biases, logit scale
-    max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch < 2 or self.max_images < 2:
-            raise ValueError(
-                f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
-from llm2clip_plugin.data.shared_memory import PREFETCH_MB
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.train.checkpoint import TrainState
-from llm2clip_plugin.train.deepspeed_config import Precision, ReductionType
-from llm2clip_plugin.train.device import Tf32
-from llm2clip_plugin.train.distributed import DDP_TIMEOUT, on_first_rank, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.config import TrainConfig
+from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
@@ -26,107 +23,9 @@ from llm2clip_plugin.train.saving import Saver
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.timing import timed
-from llm2clip_plugin.train.watchdog import STRAGGLER_SECONDS
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
-Monitor = Literal["tensorboard", "wandb", "csv"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length, batch size, precision, checkpoints and logging of a run."""
-
-    global_batch: int = 4096  # image-caption pairs per optimizer step, over all ranks; also the negatives
-    micro_batch: int = 0  # pairs per forward pass on one rank; fewer than its share: gradient caching. 0: its share
-    num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
-    max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
-    precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
-    tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
-    communication_data_type: ReductionType = ""  # in which gradients are reduced: fp32 | bf16 | fp16; "": DeepSpeed's
-    seed: int = 0  # of the data's order, augmentation, noise, initial heads
-    gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
-    torch_compile: bool = False  # torch.compile the tower
-    ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none
-    save_steps: int = 0  # steps between checkpoints; 0: only by time
-    save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
-    save_total_limit: int = 2  # checkpoints kept; 0: all
-    save_fallback_dir: str = ""  # where the last checkpoint is written if output_dir fails (disk full); "": nowhere
-    eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
-    eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
-    logging_steps: int = 1  # steps between lines of metrics.jsonl
-    report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
-    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 others; 0: none
-    profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
-    dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
-    dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
-    max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
-    ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
-    straggler_seconds: float = (
-        STRAGGLER_SECONDS  # a rank without progress for so long is named, with its phase; 0: never
-    )
-
-    def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"unknown train.precision {self.precision!r}; known: {', '.join(get_args(Precision))}")
-        if self.tf32 not in get_args(Tf32):
-            raise ValueError(f"unknown train.tf32 {self.tf32!r}; known: {', '.join(get_args(Tf32))}")
-        if self.communication_data_type not in get_args(ReductionType):
-            raise ValueError(
-                f"unknown train.communication_data_type {self.communication_data_type!r}; known: "
-                f"{', '.join(filter(None, get_args(ReductionType)))}, or leave it empty"
-            )
-        if unknown := sorted(set(self.report_to) - set(get_args(Monitor))):
-            raise ValueError(f"unknown train.report_to {unknown}; known: {', '.join(get_args(Monitor))}")
-        if self.global_batch < 2 or self.micro_batch < 0:
-            raise ValueError(
-                f"train.global_batch {self.global_batch} must be >= 2, micro_batch {self.micro_batch} >= 0"
-            )
-        if self.max_steps <= 0 and self.num_train_epochs < 0:
-            raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must not be negative")
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.max_broken <= 1:
-            raise ValueError(
-                f"train.ema_decay {self.ema_decay} must be in [0, 1), max_broken {self.max_broken} in [0, 1]"
-            )
-        if self.dataloader_prefetch_mb < 1:
-            raise ValueError(f"train.dataloader_prefetch_mb {self.dataloader_prefetch_mb} must be at least 1")
-        if self.ddp_timeout <= 0 or self.straggler_seconds < 0:
-            raise ValueError(
-                f"train.ddp_timeout {self.ddp_timeout} must be above 0, straggler_seconds {self.straggler_seconds} >= 0"
-            )
-        counts = ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
-        for name in (*counts, "dataloader_num_workers"):
-            if vars(self)[name] < 0:
-                raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")
-        if self.logging_steps < 1:
-            raise ValueError(f"train.logging_steps {self.logging_steps} must be at least 1")
-
-    def rows(self, world: int) -> tuple[int, int, int]:
-        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
-        local, rest = divmod(self.global_batch, world)
-        micro = self.micro_batch or local
-        if not rest and local % micro == 0:
-            return local, micro, local // micro
-        unit = world * min(micro, local) or world
-        fits = [f"--global-batch {max(unit, self.global_batch // unit * unit)}"] if rest or micro < local else []
-        if not rest:
-            divisors = [size for size in range(1, min(micro, local) + 1) if local % size == 0]
-            fits.append(f"--micro-batch {divisors[-1]}")
-        shares = f"{world} ranks" + (f" x train.micro_batch {self.micro_batch}" if self.micro_batch else "")
-        raise ValueError(
-            f"train.global_batch {self.global_batch} is not a multiple of {shares}; try {' or '.join(fits)}"
-        )
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether there is a step to make."""
-        return self.max_steps > 0 or self.num_train_epochs > 0
-
-    def steps(self, samples: int) -> int:
-        """Optimizer steps of the run over ``samples`` samples; 0 for 0 epochs."""
-        if self.max_steps > 0 or not self.has_steps:
-            return max(0, self.max_steps)
-        return max(1, round(self.num_train_epochs * samples / self.global_batch))
 
 
 @dataclass(frozen=True, kw_only=True)

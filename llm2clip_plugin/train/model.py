@@ -2,37 +2,17 @@
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from llm2clip_plugin.train.config import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
 from llm2clip_plugin.vision.meta_tower import meta_tower
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerConfig:
-    """The initial vision tower, and which parts of it train."""
-
-    path: str = ""  # tower directory, Hugging Face directory or Hub id
-    architecture: str = ""  # known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty
-    image_size: int = 0  # pixels per side; position embeddings are interpolated. 0: the tower's own
-    freeze: bool = False  # train only the heads
-    freeze_first_blocks: int = 0  # freeze the embeddings and this many first blocks
-    keep_heads: bool = False  # start from the tower directory's projection, text adapter and logit scale
-    lora_rank: int = 0  # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
-    lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
-
-    def __post_init__(self) -> None:
-        if self.lora_rank and (self.freeze or self.freeze_first_blocks):
-            raise ValueError("tower.lora_rank freezes the tower; leave tower.freeze* unset")
-        if self.freeze and self.freeze_first_blocks:
-            raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks unset")
 
 
 def with_llm_width(config: DualConfig, width: int) -> DualConfig:

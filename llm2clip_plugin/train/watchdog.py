@@ -27,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 import llm2clip_plugin.phases as phases
+from llm2clip_plugin.train.choices import STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
     DDP_TIMEOUT,
     barrier,
@@ -38,7 +39,6 @@ from llm2clip_plugin.train.distributed import (
 )
 from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, RequeueError, SameOnAllRanksError, lost_rank
 
-STRAGGLER_SECONDS = 300.0  # without progress, after which a rank is named
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_BEAT = 5.0  # seconds between signs of life, at most

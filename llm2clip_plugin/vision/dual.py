@@ -4,10 +4,8 @@ Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM 
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from llm2clip_plugin.outside.safetensors_header import read_header
 from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_WIDTH, check_fields, check_range, check_whole
 from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
+from llm2clip_plugin.vision.dual_config import DualConfig
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.intact import REMEDY, checked_while_read
@@ -36,26 +35,6 @@ WHOLE_NUMBERS = (  # field of DualConfig, smallest and largest value
 )
 NUMBERS = (("input_noise", 0, 100), ("logit_scale_init", -100, 100), ("logit_bias_init", -1000, 1000))
 MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
-
-
-@dataclass(frozen=True, kw_only=True)
-class DualConfig:
-    """How image features and LLM embeddings are mapped to one space."""
-
-    projection_dim: int = 1280  # width of the space that images and captions share
-    llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
-    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
-    projection: str = "linear"  # linear | none (the pooled feature is the embedding; projection_dim is its width)
-    projection_norm: bool = False  # a LayerNorm before the projection
-    projection_bias: bool = False  # a bias in the projection
-    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none
-    adapter_blocks: int = 4  # residual MLP blocks
-    adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
-    normalise_input: bool = True  # L2-normalize LLM embeddings first
-    input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
-    input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
-    logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the initial scale
-    logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
 
 
 class DualFeatures(NamedTuple):

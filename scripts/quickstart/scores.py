@@ -19,8 +19,8 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, report_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 

@@ -17,8 +17,9 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.command import COMMAND
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig, recall
+from llm2clip_plugin.evaluate.retrieval import recall
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 
 IMAGES = ImageConfig(size=32)

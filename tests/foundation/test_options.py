@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
+from llm2clip_plugin import cli
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.help import help_text
@@ -194,3 +197,17 @@ def test_parsers_of_llava_s_commands_know_the_same_names(capsys: pytest.CaptureF
             parsed(line)
         error = capsys.readouterr().err
         assert ended.value.code == 2 and error == f"error: {message}; `llm2clip p --help` lists the options\n"
+
+
+def test_help_imports_nothing_large() -> None:
+    code = (
+        "import sys, llm2clip_plugin.cli as c\n"
+        "for name in c.OPTIONS:\n"
+        "    for flag in ('--help', '--help-all'):\n"
+        "        try: c.read_options(name, [flag])\n"
+        "        except SystemExit as ended: assert not ended.code\n"
+        "assert not {'torch', 'transformers', 'deepspeed', 'numpy', 'PIL', 'rich'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("example:\n") == 2 * len(cli.OPTIONS)

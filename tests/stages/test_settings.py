@@ -23,7 +23,9 @@ def test_a_misspelled_option_is_refused():
         from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
     with pytest.raises(ValueError, match=r"unknown option --train.global-bach; did you mean --global-batch"):
         read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
-    with pytest.raises(ValueError, match=r"unknown recipe 'quickstrat'; known: base, quickstart"):
+    with pytest.raises(
+        ValueError, match=r"unknown recipe 'quickstrat'; did you mean 'quickstart'\?.* known: base, quickstart"
+    ):
         read_command(["--recipe", "quickstrat"])
 
 

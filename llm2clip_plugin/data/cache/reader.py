@@ -32,9 +32,10 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, canonical_json, sha256_text
+from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.cache.proof import check_captions
 from llm2clip_plugin.data.cache.rows import UNCOMPARED, row_numbers
-from llm2clip_plugin.data.cache.shard_file import AGAIN, CACHE_DTYPES, REDO, ShardFile, image_check
+from llm2clip_plugin.data.cache.shard_file import AGAIN, REDO, ShardFile, image_check
 from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.downloads import default_download_folder

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.data.cache.dtypes import VALUE_BYTES
 from llm2clip_plugin.data.retry import SteadyFile
 
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
@@ -21,8 +22,6 @@ METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
 META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
 AGAIN = "rerun `llm2clip embed`, which embeds damaged shards again"
 REDO = "rerun `llm2clip embed`; complete shards are skipped"
-VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
-CACHE_DTYPES = tuple(VALUE_BYTES)
 DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
 
 

@@ -16,10 +16,11 @@ from llm2clip_plugin.contracts import (
     atomic_file,
     canonical_json,
 )
+from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.cache.names import shard_file
 from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.cache.rows import rows_digest
-from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, META, ShardFile, row_check, tensors_digest
+from llm2clip_plugin.data.cache.shard_file import META, ShardFile, row_check, tensors_digest
 
 log = logging.getLogger(__name__)
 

@@ -3,35 +3,11 @@
 import json
 from typing import Any
 
+from llm2clip_plugin.data.check.options import COMMAND
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
 from llm2clip_plugin.data.check.report import as_text, build_report
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES
 from llm2clip_plugin.progress import track
-
-COMMAND = Command(
-    name="data check",
-    example="llm2clip data check /data/cc3m --fields caption=short --tokenizer meta-llama/Llama-3.2-1B-Instruct",
-    about="Read a data set once, decode every image, and report statistics and broken samples. The exit status is 1 if "
-    "training on it would stop, else 0.",
-    settings=CheckConfig,
-    arguments=("path",),
-    everyday=(
-        "images",
-        "fields",
-        "kinds",
-        "languages",
-        "tokenizer",
-        "max_tokens",
-        "max_broken",
-        "show",
-        "workers",
-        "json",
-    ),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window"),
-)
 
 
 def main(argv: list[str]) -> int:

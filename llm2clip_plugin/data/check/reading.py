@@ -11,26 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2clip_plugin.data.check.options import CheckConfig
 from llm2clip_plugin.data.decode import BrokenImage, load, open_header
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions
 from llm2clip_plugin.outside.timeouts import check_hub_answers
 
 CHUNK = 64  # samples that a worker reads in one task
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckConfig(SourceConfig):
-    """What to look for in a data set."""
-
-    tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
-    max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
-    small_side: int = 32  # count images with a side shorter than this, in pixels
-    max_broken: float = 0.01  # fraction of broken samples above which training stops
-    show: int = 10  # how many broken samples, duplicate captions ... to list; --json lists all broken samples
-    workers: int = 0  # processes; 0: one per core
-    json: bool = False  # print one JSON object
 
 
 @dataclass

@@ -7,15 +7,18 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, read_captions
 from llm2clip_plugin.data.sources.downloads import Downloads, default_download_folder
-from llm2clip_plugin.data.sources.index_file import Stamp
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.options.names import nearest
+
+if TYPE_CHECKING:
+    from llm2clip_plugin.data.sources.index_file import Stamp
 
 READING = 1  # version of how captions are read from a sample; another one makes kept digests void
 
@@ -60,8 +63,7 @@ class ReadConfig:
     cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
 
     def __post_init__(self) -> None:
-        known = ("auto", *formats())
-        if self.format not in known:
+        if self.format != "auto" and self.format not in (known := ("auto", *formats())):
             hint = nearest(self.format, known)
             raise ValueError(f"unknown data format {self.format!r}{hint}; known: {', '.join(known)}")
         if self.shuffle_window < -1 or self.cache_gb < 0:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES
+from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.text.settings import EncoderConfig
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.cache.rows import caption_rows
-from llm2clip_plugin.data.cache.shard_file import CACHE_DTYPES, shard_bytes
+from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.stages.embed.config import EmbedConfig

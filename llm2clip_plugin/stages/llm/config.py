@@ -4,15 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.evaluate.captions import CaptionSetConfig
-from llm2clip_plugin.stages.plan_text import PlanConfig
+from llm2clip_plugin.evaluate.config import CaptionSetConfig
+from llm2clip_plugin.stages.plan_config import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig
-from llm2clip_plugin.text.adapter import LoraSettings
-from llm2clip_plugin.text.contrast import ContrastConfig
-from llm2clip_plugin.text.pairs import PairsConfig
+from llm2clip_plugin.text.config import ContrastConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

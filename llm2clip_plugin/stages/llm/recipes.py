@@ -11,11 +11,9 @@ from collections.abc import Callable
 from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.paper import TEACHERS
-from llm2clip_plugin.text.adapter import LoraSettings
-from llm2clip_plugin.text.contrast import ContrastConfig
+from llm2clip_plugin.text.config import ContrastConfig, LoraSettings
 from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
 INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
 

@@ -6,18 +6,14 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.augment import AugmentConfig
+from llm2clip_plugin.data.augment_config import AugmentConfig
 from llm2clip_plugin.data.caption_choice import parse_weights
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
-from llm2clip_plugin.stages.plan_text import PlanConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.stages.plan_config import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
-from llm2clip_plugin.train.heads import HeadsConfig
-from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.losses.config import LossConfig
-from llm2clip_plugin.train.model import TowerConfig
-from llm2clip_plugin.train.optim import OptimConfig
-from llm2clip_plugin.vision.dual import DualConfig
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.vision.dual_config import DualConfig
 
 EXAMPLE = (
     "llm2clip train-tower /data/photos --tower facebook/dinov2-base --validation /data/held-out --output runs/photos"

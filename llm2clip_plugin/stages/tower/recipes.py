@@ -12,19 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llm2clip_plugin
-from llm2clip_plugin.data.augment import AugmentConfig
+from llm2clip_plugin.data.augment_config import AugmentConfig
 from llm2clip_plugin.data.pool import cores
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.evaluate.retrieval import RetrievalConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
-from llm2clip_plugin.train.distributed import local_world_size
-from llm2clip_plugin.train.heads import HeadsConfig
-from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.model import TowerConfig
-from llm2clip_plugin.train.optim import OptimConfig
-from llm2clip_plugin.vision.dual import DualConfig
+from llm2clip_plugin.train.config import HeadsConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.launcher import local_world_size
+from llm2clip_plugin.vision.dual_config import DualConfig
 
 DEFAULT = "base"
 EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"

@@ -1,0 +1,49 @@
+"""How retrieval is measured, of images and of captions; read without torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TieRule = Literal["half", "optimistic", "pessimistic", "lowest_index_first"]
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """How retrieval is measured."""
+
+    kinds: tuple[str, ...] = ()  # only captions of these kinds; empty: all
+    languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
+    group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
+    cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
+    ties: TieRule = "half"  # how items of equal score rank
+    ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
+    parts: bool = True  # also measure each kind and language separately
+    control: bool = False  # also measure with captions shuffled among the images, which must give chance
+    limit: int = 0  # use the first images, at most this many; 0: all
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks {' '.join(map(str, self.ks)) or 'is empty'}: recall@k needs numbers above 0")
+        if self.limit < 0 or self.batch < 1 or self.workers < 0:
+            raise ValueError(
+                f"limit {self.limit} and workers {self.workers} must not be negative, batch {self.batch} at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSetConfig:
+    """Which captions retrieve which."""
+
+    captions: str = ""  # captioned images; only the captions are read
+    retrieve: tuple[str, ...] = ("short:long",)  # FIRST:SECOND, kinds of captions: the first retrieves the second
+    home: str = "en"  # language of these captions, and the target of cross-lingual retrieval
+    across: bool = True  # also retrieve from every other language into the home language
+    across_kind: str = "short"  # kind of caption for cross-lingual retrieval
+    limit: int = 5000  # use the first images, at most this many
+
+    def __post_init__(self) -> None:
+        for text in self.retrieve:
+            if text.count(":") != 1 or not all(text.split(":")):
+                raise ValueError(f"--retrieve expects FIRST:SECOND, such as short:long; got {text!r}")

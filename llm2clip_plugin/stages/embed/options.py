@@ -1,0 +1,29 @@
+"""The options of ``llm2clip embed``."""
+
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import READ_NAMES, in_section
+from llm2clip_plugin.stages.embed.config import EmbedConfig
+
+COMMAND = Command(
+    name="embed",
+    example="llm2clip embed /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter",
+    about="Stage 1.5: embed the captions of DATA with a frozen LLM and cache the embeddings. Rerun the same command to "
+    "resume; shards that are complete are skipped.",
+    settings=EmbedConfig,
+    arguments=("source.path",),
+    everyday=(
+        "encoder.llm",
+        "encoder.adapter",
+        "encoder.preset",
+        "cache",
+        "source.fields",
+        "source.images",
+        "dtype",
+        "encoder.load_in_4bit",
+        "verify",
+        "dry_run",
+    ),
+    shown={"source.path": "data", **in_section("source", READ_NAMES)},
+    also={"path": "source.path"},
+    hidden=("source.weight", "source.shuffle_window", "source.kinds", "source.languages"),
+)

@@ -1,0 +1,61 @@
+"""The options of ``llm2clip finetune-llm`` and ``pretrain-llm``."""
+
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.declared import Extra
+from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
+from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
+
+NAMES = {
+    **TRAINING_NAMES,
+    **in_section("pairs.read", READ_NAMES),
+    "pairs.data": "data",
+    "pairs.weights": "data-weights",
+    "evaluation.captions": "validation",
+    "lora": "lora-",
+    "lora.r": "lora-rank",
+    "plan.assumed_pairs": "assumed-samples",
+}
+EVERYDAY = (
+    "encoder.llm",
+    "pairs.pair_kinds",
+    "pairs.read.fields",
+    "output_dir",
+    "train.global_batch",
+    "train.micro_batch",
+    "optim.lr",
+    "train.num_train_epochs",
+    "train.max_steps",
+    "encoder.load_in_4bit",
+    "deepspeed",
+    "dry_run",
+)
+UNREAD = ("pairs.read.shuffle_window", "pairs.read.kinds", "pairs.read.languages")  # only the tower's training does
+RECIPE = Extra(metavar="NAME", help=f"the paper's LLM and settings: {', '.join(LLM_RECIPES)}")
+ALSO = {"plan.images": "plan.assumed_pairs"}  # train-tower's name
+FINETUNE = Command(
+    name="finetune-llm",
+    example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
+    about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
+    "to resume.",
+    settings=FinetuneConfig,
+    arguments=("pairs.data",),
+    everyday=("recipe", *EVERYDAY),
+    shown=NAMES,
+    also=ALSO,
+    extras={"recipe": RECIPE},
+    hidden=UNREAD,
+)
+PRETRAIN = Command(
+    name="pretrain-llm",
+    example="llm2clip pretrain-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/mntp",
+    about="Optional, before fine-tuning: masked next-token prediction (MNTP) on captions. Rerun the same command to "
+    "resume.",
+    settings=FinetuneConfig,
+    arguments=("pairs.data",),
+    everyday=tuple(name for name in EVERYDAY if name != "pairs.pair_kinds"),
+    shown=NAMES,
+    also=ALSO,
+    extras={"recipe": RECIPE},
+    hidden=UNREAD,
+)

@@ -1,0 +1,239 @@
+"""The settings of a training: tower, heads, loss, optimizer, loop; read without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from llm2clip_plugin.data.shared_memory import PREFETCH_MB
+from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.train.choices import DDP_TIMEOUT, STRAGGLER_SECONDS, Precision, ReductionType, Tf32
+from llm2clip_plugin.train.named_args import from_named_args
+from llm2clip_plugin.vision.dual_config import DualConfig
+
+if TYPE_CHECKING:
+    from llm2clip_plugin.train.losses.base import LossTerm
+    from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+
+Monitor = Literal["tensorboard", "wandb", "csv"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """The initial vision tower, and which parts of it train."""
+
+    path: str = ""  # tower directory, Hugging Face directory or Hub id
+    architecture: str = ""  # known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty
+    image_size: int = 0  # pixels per side; position embeddings are interpolated. 0: the tower's own
+    freeze: bool = False  # train only the heads
+    freeze_first_blocks: int = 0  # freeze the embeddings and this many first blocks
+    keep_heads: bool = False  # start from the tower directory's projection, text adapter and logit scale
+    lora_rank: int = 0  # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
+    lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
+
+    def __post_init__(self) -> None:
+        if self.lora_rank and (self.freeze or self.freeze_first_blocks):
+            raise ValueError("tower.lora_rank freezes the tower; leave tower.freeze* unset")
+        if self.freeze and self.freeze_first_blocks:
+            raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks unset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """The phase that fits the heads on a frozen tower."""
+
+    steps: int = 0  # updates that train only the heads; 0: skip this phase
+    batch: int = 256  # image-caption pairs per update
+    lr: float = 1e-3  # of AdamW, constant
+    weight_decay: float = 0.05  # not applied to norms, biases, logit scale
+    max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 2 or self.max_images < 2:
+            raise ValueError(
+                f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The training loss."""
+
+    kind: str = "infonce"  # infonce (CLIP, LLM2CLIP) | sigmoid (SigLIP; needs dual.logit_bias_init)
+    weight: float = 1.0  # factor of the loss
+    block: int = 0  # rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU
+    mask_same_caption: bool = True  # pairs with equal captions are not negatives of each other
+    mask_same_image: bool = True  # pairs with the same image are not negatives of each other
+    args: tuple[str, ...] = ()  # settings of this kind of loss alone, as NAME=VALUE
+
+    def __post_init__(self) -> None:
+        if (self.kind, self.args) != ("infonce", ()):
+            self.term()
+        if self.block < 0 or not math.isfinite(self.weight):
+            raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
+
+    def term(self) -> LossTerm:
+        """The chosen term with its settings; ValueError names a setting that it does not have."""
+        from llm2clip_plugin.train.losses import loss_terms  # torch
+
+        if self.kind not in (known := loss_terms()):
+            hint = nearest(self.kind, known)
+            raise ValueError(f"unknown loss.kind {self.kind!r}{hint}; known: {', '.join(known)}")
+        return from_named_args(known[self.kind], self.args, where="loss.args")
+
+    def check(self, dual: DualConfig) -> None:
+        """Raise ValueError if the loss and the dual encoder are incompatible."""
+        self.term().check(dual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    name: str = "adamw"  # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
+    args: tuple[str, ...] = ()  # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
+    lr: float = 1e-5  # peak learning rate of the tower's last block
+    head_lr: float = 0.0  # peak learning rate of projection, text adapter and logit scale; 0: same as lr
+    weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
+    layer_decay: float = 0.85  # lr factor from a block to the one below it; 1: none
+    betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
+    eps: float = 1e-8  # Adam's epsilon
+    max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none
+    schedule: Schedule = "cosine"  # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
+    warmup_steps: int = 0  # steps of linear warm-up
+    warmup_ratio: float = 0.0  # warm-up as a fraction of all steps; set one of the two
+    min_lr_ratio: float = 0.0  # where the schedule ends, as a fraction of the peak
+
+    def __post_init__(self) -> None:
+        if (self.name, self.args) != ("adamw", ()):
+            self.optimizer()
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"unknown optim.schedule {self.schedule!r}; known: {', '.join(get_args(Schedule))}")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"optim.warmup_steps {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set only one"
+            )
+        bounds = {
+            "lr": (0.0, 10.0),
+            "head_lr": (0.0, 10.0),
+            "weight_decay": (0.0, 10.0),
+            "layer_decay": (1e-3, 1.0),
+            "eps": (1e-20, 1.0),
+            "max_grad_norm": (0.0, math.inf),
+            "warmup_ratio": (0.0, 1.0),
+            "min_lr_ratio": (0.0, 1.0),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= vars(self)[name] <= high:
+                raise ValueError(f"optim.{name} {vars(self)[name]} must be between {low} and {high}")
+
+    def optimizer(self) -> OptimizerSpec:
+        """The chosen optimizer with its settings; ValueError names a setting that it does not have."""
+        from llm2clip_plugin.train.optimizers import optimizers  # torch
+
+        if self.name not in (known := optimizers()):
+            hint = nearest(self.name, known)
+            raise ValueError(f"unknown optimizer {self.name!r}{hint}; known: {', '.join(known)}")
+        return from_named_args(known[self.name], self.args, where="optim.args")
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of ``total_steps``."""
+        return self.warmup_steps or round(self.warmup_ratio * total_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch size, precision, checkpoints and logging of a run."""
+
+    global_batch: int = 4096  # image-caption pairs per optimizer step, over all ranks; also the negatives
+    micro_batch: int = 0  # pairs per forward pass on one rank; fewer than its share: gradient caching. 0: its share
+    num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
+    max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
+    precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
+    tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
+    communication_data_type: ReductionType = ""  # in which gradients are reduced: fp32 | bf16 | fp16; "": DeepSpeed's
+    seed: int = 0  # of the data's order, augmentation, noise, initial heads
+    gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
+    torch_compile: bool = False  # torch.compile the tower
+    ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none
+    save_steps: int = 0  # steps between checkpoints; 0: only by time
+    save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
+    save_total_limit: int = 2  # checkpoints kept; 0: all
+    save_fallback_dir: str = ""  # where the last checkpoint is written if output_dir fails (disk full); "": nowhere
+    eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
+    eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
+    logging_steps: int = 1  # steps between lines of metrics.jsonl
+    report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
+    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 others; 0: none
+    profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
+    dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
+    dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
+    max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
+    ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
+    straggler_seconds: float = (
+        STRAGGLER_SECONDS  # a rank without progress for so long is named, with its phase; 0: never
+    )
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"unknown train.precision {self.precision!r}; known: {', '.join(get_args(Precision))}")
+        if self.tf32 not in get_args(Tf32):
+            raise ValueError(f"unknown train.tf32 {self.tf32!r}; known: {', '.join(get_args(Tf32))}")
+        if self.communication_data_type not in get_args(ReductionType):
+            raise ValueError(
+                f"unknown train.communication_data_type {self.communication_data_type!r}; known: "
+                f"{', '.join(filter(None, get_args(ReductionType)))}, or leave it empty"
+            )
+        if unknown := sorted(set(self.report_to) - set(get_args(Monitor))):
+            raise ValueError(f"unknown train.report_to {unknown}; known: {', '.join(get_args(Monitor))}")
+        if self.global_batch < 2 or self.micro_batch < 0:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} must be >= 2, micro_batch {self.micro_batch} >= 0"
+            )
+        if self.max_steps <= 0 and self.num_train_epochs < 0:
+            raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must not be negative")
+        if not 0 <= self.ema_decay < 1 or not 0 <= self.max_broken <= 1:
+            raise ValueError(
+                f"train.ema_decay {self.ema_decay} must be in [0, 1), max_broken {self.max_broken} in [0, 1]"
+            )
+        if self.dataloader_prefetch_mb < 1:
+            raise ValueError(f"train.dataloader_prefetch_mb {self.dataloader_prefetch_mb} must be at least 1")
+        if self.ddp_timeout <= 0 or self.straggler_seconds < 0:
+            raise ValueError(
+                f"train.ddp_timeout {self.ddp_timeout} must be above 0, straggler_seconds {self.straggler_seconds} >= 0"
+            )
+        counts = ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
+        for name in (*counts, "dataloader_num_workers"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")
+        if self.logging_steps < 1:
+            raise ValueError(f"train.logging_steps {self.logging_steps} must be at least 1")
+
+    def rows(self, world: int) -> tuple[int, int, int]:
+        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
+        local, rest = divmod(self.global_batch, world)
+        micro = self.micro_batch or local
+        if not rest and local % micro == 0:
+            return local, micro, local // micro
+        unit = world * min(micro, local) or world
+        fits = [f"--global-batch {max(unit, self.global_batch // unit * unit)}"] if rest or micro < local else []
+        if not rest:
+            divisors = [size for size in range(1, min(micro, local) + 1) if local % size == 0]
+            fits.append(f"--micro-batch {divisors[-1]}")
+        shares = f"{world} ranks" + (f" x train.micro_batch {self.micro_batch}" if self.micro_batch else "")
+        raise ValueError(
+            f"train.global_batch {self.global_batch} is not a multiple of {shares}; try {' or '.join(fits)}"
+        )
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is a step to make."""
+        return self.max_steps > 0 or self.num_train_epochs > 0
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps of the run over ``samples`` samples; 0 for 0 epochs."""
+        if self.max_steps > 0 or not self.has_steps:
+            return max(0, self.max_steps)
+        return max(1, round(self.num_train_epochs * samples / self.global_batch))

@@ -1,0 +1,24 @@
+"""The settings of a dual encoder; read without torch."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualConfig:
+    """How image features and LLM embeddings are mapped to one space."""
+
+    projection_dim: int = 1280  # width of the space that images and captions share
+    llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
+    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
+    projection: str = "linear"  # linear | none (the pooled feature is the embedding; projection_dim is its width)
+    projection_norm: bool = False  # a LayerNorm before the projection
+    projection_bias: bool = False  # a bias in the projection
+    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none
+    adapter_blocks: int = 4  # residual MLP blocks
+    adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
+    normalise_input: bool = True  # L2-normalize LLM embeddings first
+    input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
+    input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
+    logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the initial scale
+    logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
