@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from llm2clip_plugin.options.names import normal
 from llm2clip_plugin.stages.run_state import warmup_note
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
@@ -19,6 +21,10 @@ NODE = 8  # GPUs of a node in the commands
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 
 
+ZERO_NOTE = (
+    "  ZeRO-1 divides the optimizer's states among the GPUs, 2 the gradients too, 3 the weights too; all three add",
+    "  DeepSpeed's buckets (up to a few GiB), so that with one GPU, or a small model, ZeRO-0 needs the least",
+)
 PLAN_OPTIONS = ("assumed-samples", "assumed-pairs", "assumed-captions", "images-per-second", "gpu-gib")
 
 
@@ -69,6 +75,15 @@ def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, worl
     )
 
 
+def describe_time(pairs: int, per_second: float) -> str:
+    """How long training takes on each number of GPUs at a rate per GPU, which is an assumption."""
+    times = [f"{world} {tqdm.format_interval(pairs / per_second / world)}" for world in WORLDS]
+    return (
+        f"training time at {per_second:g} images/s a GPU, by GPUs: {', '.join(times)} (--images-per-second: the rate "
+        "that a run's bar shows, divided by its GPUs; heads, evaluation and checkpoints come on top)"
+    )
+
+
 def describe_parameters(trained: list[Trained], optim: OptimConfig, save_total_limit: int) -> str:
     """How many parameters train, with and without weight decay, at which peak learning rates; size of a checkpoint."""
     sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
@@ -104,7 +119,7 @@ def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, abo
         none = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {global_batch}"
         lines.append(f"{column.world:6} {row if column.micro_batch else none}")
     files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
-    return f"expected memory per GPU in GiB with {files}{about}:\n" + "\n".join(lines)
+    return "\n".join([f"expected memory per GPU in GiB with {files}{about}:", *lines, *ZERO_NOTE])
 
 
 def describe_commands(

@@ -54,8 +54,8 @@ class ReadConfig:
     language: str = "en"  # of captions without a language
     image_field: str = "image"  # field of a .jsonl with the image's path
     key_field: str = "id"  # field of a .jsonl with the sample's key; without it, the image's path is the key
-    kinds: tuple[str, ...] = ()  # train only on these kinds of captions; empty: all
-    languages: tuple[str, ...] = ()  # train only on captions in these languages; empty: all
+    kinds: tuple[str, ...] = ()  # use only these kinds of captions; empty: all
+    languages: tuple[str, ...] = ()  # use only captions in these languages; empty: all
     # shards shuffled together, so that few are in use at a time; 0: the entire source; -1: 16 if the data is at a URL
     # or on a network file system, else 0
     shuffle_window: int = -1

@@ -64,6 +64,7 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
         f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide",
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
+        plans.describe_time(plan.total_steps * plan.global_batch, config.plan.images_per_second),
         parameters,
         describe_cache(size),
         describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
