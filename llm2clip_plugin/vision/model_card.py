@@ -5,6 +5,13 @@ import os
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.families import families
 
+LICENSE = (
+    "## License",
+    "",
+    "Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM and from its "
+    "training data. Complete this section and `license` above before you publish it.",
+    "",
+)
 BEFORE = "before"  # of a card's training: scores before step 1
 
 
@@ -46,7 +53,7 @@ def _metrics(card: TowerCard) -> list[str]:
 
 def model_card(card: TowerCard) -> str:
     """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to use it."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-feature-extraction"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-feature-extraction", "license: other"]
     lines += ["tags:", "- llm2clip", "- vision", f"- {card.family}", "---", "", f"# LLM2CLIP tower ({card.family})", ""]
     tokens = f"{card.num_patches} patches" + (" + 1 class token" if card.has_cls else ", no class token")
     rows = [
@@ -68,8 +75,7 @@ def model_card(card: TowerCard) -> str:
     if card.training:
         facts = [(k, str(v)) for k, v in sorted(card.training.items()) if k != BEFORE]
         lines += ["## Training", "", *_table(facts)]
-    lines += _metrics(card)
-    lines += ["## Use", ""]
+    lines += [*_metrics(card), *LICENSE, "## Use", ""]
     if reason := beyond_llava(card):
         lines += [f"This tower {reason}.", ""]
     else:

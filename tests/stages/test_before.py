@@ -39,6 +39,7 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
     record, card = RunRecord.read(output / "run.json"), TowerCard.read(output / "tower" / TowerCard.FILE)
     assert record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
+    assert card.training["recipe"] == "base" and card.training["data_samples"] == record.epoch_samples > 0
     row = f"| t2i_r5 | {before['t2i_r5']:.4f} | {after['t2i_r5']:.4f} |"
     assert row in (output / "tower" / "README.md").read_text()
     resumed = ("--max-steps", "3", "--allow-changed", "train.max_steps")

@@ -4,6 +4,8 @@ A tower directory is exported with LLaVA's environment alone; a run needs the tr
 """
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip_plugin.commands import command
@@ -11,6 +13,7 @@ from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.run_files import CHECKPOINTS
 from llm2clip_plugin.stages.settings import from_plain
+from llm2clip_plugin.stages.tower.recipes import DEFAULT
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
@@ -113,7 +116,9 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
             "steps": loaded.state.step,
             "samples": loaded.state.samples,
             "global_batch": config.train.global_batch,
+            "recipe": _recipe(record.command.get("words", [])),
             "data": [Path(path).name for path in config.data.path],
+            "data_samples": record.epoch_samples,
             "config_hash": loaded.state.config_hash,
             "moving_average": averaged,
             **({BEFORE: loaded.state.before} if loaded.state.before and not averaged else {}),
@@ -121,3 +126,12 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
         metrics={} if averaged else loaded.state.metrics,
         replace=replace,
     )
+
+
+def _recipe(words: Sequence[str]) -> str:
+    """The recipe that a run's command chooses; "" for a configuration from a file or no record."""
+    line = "\n".join(words)
+    if not line or re.search(r"^--config\b", line, re.MULTILINE):
+        return ""
+    named = re.search(r"^--recipe[=\n](.+)$", line, re.MULTILINE)
+    return named[1] if named else DEFAULT
