@@ -10,11 +10,9 @@ import errno
 import logging
 import os
 import random
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,6 +70,8 @@ def passes(error: BaseException) -> bool:
         return status >= 500 or status in (408, 425, 429)
     if isinstance(cause, (ValueError, TypeError, AttributeError, NotImplementedError, ImportError)):
         return False  # an invalid URL or certificate, an option that a protocol doesn't have
+    import ssl  # here, as below, because --help of every command imports this module
+
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
         if isinstance(cause, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
             return False
@@ -167,6 +167,8 @@ def retry_after(error: BaseException) -> float:
     """Seconds that a server wants to be left alone for, by the header Retry-After of its answer; 0 without."""
     headers = vars(cause_of(error)).get("headers") or {}
     text = headers.get("Retry-After", "")
+    from email.utils import parsedate_to_datetime
+
     try:
         seconds = float(text) if text.strip().isdigit() else parsedate_to_datetime(text).timestamp() - time.time()
     except (TypeError, ValueError):
