@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from own_photos import make_models, make_photos
-from page import ROOT, CommandServer, blocks, llm2clip_words, run_block
+from printed_page import ROOT, CommandServer, blocks, llm2clip_words, run_block
 from tower_runs import environment
 
 PAGE = ROOT / "docs" / "first-day.md"

@@ -133,7 +133,7 @@ def test_post_needs_data(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for more, said in (
         ([], "set both or neither"),
         (["--post-data", few], "whiten needs at least 64 distinct captions, but the data has 8"),
-        (["--post-data", few, "--layout", "adapter"], "layout adapter needs an adapter"),
+        (["--post-data", few, "--layout", "adapter"], "--format adapter needs an adapter"),
     ):
         assert main([*command, *more]) == 2
         assert said in capsys.readouterr().err

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from page import ROOT, blocks, run_block
 from PIL import Image
+from printed_page import ROOT, blocks, run_block
 
 from llava_integration.benchmarks.answers import read_jsonl
 
