@@ -88,7 +88,7 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
     assert len(rows) == (2 if "bige" in name else 3)  # the states of 4.3 G parameters don't fit one GPU
-    assert f"scripts/train_tower.py --recipe {name}/llama-8b" in told and "--hostfile hosts" in told
+    assert f"scripts/train_tower.py DATA --recipe {name}/llama-8b" in told and "--hostfile hosts" in told
     assert "deepspeed --num_gpus 8 scripts/train_tower.py" in told and "--dry-run" not in told
     assert "llm2clip embed DATA --llm microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned" in told
     assert ("llm2clip import CHECKPOINT" in told) == name.startswith("eva02")
