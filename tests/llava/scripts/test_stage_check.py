@@ -88,7 +88,7 @@ def test_towers(capsys, world, home, tmp_path, monkeypatch):
     (line,) = refused(capsys, world, tower=f"llm2clip:{world.towers['wide']}")
     assert "expects features of width 32" in line and "hidden_size 48" in line
     (tmp_path / "no.bin").write_text("no weights")
-    assert "is not a file of weights" in refused(capsys, world, projector=tmp_path / "no.bin")[0]
+    assert "no.bin cannot be used" in refused(capsys, world, projector=tmp_path / "no.bin")[0]
     scales = tmp_path / "scales.bin"
     torch.save({"model.mm_projector.0.weight": torch.zeros(32, 64)}, scales)
     monkeypatch.setenv("LLM2CLIP_S2_SCALES", "28,56")
