@@ -1,16 +1,19 @@
 """timm models by name, and DINOv3: tiny ones, in the training environment."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import family_of, family_of_type
+from llm2clip_plugin.vision.intact import write_checksums
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import resize_tower, tower_blocks, tower_embeddings_parameters
 
@@ -116,6 +119,9 @@ def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tm
     state = load_file(file)
     state["model.blocks.1.norm1.weight"] = state["model.blocks.1.norm1.weight"][:-1].contiguous()
     save_file(state, file, {"format": "pt"})
+    card = TowerCard.read(tmp_path / "tower" / TowerCard.FILE)
+    dataclasses.replace(card, weights_sha256=sha256_weights(file)).write(tmp_path / "tower" / TowerCard.FILE)
+    write_checksums(tmp_path / "tower")
     with pytest.raises(ContractError, match=r"missing \[\].*model.blocks.1.norm1.weight is \(63,\), expected \(64,\)"):
         load_tower(tmp_path / "tower")
 
