@@ -190,7 +190,7 @@ def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, caps
     assert cli(["evaluate", str(tower), "--suite", "docci", "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
-    with pytest.raises(ValueError, match="unknown suite 'cocoo'; known: paper, all, flickr30k"):
+    with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; did you mean 'coco'\?.*known: paper, all, flickr30k"):
         select_suites("cocoo")
     assert [suite.name for suite in select_suites("coco,paper")][:3] == ["coco", "flickr30k", "sharegpt4v-1k"]
     assert [suite.name for suite in select_suites("all")] == list(suites())
@@ -299,7 +299,7 @@ def test_one_file_adds_a_suite_that_is_listed_read_measured_and_shown(setting, t
     assert list(suites())[-1] == "photos-100" and "photos-100" in [suite.name for suite in select_suites("paper")]
     with pytest.raises(SystemExit):
         cli([*words, "--help"])
-    assert "sugarcrepe, photos-100;" in " ".join(capsys.readouterr().out.split())
+    assert "sugarcrepe, photos-100. DATA" in " ".join(capsys.readouterr().out.split())
     assert cli(words) == 2
     assert "get it from https://photos.example/" in capsys.readouterr().err
 
