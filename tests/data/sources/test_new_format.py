@@ -83,3 +83,19 @@ def test_it_is_recognized_and_listed(table: Path) -> None:
 def test_a_misspelt_format_is_answered_with_it(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", str(table), "--format", "cvs"]) == 2
     assert "did you mean 'csv'?" in capsys.readouterr().err
+
+
+def test_it_is_checked(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(table), "--workers", "2"]) == 0
+    assert "4 samples in 1 shards, 4 captions" in capsys.readouterr().out
+
+
+def test_it_is_embedded_and_trained_on(table: Path) -> None:
+    source = open_source(SourceConfig(path=str(table)))
+    encoder: Any = FakeEncoder()
+    manifest, _ = embed_source(source, encoder, table.parent / "cache", quiet=True)
+    assert manifest is not None and manifest.captions == 4
+    dataset = PairDataset([source], [EmbeddingCache.open(table.parent / "cache")], ImageConfig(size=16), seed=0)
+    (batch,) = islice(make_loader(dataset, local_batch=4, workers=1), 1)
+    assert sorted(batch["keys"]) == ["k0", "k1", "k2", "k3"]
+    assert batch["embeddings"][:, 0].tolist() == [float(len(caption)) for caption in batch["captions"]]
