@@ -170,7 +170,7 @@ def test_wrong_shapes_and_settings_are_named():
     image, text = features()
     with pytest.raises(ValueError, match=r"anchors \(24, 8\) and positives \(23, 8\)"):
         contrastive_loss(image, text[:-1], torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"unknown loss.kind 'infonse'; known: infonce, sigmoid"):
+    with pytest.raises(ValueError, match=r"unknown loss.kind 'infonse'; .*known: infonce, sigmoid"):
         LossConfig(kind="infonse")  # type: ignore[arg-type]
 
 
