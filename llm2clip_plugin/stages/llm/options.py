@@ -30,7 +30,7 @@ EVERYDAY = (
     "deepspeed",
     "dry_run",
 )
-UNREAD = ("pairs.read.shuffle_window", "pairs.read.kinds", "pairs.read.languages")  # only the tower's training does
+UNREAD = ("pairs.read.shuffle_window",)  # only the tower's training reads it
 RECIPE = Extra(metavar="NAME", help=f"the paper's LLM and settings: {', '.join(LLM_RECIPES)}")
 ALSO = {"plan.images": "plan.assumed_pairs"}  # train-tower's name
 FINETUNE = Command(
