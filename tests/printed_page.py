@@ -5,11 +5,8 @@ Only standard libraries: also imported in LLaVA's environment. Blocks of other l
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,35 +60,7 @@ def missing(printed: str, output: str) -> list[str]:
     return lost
 
 
-class CommandServer:
-    """``llm2clip`` commands, each in a process of its own that starts with the libraries imported.
-
-    A process that imports them itself needs seconds; forking one that has imported them needs none.
-    """
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("command_server.py"))],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, words: list[str]) -> tuple[int, str]:
-        """Exit status and output of ``llm2clip WORDS``."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(words) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["status"], answer["output"]
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-def run_block(block: Block, run: Callable[[str], tuple[int, str]]) -> str:
+def run_block(block: Block, run: Callable[[str], tuple[int | None, str]]) -> str:
     """Run its commands; fails with a command's output, or with the lines that the page promises and nobody printed."""
     output = ""
     for command in block.commands:

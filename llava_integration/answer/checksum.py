@@ -1,4 +1,4 @@
-"""``ANSWERS.sha256``, as ``sha256sum`` writes it, beside a complete answers file: whether its answers were changed."""
+"""``ANSWERS.sha256`` next to a complete answers file, in the format of ``sha256sum``: shows a later change."""
 
 from pathlib import Path
 

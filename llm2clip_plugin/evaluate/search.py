@@ -28,7 +28,7 @@ from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
 from llm2clip_plugin.evaluate.search_page import Found, Result, search_page
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_ALONE, in_section
+from llm2clip_plugin.options.shared import READ_NAMES, SELECTION, in_section
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.thumbnails import thumbnail
 from llm2clip_plugin.train.distributed import on_first_rank
@@ -80,7 +80,7 @@ COMMAND = Command(
         "device",
     ),
     shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in TRAINING_ALONE),
+    hidden=tuple(f"data.{name}" for name in SELECTION),
 )
 
 

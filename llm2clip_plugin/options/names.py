@@ -5,11 +5,10 @@ the command ends in it; else the dotted name, or the one that the command choose
 its dotted name, with underscores, and under the names below; ``--help`` shows one. docs/options.md has the table.
 """
 
-import dataclasses
 import difflib
 import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 # Names of earlier versions, of Hugging Face's Trainer and of LLaVA's scripts -> the name now; not shown in --help.
 ALSO = {
@@ -37,15 +36,6 @@ ALSO = {
 def normal(name: str) -> str:
     """``max_steps`` and ``--max-steps`` as ``max-steps``."""
     return name.removeprefix("--").replace("_", "-")
-
-
-def field_names(kind: type, path: str = "") -> Iterator[str]:
-    """The dotted name of every leaf of nested dataclasses."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from field_names(hint, f"{path}{name}.")
-        elif typing.get_origin(hint) is not typing.ClassVar:
-            yield path + name
 
 
 class Names:

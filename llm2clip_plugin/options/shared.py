@@ -5,7 +5,12 @@ READ_NAMES = {  # of data.sources.base.ReadConfig: field -> name
     "kinds": "kinds",
     "languages": "languages",
 }
-TRAINING_ALONE = ("weight", "shuffle_window", "kinds", "languages")  # fields of SourceConfig that only training reads
+SELECTION = (
+    "weight",
+    "shuffle_window",
+    "kinds",
+    "languages",
+)  # of SourceConfig; hidden where all captions are read
 TRAINING_NAMES = {  # of the training stages: field, or section -> name
     "output_dir": "output",
     "optim.name": "optimizer",

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llm2clip_plugin.outside.values import ContractError
@@ -38,28 +39,36 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> Header:
-    """Read and check a header. Raises ContractError naming the file if the header doesn't fit it, OSError.
-
-    Every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes.
-    """
+    """Read and check a file's header. Raises ContractError naming the file, OSError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise ContractError(f"{path} is not a complete safetensors file ({size} bytes); {fix}")
-        if length > MAX_HEADER:
-            raise ContractError(f"{path} is not a safetensors file: a header of {length} bytes (at most {MAX_HEADER})")
-        text = file.read(length)
+        try:
+            return parse_header(size, lambda count, start: os.pread(file.fileno(), count, start))
+        except ValueError as error:
+            raise ContractError(f"{path} is not a complete safetensors file: {error}; {fix}") from error
+
+
+def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
+    """The header of a file of ``size`` bytes; ``read``: so many bytes, from an offset on.
+
+    Every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes. Raises ValueError
+    that says what is wrong.
+    """
+    head = read(8, 0)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+    if length > size - 8:
+        raise ValueError(f"it has {size} bytes")
+    if length > MAX_HEADER:
+        raise ValueError(f"a header of {length} bytes (at most {MAX_HEADER})")
     try:
-        header = json.loads(text)
+        header = json.loads(read(length, 8))
         metadata = header.pop("__metadata__", None) or {}
         entries = _entries(header)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ContractError(f"{path} is not a safetensors file: {error}; {fix}") from error
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header has no {error}" if isinstance(error, KeyError) else str(error)) from error
     end = max((entry.stop for entry in entries.values()), default=0)
     if 8 + length + end != size:
-        raise ContractError(f"{path} is truncated: {size} bytes, expected {8 + length + end}; {fix}")
+        raise ValueError(f"{size} bytes, expected {8 + length + end}")
     return Header(entries, metadata, 8 + length)
 
 

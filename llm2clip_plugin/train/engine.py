@@ -4,15 +4,18 @@ import atexit
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,6 +55,7 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     """
     set_single_process_environment()
     prepare_deepspeed()
+    note_build_locks()
     accelerator: Any = deepspeed.get_accelerator()
     backend = accelerator.communication_backend_name()
     if not dist.is_initialized():
@@ -67,6 +71,20 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def note_build_locks() -> None:
+    """Name the locks of C++ extensions on stderr, on rank 0: torch waits for them in silence, for ever if their holder
+    was killed."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(folder.glob("**/lock")):
+        print(
+            f"note: {lock} exists: another process compiles {lock.parent.name}, or was killed while it did. If this "
+            "run does not go on, delete the file",
+            file=sys.stderr,
+        )
 
 
 def _leave_ranks() -> None:

@@ -6,20 +6,17 @@ map kills the process. Its writer holds a second copy of all tensors and raises 
 
 import hashlib
 import json
-import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.outside.safetensors_header import read_header
 
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
-MAX_HEADER = 100_000_000  # bytes, the library's own limit
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,19 +61,18 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path, *, prefix: str = "") -> None:
         """Read the header; ``prefix`` is dropped from the names. Raises ContractError if it doesn't fit the file."""
         self.path = path
-        size = os.path.getsize(path)
-        try:
-            self._entries, self._start = _read_header(path, size)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ContractError(f"{path} is damaged ({error}); resume from another checkpoint") from error
-        self._entries = {name.removeprefix(prefix): entry for name, entry in self._entries.items()}
+        header = read_header(path, fix="resume from another checkpoint")
+        if unknown := {entry.dtype for entry in header.entries.values()} - {*DTYPES}:
+            raise ContractError(f"{path} has tensors of type {', '.join(sorted(unknown))}; known: {', '.join(DTYPES)}")
+        self._start = header.data_start
+        self._entries = {name.removeprefix(prefix): entry for name, entry in header.entries.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, offset = self._entries[name]
-        value = torch.empty(shape, dtype=dtype)
+        entry = self._entries[name]
+        value = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         content, done = _bytes_of(value), 0
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + offset)
+            file.seek(self._start + entry.start)
             while done < len(content):
                 count = file.readinto(content[done : done + BLOCK])
                 if not count:
@@ -89,26 +85,6 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def _read_header(path: Path, size: int) -> tuple[dict[str, tuple[torch.dtype, list[int], int]], int]:
-    """(name -> dtype, shape, offset in the data; where the data begin); ValueError says what is wrong."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{size} bytes are not a whole file")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    entries, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"{name} has shape {shape} in {stop - start} bytes from {start} on")
-        entries[name], end = (dtype, shape, start), stop
-    if 8 + length + end != size:
-        raise ValueError(f"{size} bytes, expected {8 + length + end}")
-    return entries, 8 + length
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

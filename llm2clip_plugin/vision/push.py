@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.outside.timeouts import check_hub_answers
 from llm2clip_plugin.vision.intact import TowerChecksums, check_card
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.places import published
@@ -27,6 +28,7 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
     replaced = _public(directory, card)
     message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
     try:
+        check_hub_answers(repository)
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         files = [CommitOperationAdd(name, replaced.get(name, directory / name)) for name in sorted(_files(directory))]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_command
 from own_photos import make_models, make_photos
-from printed_page import ROOT, CommandServer, blocks, llm2clip_words, run_block
+from printed_page import ROOT, blocks, llm2clip_words, run_block
 from tower_runs import environment
 
 PAGE = ROOT / "docs" / "first-day.md"
@@ -27,19 +28,17 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     make_models(folder)
     home = {"LLM2CLIP_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "LLM2CLIP_CACHE": str(folder / "cache")}
     variables = environment(**home)
-    server = CommandServer(folder, variables)
 
-    def run(command: str) -> tuple[int, str]:
+    def run(command: str) -> tuple[int | None, str]:
         if (words := llm2clip_words(command)) is not None:
-            return server.run(words)
+            return run_command(words, variables, folder)
         done = subprocess.run(
             ["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True, check=False
         )
         return done.returncode, done.stdout + done.stderr
 
     run.folder = folder
-    yield run
-    server.close()
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_a_header_of_more_than_the_librarys_limit_is_not_read(tmp_path: Path):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", MAX_HEADER + 1))
         file.truncate(MAX_HEADER + 100)  # sparse
-    with pytest.raises(ContractError, match=f"{path} is not a safetensors file: a header of 100000001 bytes"):
+    with pytest.raises(ContractError, match=f"{path} is not a complete safetensors file: a header of 100000001 bytes"):
         read_header(path)
 
 

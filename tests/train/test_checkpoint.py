@@ -209,7 +209,7 @@ def test_damage_is_named(tmp_path: Path):
     path = save_now(tmp_path, state(1), Engineless())
     model = path / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-4])
-    with pytest.raises(ContractError, match=r"model.safetensors is damaged"):
+    with pytest.raises(ContractError, match=r"model.safetensors is not a complete safetensors file.*resume from"):
         load(path)
     model.unlink()
     with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing from the checkpoint"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +70,21 @@ def test_a_host_that_would_announce_loopback_is_refused(
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all on this host
     set_single_process_environment()
+
+
+def test_a_lock_of_a_killed_build_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm2clip_plugin.train.engine import note_build_locks
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    note_build_locks()
+    assert capsys.readouterr().err == ""
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    note_build_locks()
+    assert f"note: {lock} exists: another process compiles cpu_adam" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    note_build_locks()
+    assert capsys.readouterr().err == ""

@@ -15,6 +15,7 @@ import torch
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.dtypes import VALUE_BYTES
 from llm2clip_plugin.data.retry import SteadyFile
+from llm2clip_plugin.outside.safetensors_header import parse_header
 
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
 CHECKS = ("image_checks", "row_checks")  # tensors that version 0.1 did not write
@@ -54,7 +55,7 @@ class ShardFile:
         self.path = path
         self._file = SteadyFile(path)
         try:
-            self._layouts, metadata = _read_header(self._file)
+            self._layouts, metadata = _read_layouts(self._file)
             self.meta: dict[str, str] = json.loads(metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
@@ -140,29 +141,20 @@ class Layout(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int  # byte in the file
-    stop: int
 
 
-def _read_header(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
-    """Layouts and metadata of a safetensors file; ValueError, KeyError or TypeError unless the file is as long."""
-    size = file.size()
-    length = int.from_bytes(file.read(8, 0), "little")
-    if length > size - 8:
-        raise ValueError(f"{size} bytes")
-    header = json.loads(file.read(length, 8))
-    metadata = header.pop("__metadata__")
-    if unknown := header.keys() - {*TENSORS, *CHECKS}:
+def _read_layouts(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
+    """Layouts and metadata; ValueError or KeyError for a file that is not a whole shard."""
+    header = parse_header(file.size(), file.read)
+    if unknown := header.entries.keys() - {*TENSORS, *CHECKS}:
         raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
-    layouts = {}
-    for name in (*TENSORS, *(name for name in CHECKS if name in header)):
-        start, stop = header[name]["data_offsets"]
-        dtype, shape = np.dtype(DTYPES[header[name]["dtype"]]), tuple(header[name]["shape"])
-        if math.prod(shape) * dtype.itemsize != stop - start or start < 0 or 8 + length + stop > size:
-            raise ValueError(f"{name} of shape {shape} in bytes {start} to {stop} of {size - 8 - length}")
-        layouts[name] = Layout(dtype, shape, 8 + length + start, 8 + length + stop)
-    if max(layout.stop for layout in layouts.values()) != size:
-        raise ValueError(f"{size} bytes")
-    return layouts, metadata
+    if missing := {*TENSORS} - header.entries.keys():
+        raise ValueError(f"no tensors {', '.join(sorted(missing))}")
+    layouts = {
+        name: Layout(np.dtype(DTYPES[entry.dtype]), entry.shape, header.data_start + entry.start)
+        for name, entry in header.entries.items()
+    }
+    return layouts, header.metadata
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -15,7 +15,7 @@ from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.split.sides import Sides, decide
 from llm2clip_plugin.data.split.writing import SIDES, clear_marks, outputs, write_sides, write_summary
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES
+from llm2clip_plugin.options.shared import READ_NAMES, SELECTION
 
 SUMMARY = "split.json"  # in the output: settings and counts
 
@@ -47,7 +47,7 @@ COMMAND = Command(
     arguments=("path",),
     everyday=("output", "validation", "by", "images", "fields", "workers", "dry_run"),
     shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window", "kinds", "languages"),
+    hidden=SELECTION,
 )
 
 

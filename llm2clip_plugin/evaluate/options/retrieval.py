@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, TRAINING_ALONE, in_section
+from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, SELECTION, in_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,5 +43,5 @@ COMMAND = Command(
         "device",
     ),
     shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in TRAINING_ALONE),
+    hidden=tuple(f"data.{name}" for name in SELECTION),
 )

@@ -1,7 +1,7 @@
 """The options of ``llm2clip embed``."""
 
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES, in_section
+from llm2clip_plugin.options.shared import READ_NAMES, SELECTION, in_section
 from llm2clip_plugin.stages.embed.config import EmbedConfig
 
 COMMAND = Command(
@@ -25,5 +25,5 @@ COMMAND = Command(
     ),
     shown={"source.path": "data", **in_section("source", READ_NAMES)},
     also={"path": "source.path"},
-    hidden=("source.weight", "source.shuffle_window", "source.kinds", "source.languages"),
+    hidden=tuple(f"source.{name}" for name in SELECTION),
 )

@@ -1,5 +1,7 @@
 """The options of ``llm2clip finetune-llm`` and ``pretrain-llm``."""
 
+import dataclasses
+
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
@@ -16,23 +18,6 @@ NAMES = {
     "lora.r": "lora-rank",
     "plan.assumed_pairs": "assumed-samples",
 }
-EVERYDAY = (
-    "encoder.llm",
-    "pairs.pair_kinds",
-    "pairs.read.fields",
-    "output_dir",
-    "train.global_batch",
-    "train.micro_batch",
-    "optim.lr",
-    "train.num_train_epochs",
-    "train.max_steps",
-    "encoder.load_in_4bit",
-    "deepspeed",
-    "dry_run",
-)
-UNREAD = ("pairs.read.shuffle_window",)  # only the tower's training reads it
-RECIPE = Extra(metavar="NAME", help=f"the paper's LLM and settings: {', '.join(LLM_RECIPES)}")
-ALSO = {"plan.images": "plan.assumed_pairs"}  # train-tower's name
 FINETUNE = Command(
     name="finetune-llm",
     example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
@@ -40,22 +25,31 @@ FINETUNE = Command(
     "to resume.",
     settings=FinetuneConfig,
     arguments=("pairs.data",),
-    everyday=("recipe", *EVERYDAY),
+    everyday=(
+        "recipe",
+        "encoder.llm",
+        "pairs.pair_kinds",
+        "pairs.read.fields",
+        "output_dir",
+        "train.global_batch",
+        "train.micro_batch",
+        "optim.lr",
+        "train.num_train_epochs",
+        "train.max_steps",
+        "encoder.load_in_4bit",
+        "deepspeed",
+        "dry_run",
+    ),
     shown=NAMES,
-    also=ALSO,
-    extras={"recipe": RECIPE},
-    hidden=UNREAD,
+    also={"plan.images": "plan.assumed_pairs"},  # train-tower's name
+    extras={"recipe": Extra(metavar="NAME", help=f"the paper's LLM and settings: {', '.join(LLM_RECIPES)}")},
+    hidden=("pairs.read.shuffle_window",),  # only the tower's training reads it
 )
-PRETRAIN = Command(
+PRETRAIN = dataclasses.replace(
+    FINETUNE,
     name="pretrain-llm",
     example="llm2clip pretrain-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/mntp",
     about="Optional, before fine-tuning: masked next-token prediction (MNTP) on captions. Rerun the same command to "
     "resume.",
-    settings=FinetuneConfig,
-    arguments=("pairs.data",),
-    everyday=tuple(name for name in EVERYDAY if name != "pairs.pair_kinds"),
-    shown=NAMES,
-    also=ALSO,
-    extras={"recipe": RECIPE},
-    hidden=UNREAD,
+    everyday=tuple(name for name in FINETUNE.everyday if name not in ("recipe", "pairs.pair_kinds")),
 )
