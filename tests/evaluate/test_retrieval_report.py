@@ -21,6 +21,7 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
 from llm2clip_plugin.evaluate.retrieval import recall
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
+from llm2clip_plugin.train.distributed import free_port
 
 IMAGES = ImageConfig(size=32)
 
@@ -242,12 +243,16 @@ leave(run("evaluate", sys.argv[1:]))
 """
 
 
-def test_a_rank_that_fails_ends_the_others(world, tmp_path):
+def test_a_rank_that_fails_ends_the_others_which_name_it(world, tmp_path):
     data, cache, tower = world
     (tmp_path / "failing.py").write_text(FAILING)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(tmp_path / "failing.py"), str(tower), "--data", str(data), "--cache", str(cache)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr  # rank 0 names it too, unless the launcher ends it before
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # no launcher, which would end rank 0
+    command = [sys.executable, str(tmp_path / "failing.py"), str(tower), str(data), "--cache", str(cache)]
+    ranks = [
+        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    told = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1], told
+    assert f"rank 1 on {os.uname().nodename} failed in phase evaluation: ZeroDivisionError" in told[0]

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -163,7 +164,7 @@ def _report(source: Source, sides: Sides, config: SplitConfig) -> list[str]:
 def _how_to_read(source: Source, output: Path) -> list[str]:
     """The paths, and the images' folder where these are not copied."""
     paths = outputs(source, output)
-    images = f" --image-folder {_images(source)}" if _images(source) else ""
-    return [f"llm2clip embed {path}{images} --llm LLM" for path in paths.values()] + [
-        f"llm2clip train-tower {paths['train']} --validation {paths['validation']}{images} --tower TOWER"
+    images = ("--image-folder", _images(source)) if _images(source) else ()
+    return [command("embed", path, *images, "--llm", "LLM") for path in paths.values()] + [
+        command("train-tower", paths["train"], "--validation", paths["validation"], *images, "--tower", "TOWER")
     ]
