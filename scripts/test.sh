@@ -26,14 +26,20 @@ installs chromium chromium || echo "note: Chromium is not available; skipping th
 { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
     echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
 
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/pyright
-.venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
+# Each check runs even if one before it failed; the script fails at its end if any did.
+FAILED=()
+check() { "$@" || FAILED+=("$*"); }
+
+check .venv/bin/ruff check .
+check .venv/bin/ruff format --check .
+check .venv/bin/pyright
+check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
 # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
 extensions_of .venv-llava
-.venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
-.venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
 
 # A user's first command, in little, through to LLaVA.
-scripts/quickstart.sh --smoke --llava --output quickstart-output/test
+check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
+
+[ ${#FAILED[@]} -eq 0 ] || { printf 'failed: %s\n' "${FAILED[@]}" >&2; exit 1; }

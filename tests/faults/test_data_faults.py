@@ -90,7 +90,7 @@ def exchanged_captions(world: World) -> None:
     Fault(
         "cache file that is cut",
         "",
-        "{w}/data/embeddings-.../00000.safetensors is truncated or not a shard of an embedding cache (500 bytes)...",
+        "{w}/data/embeddings-.../00000.safetensors is truncated or not a shard of an embedding cache...",
         lambda w: (w.cache / "00000.safetensors").write_bytes((w.cache / "00000.safetensors").read_bytes()[:500]),
     ),
     Fault(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.options.names import field_names
+from llm2clip_plugin.options.settings import field_types
 from llm2clip_plugin.stages.llm.command import PRETRAIN, parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.unused import PRETRAINING_UNUSED
@@ -97,7 +97,7 @@ def test_what_asks_for_nothing_and_what_a_recipe_sets_is_accepted() -> None:
 
 def test_rules_name_fields_that_exist() -> None:
     for kind, rules in ((RunConfig, UNUSED), (FinetuneConfig, PRETRAINING_UNUSED)):
-        names, config = set(field_names(kind)), kind()
+        names, config = set(field_types(kind)), kind()
         for rule in rules:
             rule.why(config)  # type: ignore[arg-type]
             for option in (*rule.options, *rule.except_for):
