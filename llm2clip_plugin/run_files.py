@@ -12,6 +12,7 @@ METRICS = "metrics.jsonl"
 LOCK = "run.lock"
 
 # events of metrics.jsonl
+HEADS = "heads"  # of the fit of the heads on the frozen tower, before step 1
 SAVED = "checkpoint"  # a checkpoint is complete
 SAVE_FAILED = "checkpoint failed"
 STOPPED = "stopped"  # by a signal, and saved

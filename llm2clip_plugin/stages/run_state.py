@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,14 +159,15 @@ class TrainingRun:
         batches: Iterator[Batch],
         evaluate: Evaluate | None,
         before: Evaluate | None = None,
+        heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         average: MovingAverage | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns where it ended or was stopped.
 
-        ``before``: scores of a new run before its first step, if they are wanted. Raises RequeueError on every rank if
-        it was stopped by SIGUSR1.
+        ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
+        heads before it, to be reported. Raises RequeueError on every rank if it was stopped by SIGUSR1.
         """
         self._record(state)
         if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
@@ -180,6 +181,7 @@ class TrainingRun:
                 checkpoints=self.checkpoints,
                 evaluate=in_phase("evaluation", evaluate) if evaluate else None,
                 before=in_phase("evaluation before training", before) if before else None,
+                heads=heads,
                 train=self.train,
                 optim=self.optim,
                 total_steps=self.total_steps,

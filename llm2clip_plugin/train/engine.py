@@ -225,6 +225,15 @@ class Engine(EngineStates):
         if self._monitor.enabled:
             self._monitor.write_events([(label, value, samples) for label, value in values.items()])
 
+    def report_at(self, values: dict[str, float], x: float) -> None:
+        """Send labeled values whose ``x`` does not belong to the run's samples, to the monitors with an axis per label.
+
+        Not to W&B, whose one axis only goes forward: it would drop all values of the run that come at a smaller x.
+        """
+        if self._monitor.enabled:
+            for monitor in filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor)):
+                monitor.write_events([(label, value, x) for label, value in values.items()])
+
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
         if self.stage > 0:
             return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)

@@ -11,10 +11,12 @@ Shape letters: I images, P width of the tower's pooled feature, M captions, W wi
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import caption_hash
-from llm2clip_plugin.progress import track
+from llm2clip_plugin.progress import progress_bar, track
 from llm2clip_plugin.train.config import HeadsConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_to_first, local_world_size, on_first_rank, rank, world_size
 from llm2clip_plugin.train.losses.base import Features
@@ -35,6 +37,9 @@ from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
 from llm2clip_plugin.train.optim import is_vector
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder
+
+# a line for metrics.jsonl: step and samples of the fit so far, loss, loss_NAME, lr, logit_scale, samples_per_second
+FitLine: TypeAlias = dict[str, float]
 
 BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
 
@@ -63,8 +68,9 @@ def fit_heads(
     seed: int,
     bf16: bool = False,
     caption_weights: Mapping[str, float] | None = None,
-) -> float:
-    """Fit the heads in place, equal on every rank; returns the last loss.
+    logging_steps: int = 10,
+) -> list[FitLine]:
+    """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
 
     bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
     """
@@ -74,11 +80,11 @@ def fit_heads(
         features = frozen_features(model, sources, caches, images, config.max_images, device, caption_weights or {})
     with _threads_of_all_ranks():
         # the others wait in no collective, whose timeout a long fit would exceed
-        value = on_first_rank(lambda: _fit(model, features, config, loss, products, device, seed))
+        curve = on_first_rank(lambda: _fit(model, features, config, loss, products, device, seed, logging_steps))
     for _, parameter in head_parameters(model):
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
-    return value
+    return curve
 
 
 @contextmanager
@@ -177,7 +183,8 @@ def _fit(
     products: torch.autocast,
     device: torch.device,
     seed: int,
-) -> float:
+    logging_steps: int,
+) -> list[FitLine]:
     """Train the heads; images are drawn without replacement in each pass, with one random caption each."""
     assert features is not None  # of rank 0
     parameters = head_parameters(model)
@@ -194,22 +201,32 @@ def _fit(
     generator = torch.Generator().manual_seed(position_seed(seed, -1))
     queue = torch.empty(0, dtype=torch.int64)
     size = min(config.batch, len(features.count_I))
-    value = 0.0
-    for _ in track(range(config.steps), total=config.steps, label="heads", unit="steps"):
+    curve: list[FitLine] = []
+    started = time.perf_counter()
+    bar = progress_bar(total=config.steps, label="heads", unit="steps")
+    for step in range(1, config.steps + 1):
         if len(queue) < size:
             queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
         chosen, queue = queue[:size], queue[size:]
         with products:
             batch = _features(model, features, chosen, generator, device)
-        loss = torch.stack([term(batch) for term in terms.values()]).sum()
+        losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
+        loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
-        value = float(loss.detach())
+        if step == config.steps or step % logging_steps == 0:
+            values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
+            line = {name: float(value.detach()) for name, value in values.items()}
+            rate = step * size / (time.perf_counter() - started)
+            curve.append({"step": step, "samples": step * size, **line, "lr": config.lr, "samples_per_second": rate})
+            bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
+        bar.update()
+    bar.close()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
-    return value
+    return curve
 
 
 def _features(

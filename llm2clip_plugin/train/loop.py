@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class LoopParts:
     checkpoints: Checkpoints
     evaluate: Evaluate | None  # called on every rank
     before: Evaluate | None = None  # the same before step 1, in a new run
+    heads: Sequence[dict[str, float]] = ()  # the curve of a fit of the heads before step 1, in a new run
     train: TrainConfig
     optim: OptimConfig
     total_steps: int
@@ -73,6 +74,7 @@ def run_loop(parts: LoopParts) -> TrainState:
             note=reports.note,
             event=reports.event,
         ) as saver:
+            reports.heads(parts.heads)
             try:
                 state, stopped = _steps(parts, reports, saver)
                 saver.finish()

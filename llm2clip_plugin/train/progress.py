@@ -22,7 +22,7 @@ TIME_PARTS = ("_seconds", "loader_")
 
 
 def label(name: str, phase: str) -> str:
-    """What monitors call a value of ``phase`` (train or eval): train/loss, time/data_seconds, eval/i2t_r1."""
+    """What monitors call a value of ``phase`` (train, eval, heads): train/loss, time/data_seconds, eval/i2t_r1."""
     is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
     return f"{'time' if is_time else phase}/{name}"
 

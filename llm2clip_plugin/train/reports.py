@@ -4,20 +4,21 @@ import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm2clip_plugin.run_files import FAILED, METRICS, STOPPED
+from llm2clip_plugin.run_files import FAILED, HEADS, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.flops import count_model_flops, least_seconds
 from llm2clip_plugin.train.profiling import StepProfiler
 from llm2clip_plugin.train.progress import MetricsFile, Progress, label
+from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
 
 PROFILE = "profile"  # folder of a run for traces
@@ -53,8 +54,7 @@ class Reports:
         self.logging_steps = logging_steps
         self.queue = queue
         self._file: MetricsFile | None = None  # of rank 0
-        new = state.step == 0 and not state.before
-        on_first_rank(lambda: self._open(-1 if new else state.step))
+        on_first_rank(lambda: self._open(state))
         self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
         self.timer = StepTimer(make_clock(engine.device))
         self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
@@ -66,8 +66,9 @@ class Reports:
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
 
-    def _open(self, from_step: int) -> None:
-        self._file = MetricsFile(self.run_folder / METRICS, from_step=from_step)
+    def _open(self, state: TrainState) -> None:
+        new = state.step == 0 and not state.before and Checkpoints(self.run_folder, keep=0).latest() is None
+        self._file = MetricsFile(self.run_folder / METRICS, from_step=-1 if new else state.step)
 
     def __enter__(self) -> "Reports":
         self.progress.__enter__()
@@ -106,6 +107,14 @@ class Reports:
         """An evaluation, in ``state``."""
         self.progress.show_values(scores)
         self._values(state, scores, phase="eval")
+
+    def heads(self, curve: Iterable[dict[str, float]]) -> None:
+        """The fit of the heads before step 1, on lines of its own; its ``samples`` are the monitors' x."""
+        for line in curve:
+            self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
+            if self._file is not None:
+                numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
+                self._attempt(self.engine.report_at, numbers, int(line["samples"]))
 
     def failed(self, error: BaseException) -> None:
         """The run ends by an error, after the last step that was reported."""

@@ -28,6 +28,10 @@ def train(tiny: Path, output: Path, *more: str) -> list[dict]:
     return [line for line in lines(output) if "i2t_r1" in line]
 
 
+def heads_lines(output: Path) -> list[dict]:
+    return [line for line in lines(output) if line.get("event") == "heads"]
+
+
 def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "run"
     output.mkdir()
@@ -37,6 +41,9 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert (before["step"], before["samples"], after["step"]) == (0, 0, 2) and before["i2t_r1"] != 0.5
     said = capsys.readouterr().out
     assert f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
+    fit = heads_lines(output)
+    assert [line["heads_step"] for line in fit] == [1, 2, 3, 4, 5] and fit[-1]["heads_samples"] == 80
+    assert all(line["heads_loss"] == line["heads_loss_infonce"] and line["heads_lr"] == 1e-3 for line in fit)
     record, card = RunRecord.read(output / "run.json"), TowerCard.read(output / "tower" / TowerCard.FILE)
     assert record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
     assert card.training["recipe"] == "base" and card.training["data_samples"] == record.epoch_samples > 0
@@ -44,7 +51,7 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert row in (output / "tower" / "README.md").read_text()
     resumed = ("--max-steps", "3", "--allow-changed", "train.max_steps")
     again, _, longer = train(tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", *resumed)
-    assert again == before and longer["step"] == 3
+    assert again == before and longer["step"] == 3 and heads_lines(output) == fit
     assert RunRecord.read(output / "run.json").before == record.before
 
 
@@ -53,6 +60,7 @@ def test_the_heads_of_its_scores_change_nothing_in_a_run_that_fits_none(tiny: Pa
     before, _ = train(tiny, tmp_path / "with", *words)
     (after,) = train(tiny, tmp_path / "without", *words, "--no-eval-on-start")
     assert before["step"] == 0 and after["step"] == 2
+    assert len(heads_lines(tmp_path / "with")) == 100 and heads_lines(tmp_path / "without") == []
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     cards = [TowerCard.read(tmp_path / name / "tower" / TowerCard.FILE) for name in ("with", "without")]
     assert cards[0].weights_sha256 == cards[1].weights_sha256
@@ -73,6 +81,9 @@ def test_heads_alone_are_a_baseline_that_can_be_evaluated(
     trained = tmp_path / "baseline" / "tower"
     card = TowerCard.read(trained / TowerCard.FILE)
     assert card.training["steps"] == 0 and card.metrics["i2t_r1"] == scores["i2t_r1"]
+    unscored = [str(tiny / "data"), "--tower", tower, *SMALL, *heads, "--output", str(tmp_path / "unscored")]
+    for _ in range(2):  # a rerun keeps the curve, also of a run that has neither steps nor scores
+        assert run("train-tower", unscored) == 0 and len(heads_lines(tmp_path / "unscored")) == 5
     found = tmp_path / "scores.json"
     assert run("evaluate", [str(trained), str(tiny / "data"), "--json", str(found)]) == 0
     assert json.loads(found.read_text())["metrics"]["i2t_r1"] == pytest.approx(scores["i2t_r1"], abs=1e-6)

@@ -284,6 +284,11 @@ def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
     found = events.Scalars("train/loss")
     assert [event.step for event in found] == [16, 32]  # samples
     assert [event.value for event in found] == pytest.approx(list(losses(run).values()), abs=1e-6)
+    fit = [line for line in lines(run) if line.get("event") == "heads"]
+    for name in ("loss", "lr", "logit_scale", "samples_per_second"):
+        found = events.Scalars(f"heads/{name}")
+        assert [event.step for event in found] == [line["heads_samples"] for line in fit] == [48, 96, 144]
+        assert [event.value for event in found] == pytest.approx([line[f"heads_{name}"] for line in fit], rel=1e-5)
 
 
 def test_a_resumed_run_goes_on_at_the_same_place_of_tensorboards_axis(refusals: dict[str, Any]):

@@ -98,9 +98,10 @@ def fit(rank: int, world: int, folder: str, steps: int, **more: Any) -> dict[str
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
     config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01), torch.device("cpu")
-    loss = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more)
+    curve = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more)
     return {
-        "loss": loss,
+        "loss": curve[-1]["loss"],
+        "steps": [line["step"] for line in curve],
         "heads": {name: value.detach().clone() for name, value in head_parameters(dual)},
         "tower untouched": all(torch.equal(tower[name], value) for name, value in dual.tower.state_dict().items()),
         "gradients": [name for name, p in dual.named_parameters() if p.grad is not None],
@@ -111,6 +112,7 @@ def fit(rank: int, world: int, folder: str, steps: int, **more: Any) -> dict[str
 def test_heads_learn_on_frozen_features_and_leave_nothing_behind(tiny: Path):
     short, long = fit(0, 1, str(tiny), 1), fit(0, 1, str(tiny), 40)
     assert long["loss"] < 0.7 * short["loss"] and math.isfinite(long["loss"])
+    assert short["steps"] == [1] and fit(0, 1, str(tiny), 5, logging_steps=2)["steps"] == [2, 4, 5]
     assert long["tower untouched"] and long["gradients"] == [] and long["training"]
 
 

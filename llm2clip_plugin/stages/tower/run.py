@@ -24,7 +24,7 @@ from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.heads import HeadsConfig, fit_heads, head_parameters
+from llm2clip_plugin.train.heads import FitLine, HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
@@ -78,13 +78,14 @@ def _train(
         load_weights(dual, resumed.weights, where=resumed.path)
     check_weights(dual, config, resumed)
     run.check_space(dual, trained)
+    curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         with phase("heads"):
-            fit(dual, data, images, config, config.heads, device)
+            curve = fit(dual, data, images, config, config.heads, device)
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
-        before = measured_before(dual, data, images, config, before, device) if resumed is None else None
+        before, curve = measured_before(dual, data, images, config, before, device) if resumed is None else (None, [])
     prepare(dual, config, device)
     engine = run.make_engine(dual, trained, resumed)
     start = run.start_state(resumed)
@@ -103,6 +104,7 @@ def _train(
         queue=loader.queue if config.train.dataloader_num_workers else None,
         evaluate=evaluate,
         before=before,
+        heads=curve,
         stop=stop,
         average=moving_average(engine, config, resumed),
     )
@@ -112,9 +114,9 @@ def _train(
 
 def fit(
     dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, heads: HeadsConfig, device: torch.device
-) -> None:
-    """Fit the heads on the frozen tower, in place."""
-    fit_heads(
+) -> list[FitLine]:
+    """Fit the heads on the frozen tower, in place; returns the curve."""
+    return fit_heads(
         dual,
         data.sources,
         data.caches,
@@ -125,24 +127,25 @@ def fit(
         seed=config.train.seed,
         bf16=config.train.precision == "bf16",
         caption_weights=config.data.kind_weights,
+        logging_steps=config.train.logging_steps,
     )
 
 
 def measured_before(
     dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, evaluate: Evaluate, device: torch.device
-) -> Evaluate:
+) -> tuple[Evaluate, list[FitLine]]:
     """Scores of a start tower whose run does not fit its heads first: with heads that are fitted for them alone.
 
-    The run's own heads are put back bit for bit.
+    The run's own heads are put back bit for bit. Also returns the curve of the fit.
     """
     own = {name: parameter.detach().clone() for name, parameter in head_parameters(dual)}
     with phase("heads of the scores before training"):
-        fit(dual, data, images, config, FITTED_FOR_SCORES, device)
+        curve = fit(dual, data, images, config, FITTED_FOR_SCORES, device)
         scores = evaluate()
     with torch.no_grad():
         for name, parameter in head_parameters(dual):
             parameter.copy_(own[name])
-    return lambda: scores
+    return (lambda: scores), curve
 
 
 def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:
