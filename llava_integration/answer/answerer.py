@@ -8,7 +8,6 @@ LLaVA is imported when a model is loaded: ``--help`` works without it.
 
 import argparse
 import os
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,15 +87,3 @@ class Answerer:
                 **arguments,
             )
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
-
-    def record(self, question: Question, text: str) -> dict[str, Any]:
-        """An entry of LLaVA's answers file."""
-        return {
-            "question_id": question.id,
-            "prompt": question.shown,
-            "text": text,
-            **question.extra,
-            "answer_id": uuid.uuid4().hex[:22],
-            "model_id": self.name,
-            "metadata": {},
-        }

@@ -12,10 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.answer.checksum import check_unchanged, checksum_file, write_checksum
+from llava_integration.answer.questions import Question
 from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json
 from llm2clip_plugin.outside.values import read_json_value
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
+IGNORED_ON_RESUME = ("endpoint",)  # a server that is started again has another port; each answer names its own
+
+
+def entry(question: Question, text: str, model: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A line of LLaVA's answers file."""
+    return {
+        "question_id": question.id,
+        "prompt": question.shown,
+        "text": text,
+        **question.extra,
+        "answer_id": uuid.uuid4().hex[:22],
+        "model_id": model,
+        "metadata": metadata or {},
+    }
+
+
+def settings_file(answers: Path) -> Path:
+    """Where an answers file's settings are: the model and what its answers depend on."""
+    return answers.with_name(answers.name + ".settings.json")
 
 
 class AnswersFile:
@@ -28,7 +48,7 @@ class AnswersFile:
         """
         self.path, self.settings, self.total = path, settings, total
         self.partial = path.with_name(path.name + ".partial")
-        self.settings_file = path.with_name(path.name + ".settings.json")
+        self.settings_file = settings_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             path.unlink(missing_ok=True)
@@ -50,7 +70,8 @@ class AnswersFile:
         before = read_json_value(self.settings_file)
         if not isinstance(before, dict):
             raise ContractError(f"{self.settings_file} contains a {type(before).__name__}, not settings; {OTHER_FILE}")
-        names = sorted(name for name in {*before, *self.settings} if before.get(name) != self.settings.get(name))
+        compared = {*before, *self.settings} - {*IGNORED_ON_RESUME}
+        names = sorted(name for name in compared if before.get(name) != self.settings.get(name))
         if names:
             differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
             raise ContractError(f"{self.path} was started with other settings ({differ}); {OTHER_FILE}")

@@ -2,7 +2,7 @@
 
 Accepts the options of LLaVA's ``model_vqa_loader``, ``model_vqa_science`` and ``model_vqa_mmbench`` and writes the same
 answers file. Adds batches, a choice of device, resuming, and several ranks with a GPU each (``torchrun
---nproc_per_node 8 -m llava_integration.evaluate ...`` or ``srun``).
+--nproc_per_node 8 -m llava_integration.evaluate ...`` or ``srun``). With ``--endpoint``, a served model answers it.
 """
 
 import argparse
@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.answer.answerer import Answerer
-from llava_integration.answer.answers_file import AnswersFile
+from llava_integration.answer.answers_file import AnswersFile, entry
+from llava_integration.answer.endpoint import KEY, Endpoint, EndpointError, ServedModel
 from llava_integration.answer.questions import Question, read_questions
+from llava_integration.answer.served import Asking, answer_served
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.outside.pauses import Retry
 
-ABOUT = """\
+ABOUT = f"""\
 Answer a question file with a LLaVA model, on any device. The options of LLaVA's model_vqa_loader,
 model_vqa_science and model_vqa_mmbench are accepted, and the answers file is the same; batches, resuming
-and several ranks are added."""
+and several ranks are added. With --endpoint, any model behind an OpenAI-compatible server answers it
+(vLLM, SGLang, llama.cpp, ...); the key is read from {KEY}."""
+
+# options that have no effect with --endpoint, and without it
+LOCAL = ("model_path", "model_base", "conv_mode", "batch_size", "num_beams", "device", "dtype", "workers")
+LOCAL += ("load_8bit", "load_4bit")
+SERVED = ("served_model_name", "concurrency", "timeout", "retries")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,11 +40,12 @@ def parser() -> argparse.ArgumentParser:
         "llm2clip llava evaluate --model-path checkpoints/llava-7b --question-file questions.jsonl "
         "--image-folder images --answers-file answers.jsonl",
         ABOUT,
-        also={"data": "question-file", "output": "answers-file"},
+        also={"data": "question-file", "output": "answers-file", "model": "served-model-name"},
     )
     add = made.add_argument
-    add("--model-path", required=True, help="LLaVA checkpoint: full, LoRA or projector")
+    add("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")
     add("--model-base", default=None, help="base model of a LoRA or projector checkpoint")
+    add("--endpoint", default="", metavar="URL", help="ask an OpenAI-compatible server, e.g. http://localhost:8000/v1")
     add("--question-file", required=True, type=Path, help=".jsonl, .json (ScienceQA) or .tsv (MMBench)")
     add("--answers-file", required=True, type=Path, help="JSONL to write; an incomplete run is resumed")
     add("--image-folder", default="", help="folder of the questions' images")
@@ -55,16 +65,21 @@ def parser() -> argparse.ArgumentParser:
     add("--load-8bit", action="store_true", help="quantize the language model to 8 bits")
     add("--load-4bit", action="store_true", help="quantize the language model to 4 bits")
     add("--workers", type=int, default=4, help="data loader processes")
+    add("--served-model-name", default="", metavar="NAME", help="with --endpoint: the model (default: the only one)")
+    add("--concurrency", type=int, default=16, help="with --endpoint: requests at a time")
+    add("--timeout", type=float, default=300.0, help="with --endpoint: seconds that an answer may take")
+    add("--retries", type=int, default=8, help="with --endpoint: of a failed request, with growing pauses")
     add("--overwrite", action="store_true", help="discard existing answers")
     return made
 
 
 def main(argv: list[str]) -> int:
-    """Answer the questions that have no answer yet; returns 0, also when other ranks are not done."""
+    """Answer the questions that have no answer yet; returns 0, also when other ranks are not done.
+
+    1 if a server refused some of the questions.
+    """
     options = parser().parse_args(argv)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-    refuse_name(options.model_path, base=options.model_base)
+    check_options(options)
     rank, world = choose_device(options.device)
     questions = chunk(
         read_questions(
@@ -76,18 +91,46 @@ def main(argv: list[str]) -> int:
         options.num_chunks,
         options.chunk_idx,
     )
-    answers = AnswersFile(options.answers_file, answer_settings(options), len(questions), overwrite=options.overwrite)
+    endpoint = Endpoint(options.endpoint, timeout=options.timeout) if options.endpoint else None
+    served = endpoint.choose(options.served_model_name) if endpoint else None
+    settings = answer_settings(options, served)
+    answers = AnswersFile(options.answers_file, settings, len(questions), overwrite=options.overwrite)
     if answers.complete:
         print(f"{answers.path} is complete: {len(questions)} answers")
         return 0
     done = answers.done()
     indices = [index for index in range(len(questions)) if index % world == rank and index not in done]
-    if indices:
+    refused: list[str] = []
+    if indices and endpoint and served:
+        refused = ask_server(options, endpoint, served, questions, indices, answers)
+    elif indices:
         answer_questions(options, questions, indices, answers)
     missing = answers.finish()
-    pending = ", other ranks are still running" if missing else ""
+    pending = ", other ranks are still running" if missing > len(refused) else ""
     print(f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}")
-    return 0
+    if refused:
+        print(f"error: {len(refused)} questions without an answer; rerun to ask them again", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in refused[:10]), file=sys.stderr)
+    return int(bool(refused))
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that are missing, out of their range, or have no effect."""
+    made = parser()
+    if not options.endpoint and not options.model_path:
+        raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
+    unused, where = (LOCAL, "with") if options.endpoint else (SERVED, "without")
+    given = [name for name in unused if getattr(options, name) != made.get_default(name)]
+    if given:
+        shown = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{shown} has no effect {where} --endpoint; remove it")
+    for name, least in (("batch_size", 1), ("concurrency", 1), ("retries", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
+    if not 0 < options.timeout < float("inf"):
+        raise ValueError(f"--timeout {options.timeout} must be seconds above 0")
+    if options.model_path:
+        refuse_name(options.model_path, base=options.model_base)
 
 
 def choose_device(device: str) -> tuple[int, int]:
@@ -120,13 +163,20 @@ def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
     return questions[index * size : (index + 1) * size]
 
 
-def answer_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Every setting that an answer depends on, with the hashes of the model's configuration and the question file."""
-    names = """model_path model_base conv_mode num_chunks chunk_idx temperature top_p num_beams max_new_tokens
-        single_pred_prompt all_rounds lang dtype load_8bit load_4bit""".split()
+def answer_settings(options: argparse.Namespace, served: ServedModel | None) -> dict[str, Any]:
+    """Every setting that an answer depends on, with the hashes of the model's configuration and the question file.
+
+    ``served``: the model behind ``--endpoint``, whose configuration the server knows.
+    """
+    names = "num_chunks chunk_idx temperature top_p max_new_tokens single_pred_prompt all_rounds lang".split()
+    if served is None:
+        names += "model_path model_base conv_mode num_beams dtype load_8bit load_4bit".split()
     settings = {name: getattr(options, name) for name in names}
-    config = Path(options.model_path) / "config.json"
-    settings["model_config_sha256"] = sha256_file(config) if config.is_file() else ""
+    if served is None:
+        config = Path(options.model_path) / "config.json"
+        settings["model_config_sha256"] = sha256_file(config) if config.is_file() else ""
+    else:
+        settings |= {"endpoint": options.endpoint, "served_model": served.id, "served_root": served.root}
     settings["question_file_sha256"] = sha256_file(options.question_file)
     return settings
 
@@ -142,6 +192,41 @@ def answer_questions(
         for batch in answerer.batches(questions, indices):
             texts = answerer.generate(batch)
             answers.write(
-                {index: answerer.record(questions[index], text) for (index, *_), text in zip(batch, texts, strict=True)}
+                {
+                    index: entry(questions[index], text, answerer.name)
+                    for (index, *_), text in zip(batch, texts, strict=True)
+                }
             )
             bar.update(len(batch))
+
+
+def ask_server(
+    options: argparse.Namespace,
+    endpoint: Endpoint,
+    served: ServedModel,
+    questions: list[Question],
+    indices: list[int],
+    answers: AnswersFile,
+) -> list[str]:
+    """Ask a server the questions of these indices; returns a line for each that it refused."""
+    sampling = {"temperature": options.temperature, "max_tokens": options.max_new_tokens}
+    if options.top_p is not None:
+        sampling["top_p"] = options.top_p
+    asking = Asking(
+        model=served.id,
+        image_folder=options.image_folder,
+        sampling=sampling,
+        concurrency=options.concurrency,
+        retry=Retry(tries=options.retries + 1, first_pause=1.0),
+    )
+    before = len(questions) - len(indices)
+    print(
+        f"asking {served.id!r} at {endpoint.url}: {len(indices)} questions, {before} answered before", file=sys.stderr
+    )
+    try:
+        return answer_served(endpoint, asking, questions, indices, answers)
+    except EndpointError as error:
+        kept = len(answers.done())
+        raise EndpointError(
+            f"{error}; {kept} of {len(questions)} answers are kept, rerun the same command to resume"
+        ) from error

@@ -35,7 +35,7 @@ class Outcome:
 
 
 ABOUT = """\
-Evaluate one LLaVA checkpoint on every benchmark whose files are found. Answers, scores and logs are
+Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found. Answers, scores and logs are
 written to --output; completed ones are skipped on a rerun, and a benchmark that fails does not stop the
 others. Options after -- are passed to the engine (llava_integration.evaluate, or lmms_eval)."""
 
@@ -48,8 +48,14 @@ def parser() -> Parser:
         ABOUT,
     )
     add_data(parse, "LLaVA's playground/data/eval", type=Path)
-    parse.add_argument("--model-path", required=True, help="LLaVA checkpoint: full, LoRA or projector")
+    parse.add_argument("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")
     parse.add_argument("--model-base", default="", help="base model of a LoRA or projector checkpoint")
+    parse.add_argument(
+        "--endpoint", default="", metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"
+    )
+    parse.add_argument(
+        "--served-model-name", default="", metavar="NAME", help="with --endpoint (default: the only one)"
+    )
     parse.add_argument("--output", required=True, type=Path, help="folder for answers, scores and logs")
     parse.add_argument(
         "--benchmarks", nargs="+", default=[], metavar="NAME", help=f"default: all of {', '.join(benchmarks())}"
@@ -62,7 +68,11 @@ def parser() -> Parser:
     parse.add_argument("--conv-mode", default="vicuna_v1", help="conversation template")
     parse.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="device of the model")
     parse.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the weights")
-    parse.add_argument("--name", default="", help="model name in score files (default: the checkpoint's folder name)")
+    parse.add_argument(
+        "--name",
+        default="",
+        help="model name in score files (default: the checkpoint's folder, or its name on the server)",
+    )
     parse.add_argument("--overwrite", action="store_true", help="generate existing answers again")
     parse.add_argument("--plan", action="store_true", help="only list the benchmarks whose files are found")
     return parse
@@ -77,14 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     args.data = data_of(parse, args)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    refuse_name(args.model_path, base=args.model_base)
+    check_model(parse, args)
     tasks = plans(args.benchmarks, args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
         raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
     if args.plan:
         return 0
-    if args.engine == "llava" and find_spec("llava") is None:
+    if args.engine == "llava" and not args.endpoint and find_spec("llava") is None:
         raise ValueError(
             "LLaVA is not installed in this environment; run bench-mllm in LLaVA's environment (see `llm2clip doctor`)"
         )
@@ -95,6 +105,22 @@ def main(argv: list[str] | None = None) -> int:
     compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+LOCAL = ("model_path", "model_base", "engine", "gpus", "batch_size", "conv_mode", "device", "dtype")  # of a checkpoint
+
+
+def check_model(parse: Parser, args: argparse.Namespace) -> None:
+    """Raise ValueError unless there is one model, a checkpoint or a served one, and no option of the other."""
+    if not args.endpoint:
+        if not args.model_path:
+            raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
+        if args.served_model_name:
+            raise ValueError("--served-model-name has no effect without --endpoint; remove it")
+        refuse_name(args.model_path, base=args.model_base)
+    elif given := [name for name in LOCAL if getattr(args, name) != parse.get_default(name)]:
+        shown = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{shown} has no effect with --endpoint; remove it")
 
 
 def describe_plan(tasks: list[Task | Missing]) -> str:
@@ -143,7 +169,7 @@ def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: li
         upload = args.output / "submissions" / f"{name}.{member.submission_format}"
         member.write_submission(task.folder, answers, upload)
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
-    model = args.name or Path(args.model_path).name
+    model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
     record = score_answers(name, task.folder, answers, Options(corrected=True), model=model)
     record.provenance.update(run_provenance(args.model_path, task.question_file, answered_by))
     record.write(args.output / "scores" / f"{name}.scores.json")

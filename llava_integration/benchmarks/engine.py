@@ -56,16 +56,23 @@ def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], out
     start = [sys.executable, "-m"]
     if args.gpus > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), "-m"]
-    words = [
-        *start, "llava_integration.evaluate", "--model-path", args.model_path, "--answers-file", str(output),
-        "--question-file", str(task.question_file), "--conv-mode", args.conv_mode, "--device", args.device,
-        "--batch-size", str(args.batch_size), "--dtype", args.dtype, *task.benchmark.evaluate_options,
-    ]  # fmt: skip
-    if args.model_base:
-        words += ["--model-base", args.model_base]
+    words = [*start, "llava_integration.evaluate", *model_options(args), "--answers-file", str(output)]
+    words += ["--question-file", str(task.question_file), *task.benchmark.evaluate_options]
     if task.image_folder is not None:
         words += ["--image-folder", str(task.image_folder)]
     return [*words, *(["--overwrite"] if args.overwrite else []), *extra]
+
+
+def model_options(args: argparse.Namespace) -> list[str]:
+    """The options of llava_integration.evaluate that name the model and how it runs."""
+    if args.endpoint:
+        named = ["--served-model-name", args.served_model_name] if args.served_model_name else []
+        return ["--endpoint", args.endpoint, *named]
+    words = [
+        "--model-path", args.model_path, "--conv-mode", args.conv_mode, "--device", args.device,
+        "--batch-size", str(args.batch_size), "--dtype", args.dtype,
+    ]  # fmt: skip
+    return [*words, "--model-base", args.model_base] if args.model_base else words
 
 
 def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:

@@ -12,16 +12,19 @@ LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers",
 
 
 def run_provenance(model_path: str, question_file: Path, command: list[str]) -> dict[str, Any]:
-    """What the answers were generated from: checkpoint, tower, LLM, questions, versions, command."""
+    """What the answers were generated from: checkpoint, tower, LLM, questions, versions, command.
+
+    ``model_path`` is "" for a served model, which the answers' settings name (``score.provenance``).
+    """
     record: dict[str, Any] = {
-        "checkpoint": model_path,
+        **({"checkpoint": model_path} if model_path else {}),
         "question_file": str(question_file),
         "question_file_sha256": sha256_file(question_file),
         "command": command,
         "versions": {"python": platform.python_version(), **versions()},
     }
     config = Path(model_path) / "config.json"
-    if config.is_file():
+    if model_path and config.is_file():
         body = json.loads(config.read_text(encoding="utf-8"))
         tower = body.get("llm2clip_tower") or {}
         record |= {

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_integration.benchmarks.answers import Answers, read_answers
+from llava_integration.answer.answers_file import settings_file
+from llava_integration.benchmarks.answers import Answers, read_answers, read_json
 from llava_integration.benchmarks.base import Options
 from llava_integration.benchmarks.benchmark import Benchmark
 from llava_integration.benchmarks.match import OtherBenchmarkError
@@ -85,9 +86,11 @@ def _lookalikes(member: Benchmark, answers: Answers) -> str:
 
 
 def provenance(member: Benchmark, data: Path, answers: Answers) -> dict:
-    """What a score was made from: files with their hashes, layout, versions."""
+    """What a score was made from: files with their hashes, layout, versions, settings of ``llava evaluate``."""
     files = {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {}
+    settings = settings_file(answers.path)
     return {
+        **({"answer_settings": read_json(settings)} if settings.is_file() else {}),
         "data": str(data.resolve()),
         "data_sha256": member.data_digest(data),
         "answers": str(answers.path),

@@ -9,13 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from llm2clip_plugin.outside.pauses import Retry, seconds_of_retry_after
 from llm2clip_plugin.outside.timeouts import TIMEOUT, timeout
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 WARN_EVERY = 30.0  # seconds between a process's warnings
-LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request
 PASSING = {
     getattr(errno, name)
     for name in (
@@ -33,7 +31,6 @@ PASSING = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-_jitter = random.Random()  # not the global generator, whose state belongs to the run
 _retries = [0, 0]  # of this process: since it began, and since take_retries
 _warned = [-WARN_EVERY]  # time of the last warning
 
@@ -90,21 +87,6 @@ def final_error(error: Exception, url: str) -> Exception:
     if status:
         return ConnectionError(f"the server refuses {url}: {cause_of(error)}")
     return error
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How often, and how long apart."""
-
-    tries: int = 8  # consecutive failures before giving up ...
-    patience: float = 300.0  # ... or seconds spent in failed attempts, pauses not counted
-    first_pause: float = 0.5  # seconds after a failure, about; doubles up to ...
-    longest_pause: float = 30.0
-
-    def pause(self, failures: int) -> float:
-        """Seconds before the next attempt, random so that many processes don't return together."""
-        full = min(self.longest_pause, self.first_pause * 2 ** (failures - 1))
-        return full * _jitter.uniform(0.5, 1.0)
 
 
 class Failures:
@@ -166,14 +148,7 @@ def describe(error: BaseException) -> str:
 def retry_after(error: BaseException) -> float:
     """Seconds that a server wants to be left alone for, by the header Retry-After of its answer; 0 without."""
     headers = vars(cause_of(error)).get("headers") or {}
-    text = headers.get("Retry-After", "")
-    from email.utils import parsedate_to_datetime
-
-    try:
-        seconds = float(text) if text.strip().isdigit() else parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+    return seconds_of_retry_after(headers.get("Retry-After", ""))
 
 
 def read_file(path: str | Path) -> bytes:

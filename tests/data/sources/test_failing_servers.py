@@ -14,6 +14,7 @@ from llm2clip_plugin.data import retry as retry_module
 from llm2clip_plugin.data.retry import Retry, retry_after, take_retries
 from llm2clip_plugin.data.sources.downloads import Downloads
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.outside.pauses import LONGEST_RETRY_AFTER
 from llm2clip_plugin.outside.timeouts import timeout
 
 BODY = bytes(range(256)) * 400
@@ -94,7 +95,7 @@ def test_a_server_may_say_when_to_come_back(monkeypatch: pytest.MonkeyPatch, tmp
     error.headers = {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}  # type: ignore[attr-defined]
     assert retry_after(error) == 0.0  # a date, long past
     error.headers = {"Retry-After": "Thu, 31 Dec 2099 23:59:59 GMT"}  # type: ignore[attr-defined]
-    assert retry_after(error) == retry_module.LONGEST_RETRY_AFTER
+    assert retry_after(error) == LONGEST_RETRY_AFTER
     error.headers = {"Retry-After": "soon"}  # type: ignore[attr-defined]
     assert retry_after(error) == 0.0
 
