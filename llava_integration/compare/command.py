@@ -12,6 +12,7 @@ from llava_integration.compare import tables
 from llava_integration.compare.build import build
 from llava_integration.compare.comparison import Comparison
 from llava_integration.compare.page import PageOptions, page
+from llava_integration.compare.planning import lines, plan
 from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.options.parser import Parser
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "benchmark in a folder are its runs (seeds).",
     )
     parse.add_argument("base", metavar="BASE", type=Path, help="score file or folder of the baseline")
-    parse.add_argument("new", metavar="NEW", type=Path, nargs="+", help="score files or folders to compare with BASE")
+    parse.add_argument("new", metavar="NEW", type=Path, nargs="*", help="score files or folders to compare with BASE")
     parse.add_argument("--names", nargs="+", default=[], help="names of the sides in the report, base first")
     parse.add_argument("--output", type=Path, help="folder for compare.json, compare.md, compare.tex and compare.html")
     parse.add_argument("--json", type=Path, help="write only this file")
@@ -49,6 +50,20 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=80,
         help="questions per benchmark in the page's browser, wins and losses evenly",
+    )
+    planning = parse.add_argument_group("before running anything")
+    planning.add_argument(
+        "--plan", action="store_true", help="print how many images and runs (seeds) --effect needs, from the noise "
+        "of pilot scores: BASE alone, or BASE and NEW"
+    )  # fmt: skip
+    planning.add_argument("--effect", type=float, default=1.0, help="the difference to detect, in the benchmark's unit")
+    planning.add_argument("--runs", type=int, nargs="+", default=[1, 3, 5], help="numbers of runs a side to plan for")
+    planning.add_argument(
+        "--spread", type=float, help="standard deviation over trainings (default: that of BASE's runs)"
+    )
+    planning.add_argument("--power", type=float, default=0.8, help="probability of detecting the difference")
+    planning.add_argument(
+        "--correlation", type=float, default=0.5, help="of the two sides' scores over images, where BASE is alone"
     )
     return parse
 
@@ -78,6 +93,25 @@ def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], opt
         print(f"wrote {path}", file=sys.stderr)
 
 
+def planned(sides: list[Side], args: argparse.Namespace) -> list[str]:
+    """The lines of --plan. Raises ValueError for numbers out of range."""
+    for name, value, fits, expected in (
+        ("effect", args.effect, args.effect > 0, "a number above 0"),
+        ("runs", min(args.runs), min(args.runs) > 0, "whole numbers above 0"),
+        ("spread", args.spread, args.spread is None or args.spread >= 0, "0 or more"),
+        ("power", args.power, 0.5 <= args.power < 1, "a number in [0.5, 1)"),
+        ("correlation", args.correlation, -1 <= args.correlation < 1, "a number in [-1, 1)"),
+    ):
+        if not fits:
+            raise ValueError(f"--{name} {value} does not fit; expected {expected}")
+    if files := [f"--{kind}" for kind in outputs(args)]:
+        raise ValueError(f"--plan writes no report; remove --output and {', '.join(files)}")
+    noises = plan(
+        sides, spread=args.spread, correlation=args.correlation, resamples=min(args.resamples, 1000), seed=args.seed
+    )
+    return lines(noises, effect=args.effect, runs=args.runs, level=args.level, power=args.power)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compare score files and write the reports."""
     args = parser().parse_args(argv)
@@ -85,7 +119,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--resamples {args.resamples} is too few for an interval; use at least 100, better 10000")
     if not 0.5 <= args.level < 1:
         raise ValueError(f"--level {args.level} is not in [0.5, 1); use 0.95, for example")
+    if not args.new and not args.plan:
+        raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what a difference needs")
     sides = load_sides([args.base, *args.new], args.names)
+    if args.plan:
+        print("\n".join(planned(sides, args)))
+        return 0
 
     def progress(tasks: list) -> Iterable:
         return tqdm(tasks, desc="comparing", unit="benchmark", delay=2)

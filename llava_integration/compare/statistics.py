@@ -7,6 +7,7 @@ of both sides, composites included: what is resampled is what is published.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,16 +79,16 @@ def counted(runs: list[Statistic]) -> np.ndarray:
     return np.any([np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs], axis=0)
 
 
-def resampled_differences(paired: Paired, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """(R,) differences on resampled images; a side of several runs is their mean."""
-    blocks = []
-    for weight_RC in resample(paired.strata, resamples, rng):
-        base_R, new_R = (
+def resampled_values(paired: Paired, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """(2, R) values of base and new on the same resampled images; a side of several runs is their mean."""
+    blocks = [
+        [
             np.mean([paired.statistic.value(weight_RC @ run_CK) for run_CK in side], axis=0)
             for side in (paired.base, paired.new)
-        )
-        blocks.append(new_R - base_R)
-    return np.concatenate(blocks)
+        ]
+        for weight_RC in resample(paired.strata, resamples, rng)
+    ]
+    return np.concatenate(blocks, axis=1)
 
 
 def permutation_p(paired: Paired, observed: float, resamples: int, rng: np.random.Generator) -> float:
@@ -119,7 +120,8 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
         np.array([float(paired.statistic.value(run.sum(axis=0))) for run in side]) for side in (paired.base, paired.new)
     ]
     base, new = (float(side.mean()) for side in values)
-    difference_R = resampled_differences(paired, resamples, rng)
+    base_R, new_R = resampled_values(paired, resamples, rng)
+    difference_R = new_R - base_R
     freedom = max(1, paired.clusters - len(np.unique(paired.strata)))
     error = expansion(paired.clusters, freedom) * float(np.std(difference_R))
     spreads = [float(np.std(side, ddof=1)) if len(side) > 1 else 0.0 for side in values]
@@ -152,9 +154,14 @@ def _add_runs(error: float, freedom: int, values: list[np.ndarray]) -> tuple[flo
     between = [float(np.var(side, ddof=1)) if len(side) > 1 else known[0] for side in values]
     parts = [(error**2, freedom)]
     parts += [(variance / len(side), max(1, len(side) - 1)) for variance, side in zip(between, values, strict=True)]
+    return combine(parts)
+
+
+def combine(parts: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Standard error and Satterthwaite's degrees of freedom of a sum of variances, each with its own."""
     total = sum(variance for variance, _ in parts)
     below = sum(variance**2 / degrees for variance, degrees in parts)
-    return math.sqrt(total), max(1, int(total**2 / below)) if below else freedom
+    return math.sqrt(total), max(1, int(total**2 / below)) if below else parts[0][1]
 
 
 def t_test_p(estimate: float, error: float, freedom: int) -> float:

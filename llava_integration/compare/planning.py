@@ -1,0 +1,200 @@
+"""How many images, or trainings, a difference needs: the power of a comparison that has not been run yet.
+
+The variance of a difference has three parts: what an image means to both sides, which falls with the number of images;
+what a training makes of an image, which falls with images and runs; and a training's luck, which falls with the runs
+(seeds) of each side. They are read off score files that exist, pilot runs or an earlier comparison on the benchmark,
+and put together as ``compare`` does. A difference is detected with the given power if it is t(1 - alpha/2) + t(power)
+standard errors large, with Welch and Satterthwaite's degrees of freedom (the usual approximation to the noncentral t;
+Chow, Shao and Wang, Sample Size Calculations in Clinical Research, chapter 3).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llava_integration.benchmarks.base import Statistic
+from llava_integration.compare.build import ordered, questions_in_common, statistic_of
+from llava_integration.compare.sides import Side
+from llava_integration.compare.statistics import Paired, combine, pair, resampled_values
+from llm2clip_plugin.bootstrap import expansion, t_quantile
+
+MOST_RUNS = 1000  # more trainings than anyone can run
+MOST_TIMES = 1e6  # as many times the images at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What a difference on one benchmark varies by, in the benchmark's unit."""
+
+    benchmark: str
+    title: str
+    unit: str
+    questions: int
+    images: int
+    strata: int  # groups that images are drawn within
+    image_error: float  # standard error of the difference over this many images, however many runs
+    answer_error: float  # more of it with one run a side: what trainings make of an image; 0 if runs can't tell
+    spread: float | None  # standard deviation of one side's score over trainings, beside that; None: unknown
+    spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
+    assumed: str = ""  # what was assumed for lack of a second side
+
+    def error(self, images: float, runs: int) -> tuple[float, int]:
+        """Standard error of the difference, and its degrees of freedom, with that many images and runs a side."""
+        times, answers = self.images / images, self.answer_error**2 * self.images / images
+        parts = [(self.image_error**2 * times + answers / runs, max(1, round(images) - self.strata))]
+        if self.spread:
+            of_one = (self.spread**2 + (answers / 2 if runs > 1 else 0)) / runs  # compare counts answers here, too
+            freedom = runs - 1 if runs > 1 else self.spread_freedom  # one run estimates nothing: the spread is given
+            parts += [(of_one, freedom), (of_one, freedom)]
+        return combine(parts)
+
+    def detectable(self, images: float, runs: int, *, level: float = 0.95, power: float = 0.8) -> float:
+        """The true difference that is detected with this power."""
+        error, freedom = self.error(images, runs)
+        return (t_quantile(0.5 + level / 2, freedom) + t_quantile(power, freedom)) * error
+
+    def images_needed(self, effect: float, runs: int, **test: float) -> int | None:
+        """How many images detect ``effect`` with ``runs`` a side; None if no number does, for the runs' spread."""
+        if self.detectable(self.images * MOST_TIMES, runs, **test) > effect:
+            return None
+        low, high = 0, math.ceil(self.images * MOST_TIMES)
+        while high - low > 1:
+            middle = (low + high) // 2
+            enough = middle > self.strata and self.detectable(middle, runs, **test) <= effect
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    def runs_needed(self, effect: float, **test: float) -> int | None:
+        """How many runs a side detect ``effect`` on these images; None if no number does, or the spread is unknown."""
+        if self.spread is None or self.detectable(self.images, MOST_RUNS, **test) > effect:
+            return None
+        first = 2 if self.spread else 1
+        return next(
+            runs for runs in range(first, MOST_RUNS + 1) if self.detectable(self.images, runs, **test) <= effect
+        )
+
+
+def measure(
+    base: Side,
+    new: Side | None,
+    name: str,
+    *,
+    spread: float | None = None,
+    correlation: float = 0.5,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Noise:
+    """The noise of one benchmark, from one side or two.
+
+    With one side, the other is taken to vary as much over images, with ``correlation`` between the two, so that the
+    difference has the variance 2 (1 - correlation) times that of the side. ``spread``, if given, replaces what the
+    runs show. Raises ContractError for sides with other questions.
+    """
+    sides = [base] if new is None else [base, new]
+    common, _ = questions_in_common(name, base, new or base)
+    picked = []
+    for side in sides:
+        by_id = [{str(item["id"]): item for item in run.items} for run in side.runs[name]]
+        picked.append([[items[key] for key in common] for items in by_id])
+    _, title, unit, _ = statistic_of(name, picked[0][0])
+    statistics = [[statistic_of(name, items)[0] for items in runs] for runs in picked]
+    clusters = [str(item.get("cluster", item["id"])) for item in picked[0][0]]
+    paired = pair(statistics[0], statistics[-1], clusters)
+    image, answer = _image_errors(paired, resamples, seed, None if new else math.sqrt(2 * (1 - correlation)))
+    strata = len(np.unique(paired.strata))
+    wider = expansion(paired.clusters, max(1, paired.clusters - strata))
+    noise = Noise(
+        benchmark=name,
+        title=title,
+        unit=unit,
+        questions=len(common),
+        images=paired.clusters,
+        strata=strata,
+        image_error=image * wider,
+        answer_error=answer * wider,
+        spread=spread,
+        assumed="" if new else f"correlation {correlation:g}",
+    )
+    return noise if spread is not None else _with_spread(noise, statistics)
+
+
+def _image_errors(paired: Paired, resamples: int, seed: int, times_one_side: float | None) -> tuple[float, float]:
+    """Standard errors over images: what all runs share, and what one run a side has beside it.
+
+    One run a side has the variance s + i, the means of M runs s + i / M.
+    """
+
+    def variance(base_MCK: np.ndarray, new_MCK: np.ndarray) -> float:
+        part = replace(paired, base=base_MCK, new=new_MCK)
+        base_R, new_R = resampled_values(part, resamples, np.random.default_rng(seed))
+        return float(np.var(new_R - base_R)) if times_one_side is None else float(np.var(base_R)) * times_one_side**2
+
+    runs = min(len(paired.base), len(paired.new))
+    single = float(np.mean([variance(paired.base[[m]], paired.new[[m]]) for m in range(runs)]))
+    if runs == 1:
+        return math.sqrt(single), 0.0
+    answers = max(0.0, single - variance(paired.base[:runs], paired.new[:runs])) * runs / (runs - 1)
+    return math.sqrt(max(0.0, single - answers)), math.sqrt(answers)
+
+
+def _with_spread(noise: Noise, statistics: Sequence[Sequence[Statistic]]) -> Noise:
+    """The pooled standard deviation over runs, where a side has several, without what is counted over images."""
+    values = [[run.full() for run in side] for side in statistics if len(side) > 1]
+    freedom = sum(len(side) - 1 for side in values)
+    if not freedom:
+        return noise
+    squares = sum(float(np.var(side, ddof=1)) * (len(side) - 1) for side in values)
+    luck = max(0.0, squares / freedom - noise.answer_error**2 / 2)
+    return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
+
+
+def plan(sides: Sequence[Side], **options: float | None) -> list[Noise]:
+    """The noise of every benchmark of the base, or of both sides where there are two. Raises ValueError for more."""
+    if len(sides) > 2:
+        raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
+    base, new = sides[0], sides[1] if len(sides) == 2 else None
+    names = set(base.runs) if new is None else set(base.runs) & set(new.runs)
+    if not names:
+        raise ValueError(f"{base.name} and {sides[-1].name} have no benchmark in common")
+    return [measure(base, new, name, **options) for name in ordered(names)]  # type: ignore[arg-type]
+
+
+def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float, power: float) -> list[str]:
+    """The plan as text: per benchmark what is detectable, and what ``effect`` needs."""
+    test = {"level": level, "power": power}
+    told = [f"A difference of {effect:g} with {power:.0%} power, two-sided at {1 - level:.0%}:"]
+    for noise in noises:
+        of = "points" if noise.unit == "%" else noise.unit
+        told += ["", f"{noise.title}: {noise.questions} questions on {noise.images} images"]
+        told.append(
+            f"  varies by {math.hypot(noise.image_error, noise.answer_error):.2f} {of} over images"
+            + (f" ({noise.assumed} of the two sides assumed)" if noise.assumed else "")
+            + (
+                f", by {noise.spread:.2f} over trainings"
+                if noise.spread is not None
+                else "; over trainings unknown: score several runs a side, or set --spread"
+            )
+        )
+        known = runs if noise.spread is not None else runs[:1]
+        for count in known:
+            told.append(f"  {_sides(count, noise)}: {_needs(noise, effect, count, of, test)}")
+        enough = noise.runs_needed(effect, **test)
+        if noise.spread:
+            told.append(f"  on these images: {f'{enough} runs a side' if enough else 'no number of runs detects it'}")
+    return told
+
+
+def _sides(runs: int, noise: Noise) -> str:
+    if noise.spread is None:
+        return "these trainings only"
+    return "1 run a side" if runs == 1 else f"{runs} runs a side"
+
+
+def _needs(noise: Noise, effect: float, runs: int, of: str, test: dict[str, float]) -> str:
+    needed = noise.images_needed(effect, runs, **test)
+    told = f"{noise.detectable(noise.images, runs, **test):.2f} {of} detectable"
+    if needed is None:
+        return f"{told}; no number of images detects {effect:g}"
+    return f"{told}; {effect:g} needs {needed} images ({needed / noise.images:.2g} times these)"

@@ -1,0 +1,112 @@
+"""`llm2clip compare --plan`: what it says suffices, does; what it can't know, it says."""
+
+import numpy as np
+import pytest
+
+from llava_integration.benchmarks.base import mean_statistic
+from llava_integration.compare.command import main
+from llava_integration.compare.planning import plan
+from llava_integration.compare.sides import load_side
+from llava_integration.compare.statistics import compare, pair
+from llm2clip_plugin.contracts import ContractError, ScoreFile
+
+SIMULATIONS = 100  # standard error of a power of 80 %: 4 %
+SPREAD = 1.5  # points, over trainings
+
+
+def experiment(rng, images, runs, effect):
+    """(base, new) runs of right and wrong answers: each side has its images, a training its luck and its slips."""
+    knows = rng.random((2, images)) < 0.5
+    luck = rng.normal(0, SPREAD / 100, size=(2, runs))
+    luck[1] += effect / 100
+    return [
+        [(rng.random(images) < np.where(knows[side], 0.8, 0.2) + shift).astype(float) for shift in luck[side]]
+        for side in (0, 1)
+    ]
+
+
+def write_side(folder, runs):
+    for number, scores in enumerate(runs):
+        items = [{"id": place, "score": float(score)} for place, score in enumerate(scores)]
+        record = ScoreFile(benchmark="gqa", metrics={}, items=items, model=folder.name)
+        record.write(folder / f"{number}.scores.json")
+    return load_side(folder)
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory):
+    """Eight trainings a side on 800 images, without a difference."""
+    folder = tmp_path_factory.mktemp("pilot")
+    sides = experiment(np.random.default_rng(1), 800, 8, 0)
+    return [write_side(folder / name, runs) for name, runs in zip(("base", "new"), sides, strict=True)]
+
+
+def test_as_many_images_as_planned_detect_the_effect(pilot):
+    """The comparison itself, with the planned number of images, has the planned error, and finds the effect."""
+    runs = 3
+    (noise,) = plan(pilot)
+    assert noise.spread == pytest.approx(SPREAD, rel=0.5) and noise.spread_freedom == 14
+    effect = 7.0
+    images = noise.images_needed(effect, runs)
+    assert images is not None and noise.detectable(images, runs) <= effect < noise.detectable(images * 0.9, runs)
+    rng, found, errors = np.random.default_rng(runs), 0, []
+    for number in range(SIMULATIONS):
+        base, new = experiment(rng, images, runs, effect)
+        names = [str(place) for place in range(images)]
+        paired = pair([mean_statistic(run) for run in base], [mean_statistic(run) for run in new], names)
+        result = compare(paired, resamples=200, seed=number)
+        errors.append(result.standard_error**2)
+        found += result.p < 0.05
+    assert np.mean(errors) ** 0.5 == pytest.approx(noise.error(images, runs)[0], rel=0.15)
+    assert 0.7 <= found / SIMULATIONS <= 0.95  # compare counts the trainings' slips twice: on the safe side
+
+
+def test_what_no_number_reaches(pilot):
+    (noise,) = plan(pilot, spread=2.0)
+    assert noise.images_needed(1.0, 3) is None  # three runs that vary by 2 points can't show 1 point on any images
+    assert noise.runs_needed(0.01) is None
+    enough = noise.runs_needed(6.0)
+    assert enough is not None and noise.detectable(noise.images, enough) <= 6.0
+    assert enough == 2 or noise.detectable(noise.images, enough - 1) > 6.0
+
+
+def test_one_side_alone_needs_a_correlation(pilot):
+    (alike,), (unlike,) = (plan([load_side(pilot[0].path / "0.scores.json")], correlation=c) for c in (0.9, 0.0))
+    assert unlike.image_error == pytest.approx(alike.image_error * 10**0.5) and alike.spread is None
+    assert unlike.image_error == pytest.approx(100 * (2 * 0.25 / 800) ** 0.5, rel=0.05)  # half of the answers right
+    assert alike.runs_needed(1.0) is None and alike.images_needed(1.0, 1) is not None
+
+
+def test_the_command(pilot, capsys):
+    base, new = (str(side.path) for side in pilot)
+    assert main([base, new, "--plan", "--effect", "3", "--runs", "2", "4"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("A difference of 3 with 80% power, two-sided at 5%:\n\nGQA: 800 questions on 800 images")
+    assert "2 runs a side: " in told and "4 runs a side: " in told and "on these images: " in told
+    assert main([f"{base}/0.scores.json", "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "over trainings unknown: score several runs a side, or set --spread" in told
+    assert "(correlation 0.5 of the two sides assumed)" in told and "these trainings only: " in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "compare needs a second side: BASE NEW; with BASE alone, --plan says what a difference needs"),
+        (["--plan", "--effect", "0"], "--effect 0.0 does not fit; expected a number above 0"),
+        (["--plan", "--runs", "3", "0"], "--runs 0 does not fit; expected whole numbers above 0"),
+        (["--plan", "--power", "80"], "--power 80.0 does not fit; expected a number in"),
+        (["--plan", "--output", "x"], "--plan writes no report; remove --output"),
+    ],
+)
+def test_bad_input(pilot, words, said):
+    with pytest.raises(ValueError, match=said.replace("[", "\\[")):
+        main([str(pilot[0].path), *words])
+
+
+def test_three_sides_or_other_questions(pilot, tmp_path):
+    with pytest.raises(ValueError, match="--plan takes one side or two, got 3"):
+        main([*[str(pilot[0].path)] * 3, "--plan"])
+    other = write_side(tmp_path / "other", [[1.0] * 10])
+    with pytest.raises(ContractError, match="share 10 questions of"):
+        plan([pilot[0], other])
