@@ -1,10 +1,14 @@
-"""Start-up hook: completes four modules of LLaVA, each right after Python has executed it.
+"""Start-up hook: completes modules of LLaVA as Python executes them.
+
+Right after four of them, so that LLaVA knows our towers (``hook``); before or after others, so that LLaVA runs on
+today's libraries (``compat``).
 
 ``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python process of the
 environment; the watcher imports this module when a process imports the first ``llava.model.*`` module. That covers
 ``python -m llava.train.train``, a script path under the DeepSpeed launcher, and a notebook that imports only ``llava``.
 Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
-LlavaLlamaForCausalLM". ``LLM2CLIP_LLAVA_HOOK=0`` disables the hook.
+LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file.
+``LLM2CLIP_LLAVA_HOOK=0`` disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
 """
 
 import os
@@ -17,6 +21,7 @@ WATCHED = (
     "llava.train.llava_trainer",
 )
 WATCHER = "LLM2CLIPWatcher"  # class name, here and in the .pth file
+broken = False  # whether `compat` has printed its line
 
 
 class LLM2CLIPWatcher:
@@ -28,12 +33,10 @@ class LLM2CLIPWatcher:
 
 
 def find_spec(name, path=None, target=None):
-    """For a module in WATCHED: the spec of the other finders, with a loader that calls ``complete``; else None."""
-    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
-        return None
+    """For a module that is completed: the spec of the other finders, with a loader that completes it; else None."""
     if not any(isinstance(finder, LLM2CLIPWatcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, LLM2CLIPWatcher())  # that of the .pth file asks for llava.model.* alone
-    if name not in WATCHED:
+    if not name.startswith("llava.") or name not in watched():
         return None
     for finder in sys.meta_path:
         find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)
@@ -44,6 +47,28 @@ def find_spec(name, path=None, target=None):
     return None
 
 
+def watched():
+    """The modules that are completed in this process."""
+    towers = () if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0" else WATCHED
+    runner = compat()
+    return {*towers, *(runner.watched() if runner else ())}
+
+
+def compat():
+    """`llava_integration.compat.runner`; None, with a line on stderr, if it or a file of its folder is broken."""
+    global broken
+    try:
+        from llava_integration.compat import runner
+
+        runner.watched()
+        return runner
+    except Exception as error:
+        if not broken:
+            broken = True
+            report(error, "LLaVA runs without completions")
+        return None
+
+
 def watch(spec):
     """Wrap ``exec_module`` on the loader's instance, so that other modules' loaders are unaffected."""
     loader = spec.loader
@@ -52,7 +77,12 @@ def watch(spec):
         return
 
     def exec_module(module):
+        runner = compat()
+        if runner:
+            runner.run(module, "before")
         original(module)
+        if runner:
+            runner.run(module, "after")
         complete(module)
 
     try:
@@ -62,7 +92,9 @@ def watch(spec):
 
 
 def complete(module):
-    """Complete a module of LLaVA that has been executed; an error is printed, not raised."""
+    """Make a module of LLaVA that has been executed know our towers; an error is printed, not raised."""
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0" or module.__name__ not in WATCHED:
+        return
     try:
         from llava_integration import hook
 
@@ -71,22 +103,23 @@ def complete(module):
         report(error)
 
 
-def report(error):
+def report(error, consequence="--vision_tower llm2clip is not available"):
     """Print the error in one line on stderr; LLaVA continues without our towers."""
-    print(f"llm2clip: --vision_tower llm2clip is not available in this process: {error!r}", file=sys.stderr)
+    print(f"llm2clip: {consequence} in this process: {error!r}", file=sys.stderr)
 
 
 def watching():
     """Whether the hook is active in this process."""
-    return os.environ.get("LLM2CLIP_LLAVA_HOOK") != "0" and any(type(f).__name__ == WATCHER for f in sys.meta_path)
+    return any(type(finder).__name__ == WATCHER for finder in sys.meta_path)
 
 
 def install():
     """Activate the hook where the ``.pth`` file was not read, and complete LLaVA's modules that are loaded already."""
-    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
-        return
     if not watching():
         sys.meta_path.insert(0, LLM2CLIPWatcher())
-    for name in WATCHED:
-        if name in sys.modules:
-            complete(sys.modules[name])
+    runner = compat()
+    for name in sorted(watched() & set(sys.modules)):
+        if runner:
+            runner.run(sys.modules[name], "before")
+            runner.run(sys.modules[name], "after")
+        complete(sys.modules[name])

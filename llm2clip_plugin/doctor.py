@@ -1,6 +1,6 @@
 """``llm2clip doctor``: check this environment, and print how to fix what is missing or too old.
 
-Works in the training environment and in LLaVA's, also if torch is not installed.
+Works in the training environment and in LLaVA's, which can be one, also if torch is not installed.
 """
 
 import argparse
@@ -224,11 +224,29 @@ def checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]
         listed.append(lambda: check_shared_memory(options.ranks))
     listed.append(check_open_files)
     listed.append(lambda: check_disk(options.cache, options.captions, options.width))
-    if not training:
+    if training and not llava_installed():
+        listed.append(suggest_llava)
+    else:
         from llava_integration.doctor import check_llava
 
         listed.append(check_llava)
     return listed
+
+
+def suggest_llava() -> Iterator[Finding]:
+    """LLaVA is optional in the training environment."""
+    fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
+    yield Finding(subject="llava", state="ok", found=f"not installed (optional); {fix}")
+
+
+def llava_installed() -> bool:
+    """Whether this environment has LLaVA, from its wheel or from a checkout."""
+    return _installed("llava-torch") or _installed("llava")
+
+
+def default_environment() -> str:
+    """``llava`` where LLaVA is installed with the libraries that it pins, else ``train``."""
+    return "llava" if llava_installed() and not _installed("transformers", (5,)) else "train"
 
 
 def main(argv: list[str]) -> int:
@@ -237,8 +255,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--environment",
         choices=("train", "llava"),
-        default="llava" if _installed("llava-torch") or _installed("llava") else "train",
-        help="environment to check (default: llava if LLaVA is installed, else train)",
+        default=default_environment(),
+        help="environment to check (default: llava if LLaVA is installed with the libraries that it pins, else train)",
     )
     parser.add_argument("--cache", default=".", help="folder that will hold the embedding cache")
     parser.add_argument("--captions", type=int, default=1_000_000, help="number of captions to cache")
@@ -262,9 +280,8 @@ def main(argv: list[str]) -> int:
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 
-def _installed(name: str) -> bool:
+def _installed(name: str, minimum: tuple[int, ...] = ()) -> bool:
     try:
-        version(name)
+        return numbers(version(name)) >= minimum
     except PackageNotFoundError:
         return False
-    return True

@@ -40,19 +40,23 @@ extensions_of() { export TORCH_EXTENSIONS_DIR="$ROOT/$1/torch-extensions"; }
 
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
-install_train() { "$2/bin/python" -m pip install -q -e "$ROOT[$1]"; }
+LLAVA_WHEEL="llava-torch==1.2.2.post1" # without its own requirements: old versions, which would fight with each other
 
-# train_environment FOLDER EXTRAS: the whole package with current libraries, e.g. EXTRAS=train,dev
-train_environment() {
-    need_compiler
-    make_environment "$1" "$2 $(hash_of "$ROOT/pyproject.toml")" install_train "$2"
+install_train() {
+    "$2/bin/python" -m pip install -q -e "$ROOT[$1]"
+    "$2/bin/python" -m pip install -q --no-deps "$LLAVA_WHEEL"
 }
 
-# LLaVA 1.5 as published, with the versions in which it runs on any machine; its own pins would fight with each other.
+# train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
+train_environment() {
+    need_compiler
+    make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
+}
+
+# LLaVA 1.5 as published, with the versions of its time in which it runs on any machine
 LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15,<0.16 accelerate==0.34.2 peft==0.10.0 deepspeed==0.19.1 ninja
     numpy==1.26.4 einops==0.6.1 timm==0.6.13 sentencepiece==0.2.3 protobuf pydantic pillow setuptools shortuuid requests tqdm
     bitsandbytes fastapi uvicorn easy-vqa==1.0 pytest pytest-xdist"
-LLAVA_WHEEL="llava-torch==1.2.2.post1"
 
 install_llava() {
     # shellcheck disable=SC2086 # a list of words on purpose

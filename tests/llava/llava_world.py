@@ -21,7 +21,6 @@ from transformers import (
     Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaTokenizer,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -32,6 +31,28 @@ from llm2clip_plugin.vision.export import export_tower
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SHAPES = {"width": 32, "layers": 3, "heads": 4, "image": 28, "patch": 14}  # 2 x 2 patches
 STEPS = 3
+PIECES = 600  # of the tokenizer
+# As in Vicuna's repository; written by hand, because each version of transformers saves another set of files
+TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": True,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    **{
+        name: {
+            "__type": "AddedToken",
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+        }
+        for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
+    },
+    "pad_token": None,
+    "sp_model_kwargs": {},
+}
 # What a rank on a CPU says, once in some dozens, when its work is done and the interpreter ends: LLaVA leaves the
 # process group open, and a C++ thread that is there still aborts the process. Such a run is done again, once.
 ABORT_AT_EXIT = "terminate called without an active exception"
@@ -242,17 +263,18 @@ def make_llm(world: World) -> None:
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(world.root / "pieces"),
-        vocab_size=600,
+        vocab_size=PIECES,
         model_type="bpe",
         byte_fallback=True,
         character_coverage=1.0,
         minloglevel=2,
     )
-    tokenizer = LlamaTokenizer(str(world.root / "pieces.model"), legacy=True)
-    tokenizer.save_pretrained(world.llm)
+    world.llm.mkdir()
+    (world.root / "pieces.model").rename(world.llm / "tokenizer.model")
+    (world.llm / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=PIECES,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -1,0 +1,63 @@
+"""Versions of libraries with which LLaVA 1.5 was run: a word about those never tried, an error for those that can't."""
+
+import os
+import sys
+from functools import cache
+
+from llava_integration.compat.completion import installed_version
+
+PINNED = {"transformers": "==4.37.2"}
+TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
+ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
+
+# module -> library -> versions with which it cannot run, and why
+REFUSED = {
+    "llava.train.llava_trainer": {
+        "transformers": (">4.46.3,<5", "its trainer has neither the names of 4.37 nor those of 5"),
+    },
+}
+
+
+@cache
+def problems() -> dict[str, str]:
+    """module of LLaVA -> why the installed libraries cannot run it."""
+    from packaging.specifiers import SpecifierSet
+
+    found = {}
+    for module, libraries in REFUSED.items():
+        for library, (versions, reason) in libraries.items():
+            installed = installed_version(library)
+            if installed and SpecifierSet(versions).contains(installed, prereleases=True):
+                found[module] = (
+                    f"{module} cannot run with {library} {installed}: {reason}; install transformers==4.37.2 (LLaVA's "
+                    "own) or transformers==5.24.0"
+                )
+    return found
+
+
+def refused() -> set[str]:
+    """The modules of LLaVA that the installed libraries cannot run."""
+    return set(problems())
+
+
+def refuse(module: str) -> None:
+    """Raise ImportError, with versions that work, if the installed libraries cannot run the module."""
+    if module in problems():
+        raise ImportError(problems()[module])
+
+
+def untried() -> list[str]:
+    """The installed libraries whose version was never tried with LLaVA, with the versions that were."""
+    found = []
+    for library, known in TRIED.items():
+        installed = installed_version(library)
+        if installed and not any(installed == version or installed.startswith(f"{version}.") for version in known):
+            found.append(f"{library} {installed} (tried: {', '.join(known)})")
+    return found
+
+
+@cache
+def warn_if_untried() -> None:
+    """One line on stderr, once and on the first rank alone, about versions never tried."""
+    if untried() and os.environ.get("RANK", "0") == "0":
+        print(f"llm2clip: LLaVA 1.5 was never tried with {' and '.join(untried())}; {ADVICE}", file=sys.stderr)
