@@ -20,8 +20,11 @@ CONFIG_LIMITS = {  # field of config.json -> largest value; the smallest is 1
     "projection_dim": MAX_WIDTH,
     "rope_pretrained_grid": MAX_SIDE,
     "num_register_tokens": MAX_WIDTH,
+    "num_registers": MAX_WIDTH,
+    "num_cls_tokens": MAX_WIDTH,
+    "max_img_size": MAX_SIDE,
 }
-MAY_BE_ZERO = ("projection_dim", "num_register_tokens")
+MAY_BE_ZERO = ("projection_dim", "num_register_tokens", "num_registers")
 RESAMPLE = 5  # PIL's filters are 0 to 5
 
 

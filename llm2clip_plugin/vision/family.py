@@ -54,3 +54,27 @@ def in_transformers(name: str) -> Callable[[], Any]:
 def tower_in(model: Any) -> Tower:
     """The tower of a dual encoder, or the model itself if it is a tower."""
     return model.tower if "tower" in dict(model.named_children()) else model
+
+
+def newer_transformers(name: str, *, title: str, since: str) -> Any:
+    """A base class for the family ``title``: ``transformers.NAME``, to be subclassed under the same name.
+
+    transformers translates the Hub's tensor names for its own classes alone; this one counts as such.
+    Raises ValueError with the version that has NAME, if it is missing.
+    """
+    transformers = importlib.import_module("transformers")
+    if not hasattr(transformers, name):
+        raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
+    return type(name, (getattr(transformers, name),), {"is_custom_code": classmethod(lambda cls: False)})
+
+
+def remove_tokens(output: Any, start: int, stop: int) -> Any:
+    """A model's output whose states (B, T, H) lack the tokens ``start`` to ``stop - 1``, such as registers."""
+
+    def kept(state: Any) -> Any:
+        return state[:, [*range(start), *range(stop, state.shape[1])]]
+
+    output.last_hidden_state = kept(output.last_hidden_state)
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(kept(state) for state in output.hidden_states)
+    return output

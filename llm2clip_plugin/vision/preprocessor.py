@@ -13,18 +13,21 @@ from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
 
 INHERITED = ("image_mean", "image_std", "resample")  # from the source's own preprocessor_config.json
+UNNORMALIZED = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
 
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
     """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
 
+    Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1.
     Raises ContractError for a value that no image processor can use.
     """
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
     check_preprocessor(body, where=str(directory / PREPROCESSOR_FILE))
-    return {name: body[name] for name in INHERITED if name in body}
+    own = {name: body[name] for name in INHERITED if name in body}
+    return own | (UNNORMALIZED if body.get("do_normalize") is False else {})
 
 
 def check_crop(directory: Path, image_size: int) -> None:

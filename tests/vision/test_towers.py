@@ -190,7 +190,7 @@ def test_preprocessor_keeps_the_sources_mean_and_takes_the_towers_size(tmp_path)
 
 
 def test_unknown_families_and_sources_list_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="unknown tower family 'vit-x'; known: clip, dinov2"):
+    with pytest.raises(ValueError, match="unknown tower family 'vit-x'; known: aimv2, clip, dinov2"):
         family_named("vit-x")
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(ValueError, match=r"model_type 'resnet'.*clip_vision_model"):

@@ -1,0 +1,175 @@
+"""AIMv2, MetaCLIP 2, RADIO, Perception Encoder and OpenVision, against states of transformers, timm and OpenCLIP.
+
+tests/golden/make_towers_of_today.py wrote them. Where a library is too old for a family, its error is what is tested.
+"""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE
+from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.towers import tower_blocks, tower_embeddings_parameters
+
+from .conftest import largest_difference, read, train_twenty_steps
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "towers_of_today"
+TOLERANCE = 2e-5  # another version of torch or transformers, eager or fused attention
+FAMILIES = {  # name of the checkpoint -> family
+    "aimv2": "aimv2",
+    "aimv2_native": "aimv2",
+    "aimv2_lit": "aimv2",
+    "dinov3": "dinov3",
+    "metaclip2": "metaclip2",
+    "radio": "radio",
+}
+POOLS = {"aimv2": "mean", "dinov3": "cls_mean", "metaclip2": "mean", "radio": "cls_mean"}  # the others: pooled
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+MEANS = {"aimv2": CLIP_MEAN, "dinov3": [0.485, 0.456, 0.406], "metaclip2": CLIP_MEAN, "radio": [0.0, 0.0, 0.0]}
+
+
+def why_not(family: str) -> str:
+    """What a family lacks in this environment, in its own words; "" if it runs."""
+    try:
+        families()[family].vision_class()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_family_that_cannot_run_here_names_the_version_that_it_needs():
+    import transformers
+
+    old = int(transformers.__version__.split(".")[0]) < 5
+    for name in dict.fromkeys(FAMILIES.values()):
+        needs = families()[name].needs.replace(">=", " ")  # transformers 5
+        assert (f"requires {needs} or newer; {transformers.__version__} is installed" in why_not(name)) == bool(
+            old and needs
+        )
+
+
+@pytest.fixture(scope="module", params=[name for name, family in FAMILIES.items() if not why_not(family)])
+def name(request) -> str:
+    """A checkpoint whose family runs with the installed libraries."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def directory(name, tmp_path_factory) -> Path:
+    """The checkpoint as a tower directory."""
+    output = tmp_path_factory.mktemp(name) / "tower"
+    import_tower(GOLDEN / name, output)
+    return output
+
+
+def states_of(tower, pixels):
+    with torch.no_grad():
+        return tower(pixel_values=pixels, output_hidden_states=True)
+
+
+def test_states_equal_the_reference(name, directory):
+    golden, tower = read(GOLDEN / name), load_tower(directory)
+    output, kept = states_of(tower, golden["pixels"]), golden["kept"]
+    expected = [golden[key][:, kept] for key in sorted(golden) if key.startswith("hidden_states_")]
+    assert len(output.hidden_states) == len(expected) == len(tower_blocks(tower)) + 1
+    for mine, theirs in zip(output.hidden_states, expected, strict=True):
+        assert largest_difference(mine, theirs) < TOLERANCE
+    if "last_hidden_state" in golden:
+        assert largest_difference(output.last_hidden_state, golden["last_hidden_state"][:, kept]) < TOLERANCE
+    if "pooled" in golden:
+        assert largest_difference(output.pooler_output, golden["pooled"]) < TOLERANCE
+    with torch.no_grad():
+        assert tower(pixel_values=golden["pixels"]).hidden_states is None
+        if "embedding" in golden:
+            found = load_dual_encoder(directory).encode_image(golden["pixels"])
+            assert largest_difference(found, torch.nn.functional.normalize(golden["embedding"], dim=-1)) < TOLERANCE
+
+
+def test_card_and_preprocessing(name, directory):
+    card, family = TowerCard.read(directory / TowerCard.FILE), families()[FAMILIES[name]]
+    assert (card.family, card.has_cls, card.num_patches, card.num_layers) == (family.name, family.has_cls, 16, 2)
+    tokens = len(read(GOLDEN / name)["kept"])
+    assert tokens == card.num_patches + card.has_cls
+    preprocessor = preprocessor_config(directory)
+    assert preprocessor["image_mean"] == MEANS[family.name]
+    assert preprocessor["crop_size"] == {"height": 28, "width": 28}
+    text = (directory / "README.md").read_text()
+    assert ("cannot run in LLaVA 1.5" in text) == bool(family.needs)
+
+
+def test_trains_is_exported_and_comes_back(name, directory, tmp_path):
+    tower = load_tower(directory)
+    tower.gradient_checkpointing_enable()
+    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, pool=POOLS.get(name, "pooled"))).train()
+    losses = train_twenty_steps(dual)
+    assert losses[-1] < 0.5 * losses[0]
+    assert not [n for n, p in dual.named_parameters() if p.requires_grad != (p.grad is not None)]
+    assert any(p.grad is not None for p in tower_embeddings_parameters(tower))
+    export_tower(dual, tmp_path / "trained", origin="tiny")
+    pixels, reloaded = read(GOLDEN / name)["pixels"], load_dual_encoder(tmp_path / "trained")
+    with torch.no_grad():
+        assert largest_difference(reloaded.encode_image(pixels), dual.eval().encode_image(pixels)) < 1e-5
+    before, after = states_of(load_tower(directory), pixels), states_of(load_tower(tmp_path / "trained"), pixels)
+    assert not torch.equal(before.hidden_states[1], after.hidden_states[1])
+
+
+def test_another_size_gives_its_patches(name, directory):
+    tower = load_tower(directory, image_size=42)
+    states = states_of(tower, torch.rand(1, 3, 42, 42)).hidden_states
+    assert {state.shape[1] for state in states} == {36 + families()[FAMILIES[name]].has_cls}
+    with pytest.raises(ValueError, match=r"images have \(28, 28\) pixels, but the tower expects 42 x 42"):
+        tower(pixel_values=torch.rand(1, 3, 28, 28))
+
+
+def test_it_is_llavas_eye(name, directory):
+    from llava_integration.towers.names import locate
+    from llava_integration.towers.tower import LLM2CLIPVisionTower
+
+    args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+    eye = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True)
+    assert (eye.hidden_size, eye.num_patches, eye.num_patches_per_side, eye.is_loaded) == (16, 16, 4, False)
+    eye.load_model()
+    golden = read(GOLDEN / name)
+    patches = golden["kept"][families()[FAMILIES[name]].has_cls :]
+    assert largest_difference(eye(golden["pixels"]), golden["hidden_states_01"][:, patches]) < TOLERANCE
+    assert eye(golden["pixels"].bfloat16()).dtype == torch.bfloat16
+    assert eye.image_processor.crop_size == {"height": 28, "width": 28}
+
+
+def weights_of(folder: Path) -> Path:
+    return next(path for path in folder.glob("*model.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "misshapen"])
+def test_every_tensor_is_accounted_for(name, damage, tmp_path):
+    shutil.copytree(GOLDEN / name, tmp_path / "source", ignore=shutil.ignore_patterns("states*"))
+    file = weights_of(tmp_path / "source")
+    state = load_file(file)
+    key = next(key for key in state if ".1." in key and "text_model" not in key)  # of the second block
+    if damage == "missing":
+        del state[key]
+    elif damage == "misshapen":
+        state[key] = state[key][:-1].contiguous()
+    else:
+        state[key + "_x"] = state[key].clone()
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ContractError):
+        import_tower(tmp_path / "source", tmp_path / "tower")
+    assert not (tmp_path / "tower").exists()
+
+
+def test_a_directory_of_transformers_opens_as_it_is(name, directory):
+    if (GOLDEN / name / WEIGHTS_FILE).is_file() and "model_type" in (GOLDEN / name / "config.json").read_text():
+        golden = read(GOLDEN / name)
+        one, two = (states_of(load_tower(place), golden["pixels"]) for place in (GOLDEN / name, directory))
+        assert torch.equal(one.last_hidden_state, two.last_hidden_state)
