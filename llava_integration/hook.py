@@ -17,6 +17,7 @@ from llm2clip_plugin.outside.values import errors_about
 
 # LLaVA reads them, but its argument parser does not define them
 OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
+CONVERSATION = "llm2clip_conversation"  # in config.json: --version, which LLaVA does not record
 FIRST_LAYER = re.compile(r"mm_projector\.(0\.)?weight$")
 Function = Callable[..., Any]
 
@@ -145,6 +146,8 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
         for option in OWN_OPTIONS:
             if hasattr(model_args, option):
                 setattr(self.config, option, getattr(model_args, option))
+        if version := getattr(model_args, "version", ""):
+            setattr(self.config, CONVERSATION, version)
 
     return initialize_vision_modules
 

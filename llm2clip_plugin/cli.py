@@ -112,6 +112,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "copy the tower into a LLaVA checkpoint",
     ),
+    "llava export": (
+        "llava_integration.serve.command",
+        "main_export",
+        "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
+    ),
 }
 
 # Commands with many options declare them in a module that imports no torch: --help and a misspelt option need no more.

@@ -21,12 +21,22 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
 
     Raises ContractError if the weights don't match the card, OSError if the Hub rejects the upload.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants
-
     directory = Path(directory)
     card = check_card(directory)
-    replaced = _public(directory, card)
     message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
+    return upload(directory, repository, message, private=private, replaced=_public(directory, card))
+
+
+def upload(
+    directory: Path, repository: str, message: str, *, private: bool = True, replaced: dict[str, bytes] | None = None
+) -> str:
+    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL.
+
+    ``replaced``: contents that are uploaded in place of files. Raises OSError if the Hub rejects the upload.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+
+    replaced = replaced or {}
     try:
         check_hub_answers(repository)
         api = HfApi()

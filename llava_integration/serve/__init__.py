@@ -1,0 +1,1 @@
+"""LLaVA checkpoints as Hugging Face models that servers open, and back."""

@@ -1,0 +1,167 @@
+"""Write a LLaVA 1.5 checkpoint as a Hugging Face model: LlavaForConditionalGeneration with its LlavaProcessor.
+
+| file                                     | contents                                                           |
+|------------------------------------------|--------------------------------------------------------------------|
+| config.json, generation_config.json      | the model; provenance under ``llm2clip_export``, ``llm2clip_tower`` |
+| model*.safetensors                       | the weights under the names that servers know                      |
+| tokenizer.json, tokenizer_config.json    | LLaVA's tokenizer with ``<image>``                                 |
+| preprocessor_config, processor_config    | the image processor, and how many tokens an image has              |
+| chat_template.jinja                      | the conversation that the model was trained with                   |
+| llm2clip_tower.json, README.md           | the tower's card, and a model card                                 |
+
+The files are written by hand: transformers 5 drops ``vision_model.`` from a tower's names when it saves, which servers
+then do not find.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llm2clip_plugin
+from llava_integration.hook import CONVERSATION
+from llava_integration.serve import conversation, language, vision
+from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint
+from llava_integration.serve.model_card import model_card
+from llava_integration.serve.tensors import write_shards
+from llava_integration.serve.tokenizer import read_tokenizer, write_tokenizer
+from llava_integration.towers.provenance import KEY as TOWER_KEY
+from llava_integration.towers.provenance import tower_record
+from llm2clip_plugin.contracts import atomic_directory
+from llm2clip_plugin.vision.directory import write_json
+
+KEY = "llm2clip_export"  # in config.json: from what it was made
+CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
+TEMPLATE = "chat_template.jinja"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What is exported, and how; everything that can be wrong with it is found before anything is written."""
+
+    checkpoint: LlavaCheckpoint
+    tower: vision.ExportedTower
+    conversation: str  # a name of LLaVA's
+    dtype: str  # fp16 | bf16 | fp32
+
+    @classmethod
+    def of(
+        cls, directory: Path, *, base: Path | None = None, tower: str = "", conv_mode: str = "", dtype: str = "fp16"
+    ) -> "Export":
+        """``base``: of a LoRA or projector checkpoint. Raises ValueError or FileNotFoundError for what is wrong."""
+        checkpoint = open_checkpoint(directory, base)
+        recorded = str(checkpoint.config.get(CONVERSATION, ""))
+        return cls(
+            checkpoint=checkpoint,
+            tower=vision.find(checkpoint, tower),
+            conversation=conversation.choose(conv_mode, recorded, where=directory),
+            dtype=dtype,
+        )
+
+    @property
+    def pads(self) -> bool:
+        """Images are padded to squares instead of cropped."""
+        return self.checkpoint.config.get("image_aspect_ratio") == "pad"
+
+    def describe(self) -> str:
+        """One line: what is exported, and how."""
+        tower, kind = self.tower, self.checkpoint.kind
+        images = "padded to squares" if self.pads else "cropped"
+        base = f" on {self.checkpoint.base}" if self.checkpoint.base else ""
+        return (
+            f"{kind} checkpoint{base}, {tower.family.name} tower at {tower.config['image_size']} px, images {images}, "
+            f"conversation {self.conversation}"
+        )
+
+    def write(self, directory: Path) -> int:
+        """Write every file into an empty folder; the bytes of the weights."""
+        config, tower = self.checkpoint.config, self.tower
+        tokenizer = read_tokenizer(self.checkpoint.language_model)
+        image_id = write_tokenizer(tokenizer, directory, max_length=config.get("tokenizer_model_max_length"))
+        with ExitStack() as files:
+            own = checkpoint_tensors(self.checkpoint, files)
+            tensors = language.language_tensors(own, config, image_id, self.checkpoint.directory)
+            unfrozen = bool(config.get("unfreeze_mm_vision_tower"))
+            tensors |= vision.tower_tensors(tower, own, unfrozen=unfrozen, files=files)
+            size = write_shards(tensors, directory, DTYPES[self.dtype])
+        chosen = vision.strategy(tower, config)
+        write_json(directory / "config.json", self.model_config(image_id, chosen))
+        write_json(directory / "generation_config.json", {**self.special_ids(tokenizer), "do_sample": False})
+        write_json(directory / "preprocessor_config.json", vision.image_processor(tower, pads=self.pads))
+        processor = {"processor_class": "LlavaProcessor", "image_token": conversation.IMAGE}
+        processor |= {name: value for name, value in chosen.items() if name != "image_seq_length"}
+        write_json(directory / "processor_config.json", {**processor, "patch_size": tower.config["patch_size"]})
+        template = conversation.conversation_named(self.conversation).chat_template()
+        (directory / TEMPLATE).write_text(template, encoding="utf-8")
+        if tower.card:
+            tower.card.write(directory / CARD)
+        (directory / "README.md").write_text(model_card(self.provenance(), tower.card), encoding="utf-8")
+        return size
+
+    def model_config(self, image_id: int, chosen: dict[str, Any]) -> dict[str, Any]:
+        """config.json."""
+        config = self.checkpoint.config
+        dtype = NAMES[self.dtype]
+        text = language.text_config(config, image_id + 1)
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": image_id,
+            "image_seq_length": chosen["image_seq_length"],
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "vision_feature_layer": config["mm_vision_select_layer"],
+            "vision_feature_select_strategy": chosen["vision_feature_select_strategy"],
+            "text_config": {**text, "torch_dtype": dtype},
+            "vision_config": {**self.tower.config, "torch_dtype": dtype},
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+            **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id") if name in text},
+            "torch_dtype": dtype,
+            **self.tower_record(),
+            KEY: self.provenance(),
+        }
+
+    def tower_record(self) -> dict[str, Any]:
+        """As in LLaVA's config.json, without paths of this machine."""
+        location, width = self.tower.location, self.tower.config["hidden_size"]
+        if location is None or self.tower.card is None:
+            return {}
+        record = tower_record(replace(location, origin=self.tower.card.origin), "llm2clip", width)
+        return {TOWER_KEY: record}
+
+    def special_ids(self, tokenizer: Any) -> dict[str, int]:
+        """Of generation_config.json: the ids of the tokenizer's special tokens."""
+        ids = {name: tokenizer.id_of(name.removesuffix("_id")) for name in ("bos_token_id", "eos_token_id")}
+        pad = tokenizer.id_of("pad_token")
+        ids["pad_token_id"] = tokenizer.id_of("unk_token") if pad is None else pad
+        return {name: number for name, number in ids.items() if number is not None}
+
+    def provenance(self) -> dict[str, Any]:
+        """From what the model was made, without paths of this machine."""
+        return {
+            "version": llm2clip_plugin.__version__,
+            "checkpoint": self.checkpoint.directory.resolve().name,
+            "kind": self.checkpoint.kind,
+            "base_model": self.checkpoint.base.resolve().name if self.checkpoint.base else "",
+            "conversation": self.conversation,
+            "image_aspect_ratio": self.checkpoint.config.get("image_aspect_ratio") or "square",
+            "dtype": self.dtype,
+            "tower_sha256": self.tower.location.sha256 if self.tower.location else "",
+        }
+
+
+def export(made: Export, output: Path, *, overwrite: bool = False, verify: Any = None) -> int:
+    """Write ``made`` to ``output``, completely or not at all; the bytes of its weights.
+
+    ``verify``: called with the written folder before it gets its name. Raises FileExistsError if the folder is not
+    empty, and what ``verify`` raises.
+    """
+    with atomic_directory(output, replace=overwrite) as temporary:
+        size = made.write(temporary)
+        if verify is not None:
+            verify(temporary)
+    return size

@@ -1,0 +1,45 @@
+"""The README.md of an exported model."""
+
+from typing import Any
+
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.vision.model_card import LICENSE
+
+USE = """\
+## Use
+
+```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID")
+model = LlavaForConditionalGeneration.from_pretrained("PATH_OR_HUB_ID")
+content = [{"type": "image", "url": "photo.jpg"}, {"type": "text", "text": "What is in this picture?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+Served with an OpenAI-compatible API: `vllm serve PATH_OR_HUB_ID`
+"""
+
+
+def model_card(made: dict[str, Any], tower: TowerCard | None) -> str:
+    """Markdown with the Hub's front matter. ``made``: the provenance that config.json records."""
+    rows = {
+        "made from": f"the LLaVA 1.5 checkpoint `{made['checkpoint']}` ({made['kind']})",
+        "base model": f"`{made['base_model']}`" if made["base_model"] else "",
+        "conversation": f"`{made['conversation']}`",
+        "images": "padded to squares" if made["image_aspect_ratio"] == "pad" else "resized, center-cropped",
+        "dtype": made["dtype"],
+    }
+    if tower:
+        rows["vision tower"] = f"{tower.family}, {tower.image_size} px, started from `{tower.origin}`"
+        rows["SHA-256 of the tower"] = f"`{tower.weights_sha256}`"
+        rows["tower's teacher LLM"] = f"`{tower.teacher['llm']}`" if tower.teacher.get("llm") else ""
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value), ""]
+    head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
+    head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {made['checkpoint']}", ""]
+    head.append("LLaVA 1.5 with an LLM2CLIP vision tower, exported by llm2clip-plugin.")
+    return "\n".join([*head, "", *table, *LICENSE, USE])

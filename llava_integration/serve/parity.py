@@ -1,0 +1,179 @@
+"""Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.
+
+Both compute in fp32, with weights rounded to the exported dtype, so that what differs is the conversion.
+Shapes: T positions of the prompt with its image's patches, V tokens of LLaVA's vocabulary, S image size in pixels.
+"""
+
+# LLaVA is installed in its own environment, not where types are checked.
+# pyright: reportMissingImports=false
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_integration.serve.conversation import IMAGE
+from llava_integration.serve.export import DTYPES, TEMPLATE, Export
+from llava_integration.towers.provenance import loading
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.quiet import quiet_llava_loading, quiet_transformers
+
+QUESTION = "What is in this picture?"
+NEW_TOKENS = 16
+IMAGE_SIDES = (427, 640)  # of COCO's pictures: rows, columns
+PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
+LOGIT_TOLERANCE = 1e-3  # of the largest logit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one side computes."""
+
+    token_ids: list[int]  # of the prompt, one ``<image>`` for the image
+    pixels_3SS: Tensor
+    logits_TV: Tensor
+    answer: list[int]  # greedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """The largest differences between two outcomes."""
+
+    pixels: float
+    logits: float
+    largest_logit: float
+    answer: int  # length, in tokens
+
+    def __str__(self) -> str:
+        return (
+            f"token ids equal, pixels within {self.pixels:.1e}, logits within {self.logits:.1e} (largest "
+            f"{self.largest_logit:.3g}), greedy answer of {self.answer} tokens equal"
+        )
+
+
+def test_image() -> Any:
+    """A picture with edges and gradients that is not square, the same at every call."""
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = np.mgrid[0 : IMAGE_SIDES[0], 0 : IMAGE_SIDES[1]]
+    waves = np.stack((rows / 2, 127 + 127 * np.sin(columns / 40), (rows // 40 + columns // 40) % 2 * 200), axis=-1)
+    return Image.fromarray(waves.clip(0, 255).astype("uint8"))
+
+
+def has_llava() -> bool:
+    """Whether LLaVA is installed in this environment."""
+    from importlib.util import find_spec
+
+    return find_spec("llava") is not None
+
+
+def compare(made: Export, directory: Path) -> Differences:
+    """Compare the exported ``directory`` with LLaVA's own code; one model after the other is in memory.
+
+    Raises ContractError, naming the first thing that differs.
+    """
+    with torch.inference_mode():
+        theirs = llava_outcome(made)
+        ours = hf_outcome(directory, DTYPES[made.dtype], theirs.pixels_3SS)
+    where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory}"
+    vocabulary = theirs.logits_TV.shape[1]
+    expected_ids = [vocabulary if token < 0 else token for token in theirs.token_ids]
+    if ours.token_ids != expected_ids:
+        raise ContractError(f"{where}: the prompt's token ids are {ours.token_ids}, LLaVA's are {expected_ids}")
+    pixels = _largest(ours.pixels_3SS, theirs.pixels_3SS, where, "pixels")
+    logits = _largest(ours.logits_TV[:, :vocabulary], theirs.logits_TV, where, "logits")
+    top = theirs.logits_TV.abs().max().item()
+    if pixels > PIXEL_TOLERANCE:
+        raise ContractError(f"{where}: pixels by {pixels:.2g} (at most {PIXEL_TOLERANCE:g})")
+    if logits > LOGIT_TOLERANCE * top:
+        raise ContractError(f"{where}: logits by {logits:.2g}, where the largest is {top:.3g}")
+    if ours.answer != theirs.answer:
+        raise ContractError(f"{where}: the greedy answer is {ours.answer}, LLaVA's is {theirs.answer}")
+    return Differences(pixels=pixels, logits=logits, largest_logit=top, answer=len(ours.answer))
+
+
+def _largest(ours: Tensor, theirs: Tensor, where: str, what: str) -> float:
+    if ours.shape != theirs.shape:
+        raise ContractError(f"{where}: {what} have shape {tuple(ours.shape)}, LLaVA's {tuple(theirs.shape)}")
+    return (ours - theirs).abs().max().item()
+
+
+def rounded(model: Any, dtype: torch.dtype) -> Any:
+    """The model in fp32, its weights rounded to ``dtype``."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    for module in model.modules():  # transformers 4.37 makes rotary tables in the dtype that a model is loaded in
+        if hasattr(module, "_set_cos_sin_cache"):
+            module._set_cos_sin_cache(module.max_seq_len_cached, module.inv_freq.device, torch.float32)
+    return model.float()
+
+
+def llava_outcome(made: Export) -> Outcome:
+    """LLaVA's own loader, conversation, image processing and model."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.conversation import conv_templates
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    checkpoint = made.checkpoint
+    quiet_llava_loading()
+    with quiet_transformers(), loading(str(checkpoint.directory)):
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            str(checkpoint.directory),
+            str(checkpoint.base) if checkpoint.base else None,
+            "llava-lora" if checkpoint.kind == "lora" else "llava",  # decides how LLaVA loads it
+            device="cpu",
+        )
+    model = rounded(model.to("cpu"), DTYPES[made.dtype])
+    conversation = conv_templates[made.conversation].copy()
+    conversation.append_message(conversation.roles[0], f"{IMAGE}\n{QUESTION}")
+    conversation.append_message(conversation.roles[1], None)
+    ids: Any = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    ids = ids[None]
+    image = test_image()
+    pixels = process_images([image], image_processor, model.config)
+    inputs = {"images": pixels, "image_sizes": [image.size]}
+    logits = model(ids, **inputs).logits[0]
+    answer = model.generate(ids, **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True)[0].tolist()
+    answer = answer[1:] if answer[0] == tokenizer.bos_token_id else answer  # of a generation from embeddings
+    return Outcome(token_ids=ids[0].tolist(), pixels_3SS=pixels[0], logits_TV=logits, answer=answer)
+
+
+def hf_outcome(directory: Path, dtype: torch.dtype, llavas_pixels_3SS: Tensor) -> Outcome:
+    """The exported model in transformers, with its own processor.
+
+    transformers 4.37, which LLaVA pins, has no processor that pads images or counts their tokens: there the model is
+    given LLaVA's pixels, and one token for the image.
+    """
+    import transformers
+
+    with quiet_transformers():
+        model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32)
+    model = rounded(model.eval(), dtype)
+    if transformers.__version__.startswith("4.37."):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        inputs: Any = {**tokenizer(prompt(tokenizer, directory), return_tensors="pt")}
+        inputs["pixel_values"] = llavas_pixels_3SS[None]
+    else:
+        processor: Any = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
+        inputs = processor(images=test_image(), text=prompt(processor.tokenizer, directory), return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    logits = model(**inputs).logits[0]
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
+    image_id = model.config.image_token_index
+    one = [token for token, before in zip(ids, [None, *ids], strict=False) if token != image_id or before != image_id]
+    return Outcome(token_ids=one, pixels_3SS=inputs["pixel_values"][0], logits_TV=logits, answer=answer)
+
+
+def prompt(tokenizer: Any, directory: Path) -> str:
+    """The question about an image, by the exported chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
+        tokenize=False,
+        add_generation_prompt=True,
+    )

@@ -1,0 +1,139 @@
+"""Tensors of checkpoints, read one by one when they are needed, and written in shards.
+
+A model of any size passes through the memory of one shard.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.outside.safetensors_header import read_header
+from llm2clip_plugin.outside.values import errors_about, read_json_value
+from llm2clip_plugin.vision.convert.checkpoint_files import read_tensors, weight_files
+
+SHARD_BYTES = 2 << 30
+INDEX = "model.safetensors.index.json"
+FIX = "copy the checkpoint again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is read from its file when ``read`` is called."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    where: str  # the file, for messages
+
+    @classmethod
+    def of(cls, tensor: Tensor, where: object) -> "LazyTensor":
+        """A tensor that is in memory already."""
+        return cls(shape=tuple(tensor.shape), read=lambda: tensor, where=str(where))
+
+
+LazyTensors = dict[str, LazyTensor]
+
+
+def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
+    """Every tensor of a folder's checkpoint: .safetensors or .bin, one file or the shards of an index.
+
+    ``files`` keeps the files open. Raises FileNotFoundError for a folder without weights or a missing shard,
+    ContractError for a file that is not complete, or tensors that are not where the index says.
+    """
+    tensors: LazyTensors = {}
+    for path in weight_files(directory):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name} in {directory}, which its index lists; {FIX}")
+        tensors |= open_file(path, files)
+    for index in sorted(directory.glob("*.index.json")):
+        listed = read_json_value(index).get("weight_map", {})
+        if lost := sorted(set(listed) - set(tensors)):
+            raise ContractError(f"{index} lists {len(lost)} tensors that no file has, such as {lost[0]}; {FIX}")
+    return tensors
+
+
+def open_file(path: Path, files: ExitStack) -> LazyTensors:
+    """The tensors of one file. Raises ContractError if it is not complete."""
+    if path.suffix != ".safetensors":
+        return {name: LazyTensor.of(tensor, path) for name, tensor in read_tensors(path).items()}
+    from safetensors import safe_open
+
+    header = read_header(path, fix=FIX)
+    with errors_about(path, fix=FIX):
+        handle: Any = files.enter_context(safe_open(path, framework="pt"))
+    return {
+        name: LazyTensor(shape=entry.shape, read=lambda name=name: handle.get_tensor(name), where=str(path))
+        for name, entry in header.entries.items()
+    }
+
+
+def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; its bytes.
+
+    Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back differently.
+    """
+    shards = list(_shards(tensors, dtype, shard_bytes))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        state = {name: _converted(name, tensors[name], dtype) for name in names}
+        _write(state, directory / file)
+        weight_map |= dict.fromkeys(state, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if len(shards) > 1:
+        body = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return total
+
+
+def _shards(tensors: LazyTensors, dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, as many as fit into a shard."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        more = torch.Size(tensor.shape).numel() * dtype.itemsize
+        if names and size + more > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+    with errors_about(tensor.where, fix=FIX):
+        value = tensor.read()
+    # contiguous and of its own memory: safetensors refuses tensors that share it
+    out = value.to(dtype, copy=True).contiguous()
+    if not torch.isfinite(out).all():
+        large = (
+            "has values that fp16 cannot hold; pass --dtype bf16" if torch.isfinite(value).all() else f"is nan; {FIX}"
+        )
+        raise ContractError(f"{tensor.where}: {name} {large}")
+    return out
+
+
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={"format": "pt"})
+    with safe_open(path, framework="pt") as written:
+        for name, tensor in state.items():
+            if not torch.equal(written.get_tensor(name), tensor):  # pyright: ignore[reportAttributeAccessIssue]
+                raise ContractError(f"{path}: {name} reads back differently; check the disk and try again")
+
+
+def refuse_rest(names: Iterable[str], where: object) -> None:
+    """Raise ContractError for tensors that nothing knows, by name."""
+    if rest := sorted(names):
+        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
+        raise ContractError(f"{where}: unknown tensors {', '.join(rest[:5])}{more}; this is not a LLaVA 1.5 checkpoint")

@@ -1,0 +1,185 @@
+"""The tokenizer of an exported model: one tokenizer.json that gives the ids of LLaVA's own tokenizing.
+
+LLaVA splits a prompt at ``<image>`` and tokenizes each piece by itself with Llama's sentencepiece model, so that each
+piece begins with the space that sentencepiece puts before a text. Here ``<image>`` is a token, and the same spaces come
+from a normalizer, which sees the pieces between special tokens one by one.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_integration.serve.conversation import IMAGE
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.outside.values import errors_about, read_json_value
+
+MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
+SPACE = "▁"
+DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# The space before a text, at its start alone. tokenizers 0.15 has no such argument of Metaspace.
+FIRST_SPACE = {
+    "type": "Metaspace",
+    "replacement": SPACE,
+    "add_prefix_space": True,
+    "prepend_scheme": "first",
+    "split": False,
+}
+FIX = "copy the checkpoint again, or its base model's tokenizer into it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What a folder says about LLaVA's tokenizer."""
+
+    directory: Path
+    pieces: list[tuple[str, float]]  # of the sentencepiece model, with scores
+    charsmap: bytes  # its normalization; empty for Llama's
+    collapses_spaces: bool  # and strips them
+    config: dict[str, Any]
+    added: dict[int, str]  # tokens beyond the pieces
+
+    @property
+    def size(self) -> int:
+        """Tokens, those added included: rows of LLaVA's embedding."""
+        return max([len(self.pieces) - 1, *self.added]) + 1
+
+    @property
+    def legacy(self) -> bool:
+        """Whether a space also precedes the text after special tokens; transformers 4's default."""
+        return bool(self.config.get("legacy", True))
+
+    def token(self, name: str) -> str | None:
+        """``bos_token`` and the like."""
+        value = self.config.get(name, DEFAULTS.get(name))
+        return value.get("content") if isinstance(value, dict) else value
+
+    def id_of(self, name: str) -> int | None:
+        """The id of ``bos_token`` and the like."""
+        token = self.token(name)
+        ids = {piece: number for number, (piece, _) in enumerate(self.pieces)}
+        ids |= {added: number for number, added in self.added.items()}
+        return ids.get(token or "")
+
+
+def read_tokenizer(directory: Path) -> TokenizerFiles:
+    """Raises FileNotFoundError without tokenizer.model, ContractError for one that is damaged or not Llama's kind."""
+    path = directory / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(f"no {MODEL} in {directory}; {FIX}")
+    # transformers' own: protobuf refuses a second description of the same message in a process
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    messages: Any = import_protobuf()
+    proto = messages.ModelProto()
+    with errors_about(path, fix=FIX):
+        proto.ParseFromString(path.read_bytes())
+    if proto.trainer_spec.model_type != BPE_TYPE or not proto.pieces:
+        raise ContractError(f"{path} is not a BPE tokenizer such as Llama's; {FIX}")
+    config = _json(directory / CONFIG)
+    config = {**config, **{k: v for k, v in _json(directory / "special_tokens_map.json").items() if v is not None}}
+    added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
+    added |= {number: token for token, number in _json(directory / "added_tokens.json").items()}
+    return TokenizerFiles(
+        directory=directory,
+        pieces=[(piece.piece, piece.score) for piece in proto.pieces],
+        charsmap=bytes(proto.normalizer_spec.precompiled_charsmap),
+        collapses_spaces=proto.normalizer_spec.remove_extra_whitespaces,
+        config=config,
+        added={number: token for number, token in added.items() if number >= len(proto.pieces)},
+    )
+
+
+def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int | None) -> int:
+    """Write tokenizer.json, tokenizer_config.json and a copy of tokenizer.model; the id of ``<image>``, the last.
+
+    Raises ContractError if the tokenizer has an ``<image>`` already.
+    """
+    if IMAGE in files.added.values():
+        raise ContractError(f"{files.directory} has a token {IMAGE!r} already; this is not a LLaVA 1.5 checkpoint")
+    made = _tokenizer(files)
+    body = json.loads(made.to_str())
+    if not files.legacy:
+        body["pre_tokenizer"] = FIRST_SPACE
+    (directory / FAST).write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    special = {name: files.token(name) for name in (*DEFAULTS, "pad_token")}
+    special["pad_token"] = special["pad_token"] or special["unk_token"]
+    config = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
+        "processor_class": "LlavaProcessor",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length or int(1e30),
+        "padding_side": "left",  # of prompts
+        "clean_up_tokenization_spaces": False,
+        "legacy": files.legacy,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(files.directory / MODEL, directory / MODEL)
+    image_id: int = made.token_to_id(IMAGE)
+    if image_id != files.size:
+        raise ContractError(f"{files.directory}: ids of its added tokens have gaps; {FIX}")
+    return image_id
+
+
+def _json(path: Path) -> dict[str, Any]:
+    body = read_json_value(path) if path.is_file() else {}
+    if not isinstance(body, dict):
+        raise ContractError(f"{path} contains a {type(body).__name__}, expected an object; {FIX}")
+    return body
+
+
+def _tokenizer(files: TokenizerFiles) -> Any:
+    """Llama's BPE with LLaVA's spaces, as a tokenizers.Tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, processors
+    from tokenizers.models import BPE
+
+    vocabulary = {piece: number for number, (piece, _) in enumerate(files.pieces)}
+    made = Tokenizer(
+        BPE(vocabulary, merges(files.pieces), unk_token=files.token("unk_token"), fuse_unk=True, byte_fallback=True)
+    )
+    made.normalizer = _normalizer(files)  # pyright: ignore[reportAttributeAccessIssue] - the stubs say read-only
+    made.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    known = [files.token(name) for name in DEFAULTS]
+    tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    bos, bos_id = files.token("bos_token"), files.id_of("bos_token")
+    if files.config.get("add_bos_token", True) and bos_id is not None:
+        made.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        )
+    return made
+
+
+def _normalizer(files: TokenizerFiles) -> Any:
+    """Sentencepiece's normalization, and the space before a text.
+
+    Not legacy: the text after special tokens has no space before it, other than at the start of a piece of LLaVA's,
+    which after an image begins with a line break.
+    """
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = [normalizers.Precompiled(files.charsmap)] if files.charsmap else []
+    if files.collapses_spaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if files.legacy:
+        steps += [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    else:
+        steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
+    return normalizers.Sequence(steps)
+
+
+def merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    """The merges of a BPE sentencepiece model: every pair of pieces that makes a piece, best score first."""
+    ids = {piece: number for number, (piece, _) in enumerate(pieces)}
+    found: list[tuple[float, int, int, str, str]] = []
+    for piece, score in pieces:
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                found.append((-score, ids[left], ids[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]

@@ -1,0 +1,138 @@
+"""Tiny LLaVA 1.5 checkpoints as LLaVA writes them, made in a second: full, LoRA and projector, with any tower."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+V0_1 = Path(__file__).parents[2] / "fixtures" / "v0_1"
+WIDTH, MLP, LAYERS, TOKENS = 32, 64, 2, 600
+LLM = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": WIDTH,
+    "initializer_range": 0.1,
+    "intermediate_size": MLP,
+    "max_position_embeddings": 512,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": TOKENS,
+}
+
+
+def llava_config(tower: str, **changes: object) -> dict:
+    """config.json of a LLaVA checkpoint with a tower that has patches of width 32."""
+    return {
+        **LLM,
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": 32,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": tower,
+        "model_type": "llava_llama",
+        "tokenizer_model_max_length": 256,
+        "use_mm_proj": True,
+        **changes,
+    }
+
+
+def drawn(*shape: int, seed: int, scale: float = 0.2) -> torch.Tensor:
+    """Normal numbers in bf16."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def language_weights() -> dict[str, torch.Tensor]:
+    """A random Llama."""
+    shapes = {"model.embed_tokens.weight": (TOKENS, WIDTH), "lm_head.weight": (TOKENS, WIDTH)}
+    for layer in range(LAYERS):
+        for part in "qkvo":
+            shapes[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = (WIDTH, WIDTH)
+        shapes |= {f"model.layers.{layer}.mlp.{part}_proj.weight": (MLP, WIDTH) for part in ("gate", "up")}
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (WIDTH, MLP)
+    weights = {name: drawn(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    norms = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(LAYERS) for kind in ("input", "post_attention")]
+    return weights | {name: 1 + drawn(WIDTH, seed=99) for name in (*norms, "model.norm.weight")}
+
+
+def projector_weights() -> dict[str, torch.Tensor]:
+    """LLaVA's projector."""
+    shapes = {"0.weight": (WIDTH, 32), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
+    return {f"model.mm_projector.{name}": drawn(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items(), 50)}
+
+
+def write_tokenizer_files(folder: Path, *, legacy: bool) -> None:
+    """As LLaVA saves its tokenizer."""
+    vicuna = V0_1 / "llava" / "tiny-vicuna"
+    shutil.copy(vicuna / "tokenizer.model", folder)
+    config = json.loads((vicuna / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy, "pad_token": "<unk>"}))
+
+
+def write_config(folder: Path, config: dict) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def full(folder: Path, tower: Path | str, *, legacy: bool = True, **changes: object) -> Path:
+    """A full checkpoint."""
+    folder.mkdir(parents=True)
+    write_config(folder, llava_config(str(tower), **changes))
+    save_file(language_weights() | projector_weights(), folder / "model.safetensors", {"format": "pt"})
+    write_tokenizer_files(folder, legacy=legacy)
+    return folder
+
+
+def base_model(folder: Path) -> Path:
+    """The language model that LoRA and projector checkpoints start from."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        write_config(folder, LLM)
+        save_file(language_weights(), folder / "model.safetensors", {"format": "pt"})
+        write_tokenizer_files(folder, legacy=True)
+    return folder
+
+
+def projector(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path:
+    """What LLaVA's pretraining writes."""
+    folder.mkdir(parents=True)
+    write_config(folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)})
+    torch.save(projector_weights(), folder / "mm_projector.bin")
+    return folder
+
+
+def lora(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path:
+    """What LLaVA's training with --lora_enable True writes."""
+    folder.mkdir(parents=True)
+    write_config(folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)})
+    torch.save(
+        {f"base_model.model.{name}": tensor for name, tensor in projector_weights().items()},
+        folder / "non_lora_trainables.bin",
+    )
+    modules = ["q_proj", "v_proj", "up_proj"]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
+    config |= {"bias": "none", "target_modules": modules, "base_model_name_or_path": str(base), "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    halves = {}
+    for seed, (name, weight) in enumerate(language_weights().items(), 200):
+        if name.split(".")[-2] in modules:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            halves[f"{stem}.lora_A.weight"] = drawn(4, weight.shape[1], seed=seed)
+            halves[f"{stem}.lora_B.weight"] = drawn(weight.shape[0], 4, seed=seed + 100)
+    save_file(halves, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
