@@ -37,25 +37,26 @@ def watched() -> set[str]:
     return {member.module for member in needed().values()} | versions.refused() if enabled() else set()
 
 
-def run(module: ModuleType, when: Literal["before", "after"]) -> None:
+def run(module: ModuleType, when: Literal["before", "after"], name: str = "") -> None:
     """Run the completions of ``module`` for that moment; each runs once in a process.
 
-    Raises CompletionError, which names the file, its module and the versions of the libraries.
+    ``name``: the module's name, where it runs as ``__main__``. Raises CompletionError, which names the file, its module
+    and the versions of the libraries.
     """
     if not enabled():
         return
     try:
         if when == "before":
             versions.refuse(module.__name__)
-        for name, member in needed().items():
-            if (member.module, member.when) != (module.__name__, when) or name in done:
+        for member in needed().values():
+            if (member.module, member.when) != (name or module.__name__, when) or member.name in done:
                 continue
             versions.warn_if_untried()
             try:
                 member.complete(module)
             except Exception as error:
                 raise CompletionError(explain(member, error)) from error
-            done.add(name)
+            done.add(member.name)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
             tell_importers(sys.modules.get("llava.model"), error)

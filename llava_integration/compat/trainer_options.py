@@ -6,6 +6,7 @@ without a GPU, where 4.37 trains.
 """
 
 import dataclasses
+import functools
 import os
 from types import ModuleType
 from typing import Any
@@ -13,29 +14,35 @@ from typing import Any
 from llava_integration.compat.completion import Completion
 
 
+@dataclasses.dataclass
+class OldNames:
+    """Options of transformers 4.37 that LLaVA's scripts pass."""
+
+    evaluation_strategy: str | None = dataclasses.field(default=None, metadata={"help": "old name of eval_strategy"})
+    warmup_ratio: float | None = dataclasses.field(default=None, metadata={"help": "old name of warmup_steps < 1"})
+
+
 def complete(module: ModuleType) -> None:
-    """Set ``transformers.TrainingArguments``, which LLaVA's options extend, to a class that knows the old names."""
+    """Add the old names to ``transformers.TrainingArguments``, the dataclass that LLaVA's options extend."""
     import torch
-    import transformers
-    import transformers.training_args
+    from transformers import training_args
 
-    original = transformers.training_args.TrainingArguments
+    original = training_args.TrainingArguments
+    initialize = original.__post_init__
 
-    @dataclasses.dataclass
-    class TrainingArguments(original):
-        """Options of transformers 5, and those that LLaVA's scripts pass."""
+    @functools.wraps(initialize)
+    def __post_init__(self: Any) -> None:  # noqa: N807 - is set as that method
+        translate(self)
+        initialize(self)
 
-        evaluation_strategy: str | None = dataclasses.field(default=None, metadata={"help": "now eval_strategy"})
-        warmup_ratio: float | None = dataclasses.field(default=None, metadata={"help": "now warmup_steps below 1"})
-
-        def __post_init__(self) -> None:
-            translate(self)
-            super().__post_init__()
-
-    TrainingArguments.__module__ = original.__module__
-    transformers.TrainingArguments = TrainingArguments
+    # in place: a module of LLaVA may have bound the class already
+    for field in dataclasses.fields(OldNames):
+        setattr(original, field.name, field.default)
+        original.__annotations__[field.name] = OldNames.__annotations__[field.name]
+        original.__dataclass_fields__[field.name] = field
+    original.__post_init__ = __post_init__
     if not torch.cuda.is_available():
-        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def translate(options: Any) -> None:
