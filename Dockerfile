@@ -1,5 +1,5 @@
 # The environments of scripts/environments.sh, one per target (docs/docker.md):
-#   docker build -t llm2clip .                             training: everything except LLaVA
+#   docker build -t llm2clip .                             training, with LLaVA beside it
 #   docker build -t llm2clip-llava --target llava .        LLaVA 1.5 with this package
 #   docker build -t llm2clip-test --target test . && docker run --rm --ipc=host llm2clip-test      every check
 FROM python:3.11-slim-bookworm AS base

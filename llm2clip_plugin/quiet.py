@@ -81,12 +81,17 @@ def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
 
 def quiet_llava() -> None:
     """Silence what LLaVA's training makes other libraries warn about: old names that LLaVA and the trainer of its
-    transformers use, memory that a machine without a GPU cannot pin, the type of the language model it extends, and a
-    config that peft asks the Hub for when LoRA weights are saved, which have no vocabulary."""
+    transformers use, memory that a machine without a GPU cannot pin, the type of the language model it extends, a
+    config that peft asks the Hub for when LoRA weights are saved, which have no vocabulary, and gradient accumulation,
+    which is DeepSpeed's own there."""
     quiet_deepspeed()
+    warnings.filterwarnings("ignore", r".*gradient_checkpointing(_enable)?` is deprecated", FutureWarning)
+    logging.getLogger("accelerate.accelerator").addFilter(
+        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
+    )
     warnings.filterwarnings("ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning)
     warnings.filterwarnings("ignore", r"Could not find a config file in .* vocabulary was not modified", UserWarning)
     logging.getLogger("transformers.configuration_utils").addFilter(
-        lambda record: "to instantiate a model of type llava" not in record.getMessage()
+        lambda record: not re.search("to instantiate a model of type `?llava", record.getMessage())
     )

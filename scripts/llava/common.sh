@@ -25,9 +25,20 @@ read_options() {
     done
     DATA=${GIVEN:-${DATA:-}}
     IMAGE_FOLDER=${IMAGE_FOLDER:-${IMAGES:-}} MICRO_BATCH=${MICRO_BATCH:-${PER_DEVICE:-}} # the names before
-    PYTHON=${PYTHON:-python}
     TOWER=${TOWER:-llm2clip}
-    command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; activate LLaVA's environment, or set PYTHON"
+    choose_python
+}
+
+has_llava() { "$1" -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "llava", "llava_integration"))))' 2>/dev/null; }
+
+# choose_python: sets PYTHON, if it is not set, to the first that has LLaVA: the active environment, the training
+# environment of this repository, LLaVA's own.
+choose_python() {
+    [ -z "${PYTHON:-}" ] || return 0
+    for PYTHON in python "$HERE/../../.venv/bin/python" "$HERE/../../.venv-llava/bin/python"; do
+        if command -v "$PYTHON" >/dev/null && has_llava "$PYTHON"; then return 0; fi
+    done
+    fail "no Python with LLaVA found; activate an environment that has it, or set PYTHON; to install it: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
 }
 
 need() { # need NAME...: fails unless these variables are set
@@ -45,11 +56,10 @@ inspect() {
     local inspected words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
     [ -z "$DEEPSPEED" ] || need_file "$DEEPSPEED"
-    "$PYTHON" -c 'from importlib.util import find_spec as f; exit(not (f("torch") and f("llava_integration")))' ||
-        fail "$PYTHON has no torch or no llm2clip-plugin; activate LLaVA's environment, or set PYTHON; then pip install llm2clip-plugin"
+    has_llava "$PYTHON" ||
+        fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
     inspected=$("$PYTHON" -m llava_integration.stage_check "${words[@]}") || exit 2
     { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
-    [ -n "$LLAVA" ] || fail "LLaVA is not installed for $PYTHON; pip install --no-deps llava-torch==1.2.2.post1"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))
     GPUS=${GPUS:-$((SEEN > 0 ? SEEN : 1))}

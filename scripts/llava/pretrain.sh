@@ -9,7 +9,8 @@
 #   --output        where mm_projector.bin goes             --deepspeed     ZeRO configuration (default: zero2.json here)
 #   --gpus          of this node (default: all)             --hostfile      several nodes, as DeepSpeed's
 #   --global-batch  256, for any number of GPUs             --micro-batch   samples per GPU and step (32)
-#   --python        LLaVA's environment (default: python)   --dry-run       check everything, print the command
+#   --python        the environment (default: the active     --dry-run       check everything, print the command
+#                   one, .venv or .venv-llava: the first that has LLaVA)
 #
 # Each is also an environment variable: MODEL, DATA, TOWER, GLOBAL_BATCH ... Several nodes under Slurm: scripts/slurm/llava.sbatch.
 set -euo pipefail

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from llm2clip_plugin.quiet import quiet_accelerator, quiet_llava_loading
+from llm2clip_plugin.quiet import quiet_accelerator, quiet_llava, quiet_llava_loading
 
 UNUSED = (
     "Some weights of the model checkpoint at x were not used when initializing LlavaLlamaForCausalLM: [{}]\n- This IS"
@@ -18,6 +18,8 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(TOWER), False),
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(f"{TOWER}, 'lm_head.weight'"), True),
         (quiet_llava_loading, "transformers.modeling_utils", "Some weights were not initialized from x", True),
+        (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `llava_llama`.", False),
+        (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `clip`.", True),
         (quiet_accelerator, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
         (quiet_accelerator, "DeepSpeed", "Setting accelerator to a toaster", True),
     ],

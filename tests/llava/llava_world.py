@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -25,9 +26,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llm2clip_plugin.finding import numbers
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 
+TODAY = numbers(transformers.__version__) >= (5,)  # LLaVA runs in the training environment, with today's libraries
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SHAPES = {"width": 32, "layers": 3, "heads": 4, "image": 28, "patch": 14}  # 2 x 2 patches
 STEPS = 3

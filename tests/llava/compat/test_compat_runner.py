@@ -12,6 +12,7 @@ from llava_integration.compat import runner, versions
 from llava_integration.compat.completion import Completion, installed_version
 from llm2clip_plugin.finding import numbers
 
+pytestmark = pytest.mark.both_stacks
 TODAY = numbers(installed_version("transformers")) >= (5,)
 
 

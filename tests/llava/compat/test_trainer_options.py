@@ -1,0 +1,45 @@
+"""LLaVA's names of the trainer's options, as transformers 5 reads them."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from llava_integration.compat.trainer_options import translate
+
+pytestmark = pytest.mark.both_stacks
+
+
+def translated(monkeypatch, local_rank=None, **options):
+    """The options after translation; ``local_rank``: what the launcher sets, as it does for the program too."""
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    given = {"warmup_ratio": None, "warmup_steps": 0, "evaluation_strategy": None, "eval_strategy": "no"}
+    made = SimpleNamespace(**{**given, "local_rank": -1, **options})
+    translate(made)
+    return made
+
+
+@pytest.mark.parametrize("ratio, steps", [(0.0, 1000), (0.03, 1000), (0.03, 7), (0.5, 3), (1.0, 1000)])
+def test_the_warm_up_is_as_long_as_in_4_37(monkeypatch, ratio, steps):
+    found = translated(monkeypatch, warmup_ratio=ratio).warmup_steps
+    as_5_reads_it = int(found) if found >= 1 else math.ceil(steps * found)
+    assert as_5_reads_it == math.ceil(steps * ratio)
+
+
+def test_a_number_of_steps_takes_precedence(monkeypatch):
+    assert translated(monkeypatch, warmup_ratio=0.03, warmup_steps=20).warmup_steps == 20
+
+
+def test_a_ratio_that_is_none_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"--warmup_ratio 3\.0: expected a fraction of the steps, from 0 to 1"):
+        translated(monkeypatch, warmup_ratio=3.0)
+
+
+def test_the_rest_is_as_4_37_sets_it(monkeypatch):
+    made = translated(monkeypatch, evaluation_strategy="steps")
+    assert (made.eval_strategy, made.local_rank) == ("steps", 0)
+    assert translated(monkeypatch, local_rank=3).local_rank == 3  # torchrun passes no --local_rank
+    assert translated(monkeypatch).eval_strategy == "no"
