@@ -119,9 +119,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-# Commands with many options declare them in a module that imports no torch: --help and a misspelt option need no more.
+# Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:
+# --help and a misspelt option need no more.
 OPTIONS: dict[str, tuple[str, str]] = {
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
+    "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
     "pretrain-llm": ("llm2clip_plugin.stages.llm.options", "PRETRAIN"),
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
@@ -131,6 +133,12 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
     "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
+    "search": ("llm2clip_plugin.evaluate.options.search", "COMMAND"),
+    "export": ("llm2clip_plugin.stages.tower.export_options", "parser"),
+    "import": ("llm2clip_plugin.vision.convert.options", "parser"),
+    "compare": ("llava_integration.compare.options", "parser"),
+    "bench-mllm": ("llava_integration.benchmarks.bench_options", "parser"),
+    "score": ("llava_integration.benchmarks.score_options", "parser"),
 }
 
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
@@ -260,8 +268,9 @@ def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or raise ValueError for an unknown option, before anything large is imported."""
     suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
     if name in OPTIONS and not suites:
-        module, command = OPTIONS[name]
-        getattr(importlib.import_module(module), command).read(argv)
+        module, attribute = OPTIONS[name]
+        declared = getattr(importlib.import_module(module), attribute)
+        (declared() if callable(declared) else declared).read(argv)
 
 
 def limit_threads() -> None:

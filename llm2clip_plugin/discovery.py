@@ -1,7 +1,9 @@
 """Plugins: a folder with one file per member, discovered by importing them all."""
 
+import ast
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 
@@ -19,4 +21,25 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
         if member.name in members:
             raise ValueError(f"two files in {package} define {attribute}.name {member.name!r}; rename one of them")
         members[member.name] = member
+    return members
+
+
+def literals(package: str, attribute: str) -> dict[str, dict[str, Any]]:
+    """What ``discover`` finds, as the literal arguments of each ``attribute = Kind(name="...", ...)``, by ``name``.
+
+    Only ``package`` itself is imported: for texts of --help about members whose modules import much.
+    """
+    members: dict[str, dict[str, Any]] = {}
+    for folder in importlib.import_module(package).__path__:
+        for file in sorted(Path(folder).glob("[!_]*.py")):
+            for node in ast.parse(file.read_bytes()).body:
+                if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+                    continue
+                values: dict[str, Any] = {
+                    str(word.arg): word.value.value
+                    for word in node.value.keywords
+                    if isinstance(word.value, ast.Constant)
+                }
+                if ast.unparse(node.targets[0]) == attribute and "name" in values:
+                    members[values["name"]] = values
     return members

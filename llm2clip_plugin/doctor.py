@@ -251,7 +251,11 @@ def default_environment() -> str:
 
 def main(argv: list[str]) -> int:
     """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
-    parser = Parser("doctor", "llm2clip doctor --cache /data --captions 6000000", (__doc__ or "").partition("\n")[0])
+    parser = Parser(
+        "doctor",
+        "llm2clip doctor --cache /data --captions 6000000",
+        "Check this environment, and print how to fix what is missing or too old.",
+    )
     parser.add_argument(
         "--environment",
         choices=("train", "llava"),

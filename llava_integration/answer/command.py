@@ -32,6 +32,9 @@ LOCAL = ("model_path", "model_base", "conv_mode", "batch_size", "num_beams", "de
 LOCAL += ("load_8bit", "load_4bit")
 SERVED = ("served_model_name", "concurrency", "timeout", "retries")
 
+RARE = "conv-mode num-chunks chunk-idx top-p num-beams single-pred-prompt all-rounds lang dtype load-8bit load-4bit"
+RARE += " workers served-model-name concurrency timeout retries"
+
 
 def parser() -> argparse.ArgumentParser:
     """LLaVA's options under the same names, and ours."""
@@ -41,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--image-folder images --answers-file answers.jsonl",
         ABOUT,
         also={"data": "question-file", "output": "answers-file", "model": "served-model-name"},
+        rare=RARE.split(),
     )
     add = made.add_argument
     add("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")

@@ -5,7 +5,6 @@ Shapes: Q texts, D projection dimension.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.downloads import default_download_folder
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption
 from llm2clip_plugin.evaluate.command_line import (
     NOTES_SHOWN,
@@ -25,63 +24,12 @@ from llm2clip_plugin.evaluate.command_line import (
 )
 from llm2clip_plugin.evaluate.image_index import Hit, ImageIndex, embed_images, folder_of_images, index_folder
 from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
+from llm2clip_plugin.evaluate.options.search import COMMAND, SearchConfig
 from llm2clip_plugin.evaluate.search_page import Found, Result, search_page
 from llm2clip_plugin.evaluate.teacher import Teacher
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES, SELECTION, in_section
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.thumbnails import thumbnail
 from llm2clip_plugin.train.distributed import on_first_rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """Images by text."""
-
-    tower: str  # tower directory or Hub id, with a text adapter
-    data: SourceConfig  # images, with or without captions; also a folder of image files
-    text: tuple[str, ...] = ()  # texts to search for, in any language
-    top_k: int = 10  # images of each text
-    output: str = "search.html"  # the page to write; "": none
-    json: str = ""  # write keys and scores here
-    cache: str = ""  # folder of the embedded images and texts; "": TOWER-search, next to the tower
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise ValueError('no text to search for; usage: llm2clip search TOWER DATA "a bird on a wire"')
-        if blank := [number for number, text in enumerate(self.text, 1) if not text.strip()]:
-            raise ValueError(f"text {blank[0]} of {len(self.text)} is blank")
-        if self.top_k < 1 or self.batch < 1:
-            raise ValueError(f"top-k is {self.top_k} and batch-size {self.batch}, expected at least 1")
-
-
-COMMAND = Command(
-    name="search",
-    example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
-    about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
-    "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
-    "same command to resume.",
-    settings=SearchConfig,
-    arguments=("tower", "data.path", "text"),
-    everyday=(
-        "top_k",
-        "output",
-        "json",
-        "cache",
-        "data.images",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "device",
-    ),
-    shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
-)
 
 
 def main(argv: list[str]) -> int:

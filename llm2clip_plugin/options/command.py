@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 
 from llm2clip_plugin.options.declared import Declared
 from llm2clip_plugin.options.help import help_text
-from llm2clip_plugin.options.names import normal
+from llm2clip_plugin.options.names import HELP, HELP_ALL, normal
 from llm2clip_plugin.options.settings import TRUTH, build, convert, takes_several
 
 Settings = TypeVar("Settings")
 
 OPTION = re.compile(r"--[A-Za-z]")
-HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
 HALF = ("bf16", "fp16")  # the Trainer's flags for what --precision says
 PRECISION = "train.precision"
 

@@ -32,6 +32,8 @@ ALSO = {
     "assumed-pairs": "assumed-samples",
 }
 
+HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
+
 
 def normal(name: str) -> str:
     """``max_steps`` and ``--max-steps`` as ``max-steps``."""

@@ -5,27 +5,72 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from llm2clip_plugin.options.names import ALSO, nearest, normal
+from llm2clip_plugin.options.names import ALSO, HELP, HELP_ALL, nearest, normal
 
 
 class Parser(argparse.ArgumentParser):
     """A command's parser. Underscores are understood as dashes, earlier names of options as the names now."""
 
-    def __init__(self, name: str, example: str, about: str, also: Mapping[str, str] | None = None) -> None:
-        """``name``: as typed after llm2clip; ``also``: further names that are understood -> the option's."""
+    def __init__(
+        self,
+        name: str,
+        example: str,
+        about: str,
+        also: Mapping[str, str] | None = None,
+        rare: Sequence[str] = (),
+    ) -> None:
+        """``name``: as typed after llm2clip; ``also``: further names that are understood -> the option's; ``rare``:
+        names of options that --help-all lists and --help does not."""
         super().__init__(
-            prog=f"llm2clip {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=f"llm2clip {name}",
+            description=about,
+            add_help=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         )
         self.example = example
         self.also = {**ALSO, **(also or {})}
+        self.rare = frozenset(f"--{name}" for name in rare)
 
-    def format_help(self) -> str:
-        """argparse's text below an example."""
-        return f"example:\n  {self.example}\n\n{super().format_help()}"
+    def format_usage(self) -> str:
+        """One line: the arguments, and the options that must be given."""
+        words = [self._in_usage(action) for action in self._actions if not action.option_strings]
+        for action in self._actions:
+            if action.option_strings and action.required:
+                words += [action.option_strings[0], str(action.metavar or action.dest.upper())]
+        return " ".join(["usage:", self.prog, *words, "[options]"]) + "\n"
+
+    @staticmethod
+    def _in_usage(action: argparse.Action) -> str:
+        name = str(action.metavar or action.dest)
+        return {"+": f"{name} [{name} ...]", "*": f"[{name} ...]"}.get(str(action.nargs), name)
+
+    def format_help(self, *, everything: bool = False) -> str:
+        """Example, usage, what the command does, its arguments and options; without the rare ones."""
+        formatter = self._get_formatter()
+        for group in self._action_groups:
+            shown = [action for action in group._group_actions if everything or not self._is_rare(action)]
+            formatter.start_section("arguments" if group is self._positionals else group.title)
+            formatter.add_arguments(shown)
+            formatter.end_section()
+        parts = [f"example:\n  {self.example}\n", self.format_usage(), f"{self.description}\n", formatter.format_help()]
+        if self.rare and not everything:
+            parts.append(f"`{self.prog} --help-all` lists {len(self.rare)} more options.\n")
+        return "\n".join(parts)
+
+    def _is_rare(self, action: argparse.Action) -> bool:
+        return not self.rare.isdisjoint(action.option_strings)
+
+    def read(self, argv: Sequence[str]) -> Any:
+        """``parse_args`` of the words before ``--``, after which another program's options may stand."""
+        words = list(argv)
+        return self.parse_args(words[: words.index("--")] if "--" in words else words)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse, with arguments anywhere among the options; an unknown option is answered with the nearest."""
         words = [self._translated(word) for word in (sys.argv[1:] if args is None else args)]
+        if any(word in (*HELP, *HELP_ALL) for word in words):
+            sys.stdout.write(self.format_help(everything=any(word in HELP_ALL for word in words)))
+            self.exit()
         options, rest = self.parse_known_intermixed_args(words, namespace)
         if rest:
             unknown = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
@@ -33,6 +78,11 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(unknown, shown, str) if unknown.startswith("-") else ""
             self.error(f"unknown {'option' if unknown.startswith('-') else 'argument'} {unknown}{hint}")
         return options
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in (known := list(action.choices)):
+            flag = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+            self.error(f"{flag} {value!r} is not one of {', '.join(known)}{nearest(value, known)}")
 
     def error(self, message: str) -> NoReturn:
         """One line, and exit status 2."""

@@ -175,13 +175,19 @@ def test_names_are_the_last_part_unless_two_fields_end_in_it() -> None:
 
 
 def parsed(line: str) -> tuple[object, ...]:
-    parser = Parser("p", "llm2clip p x", "A parser.", also={"json": "output"})
-    parser.add_argument("kind")
-    add_data(parser, "images")
-    parser.add_argument("--output")
-    parser.add_argument("--image-folder")
+    parser = small_parser()
     options = parser.parse_args(line.split())
     return options.kind, data_of(parser, options), options.output, options.image_folder
+
+
+def small_parser() -> Parser:
+    parser = Parser("p", "llm2clip p x", "A parser.", also={"json": "output"}, rare=("image-folder", "size"))
+    parser.add_argument("kind", metavar="KIND", choices=("k", "kind"), help="which")
+    add_data(parser, "images")
+    parser.add_argument("--output", help="file to write")
+    parser.add_argument("--image-folder", help="where images are")
+    parser.add_argument("--size", type=int)
+    return parser
 
 
 def test_parsers_of_llava_s_commands_know_the_same_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,12 +197,29 @@ def test_parsers_of_llava_s_commands_know_the_same_names(capsys: pytest.CaptureF
         ("k d --outputt x", "unknown option --outputt; did you mean --output?"),
         ("k d e", "unknown argument e"),
         ("k", "DATA is missing"),
+        ("kin d", "KIND 'kin' is not one of k, kind; did you mean 'kind'?"),
         ("k d --data e", "DATA is given twice: d and e"),
     ):
         with pytest.raises(SystemExit) as ended:
             parsed(line)
         error = capsys.readouterr().err
         assert ended.value.code == 2 and error == f"error: {message}; `llm2clip p --help` lists the options\n"
+
+
+def test_a_parser_s_help_leaves_out_the_rare_options(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for words in (["k", "--help"], ["--help_all"], ["k", "-h", "--", "--size"]):
+        with pytest.raises(SystemExit) as ended:
+            small_parser().read(words)
+        assert not ended.value.code
+        shown.append(capsys.readouterr().out)
+    short, everything, again = shown
+    assert short == again and short.startswith("example:\n  llm2clip p x\n\nusage: llm2clip p KIND DATA [options]\n\n")
+    assert "\n  KIND             which\n" in short and "\n  --output OUTPUT  file to write\n" in short
+    assert "--image-folder" not in short and short.endswith("`llm2clip p --help-all` lists 2 more options.\n")
+    assert (
+        "--image-folder IMAGE_FOLDER" in everything and "--size SIZE" in everything and "more options" not in everything
+    )
 
 
 def test_help_imports_nothing_large() -> None:

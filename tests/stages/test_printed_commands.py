@@ -128,7 +128,7 @@ def known_options(name: str, suites: bool) -> set[str]:
     box = io.StringIO()
     words = [*name.split(), *(["--suite", "all"] if suites else [])]
     with contextlib.redirect_stdout(box), contextlib.redirect_stderr(io.StringIO()):
-        for help_option in ("--help-all", "--help"):  # the first is not known to commands with few options
+        for help_option in ("--help-all", "--help"):
             with contextlib.suppress(SystemExit):
                 cli([*words, help_option])
     options = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", box.getvalue()))

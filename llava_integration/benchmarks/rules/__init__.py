@@ -1,14 +1,26 @@
 """One file per benchmark; each defines ``BENCHMARK``, and a new file is a new benchmark."""
 
-from llava_integration.benchmarks.benchmark import Benchmark
-from llm2clip_plugin.discovery import discover
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm2clip_plugin.discovery import discover, literals
 from llm2clip_plugin.options.names import nearest
+
+if TYPE_CHECKING:
+    from llava_integration.benchmarks.benchmark import Benchmark
 
 
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name, in the order of LLaVA's table."""
     members: dict[str, Benchmark] = discover(__name__, "BENCHMARK")
     return dict(sorted(members.items(), key=lambda member: (member[1].order, member[0])))
+
+
+def benchmark_names() -> list[str]:
+    """The names of all benchmarks, in the same order; imports none of them."""
+    known = literals(__name__, "BENCHMARK")
+    return sorted(known, key=lambda name: (known[name].get("order", 1000), name))
 
 
 def benchmark(name: str) -> Benchmark:

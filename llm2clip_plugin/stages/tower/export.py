@@ -10,14 +10,14 @@ from pathlib import Path
 
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import RunRecord, TowerCard
-from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.run_files import CHECKPOINTS
 from llm2clip_plugin.stages.settings import from_plain
+from llm2clip_plugin.stages.tower.export_options import parser
 from llm2clip_plugin.stages.tower.recipes import DEFAULT
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
-from llm2clip_plugin.vision.convert.formats import convert, formats
+from llm2clip_plugin.vision.convert.converting import convert
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import BEFORE, summary
 from llm2clip_plugin.vision.push import push_to_hub
@@ -25,7 +25,7 @@ from llm2clip_plugin.vision.push import push_to_hub
 
 def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
-    options = read_arguments(argv)
+    options = parser().parse_args(argv)
     is_run = (Path(options.source) / RunRecord.FILE).is_file()
     if options.format != "tower":
         if options.push:
@@ -63,31 +63,6 @@ def two_steps(options: argparse.Namespace) -> str:
         return f"convert the run's tower: {convert}"
     checkpoint = ["--checkpoint", options.checkpoint] if options.checkpoint else []
     return f"export it first: {command('export', options.source, '--output', tower, *checkpoint)} && {convert}"
-
-
-def read_arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line; exits with status 2 for a misspelt option."""
-    parser = Parser(
-        "export",
-        "llm2clip export runs/l14-336 --output towers/l14-336",
-        "Write a run as a tower directory, or a tower directory in another format.",
-    )
-    parser.add_argument("source", help="folder of a training run, tower directory, or Hub id")
-    parser.add_argument("--output", required=True, help="directory to write")
-    known = formats()
-    format_help = "; ".join(f"{name}: {known[name].help}" for name in known)
-    parser.add_argument(
-        "--format",
-        default="tower",
-        choices=["tower", *known],
-        help=f"tower: a tower directory (the default); {format_help}",
-    )
-    parser.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")
-    parser.add_argument("--public", action="store_true", help="make the uploaded repository public")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    return parser.parse_args(argv)
 
 
 def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool = False, replace: bool = False) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision.convert.formats import convert, onnx
+from llm2clip_plugin.vision.convert.converting import convert
+from llm2clip_plugin.vision.convert.formats import onnx
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower

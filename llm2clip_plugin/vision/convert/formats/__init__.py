@@ -1,15 +1,13 @@
 """One file per format that a tower directory can be converted to, each defining ``FORMAT``."""
 
-import os
-from pathlib import Path
+from __future__ import annotations
 
-from llm2clip_plugin.contracts import TowerCard, atomic_directory
-from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.vision.convert.output_format import Format
-from llm2clip_plugin.vision.directory import fetch_directory
-from llm2clip_plugin.vision.dual import load_dual
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
-from llm2clip_plugin.vision.towers import load_tower
+from typing import TYPE_CHECKING
+
+from llm2clip_plugin.discovery import discover, literals
+
+if TYPE_CHECKING:
+    from llm2clip_plugin.vision.convert.output_format import Format
 
 
 def formats() -> dict[str, Format]:
@@ -17,20 +15,6 @@ def formats() -> dict[str, Format]:
     return discover(__name__, "FORMAT")
 
 
-def convert(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], format_name: str, *, replace: bool = False
-) -> Path:
-    """Write the tower directory ``source`` to ``output`` in another format; returns the directory.
-
-    Raises ValueError for an unknown format or one that cannot represent the tower, ContractError if the written files
-    give other features.
-    """
-    known = formats()
-    if format_name not in known:
-        raise ValueError(f"unknown format {format_name!r}; known: tower, {', '.join(known)}")
-    directory = fetch_directory(source)
-    card = TowerCard.read(directory / TowerCard.FILE)
-    model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
-    with atomic_directory(output, replace=replace) as temporary:
-        known[format_name].write(model.eval(), temporary, preprocessor_config(directory))
-    return Path(output)
+def format_helps() -> dict[str, str]:
+    """Name -> what --help says, of every format; imports none of them."""
+    return {name: values.get("help", "") for name, values in literals(__name__, "FORMAT").items()}
