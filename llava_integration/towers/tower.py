@@ -6,8 +6,8 @@ Shape letters: B images, N patches, H hidden width, S image size in pixels.
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import CLIPImageProcessor
 
 from llava_integration.towers.location import TowerLocation
 from llm2clip_plugin.vision.families import read_config
@@ -15,6 +15,8 @@ from llm2clip_plugin.vision.preprocessor import check_crop
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
 
 FEATURES = ("patch", "cls_patch")
+# On PIL, as in transformers 4: the default of transformers 5, on torchvision, differs by 1/255 in some pixels
+IMAGE_PROCESSOR: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 
 class LLM2CLIPVisionTower(nn.Module):
@@ -56,7 +58,7 @@ class LLM2CLIPVisionTower(nn.Module):
             return
         directory = self.location.directory
         check_crop(directory, self.location.card.image_size)
-        self.image_processor = CLIPImageProcessor.from_pretrained(directory)
+        self.image_processor = IMAGE_PROCESSOR.from_pretrained(directory)
         self.vision_tower = load_tower(directory, dtype=torch.float32)
         del tower_blocks(self.vision_tower)[self.blocks_used :]
         self.vision_tower.requires_grad_(self.unfrozen)
