@@ -76,7 +76,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
-        unused_head = [self.family.pooling_head] if self.family.pooling_head and config.pool != "pooled" else []
+        unused_head = self.family.pooling_head if config.pool != "pooled" else ()
         for parameter in parameters_in(tower, [*self.family.never_trained, *unused_head]):
             parameter.requires_grad_(False)
 

@@ -12,6 +12,8 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # timm's and OpenCLIP's names of PIL's filters
+
 # sizes that several families share, as fields of config.json
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -34,7 +36,7 @@ class Family:
     embeddings: tuple[str, ...]  # modules and parameters below the first block
     final_norm: str  # the norm after the last block
     last_state_is_normed: bool  # last_hidden_state is the output of final_norm
-    pooling_head: str = ""  # module that only pooler_output uses (SigLIP's attention pooling)
+    pooling_head: tuple[str, ...] = ()  # modules that only pooler_output uses (SigLIP's attention pooling)
     never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
     file_prefix: str = ""  # of the tower's tensors in files on the Hub
     not_tower: tuple[str, ...] = ()  # prefixes of the other tensors in a file, such as a text tower's

@@ -20,13 +20,14 @@ def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> lis
 
 
 def beyond_llava(card: TowerCard) -> str:
-    """Why LLaVA 1.5 with its pinned libraries cannot run a tower; "" if it can."""
+    """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
     needs = families()[card.family].needs
-    return f"needs {needs}: cannot run in LLaVA 1.5, which pins transformers 4.37.2 and timm 0.6.13" if needs else ""
+    pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
+    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment" if needs else ""
 
 
 def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
-    """One line about a written tower directory, and a second one if LLaVA 1.5 cannot run it."""
+    """One line about a written tower directory, and a second one if LLaVA's pinned environment cannot run it."""
     line = f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
     return f"{line}\n{place}: {beyond_llava(card)}" if beyond_llava(card) else line
 
@@ -78,9 +79,8 @@ def model_card(card: TowerCard) -> str:
     lines += [*_metrics(card), *LICENSE, "## Use", ""]
     if reason := beyond_llava(card):
         lines += [f"This tower {reason}.", ""]
-    else:
-        lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:", "", "```sh"]
-        lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
+    lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:", "", "```sh"]
+    lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
     lines += ["In Python:", "", "```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
     lines += ['tower = load_tower("PATH_OR_HUB_ID")']
     if card.projection_dim:

@@ -7,6 +7,7 @@ model's own pooling. Shapes: B images, N patches, P prefix tokens, H width.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,21 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llm2clip_plugin.outside.values import MAX_SIDE, MAX_WIDTH, check_range, check_whole
+from llm2clip_plugin.vision.family import RESAMPLE
+
+# arguments of timm's models that a configuration may set; others could name files, code or pretrained weights
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "attn_pool_num_heads")
+RATIOS = ("mlp_ratio", "attn_pool_mlp_ratio", "init_values")
+SWITCHES = ("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm")
+OTHERS = ("global_pool", "ref_feat_shape")
+
 
 class TimmConfig(PretrainedConfig):
-    """The name of a timm model, and what the package needs to know about it."""
+    """The name of a timm model, and what the package needs to know about it.
+
+    ``timm_args`` override the arguments of the named model (see ``check_arguments``).
+    """
 
     model_type = "llm2clip_timm"
 
@@ -32,6 +45,8 @@ class TimmConfig(PretrainedConfig):
         position_class_rows: int = 1,  # rows of the position table before those of the patches
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        resample: int | None = None,  # PIL's filter
+        timm_args: dict[str, Any] | None = None,
         **kwargs,  # Hugging Face's own fields of config.json
     ) -> None:
         self.timm_name = timm_name
@@ -43,7 +58,31 @@ class TimmConfig(PretrainedConfig):
         self.position_class_rows = position_class_rows
         self.image_mean = image_mean
         self.image_std = image_std
+        self.resample = resample
+        self.timm_args = check_arguments(timm_args or {})
         super().__init__(**kwargs)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a timm model from a file; ValueError for one that is not allowed, or out of bounds."""
+    for name, value in arguments.items():
+        if name in SIZES:
+            check_whole(value, 0 if name == "reg_tokens" else 1, MAX_WIDTH, name=name, where="timm_args")
+        elif name in RATIOS:
+            check_range(value, 0, 64, name=name, where="timm_args")
+        elif name in SWITCHES:
+            if value not in (None, True, False):
+                raise ValueError(f"timm_args: {name} is {value!r}, expected true, false or null")
+        elif name == "global_pool":
+            if value not in ("", "avg", "token", "map", "max", "avgmax"):
+                raise ValueError(f"timm_args: {name} is {value!r}, expected avg, token, map, max, avgmax or nothing")
+        elif name == "ref_feat_shape":
+            for side in value if isinstance(value, (list, tuple)) else [value]:
+                check_whole(side, 1, MAX_SIDE, name=name, where="timm_args")
+        else:
+            known = ", ".join((*SIZES, *RATIOS, *SWITCHES, *OTHERS))
+            raise ValueError(f"timm_args: {name!r} cannot be set here; known: {known}")
+    return dict(arguments)
 
 
 def timm_module():
@@ -57,14 +96,21 @@ def timm_module():
     return timm
 
 
-def make_timm(name: str, image_size: int | None, *, pretrained: bool) -> Any:
+def make_timm(
+    name: str, image_size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
+) -> Any:
     """The timm model without its classifier; ValueError for an unknown name lists similar ones."""
     timm = timm_module()
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size, **(arguments or {}))
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"timm {timm.__version__} cannot build {name!r} with {dict(arguments or {})}: {error}"
+        ) from error
 
 
 class TimmTower(PreTrainedModel):
@@ -77,7 +123,7 @@ class TimmTower(PreTrainedModel):
 
     def __init__(self, config: TimmConfig) -> None:
         super().__init__(config)
-        self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False)
+        self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
         self.post_init()
 
     @classmethod
@@ -141,12 +187,22 @@ class TimmTower(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-def timm_tower(name: str, *, pretrained: bool = True) -> Any:
-    """A tower from a timm name at its native size, with timm's pretrained weights.
+def timm_tower(
+    name: str, *, pretrained: bool = True, image_size: int | None = None, arguments: Mapping[str, Any] | None = None
+) -> Any:
+    """A tower from a timm name, at its native size unless ``image_size`` is given, with timm's pretrained weights.
 
+    ``arguments`` override those of the named model.
     Raises ValueError unless the model is a plain vision transformer: one list of blocks, square patches, a square grid.
     """
-    model = make_timm(name, None, pretrained=pretrained)
+    model = make_timm(name, image_size, pretrained=pretrained, arguments=check_arguments(arguments or {}))
+    tower = TimmTower(timm_config(model, name, arguments or {}))
+    tower.model.load_state_dict(model.state_dict())
+    return tower.eval()
+
+
+def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmConfig:
+    """The configuration of a timm model; ValueError unless it is a plain vision transformer."""
     parts = dict(model.named_children())
     if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
         raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
@@ -156,7 +212,7 @@ def timm_tower(name: str, *, pretrained: bool = True) -> Any:
             f"timm:{name} has patches of {height} x {width} and a grid of {rows} x {columns}; both must be square"
         )
     table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
-    config = TimmConfig(
+    return TimmConfig(
         timm_name=name,
         image_size=rows * height,
         patch_size=height,
@@ -166,7 +222,6 @@ def timm_tower(name: str, *, pretrained: bool = True) -> Any:
         position_class_rows=table,
         image_mean=list(model.pretrained_cfg["mean"]),
         image_std=list(model.pretrained_cfg["std"]),
+        resample=RESAMPLE.get(model.pretrained_cfg["interpolation"]),
+        timm_args=dict(arguments),
     )
-    tower = TimmTower(config)
-    tower.model.load_state_dict(model.state_dict())
-    return tower.eval()

@@ -32,27 +32,12 @@ def timm():
     return pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
 
 
-def tiny_timm(timm, name):
-    """The model of that name cut to two blocks, so that the tests stay short."""
-    from llm2clip_plugin.vision import timm_tower
-
-    kept = timm_tower.make_timm
-    sizes = {"depth": 2, "embed_dim": 64, "num_heads": 4}
-
-    def small(name, image_size, *, pretrained):
-        size = {} if image_size is None else {"img_size": image_size}
-        return timm.create_model(name, pretrained=False, num_classes=0, **sizes, **size)
-
-    timm_tower.make_timm = small
-    try:
-        yield timm_tower.timm_tower(name, pretrained=False)
-    finally:
-        timm_tower.make_timm = kept
-
-
 @pytest.fixture(params=TIMM_MODELS)
 def tower(timm, request):
-    yield from tiny_timm(timm, request.param)
+    """The model of that name cut to two blocks, so that the tests stay short."""
+    from llm2clip_plugin.vision.timm_tower import timm_tower
+
+    return timm_tower(request.param, pretrained=False, arguments={"depth": 2, "embed_dim": 64, "num_heads": 4})
 
 
 def test_states_and_outputs_of_a_timm_tower(tower):
@@ -87,7 +72,7 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     card = export_tower(dual, tmp_path / "tower", origin="timm:x")
     assert (card.family, card.has_cls, card.num_patches) == ("timm", False, (size // tower.config.patch_size) ** 2)
     text = (tmp_path / "tower" / "README.md").read_text()
-    assert "This tower needs timm>=1.0: cannot run in LLaVA 1.5" in text and "--vision_tower" not in text
+    assert "This tower needs timm>=1.0: cannot run in LLaVA 1.5" in text and "--vision_tower" in text
     pixels = torch.randn(1, 3, size, size)
     with torch.no_grad():
         found = load_dual_encoder(tmp_path / "tower").encode_image(pixels)

@@ -3,7 +3,9 @@
 tests/golden/make_towers_of_today.py wrote them. Where a library is too old for a family, its error is what is tested.
 """
 
+import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.convert.converting import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.timm_tower import timm_module
 from llm2clip_plugin.vision.towers import tower_blocks, tower_embeddings_parameters
 
 from .conftest import largest_difference, read, train_twenty_steps
@@ -32,30 +36,41 @@ FAMILIES = {  # name of the checkpoint -> family
     "dinov3": "dinov3",
     "metaclip2": "metaclip2",
     "radio": "radio",
+    "pe_core": "timm",
+    "openvision": "openvision",
 }
-POOLS = {"aimv2": "mean", "dinov3": "cls_mean", "metaclip2": "mean", "radio": "cls_mean"}  # the others: pooled
+POOLS = {
+    "aimv2": "mean",
+    "dinov3": "cls_mean",
+    "metaclip2": "mean",
+    "radio": "cls_mean",
+    "pe_core": "mean",
+}  # the others: pooled
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 MEANS = {"aimv2": CLIP_MEAN, "dinov3": [0.485, 0.456, 0.406], "metaclip2": CLIP_MEAN, "radio": [0.0, 0.0, 0.0]}
+MEANS |= {"timm": [0.5, 0.5, 0.5], "openvision": [0.485, 0.456, 0.406]}
 
 
 def why_not(family: str) -> str:
     """What a family lacks in this environment, in its own words; "" if it runs."""
     try:
         families()[family].vision_class()
+        if family == "timm":
+            timm_module()
     except ValueError as error:
         return str(error)
     return ""
 
 
 def test_a_family_that_cannot_run_here_names_the_version_that_it_needs():
-    import transformers
-
-    old = int(transformers.__version__.split(".")[0]) < 5
+    versions = {name: version(name) for name in ("transformers", "timm")}
+    old = int(versions["transformers"].split(".")[0]) < 5  # LLaVA's environment, whose timm is old, too
     for name in dict.fromkeys(FAMILIES.values()):
-        needs = families()[name].needs.replace(">=", " ")  # transformers 5
-        assert (f"requires {needs} or newer; {transformers.__version__} is installed" in why_not(name)) == bool(
-            old and needs
-        )
+        library, _, least = families()[name].needs.partition(">=")
+        if library and old:
+            assert f"requires {library} {least} or newer; {versions[library]} is installed" in why_not(name)
+        else:
+            assert why_not(name) == ""
 
 
 @pytest.fixture(scope="module", params=[name for name, family in FAMILIES.items() if not why_not(family)])
@@ -173,3 +188,59 @@ def test_a_directory_of_transformers_opens_as_it_is(name, directory):
         golden = read(GOLDEN / name)
         one, two = (states_of(load_tower(place), golden["pixels"]) for place in (GOLDEN / name, directory))
         assert torch.equal(one.last_hidden_state, two.last_hidden_state)
+
+
+@pytest.mark.skipif(bool(why_not("timm")), reason="needs timm 1.0, which LLaVA's pinned environment lacks")
+def test_perception_encoder_from_openclip(tmp_path):
+    """OpenCLIP has timm's model below ``visual.trunk`` with the projection as its head, and a text tower."""
+    state = {f"visual.trunk.{key}": value for key, value in load_file(GOLDEN / "pe_core" / WEIGHTS_FILE).items()}
+    head = {"visual.trunk.head.weight": torch.randn(12, 16), "visual.trunk.head.bias": torch.zeros(12)}
+    text = {"text.token_embedding.weight": torch.randn(40, 8), "text.text_projection": torch.randn(8, 12)}
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(state | head | text | {"logit_scale": torch.tensor(4.0)}, source / "open_clip_model.safetensors")
+    arguments = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2, "attn_pool_num_heads": 2}
+    arguments |= {"mlp_ratio": 1.5, "attn_pool_mlp_ratio": 1.5, "ref_feat_shape": [4, 4]}
+    vision = {"timm_model_name": "vit_pe_core_base_patch16_224", "timm_pool": "map", "image_size": 28}
+    fields = {"model_cfg": {"embed_dim": 12, "vision_cfg": {**vision, "timm_args": arguments}}}
+    fields["preprocess_cfg"] = {"mean": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+    (source / "open_clip_config.json").write_text(json.dumps(fields))
+    card, report = import_tower(source, tmp_path / "tower")
+    assert (card.family, card.training["imported_as"], card.projection_dim) == ("timm", "open_clip-timm", 12)
+    assert any("text tower, replaced by the LLM" in line for line in report)
+    golden, dual = read(GOLDEN / "pe_core"), load_dual_encoder(tmp_path / "tower")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(golden["pooled"] @ head["visual.trunk.head.weight"].T, dim=-1)
+        assert largest_difference(dual.encode_image(golden["pixels"]), expected) < TOLERANCE
+    preprocessor = preprocessor_config(tmp_path / "tower")
+    assert (preprocessor["image_mean"], preprocessor["resample"]) == ([0.4, 0.5, 0.6], 2)
+
+
+@pytest.mark.skipif(bool(why_not("timm")), reason="needs timm 1.0, which LLaVA's pinned environment lacks")
+def test_a_timm_configuration_sets_sizes_alone(tmp_path):
+    shutil.copytree(GOLDEN / "pe_core", tmp_path / "source")
+    with pytest.raises(ValueError, match=r"config.json describes a timm model; run `llm2clip import .* first"):
+        load_tower(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    for name, value, message in (
+        ("checkpoint_path", "evil.pt", "timm_args: 'checkpoint_path' cannot be set here; known: patch_size"),
+        ("depth", 10**9, "timm_args: depth is 1000000000, expected a whole number from 1"),
+        ("fc_norm", "yes", "timm_args: fc_norm is 'yes', expected true, false or null"),
+    ):
+        changed = {**config, "model_args": {**config["model_args"], name: value}}
+        (tmp_path / "source" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            import_tower(tmp_path / "source", tmp_path / "tower")
+
+
+def test_openvision_goes_back_to_openclip_and_needs_its_configuration(tmp_path):
+    import_tower(GOLDEN / "openvision", tmp_path / "tower")
+    convert(tmp_path / "tower", tmp_path / "back", "openclip")
+    before, after = (load_file(f / "open_clip_model.safetensors") for f in (GOLDEN / "openvision", tmp_path / "back"))
+    assert {key for key in before if key.startswith("visual.")} < after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in after)
+    settings = json.loads((tmp_path / "back" / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    assert (settings["no_ln_pre"], settings["pool_type"], settings["norm_kwargs"]) == (True, "avg", {"eps": 1e-6})
+    (tmp_path / "back" / "open_clip_config.json").write_text(json.dumps({"quick_gelu": False}))
+    with pytest.raises(ContractError, match=r"no visual.ln_pre, like OpenVision.s, but .*no_ln_pre None.*--config"):
+        import_tower(tmp_path / "back", tmp_path / "again")

@@ -5,6 +5,9 @@
 | LLM2CLIP-EVA02-*.pt, EVA-CLIP, timm's EVA02       | visual.blocks.*, visual.trunk.*.fc1_g | eva_clip.py         |
 | OpenCLIP CLIP                                     | visual.transformer.resblocks.*        | open_clip.py        |
 | OpenCLIP SigLIP                                   | visual.trunk.attn_pool.*              | open_clip_siglip.py |
+| OpenCLIP, other towers of timm (PE)               | visual.trunk.*                        | open_clip_timm.py   |
+| OpenVision                                        | no visual.ln_pre                      | openvision.py       |
+| timm's own, on the Hub                            | config.json with an architecture      | timm_hub.py         |
 | HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-* | config.json with a known model_type   | hub.py              |
 """
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.convert.checkpoint_files import read_tensors, weight_files
-from llm2clip_plugin.vision.convert.layouts import hub, layouts
+from llm2clip_plugin.vision.convert.layouts import hub, layouts, timm_hub
 from llm2clip_plugin.vision.convert.parsed import OWN_TEXT, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.source_config import config_in, lift_model_cfg, merge, preprocessor_in, section
 
@@ -38,6 +41,8 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None) -> ParsedCheckpoi
         parsed = layout.parse(state, config, given)
     elif "model_type" in config:
         parsed = hub.parse(state, config)
+    elif "architecture" in config:
+        parsed = timm_hub.parse(state, config)
     else:
         raise ValueError(
             f"{path}: the tensor names ({', '.join(sorted(state)[:3])}, ...) match none of the known layouts "

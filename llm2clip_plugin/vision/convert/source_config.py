@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.family import RESAMPLE
 from llm2clip_plugin.vision.preprocessor import own_preprocessor
 
 
@@ -22,11 +23,14 @@ def config_in(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def preprocessor_in(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Mean and deviation from OpenCLIP's ``preprocess_cfg``, else from the folder's preprocessor_config.json."""
+    """Mean, deviation, filter of OpenCLIP's ``preprocess_cfg``, else of the folder's preprocessor_config.json."""
     if "model_cfg" not in config:
         return own_preprocessor(path)
     values = section(config, "preprocess_cfg")
-    return {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
+    own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
+    if values.get("interpolation") in RESAMPLE:
+        own["resample"] = RESAMPLE[values["interpolation"]]
+    return own
 
 
 def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:

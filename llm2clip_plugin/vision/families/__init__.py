@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.outside.values import errors_about
@@ -48,6 +49,10 @@ def read_config(directory: Path) -> tuple[Family, Any]:
     file = directory / CONFIG_FILE
     body = read_json(file)
     check_config(body, where=str(file))
+    if "model_type" not in body and "architecture" in body:
+        raise ValueError(
+            f"{file} describes a timm model; run `{command('import', directory, '--output', 'DIR')}` first"
+        )
     family = family_of_type(str(body.get("model_type")), where=str(file))
     check_weights(directory, family, body)
     vision_class = family.vision_class()

@@ -19,5 +19,6 @@ FAMILY = Family(
     embeddings=("model.patch_embed", "model.cls_token", "model.reg_token", "model.pos_embed", "model.norm_pre"),
     final_norm="model.norm",
     last_state_is_normed=True,
+    pooling_head=("model.attn_pool", "model.fc_norm"),
     needs="timm>=1.0",
 )

@@ -27,7 +27,7 @@ def write(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> No
     """open_clip_model.safetensors and open_clip_config.json, verified by importing them."""
     from safetensors.torch import load_file, save_file
 
-    layout_of = {layout.family: layout for layout in layouts().values()}
+    layout_of = {layout.family: layout for layout in layouts().values() if layout.family}
     dual = projected_dual(model, FORMAT.name, tuple(layout_of))
     layout = layout_of[family_of(dual.tower).name]
     with tempfile.TemporaryDirectory(dir=directory) as folder:

@@ -37,8 +37,8 @@ UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kw
 
 
 def matches(state: dict[str, Tensor]) -> bool:
-    """Whether a checkpoint contains OpenCLIP's own vision transformer."""
-    return any(name.startswith(BLOCKS) for name in state)
+    """Whether a checkpoint contains OpenCLIP's own vision transformer with a norm before the blocks."""
+    return any(name.startswith(BLOCKS) for name in state) and any(name.startswith("visual.ln_pre.") for name in state)
 
 
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ TIMM_NAMES = {768: "vit_base", 1024: "vit_large", 1152: "vit_so400m", 1536: "vit
 
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether a checkpoint contains a timm tower with SigLIP's attention pooling."""
-    return any(name.startswith(POOLING) for name in state)
+    return any(name.startswith(POOLING) for name in state) and f"{TRUNK}norm_pre.weight" not in state  # as PE has
 
 
 def join_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
