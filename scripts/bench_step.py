@@ -36,7 +36,8 @@ from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, Precision, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
+from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig, parameter_groups
 from llm2clip_plugin.train.step import TowerStep

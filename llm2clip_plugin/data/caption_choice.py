@@ -57,6 +57,19 @@ def choose_caption(captions: Sequence[Caption], weights: Mapping[str, float], rn
     return captions[-1]  # the shares add up to 1 but for rounding
 
 
+def choose_captions(
+    captions: Sequence[Caption], weights: Mapping[str, float], count: int, rng: random.Random
+) -> tuple[Caption, ...]:
+    """``count`` captions, drawn without replacement until none is left, then again from all."""
+    chosen: list[Caption] = []
+    left: list[Caption] = []
+    while len(chosen) < count:
+        left = left or list(captions)
+        chosen.append(choose_caption(left, weights, rng))
+        left.remove(chosen[-1])
+    return tuple(chosen)
+
+
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
     """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has.
 

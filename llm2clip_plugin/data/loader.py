@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.caption_choice import choose_caption
+from llm2clip_plugin.data.caption_choice import choose_captions
 from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.parts import Ahead, PartDraws, join_parts
@@ -48,11 +48,11 @@ SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than 
 
 @dataclass(frozen=True)
 class Row:
-    """One image-caption pair of a batch."""
+    """One image of a batch with k of its captions."""
 
     pixels: np.ndarray  # (S, S, 3) uint8
-    caption: Caption
-    embedding: torch.Tensor | None  # (W,) float32; None without a cache
+    captions: tuple[Caption, ...]
+    embeddings: torch.Tensor | None  # (k, W) float32; None without a cache
     image_id: int
     shard: str
     key: str
@@ -71,8 +71,12 @@ class PairDataset(Dataset):
         *,
         seed: int,
         caption_weights: Mapping[str, float] | None = None,
+        captions_per_image: int = 1,
     ) -> None:
-        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly."""
+        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly.
+
+        captions_per_image: captions k of a row; an image that has fewer repeats them.
+        """
         if len(sources) != len(caches):
             raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
         if len({cache.width for cache in caches if cache is not None}) > 1:
@@ -82,6 +86,7 @@ class PairDataset(Dataset):
         self.caches = list(caches)
         self.seed = seed
         self.caption_weights = dict(caption_weights or {})
+        self.captions_per_image = captions_per_image
         self.transform = TrainTransform(images, augment)
 
     def __len__(self) -> int:
@@ -89,9 +94,9 @@ class PairDataset(Dataset):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's image and embedding."""
+        """Bytes of a row's image and embeddings."""
         width = next((cache.width for cache in self.caches if cache is not None), 0)
-        return row_bytes(self.transform.config.size, width)
+        return row_bytes(self.transform.config.size, width * self.captions_per_image)
 
     def mixture(self) -> Mixture:
         """The order in which samples of these sources are drawn."""
@@ -127,7 +132,7 @@ class PairDataset(Dataset):
         if not captions:
             raise BrokenSample(shard, sample.key, _no_caption(source, sample.captions, kinds))
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
-        caption = choose_caption(captions, self.caption_weights, rng)
+        chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
         try:
             image = sample.read_image()
             if cache is not None:
@@ -135,9 +140,9 @@ class PairDataset(Dataset):
             pixels = self.transform.pixels(image, rng)
         except BrokenImage as error:
             raise BrokenSample(shard, sample.key, str(error)) from error
-        embedding = None if cache is None else cache.rows(shard, within, (caption,), key=sample.key)[0]
+        embeddings = None if cache is None else cache.rows(shard, within, chosen, key=sample.key)
         image_id = (draw.source << SOURCE_BITS) + draw.index
-        return Row(pixels, caption, embedding, image_id, shard, sample.key, broken)
+        return Row(pixels, chosen, embeddings, image_id, shard, sample.key, broken)
 
 
 def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[str]) -> str:
@@ -148,19 +153,22 @@ def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[s
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
-    """Rows to tensors and lists."""
+    """Rows to tensors and lists; with one caption an image, its hash and embedding have no axis for it."""
+    hashes_bk = torch.tensor([[caption_hash(caption.text) for caption in row.captions] for row in rows])
+    one = hashes_bk.shape[1] == 1
     batch: dict[str, Any] = {
         "pixels": torch.from_numpy(np.stack([row.pixels for row in rows])),
-        "caption_hashes": torch.tensor([caption_hash(row.caption.text) for row in rows]),
+        "caption_hashes": hashes_bk[:, 0] if one else hashes_bk,
         "image_ids": torch.tensor([row.image_id for row in rows]),
-        "captions": [row.caption.text for row in rows],
+        "captions": [row.captions[0].text for row in rows],
         "keys": [row.key for row in rows],
         "shards": [row.shard for row in rows],
         "broken": [row.broken for row in rows if row.broken],
         "retries": [take_retries()],  # of the process that loaded these rows
     }
-    if rows[0].embedding is not None:
-        batch["embeddings"] = torch.stack([row.embedding for row in rows if row.embedding is not None])
+    if rows[0].embeddings is not None:
+        embeddings_bkW = torch.stack([row.embeddings for row in rows if row.embeddings is not None])
+        batch["embeddings"] = embeddings_bkW[:, 0] if one else embeddings_bkW
     return batch
 
 
@@ -284,8 +292,9 @@ def make_loader(
     """Endless batches from ``position`` on.
 
     A batch: pixels (b, S, S, 3) uint8, for images.Normalize; embeddings (b, W) float32 (absent without caches),
-    caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts, position: pairs consumed after
-    this batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
+    caption_hashes and image_ids (b,) int64, captions, keys and shards lists of b texts (with k captions an image,
+    embeddings (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
+    batch, retries: reads that this rank has repeated so far. With ``workers`` the next batch is put together in a
     thread while the caller uses this one.
     ``pin_memory``: in page-locked memory, for copies to a GPU that don't wait.
     Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.

@@ -54,9 +54,24 @@ IGNORED_ON_RESUME = (
 )
 
 # Names of earlier releases in configuration files, run.json, state.json and on the command line -> names now.
-RENAMED = {"dual.joint_width": "dual.projection_dim"}
+RENAMED = {"dual.joint_width": "dual.projection_dim", "loss.kind": "loss.terms"}
 # Settings that checkpoints of earlier releases lack, and the values that they stand for.
-ADDED: dict[str, Any] = {"data.caption_weights": [], "loss.args": [], "optim.name": "adamw", "optim.args": []}
+ADDED: dict[str, Any] = {
+    "data.caption_weights": [],
+    "data.captions_per_image": 1.0,
+    "loss.args": [],
+    "optim.name": "adamw",
+    "optim.args": [],
+}
+
+
+def upgraded(body: dict[str, Any]) -> dict[str, Any]:
+    """Settings of earlier releases under their names now, with the one loss that they had as a list."""
+    body = rename_keys(body, RENAMED)
+    loss = body.get("loss")
+    if isinstance(loss, dict) and isinstance(loss.get("terms"), str):
+        body = {**body, "loss": {**loss, "terms": [loss["terms"]]}}
+    return body
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +115,7 @@ def flat_essentials(config: dict[str, Any], allowed: tuple[str, ...] = ()) -> di
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
     """Raise ValueError naming every field that decides what is learned and differs from the checkpoint's."""
-    saved, allowed = rename_keys(saved, RENAMED), tuple(RENAMED.get(name, name) for name in allowed)
+    saved, allowed = upgraded(saved), tuple(RENAMED.get(name, name) for name in allowed)
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
         if not any(path == name or path.startswith(f"{name}.") for path in known):
@@ -134,7 +149,7 @@ def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") ->
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(body, dict):
         raise ValueError(f"{where}: {path or 'the file'} is {body!r}; expected an object with the fields {known}")
-    body = body if path else rename_keys(body, RENAMED)
+    body = body if path else upgraded(body)
     for name in body:
         if name not in known:
             hint = _did_you_mean(name, known) or f"; known: {', '.join(known)}"

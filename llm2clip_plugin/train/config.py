@@ -1,4 +1,4 @@
-"""The settings of a training: tower, heads, loss, optimizer, loop; read without torch."""
+"""The settings of a training: tower, heads, optimizer, loop; read without torch. The loss's: loss_config.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from llm2clip_plugin.data.shared_memory import PREFETCH_MB
 from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.train.choices import DDP_TIMEOUT, STRAGGLER_SECONDS, Precision, ReductionType, Tf32
 from llm2clip_plugin.train.named_args import from_named_args
-from llm2clip_plugin.vision.dual_config import DualConfig
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.train.losses.base import LossTerm
     from llm2clip_plugin.train.optimizers.base import OptimizerSpec
 
 Monitor = Literal["tensorboard", "wandb", "csv"]
@@ -55,37 +53,6 @@ class HeadsConfig:
             raise ValueError(
                 f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The training loss."""
-
-    kind: str = "infonce"  # infonce (CLIP, LLM2CLIP) | sigmoid (SigLIP; needs dual.logit_bias_init)
-    weight: float = 1.0  # factor of the loss
-    block: int = 0  # rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU
-    mask_same_caption: bool = True  # pairs with equal captions are not negatives of each other
-    mask_same_image: bool = True  # pairs with the same image are not negatives of each other
-    args: tuple[str, ...] = ()  # settings of this kind of loss alone, as NAME=VALUE
-
-    def __post_init__(self) -> None:
-        if (self.kind, self.args) != ("infonce", ()):
-            self.term()
-        if self.block < 0 or not math.isfinite(self.weight):
-            raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
-
-    def term(self) -> LossTerm:
-        """The chosen term with its settings; ValueError names a setting that it does not have."""
-        from llm2clip_plugin.train.losses import loss_terms  # torch
-
-        if self.kind not in (known := loss_terms()):
-            hint = nearest(self.kind, known)
-            raise ValueError(f"unknown loss.kind {self.kind!r}{hint}; known: {', '.join(known)}")
-        return from_named_args(known[self.kind], self.args, where="loss.args")
-
-    def check(self, dual: DualConfig) -> None:
-        """Raise ValueError if the loss and the dual encoder are incompatible."""
-        self.term().check(dual)
 
 
 @dataclass(frozen=True, kw_only=True)

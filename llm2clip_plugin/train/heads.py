@@ -32,8 +32,9 @@ from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.progress import progress_bar, track
 from llm2clip_plugin.train.config import HeadsConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_to_first, local_world_size, on_first_rank, rank, world_size
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.losses.base import Features
-from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
+from llm2clip_plugin.train.losses.config import heads_terms
 from llm2clip_plugin.train.optim import is_vector
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -197,7 +198,7 @@ def _fit(
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
     )
-    terms = weighted_terms(loss_config, group=ALONE)
+    terms = heads_terms(loss_config, group=ALONE)
     generator = torch.Generator().manual_seed(position_seed(seed, -1))
     queue = torch.empty(0, dtype=torch.int64)
     size = min(config.batch, len(features.count_I))

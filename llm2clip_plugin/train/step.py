@@ -53,10 +53,12 @@ class ContrastiveStep(ABC):
     batch), and what the subclass encodes.
     """
 
-    def __init__(self, engine: Engine, terms: Terms, *, seed: int) -> None:
+    def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
+        """total_samples: pairs of the whole run, over which the terms' weights may change."""
         self.engine = engine
         self.terms = terms
         self.seed = seed
+        self.total_samples = total_samples
 
     @abstractmethod
     def _on_device(self, batch: Batch) -> Batch:
@@ -70,6 +72,10 @@ class ContrastiveStep(ABC):
     def _forward(self, micro: Batch) -> Encoded:
         """Encode a micro-batch; ``micro["first"]`` is the position of its first sample in the run."""
 
+    def _reference(self, micro: Batch) -> Tensor | None:
+        """(m, D) features of a frozen twin for the same anchors, L2-normalized; None if there is no twin."""
+        return None
+
     @abstractmethod
     def _after_update(self) -> None:
         """Bring parameters back within their bounds."""
@@ -82,7 +88,8 @@ class ContrastiveStep(ABC):
         batch = self._on_device(batch)
         micro_batches = self._micro_batches(batch)
         if len(micro_batches) == 1:
-            loss, values = self._loss(self._encode(micro_batches[0]), batch)
+            reference_bD = self._reference(micro_batches[0])
+            loss, values = self._loss(self._encode(micro_batches[0]), batch, reference_bD)
             self.engine.backward(loss)
             self.engine.step()
         else:
@@ -92,6 +99,7 @@ class ContrastiveStep(ABC):
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
+        references = [row for micro in micro_batches if (row := self._reference(micro)) is not None]
         with torch.no_grad(), repeated():
             parts = [self._encode(micro) for micro in micro_batches]
         leaves = Encoded(
@@ -102,7 +110,7 @@ class ContrastiveStep(ABC):
         )
         for leaf in leaves:
             leaf.requires_grad_()
-        loss, values = self._loss(leaves, batch)
+        loss, values = self._loss(leaves, batch, torch.cat(references) if references else None)
         with timed("backward"):
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
@@ -122,8 +130,9 @@ class ContrastiveStep(ABC):
         torch.manual_seed(position_seed(self.seed, micro["first"]))
         return self._forward(micro)
 
-    def _loss(self, encoded: Encoded, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, encoded: Encoded, batch: Batch, reference_bD: Tensor | None) -> tuple[Tensor, dict[str, float]]:
         """This rank's sum of weighted terms, and the means of all terms over ranks."""
+        before = batch["position"] - len(batch["keys"]) * world_size()
         features = Features(
             anchor_bD=encoded.anchor_mD,
             positive_bkD=encoded.positive_mkD,
@@ -131,6 +140,8 @@ class ContrastiveStep(ABC):
             bias=encoded.bias,
             caption_hashes=batch["caption_hashes"],
             image_ids=batch["image_ids"],
+            reference_bD=reference_bD,
+            progress=before / self.total_samples if self.total_samples else 1.0,
         )
         losses = {name: term(features) for name, term in self.terms.items()}
         loss = torch.stack(list(losses.values())).sum()
@@ -180,7 +191,7 @@ def _non_finite_message(values: dict[str, float], encoded: Encoded, batch: Batch
 
 
 class TowerStep(ContrastiveStep):
-    """A step of stage 2, whose module is a DualEncoder: images against embeddings (b, W).
+    """A step of stage 2, whose module is a DualEncoder: images against embeddings (b, W), or (b, k, W) of k captions.
 
     ``normalize`` maps the pixels of a micro-batch, (m, S, S, 3) uint8 on the device, to (m, 3, S, S) float32.
     """
@@ -193,8 +204,9 @@ class TowerStep(ContrastiveStep):
         seed: int,
         text_noise: bool,
         normalize: Callable[[Tensor], Tensor],
+        total_samples: int = 0,
     ) -> None:
-        super().__init__(engine, terms, seed=seed)
+        super().__init__(engine, terms, seed=seed, total_samples=total_samples)
         self.normalize = normalize
         self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
@@ -203,10 +215,13 @@ class TowerStep(ContrastiveStep):
         """Pixels stay bytes, the local batch in a quarter of the memory; embeddings stay fp32 because the adapter
         normalizes them first."""
         device = self.engine.device
-        return {
+        moved = {
             key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+        if (hashes := moved["caption_hashes"]).dim() > 1:  # (b, k) of k captions an image; losses take (k, b)
+            moved["caption_hashes"] = hashes.T.contiguous()
+        return moved
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
         return {"pixels": batch["pixels"][rows], "embeddings": batch["embeddings"][rows]}
@@ -215,14 +230,13 @@ class TowerStep(ContrastiveStep):
         noise_mW = self._noise(micro) if self.text_noise else None
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
         image_mD, text_mD, log_scale, bias = self.engine(pixel_values, micro["embeddings"], noise_mW)
-        return Encoded(image_mD, text_mD[:, None], log_scale, bias)
+        return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], log_scale, bias)
 
     def _noise(self, micro: Batch) -> Tensor:
-        """(m, W) standard normal values; each row is a function of the seed and its sample's position."""
-        rows, width = micro["embeddings"].shape
-        noise_mW = torch.empty(rows, width)
+        """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""
+        noise_mW = torch.empty(micro["embeddings"].shape)
         generator = torch.Generator()
-        for i in range(rows):
+        for i in range(len(noise_mW)):
             generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i))
             noise_mW[i].normal_(generator=generator)
         return noise_mW.to(micro["embeddings"].device)

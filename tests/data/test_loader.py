@@ -90,12 +90,12 @@ def drawn(dataset: PairDataset, first: int, stop: int) -> list[tuple]:
     """Rows ``first`` .. ``stop``-1 of a run, one after the other: what every way of loading must give."""
     samples = [dataset[draw] for draw in dataset.mixture().batch_indices(first, stop - first)]
     tensors = [
-        (row.pixels, row.embedding.numpy(), np.int64(caption_hash(row.caption.text)), np.int64(row.image_id))
+        (row.pixels, row.embeddings[0].numpy(), np.int64(caption_hash(row.captions[0].text)), np.int64(row.image_id))
         for row in samples
-        if row.embedding is not None
+        if row.embeddings is not None
     ]
     return [
-        (row.key, row.caption.text, *(value.tobytes() for value in values))
+        (row.key, row.captions[0].text, *(value.tobytes() for value in values))
         for row, values in zip(samples, tensors, strict=True)
     ]
 

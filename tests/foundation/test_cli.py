@@ -54,7 +54,7 @@ def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
         ("train-tower x --recipe openai_l14_36", "unknown recipe 'openai_l14_36'; did you mean 'openai_l14_336'?"),
         ("train-tower x --recipe base/llama-8", "unknown teacher 'llama-8' in recipe 'base/llama-8'; did you mean"),
         ("train-tower x --optimizer adam", "unknown optimizer 'adam'; did you mean 'adamw'?"),
-        ("train-tower x --loss.kind infonc", "unknown loss.kind 'infonc'; did you mean 'infonce'?"),
+        ("train-tower x --loss.terms infonc", "unknown loss term 'infonc'; did you mean 'infonce'?"),
         ("train-tower x --precision bf61", "--precision 'bf61' is not one of fp32, bf16, fp16; did you mean 'bf16'?"),
         ("finetune-llm x --recipe llama-8", "unknown recipe 'llama-8'; did you mean 'llama-8b'?"),
         ("embed x --llm y --preset llm2vc", "unknown preset 'llm2vc'; did you mean 'llm2vec'?"),

@@ -36,7 +36,8 @@ from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.host_copies import HostCopies
-from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
+from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import TowerConfig, shape_dual
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.train.step import TowerStep
@@ -134,7 +135,7 @@ def tower(folder: Path, config: Any = TOWERS["clip"], kind: str = "infonce", mic
     with FakeGpu():
         engine = TorchEngine(model.to_empty(device=GPU), micro)
         average = MovingAverage(engine, 0.9)
-        terms, normalize = weighted_terms(LossConfig(kind=kind)), Normalize(IMAGES, GPU)
+        terms, normalize = weighted_terms(LossConfig(terms=(kind,))), Normalize(IMAGES, GPU)
         step = TowerStep(engine, terms, seed=0, text_noise=True, normalize=normalize)
         step(tower_batch(model))
         average.update()

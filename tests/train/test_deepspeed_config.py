@@ -15,7 +15,7 @@ from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.losses.config import LossConfig
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.model import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig, lr_factor
 from llm2clip_plugin.vision.dual import DualConfig
@@ -177,7 +177,17 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
         ),
         (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --global-batch 64"),
         (lambda: LossConfig(args=("margin=1",)), r"loss.args: unknown setting 'margin=1' of InfoNCE; known: none"),
-        (lambda: LossConfig(kind="sigmoid").check(DualConfig()), "sigmoid learns a logit bias: set --dual.logit-bias"),
+        (lambda: LossConfig(terms=("infonce", "distill"), args=("structure=1",)), "write TERM.structure=1"),
+        (lambda: LossConfig(terms=("infonce=1", "infonce")), "names infonce twice"),
+        (lambda: LossConfig(terms=("infonce=0",)), "'infonce=0' never counts"),
+        (lambda: LossConfig(terms=("infonce=1:0",)), "all weights are 0 after 100% of the run"),
+        (lambda: LossConfig(terms=("infonce=1@0.5",)), "'infonce=1@0.5' is not NAME, NAME=WEIGHT"),
+        (lambda: LossConfig(terms=("infonce=-1",)), "'infonce=-1' is not NAME"),
+        (lambda: LossConfig(terms=()), "loss.terms is empty"),
+        (
+            lambda: LossConfig(terms=("sigmoid",)).check(DualConfig()),
+            "sigmoid learns a logit bias: set --dual.logit-bias",
+        ),
         (
             lambda: LossConfig().check(DualConfig(logit_bias_init=-10.0)),
             "infonce does not use a logit bias: leave",

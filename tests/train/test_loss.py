@@ -16,7 +16,7 @@ from tower_runs import STEPS, losses, options
 from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.train.losses.config import LossConfig
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
@@ -170,8 +170,9 @@ def test_wrong_shapes_and_settings_are_named():
     image, text = features()
     with pytest.raises(ValueError, match=r"anchors \(24, 8\) and positives \(23, 8\)"):
         contrastive_loss(image, text[:-1], torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"unknown loss.kind 'infonse'; .*known: infonce, sigmoid"):
-        LossConfig(kind="infonse")  # type: ignore[arg-type]
+    known = "cosine, distill, infonce, multi_positive, sigmoid"
+    with pytest.raises(ValueError, match=f"unknown loss term 'infonse'; .*known: {known}"):
+        LossConfig(terms=("infonse",))
 
 
 HARDEST_NEGATIVE = '''
@@ -211,7 +212,7 @@ def train_with_new_term(rank: int, world: int, folder: str, argv: list[str]) -> 
     losses.__path__.append(folder)
     config = read_command(argv)
     train_tower(config)
-    return str(config.loss.term())
+    return str(config.loss.weighted()[0][1])
 
 
 def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path):
@@ -219,7 +220,7 @@ def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path):
     members.mkdir()
     (members / "hardest_negative.py").write_text(HARDEST_NEGATIVE)
     run = tmp_path / "run"
-    loss = ("--loss.kind", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
+    loss = ("--loss.terms", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
     argv = options(make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003")
     (term,) = run_ranks(train_with_new_term, 1, str(members), argv)
     assert term == "HardestNegative(margin=0.5)"

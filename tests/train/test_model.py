@@ -27,7 +27,7 @@ from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.heads import FrozenFeatures, HeadsConfig, fit_heads, head_parameters
 from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.losses.config import LossConfig
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.train.optim import OptimConfig, parameter_groups, set_lr
 from llm2clip_plugin.train.progress import MetricsFile, Progress

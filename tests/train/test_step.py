@@ -19,15 +19,14 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     """Losses of a few steps and the weights afterwards."""
     options = dict(options)
     torch.manual_seed(0)
-    dual = TinyDual(
-        noise=options.pop("noise", 0.0), dropout=options.pop("dropout", 0.0), bias=options.get("kind") == "sigmoid"
-    )
-    kind = options.pop("kind", "infonce")
+    terms, captions = options.pop("terms", ("infonce",)), options.pop("captions", 1)
+    noise, dropout = options.pop("noise", 0.0), options.pop("dropout", 0.0)
+    dual = TinyDual(noise=noise, dropout=dropout, bias="sigmoid" in terms)
     engine = tiny_engine(world=world, dual=dual, **options)
-    step = tiny_step(engine, kind=kind, noisy=dual.noise > 0)
+    step = tiny_step(engine, terms=terms, noisy=dual.noise > 0)
     losses, norms = [], []
     for i in range(STEPS):
-        loss, _ = step(tiny_batch(i, rank=rank, world=world))
+        loss, _ = step(tiny_batch(i, rank=rank, world=world, captions=captions))
         losses.append(loss)
         norms.append(engine.grad_norm)
     return {
@@ -46,6 +45,7 @@ def train_all(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[st
     return {name: train(rank, world, options) for name, options in runs.items()}
 
 
+SUM = ("infonce=0.5:1@0.5", "cosine=0.3", "multi_positive=1:0")
 ONE_RANK = {
     "plain": {"stage": 0, "micro": 32},
     "cached": {"stage": 0, "micro": 4},
@@ -62,8 +62,12 @@ ONE_RANK = {
     "fp16 zero0": {"stage": 0, "precision": "fp16"},
     "fp16 zero1 cached": {"stage": 1, "precision": "fp16", "micro": 8},
     "fp16 zero3": {"stage": 3, "precision": "fp16"},
-    "sigmoid": {"stage": 0, "kind": "sigmoid"},
-    "sigmoid cached": {"stage": 1, "kind": "sigmoid", "micro": 4},
+    "sigmoid": {"stage": 0, "terms": ("sigmoid",)},
+    "sigmoid cached": {"stage": 1, "terms": ("sigmoid",), "micro": 4},
+    "sum": {"stage": 0, "terms": SUM, "captions": 2, "noise": 0.5},
+    "sum cached": {"stage": 1, "terms": SUM, "captions": 2, "noise": 0.5, "micro": 8},
+    "cosine": {"stage": 0, "terms": ("cosine",)},
+    "cosine cached": {"stage": 3, "terms": ("cosine",), "micro": 8},
     "noise": {"stage": 0, "noise": 0.5, "micro": 32},
     "noise cached": {"stage": 1, "noise": 0.5, "micro": 4},
     "dropout": {"stage": 0, "dropout": 0.3, "micro": 16, "noise": 0.5},
@@ -78,6 +82,8 @@ TWO_RANKS = {
     "bf16 zero1": {"stage": 1, "precision": "bf16", "micro": 16},
     "bf16 zero2": {"stage": 2, "precision": "bf16", "micro": 16},
     "noise": {"stage": 1, "noise": 0.5, "micro": 8},
+    "sum": {"stage": 2, "terms": SUM, "captions": 2, "noise": 0.5, "micro": 8},
+    "cosine": {"stage": 1, "terms": ("cosine",), "micro": 16},
     "dropout": {"stage": 2, "dropout": 0.3, "micro": 16, "noise": 0.5},
 }
 
@@ -133,8 +139,13 @@ def test_half_precision_on_two_ranks(one: dict[str, Any], two: list[dict[str, An
     same(two[0][name], one["bf16 zero1"], 0.05)
 
 
-def test_sigmoid_cached_equals_plain(one: dict[str, Any]):
+def test_any_terms_are_one_run_over_ranks_and_micro_batches(one: dict[str, Any], two: list[dict[str, Any]]):
+    """Weights that change, several captions an image with noise, a term that leaves the logit scale untouched."""
     same(one["sigmoid cached"], one["sigmoid"], 1e-5)
+    for name in ("sum", "cosine"):
+        same(one[f"{name} cached"], one[name], 1e-5)
+        same(two[0][name], one[name], 1e-5)
+        assert one[name]["losses"][-1] < one[name]["losses"][0] - 0.1
 
 
 def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str, Any]]):

@@ -81,7 +81,7 @@ class TinyDual(nn.Module):
         return DualFeatures(image, text, self.logit_scale.float() * 1, bias.float() * 1)
 
 
-def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1, captions: int = 1) -> dict[str, Any]:
     """This rank's rows of the global batch of a step: learnable pairs, some captions twice."""
     generator = torch.Generator().manual_seed(100 + step)
     pixels = torch.randn(rows, 3, 8, 8, generator=generator)
@@ -93,6 +93,10 @@ def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1) -> d
         "caption_hashes": torch.where(ids % 7 == 0, 7, ids),
         "image_ids": ids.clone(),
     }
+    if captions > 1:
+        noise = torch.randn(rows, captions, 12, generator=generator)
+        batch["embeddings"] = batch["embeddings"][:, None] + 0.3 * noise
+        batch["caption_hashes"] = torch.stack([batch["caption_hashes"] + 1000 * k for k in range(captions)], 1)
     local = rows // world
     mine = slice(rank * local, (rank + 1) * local)
     keys = [f"sample-{int(i)}" for i in ids[mine]]
@@ -149,13 +153,15 @@ def tiny_engine(
     return Engine(module, parameter_groups(trained, 0.1), optim, complete(user, plan))
 
 
-def tiny_step(engine: Any, *, kind: str = "infonce", noisy: bool = False) -> Any:
+def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False) -> Any:
     """The step over a tiny engine."""
-    from llm2clip_plugin.train.losses.config import LossConfig, weighted_terms
+    from llm2clip_plugin.train.loss_config import LossConfig
+    from llm2clip_plugin.train.losses.config import weighted_terms
     from llm2clip_plugin.train.step import TowerStep
 
-    terms = weighted_terms(LossConfig(kind=kind))
-    return TowerStep(engine, terms, seed=5, text_noise=noisy, normalize=lambda pixels: pixels)  # they are floats
+    weighted = weighted_terms(LossConfig(terms=terms))
+    # pixels are floats already
+    return TowerStep(engine, weighted, seed=5, text_noise=noisy, normalize=lambda x: x, total_samples=128)
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -12,12 +12,14 @@ from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.stages.plan_config import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.config import HeadsConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.vision.dual_config import DualConfig
 
 EXAMPLE = (
     "llm2clip train-tower /data/photos --tower facebook/dinov2-base --validation /data/held-out --output runs/photos"
 )
+MAX_CAPTIONS = 64  # of an image in a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class DataConfig:
     weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
     # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
     caption_weights: tuple[str, ...] = ()
+    captions_per_image: int = 1  # captions of an image in a step; above 1 for loss.terms multi_positive or cosine
     validation: str = ""  # held-out split for recall during training; "": none
     validation_cache: str = ""  # its embedding cache; "": the one embeddings-* folder next to it
     read: ReadConfig = field(default_factory=ReadConfig)  # how all of them are read
@@ -40,6 +43,8 @@ class DataConfig:
                 raise ValueError(
                     f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one per path, or none"
                 )
+        if not 1 <= self.captions_per_image <= MAX_CAPTIONS:
+            raise ValueError(f"data.captions_per_image {self.captions_per_image} must be between 1 and {MAX_CAPTIONS}")
         weights, kinds = self.kind_weights, self.read.kinds
         if weights and kinds and set(weights) != set(kinds):
             raise ValueError(

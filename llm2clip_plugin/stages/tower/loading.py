@@ -34,7 +34,7 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
             rows=rows,
             micro_batch=micro_batch,
             workers=config.train.dataloader_num_workers,
-            row_bytes=row_bytes(side, width),
+            row_bytes=row_bytes(side, width * config.data.captions_per_image),
             prefetch_mb=config.train.dataloader_prefetch_mb,
         )
     ]

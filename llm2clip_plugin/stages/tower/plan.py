@@ -120,7 +120,8 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         enable_gradient_checkpointing(dual.tower)
 
     def make_inputs() -> tuple[Tensor, Tensor]:
-        return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(IMAGES, config.dual.llm_width)
+        captions = (IMAGES, config.data.captions_per_image, config.dual.llm_width)
+        return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(captions)
 
     def forward(*inputs: Tensor) -> Tensor:
         return sum((feature.sum() for feature in dual(*inputs)), torch.zeros(()))

@@ -99,6 +99,7 @@ def _train(
             seed=config.train.seed,
             text_noise=config.dual.input_noise > 0,
             normalize=Normalize(images, engine.device),
+            total_samples=run.total_steps * config.train.global_batch,
         ),
         batches=iter(loader),
         queue=loader.queue if config.train.dataloader_num_workers else None,
@@ -186,6 +187,7 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         config.data.augment,
         seed=config.train.seed,
         caption_weights=config.data.kind_weights,
+        captions_per_image=config.data.captions_per_image,
     )
     return make_loader(
         dataset,

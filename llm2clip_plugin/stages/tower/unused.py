@@ -31,7 +31,13 @@ def _no_urls(config: RunConfig) -> str:
     )
 
 
+def _first_caption_alone(config: RunConfig) -> str:
+    several = config.data.captions_per_image > 1 and any(term.uses_all_captions for _, term in config.loss.weighted())
+    return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
+
+
 UNUSED: list[Unused[RunConfig]] = [
+    Unused(("data.captions_per_image",), _first_caption_alone, off=1),
     Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
     Unused(
         ("train.eval_steps", "train.eval_on_start", "evaluation", "data.validation_cache"),

@@ -1,4 +1,4 @@
-"""Loss terms, one per file: a file that defines ``TERM`` is the loss of ``--loss.kind NAME``."""
+"""Loss terms, one per file: a file that defines ``TERM`` is the term of ``--loss.terms NAME=WEIGHT``."""
 
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.train.losses.base import LossTerm

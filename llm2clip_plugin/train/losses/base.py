@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group
-from llm2clip_plugin.vision.dual import DualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +17,13 @@ class Features:
     """This rank's rows of a batch, as the terms of a loss see them."""
 
     anchor_bD: Tensor  # L2-normalized: images (stage 2) or queries (stage 1)
-    positive_bkD: Tensor  # L2-normalized: the caption or positive first; with k = 2 a hard negative second
+    positive_bkD: Tensor  # L2-normalized: the k captions of an image; in stage 1 the positive, then a hard negative
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits; 0 where the model learns none
     caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are not negatives of each other
     image_ids: Tensor | None  # (b,) int64, likewise
+    reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen twin; None if the run has none
+    progress: float = 1.0  # fraction of the run's steps that are done
     block: int = 0  # rows of the logits held at once; 0 chooses by device
     group: Group = None  # the ranks that hold the batch, b rows on each
 
@@ -42,13 +43,10 @@ class LossTerm(ABC):
     """One loss. Subclasses are frozen dataclasses; their fields are the term's own settings, with defaults, which
     ``--loss.args NAME=VALUE`` sets."""
 
-    name: ClassVar[str]  # of ``--loss.kind``
-
-    @classmethod
-    def check(cls, dual: DualConfig) -> None:
-        """Raise ValueError if the dual encoder lacks what the term needs, or has what it does not use."""
-        if dual.logit_bias_init is not None:
-            raise ValueError(f"loss.kind {cls.name} does not use a logit bias: leave dual.logit_bias_init unset")
+    name: ClassVar[str]  # of ``--loss.terms``
+    uses_bias: ClassVar[bool] = False  # the learned bias of the logits
+    needs_reference: ClassVar[bool] = False  # Features.reference_bD
+    uses_all_captions: ClassVar[bool] = False  # of Features.positive_bkD, not the first alone
 
     @abstractmethod
     def __call__(self, features: Features) -> Tensor:

@@ -46,7 +46,7 @@ def contrastive_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class InfoNCE(LossTerm):
-    """``--loss.kind infonce``: the loss of CLIP and LLM2CLIP."""
+    """``--loss.terms infonce``: the loss of CLIP and LLM2CLIP."""
 
     name: ClassVar[str] = "infonce"
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from llm2clip_plugin.train.distributed import Group, sum_own_rows
 from llm2clip_plugin.train.losses.base import Features, LossTerm
 from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
-from llm2clip_plugin.vision.dual import DualConfig
 
 
 def sigmoid_loss(
@@ -37,14 +36,10 @@ def sigmoid_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(LossTerm):
-    """``--loss.kind sigmoid``: the captions against the images, with a learned bias of the logits."""
+    """``--loss.terms sigmoid``: the captions against the images, with a learned bias of the logits."""
 
     name: ClassVar[str] = "sigmoid"
-
-    @classmethod
-    def check(cls, dual: DualConfig) -> None:
-        if dual.logit_bias_init is None:
-            raise ValueError("loss.kind sigmoid learns a logit bias: set --dual.logit-bias-init (SigLIP starts at -10)")
+    uses_bias: ClassVar[bool] = True
 
     def __call__(self, features: Features) -> Tensor:
         scale, positive_bD = features.log_scale.exp(), features.positive_bkD[:, 0]

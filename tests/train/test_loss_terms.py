@@ -1,0 +1,159 @@
+"""Each term of the loss against its naive form over ranks, the weights of a sum, and settings of earlier releases."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_loss import naive
+from torch import Tensor
+from train_helpers import run_ranks
+
+from llm2clip_plugin.stages.settings import from_plain, refuse_changes
+from llm2clip_plugin.stages.tower.command import read_command
+from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.train.loss_config import LossConfig, parse_terms
+from llm2clip_plugin.train.losses.base import Features
+from llm2clip_plugin.train.losses.config import heads_terms, weighted_terms
+from llm2clip_plugin.train.losses.distill import structure_loss
+
+PAIRS, CAPTIONS, WIDTH, SCALE = 24, 3, 8, 20.0
+HASHES = torch.stack([torch.arange(PAIRS) // 2 + 100 * k for k in range(CAPTIONS)])  # pairs of images share captions
+IDS = torch.arange(PAIRS) % 22  # two images come twice
+
+
+def given(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Features of a whole batch, and a reference near its images."""
+    generator = torch.Generator().manual_seed(0)
+    anchor = F.normalize(torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+    positive = F.normalize(torch.randn(PAIRS, CAPTIONS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+    reference = F.normalize(anchor + 0.3 * torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+    anchor[22:], reference[22:] = anchor[:2], reference[:2]  # the same image twice: a distance of 0
+    return {"anchor": anchor.to(dtype), "positive": positive.to(dtype), "reference": reference.to(dtype)}
+
+
+def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor:
+    """The formula over the pairs i < j."""
+    i, j = torch.triu_indices(len(anchor), len(anchor), 1)
+    own, theirs = ((x[i] - x[j]).square().sum(-1).clamp(min=1e-30).sqrt() for x in (anchor, reference))
+    return (anchor - reference).square().sum(-1).mean() + structure * F.smooth_l1_loss(own, theirs)
+
+
+def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
+    ids = torch.cat([HASHES, IDS[None]])
+    slots = [naive(x["anchor"], x["positive"][:, k], scale, ids) for k in range(CAPTIONS)]
+    return {
+        "infonce": slots[0],
+        "multi_positive": torch.stack(slots).mean(),
+        "cosine": (1 - (x["anchor"][:, None] * x["positive"]).sum(-1)).mean(),
+        "distill": naive_distill(x["anchor"], x["reference"], 255.5),
+    }
+
+
+def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
+    """Each term's loss and gradients on this rank's rows."""
+    results = {}
+    mine = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
+    for name in ("infonce", "multi_positive", "cosine", "distill"):
+        x = {key: value[mine].clone().requires_grad_() for key, value in given().items()}
+        log_scale = torch.tensor([SCALE]).log().requires_grad_()
+        features = Features(
+            anchor_bD=x["anchor"],
+            positive_bkD=x["positive"],
+            log_scale=log_scale,
+            bias=torch.zeros(1),
+            caption_hashes=HASHES[:, mine],
+            image_ids=IDS[mine],
+            reference_bD=x["reference"].detach(),
+        )
+        loss = weighted_terms(LossConfig(terms=(f"{name}=1",), block=5))[name](features)
+        loss.backward()
+        grads = {key: torch.zeros_like(value) if value.grad is None else value.grad for key, value in x.items()}
+        scale_grad = torch.zeros(1) if log_scale.grad is None else log_scale.grad
+        results[name] = {"loss": loss.detach(), **grads, "log_scale": scale_grad}
+    return results
+
+
+@pytest.fixture(scope="module")
+def on_ranks() -> dict[int, list[Any]]:
+    return {world: run_ranks(terms_on_ranks, world) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", ["infonce", "multi_positive", "cosine", "distill"])
+def test_a_term_is_its_formula(on_ranks: dict[int, list[Any]], name: str, world: int):
+    """fp32 in blocks of 5 rows against fp64 of the whole batch: a distance near 0.3 from a cosine is right to 1e-6,
+    and distill's structure weighs 255 times that."""
+    x = {key: value.requires_grad_(key != "reference") for key, value in given(torch.float64).items()}
+    log_scale = torch.tensor([SCALE], dtype=torch.float64).log().requires_grad_()
+    expected = naive_terms(x, log_scale.exp())[name]
+    expected.backward()
+    ranks = [result[name] for result in on_ranks[world]]
+    tolerance = 1e-4 if name == "distill" else 1e-5
+    actual = torch.stack([result["loss"] for result in ranks]).mean()
+    torch.testing.assert_close(actual.double(), expected.detach(), atol=tolerance, rtol=tolerance)
+    for key in ("anchor", "positive"):
+        grad = x[key].grad
+        # of the sum over ranks; the engine averages
+        mine = torch.cat([result[key] for result in ranks]).double() / world
+        torch.testing.assert_close(
+            mine, torch.zeros_like(x[key]) if grad is None else grad, atol=tolerance, rtol=tolerance
+        )
+    scale = torch.stack([result["log_scale"] for result in ranks]).mean(0).double()
+    expected_scale = torch.zeros_like(scale) if log_scale.grad is None else log_scale.grad
+    torch.testing.assert_close(scale, expected_scale, atol=1e-5, rtol=1e-5)
+
+
+def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():
+    """ProCLIP: lambda x (sum of squares + sum over pairs of smooth L1) over the 512 pairs of a rank, for any N."""
+    x = {key: value[:22] for key, value in given(torch.float64).items()}
+    n, lam = len(x["anchor"]), 4e-4
+    own, theirs = F.pdist(x["anchor"]), F.pdist(x["reference"])
+    semantic, structural = (x["anchor"] - x["reference"]).square().sum(), F.smooth_l1_loss(own, theirs, reduction="sum")
+    # what both sums come to in a batch of 512 of the same pairs
+    published = lam * (semantic * 512 / n + structural * (512 * 511) / (n * (n - 1)))
+    features = Features(
+        anchor_bD=x["anchor"],
+        positive_bkD=x["positive"],
+        log_scale=torch.zeros(1),
+        bias=torch.zeros(1),
+        caption_hashes=None,
+        image_ids=None,
+        reference_bD=x["reference"],
+    )
+    ours = weighted_terms(LossConfig(terms=("distill=0.2048",)))["distill"](features)
+    assert float(ours) == pytest.approx(float(published), rel=1e-4)
+    with pytest.raises(ValueError, match="distill has no reference to compare with"):
+        weighted_terms(LossConfig(terms=("distill",)))["distill"](dataclasses.replace(features, reference_bD=None))
+    assert float(structure_loss(x["anchor"], x["anchor"])) == 0.0
+    assert float(structure_loss(x["anchor"][:1], x["reference"][:1])) == 0.0
+
+
+def test_weights_over_the_run():
+    constant, falling, late = parse_terms(["infonce", "cosine=2:1", "distill=0:0.5@0.25"])
+    assert [constant.at(p) for p in (0, 0.5, 1)] == [1, 1, 1]
+    assert [falling.at(p) for p in (0, 0.5, 1)] == [2, 1.5, 1] and falling.peak == 2
+    assert [late.at(p) for p in (0, 0.125, 0.25, 1)] == [0, 0.25, 0.5, 0.5]
+    with pytest.raises(ValueError, match="has no term between images and captions; add infonce=1"):
+        heads_terms(LossConfig(terms=("distill",)))
+    assert list(heads_terms(LossConfig(terms=("infonce=1:0", "cosine", "distill")))) == ["infonce", "cosine"]
+
+
+def test_settings_of_one_loss_still_load():
+    """Of run.json, of state.json, and of a command line."""
+    old = {"kind": "sigmoid", "weight": 2.0, "block": 0, "mask_same_caption": True, "mask_same_image": True}
+    config = from_plain(RunConfig, {"loss": old}, where="run.json")
+    assert config.loss == LossConfig(terms=("sigmoid",), weight=2.0)
+    now = dataclasses.asdict(config)
+    refuse_changes({**now, "loss": old}, now, (), where="state.json")
+    with pytest.raises(ValueError, match=r"loss.terms: \['infonce'\] in the checkpoint, \['sigmoid'\] in this run"):
+        refuse_changes({**now, "loss": {**old, "kind": "infonce"}}, now, (), where="state.json")
+    typed = read_command(["data", "--loss.kind", "sigmoid", "--dual.logit-bias-init", "-10"])
+    assert typed.loss == LossConfig(terms=("sigmoid",))
+    several = read_command("data --loss.terms infonce=1 cosine=0:1@0.5 --loss.terms infonce=1 cosine=0.5".split())
+    assert several.loss.terms == ("infonce=1", "cosine=0.5")
+    with pytest.raises(ValueError, match=r"captions-per-image 2 has no effect: loss.terms infonce uses one caption"):
+        read_command(["data", "--captions-per-image", "2"])
