@@ -317,6 +317,9 @@ class TowerCard(VersionedRecord):
         return (self.image_size // self.patch_size) ** 2
 
 
+PROJECTED = "projected"  # pooling of a CLIP's own text tower: the features that it compares with its images'
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
     """Everything that determines the embedding of a caption; caches and towers record its fingerprint."""
@@ -325,8 +328,8 @@ class TeacherIdentity:
     revision: str  # Hub commit, or "" for a local folder; not part of the fingerprint
     weights_sha256: str  # over the LLM's weight files
     adapter_sha256: str  # over the PEFT adapter's weights; "" without one
-    attention: str  # bidirectional | causal
-    pooling: str  # mean | last
+    attention: str  # bidirectional | causal | own (a CLIP's text tower)
+    pooling: str  # mean | last | projected
     layer: int  # hidden state that is pooled; -1 is the last
     prompt: str  # precedes every caption; not pooled
     chat_template: str  # "" for none

@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairDataset, Row, collate, make_loader
+from llm2clip_plugin.data.loader import PairDataset, collate, make_loader
+from llm2clip_plugin.data.pair_dataset import Row
 from llm2clip_plugin.data.parts import PartDraws
 from llm2clip_plugin.data.sampler import Draw
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source

@@ -14,162 +14,23 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.caption_choice import choose_captions
-from llm2clip_plugin.data.decode import BrokenImage
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.pair_dataset import PairDataset, collate
 from llm2clip_plugin.data.parts import Ahead, PartDraws, join_parts
-from llm2clip_plugin.data.permutation import hash_words
-from llm2clip_plugin.data.read_rate import shuffle_window
-from llm2clip_plugin.data.retry import take_retries
-from llm2clip_plugin.data.sampler import Draw, Mixture, sample_rng
 from llm2clip_plugin.data.shards_ahead import ShardsAhead
-from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading, row_bytes
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, select_captions
+from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading
+from llm2clip_plugin.data.sources.records import BrokenSample
 from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
 
 log = logging.getLogger(__name__)
 
-SUBSTITUTES = 20  # samples tried in place of a broken one
 GRACE = 60  # seconds that a loader process outlives SIGTERM
-SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image of a batch with k of its captions."""
-
-    pixels: np.ndarray  # (S, S, 3) uint8
-    captions: tuple[Caption, ...]
-    embeddings: torch.Tensor | None  # (k, W) float32; None without a cache
-    image_id: int
-    shard: str
-    key: str
-    broken: tuple[BrokenSample, ...]  # the samples that this row replaces
-
-
-class PairDataset(Dataset):
-    """The row of a draw: augmented image and one of its selected captions, a function of (seed, pass, sample)."""
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        caches: Sequence[EmbeddingCache | None],
-        images: ImageConfig,
-        augment: AugmentConfig | None = None,
-        *,
-        seed: int,
-        caption_weights: Mapping[str, float] | None = None,
-        captions_per_image: int = 1,
-    ) -> None:
-        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly.
-
-        captions_per_image: captions k of a row; an image that has fewer repeats them.
-        """
-        if len(sources) != len(caches):
-            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
-        if len({cache.width for cache in caches if cache is not None}) > 1:
-            widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
-            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with the same teacher")
-        self.sources = list(sources)
-        self.caches = list(caches)
-        self.seed = seed
-        self.caption_weights = dict(caption_weights or {})
-        self.captions_per_image = captions_per_image
-        self.transform = TrainTransform(images, augment)
-
-    def __len__(self) -> int:
-        return sum(len(source) for source in self.sources)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row's image and embeddings."""
-        width = next((cache.width for cache in self.caches if cache is not None), 0)
-        return row_bytes(self.transform.config.size, width * self.captions_per_image)
-
-    def mixture(self) -> Mixture:
-        """The order in which samples of these sources are drawn."""
-        paths = [source.path for source in self.sources]
-        return Mixture(
-            [[shard.size for shard in source.shards] for source in self.sources],
-            [source.config.weight for source in self.sources],
-            self.seed,
-            [shuffle_window(source.config.shuffle_window, paths) for source in self.sources],
-        )
-
-    def __getitem__(self, draw: Draw) -> Row:
-        """Raises ValueError if a sample and all of its substitutes are broken."""
-        broken: list[BrokenSample] = []
-        length = len(self.sources[draw.source])
-        for attempt in range(SUBSTITUTES + 1):
-            index = draw.index
-            if attempt:
-                index = hash_words("substitute", self.seed, draw.epoch, draw.source, draw.index, attempt) % length
-            try:
-                return self._row(Draw(draw.source, index, draw.epoch), tuple(broken))
-            except BrokenSample as error:
-                broken.append(error)
-        listed = "\n".join(f"  {error}" for error in broken)
-        raise ValueError(f"{len(broken)} consecutive samples of {self.sources[draw.source].path} are broken:\n{listed}")
-
-    def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
-        source, cache = self.sources[draw.source], self.caches[draw.source]
-        shard, within = source.locate(draw.index)
-        sample = source.with_image(draw.index)
-        kinds = source.config.kinds or tuple(self.caption_weights)
-        captions = select_captions(sample.captions, kinds, source.config.languages)
-        if not captions:
-            raise BrokenSample(shard, sample.key, _no_caption(source, sample.captions, kinds))
-        rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
-        chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
-        try:
-            image = sample.read_image()
-            if cache is not None:
-                cache.check_image(shard, within, sample.key, image)
-            pixels = self.transform.pixels(image, rng)
-        except BrokenImage as error:
-            raise BrokenSample(shard, sample.key, str(error)) from error
-        embeddings = None if cache is None else cache.rows(shard, within, chosen, key=sample.key)
-        image_id = (draw.source << SOURCE_BITS) + draw.index
-        return Row(pixels, chosen, embeddings, image_id, shard, sample.key, broken)
-
-
-def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[str]) -> str:
-    if not captions:
-        return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
-    known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
-    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; available: {known}"
-
-
-def collate(rows: list[Row]) -> dict[str, Any]:
-    """Rows to tensors and lists; with one caption an image, its hash and embedding have no axis for it."""
-    hashes_bk = torch.tensor([[caption_hash(caption.text) for caption in row.captions] for row in rows])
-    one = hashes_bk.shape[1] == 1
-    batch: dict[str, Any] = {
-        "pixels": torch.from_numpy(np.stack([row.pixels for row in rows])),
-        "caption_hashes": hashes_bk[:, 0] if one else hashes_bk,
-        "image_ids": torch.tensor([row.image_id for row in rows]),
-        "captions": [row.captions[0].text for row in rows],
-        "keys": [row.key for row in rows],
-        "shards": [row.shard for row in rows],
-        "broken": [row.broken for row in rows if row.broken],
-        "retries": [take_retries()],  # of the process that loaded these rows
-    }
-    if rows[0].embeddings is not None:
-        embeddings_bkW = torch.stack([row.embeddings for row in rows if row.embeddings is not None])
-        batch["embeddings"] = embeddings_bkW[:, 0] if one else embeddings_bkW
-    return batch
 
 
 class PairLoader:

@@ -30,6 +30,7 @@ from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
+from llm2clip_plugin.train.twin import Twin
 from llm2clip_plugin.train.watchdog import watched
 from llm2clip_plugin.vision.export import library_versions
 
@@ -121,9 +122,11 @@ class TrainingRun:
             start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
         refuse_disagreement(start | facts, ADVICE)
 
-    def check_space(self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True) -> None:
+    def check_space(
+        self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True, twin: bool = False
+    ) -> None:
         """Raise OSError if the disk of the run's folder has no space for a checkpoint. Every rank must call this."""
-        averages = bool(self.train.ema_decay)
+        averages = bool(self.train.ema_decay) + twin
         needed = checkpoint_bytes(module, trained, self.optim, averages=averages, keep_frozen=keep_frozen)
         on_first_rank(lambda: check_space(self.folder, needed, fallback=self.train.save_fallback_dir))
 
@@ -162,6 +165,7 @@ class TrainingRun:
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
         average: MovingAverage | None = None,
+        twin: Twin | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns where it ended or was stopped.
@@ -178,6 +182,7 @@ class TrainingRun:
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
                 average=average,
+                twin=twin,
                 checkpoints=self.checkpoints,
                 evaluate=in_phase("evaluation", evaluate) if evaluate else None,
                 before=in_phase("evaluation before training", before) if before else None,

@@ -29,6 +29,8 @@ IGNORED_ON_RESUME = (
     "data.cache",
     "data.validation",
     "data.validation_cache",
+    "data.clip_cache",
+    "data.validation_clip_cache",
     "data.read.cache_folder",
     "data.read.cache_gb",
     "loss.block",
@@ -59,7 +61,10 @@ RENAMED = {"dual.joint_width": "dual.projection_dim", "loss.kind": "loss.terms"}
 ADDED: dict[str, Any] = {
     "data.caption_weights": [],
     "data.captions_per_image": 1.0,
+    "tower.from_scratch": False,
     "loss.args": [],
+    "distill.reference": "ema",
+    "distill.decay": 0.999,
     "optim.name": "adamw",
     "optim.args": [],
 }

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
-from llm2clip_plugin.contracts import CacheManifest, ContractError
+from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.proof import keep_digests, kept_digests
 from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
 from llm2clip_plugin.data.cache.rows import caption_rows, has_text, rows_digest, shard_contents
@@ -27,11 +28,29 @@ from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.progress import progress_bar
-from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
 
 MEMORY_BYTES = 256 << 20  # of embeddings kept in memory for captions that occur again in another shard
 VERIFY_SAMPLES = 64  # captions that --verify embeds again
 VERIFY_COSINE = 0.999  # of a cached embedding with a new one: int8 and another compute dtype stay above
+
+
+class Encoder(Protocol):
+    """A frozen model that embeds captions: an LLM (CaptionEncoder), or a CLIP's text tower (ClipTextEncoder)."""
+
+    config: EncoderConfig
+    width: int
+    count_truncated: int
+
+    def identity(self) -> TeacherIdentity: ...
+
+    def encode(
+        self,
+        captions: Sequence[str],
+        *,
+        tokens_per_batch: int = 0,
+        on_batch: Callable[[int, int], object] | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass
@@ -80,7 +99,7 @@ def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard
 class EmbeddingMemory:
     """Embeds captions, and keeps embeddings of up to ``limit`` bytes for captions that occur again."""
 
-    def __init__(self, encoder: CaptionEncoder, tokens_per_batch: int, limit: int = MEMORY_BYTES) -> None:
+    def __init__(self, encoder: Encoder, tokens_per_batch: int, limit: int = MEMORY_BYTES) -> None:
         self._encoder = encoder
         self._tokens_per_batch = tokens_per_batch
         self._bytes_left = limit
@@ -101,7 +120,7 @@ class EmbeddingMemory:
 
 def embed_source(
     source: Source,
-    encoder: CaptionEncoder,
+    encoder: Encoder,
     directory: Path,
     dtype: str = "float16",
     rank: int = 0,
@@ -191,7 +210,7 @@ def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
     bar.update(start + size * done // total - bar.n)
 
 
-def verify(source: Source, encoder: CaptionEncoder, directory: Path) -> str:
+def verify(source: Source, encoder: Encoder, directory: Path) -> str:
     """Read every byte of the cache, compare it with the data, embed a few captions again; returns a report.
 
     Raises ContractError or FileNotFoundError at the first problem.

@@ -4,6 +4,7 @@
       model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
       optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
       ema.safetensors        moving averages, if train.ema_decay is set
+      twin.safetensors       the frozen twin, if a loss term needs one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
 The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
@@ -27,6 +28,7 @@ from llm2clip_plugin.train.tensor_files import BLOCK, TensorFile, write_tensors
 
 PREFIX_V01 = "dual."  # of tensor names in version 0.1's checkpoints of towers
 MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+TWIN = "twin.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Loaded:
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     averages: Mapping[str, Tensor]
+    twin: Mapping[str, Tensor]
 
 
 def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -139,6 +142,7 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
         weights=_open(path, MODEL),
         moments=_open(path, OPTIMIZER) if moments else {},
         averages=_open(path, AVERAGES) if averages else {},
+        twin=_open(path, TWIN) if TWIN in state.files else {},
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Monitor = Literal["tensorboard", "wandb", "csv"]
 Schedule = Literal["cosine", "linear", "constant"]
+Reference = Literal["ema", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class TowerConfig:
     image_size: int = 0  # pixels per side; position embeddings are interpolated. 0: the tower's own
     freeze: bool = False  # train only the heads
     freeze_first_blocks: int = 0  # freeze the embeddings and this many first blocks
+    from_scratch: bool = False  # start from random weights of the architecture; path stays empty
     keep_heads: bool = False  # start from the tower directory's projection, text adapter and logit scale
     lora_rank: int = 0  # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
     lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
@@ -34,6 +36,15 @@ class TowerConfig:
     def __post_init__(self) -> None:
         if self.lora_rank and (self.freeze or self.freeze_first_blocks):
             raise ValueError("tower.lora_rank freezes the tower; leave tower.freeze* unset")
+        if self.from_scratch and (self.path or not self.architecture):
+            raise ValueError(
+                f"tower.from_scratch makes a tower of tower.architecture ({self.architecture or 'not set'}); leave "
+                f"--tower {self.path} out"
+                if self.path
+                else "tower.from_scratch needs --architecture"
+            )
+        if self.from_scratch and (self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads):
+            raise ValueError("tower.from_scratch trains all of a new tower; leave freeze*, lora_rank, keep_heads unset")
         if self.freeze and self.freeze_first_blocks:
             raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks unset")
 
@@ -53,6 +64,28 @@ class HeadsConfig:
             raise ValueError(
                 f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The frozen twin that the loss term distill compares the tower with."""
+
+    reference: Reference = "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
+    decay: float = 0.999  # of that moving average, a step
+
+    def __post_init__(self) -> None:
+        if self.reference not in get_args(Reference):
+            hint = nearest(self.reference, get_args(Reference))
+            raise ValueError(
+                f"unknown distill.reference {self.reference!r}{hint}; known: {', '.join(get_args(Reference))}"
+            )
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"distill.decay {self.decay} must be in [0, 1)")
+
+    @property
+    def twin_decay(self) -> float | None:
+        """Decay of the twin's moving average; None for the tower as it was."""
+        return self.decay if self.reference == "ema" else None
 
 
 @dataclass(frozen=True, kw_only=True)

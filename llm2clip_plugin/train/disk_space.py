@@ -11,11 +11,12 @@ from llm2clip_plugin.train.optim import OptimConfig, Trained
 
 
 def checkpoint_bytes(
-    module: nn.Module, trained: Iterable[Trained], optim: OptimConfig, *, averages: bool, keep_frozen: bool
+    module: nn.Module, trained: Iterable[Trained], optim: OptimConfig, *, averages: int, keep_frozen: bool
 ) -> int:
-    """Size of a checkpoint: fp32 weights, the optimizer's states, and moving averages if the run has them.
+    """Size of a checkpoint: fp32 weights, the optimizer's states, and moving averages.
 
-    keep_frozen: what is frozen is saved, too.
+    averages: copies of the weights that follow them (train.ema_decay, a frozen twin). keep_frozen: what is frozen is
+    saved, too.
     """
     own = sum(item.parameter.numel() for item in trained)
     states = own * (4 + optim.optimizer().state_bytes + 4 * averages)

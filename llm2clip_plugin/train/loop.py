@@ -23,6 +23,7 @@ from llm2clip_plugin.train.saving import Saver
 from llm2clip_plugin.train.step import NAMED_KEYS, Batch
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.timing import timed
+from llm2clip_plugin.train.twin import Twin
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]
@@ -36,6 +37,7 @@ class LoopParts:
     batches: Iterator[Batch]
     engine: Engine
     average: MovingAverage | None
+    twin: Twin | None = None
     checkpoints: Checkpoints
     evaluate: Evaluate | None  # called on every rank
     before: Evaluate | None = None  # the same before step 1, in a new run
@@ -70,6 +72,7 @@ def run_loop(parts: LoopParts) -> TrainState:
             parts.checkpoints,
             parts.engine,
             parts.average,
+            parts.twin,
             fallback=Path(fallback) / parts.run_folder.name if fallback else None,
             note=reports.note,
             event=reports.event,
@@ -151,13 +154,14 @@ def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Save
 
 
 def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
-    """Learning rate, update, moving average; NonFiniteLossError if the loss or the gradient is not finite."""
+    """Learning rate, update, moving averages; NonFiniteLossError if the loss or the gradient is not finite."""
     factor = lr_factor(state.step, parts.total_steps, parts.optim)
     set_lr(parts.engine.groups, factor)
     loss, values = parts.step(batch)
-    if parts.average is not None:
-        with timed("optimizer"):
-            parts.average.update()
+    with timed("optimizer"):
+        for average in (parts.average, parts.twin):
+            if average is not None:
+                average.update()
     values = {"loss": loss, **values, "lr": parts.optim.lr * factor}
     norm = parts.engine.grad_norm
     if norm is not None:

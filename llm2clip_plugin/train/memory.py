@@ -77,6 +77,7 @@ class StepMemory:
     width: int  # of a feature
     state_bytes: float  # of the optimizer's states of a parameter: OptimizerSpec.state_bytes
     pixels: int = 0  # values of an image; 0 for texts
+    twin_bytes: float = 0.0  # of a frozen twin, complete on every rank
 
 
 def rank_bytes(
@@ -95,6 +96,8 @@ def rank_bytes(
     partitioned = {"weights": stage >= 3, "gradients": stage >= 2, "AdamW": stage >= 1}
     parts = {name: memory.trained * value / (world if partitioned[name] else 1) for name, value in each.items()}
     parts["weights"] += memory.frozen_bytes / (world if stage >= 3 else 1)
+    if memory.twin_bytes:
+        parts["twin"] = memory.twin_bytes
     if offloads_optimizer({"zero_optimization": zero}):
         parts.pop("AdamW")  # in the host's memory
     parts["activations"] = micro_batch * memory.pair_bytes

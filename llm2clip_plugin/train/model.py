@@ -10,7 +10,7 @@ from llm2clip_plugin.train.config import TowerConfig
 from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
-from llm2clip_plugin.vision.meta_tower import meta_tower
+from llm2clip_plugin.vision.meta_tower import meta_tower, new_tower
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
 
@@ -28,8 +28,12 @@ def with_llm_width(config: DualConfig, width: int) -> DualConfig:
 def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:
     """Load the tower, add heads (initialized with ``seed``, or the directory's), freeze parts as configured.
 
-    Raises ValueError if no tower is set.
+    With tower.from_scratch the tower, too, is initialized with ``seed``. Raises ValueError if no tower is set.
     """
+    if tower.from_scratch:
+        torch.manual_seed(seed)
+        vision = new_tower(tower.architecture, image_size=tower.image_size or None)
+        return _trainable(DualEncoder(vision, dual), tower)
     if not tower.path:
         hint = (
             f"; create {tower.architecture} with `llm2clip import CHECKPOINT --output towers/{tower.architecture}`"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm2clip_plugin.phases import CHECKPOINT, phase
 from llm2clip_plugin.run_files import SAVE_FAILED, SAVED
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
@@ -39,7 +39,7 @@ class HasState(Protocol):
 
 
 class HasAverages(Protocol):
-    """A moving average; see MovingAverage."""
+    """Values that follow the weights; see MovingAverage and Twin."""
 
     def values(self, copy: HostCopies | None) -> dict[str, Tensor]: ...
 
@@ -71,6 +71,7 @@ class Saver:
         checkpoints: Checkpoints,
         engine: HasState,
         average: HasAverages | None = None,
+        twin: HasAverages | None = None,
         *,
         fallback: Path | None = None,
         note: Callable[[str], None] = print,
@@ -78,10 +79,11 @@ class Saver:
     ) -> None:
         """fallback: run folder for the last checkpoint if ``checkpoints`` fails. note: shows a line. event: records
         a line of metrics.jsonl. Both are called on rank 0, by the thread that calls this object."""
-        self.checkpoints, self.engine, self.average, self.fallback = checkpoints, engine, average, fallback
+        self.checkpoints, self.engine, self.fallback = checkpoints, engine, fallback
+        self.averages = {n: followed for n, followed in ((AVERAGES, average), (TWIN, twin)) if followed is not None}
         self.waited = 0.0  # seconds, of the last save
         self._note, self._event = note, event
-        self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, AVERAGES)}
+        self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, *self.averages)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: _Write | None = None
         self._reported = True
@@ -117,8 +119,7 @@ class Saver:
         first = rank() == 0
         copies = self._copies if first else dict.fromkeys(self._copies)
         tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
-        if self.average is not None:
-            tensors[AVERAGES] = self.average.values(copies[AVERAGES])
+        tensors |= {name: average.values(copies[name]) for name, average in self.averages.items()}
         state = dataclasses.replace(
             state, **self.engine.scaler_state(), world_size=world_size(), evaluated=state.evaluated or 0
         )

@@ -30,6 +30,7 @@ from llm2clip_plugin.train.flops import repeated
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import Terms
 from llm2clip_plugin.train.timing import timed
+from llm2clip_plugin.train.twin import Twin
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists
@@ -205,9 +206,11 @@ class TowerStep(ContrastiveStep):
         text_noise: bool,
         normalize: Callable[[Tensor], Tensor],
         total_samples: int = 0,
+        twin: Twin | None = None,
     ) -> None:
         super().__init__(engine, terms, seed=seed, total_samples=total_samples)
         self.normalize = normalize
+        self.twin = twin
         self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
@@ -231,6 +234,11 @@ class TowerStep(ContrastiveStep):
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
         image_mD, text_mD, log_scale, bias = self.engine(pixel_values, micro["embeddings"], noise_mW)
         return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], log_scale, bias)
+
+    def _reference(self, micro: Batch) -> Tensor | None:
+        if self.twin is None:
+            return None
+        return self.twin.encode_image(self.normalize(micro["pixels"]).to(self.dtype))
 
     def _noise(self, micro: Batch) -> Tensor:
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""

@@ -21,7 +21,8 @@ from llm2clip_plugin.vision.dual import DualConfig
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.meta_tower import meta_tower
 
-PAPER = [name for name in RECIPES if name not in ("base", "quickstart")]
+AFTER = [name for name in RECIPES if name.startswith(("proclip", "lift"))]  # methods that came after the paper's
+PAPER = [name for name in RECIPES if name not in ("base", "quickstart", *AFTER)]
 PARAMETERS = {  # published: the Hub's model pages and EVA-CLIP's table 8, in millions
     "openai/clip-vit-base-patch16": 85.8,
     "openai/clip-vit-large-patch14": 303.18,
@@ -68,6 +69,20 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
     assert (config.dual.adapter, config.dual.adapter_blocks, config.dual.adapter_expansion) == ("mlp", 4, 2)
     assert config.dual.projection_dim == (1152 if "siglip2" in name else 1280)
     assert config.output_dir.endswith(teacher)
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_recipes_of_later_methods_are_planned(name: str, capsys: pytest.CaptureFixture[str]):
+    """Without weights: ProCLIP's weight, with a twin on every rank, and LIFT's tower from scratch."""
+    config = recipe(name)
+    told = planned(capsys, "--recipe", f"{name}/llama-8b")
+    assert f"projection_dim {768 if 'l14' in name else 512}, LLM embeddings 4096 wide" in told
+    if name == "lift_b16":
+        assert "llm2clip import" not in told and "twin" not in told and config.tower.from_scratch
+        assert "peak learning rates 0.0005" in told
+    else:
+        assert config.loss.terms == ("infonce=1", "distill=0.2048") and config.distill.decay == 0.999
+        assert ", twin " in told and "train_tower.py DATA" in told and config.tower.keep_heads
 
 
 @pytest.mark.parametrize("name", PAPER)

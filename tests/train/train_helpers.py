@@ -70,13 +70,16 @@ class TinyDual(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.full((1,), -3.0)) if bias else None
 
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        return F.normalize(self.visual_projection(self.dropout(self.tower(pixel_values))).float(), dim=-1)
+
     def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> DualFeatures:
-        image = self.visual_projection(self.dropout(self.tower(pixel_values)))
+        image = self.encode_image(pixel_values)
         text = F.normalize(embeddings, dim=-1)
         if noise is not None:
             text = text + self.noise * noise
         text = self.text_adapter(text.to(self.visual_projection.weight.dtype))
-        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        text = F.normalize(text.float(), dim=-1)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
         return DualFeatures(image, text, self.logit_scale.float() * 1, bias.float() * 1)
 
@@ -153,7 +156,7 @@ def tiny_engine(
     return Engine(module, parameter_groups(trained, 0.1), optim, complete(user, plan))
 
 
-def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False) -> Any:
+def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, twin: Any = None) -> Any:
     """The step over a tiny engine."""
     from llm2clip_plugin.train.loss_config import LossConfig
     from llm2clip_plugin.train.losses.config import weighted_terms
@@ -161,7 +164,7 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
 
     weighted = weighted_terms(LossConfig(terms=terms))
     # pixels are floats already
-    return TowerStep(engine, weighted, seed=5, text_noise=noisy, normalize=lambda x: x, total_samples=128)
+    return TowerStep(engine, weighted, seed=5, text_noise=noisy, normalize=lambda x: x, total_samples=128, twin=twin)
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -59,4 +59,7 @@ def width_of(config: EncoderConfig) -> int:
         folder = Path(found).parent if isinstance(found, str) else folder
     if not (folder / "config.json").is_file():
         return 0
-    return int(AutoConfig.from_pretrained(folder).get_text_config().hidden_size)
+    settings = AutoConfig.from_pretrained(folder)
+    if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
+        return int(settings.projection_dim)  # a CLIP
+    return int(settings.get_text_config().hidden_size)

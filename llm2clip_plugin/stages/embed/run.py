@@ -16,7 +16,8 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.embed.config import EmbedConfig
-from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
+from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
+from llm2clip_plugin.text.embed import Encoder, default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.watchdog import watched_group
@@ -69,13 +70,14 @@ def verify_cache(config: EmbedConfig) -> str:
     return verify(*open_all(config))
 
 
-def open_all(config: EmbedConfig) -> tuple[Source, CaptionEncoder, Path]:
+def open_all(config: EmbedConfig) -> tuple[Source, Encoder, Path]:
     """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
     if not config.cache:
         default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     source = open_source(config.source)
-    encoder = CaptionEncoder(config.encoder)
+    clip = clip_folder(config.encoder.llm, config.encoder.revision)
+    encoder = CaptionEncoder(config.encoder) if clip is None else ClipTextEncoder(clip, config.encoder)
     folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
     return source, encoder, folder

@@ -12,7 +12,7 @@ from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.stages.plan_config import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
-from llm2clip_plugin.train.config import HeadsConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.config import DistillConfig, HeadsConfig, OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.vision.dual_config import DualConfig
 
@@ -82,6 +82,7 @@ class RunConfig(TrainingConfig):
     tower: TowerConfig = field(default_factory=TowerConfig)
     dual: DualConfig = field(default_factory=DualConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -109,7 +110,7 @@ class RunConfig(TrainingConfig):
     def _missing(self) -> list[str]:
         """What every run needs and no recipe can know, as the parts of an error."""
         missing = [] if self.data.path else ["no training data: add DATA"]
-        if not self.tower.path:
+        if not self.tower.path and not self.tower.from_scratch:
             made = f" ({self.tower.architecture}, as llm2clip import writes it)" if self.tower.architecture else ""
             missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
         return missing

@@ -42,6 +42,7 @@ COMMAND = Command(
         "heads.batch": "heads.batch-size",
         "heads": "heads.",
         "loss": "loss.",
+        "distill": "distill.",
         "dual": "dual.",
         "data.augment": "augment.",
         "plan.images": "assumed-samples",

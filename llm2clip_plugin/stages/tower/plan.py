@@ -115,6 +115,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
     """Measured on fake tensors; ``dual``, on the meta device, is left with those."""
     precision, train = config.train.precision, config.train
     counts = {flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag) for flag in (True, False)}
+    tower_parameters = sum(p.numel() for p in dual.tower.parameters())
     dtype, pixels = DTYPES[precision], (3, dual.tower.config.image_size, dual.tower.config.image_size)
     if train.gradient_checkpointing:
         enable_gradient_checkpointing(dual.tower)
@@ -135,6 +136,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         width=config.dual.projection_dim,
         state_bytes=config.optim.optimizer().state_bytes,
         pixels=3 * dual.tower.config.image_size**2,
+        twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
     )
 
 

@@ -19,8 +19,9 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.options.names import nearest
 from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
-from llm2clip_plugin.train.config import HeadsConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.config import DistillConfig, HeadsConfig, OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.launcher import local_world_size
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.vision.dual_config import DualConfig
 
 DEFAULT = "base"
@@ -127,6 +128,62 @@ def siglip2_so400m_224() -> RunConfig:
     return _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"), projection_dim=1152)
 
 
+def lift_b16() -> RunConfig:
+    """LIFT (arXiv 2506.04209): a ViT-B/16 from random weights against frozen embeddings, with captions of all kinds.
+
+    Length, learning rate, warm-up, weight decay and crops are those of OpenCLIP's trainings of CLIP from scratch, for a
+    batch of 4096: ours, not the paper's, and not run.
+    """
+    paper = _paper("lift-b16", TowerConfig(architecture="openai/clip-vit-base-patch16", from_scratch=True))
+    return dataclasses.replace(
+        paper,
+        dual=DualConfig(projection_dim=512, input_scale="sqrt_width"),
+        data=DataConfig(augment=AugmentConfig(scale=(0.9, 1.0))),
+        optim=OptimConfig(
+            lr=5e-4,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.2,
+            layer_decay=1.0,
+            max_grad_norm=1.0,
+            warmup_steps=2000,
+        ),
+        train=dataclasses.replace(paper.train, num_train_epochs=32.0, eval_on_start=False),
+    )
+
+
+def proclip_l14_224() -> RunConfig:
+    """ProCLIP's second stage over CLIP ViT-L/14; first `llm2clip train-text-adapter`, then set --tower to its result."""
+    return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
+
+
+def proclip_l14_336() -> RunConfig:
+    """ProCLIP's second stage over CLIP ViT-L/14 at 336 px."""
+    tower = TowerConfig(architecture="openai/clip-vit-large-patch14-336")
+    return _proclip("proclip-l14-336", tower, projection_dim=768)
+
+
+def proclip_b16() -> RunConfig:
+    """ProCLIP's second stage over CLIP ViT-B/16."""
+    return _proclip("proclip-b16", TowerConfig(architecture="openai/clip-vit-base-patch16"), projection_dim=512)
+
+
+def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig:
+    """ProCLIP's published settings (arXiv 2510.18795): InfoNCE and the distance to an EMA of the tower.
+
+    Its lambda 4e-4 over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is
+    .2 in the text and .05 in the table, which is taken. The heads are those of `llm2clip train-text-adapter`: CLIP's own
+    width.
+    """
+    paper = _paper(name, dataclasses.replace(tower, keep_heads=True), projection_dim=projection_dim)
+    return dataclasses.replace(
+        paper,
+        loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
+        distill=DistillConfig(reference="ema", decay=0.999),
+        optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), layer_decay=1.0),
+    )
+
+
 def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
     """The published stage-2 settings over a tower; data (the paper's: TOWER_MIXTURES) and caches are the user's."""
     return RunConfig(
@@ -159,6 +216,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         eva02_b16,
         eva02_bige14,
         siglip2_so400m_224,
+        proclip_l14_224,
+        proclip_l14_336,
+        proclip_b16,
+        lift_b16,
     )
 }
 

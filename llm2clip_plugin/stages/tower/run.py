@@ -32,6 +32,7 @@ from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
+from llm2clip_plugin.train.twin import Twin
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import use_fastest_attention
@@ -77,17 +78,23 @@ def _train(
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     check_weights(dual, config, resumed)
-    run.check_space(dual, trained)
+    run.check_space(dual, trained, twin=config.loss.needs_reference)
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         with phase("heads"):
             curve = fit(dual, data, images, config, config.heads, device)
+    # before the engine, which partitions the weights under ZeRO-3
+    twin = Twin(dual, decay=config.distill.twin_decay) if config.loss.needs_reference else None
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
         before, curve = measured_before(dual, data, images, config, before, device) if resumed is None else (None, [])
     prepare(dual, config, device)
+    if twin is not None:
+        use_fastest_attention(twin.module.tower, device, bf16=config.train.precision == "bf16")
     engine = run.make_engine(dual, trained, resumed)
+    if twin is not None:
+        twin.attach(engine, resumed.twin if resumed is not None else {})
     start = run.start_state(resumed)
     loader = make_batches(config, data, images, start.samples)
     state = run.train_to_end(
@@ -100,6 +107,7 @@ def _train(
             text_noise=config.dual.input_noise > 0,
             normalize=Normalize(images, engine.device),
             total_samples=run.total_steps * config.train.global_batch,
+            twin=twin,
         ),
         batches=iter(loader),
         queue=loader.queue if config.train.dataloader_num_workers else None,
@@ -108,6 +116,7 @@ def _train(
         heads=curve,
         stop=stop,
         average=moving_average(engine, config, resumed),
+        twin=twin,
     )
     finished = run.write_result(state, lambda: export_towers(config, state.step))
     return run.folder / TOWER if finished else None

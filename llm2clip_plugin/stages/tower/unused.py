@@ -38,6 +38,8 @@ def _first_caption_alone(config: RunConfig) -> str:
 
 UNUSED: list[Unused[RunConfig]] = [
     Unused(("data.captions_per_image",), _first_caption_alone, off=1),
+    Unused(("distill",), lambda c: "" if c.loss.needs_reference else "loss.terms does not name distill"),
+    Unused(("distill.decay",), lambda c: "" if c.distill.reference == "ema" else "distill.reference is not ema"),
     Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
     Unused(
         ("train.eval_steps", "train.eval_on_start", "evaluation", "data.validation_cache"),

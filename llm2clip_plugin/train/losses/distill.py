@@ -47,7 +47,7 @@ class Distill(LossTerm):
 
     def __call__(self, features: Features) -> Tensor:
         if features.reference_bD is None:
-            raise ValueError("loss term distill has no reference to compare with: set --distill.reference ema")
+            raise ValueError("loss term distill has no reference to compare with: this step has no frozen twin")
         loss = distance_loss(features.anchor_bD, features.reference_bD)
         if not self.structure:
             return loss

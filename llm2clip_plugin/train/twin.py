@@ -1,0 +1,68 @@
+"""The frozen twin of a dual encoder's image side, whose features the loss term distill compares the tower's with.
+
+It is the tower as it was, or follows it as a moving average: twin <- d twin + (1 - d) weight after each step, of the
+weights of the forward pass, with d constant: early weights are what it is there to keep. Every rank holds all of it and
+computes the same from the same weights, so under any ZeRO stage nothing is sent for it but what ZeRO-3 gathers.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.train.distributed import rank
+from llm2clip_plugin.train.engine import Engine
+from llm2clip_plugin.train.host_copies import HostCopies
+
+
+class Twin:
+    """A copy of ``dual`` without text adapter, in evaluation mode. It is made before the engine, which may partition
+    ``dual``, and then attached to it."""
+
+    engine: Engine
+
+    def __init__(self, dual: Any, *, decay: float | None) -> None:
+        """decay: of the moving average; None: the twin stays as it is."""
+        self.decay = decay
+        self.module = copy.deepcopy(dual)
+        self.module.text_adapter = None
+        self.module.eval().requires_grad_(False)
+        trained = {name for name, parameter in dual.named_parameters() if parameter.requires_grad}
+        self._copied = {name: p for name, p in self.module.named_parameters() if name in trained}
+        self._averages: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def attach(self, engine: Engine, values: Mapping[str, Tensor]) -> None:
+        """Follow an engine over the module that was copied. values: of a checkpoint; {}: as copied."""
+        self.engine = engine
+        # copies, as the parameters below change their type in place
+        start = {n: (values[n] if values else p).to(torch.float32, copy=True) for n, p in self._copied.items()}
+        dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+        self.module.to(engine.device, dtype)
+        # the averages are the parameters themselves if these are fp32
+        for name, parameter in self._copied.items():
+            parameter.copy_(start[name])
+            whole = parameter.dtype == torch.float32
+            self._averages[name] = parameter.data if whole else start[name].to(engine.device)
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32, without gradient."""
+        return self.module.encode_image(pixel_values)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the weights after a step to the average. Every rank must call this."""
+        if self.decay is None:
+            return
+        for name, parameter in self.engine.trained:
+            if name in self._averages:
+                with self.engine.gathered([parameter]):
+                    self._averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+                self._copied[name].copy_(self._averages[name])
+
+    def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """fp32 values of what the engine trains, as made by ``copy``; {} on ranks without one."""
+        return {name: copy(name, value) for name, value in self._averages.items()} if copy and rank() == 0 else {}

@@ -1,0 +1,127 @@
+"""ProCLIP's two stages on a tiny CLIP: both caches, the inherited text space, and contrast with self-distillation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_clip import save_tiny_clip
+from tiny_data import make_cache, make_shards
+from tower_runs import ROOT, lines, losses
+from train_helpers import run_ranks
+
+from llm2clip_plugin import cli
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.stages.text_adapter.command import read_command
+from llm2clip_plugin.stages.text_adapter.opening import open_data
+from llm2clip_plugin.text.inherit import scores
+from llm2clip_plugin.vision.dual import load_dual
+
+TERMS = "--loss.terms infonce=1 distill=0.2048 --tower.keep-heads --dual.projection-dim 24 --heads.steps 0"
+
+
+def options(folder: Path, run: Path, *more: str) -> list[str]:
+    """Stage 1 on the captions of tiny_data."""
+    return [
+        *(str(folder / "data"), "--tower", str(folder / "tower"), "--output", str(run), "--global-batch", "16"),
+        *("--adapter.blocks", "1", "--adapter.input-scale", "sqrt_width", "--lr", "3e-3", "--save-steps", "2"),
+        *("--save-minutes", "0", "--validation", str(folder / "data"), *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP and its tower, captions with the caches of a made-up LLM and of the CLIP."""
+    folder = tmp_path_factory.mktemp("inherit")
+    save_tiny_clip(folder / "clip", "clip")
+    make_cache(make_shards(folder / "data"))
+    for words in (
+        ["import", str(folder / "clip"), "--output", str(folder / "tower")],
+        ["embed", str(folder / "data"), "--llm", str(folder / "clip"), "--compute-dtype", "float32"],
+    ):
+        assert cli.main(words) == 0
+    return folder
+
+
+def both_stages(rank: int, world: int, folder: str) -> None:
+    """Stage 1 with gradient caching, whole under ZeRO-1, resumed under ZeRO-3; then two steps of stage 2."""
+    from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
+    from llm2clip_plugin.stages.tower.command import read_command as read_stage_2
+    from llm2clip_plugin.stages.tower.run import train_tower
+
+    place = Path(folder)
+    for run, stage in (("whole", 1), ("cut", 3)):
+        more = ("--max-steps", "16", "--micro-batch", "4", "--deepspeed", str(ROOT / f"scripts/zero{stage}.json"))
+        train_text_adapter(read_command(options(place, place / run, "--save-total-limit", "0", *more)))
+        if run == "whole" and rank == 0:
+            shutil.copytree(place / "whole/checkpoints/step-00000008", place / "cut/checkpoints/step-00000008")
+        torch.distributed.barrier()
+    tower = str(place / "whole/tower")
+    words = [str(place / "data"), "--tower", tower, "--output", str(place / "stage2"), *TERMS.split()]
+    words += "--dual.adapter-blocks 1 --dual.input-scale sqrt_width --max-steps 2 --global-batch 16".split()
+    train_tower(read_stage_2([*words, "--precision", "fp32", "--lr", "1e-3", "--workers", "0"]))
+
+
+@pytest.fixture(scope="module")
+def trained(clip: Path) -> Path:
+    run_ranks(both_stages, 2, str(clip))
+    return clip
+
+
+def test_the_adapter_learns_the_clips_text_space(trained: Path):
+    values = losses(trained / "whole")
+    assert len(values) == 16 and values[16] < 0.5 * values[1]
+    card = TowerCard.read(trained / "whole/tower" / TowerCard.FILE)
+    assert card.metrics["cosine"] > 0.8 and card.metrics["structure"] > 0.5 and card.metrics["caption_r1"] > 0.1
+    assert card.teacher["llm"] == "made-up" and card.training["inherited_from"] == str(trained / "clip")
+    dual, _ = load_dual(trained / "whole/tower")
+    own, _ = load_dual(trained / "tower")
+    assert torch.equal(dual.visual_projection.weight, own.visual_projection.weight)
+    assert torch.equal(dual.logit_scale, own.logit_scale)
+
+
+def test_killed_and_resumed_under_another_stage_it_ends_the_same(trained: Path):
+    """ZeRO-1 and ZeRO-3 sum in another order: 1e-5."""
+    whole, cut = losses(trained / "whole"), losses(trained / "cut")
+    assert sorted(cut) == list(range(9, 17))
+    assert cut == pytest.approx({step: whole[step] for step in cut}, abs=1e-4)
+    weights = [load_file(trained / run / "tower/text_adapter.safetensors") for run in ("whole", "cut")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-3, rtol=1e-2)
+
+
+def test_stage_2_starts_from_it(trained: Path):
+    first, last = [line for line in lines(trained / "stage2") if "loss" in line]
+    assert first["loss_distill"] < 1e-6 < last["loss_distill"]
+    assert (trained / "stage2/tower" / TowerCard.FILE).is_file()
+
+
+def test_wrong_input_is_one_error(clip: Path, tmp_path: Path):
+    llm_cache = next(
+        str(path.parent) for path in (clip / "data").glob("embeddings-*/*.json") if "made-up" in path.read_text()
+    )
+    refused: dict[str, tuple[list[str], str]] = {
+        "kind": (["--clip-cache", llm_cache], "--clip-cache .* is of an LLM .*made-up.*, expected one of a CLIP"),
+        "bias": (["--loss.terms", "sigmoid", "--loss.args="], "no bias is learned here"),
+        "no CLIP": (["--tower="], "no CLIP: add --tower"),
+    }
+    for more, message in refused.values():
+        with pytest.raises(ValueError, match=message):
+            open_data(read_command(options(clip, tmp_path / "run", *more)).validate())
+    (tmp_path / "data").mkdir()
+    shutil.copy(clip / "data/00000.tar", tmp_path / "data")
+    make_cache(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match=r"no cache of a CLIP's text features .* create it: llm2clip embed"):
+        open_data(read_command([str(tmp_path / "data"), "--tower", "x"]).validate())
+
+
+def test_scores_are_those_of_equal_and_of_other_spaces():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.nn.functional.normalize(torch.randn(2, 50, 64, generator=generator), dim=-1)
+    assert scores(one, one) == pytest.approx({"cosine": 1.0, "structure": 1.0, "caption_r1": 1.0}, abs=1e-5)
+    apart: dict[str, Any] = scores(one, other)
+    assert abs(apart["cosine"]) < 0.1 and abs(apart["structure"]) < 0.2 and apart["caption_r1"] < 0.2
