@@ -131,8 +131,8 @@ def siglip2_so400m_224() -> RunConfig:
 def lift_b16() -> RunConfig:
     """LIFT (arXiv 2506.04209): a ViT-B/16 from random weights against frozen embeddings, with captions of all kinds.
 
-    Length, learning rate, warm-up, weight decay and crops are those of OpenCLIP's trainings of CLIP from scratch, for a
-    batch of 4096: ours, not the paper's, and not run.
+    Length, learning rate, warm-up and weight decay are those of CLIP's own training (arXiv 2103.00020, table 18), whose
+    batch was 32,768; with the crops they are our choice, not LIFT's, and were not run.
     """
     paper = _paper("lift-b16", TowerConfig(architecture="openai/clip-vit-base-patch16", from_scratch=True))
     return dataclasses.replace(
@@ -153,7 +153,7 @@ def lift_b16() -> RunConfig:
 
 
 def proclip_l14_224() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-L/14; first `llm2clip train-text-adapter`, then set --tower to its result."""
+    """ProCLIP's second stage over CLIP ViT-L/14; `llm2clip train-text-adapter` first, then --tower its result."""
     return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
 
 
@@ -172,8 +172,7 @@ def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig
     """ProCLIP's published settings (arXiv 2510.18795): InfoNCE and the distance to an EMA of the tower.
 
     Its lambda 4e-4 over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is
-    .2 in the text and .05 in the table, which is taken. The heads are those of `llm2clip train-text-adapter`: CLIP's own
-    width.
+    .2 in the text and .05 in the table, which is taken. The heads are those of `llm2clip train-text-adapter`.
     """
     paper = _paper(name, dataclasses.replace(tower, keep_heads=True), projection_dim=projection_dim)
     return dataclasses.replace(
