@@ -83,6 +83,7 @@ def test_recipes_of_later_methods_are_planned(name: str, capsys: pytest.CaptureF
     else:
         assert config.loss.terms == ("infonce=1", "distill=0.2048") and config.distill.decay == 0.999
         assert ", twin " in told and "train_tower.py DATA" in told and config.tower.keep_heads
+        assert f"train-text-adapter DATA --tower towers/{config.tower.architecture} --output" in told
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -85,7 +85,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
     export_tower(
         dual,
         output,
-        origin=config.tower.path,
+        origin=config.tower.path or config.tower.architecture,
         teacher=record.teacher,
         training={
             "steps": loaded.state.step,

@@ -152,14 +152,19 @@ def describe_cache(size: DataSize) -> str:
 def describe_commands(config: RunConfig, words: Sequence[str], table: list[plans.Column]) -> list[str]:
     """What must come before the run, and the run on 1, 8 and 64 GPUs."""
     before, words = [], list(words)
-    if not config.tower.path:
-        before.append(f"  llm2clip import CHECKPOINT --output towers/{config.tower.architecture}")
-        words += ["--tower", f"towers/{config.tower.architecture}"]
+    tower = f"towers/{config.tower.architecture}"
+    if not config.tower.path and not config.tower.from_scratch:
+        before.append(f"  llm2clip import CHECKPOINT --output {tower}")
+        words += ["--tower", f"{tower}-text/tower" if config.tower.keep_heads else tower]
     if not config.data.path:
         teacher = next((t for t in TEACHERS.values() if t.width == config.dual.llm_width), None)
         llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "PATH_OR_HUB_ID"
         before.append(f"  llm2clip embed DATA --llm {llm}")
         words.insert(0, "DATA")
+    if not config.tower.path and config.tower.keep_heads:
+        data = " ".join(config.data.path) or "DATA"
+        before.append(f"  llm2clip embed {data} --llm CHECKPOINT")
+        before.append(f"  llm2clip train-text-adapter {data} --tower {tower} --output {tower}-text")
     deepspeed = "" if config.deepspeed else "scripts/zero1.json"
     runs = plans.describe_commands(
         "scripts/train_tower.py", words, table, config.train, option="--micro-batch", deepspeed=deepspeed
