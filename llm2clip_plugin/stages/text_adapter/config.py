@@ -9,7 +9,7 @@ from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
 from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.train.loss_config import INHERIT, LossConfig
 
 EXAMPLE = "llm2clip train-text-adapter /data/photos --tower towers/clip-l14 --output runs/clip-l14-text"
 
@@ -63,7 +63,7 @@ class AdapterConfig(TrainingConfig):
     start: str = ""  # tower directory that llm2clip import made of the CLIP, with its projection
     data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
     adapter: AdapterShape = field(default_factory=AdapterShape)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(terms=("distill",), args=("structure=63.5",)))
+    loss: LossConfig = field(default_factory=lambda: LossConfig(terms=INHERIT[0], args=INHERIT[1]))
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-5, eps=1e-6, weight_decay=0.05, layer_decay=1.0, max_grad_norm=5.0)
     )
