@@ -17,8 +17,8 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import select_captions
 from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.data.sources.urls import is_url
+from llm2clip_plugin.stages.caches import caches_next_to, find_cache
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
-from llm2clip_plugin.stages.tower.opening import caches_next_to, find_cache
 
 SCORED = 4000  # captions of the held-out split that scores are of
 

@@ -1,19 +1,16 @@
 """Stage 2's input: captioned images with the cached embeddings of their captions."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, TeacherIdentity
+from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.digest import cache_digest, source_digest
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.data.sources.urls import is_url
-from llm2clip_plugin.outside.values import read_json_value
+from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.text.teacher import embed_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,30 +75,3 @@ def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | 
     )
     cache.check(source)
     return source, cache
-
-
-def caches_next_to(folder: Path, *, of_clip: bool) -> list[str]:
-    """The ``embeddings-*`` folders in the folder of the data: those of LLMs, or those of the text towers of CLIPs."""
-    found = []
-    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
-        body = read_json_value(path)
-        teacher = body.get("teacher") if isinstance(body, dict) else None
-        if (isinstance(teacher, dict) and teacher.get("pooling") == PROJECTED) is of_clip:
-            found.append(str(path.parent))
-    return found
-
-
-def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None) -> str:
-    """The only ``embeddings-*`` folder of an LLM next to the data; ``teacher``: for the message, if it is known.
-
-    Raises FileNotFoundError if there is none, ValueError if there are several.
-    """
-    folder = data_folder(source.path)
-    caches = caches_next_to(folder, of_clip=False)
-    if not caches:
-        raise FileNotFoundError(
-            f"no embedding cache (embeddings-*) in {folder}; create it: {embed_command(source.path, source, teacher)}"
-        )
-    if len(caches) > 1:
-        raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --cache")
-    return caches[0]

@@ -14,13 +14,14 @@ from llm2clip_plugin.data.cache.shard_file import shard_bytes
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
+from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.checks import check_data
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.loading import describe_loading, describe_reading, load_plans
-from llm2clip_plugin.stages.tower.opening import find_cache, open_data
+from llm2clip_plugin.stages.tower.opening import open_data
 from llm2clip_plugin.train.distributed import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
