@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     config = read_command(argv)
     path = train_text_adapter(config.validate(), command=started_by("train-text-adapter", argv))
     if path is not None and rank_and_world()[0] == 0:
-        print(f"tower: {path}\nstage 2: llm2clip train-tower ... --tower {path} --tower.keep-heads")
+        print(f"tower: {path}\nstage 2: llm2clip train-tower ... --tower {path} --keep-heads")
     return 0
 
 
