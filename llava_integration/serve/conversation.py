@@ -31,6 +31,19 @@ class Conversation:
     generation: str = ""  # ends a prompt
     image: str = f"{IMAGE}\n"  # an image, before the text of its message
 
+    def served_template(self, *, bos: bool, space: bool) -> str:
+        """``chat_template`` with ``<s>`` first, for a tokenizer that adds it (``bos``).
+
+        vLLM adds no special tokens to what a template renders, and transformers no second ``<s>``. ``space``: the
+        tokenizer puts a space before the first word of a text, but not after ``<s>``; it is written as the tokenizer's
+        own character, since some strip spaces.
+        """
+        if not bos:
+            return self.chat_template()
+        first = self.user[0] if self.first_user is None else self.first_user
+        begins = self.around_system[0] + self.system + first  # "": with the image
+        return "{{- bos_token -}}\n" + ("{{- '▁' -}}\n" if space and begins else "") + self.chat_template()
+
     def chat_template(self) -> str:
         """The Jinja template, for ``content`` as a string or as a list of parts (images first, as in LLaVA)."""
         before, after = map(_quoted, self.around_system)

@@ -95,7 +95,8 @@ class Export:
         processor = {"processor_class": "LlavaProcessor", "image_token": conversation.IMAGE}
         processor |= {name: value for name, value in chosen.items() if name != "image_seq_length"}
         write_json(directory / "processor_config.json", {**processor, "patch_size": tower.config["patch_size"]})
-        template = conversation.conversation_named(self.conversation).chat_template()
+        talk = conversation.conversation_named(self.conversation)
+        template = talk.served_template(bos=tokenizer.adds_bos, space=not tokenizer.legacy)
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
         if tower.card:
             tower.card.write(directory / CARD)

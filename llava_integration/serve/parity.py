@@ -169,11 +169,12 @@ def hf_outcome(directory: Path, dtype: torch.dtype, llavas_pixels_3SS: Tensor) -
 
 
 def prompt(tokenizer: Any, directory: Path) -> str:
-    """The question about an image, by the exported chat template."""
+    """The question about an image, by the exported chat template; without ``<s>``, which the tokenizer adds."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         chat_template=(directory / TEMPLATE).read_text(encoding="utf-8"),
         tokenize=False,
         add_generation_prompt=True,
     )
+    return text.removeprefix(tokenizer.bos_token or "")

@@ -51,6 +51,11 @@ class TokenizerFiles:
         """Whether a space also precedes the text after special tokens; transformers 4's default."""
         return bool(self.config.get("legacy", True))
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text begins with ``bos_token``."""
+        return bool(self.config.get("add_bos_token", True)) and self.id_of("bos_token") is not None
+
     def token(self, name: str) -> str | None:
         """``bos_token`` and the like."""
         value = self.config.get(name, DEFAULTS.get(name))
@@ -148,7 +153,7 @@ def _tokenizer(files: TokenizerFiles) -> Any:
     tokens = [*filter(None, known), *(token for _, token in sorted(files.added.items())), IMAGE]
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
     bos, bos_id = files.token("bos_token"), files.id_of("bos_token")
-    if files.config.get("add_bos_token", True) and bos_id is not None:
+    if files.adds_bos:
         made.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )

@@ -41,6 +41,7 @@ HOMES = {  # heavy package -> the only places that may import it
     "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/lora.py", "llava_integration/compat/"},
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optimizers/adamw_8bit.py"},
     "llava": {"llava_integration/"},
+    "vllm": {"llava_integration/serve/"},
     "rich": {"llm2clip_plugin/"},
 }
 

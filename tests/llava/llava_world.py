@@ -197,8 +197,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def make_world(root: Path) -> World:
-    """Everything, in a few seconds."""
+def make_world(root: Path, heads: int = SHAPES["heads"]) -> World:
+    """Everything, in a few seconds. ``heads``: of the language model, whose heads are 32 / heads wide."""
     world = World(
         root=root,
         llm=root / "tiny-vicuna",
@@ -210,7 +210,7 @@ def make_world(root: Path) -> World:
     )
     names = make_images(world.images)
     make_data(world, names)
-    make_llm(world)
+    make_llm(world, heads)
     make_towers(world.towers)
     return world
 
@@ -254,7 +254,7 @@ def make_data(world: World, names: list[str]) -> None:
     world.questions.write_text("".join(json.dumps(question) + "\n" for question in questions))
 
 
-def make_llm(world: World) -> None:
+def make_llm(world: World, heads: int) -> None:
     """A Llama of two layers and a sentencepiece tokenizer of 400 pieces; legacy, as LLaVA's masking expects."""
     import sentencepiece
 
@@ -281,7 +281,7 @@ def make_llm(world: World) -> None:
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         max_position_embeddings=512,
         initializer_range=0.1,
         pad_token_id=0,

@@ -1,0 +1,101 @@
+"""vLLM's LLaVA with every tower family of this package: DINOv2, DINOv3, EVA02, timm.
+
+vLLM builds CLIP, SigLIP and Pixtral towers from layers of its own and refuses others in two functions, which are
+completed here; the class is vLLM's. Another tower runs as the Hugging Face model that it is, whole on every GPU (with
+tensor parallelism too) and unquantized.
+
+Shape letters: B images, T tokens of a tower, N image tokens, H width, S image size in pixels.
+"""
+
+# vLLM is installed in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, PixtralVisionConfig, SiglipVisionConfig
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models import llava
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.vision import VisionEncoderInfo
+
+from llava_integration.towers.tower import blocks_below
+from llm2clip_plugin.vision.families import family_of_type
+from llm2clip_plugin.vision.towers import tower_blocks
+
+__all__ = ["LlavaForConditionalGeneration"]
+
+STOCK = (CLIPVisionConfig, SiglipVisionConfig, PixtralVisionConfig)
+stock_tower, stock_info = llava.init_vision_tower_for_llava, llava.get_vision_encoder_info
+
+
+class EncoderInfo(VisionEncoderInfo):
+    """How many tokens a tower makes of an image; all images have its size."""
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Tokens before ``vision_feature_select_strategy`` drops the class token; the size does not matter."""
+        dropped = self.hf_config.vision_feature_select_strategy == "default"
+        return self.hf_config.image_seq_length + dropped
+
+    def get_image_size(self) -> int:
+        """Along one side, in pixels."""
+        return self.vision_config.image_size
+
+    def get_patch_size(self) -> int:
+        """Along one side, in pixels."""
+        return self.vision_config.patch_size
+
+    def get_patch_grid_length(self) -> int:
+        """Patches along one side."""
+        return self.get_image_size() // self.get_patch_size()
+
+
+class Tower(nn.Module):
+    """A tower of one of our families up to the hidden state that LLaVA selects; blocks above it are deleted."""
+
+    def __init__(self, config: Any) -> None:
+        """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the model's.
+
+        Raises ContractError for an unknown ``model_type``, ValueError for a state that the tower does not have.
+        """
+        super().__init__()
+        vision = config.vision_config
+        self.family = family_of_type(vision.model_type, where="vision_config")
+        self.model = self.family.vision_class()(vision).eval()
+        self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
+        del tower_blocks(self.model)[self.state :]
+
+    def forward(self, pixel_values: Tensor, feature_select_strategy: str | None = None) -> Tensor:
+        """(B, 3, S, S) -> (B, N, H): all tokens, or with "default" all but the first, the class token."""
+        own = next(self.model.parameters())
+        output = self.model(pixel_values.to(device=own.device, dtype=own.dtype), output_hidden_states=True)
+        states_BTH = output.hidden_states[self.state]
+        return states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy the file's tensors; returns the names of those that are set. Raises ValueError for an unknown one."""
+        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        deleted = f"{self.family.blocks}."
+        loaded = set()
+        for name, tensor in weights:
+            name = name.removeprefix(self.family.file_prefix)
+            if name in own:
+                default_weight_loader(own[name], tensor)
+                loaded.add(f"model.{name}")
+            elif not (name.startswith(deleted) and int(name[len(deleted) :].split(".")[0]) >= self.state):
+                raise ValueError(f"the file has a tensor vision_tower.{name}, which a {self.family.name} tower lacks")
+        return loaded
+
+
+def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """vLLM's tower where it has one; arguments as of ``init_vision_tower_for_llava``."""
+    return stock_tower(config, *args, **kwargs) if isinstance(config.vision_config, STOCK) else Tower(config)
+
+
+def vision_encoder_info(config: Any) -> VisionEncoderInfo:
+    """As ``get_vision_encoder_info``."""
+    return stock_info(config) if isinstance(config.vision_config, STOCK) else EncoderInfo(config)
+
+
+llava.init_vision_tower_for_llava, llava.get_vision_encoder_info = init_vision_tower, vision_encoder_info

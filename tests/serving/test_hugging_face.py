@@ -1,0 +1,101 @@
+"""An exported model in transformers' own programs: the code of docs/serving.md, run as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors import safe_open
+from serve_checkpoints import V0_1, full
+
+from llava_integration.serve.export import Export, export
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.M | re.S)
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+COLORS = {"red": (220, 30, 30), "blue": (40, 60, 230)}
+
+
+def block_with(text: str) -> str:
+    (block,) = (block for block in BLOCKS if text in block)
+    return block
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with what the page names: an exported model, images and a JSON of LLaVA's."""
+    folder = tmp_path_factory.mktemp("page")
+    checkpoint = full(folder / "llava-tiny", V0_1 / "towers" / "clip", llm2clip_conversation="v1")
+    export(Export.of(checkpoint, dtype="fp32"), folder / "hf" / "llava-7b")
+    images = folder / "playground" / "data"
+    images.mkdir(parents=True)
+    rows = []
+    for number, (name, color) in enumerate(COLORS.items()):
+        Image.new("RGB", (30, 20 + number), color).save(images / f"{name}.png")
+        words = ("<image>\nWhich color?", name, "Sure?", "yes")
+        turns = [{"from": ("human", "gpt")[n % 2], "value": word} for n, word in enumerate(words)]
+        rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
+    rows.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    Image.new("RGB", (30, 20), COLORS["red"]).save(folder / "cat.png")
+    yield folder
+
+
+def test_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pipeline's answer is that of the model itself, given LLaVA's prompt."""
+    monkeypatch.chdir(here)
+    code = block_with("pipeline(").replace(', dtype="auto", device_map="auto"', ', device="cpu"')
+    exec(code, {})
+    answer = capsys.readouterr().out.strip()
+    processor = transformers.AutoProcessor.from_pretrained("hf/llava-7b")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained("hf/llava-7b")
+    prompt = f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    inputs = processor(images=Image.open("cat.png"), text=prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
+    assert answer == processor.decode(tokens, skip_special_tokens=True).strip() != ""
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "spaces"])
+def test_the_template_begins_as_llavas_prompt(tmp_path: Path, legacy: bool) -> None:
+    """Servers tokenize the rendered template without special tokens, transformers with: both begin with one <s>."""
+    checkpoint = full(tmp_path / "llava-tiny", V0_1 / "towers" / "clip", legacy=legacy, llm2clip_conversation="v1")
+    export(Export.of(checkpoint, dtype="fp32"), tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}]
+    expected = processor.tokenizer(f"{SYSTEM} USER: What is it? ASSISTANT:")["input_ids"]  # compared with LLaVA's own
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    whole = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert whole["input_ids"][0] == expected and expected.count(1) == 1
+
+
+def test_trainer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower stays, the rest is trained; labels are the answers; servers know the saved names."""
+    monkeypatch.chdir(here)
+    code = block_with("Trainer(model").replace("bf16=True", "use_cpu=True, report_to='none', logging_steps=1")
+    names: dict = {}
+    exec(code.replace("num_train_epochs=1", "max_steps=4").replace("2e-5", "3e-3"), names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    batch = names["collate"](json.loads(Path("llava_v1_5_mix665k.json").read_text()))
+    decode = names["processor"].tokenizer.decode
+    learned = [decode(row[row != -100]) for row in batch["labels"]]
+    assert [text.split() for text in learned] == [["red</s>", "yes</s>"], ["blue</s>", "yes</s>"], ["Hello</s>"]]
+    assert batch["pixel_values"].shape[0] == 2
+    with (
+        safe_open("hf/llava-7b/model.safetensors", "pt") as before,
+        safe_open("hf/llava-7b-tuned/model.safetensors", "pt") as after,
+    ):
+        assert set(after.keys()) == set(before.keys())
+        for name in after.keys():
+            same = torch.equal(before.get_tensor(name), after.get_tensor(name))
+            assert same == name.startswith("vision_tower."), name
