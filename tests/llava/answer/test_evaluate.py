@@ -50,6 +50,7 @@ def theirs(world, checkpoint):
     return output
 
 
+@pytest.mark.both_stacks
 def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
     """At batch 1, in LLaVA's precision: field by field, but for the random id."""
     run(tmp_path / "answers.jsonl")
@@ -60,6 +61,7 @@ def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
         }
 
 
+@pytest.mark.both_stacks
 def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
     """Prompts of two lengths and answers that end at different tokens share a batch; float32, so ties don't flip."""
     for size in (1, 5):

@@ -1,6 +1,6 @@
 """The language model in 4 or 8 bits, as ``load_pretrained_model(load_4bit=True)`` loads it: the tower stays as it is.
 
-transformers 4.37 asks for a GPU before it quantises; bitsandbytes itself computes on a CPU too, so here the question
+transformers 4.37 asks for a GPU before it quantises; bitsandbytes itself computes on a CPU too, so there the question
 is answered with yes while LLaVA loads.
 """
 
@@ -11,7 +11,10 @@ import torch
 
 from llava_integration.towers.tower import LLM2CLIPVisionTower
 
-pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it")
+pytestmark = [
+    pytest.mark.both_stacks,
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it"),
+]
 KINDS = {"load_4bit": "Linear4bit", "load_8bit": "Linear8bitLt"}
 
 
