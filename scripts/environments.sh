@@ -85,3 +85,35 @@ install_servers() {
 servers_environment() {
     make_environment "$1" "$(echo "$SERVER_REQUIREMENTS" | hash_of - "$ROOT/pyproject.toml")" install_servers
 }
+
+# The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone.
+PINNED_REQUIREMENTS="torch==2.1.2 torchvision==0.16.2 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.21.0 peft==0.10.0
+    bitsandbytes==0.41.3 numpy<2 scikit-learn==1.2.2 einops==0.6.1 timm==0.6.13 sentencepiece==0.1.99 httpx==0.24.0 shortuuid
+    setuptools<81 wheel protobuf requests fastapi uvicorn pytest"
+PINNED_DEEPSPEED="deepspeed==0.12.6"
+
+find_python_3_10() { # prints a Python 3.10, of the system or of pyenv
+    local candidate
+    for candidate in python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+install_pinned() {
+    # shellcheck disable=SC2086 # a list of words on purpose
+    "$1/bin/python" -m pip install -q $PINNED_REQUIREMENTS
+    "$1/bin/python" -m pip install -q --no-build-isolation "$PINNED_DEEPSPEED" # its setup imports torch
+    "$1/bin/python" -m pip install -q --no-deps "$LLAVA_WHEEL"
+    "$1/bin/python" -m pip install -q -e "$ROOT"
+}
+
+# pinned_environment FOLDER: LLaVA 1.5 with its own pins, where find_python_3_10 finds one
+pinned_environment() {
+    need_compiler
+    PYTHON=$(find_python_3_10) make_environment "$1" \
+        "$(echo "$PINNED_REQUIREMENTS $PINNED_DEEPSPEED $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_pinned
+}

@@ -47,6 +47,16 @@ extensions_of .venv-llava
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
 
+# LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
+if find_python_3_10 >/dev/null; then
+    pinned_environment .venv-pinned
+    extensions_of .venv-pinned
+    check .venv-pinned/bin/python -m pytest tests/llava/hook tests/llava/towers tests/llava/end_to_end/test_stages.py \
+        -k "not launcher and not deepspeed and not finetune-2" --durations=5
+else
+    echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
+fi
+
 # A user's first command, in little, through to LLaVA.
 check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
 

@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,10 @@ TOKENIZER = {
 ABORT_AT_EXIT = "terminate called without an active exception"
 
 
+# The CPU accelerator of LLaVA's own DeepSpeed needs Intel's extension; there, "cuda" without a GPU trains one process.
+ACCELERATOR = {} if version("deepspeed").startswith("0.12.") else {"DS_ACCELERATOR": "cpu"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
     """Where everything lies."""
@@ -81,7 +86,7 @@ class World:
             "PYTHONPATH": str(Path(__file__).parent / "on_cpu"),
             "LLM2CLIP_HOME": str(self.root / "llm2clip-home"),
             "HF_HUB_OFFLINE": "1",
-            "DS_ACCELERATOR": "cpu",
+            **ACCELERATOR,
             # Of this environment alone: two environments that share the folder build it anew at each turn.
             "TORCH_EXTENSIONS_DIR": os.environ.get(
                 "TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch-extensions")
