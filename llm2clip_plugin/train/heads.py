@@ -10,6 +10,7 @@ number of ranks. If the run is in bf16, so are the matrix products here; weights
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from llm2clip_plugin.data.caption_choice import caption_shares
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import caption_hash
+from llm2clip_plugin.data.sources.records import BrokenSample, caption_hash
 from llm2clip_plugin.progress import progress_bar, track
 from llm2clip_plugin.train.config import HeadsConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_to_first, local_world_size, on_first_rank, rank, world_size
@@ -38,6 +39,8 @@ from llm2clip_plugin.train.losses.config import heads_terms
 from llm2clip_plugin.train.optim import is_vector
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.dual import DualEncoder
+
+log = logging.getLogger(__name__)
 
 # a line for metrics.jsonl: step and samples of the fit so far, loss, loss_NAME, lr, logit_scale, samples_per_second
 FitLine: TypeAlias = dict[str, float]
@@ -123,6 +126,7 @@ def frozen_features(
         for indices in _blocks(len(source), max(2, max_images // len(sources)))
     ]
     encoded: dict[int, list[tuple[Tensor, ...]]] = {}
+    broken: list[BrokenSample] = []
     numbers = range(rank(), len(blocks), world_size())
     label = "features of the frozen tower"
     for number in track(numbers, total=len(numbers), label=label, unit="blocks") if rank() == 0 else numbers:
@@ -138,12 +142,15 @@ def frozen_features(
             indices=indices,
         )
         encoded[number] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
+        broken += pairs.broken
     model.train()
     merged: dict[int, list[tuple[Tensor, ...]]] = {}
     for part in gather_to_first(encoded):
         merged |= part
+    left_out = [sample for part in gather_to_first(broken) for sample in part]
     if rank() > 0:
         return None
+    _report(left_out, sum(len(indices) for _, indices in blocks))
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
@@ -154,6 +161,16 @@ def frozen_features(
         count_I=counts,
         share_M=shares if caption_weights else None,
     )
+
+
+def _report(broken: Sequence[BrokenSample], images: int) -> None:
+    """Warn of samples that the fit leaves out; ValueError if that is all of them."""
+    if not broken:
+        return
+    told = f"{len(broken)} of {images} samples are broken, the first: {broken[0]}"
+    if len(broken) == images:
+        raise ValueError(f"{told}; run `llm2clip data check DATA` to list them")
+    log.warning("the fit of the heads leaves out samples: %s", told)
 
 
 def _blocks(length: int, limit: int) -> list[list[int]]:

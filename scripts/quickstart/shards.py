@@ -4,8 +4,8 @@
     scripts/quickstart/shards.py --output quickstart-output/data [--concepts 300 60 100] [--languages de zh]
 
 ``all/``        train, validation and test shards, and the unseen style (openmoji) of validation and test
-``shuffled/``   the control: training shards with the pictures of concepts exchanged. Keys and captions are the same,
-                so the teacher's cache of ``all/`` fits.
+``shuffled/``   the control: training shards with the pictures of concepts exchanged. Keys and captions are the same;
+                control_cache.py makes its cache from that of ``all/``.
 
 Training and validation use names and long captions in English; keywords and other languages are for the test only.
 For a short run, ``--concepts`` limits the training, validation and test concepts, and ``--languages`` the languages of

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import re
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,26 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     assert half["loss"] != exact["loss"] and half["loss"] == pytest.approx(exact["loss"], rel=0.1)
     assert {value.dtype for value in half["heads"].values()} == {torch.float32}
     assert half["tower untouched"]
+
+
+@pytest.mark.parametrize("all_shards", [True, False])
+def test_heads_name_broken_pictures(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, all_shards: bool):
+    """If no picture can be used, that is the error; if some can't, the fit says how many it leaves out."""
+    shutil.copytree(tiny, tmp_path / "tiny")
+    for shard in sorted((tmp_path / "tiny" / "data").glob("*.tar"))[: None if all_shards else 1]:
+        with tarfile.open(shard) as tar:
+            members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        with tarfile.open(shard, "w") as tar:
+            for member, body in members:
+                body = body if member.name.endswith((".json", ".txt")) else b"no picture"
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+    if all_shards:
+        with pytest.raises(ValueError, match=r"of \d+ samples are broken, the first: sample "):
+            fit(0, 1, str(tmp_path / "tiny"), 1)
+    else:
+        assert fit(0, 1, str(tmp_path / "tiny"), 1)["steps"] == [1]
+        assert "the fit of the heads leaves out samples" in caplog.text
 
 
 def test_rank_0_borrows_the_threads_of_the_ranks_that_wait(tiny: Path, monkeypatch):
