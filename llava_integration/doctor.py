@@ -62,8 +62,8 @@ def check_transformers() -> Finding:
         return Finding(subject=subject, state="fail", found="missing", fix=PINNED)
     if OLDEST <= numbers(installed) <= NEWEST:
         return Finding(subject=subject, state="ok", found=f"{installed}, which LLaVA pins")
-    if problems := versions.problems():
-        return Finding(subject=subject, state="fail", found=installed, fix="; ".join(problems.values()))
+    if problem := versions.problems().get(versions.TRAINER):
+        return Finding(subject=subject, state="fail", found=installed, fix=problem)
     if numbers(installed) < (5,):
         fix = f"{PINNED} (LLaVA 1.5 fails to generate with this version)"
         return Finding(subject=subject, state="warn", found=installed, fix=fix)

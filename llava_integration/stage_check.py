@@ -24,6 +24,7 @@ STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
 IMAGES_LOOKED_AT = 200
 IMAGE_TOKEN = "<image>"
+MPT = "mpt"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,7 +81,12 @@ def find_problems(options: argparse.Namespace) -> Iterator[str]:
 def check_model(model: str) -> Iterator[str]:
     """The language model is a folder with a config.json, or a name of the Hub, which is not asked here."""
     path = Path(model)
-    if path.is_dir():
+    if MPT in model:
+        yield (
+            f"--model {model}: LLaVA trains a model with {MPT!r} in its path as an MPT, which its published code "
+            "cannot do with any version of transformers; rename the folder if it holds another model"
+        )
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
     elif not names.HUB_ID.match(model):
@@ -96,6 +102,12 @@ def check_output(stage: str, output: str) -> Iterator[str]:
     if stage == "pretrain":  # its projector is loaded by path
         if path.name.startswith("checkpoint-"):
             yield f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* elsewhere; rename it"
+        for found in sorted(path.glob("checkpoint-*"), key=os.path.getmtime)[-1:]:
+            yield (
+                f"--output {output} contains {found.name}, from which LLaVA cannot resume: pretraining saves the "
+                "projector alone. Delete the checkpoint-* folders to start over, or start from its projector with "
+                f"another --output and -- --pretrain_mm_mlp_adapter {found / 'mm_projector.bin'}"
+            )
         return
     name = model_name(output)
     required = (WORD, LORA) if stage == "finetune_lora" else (WORD,)

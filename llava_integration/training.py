@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 
@@ -39,6 +40,7 @@ def complete_trainer(module: ModuleType) -> None:
     trainer.create_accelerator_and_postprocess = let_deepspeed_accumulate(original)
     if schedulers_count_groups():
         trainer.create_optimizer = without_empty_groups(trainer.create_optimizer)
+    trust_random_states()
     sys.excepthook = functools.partial(end_by_error, sys.excepthook)
     if not torch.cuda.is_available():
         complete_for_cpu()
@@ -87,6 +89,13 @@ def without_empty_groups(original: Callable[[Any], torch.optim.Optimizer]) -> Ca
         return optimizer
 
     return create_optimizer
+
+
+def trust_random_states() -> None:
+    """Let torch 2.6 and newer load numpy's random state, without which the trainer of 4.37 cannot resume."""
+    if hasattr(torch.serialization, "add_safe_globals"):
+        reconstruct = np.zeros(1).__reduce__()[0]  # its module's name depends on numpy's version
+        torch.serialization.add_safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
 
 
 def complete_for_cpu() -> None:

@@ -6,32 +6,37 @@ from functools import cache
 
 from llava_integration.compat.completion import installed_version
 
-PINNED = {"transformers": "==4.37.2"}
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
 
-# module -> library -> versions with which it cannot run, and why
+TRAINER = "llava.train.llava_trainer"
+# module -> library, versions with which it cannot run, why and what works
 REFUSED = {
-    "llava.train.llava_trainer": {
-        "transformers": (">4.46.3,<5", "its trainer has neither the names of 4.37 nor those of 5"),
-    },
+    TRAINER: (
+        "transformers",
+        ">4.46.3,<5",
+        "its trainer has neither the names of 4.37 nor those of 5; install transformers==4.37.2 (LLaVA's own) or "
+        "transformers==5.24.0",
+    ),
+    "llava.train.llama_xformers_attn_monkey_patch": (
+        "transformers",
+        ">=5",
+        "it replaces the attention of transformers 4; train with train.py or train_mem.py, or install "
+        "transformers==4.37.2",
+    ),
 }
 
 
 @cache
 def problems() -> dict[str, str]:
-    """module of LLaVA -> why the installed libraries cannot run it."""
+    """module of LLaVA -> why the installed libraries cannot run it, and what can."""
     from packaging.specifiers import SpecifierSet
 
     found = {}
-    for module, libraries in REFUSED.items():
-        for library, (versions, reason) in libraries.items():
-            installed = installed_version(library)
-            if installed and SpecifierSet(versions).contains(installed, prereleases=True):
-                found[module] = (
-                    f"{module} cannot run with {library} {installed}: {reason}; install transformers==4.37.2 (LLaVA's "
-                    "own) or transformers==5.24.0"
-                )
+    for module, (library, versions, reason) in REFUSED.items():
+        installed = installed_version(library)
+        if installed and SpecifierSet(versions).contains(installed, prereleases=True):
+            found[module] = f"{module} cannot run with {library} {installed}: {reason}"
     return found
 
 

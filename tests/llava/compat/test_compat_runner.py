@@ -18,7 +18,8 @@ TODAY = numbers(installed_version("transformers")) >= (5,)
 
 def test_nothing_is_touched_with_the_libraries_that_llava_pins():
     assert (runner.needed() == {}) == (not TODAY)
-    assert runner.watched() == {member.module for member in runner.needed().values()}
+    assert runner.watched() == {member.module for member in runner.needed().values()} | versions.refused()
+    assert TODAY or runner.watched() == set()
 
 
 def test_each_file_says_why():
@@ -129,9 +130,13 @@ def test_a_version_that_cannot_work_is_an_error_with_one_that_does(installed):
     assert versions.refused() == {"llava.train.llava_trainer"}
     with pytest.raises(ImportError, match=r"cannot run with transformers 4\.50\.0: .*install transformers==4\.37\.2"):
         runner.run(ModuleType("llava.train.llava_trainer"), "before")
-    for version in ("4.36.2", "4.37.2", "4.46.3", "5.24.0"):
+    for version in ("4.36.2", "4.37.2", "4.46.3"):
         installed(transformers=version)
         assert versions.refused() == set()
+    installed(transformers="5.24.0")
+    with pytest.raises(ImportError, match=r"train with train\.py or train_mem\.py"):
+        runner.run(ModuleType("llava.train.llama_xformers_attn_monkey_patch"), "before")
+    assert versions.refused() == {"llava.train.llama_xformers_attn_monkey_patch"}
 
 
 def test_modules_that_are_imported_where_a_completion_failed(monkeypatch):

@@ -83,6 +83,18 @@ def test_every_problem_has_its_line(capsys, world, home, tmp_path):
     assert [line.split()[1] for line in lines] == ["--model", "--image-folder", "DATA", "--projector", "--tower"]
 
 
+def test_pretraining_that_llava_cannot_resume(capsys, world, home, tmp_path):
+    (tmp_path / "checkpoint-20").mkdir()
+    assert refused(capsys, world, output=tmp_path / "llava-1") == []
+    (line,) = refused(capsys, world, "pretrain", output=tmp_path)
+    assert "contains checkpoint-20" in line and f"{tmp_path}/checkpoint-20/mm_projector.bin" in line
+
+
+def test_a_model_that_llava_takes_for_an_mpt(capsys, world, home):
+    (line,) = refused(capsys, world, model="mosaicml/mpt-7b")
+    assert "trains a model with 'mpt' in its path as an MPT" in line
+
+
 def test_towers(capsys, world, home, tmp_path, monkeypatch):
     assert "no tower is selected; run `llm2clip use" in refused(capsys, world, tower="llm2clip")[0]
     (line,) = refused(capsys, world, tower=f"llm2clip:{world.towers['wide']}")
