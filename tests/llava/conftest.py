@@ -21,9 +21,9 @@ def pytest_collection_modifyitems(config, items):
     """With today's libraries, leave out what is not marked ``both_stacks``."""
     if version("transformers").startswith("4."):
         return
-    left_out = [item for item in items if HERE in item.path.parents and "both_stacks" not in item.keywords]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    left_out = {item for item in items if HERE in item.path.parents and "both_stacks" not in item.keywords}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
