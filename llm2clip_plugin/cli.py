@@ -122,6 +122,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main_export",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
     ),
+    "llava import": (
+        "llava_integration.serve.command",
+        "main_import",
+        "convert a Hugging Face LLaVA 1.5 into a LLaVA checkpoint and a tower",
+    ),
 }
 
 # Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:

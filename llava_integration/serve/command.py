@@ -5,7 +5,7 @@ from pathlib import Path
 from llm2clip_plugin.options.parser import Parser
 
 FORMATS = ("hf",)
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp32", "keep")
 GIB = 1 << 30
 
 
@@ -21,7 +21,7 @@ def main_export(argv: list[str]) -> int:
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a full, LoRA or projector checkpoint")
     add("--output", required=True, type=Path, help="folder to write")
     add("--format", default="hf", choices=FORMATS, help="hf: LlavaForConditionalGeneration, safetensors")
-    add("--dtype", default="fp16", choices=PRECISIONS, help="of the weights; LLaVA loads fp16 (default)")
+    add("--dtype", default="fp16", choices=PRECISIONS, help="of the weights; LLaVA loads fp16; keep: as they are")
     add("--model-base", type=Path, help="base model of a LoRA or projector checkpoint (default: the one recorded)")
     add("--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it")
     add("--conv-mode", default="", help="conversation template, for checkpoints that do not record it (vicuna_v1)")
@@ -49,8 +49,38 @@ def main_export(argv: list[str]) -> int:
     print(f"{options.checkpoint}: {made.describe()}", flush=True)
     size = export(made, options.output, overwrite=options.overwrite, verify=verify if compares else None)
     reason = "" if compares or options.no_compare else ": LLaVA is not installed in this environment"
-    print(f"{options.output}: {size / GIB:.2f} GiB of {options.dtype} weights, every tensor read back equal", end="")
+    dtype = "" if options.dtype == "keep" else f"{options.dtype} "
+    print(f"{options.output}: {size / GIB:.2f} GiB of {dtype}weights, every tensor read back equal", end="")
     print("" if compares else f"; not compared with LLaVA's own code{reason}")
     if options.push:
         print(upload(options.output, options.push, f"LLaVA 1.5, {made.describe()}", private=not options.public))
+    return 0
+
+
+def main_import(argv: list[str]) -> int:
+    """Convert a Hugging Face LLaVA 1.5 model into a LLaVA checkpoint with its vision tower inside."""
+    parser = Parser(
+        "llava import",
+        "llm2clip llava import llava-hf/llava-1.5-7b-hf --output checkpoints/llava-1.5-7b",
+        main_import.__doc__ or "",
+    )
+    add = parser.add_argument
+    add("source", metavar="DIR|HUB_ID", help="LlavaForConditionalGeneration with a Llama")
+    add("--output", required=True, type=Path, help='folder to write, with "llava" in its name')
+    add(
+        "--image-aspect-ratio",
+        default="",
+        choices=("pad", "square"),
+        help="how LLaVA treats images (default: as the model's processor does; LLaVA 1.5 was trained with pad)",
+    )
+    add("--overwrite", action="store_true", help="replace an existing folder")
+    options = parser.parse_args(argv)
+    from llava_integration.serve.importing import import_hf
+    from llava_integration.towers.provenance import BUNDLE
+
+    count, card = import_hf(
+        options.source, options.output, aspect=options.image_aspect_ratio, overwrite=options.overwrite
+    )
+    print(f"{options.output}: {count} tensors, every one read back equal")
+    print(f"{options.output / BUNDLE}: {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256}")
     return 0

@@ -27,6 +27,7 @@ from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tenso
 from llava_integration.serve.model_card import model_card
 from llava_integration.serve.tensors import write_shards
 from llava_integration.serve.tokenizer import read_tokenizer, write_tokenizer
+from llava_integration.serve.tower_code import write_code
 from llava_integration.towers.provenance import KEY as TOWER_KEY
 from llava_integration.towers.provenance import tower_record
 from llm2clip_plugin.contracts import atomic_directory
@@ -35,8 +36,7 @@ from llm2clip_plugin.vision.directory import write_json
 KEY = "llm2clip_export"  # in config.json: from what it was made
 CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
 TEMPLATE = "chat_template.jinja"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Export:
     checkpoint: LlavaCheckpoint
     tower: vision.ExportedTower
     conversation: str  # a name of LLaVA's
-    dtype: str  # fp16 | bf16 | fp32
+    dtype: str  # fp16 | bf16 | fp32 | keep: each tensor's own
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Export:
     ) -> "Export":
         """``base``: of a LoRA or projector checkpoint. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
-        recorded = str(checkpoint.config.get(CONVERSATION, ""))
+        recorded = str(checkpoint.config.get(CONVERSATION, "plain" if checkpoint.kind == "projector" else ""))
         return cls(
             checkpoint=checkpoint,
             tower=vision.find(checkpoint, tower),
@@ -89,7 +89,9 @@ class Export:
             tensors |= vision.tower_tensors(tower, own, unfrozen=unfrozen, files=files)
             size = write_shards(tensors, directory, DTYPES[self.dtype])
         chosen = vision.strategy(tower, config)
-        write_json(directory / "config.json", self.model_config(image_id, chosen))
+        auto_map = write_code(tower.family.name, directory)
+        own_code = {"auto_map": auto_map} if auto_map else {}
+        write_json(directory / "config.json", self.model_config(image_id, chosen) | own_code)
         write_json(directory / "generation_config.json", {**self.special_ids(tokenizer), "do_sample": False})
         write_json(directory / "preprocessor_config.json", vision.image_processor(tower, pads=self.pads))
         processor = {"processor_class": "LlavaProcessor", "image_token": conversation.IMAGE}
@@ -100,13 +102,18 @@ class Export:
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
         if tower.card:
             tower.card.write(directory / CARD)
-        (directory / "README.md").write_text(model_card(self.provenance(), tower.card), encoding="utf-8")
+        (directory / "README.md").write_text(
+            model_card(self.provenance(), tower.card, own_code=bool(auto_map)), encoding="utf-8"
+        )
         return size
 
     def model_config(self, image_id: int, chosen: dict[str, Any]) -> dict[str, Any]:
         """config.json."""
         config = self.checkpoint.config
-        dtype = NAMES[self.dtype]
+        chosen_dtype = DTYPES[self.dtype]
+        dtype = str(chosen_dtype or config.get("torch_dtype") or config.get("dtype") or "float16").removeprefix(
+            "torch."
+        )
         text = language.text_config(config, image_id + 1)
         return {
             "architectures": ["LlavaForConditionalGeneration"],

@@ -9,10 +9,10 @@ USE = """\
 ## Use
 
 ```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID")
-model = LlavaForConditionalGeneration.from_pretrained("PATH_OR_HUB_ID")
+processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID"OPTION)
+model = AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID"OPTION)
 content = [{"type": "image", "url": "photo.jpg"}, {"type": "text", "text": "What is in this picture?"}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
@@ -20,13 +20,16 @@ inputs = processor.apply_chat_template(
 )
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
-
-Served with an OpenAI-compatible API: `vllm serve PATH_OR_HUB_ID`
 """
+SERVED = "\nServed with an OpenAI-compatible API: `vllm serve PATH_OR_HUB_ID`\n"
+OPTION = ", trust_remote_code=True"  # runs the tower's code, which is saved with the model
 
 
-def model_card(made: dict[str, Any], tower: TowerCard | None) -> str:
-    """Markdown with the Hub's front matter. ``made``: the provenance that config.json records."""
+def model_card(made: dict[str, Any], tower: TowerCard | None, *, own_code: bool) -> str:
+    """Markdown with the Hub's front matter.
+
+    ``made``: the provenance that config.json records; ``own_code``: the tower's code is saved with the model.
+    """
     rows = {
         "made from": f"the LLaVA 1.5 checkpoint `{made['checkpoint']}` ({made['kind']})",
         "base model": f"`{made['base_model']}`" if made["base_model"] else "",
@@ -41,5 +44,6 @@ def model_card(made: dict[str, Any], tower: TowerCard | None) -> str:
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value), ""]
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
     head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {made['checkpoint']}", ""]
-    head.append("LLaVA 1.5 with an LLM2CLIP vision tower, exported by llm2clip-plugin.")
-    return "\n".join([*head, "", *table, *LICENSE, USE])
+    kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if tower else "LLaVA 1.5"
+    use = USE.replace("OPTION", OPTION if own_code else "") + ("" if own_code else SERVED)
+    return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", *table, *LICENSE, use])

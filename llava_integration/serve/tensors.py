@@ -52,8 +52,9 @@ def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
             raise FileNotFoundError(f"no {path.name} in {directory}, which its index lists; {FIX}")
         tensors |= open_file(path, files)
     for index in sorted(directory.glob("*.index.json")):
-        listed = read_json_value(index).get("weight_map", {})
-        if lost := sorted(set(listed) - set(tensors)):
+        body = read_json_value(index)
+        listed = body.get("weight_map") if isinstance(body, dict) else None
+        if lost := sorted(set(listed or ()) - set(tensors)):
             raise ContractError(f"{index} lists {len(lost)} tensors that no file has, such as {lost[0]}; {FIX}")
     return tensors
 
@@ -73,9 +74,12 @@ def open_file(path: Path, files: ExitStack) -> LazyTensors:
     }
 
 
-def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; its bytes.
+def write_shards(
+    tensors: LazyTensors, directory: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; their bytes.
 
+    ``dtype`` None keeps each tensor's own.
     Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back differently.
     """
     shards = list(_shards(tensors, dtype, shard_bytes))
@@ -94,12 +98,12 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype, shar
     return total
 
 
-def _shards(tensors: LazyTensors, dtype: torch.dtype, shard_bytes: int) -> Iterator[list[str]]:
+def _shards(tensors: LazyTensors, dtype: torch.dtype | None, shard_bytes: int) -> Iterator[list[str]]:
     """Names in order, as many as fit into a shard."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
-        more = torch.Size(tensor.shape).numel() * dtype.itemsize
+        more = torch.Size(tensor.shape).numel() * (dtype or torch.float32).itemsize
         if names and size + more > shard_bytes:
             yield names
             names, size = [], 0
@@ -108,11 +112,11 @@ def _shards(tensors: LazyTensors, dtype: torch.dtype, shard_bytes: int) -> Itera
     yield names
 
 
-def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Tensor:
     with errors_about(tensor.where, fix=FIX):
         value = tensor.read()
     # contiguous and of its own memory: safetensors refuses tensors that share it
-    out = value.to(dtype, copy=True).contiguous()
+    out = value.to(dtype or value.dtype, copy=True).contiguous()
     if not torch.isfinite(out).all():
         large = (
             "has values that fp16 cannot hold; pass --dtype bf16" if torch.isfinite(value).all() else f"is nan; {FIX}"

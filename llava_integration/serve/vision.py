@@ -8,6 +8,7 @@ from typing import Any
 from llava_integration.serve.checkpoint import LlavaCheckpoint
 from llava_integration.serve.language import TOWER
 from llava_integration.serve.tensors import FIX, LazyTensors, open_file, refuse_rest
+from llava_integration.serve.tower_code import CODE
 from llava_integration.towers import names
 from llava_integration.towers.bundle import locate_tower
 from llava_integration.towers.location import TowerLocation
@@ -79,8 +80,8 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
 
 
 def refuse_family(family: Family, directory: Path) -> None:
-    """Raise ContractError unless transformers' own class computes the states that LLaVA selects from."""
-    if not family.vision_class().__module__.startswith("transformers."):
+    """Raise ContractError unless transformers' own class, or code that is saved with the model, computes the states."""
+    if family.name not in CODE and not family.vision_class().__module__.startswith("transformers."):
         raise ContractError(f"{directory}: towers of the family {family.name!r} cannot be exported yet")
 
 

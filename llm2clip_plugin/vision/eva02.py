@@ -331,5 +331,5 @@ class Eva02VisionModel(PreTrainedModel):
 
 
 # transformers' own loaders open these towers once this module is imported
-AutoConfig.register(Eva02Config.model_type, Eva02Config)
-AutoModel.register(Eva02Config, Eva02VisionModel)
+AutoConfig.register(Eva02Config.model_type, Eva02Config, exist_ok=True)
+AutoModel.register(Eva02Config, Eva02VisionModel, exist_ok=True)

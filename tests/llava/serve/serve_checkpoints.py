@@ -33,12 +33,12 @@ LLM = {
 
 
 def llava_config(tower: str, **changes: object) -> dict:
-    """config.json of a LLaVA checkpoint with a tower that has patches of width 32."""
+    """config.json of a LLaVA checkpoint."""
     return {
         **LLM,
         "architectures": ["LlavaLlamaForCausalLM"],
         "image_aspect_ratio": "pad",
-        "mm_hidden_size": 32,
+        "mm_hidden_size": width_of(tower),
         "mm_patch_merge_type": "flat",
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_patch_token": False,
@@ -71,9 +71,14 @@ def language_weights() -> dict[str, torch.Tensor]:
     return weights | {name: 1 + drawn(WIDTH, seed=99) for name in (*norms, "model.norm.weight")}
 
 
-def projector_weights() -> dict[str, torch.Tensor]:
-    """LLaVA's projector."""
-    shapes = {"0.weight": (WIDTH, 32), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
+def width_of(tower: Path | str) -> int:
+    """Width of a tower's patches."""
+    return json.loads((Path(tower) / "config.json").read_text())["hidden_size"]
+
+
+def projector_weights(width: int = 32) -> dict[str, torch.Tensor]:
+    """LLaVA's projector of a tower's width."""
+    shapes = {"0.weight": (WIDTH, width), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
     return {f"model.mm_projector.{name}": drawn(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items(), 50)}
 
 
@@ -93,7 +98,7 @@ def full(folder: Path, tower: Path | str, *, legacy: bool = True, **changes: obj
     """A full checkpoint."""
     folder.mkdir(parents=True)
     write_config(folder, llava_config(str(tower), **changes))
-    save_file(language_weights() | projector_weights(), folder / "model.safetensors", {"format": "pt"})
+    save_file(language_weights() | projector_weights(width_of(tower)), folder / "model.safetensors", {"format": "pt"})
     write_tokenizer_files(folder, legacy=legacy)
     return folder
 
@@ -112,7 +117,7 @@ def projector(folder: Path, tower: Path | str, base: Path, **changes: object) ->
     """What LLaVA's pretraining writes."""
     folder.mkdir(parents=True)
     write_config(folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)})
-    torch.save(projector_weights(), folder / "mm_projector.bin")
+    torch.save(projector_weights(width_of(tower)), folder / "mm_projector.bin")
     return folder
 
 
@@ -121,7 +126,7 @@ def lora(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path
     folder.mkdir(parents=True)
     write_config(folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)})
     torch.save(
-        {f"base_model.model.{name}": tensor for name, tensor in projector_weights().items()},
+        {f"base_model.model.{name}": tensor for name, tensor in projector_weights(width_of(tower)).items()},
         folder / "non_lora_trainables.bin",
     )
     modules = ["q_proj", "v_proj", "up_proj"]

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 from llava.conversation import conv_templates
-from safetensors.torch import load_file
-from serve_checkpoints import V0_1, full, language_weights, projector_weights
+from safetensors.torch import load_file, save_file
+from serve_checkpoints import V0_1, base_model, full, language_weights, lora, projector, projector_weights
 
 from llava_integration.serve import parity
 from llava_integration.serve.conversation import CONVERSATIONS, IMAGE
@@ -26,15 +29,78 @@ def exported(tmp_path_factory):
     return checkpoint, root / "hf"
 
 
-@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "spaces"])
-@pytest.mark.parametrize("aspect", ["pad", "square"])
-def test_equals_llava(tmp_path, home, aspect, legacy):
-    checkpoint = full(tmp_path / "llava-tiny", CLIP, image_aspect_ratio=aspect, legacy=legacy)
-    made = Export.of(checkpoint, dtype="fp32")
-    export(made, tmp_path / "hf")
-    differences = parity.compare(made, tmp_path / "hf")
-    assert differences.pixels <= 1e-6 and differences.logits <= 1e-4 and differences.answer > 3
+def made(kind, tower, root, **changes):
+    """A checkpoint of a kind."""
+    folder = root / f"llava-{kind}"
+    if kind == "full":
+        return full(folder, V0_1 / "towers" / tower, **changes)
+    return {"lora": lora, "projector": projector}[kind](
+        folder, V0_1 / "towers" / tower, base_model(root / "vicuna"), **changes
+    )
+
+
+def check(checkpoint, output):
+    """Export it in fp32; what LLaVA's own code computes, to 1e-6 in pixels and 1e-4 in logits."""
+    export_made = Export.of(checkpoint, dtype="fp32")
+    export(export_made, output)
+    differences = parity.compare(export_made, output)
+    # peft's merge in fp16 of today rounds once, that of LLaVA's pins twice, as ours
+    rounds_otherwise = export_made.checkpoint.kind == "lora" and not transformers.__version__.startswith("4.")
+    assert differences.logits <= (3e-2 if rounds_otherwise else 1e-4)
+    assert differences.pixels <= 1e-6 and differences.answer > 3
     assert "greedy answer" in str(differences)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2", "eva02"])
+def test_equals_llava(tmp_path, home, tower, aspect, kind):
+    check(made(kind, tower, tmp_path, image_aspect_ratio=aspect), tmp_path / "hf")
+
+
+def test_a_projector_alone_equals_llava(tmp_path, home):
+    """As pretraining leaves it: the image, and no words."""
+    checkpoint = made("projector", "clip", tmp_path, llm2clip_conversation="plain")
+    check(checkpoint, tmp_path / "hf")
+    assert "'plain'" not in (tmp_path / "hf" / "chat_template.jinja").read_text()
+
+
+def test_a_tokenizer_that_is_not_legacy_equals_llavas(tmp_path, home):
+    """Vicuna 1.5's, whose text after special tokens has no space before it."""
+    check(full(tmp_path / "llava-tiny", CLIP, legacy=False), tmp_path / "hf")
+
+
+def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
+    checkpoint = full(tmp_path / "llava-tiny", CLIP, unfreeze_mm_vision_tower=True)
+    weights, name = load_file(checkpoint / "model.safetensors"), "vision_model.embeddings.class_embedding"
+    inside = "model.vision_tower.vision_tower."
+    trained = {f"{inside}{key}": value for key, value in load_file(CLIP / "model.safetensors").items()}
+    trained[f"{inside}{name}"] += 1
+    save_file(weights | trained, checkpoint / "model.safetensors", {"format": "pt"})
+    export(Export.of(checkpoint, dtype="keep"), tmp_path / "hf")
+    written = load_file(tmp_path / "hf" / "model.safetensors")[f"vision_tower.{name}"]
+    assert torch.equal(written, trained[f"{inside}{name}"])
+
+
+def test_code_of_the_tower_travels_with_the_model(tmp_path, home, monkeypatch):
+    """trust_remote_code opens an EVA02 tower where this package is not installed, with the same logits."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    export(Export.of(made("full", "eva02", tmp_path), dtype="fp32"), tmp_path / "hf")
+    program = """
+import sys
+sys.modules["llm2clip_plugin"] = sys.modules["llava_integration"] = None
+import torch, transformers
+auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+model = auto.from_pretrained(sys.argv[1], trust_remote_code=True, torch_dtype=torch.float32)
+print(type(model).__name__, sum(parameter.double().abs().sum() for parameter in model.parameters()).item())
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "hf"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    total = sum(
+        value.double().abs().sum() for value in load_file(tmp_path / "hf" / "model.safetensors").values()
+    ).item()
+    name, found = done.stdout.split()[-2:]
+    assert name == "LlavaTowerForConditionalGeneration" and float(found) == pytest.approx(total, rel=1e-9)
 
 
 def test_names_and_rows(exported):
@@ -124,6 +190,31 @@ def damage(folder, name):
             "own tower": ("mm_vision_tower", "/nowhere/clip"),
         }[name]
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
+
+
+@pytest.mark.parametrize(
+    "kind, gone, said",
+    [
+        ("lora", "vicuna", "is a lora checkpoint, which needs its base model"),
+        ("projector", "vicuna", "is a projector checkpoint, which needs its base model"),
+        ("lora", "llava-lora/non_lora_trainables.bin", "where LLaVA writes the projector of a LoRA"),
+        ("lora", "llava-lora/adapter_model.safetensors", "no adapter_model.safetensors or adapter_model.bin"),
+    ],
+)
+def test_parts_that_are_missing(tmp_path, home, capsys, kind, gone, said):
+    checkpoint = made(kind, "clip", tmp_path)
+    (tmp_path / gone).rename(tmp_path / "gone")
+    assert said in refused(capsys, checkpoint, "--output", tmp_path / "hf")
+
+
+def test_another_base_model_is_refused(tmp_path, home, capsys):
+    checkpoint, other = made("lora", "clip", tmp_path), tmp_path / "other"
+    shutil.copytree(tmp_path / "vicuna", other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(48, 32)
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    said = refused(capsys, checkpoint, "--model-base", other, "--output", tmp_path / "hf")
+    assert "q_proj.weight has shape (32, 32)" in said and "(48, 32)" in said
 
 
 @pytest.mark.parametrize(
