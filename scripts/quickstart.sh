@@ -161,8 +161,8 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
 BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower for LLaVA, and of the control
 [ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
-    python scripts/quickstart/control_cache.py "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/cache/shuffled"
-    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --cache "$DATA/cache/shuffled" \
+    python scripts/quickstart/control_cache.py "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/shuffled/cache"
+    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
         --freeze-first-blocks 0 --freeze --max-steps 1
 }
 

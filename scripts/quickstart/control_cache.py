@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the control's cache from the teacher's: same captions and embeddings, other pictures.
 
-    scripts/quickstart/control_cache.py DATA/shuffled --cache DATA/cache/raw --output DATA/cache/shuffled
+    scripts/quickstart/control_cache.py DATA/shuffled --cache DATA/cache/raw --output DATA/shuffled/cache
 
 Training refuses a picture that is not the one whose captions were embedded. The control's pictures are exchanged on
 purpose, so its cache notes them; the embeddings are copied.
