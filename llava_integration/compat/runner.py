@@ -48,15 +48,15 @@ def run(module: ModuleType, when: Literal["before", "after"], name: str = "") ->
     try:
         if when == "before":
             versions.refuse(module.__name__)
-        for member in needed().values():
-            if (member.module, member.when) != (name or module.__name__, when) or member.name in done:
+        for key, member in needed().items():
+            if (member.module, member.when) != (name or module.__name__, when) or key in done:
                 continue
             versions.warn_if_untried()
             try:
                 member.complete(module)
             except Exception as error:
                 raise CompletionError(explain(member, error)) from error
-            done.add(member.name)
+            done.add(key)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
             tell_importers(sys.modules.get("llava.model"), error)
