@@ -188,8 +188,8 @@ def unknown_command(words: list[str]) -> str:
     nearest = difflib.get_close_matches(given, COMMANDS, n=1) or difflib.get_close_matches(
         " ".join(words[:2]), COMMANDS, n=1
     )
-    hint = f" did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown command {given!r};{hint} known: {', '.join(siblings or COMMANDS)}"
+    hint = f"; did you mean {nearest[0]!r}? " if nearest else "; "
+    return f"unknown command {given!r}{hint}known: {', '.join(siblings or COMMANDS)}"
 
 
 def command() -> "NoReturn":

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.outside.images import check_image_size
 from llm2clip_plugin.outside.values import errors_about
 
@@ -111,7 +112,7 @@ def read_conversations(path: Path, directly: bool) -> list[Question]:
 def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:
     """MMBench: a question per row, repeated for every rotation of its options if ``all_rounds``."""
     if lang not in DIRECTLY:
-        raise ValueError(f"unknown --lang {lang!r}; known: {', '.join(DIRECTLY)}")
+        raise ValueError(unknown("--lang", lang, DIRECTLY))
     csv.field_size_limit(sys.maxsize)  # cells contain images
     questions = []
     with path.open(encoding="utf-8", newline="") as file:

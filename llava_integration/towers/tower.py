@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from llava_integration.towers.location import TowerLocation
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.vision.families import read_config
 from llm2clip_plugin.vision.preprocessor import check_crop
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
@@ -42,7 +43,7 @@ class LLM2CLIPVisionTower(nn.Module):
         self.has_cls = location.card.has_cls
         self.blocks_used = blocks_below(self.select_layer, location.card.num_layers)
         if self.select_feature not in FEATURES:
-            raise ValueError(f"unknown mm_vision_select_feature {self.select_feature!r}; known: {', '.join(FEATURES)}")
+            raise ValueError(unknown("mm_vision_select_feature", self.select_feature, FEATURES))
         # LLaVA's checkpoint contains the weights of an unfrozen tower: its parameters must exist when they are loaded.
         if not delay_load or self.unfrozen:
             self.load_model()

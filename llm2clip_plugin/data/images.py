@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llm2clip_plugin.data.decode import decode
+from llm2clip_plugin.options.names import unknown
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's own numbers
 FITS = ("shortest", "squash")
@@ -35,9 +36,9 @@ class ImageConfig:
                 f"image size {self.size} and resize {self.resize}: size must be at least 1 and at most resize (if set)"
             )
         if self.fit not in FITS:
-            raise ValueError(f"unknown fit {self.fit!r}; known: {', '.join(FITS)}")
+            raise ValueError(unknown("fit", self.fit, FITS))
         if self.resample not in RESAMPLE:
-            raise ValueError(f"unknown resample {self.resample!r}; known: {', '.join(RESAMPLE)}")
+            raise ValueError(unknown("resample", self.resample, RESAMPLE))
 
     @property
     def shortest_edge(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.evaluate.config import TieRule
+from llm2clip_plugin.options.names import unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class QueryRanks:
         if ties == "lowest_index_first":
             return (self.higher_Q + self.equal_before_Q < k).double()
         if ties != "half":
-            raise ValueError(f"unknown tie rule {ties!r}; known: {', '.join(get_args(TieRule))}")
+            raise ValueError(unknown("tie rule", ties, get_args(TieRule)))
         return 1.0 - self._miss_chance(k)
 
     def _miss_chance(self, k: int) -> Tensor:

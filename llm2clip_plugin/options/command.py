@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from llm2clip_plugin.options.declared import Declared
 from llm2clip_plugin.options.help import help_text
-from llm2clip_plugin.options.names import HELP, HELP_ALL, normal
+from llm2clip_plugin.options.names import HELP, HELP_ALL, joined, normal
 from llm2clip_plugin.options.settings import TRUTH, build, convert, takes_several
 
 Settings = TypeVar("Settings")
@@ -86,8 +86,8 @@ class Command(Declared[Settings]):
         flag = known.get(f"{section}{dot}{leaf.removeprefix('no-')}", "")
         if leaf.startswith("no-") and self.types.get(flag) is bool:
             return flag, False
-        hint = self.names.nearest(name)
-        raise ValueError(f"unknown option {name}{hint}; `llm2clip {self.name} --help-all` lists all")
+        told = f"unknown option {name}{self.names.nearest(name)}"
+        raise ValueError(joined(told, f"`llm2clip {self.name} --help-all` lists all"))
 
     def _value(self, option: str, name: str, positive: bool, following: list[str], words: list[str]) -> Any:
         """The option's value, from its own word (``--name=value``) or those that follow."""

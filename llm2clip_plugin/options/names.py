@@ -83,6 +83,17 @@ class Names:
         return nearest(normal(name), self.fields, lambda near: self.flag(self.fields[near]))
 
 
+def joined(text: str, more: str) -> str:
+    """``text; more``, or ``text more`` after a question."""
+    return f"{text} {more}" if text.endswith("?") else f"{text}; {more}"
+
+
+def unknown(kind: str, name: object, known: Iterable[object], *, also: str = "") -> str:
+    """``unknown recipe 'bse'; did you mean 'base'? known: base, quickstart``; ``also`` follows the known names."""
+    names = [str(one) for one in known]
+    return joined(f"unknown {kind} {name!r}{nearest(str(name), names)}", f"known: {', '.join(names)}{also}")
+
+
 def nearest(name: str, known: Iterable[str], write: typing.Callable[[str], str] = repr) -> str:
     """``; did you mean 'NAME'?`` with the known name that comes nearest; "" if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)

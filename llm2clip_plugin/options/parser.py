@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from llm2clip_plugin.options.names import ALSO, HELP, HELP_ALL, nearest, normal
+from llm2clip_plugin.options.names import ALSO, HELP, HELP_ALL, joined, nearest, normal
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, and exit status 2."""
-        self.exit(2, f"error: {message}; `{self.prog} --help` lists the options\n")
+        self.exit(2, f"error: {joined(message, f'`{self.prog} --help-all` lists the options')}\n")
 
     def _translated(self, word: str) -> str:
         name, equals, value = word.partition("=")

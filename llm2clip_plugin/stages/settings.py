@@ -4,7 +4,6 @@ Standard library only.
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llm2clip_plugin.contracts import rename_keys
+from llm2clip_plugin.options.names import joined, nearest
 
 Settings = TypeVar("Settings")
 
@@ -124,7 +124,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
         if not any(path == name or path.startswith(f"{name}.") for path in known):
-            raise ValueError(f"unknown field {name!r} in --allow-changed{_did_you_mean(name, sorted(known))}")
+            raise ValueError(f"unknown field {name!r} in --allow-changed{nearest(name, sorted(known))}")
     old, new = flat_essentials(saved, allowed), flat_essentials(now, allowed)
     old = {name: value for name, value in ADDED.items() if name in new} | old
     changed = {
@@ -140,11 +140,6 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
         )
 
 
-def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") -> Settings:
     """A settings dataclass from parsed JSON.
 
@@ -157,8 +152,8 @@ def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") ->
     body = body if path else upgraded(body)
     for name in body:
         if name not in known:
-            hint = _did_you_mean(name, known) or f"; known: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{hint}")
+            told = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"
+            raise ValueError(joined(told, f"known: {', '.join(known)}"))
     return cls(
         **{
             name: _typed(hints[name], value, where=where, path=f"{path}.{name}".lstrip("."))

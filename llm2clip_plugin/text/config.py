@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llm2clip_plugin.data.sources.base import ReadConfig
+from llm2clip_plugin.options.names import unknown
 
 PostKind = Literal["none", "centre", "whiten"]
 PAIR_FORMATS = ("auto", "captions", "pairs", "text")
@@ -65,7 +66,7 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         if self.pair_format not in PAIR_FORMATS:
-            raise ValueError(f"unknown pair_format {self.pair_format!r}; known: {', '.join(PAIR_FORMATS)}")
+            raise ValueError(unknown("pair_format", self.pair_format, PAIR_FORMATS))
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
                 f"{len(self.weights)} weights for {len(self.data)} data sets; pass one weight per data set, or none"

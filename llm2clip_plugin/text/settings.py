@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 
 ATTENTIONS = ("bidirectional", "causal")
 POOLINGS = ("mean", "last")
@@ -49,8 +49,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:
-            hint = nearest(self.preset, PRESETS)
-            raise ValueError(f"unknown preset {self.preset!r}{hint}; known: {', '.join(PRESETS)}")
+            raise ValueError(unknown("preset", self.preset, PRESETS))
         for name, known in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("compute_dtype", COMPUTE_DTYPES)):
             if (value := vars(self)[name]) not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.train.choices import DDP_TIMEOUT, STRAGGLER_SECONDS, Precision, ReductionType, Tf32
 from llm2clip_plugin.train.named_args import from_named_args
 
@@ -75,10 +75,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.reference not in get_args(Reference):
-            hint = nearest(self.reference, get_args(Reference))
-            raise ValueError(
-                f"unknown distill.reference {self.reference!r}{hint}; known: {', '.join(get_args(Reference))}"
-            )
+            raise ValueError(unknown("distill.reference", self.reference, get_args(Reference)))
         if not 0 <= self.decay < 1:
             raise ValueError(f"distill.decay {self.decay} must be in [0, 1)")
 
@@ -110,7 +107,7 @@ class OptimConfig:
         if (self.name, self.args) != ("adamw", ()):
             self.optimizer()
         if self.schedule not in get_args(Schedule):
-            raise ValueError(f"unknown optim.schedule {self.schedule!r}; known: {', '.join(get_args(Schedule))}")
+            raise ValueError(unknown("optim.schedule", self.schedule, get_args(Schedule)))
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 f"optim.warmup_steps {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set only one"
@@ -134,8 +131,7 @@ class OptimConfig:
         from llm2clip_plugin.train.optimizers import optimizers  # torch
 
         if self.name not in (known := optimizers()):
-            hint = nearest(self.name, known)
-            raise ValueError(f"unknown optimizer {self.name!r}{hint}; known: {', '.join(known)}")
+            raise ValueError(unknown("optimizer", self.name, known))
         return from_named_args(known[self.name], self.args, where="optim.args")
 
     def warmup(self, total_steps: int) -> int:
@@ -178,16 +174,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
-            raise ValueError(f"unknown train.precision {self.precision!r}; known: {', '.join(get_args(Precision))}")
+            raise ValueError(unknown("train.precision", self.precision, get_args(Precision)))
         if self.tf32 not in get_args(Tf32):
-            raise ValueError(f"unknown train.tf32 {self.tf32!r}; known: {', '.join(get_args(Tf32))}")
+            raise ValueError(unknown("train.tf32", self.tf32, get_args(Tf32)))
         if self.communication_data_type not in get_args(ReductionType):
             raise ValueError(
                 f"unknown train.communication_data_type {self.communication_data_type!r}; known: "
                 f"{', '.join(filter(None, get_args(ReductionType)))}, or leave it empty"
             )
-        if unknown := sorted(set(self.report_to) - set(get_args(Monitor))):
-            raise ValueError(f"unknown train.report_to {unknown}; known: {', '.join(get_args(Monitor))}")
+        if others := sorted(set(self.report_to) - set(get_args(Monitor))):
+            raise ValueError(unknown("train.report_to", others[0], get_args(Monitor)))
         if self.global_batch < 2 or self.micro_batch < 0:
             raise ValueError(
                 f"train.global_batch {self.global_batch} must be >= 2, micro_batch {self.micro_batch} >= 0"

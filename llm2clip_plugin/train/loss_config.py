@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.train.named_args import from_named_args
 from llm2clip_plugin.vision.dual_config import DualConfig
 
@@ -103,8 +103,7 @@ class LossConfig:
         known, weights = loss_terms(), parse_terms(self.terms)
         for weight in weights:
             if weight.name not in known:
-                hint = nearest(weight.name, known)
-                raise ValueError(f"unknown loss term {weight.name!r}{hint}; known: {', '.join(known)}")
+                raise ValueError(unknown("loss term", weight.name, known))
         words = self._words([weight.name for weight in weights])
         return [(w, from_named_args(known[w.name], words[w.name], where="loss.args")) for w in weights]
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2clip_plugin.options.names import unknown
+
 KINDS = ("mlp", "linear", "none")
 INPUT_SCALES = ("unit", "sqrt_width")
 
@@ -49,9 +51,9 @@ class TextAdapter(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in KINDS:
-            raise ValueError(f"unknown adapter kind {kind!r}; known: {', '.join(KINDS)}")
+            raise ValueError(unknown("adapter kind", kind, KINDS))
         if input_scale not in INPUT_SCALES:
-            raise ValueError(f"unknown input_scale {input_scale!r}; known: {', '.join(INPUT_SCALES)}")
+            raise ValueError(unknown("input_scale", input_scale, INPUT_SCALES))
         if kind == "none" and llm_width != projection_dim:
             raise ValueError(
                 f"adapter kind 'none' needs llm_width == projection_dim, got {llm_width} and {projection_dim}"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.outside.safetensors_header import read_header
 from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_WIDTH, check_fields, check_range, check_whole
 from llm2clip_plugin.vision.adapter import TextAdapter
@@ -153,9 +154,9 @@ class LoadedDualEncoder(nn.Module):
 def check_dual_config(config: DualConfig, *, has_cls: bool) -> None:
     """ValueError for an unknown option or one that the tower does not support."""
     if config.pool not in POOLS:
-        raise ValueError(f"unknown pool {config.pool!r}; known: {', '.join(POOLS)}")
+        raise ValueError(unknown("pool", config.pool, POOLS))
     if config.projection not in PROJECTIONS:
-        raise ValueError(f"unknown projection {config.projection!r}; known: {', '.join(PROJECTIONS)}")
+        raise ValueError(unknown("projection", config.projection, PROJECTIONS))
     if config.pool in ("cls", "cls_mean") and not has_cls:
         raise ValueError(f"pool {config.pool!r} requires a class token, but this tower has none; use pooled or mean")
     for name, low, high in WHOLE_NUMBERS:

@@ -87,7 +87,9 @@ def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
     assert held_out(read(shards)) == {key for key in first if key.startswith("1-")}
 
 
-def test_groups_stay_together_and_rows_stay_as_they_are(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_groups_stay_together_and_rows_stay_as_they_are(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     output, images = tmp_path / "split", ["--image-folder", str(tmp_path / "images")]
     assert run("data split", [str(rows), "--output", str(output), "--validation", "0.4", "--by", "place", *images]) == 0
     said = capsys.readouterr().out
@@ -98,6 +100,20 @@ def test_groups_stay_together_and_rows_stay_as_they_are(rows: Path, tmp_path: Pa
     assert sorted(lines["train"] + lines["validation"]) == sorted(rows.read_text().splitlines())  # byte by byte
     assert f"--validation {output}/validation.jsonl --image-folder {tmp_path}/images" in said
     assert f"{len(places['validation'])} values of 'place'" in said
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "lists/photos.jsonl",
+        "--output",
+        "relative",
+        "--validation",
+        "0.4",
+        "--by",
+        "place",
+        "--image-folder",
+        "images",
+    ]
+    assert run("data split", words) == 0
+    assert "llm2clip embed relative/train.jsonl --image-folder images --llm LLM" in capsys.readouterr().out
     captions = {side: [json.loads(line)["caption"].lower() for line in text] for side, text in lines.items()}
     shared = sum(caption in captions["train"] for caption in captions["validation"])
     assert shared and f"warning: {shared} of the {len(lines['validation'])} captions of validation also stand" in said

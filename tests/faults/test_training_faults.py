@@ -99,7 +99,7 @@ def trained(finished: tuple[Path, Path]) -> World:
     Fault(
         "misspelled option",
         "--optim.lrr 1",
-        "unknown option --optim.lrr; did you mean --lr?; `llm2clip train-tower --help-all` lists all",
+        "unknown option --optim.lrr; did you mean --lr? `llm2clip train-tower --help-all` lists all",
     ),
     Fault(
         "NaN in a start weight",

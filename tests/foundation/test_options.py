@@ -114,9 +114,9 @@ def test_options_override_a_default_and_extras_are_kept_apart() -> None:
         ("--lr -1", "lr -1.0 must not be negative"),
         ("--lr x", "--lr 'x' is not a number"),
         ("--steps 1.5", "--steps '1.5' is not an integer"),
-        ("--lrr 1", "unknown option --lrr; did you mean --lr?; `llm2clip do --help-all` lists all"),
-        ("--learning_rat 1", "unknown option --learning_rat; did you mean --lr?; `llm2clip do --help-all` lists all"),
-        ("--no-steps", "unknown option --no-steps; did you mean --steps?; `llm2clip do --help-all` lists all"),
+        ("--lrr 1", "unknown option --lrr; did you mean --lr? `llm2clip do --help-all` lists all"),
+        ("--learning_rat 1", "unknown option --learning_rat; did you mean --lr? `llm2clip do --help-all` lists all"),
+        ("--no-steps", "unknown option --no-steps; did you mean --steps? `llm2clip do --help-all` lists all"),
         ("--kind fp8", "--kind 'fp8' is not one of fp32, bf16"),
         ("--kind fp23", "--kind 'fp23' is not one of fp32, bf16; did you mean 'fp32'?"),
         ("--steps", "--steps needs a value"),
@@ -203,7 +203,8 @@ def test_parsers_of_llava_s_commands_know_the_same_names(capsys: pytest.CaptureF
         with pytest.raises(SystemExit) as ended:
             parsed(line)
         error = capsys.readouterr().err
-        assert ended.value.code == 2 and error == f"error: {message}; `llm2clip p --help` lists the options\n"
+        joint = "" if message.endswith("?") else ";"
+        assert ended.value.code == 2 and error == f"error: {message}{joint} `llm2clip p --help-all` lists the options\n"
 
 
 def test_a_parser_s_help_leaves_out_the_rare_options(capsys: pytest.CaptureFixture[str]) -> None:

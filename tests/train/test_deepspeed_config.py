@@ -157,7 +157,10 @@ def test_files_that_are_not_a_configuration(tmp_path: Path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimConfig(schedule="cosin"), "unknown optim.schedule 'cosin'; known: cosine, linear, constant"),  # type: ignore[arg-type]
+        (
+            lambda: OptimConfig(schedule="cosin"),
+            r"unknown optim.schedule 'cosin'; did you mean 'cosine'\? known: cosine, linear, constant",
+        ),  # type: ignore[arg-type]
         (lambda: OptimConfig(lr=-1), "optim.lr -1 must be between"),
         (lambda: OptimConfig(name="lamb"), "unknown optimizer 'lamb'; known: adamw, adamw_8bit"),
         (lambda: OptimConfig(name="adamw_8bit", args=("min_8bit_size=a",)), "min_8bit_size is 'a', expected int"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm2clip_plugin.discovery import discover, literals
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 
 if TYPE_CHECKING:
     from llava_integration.benchmarks.benchmark import Benchmark
@@ -27,7 +27,7 @@ def benchmark(name: str) -> Benchmark:
     """The benchmark with that name. Raises ValueError with the known names for an unknown one."""
     known = benchmarks()
     if name not in known:
-        raise ValueError(f"unknown benchmark {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        raise ValueError(unknown("benchmark", name, known))
     return known[name]
 
 

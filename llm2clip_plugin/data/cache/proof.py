@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.data.cache.rerun import embed_command, redo
 from llm2clip_plugin.data.cache.rows import (
     caption_rows,
     has_text,
@@ -24,7 +25,7 @@ from llm2clip_plugin.data.cache.rows import (
     shard_captions,
     shard_contents,
 )
-from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile
+from llm2clip_plugin.data.cache.shard_file import ShardFile
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.progress import progress_bar
@@ -51,7 +52,7 @@ def check_captions(
             file = open_shard(shard.name)  # raises for an unknown shard
             raise ContractError(
                 f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
-                f"when it was embedded; {REDO}"
+                f"when it was embedded; {redo(file.path)}"
             )
     if source.kept is None:
         _compare_all(source, source.shards, open_shard, full=full)
@@ -177,6 +178,7 @@ def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) ->
         raise ContractError(
             f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
             f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:NAMED])))}"
-            f"{', ...' if len(changed) > NAMED else ''}; restore them, or delete {file.path} and rerun `llm2clip embed`"
+            f"{', ...' if len(changed) > NAMED else ''}; restore them, or delete {file.path} and rerun "
+            f"`{embed_command(file.path)}`"
         )
     return digest, in_cache

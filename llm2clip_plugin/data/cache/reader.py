@@ -34,8 +34,9 @@ import torch
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, canonical_json, sha256_text
 from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.cache.proof import check_captions
+from llm2clip_plugin.data.cache.rerun import embed_command, redo, repair
 from llm2clip_plugin.data.cache.rows import UNCOMPARED, row_numbers
-from llm2clip_plugin.data.cache.shard_file import AGAIN, REDO, ShardFile, image_check
+from llm2clip_plugin.data.cache.shard_file import ShardFile, image_check
 from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.downloads import default_download_folder
@@ -73,7 +74,7 @@ class EmbeddingCache:
         path = directory / CacheManifest.FILE
         manifest = CacheManifest.read(path)
         if not manifest.complete:
-            raise ContractError(f"{path} is incomplete: embedding has not finished; {REDO}")
+            raise ContractError(f"{path} is incomplete: embedding has not finished; {redo(path)}")
         _refuse_damaged(manifest, path)
         if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
             raise ContractError(
@@ -145,7 +146,7 @@ class EmbeddingCache:
         stamps: dict[str, str] = {}
         for (name, entry), path, stamp in zip(self.manifest.shards.items(), files, stamps_of(files), strict=True):
             if stamp is None:
-                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
+                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(self.directory)}")
             expected = canonical_json([self.fingerprint, self.width, entry])
             stamps[name] = f"{stamp[0]}-{stamp[1]}-{sha256_text(expected)[:16]}"
         return stamps
@@ -161,18 +162,18 @@ class EmbeddingCache:
             raise ContractError(
                 f"{self.directory} has no shard {name!r}; known: {known}"
                 + (f" ... ({len(self.manifest.shards)} shards)" if len(self.manifest.shards) > 5 else "")
-                + f"; {REDO}"
+                + f"; {redo(self.directory)}"
             )
         path = self.directory / entry["file"]
         if not path.is_file():
-            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {REDO}")
+            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
         file = ShardFile(path)
         actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
         expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
         expected |= {"truncated": str(entry["truncated"])}
         if wrong := [name for name in expected if name != "file" and actual[name] != expected[name]]:
             both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
-            raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
+            raise ContractError(f"{path} differs from the manifest: {both}; {redo(path)}")
         self._files[name] = file
         if len(self._files) > OPEN_SHARDS:
             self._files.popitem(last=False)
@@ -196,7 +197,7 @@ class EmbeddingCache:
                 shard_name,
                 key,
                 f"its image was changed or exchanged after its captions were embedded ({len(data)} bytes, "
-                f"{recorded >> 32} then); restore it, or delete {file.path} and rerun `llm2clip embed`",
+                f"{recorded >> 32} then); restore it, or delete {file.path} and rerun `{embed_command(file.path)}`",
             )
 
     def check(self, source: Source, *, full: bool = False) -> None:
@@ -212,7 +213,7 @@ class EmbeddingCache:
         for name in self.manifest.shards:
             file = self.shard(name)
             if damage := file.damage():
-                raise ContractError(f"{file.path} is damaged: {damage}; {AGAIN}")
+                raise ContractError(f"{file.path} is damaged: {damage}; {repair(file.path)}")
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
@@ -232,15 +233,15 @@ def _refuse_damaged(manifest: CacheManifest, path: Path) -> None:
         if os.path.isabs(file) or os.path.normpath(file).startswith(".."):
             raise ContractError(f"{path.parent}: the file of shard {name!r}, {file!r}, is outside the cache")
         if missing := [value for value in ENTRY if value not in entry]:
-            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
+            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {redo(path)}")
     if manifest.dtype not in CACHE_DTYPES:
         raise ContractError(f"{path} has unknown dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
     try:
         teacher = TeacherIdentity(**manifest.teacher)
     except TypeError as error:
-        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {REDO}") from error
+        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {redo(path)}") from error
     if teacher.fingerprint != manifest.fingerprint or teacher.width != manifest.width:
         raise ContractError(
             f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
-            f"settings give {teacher.fingerprint} and {teacher.width}; {REDO}"
+            f"settings give {teacher.fingerprint} and {teacher.width}; {redo(path)}"
         )

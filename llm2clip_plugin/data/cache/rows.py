@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_text
-from llm2clip_plugin.data.cache.shard_file import REDO, ShardFile, image_check
+from llm2clip_plugin.data.cache.rerun import redo
+from llm2clip_plugin.data.cache.shard_file import ShardFile, image_check
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, hash_hex
 
@@ -68,12 +69,12 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
     if not 0 <= index < file.samples:
         raise ContractError(
             f"{file.path} has no sample {index}: shard {shard!r} had {file.samples} samples when it was embedded; "
-            f"{REDO}"
+            f"{redo(file.path)}"
         )
     if key and file.key(index) != key:
         raise ContractError(
             f"{file.path}: sample {index} of shard {shard!r} has key {key!r} in {data}, {file.key(index)!r} in the "
-            f"cache; {REDO}"
+            f"cache; {redo(file.path)}"
         )
     row_of = file.row_numbers(index)
     hashes = [caption_hash(caption.text) for caption in captions]
@@ -86,6 +87,6 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
                 reason += f"; if shard {shard!r} was changed and its time kept, `touch` its file first"
             raise ContractError(
                 f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
-                f"{REDO}"
+                f"{redo(file.path)}"
             )
     return [row_of[value] for value in hashes]

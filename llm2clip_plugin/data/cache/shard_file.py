@@ -14,6 +14,7 @@ import torch
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.dtypes import VALUE_BYTES
+from llm2clip_plugin.data.cache.rerun import redo, repair
 from llm2clip_plugin.data.retry import SteadyFile
 from llm2clip_plugin.outside.safetensors_header import parse_header
 
@@ -21,8 +22,6 @@ TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "
 CHECKS = ("image_checks", "row_checks")  # tensors that version 0.1 did not write
 METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
 META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
-AGAIN = "rerun `llm2clip embed`, which embeds damaged shards again"
-REDO = "rerun `llm2clip embed`; complete shards are skipped"
 DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
 
 
@@ -65,7 +64,7 @@ class ShardFile:
             self.samples = self._layouts["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ContractError(
-                f"{path} is truncated or not a shard of an embedding cache ({error}); {REDO}"
+                f"{path} is truncated or not a shard of an embedding cache ({error}); {redo(path)}"
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -79,7 +78,7 @@ class ShardFile:
         size = (stop - start) * one
         data = self._file.read(size, layout.start + start * one)
         if len(data) != size:
-            raise ContractError(f"{self.path} was truncated while it was read; {REDO}")
+            raise ContractError(f"{self.path} was truncated while it was read; {redo(self.path)}")
         return np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:])
 
     def key(self, index: int) -> str:
@@ -119,11 +118,13 @@ class ShardFile:
             checks = self._read("row_checks", first, stop)[chosen].tolist()
             for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
                 if row_check(row_W, scale, number) != check:
-                    raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {AGAIN}")
+                    raise ContractError(
+                        f"{self.path} is damaged: row {number} has another checksum; {repair(self.path)}"
+                    )
         value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
         if not (finite_n := np.isfinite(value_nW).all(axis=1)).all():
             number = rows[int(np.flatnonzero(~finite_n)[0])]
-            raise ContractError(f"{self.path} is damaged: row {number} is not finite; {AGAIN}")
+            raise ContractError(f"{self.path} is damaged: row {number} is not finite; {repair(self.path)}")
         return torch.from_numpy(value_nW)
 
     def damage(self) -> str:

@@ -21,6 +21,7 @@ from llm2clip_plugin.data.cache.names import shard_file
 from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.cache.rows import rows_digest
 from llm2clip_plugin.data.cache.shard_file import META, ShardFile, row_check, tensors_digest
+from llm2clip_plugin.options.names import unknown
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class CacheWriter:
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16") -> None:
         if dtype not in CACHE_DTYPES:
-            raise ValueError(f"unknown cache dtype {dtype!r}; known: {', '.join(CACHE_DTYPES)}")
+            raise ValueError(unknown("cache dtype", dtype, CACHE_DTYPES))
         self.directory = Path(directory)
         self.identity = identity
         self.dtype = dtype

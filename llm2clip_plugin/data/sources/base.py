@@ -15,7 +15,7 @@ from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, 
 from llm2clip_plugin.data.sources.downloads import Downloads, default_download_folder
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
 from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 
 if TYPE_CHECKING:
     from llm2clip_plugin.data.sources.index_file import Stamp
@@ -64,8 +64,7 @@ class ReadConfig:
 
     def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in (known := ("auto", *formats())):
-            hint = nearest(self.format, known)
-            raise ValueError(f"unknown data format {self.format!r}{hint}; known: {', '.join(known)}")
+            raise ValueError(unknown("data format", self.format, known))
         if self.shuffle_window < -1 or self.cache_gb < 0:
             raise ValueError(
                 f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}, expected at least -1 and 0"

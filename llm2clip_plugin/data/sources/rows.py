@@ -81,8 +81,8 @@ class RowSource(Source):
 
     @property
     def images_folder(self) -> str:
-        """The folder or URL that images are relative to; a local one as an absolute path."""
-        return self._images if is_url(self._images) else os.path.abspath(self._images)
+        """The folder or URL that images are relative to, as it was given."""
+        return self._images
 
     def row(self, number: int) -> bytes:
         """A sample's JSON as it is stored."""

@@ -5,7 +5,7 @@ A file defines ``SUITE``; a new file in this folder is a new suite (`llm2clip_pl
 
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 
 
 def suites() -> dict[str, Suite]:
@@ -24,8 +24,6 @@ def select_suites(names: str) -> list[Suite]:
     selected: dict[str, Suite] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known and name not in groups:
-            raise ValueError(
-                f"unknown suite {name!r}{nearest(name, [*groups, *known])}; known: {', '.join([*groups, *known])}"
-            )
+            raise ValueError(unknown("suite", name, [*groups, *known]))
         selected |= {member: known[member] for member in groups.get(name, [name])}
     return list(selected.values())

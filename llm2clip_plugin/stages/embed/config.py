@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.text.settings import EncoderConfig
 
 
@@ -21,6 +22,6 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in CACHE_DTYPES:
-            raise ValueError(f"unknown cache dtype {self.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
+            raise ValueError(unknown("cache dtype", self.dtype, CACHE_DTYPES))
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")

@@ -8,7 +8,7 @@ scripts/zero2.json.
 
 from collections.abc import Callable
 
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.text.config import ContrastConfig, LoraSettings
@@ -61,5 +61,5 @@ LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {"llama-1b": llama_1b, "l
 def llm_recipe(name: str) -> FinetuneConfig:
     """The recipe of that name; ValueError lists the known ones."""
     if name not in LLM_RECIPES:
-        raise ValueError(f"unknown recipe {name!r}{nearest(name, LLM_RECIPES)}; known: {', '.join(LLM_RECIPES)}")
+        raise ValueError(unknown("recipe", name, LLM_RECIPES))
     return LLM_RECIPES[name]()

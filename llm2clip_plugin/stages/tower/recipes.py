@@ -16,7 +16,7 @@ from llm2clip_plugin.data.augment_config import AugmentConfig
 from llm2clip_plugin.data.pool import cores
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import joined, nearest, unknown
 from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.config import DistillConfig, HeadsConfig, OptimConfig, TowerConfig, TrainConfig
@@ -231,14 +231,13 @@ def recipe(name: str) -> RunConfig:
     tower, slash, llm = name.replace("-", "_").partition("/")
     llm = llm.replace("_", "-")
     if tower not in RECIPES:
-        hint = nearest(tower, RECIPES)
-        raise ValueError(f"unknown recipe {name!r}{hint}; known: {', '.join(RECIPES)}, each also as NAME/TEACHER")
+        raise ValueError(unknown("recipe", name, RECIPES, also=", each also as NAME/TEACHER"))
     config = RECIPES[tower]()
     if not slash:
         return config
     if llm not in TEACHERS:
-        hint = nearest(llm, TEACHERS)
-        raise ValueError(f"unknown teacher {llm!r} in recipe {name!r}{hint}; known: {', '.join(TEACHERS)}")
+        told = f"unknown teacher {llm!r} in recipe {name!r}{nearest(llm, TEACHERS)}"
+        raise ValueError(joined(told, f"known: {', '.join(TEACHERS)}"))
     return dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}-{llm}",

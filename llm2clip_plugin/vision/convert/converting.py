@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from llm2clip_plugin.contracts import TowerCard, atomic_directory
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.vision.convert.formats import formats
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import load_dual
@@ -22,9 +22,7 @@ def convert(
     """
     known = formats()
     if format_name not in known:
-        raise ValueError(
-            f"unknown format {format_name!r}{nearest(format_name, known)}; known: tower, {', '.join(known)}"
-        )
+        raise ValueError(unknown("format", format_name, ["tower", *known]))
     directory = fetch_directory(source)
     card = TowerCard.read(directory / TowerCard.FILE)
     model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)

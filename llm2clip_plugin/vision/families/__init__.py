@@ -5,7 +5,7 @@ from typing import Any
 
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.options.names import nearest
+from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.vision.bounds import check_config, check_weights
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
@@ -22,7 +22,7 @@ def family_named(name: str) -> Family:
     """The family of that name; ValueError lists the known ones."""
     if name not in families():
         known = sorted(families())
-        raise ValueError(f"unknown tower family {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        raise ValueError(unknown("tower family", name, known))
     return families()[name]
 
 

@@ -14,13 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
+from llm2clip_plugin.contracts import CacheManifest, ContractError, EmbedRecord, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest
 from llm2clip_plugin.data.cache.shard_file import META, TENSORS
 from llm2clip_plugin.data.cache.writer import CacheWriter, shard_file
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.run_files import started_by
 
 WIDTH = 640
 TEACHER = TeacherIdentity(
@@ -209,7 +210,21 @@ def test_other_keys_and_counts_are_refused(source, tmp_path: Path) -> None:
 def test_missing_shard_is_refused(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
     (tmp_path / "cache" / "pairs.safetensors").unlink()
-    with pytest.raises(ContractError, match=r"pairs\.safetensors is missing, but the manifest lists shard 'pairs'"):
+    told = r"pairs\.safetensors is missing, but the manifest lists shard 'pairs'; rerun `llm2clip embed`; complete"
+    with pytest.raises(ContractError, match=told):
+        EmbeddingCache.open(tmp_path / "cache")
+
+
+def test_the_command_that_made_a_cache_is_part_of_its_errors(source, tmp_path: Path) -> None:
+    fill(tmp_path / "cache", source)
+    command = started_by("embed", ["my data/pairs.jsonl", "--llm", "models/llm"])
+    EmbedRecord(data="my data/pairs.jsonl", shards=["pairs"], command=command).write(tmp_path / "cache/embed.json")
+    (tmp_path / "cache" / "pairs.safetensors").write_bytes(b"cut")
+    told = r"; rerun `llm2clip embed 'my data/pairs\.jsonl' --llm models/llm`; complete shards are skipped$"
+    with pytest.raises(ContractError, match=told):
+        EmbeddingCache.open(tmp_path / "cache")
+    (tmp_path / "cache/embed.json").write_text("{")  # damaged as well
+    with pytest.raises(ContractError, match=r"; rerun `llm2clip embed`; complete shards are skipped$"):
         EmbeddingCache.open(tmp_path / "cache")
 
 
