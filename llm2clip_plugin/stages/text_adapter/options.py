@@ -9,7 +9,7 @@ COMMAND = Command(
     name="train-text-adapter",
     example=EXAMPLE,
     about="Before stage 2: from captions alone, the text adapter learns to give the text features of the tower's own "
-    "CLIP for an LLM's embeddings. Cache both first: llm2clip embed DATA --llm LLM, and --llm CLIP. Stage 2 then "
+    "CLIP for an LLM's embeddings. Cache both first: `llm2clip embed DATA --llm LLM` and --llm CLIP. Stage 2 then "
     "starts from OUTPUT/tower with --keep-heads. Rerun the same command to resume.",
     settings=AdapterConfig,
     arguments=("data.path",),
