@@ -27,13 +27,14 @@ OPTIONS = """--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eage
     --served-model-name tiny""".split()
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained, exported and answered by LLaVA in its own environment."""
-    folder = tmp_path_factory.mktemp("served")
+@pytest.fixture(scope="session", params=TOWERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model, trained and exported by LLaVA's environment; its answers and questions are next to it."""
+    folder = tmp_path_factory.mktemp("served") / "world"
+    folder.mkdir()
     script = Path(__file__).with_name("make_served_models.py")
-    subprocess.run([LLAVA_PYTHON, script, folder, *TOWERS], check=True, timeout=1200)
-    return folder
+    subprocess.run([LLAVA_PYTHON, script, folder, request.param], check=True, timeout=1200)
+    return folder / f"hf-{request.param}"
 
 
 def free_port() -> int:
@@ -85,15 +86,15 @@ def texts(path: Path) -> list[tuple]:
     return [(row["question_id"], row["prompt"], row["text"]) for row in rows]
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-def test_answers_are_llavas_own(models: Path, tower: str) -> None:
+def test_answers_are_llavas_own(model: Path) -> None:
     """CLIP and SigLIP by vLLM without our plugin, the others with it."""
+    folder, tower = model.parent, model.name.removeprefix("hf-")
     stock = {"VLLM_PLUGINS": ""} if tower in ("clip", "siglip") else {}
-    output = models / f"{tower}-served.jsonl"
-    files = ("--question-file", f"{models}/questions.jsonl", "--image-folder", f"{models}/images")
-    with vllm_serving(models / f"hf-{tower}", **stock) as url:
+    output = folder / "served.jsonl"
+    files = ("--question-file", f"{folder}/questions.jsonl", "--image-folder", f"{folder}/images")
+    with vllm_serving(model, **stock) as url:
         words = ("--endpoint", url, *files, "--answers-file", str(output), "--max-new-tokens", "12")
         assert evaluate.main([*words]) == 0
-    assert texts(output) == texts(models / f"{tower}.jsonl")
-    settings = json.loads((models / f"{tower}-served.jsonl.settings.json").read_text())
-    assert (settings["served_model"], settings["served_root"]) == ("tiny", str(models / f"hf-{tower}"))
+    assert texts(output) == texts(folder / f"{tower}.jsonl")
+    settings = json.loads((folder / "served.jsonl.settings.json").read_text())
+    assert (settings["served_model"], settings["served_root"]) == ("tiny", str(model))
