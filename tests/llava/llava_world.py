@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -63,6 +64,9 @@ ABORT_AT_EXIT = "terminate called without an active exception"
 
 
 # The CPU accelerator of LLaVA's own DeepSpeed needs Intel's extension; there, "cuda" without a GPU trains one process.
+HALF_ON_CPU = pytest.mark.skipif(
+    torch.__version__.startswith("2.1."), reason="torch 2.1 has no float16 convolution on a CPU"
+)
 ACCELERATOR = {} if version("deepspeed").startswith("0.12.") else {"DS_ACCELERATOR": "cpu"}
 
 

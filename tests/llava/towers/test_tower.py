@@ -9,6 +9,7 @@ import torch
 from llava.mm_utils import process_images
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava_world import HALF_ON_CPU
 from PIL import Image
 
 from llava_integration.towers.multiscale import MultiscaleVisionTower
@@ -32,7 +33,7 @@ def pixels(count=3, size=28, dtype=torch.float32):
 
 @pytest.mark.parametrize("layer", [-2, -1, -4, 0, 1])
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=HALF_ON_CPU)])
 def test_bit_for_bit_as_llavas_own_tower(world, layer, feature, dtype):
     args = arguments(f"llm2clip:{world.towers['clip']}", layer, feature)
     ours, theirs = build_vision_tower(args), CLIPVisionTower(str(world.towers["clip"]), args)
