@@ -41,6 +41,8 @@ def rows(world) -> dict[str, dict]:
         row(f"resumed-{stage}", stage, *SAVE, *started_again)
     if TODAY:
         row("float32", "finetune", "--bf16", "False")
+        row("4-bit", "lora", "--bits", "4", "--gradient_checkpointing", "True")
+        row("8-bit", "lora", "--bits", "8")
         row("train_mem", "finetune", call={"attn_implementation": "flash_attention_2"})
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     rank["MASTER_PORT"] = str(free_port())
