@@ -42,6 +42,7 @@ check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
 check .venv/bin/pyright
 check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
+check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
 # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
 extensions_of .venv-llava
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
