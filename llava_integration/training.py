@@ -94,7 +94,7 @@ def without_empty_groups(original: Callable[[Any], torch.optim.Optimizer]) -> Ca
 def trust_random_states() -> None:
     """Let torch 2.6 and newer load numpy's random state, without which the trainer of 4.37 cannot resume."""
     if hasattr(torch.serialization, "add_safe_globals"):
-        reconstruct = np.zeros(1).__reduce__()[0]  # its module's name depends on numpy's version
+        reconstruct: Any = np.zeros(1).__reduce__()[0]  # its module's name depends on numpy's version
         torch.serialization.add_safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
 
 

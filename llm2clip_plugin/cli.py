@@ -280,7 +280,7 @@ def read_options(name: str, argv: list[str]) -> None:
     suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
     if name in OPTIONS and not suites:
         module, attribute = OPTIONS[name]
-        declared = getattr(importlib.import_module(module), attribute)
+        declared: Any = getattr(importlib.import_module(module), attribute)
         (declared() if callable(declared) else declared).read(argv)
 
 

@@ -2,12 +2,12 @@
 differs by 1/255 in some pixels. Our towers do so themselves.
 """
 
-from types import ModuleType
+from typing import Any
 
 from llava_integration.compat.completion import Completion
 
 
-def complete(module: ModuleType) -> None:
+def complete(module: Any) -> None:
     """Give ``clip_encoder`` the image processor on PIL under its old name."""
     import transformers
 

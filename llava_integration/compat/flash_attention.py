@@ -17,7 +17,8 @@ def complete(module: ModuleType) -> None:
     from transformers import PreTrainedModel
     from transformers.utils import is_flash_attn_2_available
 
-    original = PreTrainedModel.from_pretrained.__func__
+    models: Any = PreTrainedModel
+    original = models.from_pretrained.__func__
 
     def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
         if options.get("attn_implementation") == ASKED and not is_flash_attn_2_available():
@@ -26,7 +27,7 @@ def complete(module: ModuleType) -> None:
                 print(f"llm2clip: flash-attn is not installed; training with {INSTEAD} attention", file=sys.stderr)
         return original(cls, *arguments, **options)
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    models.from_pretrained = classmethod(from_pretrained)
 
 
 COMPLETION = Completion(

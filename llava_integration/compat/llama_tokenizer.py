@@ -19,7 +19,8 @@ def complete(module: ModuleType) -> None:
     """Make ``AutoTokenizer.from_pretrained`` listen to ``use_fast=False``."""
     from transformers import AutoTokenizer
 
-    original = AutoTokenizer.from_pretrained
+    tokenizers: Any = AutoTokenizer
+    original = tokenizers.from_pretrained
 
     @functools.wraps(original)
     def from_pretrained(name: str, *arguments: Any, use_fast: bool | None = None, **options: Any) -> Any:
@@ -29,7 +30,7 @@ def complete(module: ModuleType) -> None:
             return LlamaTokenizer.from_pretrained(name, *arguments, **options)
         return original(name, *arguments, **options)
 
-    AutoTokenizer.from_pretrained = from_pretrained
+    tokenizers.from_pretrained = from_pretrained
 
 
 def is_llama(name: str, options: dict[str, Any]) -> bool:

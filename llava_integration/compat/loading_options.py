@@ -16,12 +16,13 @@ def complete(module: ModuleType) -> None:
     """Translate the options of every model that LLaVA loads; calls without them are not changed."""
     from transformers import PreTrainedModel
 
-    original = PreTrainedModel.from_pretrained.__func__
+    models: Any = PreTrainedModel
+    original = models.from_pretrained.__func__
 
     def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
         return original(cls, *arguments, **of_today(options))
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    models.from_pretrained = classmethod(from_pretrained)
 
 
 def of_today(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,18 +6,18 @@ model is made. And a checkpoint's names of its weights may be those of either ve
 
 import contextlib
 import functools
-from types import ModuleType
 from typing import Any
 
 from llava_integration.compat.completion import Completion
 from llava_integration.compat.saving import PREFIX
 
 
-def complete(module: ModuleType) -> None:
+def complete(module: Any) -> None:
     """Read towers on the CPU, keep their buffers, and let them take either names."""
     from transformers import PreTrainedModel
 
-    build, read = module.build_vision_tower, PreTrainedModel.from_pretrained.__func__
+    models: Any = PreTrainedModel
+    build, read = module.build_vision_tower, models.from_pretrained.__func__
 
     @functools.wraps(build)
     def build_vision_tower(*arguments: Any, **options: Any) -> Any:
@@ -33,7 +33,7 @@ def complete(module: ModuleType) -> None:
         return made
 
     module.build_vision_tower = build_vision_tower
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    models.from_pretrained = classmethod(from_pretrained)
 
 
 def restore_buffers(model: Any) -> None:

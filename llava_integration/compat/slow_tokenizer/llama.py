@@ -15,7 +15,7 @@ from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, Sent
 class LlamaTokenizer(SentencePieceBackend):
     """Text <-> ids; named as in tokenizer_config.json, where transformers saves the name of the class."""
 
-    model_input_names = ("input_ids", "attention_mask")
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 - declared as a list by transformers
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class LlamaTokenizer(SentencePieceBackend):
 
     def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
         """Ids with <s> before and </s> after each sequence, as set."""
-        bos = [self.bos_token_id] if self.add_bos_token else []
-        eos = [self.eos_token_id] if self.add_eos_token else []
+        bos: list[Any] = [self.bos_token_id] if self.add_bos_token else []
+        eos: list[Any] = [self.eos_token_id] if self.add_eos_token else []
         return bos + first + eos + (bos + second + eos if second is not None else [])
 
     def get_special_tokens_mask(
@@ -70,7 +70,7 @@ class LlamaTokenizer(SentencePieceBackend):
         """1 where `build_inputs_with_special_tokens` adds a token."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        bos, eos = [1] * self.add_bos_token, [1] * self.add_eos_token
+        bos, eos = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
         sequences = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
         return [value for ids in sequences for value in (*bos, *[0] * len(ids), *eos)]
 
@@ -100,10 +100,11 @@ class LlamaTokenizer(SentencePieceBackend):
         **options: Any,
     ) -> str:
         """Text of ids; tokens that were added to the vocabulary stand by themselves."""
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        ids: Any = [token_ids] if isinstance(token_ids, int) else token_ids
         extra = {str(token) for token in self.extra_special_tokens}
         parts, pieces = [], []
-        for token in [*self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens), None]:
+        tokens: Any = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        for token in [*tokens, None]:
             if token is not None and not self._is_added(token, extra):
                 pieces.append(token)
                 continue
