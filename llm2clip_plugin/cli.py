@@ -17,7 +17,7 @@ from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAll
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
@@ -281,7 +281,9 @@ def read_options(name: str, argv: list[str]) -> None:
     if name in OPTIONS and not suites:
         module, attribute = OPTIONS[name]
         declared: Any = getattr(importlib.import_module(module), attribute)
-        (declared() if callable(declared) else declared).read(argv)
+        if callable(declared):
+            declared = declared()
+        declared.read(argv)
 
 
 def limit_threads() -> None:

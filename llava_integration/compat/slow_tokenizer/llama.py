@@ -6,7 +6,7 @@ Ids and decoded texts equal those of 4.37 (``tests/llava/parity``), for ``legacy
 # transformers 5 alone has the base class.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, SentencePieceBackend
@@ -100,10 +100,10 @@ class LlamaTokenizer(SentencePieceBackend):
         **options: Any,
     ) -> str:
         """Text of ids; tokens that were added to the vocabulary stand by themselves."""
-        ids: Any = [token_ids] if isinstance(token_ids, int) else token_ids
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
         extra = {str(token) for token in self.extra_special_tokens}
         parts, pieces = [], []
-        tokens: Any = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        tokens = cast(list[str], self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
         for token in [*tokens, None]:
             if token is not None and not self._is_added(token, extra):
                 pieces.append(token)
