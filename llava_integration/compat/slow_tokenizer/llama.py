@@ -101,7 +101,7 @@ class LlamaTokenizer(SentencePieceBackend):
     ) -> str:
         """Text of ids; tokens that were added to the vocabulary stand by themselves."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        extra = {str(token) for token in self.extra_special_tokens}
+        extra = {str(token) for token in cast(list[Any], self.extra_special_tokens)}
         parts, pieces = [], []
         tokens = cast(list[str], self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
         for token in [*tokens, None]:
