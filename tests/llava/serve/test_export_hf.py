@@ -51,6 +51,7 @@ def check(checkpoint, output):
     assert "greedy answer" in str(differences)
 
 
+@pytest.mark.both_stacks
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2", "eva02"])
