@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, PixtralVisionConfig, SiglipVisionConfig
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import llava
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
@@ -60,9 +59,9 @@ class Tower(nn.Module):
         Raises ContractError for an unknown ``model_type``, ValueError for a state that the tower does not have.
         """
         super().__init__()
-        vision = config.vision_config
-        self.family = family_of_type(vision.model_type, where="vision_config")
-        self.model = self.family.vision_class()(vision).eval()
+        self.vision = config.vision_config
+        self.family = family_of_type(self.vision.model_type, where="vision_config")
+        self.model = self.family.vision_class()(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
         del tower_blocks(self.model)[self.state :]
 
@@ -74,18 +73,30 @@ class Tower(nn.Module):
         return states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy the file's tensors; returns the names of those that are set. Raises ValueError for an unknown one."""
-        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        deleted = f"{self.family.blocks}."
-        loaded = set()
-        for name, tensor in weights:
-            name = name.removeprefix(self.family.file_prefix)
-            if name in own:
-                default_weight_loader(own[name], tensor)
-                loaded.add(f"model.{name}")
-            elif not (name.startswith(deleted) and int(name[len(deleted) :].split(".")[0]) >= self.state):
-                raise ValueError(f"the file has a tensor vision_tower.{name}, which a {self.family.name} tower lacks")
-        return loaded
+        """Set the file's tensors; returns the names of those that are set. Raises ValueError for other tensors.
+
+        transformers reads them, which knows the names of files where its modules have others.
+        """
+        read, found = self.family.vision_class().from_pretrained(
+            None, config=self.vision, state_dict=dict(weights), output_loading_info=True
+        )
+        own = self.model.state_dict()
+        missing = sorted(set(found["missing_keys"]) & {*own})
+        unknown = sorted(name for name in found["unexpected_keys"] if not self._deleted(name))
+        if missing or unknown or found["mismatched_keys"]:
+            raise ValueError(
+                f"the file's vision_tower is not a {self.family.name} tower: missing {missing or 'none'}, unknown "
+                f"{unknown or 'none'}, of another shape {sorted(found['mismatched_keys']) or 'none'}"
+            )
+        tensors = read.state_dict()
+        for name, value in own.items():
+            value.copy_(tensors[name])
+        return {f"model.{name}" for name in own}
+
+    def _deleted(self, name: str) -> bool:
+        """Whether a tensor belongs to a block above the state that LLaVA selects."""
+        blocks = f"{self.family.blocks}."
+        return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
 
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:
