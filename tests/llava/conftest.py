@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(config, items):
     left_out = {item for item in items if HERE in item.path.parents and "both_stacks" not in item.keywords}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    """float32 again: transformers 4.37 leaves the default at the dtype of a model whose loading failed."""
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")
