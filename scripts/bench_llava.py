@@ -61,7 +61,7 @@ def make_tower(shape: str, folder: Path) -> Path:
 
 def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> LlavaLlamaForCausalLM:
     """A small LLaVA with our tower."""
-    config = LlavaConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -72,7 +72,7 @@ def make_llava(tower: Path, device: torch.device, dtype: torch.dtype) -> LlavaLl
         mm_hidden_size=json.loads((tower / "config.json").read_text())["hidden_size"],
         mm_projector_type="mlp2x_gelu",
     )
-    model = LlavaLlamaForCausalLM(config)
+    model: Any = LlavaLlamaForCausalLM(LlavaConfig(**settings))
     model.get_vision_tower().load_model()
     return model.to(device=device, dtype=dtype).eval()
 

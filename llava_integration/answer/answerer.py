@@ -3,7 +3,7 @@
 LLaVA is imported when a model is loaded: ``--help`` works without it.
 """
 
-# LLaVA is installed in its own environment, not where types are checked.
+# LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
 
 import argparse

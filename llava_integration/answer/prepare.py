@@ -3,7 +3,7 @@
 Shape letters: B questions, T tokens, S image size in pixels.
 """
 
-# LLaVA is installed in its own environment, not where types are checked.
+# LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Prepare:
         if question.image:
             image = question.open_image(self.folder)
             pixels, size = process_images([image], self.image_processor, self.model_config)[0], image.size
-        tokens = tokenizer_image_token(self.prompt(question), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        words = self.prompt(question)
+        tokens: Any = tokenizer_image_token(words, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
         return index, tokens, pixels, size
 
     def prompt(self, question: Question) -> str:

@@ -6,13 +6,13 @@ and so LLaVA's greedy answer is the same.
 Shapes: T positions of the prompt with its image's patches, V tokens of LLaVA's vocabulary, S image size in pixels.
 """
 
-# LLaVA is installed in its own environment, not where types are checked.
+# LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
 
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     text = conversation.get_prompt()
     if conversation.sep_style is SeparatorStyle.PLAIN:
         text = text.removesuffix(conversation.sep)  # in training it follows the answer alone
-    ids = tokenizer_image_token(text, tokenizer, IMAGE_TOKEN_INDEX)
+    ids = cast(list[int], tokenizer_image_token(text, tokenizer, IMAGE_TOKEN_INDEX))
     pixels = process_images([test_image()], image_processor, model.config)
     logits_TV = model(torch.tensor([ids + answer]), images=pixels).logits[0]
     end = len(logits_TV) - len(answer)
