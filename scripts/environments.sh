@@ -89,7 +89,7 @@ servers_environment() {
 # The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone.
 PINNED_REQUIREMENTS="torch==2.1.2 torchvision==0.16.2 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.21.0 peft==0.10.0
     bitsandbytes==0.41.3 numpy<2 scikit-learn==1.2.2 einops==0.6.1 timm==0.6.13 sentencepiece==0.1.99 httpx==0.24.0 shortuuid
-    setuptools<81 wheel protobuf requests fastapi uvicorn pytest"
+    setuptools<81 wheel protobuf requests fastapi uvicorn pytest pytest-xdist"
 PINNED_DEEPSPEED="deepspeed==0.12.6"
 
 find_python_3_10() { # prints a Python 3.10, of the system or of pyenv

@@ -52,7 +52,8 @@ check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchm
 if find_python_3_10 >/dev/null; then
     pinned_environment .venv-pinned
     extensions_of .venv-pinned
-    check .venv-pinned/bin/python -m pytest tests/llava/hook tests/llava/towers tests/llava/end_to_end/test_stages.py \
+    check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
+        tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
         -k "not launcher and not deepspeed and not finetune-2" --durations=5
 else
     echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
