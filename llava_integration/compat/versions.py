@@ -3,6 +3,8 @@
 import os
 import sys
 from functools import cache
+from importlib.util import find_spec
+from inspect import signature
 
 from llava_integration.compat.completion import installed_version
 
@@ -66,3 +68,16 @@ def warn_if_untried() -> None:
     """One line on stderr, once and on the first rank alone, about versions never tried."""
     if untried() and os.environ.get("RANK", "0") == "0":
         print(f"llm2clip: LLaVA 1.5 was never tried with {' and '.join(untried())}; {ADVICE}", file=sys.stderr)
+
+
+@cache
+def adapters_stay_fp32() -> bool:
+    """Whether this environment's peft keeps the adapter of an fp16 model in fp32, and so rounds the sum alone.
+
+    peft 0.10, which LLaVA's environment has, rounds the halves and their product too. True without peft.
+    """
+    if find_spec("peft") is None:
+        return True
+    from peft import PeftModel
+
+    return "autocast_adapter_dtype" in signature(PeftModel.from_pretrained).parameters

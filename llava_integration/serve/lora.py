@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_integration.compat.versions import adapters_stay_fp32
 from llava_integration.serve.tensors import FIX, LazyTensor, LazyTensors, open_file
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.values import read_json_value
@@ -20,7 +21,7 @@ PLAIN = {"use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_
 def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTensors:
     """``tensors`` with the adapter of ``directory`` merged into them.
 
-    Computed as by LLaVA's loader: in fp16, the product of the two halves in fp32. Raises ContractError for an adapter
+    Computed in fp16, as by LLaVA's loader with this environment's peft. Raises ContractError for an adapter
     of another kind, a half that is missing, or a module that the model doesn't have.
     """
     config = read_json_value(directory / CONFIG)
@@ -56,6 +57,8 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if adapters_stay_fp32():
+        return weight.half().add_((b.float() @ a.float()) * scale)
     delta = (b.half().float() @ a.half().float()) * scale
     return weight.half() + delta.half()
 

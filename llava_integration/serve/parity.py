@@ -29,7 +29,6 @@ NEW_TOKENS = 16
 IMAGE_SIDES = (427, 640)  # of COCO's pictures: rows, columns
 PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
-LORA_TOLERANCE = 2e-2  # LLaVA merges LoRA in fp16, which peft 0.10 rounds twice (as `lora`) and later versions once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def compare(made: Export, directory: Path) -> Differences:
     top = theirs.logits_TV.abs().max().item()
     if pixels > PIXEL_TOLERANCE:
         raise ContractError(f"{where}: pixels by {pixels:.2g} (at most {PIXEL_TOLERANCE:g})")
-    if logits > top * (LORA_TOLERANCE if made.checkpoint.kind == "lora" else LOGIT_TOLERANCE):
+    if logits > top * LOGIT_TOLERANCE:
         raise ContractError(f"{where}: logits by {logits:.2g}, where the largest is {top:.3g}")
     if ours.answer != theirs.answer:
         raise ContractError(f"{where}: the greedy answer's tokens {_first_difference(ours.answer, theirs.answer)}")
