@@ -150,7 +150,14 @@ def _with_spread(noise: Noise, statistics: Sequence[Sequence[Statistic]]) -> Noi
     return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
 
 
-def plan(sides: Sequence[Side], **options: float | None) -> list[Noise]:
+def plan(
+    sides: Sequence[Side],
+    *,
+    spread: float | None = None,
+    correlation: float = 0.5,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Noise]:
     """The noise of every benchmark of the base, or of both sides where there are two. Raises ValueError for more."""
     if len(sides) > 2:
         raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
@@ -158,7 +165,10 @@ def plan(sides: Sequence[Side], **options: float | None) -> list[Noise]:
     names = set(base.runs) if new is None else set(base.runs) & set(new.runs)
     if not names:
         raise ValueError(f"{base.name} and {sides[-1].name} have no benchmark in common")
-    return [measure(base, new, name, **options) for name in ordered(names)]  # type: ignore[arg-type]
+    return [
+        measure(base, new, name, spread=spread, correlation=correlation, resamples=resamples, seed=seed)
+        for name in ordered(names)
+    ]
 
 
 def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float, power: float) -> list[str]:

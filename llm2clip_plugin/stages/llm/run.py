@@ -25,7 +25,6 @@ from llm2clip_plugin.text.pairs import Survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
-from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.finite import check_finite
@@ -80,7 +79,6 @@ def pretrain_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 def train_adapter(config: FinetuneConfig, assemble: Assemble, command: dict[str, Any] | None = None) -> Path | None:
     """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
-        set_tf32(config.train.tf32, config.train.precision, device)
         return _train(config, assemble, device, command or {})
 
 

@@ -13,7 +13,6 @@ from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 from llm2clip_plugin.stages.text_adapter.opening import Data, held_out_rows, open_data
 from llm2clip_plugin.text.inherit import InheritedSpace, InheritStep, scores
 from llm2clip_plugin.train.checkpoint import TrainState, load, load_weights, verify
-from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.finite import check_finite
 from llm2clip_plugin.train.loop import Evaluate
@@ -34,7 +33,6 @@ def train_text_adapter(config: AdapterConfig, *, command: dict[str, Any] | None 
     ``command``: see run_files.started_by; recorded in run.json.
     """
     with stop_requests() as stop, training_ranks(config.train) as device:
-        set_tf32(config.train.tf32, config.train.precision, device)
         with phase("opening the data"):
             data = open_data(config.validate())
         with locked(Path(config.output_dir)):

@@ -20,7 +20,6 @@ from llm2clip_plugin.stages.tower.loading import load_plans, with_order
 from llm2clip_plugin.stages.tower.notes import notes
 from llm2clip_plugin.stages.tower.opening import Data, open_data
 from llm2clip_plugin.train.checkpoint import Loaded, load_weights
-from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
@@ -50,7 +49,6 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
     """
     # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says which one failed
     with stop_requests() as stop, training_ranks(config.train) as device:
-        set_tf32(config.train.tf32, config.train.precision, device)
         with phase("opening the data"):
             data = open_data(config.validate())
         with locked(Path(config.output_dir)):
