@@ -230,7 +230,9 @@ def run(name: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        _report(f"error: {error}")
+        from llm2clip_plugin.contracts.full_disk import remedy_of
+
+        _report(f"error: {error}{remedy_of(error)}")
         return 2
     except SameOnAllRanksError as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":

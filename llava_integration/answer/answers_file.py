@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_integration.answer.checksum import check_unchanged, checksum_file, write_checksum
 from llava_integration.answer.questions import Question
-from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json
+from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json, naming_full_disk
 from llm2clip_plugin.outside.values import read_json_value
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
@@ -96,9 +96,9 @@ class AnswersFile:
         return answers
 
     def write(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Append answers to this process's file."""
+        """Append answers to this process's file; raises DiskFullError, and what was written before is resumed."""
         self.partial.mkdir(exist_ok=True)
-        with self.partial_file.open("a", encoding="utf-8") as file:
+        with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
                 entry = {"index": index, "answer": answer, "crc": _crc(index, answer)}
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")

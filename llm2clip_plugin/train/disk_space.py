@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from llm2clip_plugin.contracts import size_text
 from llm2clip_plugin.train.optim import OptimConfig, Trained
 
 
@@ -30,13 +31,9 @@ def check_space(folder: Path, needed: int, *, fallback: str = "") -> None:
     if free >= needed or (fallback and shutil.disk_usage(_existing(Path(fallback))).free >= needed):
         return
     raise OSError(
-        f"a checkpoint of this run takes {_size(needed)}, but {folder} has {_size(free)} free; free space, or "
+        f"a checkpoint of this run takes {size_text(needed)}, but {folder} has {size_text(free)} free; free space, or "
         "choose an --output on another disk"
     )
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.2f} MB"
 
 
 def _existing(path: Path) -> Path:

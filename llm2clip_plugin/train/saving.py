@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from llm2clip_plugin.contracts import DiskFullError
 from llm2clip_plugin.phases import CHECKPOINT, phase
 from llm2clip_plugin.run_files import SAVE_FAILED, SAVED
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, TrainState
@@ -144,11 +145,12 @@ class Saver:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             newest = self.checkpoints.latest()
             kept = f"{newest.name} is kept" if newest else "there is no other checkpoint yet"
+            target = self.checkpoints.path(write.state.step)
             self._note(
-                f"warning: cannot write the checkpoint {self.checkpoints.path(write.state.step)}: {error}; {kept}, "
+                f"warning: cannot write the checkpoint {target}: {_reason(error)}; {kept}, "
                 f"trying again at the next save, or in {RETRY_SECONDS / 60:.0f} minutes"
             )
-            self._event({"step": write.state.step, "event": SAVE_FAILED, "reason": str(error)})
+            self._event({"step": write.state.step, "event": SAVE_FAILED, "reason": _reason(error)})
             return
         written = write.result.result()
         for line in written.warnings:
@@ -196,7 +198,7 @@ class Saver:
         target = self.checkpoints.path(write.state.step)
         newest = self.checkpoints.latest()
         kept = f"The last complete one is {newest}. " if newest else ""
-        failure = f"cannot write the last checkpoint {target}: {error}. {kept}"
+        failure = f"cannot write the last checkpoint {target}: {_reason(error)}. {kept}"
         if self.fallback is None:
             return (
                 f"{failure}Free space and rerun the same command to resume from it; --save-fallback-dir DIR on "
@@ -206,8 +208,13 @@ class Saver:
         try:
             elsewhere.write(write.state, write.tensors)
         except OSError as second:
-            return f"{failure}Writing it to {elsewhere.path(write.state.step)} failed, too: {second}"
+            return f"{failure}Writing it to {elsewhere.path(write.state.step)} failed, too: {_reason(second)}"
         return f"{failure}Its state is in {elsewhere.path(write.state.step)}: resume with --resume {self.fallback}"
+
+
+def _reason(error: OSError) -> str:
+    """What failed, without the remedy: these messages have their own."""
+    return error.reason if isinstance(error, DiskFullError) else str(error)
 
 
 def _write(checkpoints: Checkpoints, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Written:

@@ -79,7 +79,7 @@ def _already(output: Path, settings: dict[str, object]) -> list[str]:
 
 def _begin(partial: Path, settings: dict[str, object]) -> None:
     """Make the hidden folder, or go on in one of the same split."""
-    if partial.exists() and not _same(partial, settings):
+    if partial.exists() and any(partial.iterdir()) and not _same(partial, settings):
         raise FileExistsError(
             f"{partial} holds an unfinished split of other data or settings; rerun that command, or delete it"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.contracts import atomic_file, size_text
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.rows import RowSource
@@ -53,8 +53,8 @@ def _write_tars(source: TarSource, sides: Sides, folder: Path, workers: int) -> 
     needed, free = sum(source.stamps[n][0] for n in todo), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"the copies of {len(todo)} tars need {needed / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB "
-            "free; choose another --output"
+            f"the copies of {len(todo)} tars need {size_text(needed)}, but {folder.parent} has {size_text(free)} "
+            "free; free space, or choose an --output on another disk"
         )
     job = partial(_copy_shard, source, folder)
     jobs = [(n, sides.shards[n]) for n in todo]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import ContractError, TowerCard, naming_full_disk
 from llm2clip_plugin.vision.convert.parse import parse_checkpoint
 from llm2clip_plugin.vision.convert.parsed import ParsedCheckpoint
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
@@ -52,7 +52,10 @@ def import_tower(
             change = "weights verified and unchanged" if card.image_size == old_size else resized
             return card, [f"a tower directory: {change}"]
         parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
-        model = build_model(parsed, source=str(source), temporary=Path(output).resolve().parent, image_size=image_size)
+        with naming_full_disk(output):
+            model = build_model(
+                parsed, source=str(source), temporary=Path(output).resolve().parent, image_size=image_size
+            )
         imported_as, report = parsed.layout, parsed.report()
         origin = path.name if path.exists() else str(source)
     card = export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
