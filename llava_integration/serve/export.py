@@ -102,9 +102,9 @@ class Export:
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
         if tower.card:
             tower.card.write(directory / CARD)
-        (directory / "README.md").write_text(
-            model_card(self.provenance(), tower.card, own_code=bool(auto_map)), encoding="utf-8"
-        )
+        kind = tower.config["model_type"]
+        card = model_card(self.provenance(), tower.card, model_type=kind, own_code=bool(auto_map))
+        (directory / "README.md").write_text(card, encoding="utf-8")
         return size
 
     def model_config(self, image_id: int, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from llava_integration.serve import language, tokenizer
 from llava_integration.serve.checkpoint import PROJECTOR_TYPE
 from llava_integration.serve.export import CARD, KEY, TOWER_KEY
 from llava_integration.serve.tensors import LazyTensor, LazyTensors, open_tensors, refuse_rest, write_shards
+from llava_integration.serve.tower_code import family_of_vision, of_tower_directories, register
 from llava_integration.towers.checkpoint_name import WORD, model_name
 from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.provenance import BUNDLE, tower_record
@@ -23,7 +24,6 @@ from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory
 from llm2clip_plugin.outside.values import errors_about, read_json_value
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, write_json
 from llm2clip_plugin.vision.export import library_versions
-from llm2clip_plugin.vision.families import family_of_type
 from llm2clip_plugin.vision.family import Family
 from llm2clip_plugin.vision.intact import write_checksums
 from llm2clip_plugin.vision.model_card import model_card
@@ -48,6 +48,7 @@ class HfModel:
     origin: str  # as given: path or Hub id
     config: dict[str, Any]  # with every default filled in
     family: Family
+    card: TowerCard | None  # that `export` saved
 
     @classmethod
     def open(cls, source: str) -> "HfModel":
@@ -60,15 +61,17 @@ class HfModel:
         if not isinstance(body, dict) or body.get("model_type") != "llava":
             kind = body.get("model_type") if isinstance(body, dict) else type(body).__name__
             raise ContractError(f"{where}: model_type is {kind!r}, expected 'llava' (LlavaForConditionalGeneration)")
-        vision = body.get("vision_config")
-        family = family_of_type(str((vision or {}).get("model_type", "clip_vision_model")), where=str(where))
-        family.vision_class()  # registers what transformers doesn't know
+        saved = directory / CARD
+        card = TowerCard.read(saved) if saved.is_file() else None
+        family = family_of_vision(body.get("vision_config") or {}, where=str(where), family=card.family if card else "")
+        family.vision_class()  # raises if a library is too old for it
+        register()
         from transformers import LlavaConfig
 
         with errors_about(where, fix="download the model again"):
             config = LlavaConfig.from_pretrained(directory).to_dict()
         refuse_unsupported(config, where)
-        return cls(directory=directory, origin=source, config={**body, **config}, family=family)
+        return cls(directory=directory, origin=source, config={**body, **config}, family=family, card=card)
 
     @property
     def tokens(self) -> int:
@@ -163,7 +166,8 @@ def first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
 def write_tower(model: HfModel, tensors: LazyTensors, directory: Path) -> TowerCard:
     """A tower directory; its card is the one that `export` saved, if the model has one."""
     directory.mkdir()
-    config, family = model.config["vision_config"], model.family
+    family, card = model.family, model.card
+    config = of_tower_directories(model.config["vision_config"], family)
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "auto_map")}
     write_json(directory / "config.json", {**config, "architectures": [family.vision_class().__name__]})
     own = (
@@ -174,8 +178,6 @@ def write_tower(model: HfModel, tensors: LazyTensors, directory: Path) -> TowerC
     write_json(directory / PREPROCESSOR_FILE, {name: own[name] for name in INHERITED if name in own})
     write_shards(tensors, directory, None, shard_bytes=1 << 62)
     write_json(directory / PREPROCESSOR_FILE, preprocessor_config(directory))
-    saved = model.directory / CARD
-    card = TowerCard.read(saved) if saved.is_file() else None
     made = TowerCard(
         family=family.name,
         origin=model.origin,

@@ -21,14 +21,17 @@ inputs = processor.apply_chat_template(
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 """
-SERVED = "\nServed with an OpenAI-compatible API: `vllm serve PATH_OR_HUB_ID`\n"
+SERVED = "\nServed with an OpenAI-compatible API: `vllm serve PATH_OR_HUB_ID`"
+STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
+PLUGIN = " (`pip install llm2clip-plugin` gives vLLM the vision tower)"
 OPTION = ", trust_remote_code=True"  # runs the tower's code, which is saved with the model
 
 
-def model_card(made: dict[str, Any], tower: TowerCard | None, *, own_code: bool) -> str:
+def model_card(made: dict[str, Any], tower: TowerCard | None, *, model_type: str, own_code: bool) -> str:
     """Markdown with the Hub's front matter.
 
-    ``made``: the provenance that config.json records; ``own_code``: the tower's code is saved with the model.
+    ``made``: the provenance that config.json records; ``model_type``: of the tower; ``own_code``: the tower's code is
+    saved with the model.
     """
     rows = {
         "made from": f"the LLaVA 1.5 checkpoint `{made['checkpoint']}` ({made['kind']})",
@@ -45,5 +48,6 @@ def model_card(made: dict[str, Any], tower: TowerCard | None, *, own_code: bool)
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "license: other"]
     head += ["tags:", "- llava", "- llm2clip", "---", "", f"# {made['checkpoint']}", ""]
     kind = "LLaVA 1.5 with an LLM2CLIP vision tower" if tower else "LLaVA 1.5"
-    use = USE.replace("OPTION", OPTION if own_code else "") + ("" if own_code else SERVED)
+    use = USE.replace("OPTION", OPTION if own_code else "")
+    use += f"{SERVED}{'' if model_type in STOCK else PLUGIN}\n"
     return "\n".join([*head, f"{kind}, exported by llm2clip-plugin.", "", *table, *LICENSE, use])

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.vision.families import families, family_named, family_of_type
+from llm2clip_plugin.vision.family import Family, remove_tokens
 from llm2clip_plugin.vision.positions import check_pixels
 
 MODELING = "modeling_llava_tower"
 # what the package shares between towers becomes part of the file
-SHARED = {"from llm2clip_plugin.vision.positions import check_pixels\n": inspect.getsource(check_pixels)}
+SHARED = {
+    f"from {function.__module__} import {function.__name__}\n": inspect.getsource(function)
+    for function in (check_pixels, remove_tokens)
+}
 LLAVA = '''\
 """LLaVA with the vision tower of {file}.py."""
 
@@ -60,21 +66,72 @@ class TowerCode:
     model: str
 
 
-CODE = {
+STANDALONE = "llm2clip_plugin.vision.standalone"
+CODE = {  # by family
     "eva02": TowerCode(module="llm2clip_plugin.vision.eva02", config="Eva02Config", model="Eva02VisionModel"),
+    "openvision": TowerCode(module=f"{STANDALONE}.openvision", config="OpenVisionConfig", model="OpenVisionModel"),
+    "timm": TowerCode(module=f"{STANDALONE}.timm_vit", config="TimmVitConfig", model="TimmVit"),
+    # transformers' own give registers to LLaVA, too, which takes them for patches
+    "dinov3": TowerCode(module=f"{STANDALONE}.dinov3", config="Dinov3TowerConfig", model="Dinov3Tower"),
+    "radio": TowerCode(module=f"{STANDALONE}.radio", config="RadioTowerConfig", model="RadioTower"),
 }
+TYPES = {f"llm2clip_{family}": family for family in CODE}  # ``model_type`` in vision_config
+# towers that AutoModel does not open, but which are another's architecture: family -> its model_type
+SAME_AS = {"metaclip2": "clip_vision_model"}
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForPreTraining")
 
 
 def register() -> None:
-    """Let transformers' LlavaForConditionalGeneration open the towers of this package."""
+    """Let transformers' LlavaForConditionalGeneration open the towers of this package, as far as libraries allow."""
     from transformers import AutoConfig, AutoModel
 
-    for code in CODE.values():
-        module: Any = importlib.import_module(code.module)
-        config = getattr(module, code.config)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, getattr(module, code.model), exist_ok=True)
+    for family, code in CODE.items():
+        try:
+            own = families()[family].vision_class()
+            module: Any = importlib.import_module(code.module)
+        except ValueError:  # of newer libraries
+            continue
+        if TYPES.get(own.config_class.model_type) != family:  # DINOv3's is that of tower directories
+            own = getattr(module, code.model)
+        AutoConfig.register(own.config_class.model_type, own.config_class, exist_ok=True)
+        AutoModel.register(own.config_class, own, exist_ok=True)
+
+
+def vision_config(family: Family, config: Any, *, where: object) -> dict[str, Any]:
+    """A tower's configuration as ``vision_config`` of a LLaVA that transformers, or the code in its folder, opens.
+
+    Raises ContractError for families without either.
+    """
+    from transformers import AutoModel
+
+    if family.name in SAME_AS:
+        return {**config.to_dict(), "model_type": SAME_AS[family.name]}
+    if family.name in CODE:
+        return {**config.to_diff_dict(), "model_type": f"llm2clip_{family.name}"}
+    if type(config) not in AutoModel._model_mapping:  # as AutoModel.from_config asks
+        raise ContractError(
+            f"{where}: towers of the family {family.name!r} cannot be exported: transformers' LLaVA does not open "
+            f"model_type {config.model_type!r}, and no code is known to save with the model ({', '.join(CODE)})"
+        )
+    return {**config.to_diff_dict(), "model_type": config.model_type}
+
+
+def family_of_vision(config: dict[str, Any], *, where: str, family: str = "") -> Family:
+    """The family of an exported ``vision_config``; ``family``: its name in the card that was saved with the model.
+
+    Raises ValueError for an unknown model_type.
+    """
+    kind = str(config.get("model_type", "clip_vision_model"))
+    if kind == SAME_AS.get(family):
+        return family_named(family)
+    return family_named(TYPES[kind]) if kind in TYPES else family_of_type(kind, where=where)
+
+
+def of_tower_directories(vision: dict[str, Any], family: Family) -> dict[str, Any]:
+    """``vision_config`` under the ``model_type`` that the family's tower directories have."""
+    if vision.get("model_type") in family.model_types:
+        return vision
+    return {**vision, "model_type": family.model_types[0]}
 
 
 def write_code(family: str, directory: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from llava_integration.serve.checkpoint import LlavaCheckpoint
 from llava_integration.serve.language import TOWER
 from llava_integration.serve.tensors import FIX, LazyTensors, open_file, refuse_rest
-from llava_integration.serve.tower_code import CODE
+from llava_integration.serve.tower_code import vision_config
 from llava_integration.towers import names
 from llava_integration.towers.bundle import locate_tower
 from llava_integration.towers.location import TowerLocation
@@ -59,15 +59,15 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
     else:
         directory = fetch_directory(name)
     family, config = read_config(directory)
-    refuse_family(family, directory)
+    fields = vision_config(family, config, where=directory)
     sizes = {name: getattr(config, name) for name in SIZES}
     sizes |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
     dropped = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures"}
-    fields = {key: value for key, value in config.to_diff_dict().items() if key not in dropped}
+    fields = {key: value for key, value in fields.items() if key not in dropped}
     found = ExportedTower(
         directory=directory,
         family=family,
-        config={**fields, **sizes, "model_type": config.model_type},
+        config={**fields, **sizes},
         location=location,
     )
     width = checkpoint.config.get("mm_hidden_size")
@@ -77,12 +77,6 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
             f"has hidden_size {sizes['hidden_size']}; pass the tower that it was trained with as --tower"
         )
     return found
-
-
-def refuse_family(family: Family, directory: Path) -> None:
-    """Raise ContractError unless transformers' own class, or code that is saved with the model, computes the states."""
-    if family.name not in CODE and not family.vision_class().__module__.startswith("transformers."):
-        raise ContractError(f"{directory}: towers of the family {family.name!r} cannot be exported yet")
 
 
 def tower_tensors(tower: ExportedTower, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:

@@ -19,8 +19,8 @@ from vllm.model_executor.models import llava
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
+from llava_integration.serve.tower_code import family_of_vision, of_tower_directories
 from llava_integration.towers.tower import blocks_below
-from llm2clip_plugin.vision.families import family_of_type
 from llm2clip_plugin.vision.towers import tower_blocks
 
 __all__ = ["LlavaForConditionalGeneration"]
@@ -59,9 +59,11 @@ class Tower(nn.Module):
         Raises ContractError for an unknown ``model_type``, ValueError for a state that the tower does not have.
         """
         super().__init__()
-        self.vision = config.vision_config
-        self.family = family_of_type(self.vision.model_type, where="vision_config")
-        self.model = self.family.vision_class()(self.vision).eval()
+        fields = config.vision_config.to_dict()
+        self.family = family_of_vision(fields, where="vision_config")
+        own = self.family.vision_class()
+        self.vision = own.config_class.from_dict(of_tower_directories(fields, self.family))
+        self.model = own(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
         del tower_blocks(self.model)[self.state :]
 

@@ -14,7 +14,7 @@ def register() -> None:
     """Let vLLM load LLaVA through ``vllm_model``, and transformers read the configurations of our towers."""
     from vllm import ModelRegistry
 
-    import llm2clip_plugin.vision.eva02
-    import llm2clip_plugin.vision.timm_tower  # noqa: F401 - registers with transformers, as eva02 does
+    from llava_integration.serve import tower_code
 
+    tower_code.register()
     ModelRegistry.register_model(ARCHITECTURE, MODEL)

@@ -135,6 +135,7 @@ class Eva02Embeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         check_pixels(pixel_values, self.image_size)
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
         cls_B1H = self.cls_token.expand(patches_BTH.shape[0], -1, -1)
         return torch.cat((cls_B1H, patches_BTH), dim=1) + self.position_embedding

@@ -59,15 +59,20 @@ def tower_in(model: Any) -> Tower:
 
 
 def newer_transformers(name: str, *, title: str, since: str) -> Any:
-    """A base class for the family ``title``: ``transformers.NAME``, to be subclassed under the same name.
-
-    transformers translates the Hub's tensor names for its own classes alone; this one counts as such.
-    Raises ValueError with the version that has NAME, if it is missing.
-    """
+    """``transformers.NAME``, which the family ``title`` needs; ValueError with the version that has it."""
     transformers = importlib.import_module("transformers")
     if not hasattr(transformers, name):
         raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
-    return type(name, (getattr(transformers, name),), {"is_custom_code": classmethod(lambda cls: False)})
+    return getattr(transformers, name)
+
+
+def under_the_hubs_name(model: Any, base: Any) -> Any:
+    """A subclass of ``model`` with the name and the configuration of ``base``, a class of transformers'.
+
+    transformers translates the Hub's tensor names for its own classes alone; this one counts as such.
+    """
+    own = {"config_class": base.config_class, "is_custom_code": classmethod(lambda cls: False)}
+    return type(base.__name__, (model,), own)
 
 
 def remove_tokens(output: Any, start: int, stop: int) -> Any:

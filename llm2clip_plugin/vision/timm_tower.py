@@ -1,8 +1,4 @@
-"""Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer.
-
-Prefix tokens (class, registers) differ between models, so the states contain only the patches; pooler_output is the
-model's own pooling. Shapes: B images, N patches, P prefix tokens, H width.
-"""
+"""Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer."""
 
 from __future__ import annotations
 
@@ -12,55 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import nn
 
 from llm2clip_plugin.outside.values import MAX_SIDE, MAX_WIDTH, check_range, check_whole
 from llm2clip_plugin.vision.family import RESAMPLE
-
-# arguments of timm's models that a configuration may set; others could name files, code or pretrained weights
-SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "attn_pool_num_heads")
-RATIOS = ("mlp_ratio", "attn_pool_mlp_ratio", "init_values")
-SWITCHES = ("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm")
-OTHERS = ("global_pool", "ref_feat_shape")
-
-
-class TimmConfig(PretrainedConfig):
-    """The name of a timm model, and what the package needs to know about it.
-
-    ``timm_args`` override the arguments of the named model (see ``check_arguments``).
-    """
-
-    model_type = "llm2clip_timm"
-
-    def __init__(
-        self,
-        timm_name: str = "vit_base_patch16_224",
-        image_size: int = 224,  # pixels
-        patch_size: int = 16,  # pixels
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        prefix_tokens: int = 1,  # before the patches; not in the states
-        position_class_rows: int = 1,  # rows of the position table before those of the patches
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        resample: int | None = None,  # PIL's filter
-        timm_args: dict[str, Any] | None = None,
-        **kwargs,  # Hugging Face's own fields of config.json
-    ) -> None:
-        self.timm_name = timm_name
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.prefix_tokens = prefix_tokens
-        self.position_class_rows = position_class_rows
-        self.image_mean = image_mean
-        self.image_std = image_std
-        self.resample = resample
-        self.timm_args = check_arguments(timm_args or {})
-        super().__init__(**kwargs)
+from llm2clip_plugin.vision.standalone.timm_vit import OTHERS, RATIOS, SIZES, SWITCHES, TimmVit, TimmVitConfig
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,35 +65,43 @@ def make_timm(
         ) from error
 
 
-class TimmTower(PreTrainedModel):
+class TimmConfig(TimmVitConfig):
+    """A configuration from a file, whose ``timm_args`` are checked (see ``check_arguments``)."""
+
+    def __init__(self, timm_args: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(timm_args=check_arguments(timm_args or {}), **kwargs)
+
+
+class TimmTower(TimmVit):
     """A timm vision transformer with the states and outputs of a tower."""
 
     config_class = TimmConfig
-    main_input_name = "pixel_values"
-    base_model_prefix = "timm"
-    supports_gradient_checkpointing = True
 
-    def __init__(self, config: TimmConfig) -> None:
-        super().__init__(config)
-        self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
-        self.post_init()
+    @staticmethod
+    def build(config: TimmVitConfig) -> Any:
+        """timm's model, as ``make_timm``."""
+        return make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None,
         *,
-        torch_dtype: torch.dtype,
+        torch_dtype: torch.dtype | None = None,
+        config: TimmConfig | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
     ) -> TimmTower | tuple[TimmTower, dict]:
-        """The tower in a directory. Hugging Face's method builds models without memory, which leaves timm's rotary
-        tables empty, because no file contains them. Tensors of another shape raise RuntimeError, or, with
-        ``ignore_mismatched_sizes``, keep their initial values and are listed in the loading info."""
+        """The tower in a directory, or of ``config`` and ``state_dict``. Hugging Face's method builds models without
+        memory, which leaves timm's rotary tables empty where timm is too old, because no file contains them. Tensors
+        of another shape raise RuntimeError, or, with ``ignore_mismatched_sizes``, keep their initial values and are
+        listed in the loading info."""
         from safetensors.torch import load_file
 
-        tower: Any = cls(TimmConfig.from_pretrained(directory))
-        state, own = load_file(Path(directory) / "model.safetensors"), tower.state_dict()
+        tower: Any = cls(TimmConfig.from_pretrained(directory) if config is None else config)
+        state = load_file(Path(directory or ".") / "model.safetensors") if state_dict is None else dict(state_dict)
+        own = tower.state_dict()
         wrong = [(k, v.shape, own[k].shape) for k, v in state.items() if k in own and v.shape != own[k].shape]
         for name, *_ in wrong if ignore_mismatched_sizes else ():
             del state[name]
@@ -149,42 +109,6 @@ class TimmTower(PreTrainedModel):
         info = {"missing_keys": left.missing_keys, "unexpected_keys": left.unexpected_keys, "mismatched_keys": wrong}
         tower = tower.to(torch_dtype).eval()
         return (tower, info) if output_loading_info else tower
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """timm initializes its own weights."""
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute each block in the backward pass, with timm's own (non-reentrant) checkpointing."""
-        self.model.set_grad_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Save all activations."""
-        self.model.set_grad_checkpointing(False)
-
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
-    ) -> BaseModelOutputWithPooling | tuple:
-        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request."""
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states: list[Tensor] = []
-        handles = []
-        if output_hidden_states:
-            blocks = self.model.blocks
-            handles = [block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for block in blocks]
-            handles.append(blocks[-1].register_forward_hook(lambda _, __, output: states.append(output)))
-        try:
-            tokens = self.model.forward_features(pixel_values)
-        finally:
-            for handle in handles:
-                handle.remove()
-        skip = self.config.prefix_tokens
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=tokens[:, skip:],
-            pooler_output=self.model.forward_head(tokens, pre_logits=True),
-            hidden_states=tuple(state[:, skip:] for state in states) if output_hidden_states else None,
-        )
-        return output if return_dict is not False else output.to_tuple()
 
 
 def timm_tower(

@@ -2,12 +2,14 @@
 
 import functools
 
-from llm2clip_plugin.vision.family import Family, in_transformers, newer_transformers
+from llm2clip_plugin.vision.family import Family, in_transformers, newer_transformers, under_the_hubs_name
 
 
 @functools.lru_cache(maxsize=1)
 def _vision_class() -> type:
-    class Aimv2VisionModel(newer_transformers("Aimv2VisionModel", title="AIMv2", since="5")):  # the Hub's class name
+    base = newer_transformers("Aimv2VisionModel", title="AIMv2", since="5")
+
+    class Aimv2VisionModel(under_the_hubs_name(base, base)):
         """AIMv2 that reads the tower of an image-text model too, and pools without a head."""
 
         @classmethod

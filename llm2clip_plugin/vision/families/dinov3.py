@@ -2,22 +2,15 @@
 
 import functools
 
-from llm2clip_plugin.vision.family import IMAGENET_MEAN, IMAGENET_STD, Family, newer_transformers, remove_tokens
+from llm2clip_plugin.vision.family import IMAGENET_MEAN, IMAGENET_STD, Family, newer_transformers, under_the_hubs_name
 
 
 @functools.lru_cache(maxsize=1)
 def _vision_class() -> type:
-    class DINOv3ViTModel(newer_transformers("DINOv3ViTModel", title="DINOv3", since="5")):  # the Hub's class name
-        """DINOv3 whose states are the class token and the patches, without registers."""
+    base = newer_transformers("DINOv3ViTModel", title="DINOv3", since="5")
+    from llm2clip_plugin.vision.standalone.dinov3 import Dinov3Tower
 
-        def forward(self, pixel_values, output_hidden_states=None):
-            """See DINOv3ViTModel; removes the registers between class token and patches."""
-            if output_hidden_states is None:
-                output_hidden_states = self.config.output_hidden_states
-            output = super().forward(pixel_values, output_hidden_states=output_hidden_states)
-            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
-
-    return DINOv3ViTModel
+    return under_the_hubs_name(Dinov3Tower, base)
 
 
 FAMILY = Family(

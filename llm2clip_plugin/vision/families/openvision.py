@@ -1,57 +1,16 @@
 """OpenVision: CLIP's architecture without the norm before the blocks; the mean of the patches, normed, is pooled.
 
-No library has its class; this one is transformers' CLIP, so it runs in LLaVA's pinned environment too.
+It runs in LLaVA's pinned environment too.
 """
 
-import functools
 from typing import Any
 
 from llm2clip_plugin.vision.family import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family
 
 
-@functools.lru_cache(maxsize=1)
 def _vision_class() -> Any:
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel
+    from llm2clip_plugin.vision.standalone.openvision import OpenVisionModel
 
-    with torch.device("meta"):
-        is_wrapped = hasattr(CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1)), "vision_model")  # transformers 4
-
-    class OpenVisionConfig(CLIPVisionConfig):
-        """CLIP's, under a type of its own."""
-
-        model_type = "llm2clip_openvision"
-
-    class OpenVisionModel(CLIPVisionModel):
-        """OpenVision's image tower; states and outputs as CLIP's."""
-
-        config_class = OpenVisionConfig
-
-        def __init__(self, config):
-            super().__init__(config)
-            self._core.pre_layrnorm = nn.Identity()
-
-        @classmethod
-        def from_pretrained(cls, *args, **kwargs):
-            """See PreTrainedModel; transformers 5 translates the names in files for its own classes alone."""
-            renamed = {} if is_wrapped else {"key_mapping": {r"^vision_model\.": ""}}
-            return super().from_pretrained(*args, **renamed, **kwargs)
-
-        @property
-        def _core(self) -> Any:
-            return self.vision_model if is_wrapped else self
-
-        def forward(self, pixel_values, output_hidden_states=None, return_dict=None):
-            """See CLIPVisionModel; pools the mean of the patches."""
-            if output_hidden_states is None:
-                output_hidden_states = self.config.output_hidden_states
-            output: Any = super().forward(pixel_values, output_hidden_states=output_hidden_states)
-            output.pooler_output = self._core.post_layernorm(output.last_hidden_state[:, 1:].mean(dim=1))
-            return output if return_dict is not False else output.to_tuple()
-
-    AutoConfig.register(OpenVisionConfig.model_type, OpenVisionConfig)
-    AutoModel.register(OpenVisionConfig, OpenVisionModel)
     return OpenVisionModel
 
 

@@ -2,30 +2,15 @@
 
 import functools
 
-from llm2clip_plugin.vision.family import Family, newer_transformers, remove_tokens
+from llm2clip_plugin.vision.family import Family, newer_transformers, under_the_hubs_name
 
 
 @functools.lru_cache(maxsize=1)
 def _vision_class() -> type:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    base = newer_transformers("RadioModel", title="RADIO", since="5.24")
+    from llm2clip_plugin.vision.standalone.radio import RadioTower
 
-    class RadioModel(newer_transformers("RadioModel", title="RADIO", since="5.24")):  # the Hub's class name
-        """RADIO whose states are its first class token and the patches, as timm has it; no norm after the blocks."""
-
-        def forward(self, pixel_values, output_hidden_states=None, return_dict=None):
-            """See RadioModel; the pooled output is the first class token, not all of the summary."""
-            if output_hidden_states is None:
-                output_hidden_states = self.config.output_hidden_states
-            states = super().forward(pixel_values, output_hidden_states=output_hidden_states)
-            output = BaseModelOutputWithPooling(
-                last_hidden_state=states.last_hidden_state,
-                pooler_output=states.last_hidden_state[:, 0],
-                hidden_states=states.hidden_states,
-            )
-            output = remove_tokens(output, 1, self.config.num_summary_tokens)
-            return output if return_dict is not False else output.to_tuple()
-
-    return RadioModel
+    return under_the_hubs_name(RadioTower, base)
 
 
 FAMILY = Family(

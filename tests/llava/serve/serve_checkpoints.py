@@ -5,9 +5,16 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
 
-V0_1 = Path(__file__).parents[2] / "fixtures" / "v0_1"
+from llm2clip_plugin.finding import numbers
+
+TESTS = Path(__file__).parents[2]
+V0_1 = TESTS / "fixtures" / "v0_1"
+GOLDEN = TESTS / "golden" / "towers_of_today"
+IS_NEW = numbers(transformers.__version__) >= (5,)
+TODAY = ("metaclip2", "openvision", *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()))  # that run here
 WIDTH, MLP, LAYERS, TOKENS = 32, 64, 2, 600
 LLM = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,6 +76,17 @@ def language_weights() -> dict[str, torch.Tensor]:
     weights = {name: drawn(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
     norms = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(LAYERS) for kind in ("input", "post_attention")]
     return weights | {name: 1 + drawn(WIDTH, seed=99) for name in (*norms, "model.norm.weight")}
+
+
+def tower_directory(name: str, root: Path) -> Path:
+    """A tower of tests/fixtures, or of tests/golden/towers_of_today, imported below ``root``."""
+    if (V0_1 / "towers" / name).is_dir():
+        return V0_1 / "towers" / name
+    from llm2clip_plugin.vision.convert.importing import import_tower
+
+    if not (root / name).is_dir():
+        import_tower(GOLDEN / name, root / name)
+    return root / name
 
 
 def width_of(tower: Path | str) -> int:

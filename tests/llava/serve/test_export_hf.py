@@ -9,14 +9,29 @@ import pytest
 import torch
 from llava.conversation import conv_templates
 from safetensors.torch import load_file, save_file
-from serve_checkpoints import V0_1, base_model, full, language_weights, lora, projector, projector_weights
+from serve_checkpoints import (
+    GOLDEN,
+    IS_NEW,
+    TODAY,
+    V0_1,
+    base_model,
+    full,
+    language_weights,
+    lora,
+    projector,
+    projector_weights,
+    tower_directory,
+)
+from transformers import LlavaForConditionalGeneration
 
 from llava_integration.serve import parity
 from llava_integration.serve.conversation import CONVERSATIONS, IMAGE
 from llava_integration.serve.export import Export, export
+from llava_integration.serve.tower_code import register
 from llm2clip_plugin.cli import main as llm2clip
 
 CLIP = V0_1 / "towers" / "clip"
+CODED = ("openvision", "dinov3", "radio", "pe_core")  # towers of today whose code is saved with the model
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +45,10 @@ def exported(tmp_path_factory):
 
 def made(kind, tower, root, **changes):
     """A checkpoint of a kind."""
-    folder = root / f"llava-{kind}"
+    folder, tower = root / f"llava-{kind}", tower_directory(tower, root)
     if kind == "full":
-        return full(folder, V0_1 / "towers" / tower, **changes)
-    return {"lora": lora, "projector": projector}[kind](
-        folder, V0_1 / "towers" / tower, base_model(root / "vicuna"), **changes
-    )
+        return full(folder, tower, **changes)
+    return {"lora": lora, "projector": projector}[kind](folder, tower, base_model(root / "vicuna"), **changes)
 
 
 def check(checkpoint, output):
@@ -54,6 +67,12 @@ def check(checkpoint, output):
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2", "eva02"])
 def test_equals_llava(tmp_path, home, tower, aspect, kind):
     check(made(kind, tower, tmp_path, image_aspect_ratio=aspect), tmp_path / "hf")
+
+
+@pytest.mark.both_stacks
+@pytest.mark.parametrize("tower", TODAY)
+def test_towers_of_today_equal_llava(tmp_path, home, tower):
+    check(made("full", tower, tmp_path), tmp_path / "hf")
 
 
 def test_a_projector_alone_equals_llava(tmp_path, home):
@@ -80,25 +99,39 @@ def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
     assert torch.equal(written, trained[f"{inside}{name}"])
 
 
+@pytest.mark.both_stacks
 def test_code_of_the_tower_travels_with_the_model(tmp_path, home, monkeypatch):
-    """trust_remote_code opens an EVA02 tower where this package is not installed, with the same logits."""
+    """trust_remote_code opens towers where this package is not installed; in fp16, with pixels in fp32."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    export(Export.of(made("full", "eva02", tmp_path), dtype="fp32"), tmp_path / "hf")
     program = """
 import sys
 sys.modules["llm2clip_plugin"] = sys.modules["llava_integration"] = None
 import torch, transformers
 auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-model = auto.from_pretrained(sys.argv[1], trust_remote_code=True, torch_dtype=torch.float32)
-print(type(model).__name__, sum(parameter.double().abs().sum() for parameter in model.parameters()).item())
+for folder in sys.argv[1:]:
+    model = auto.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float16).eval()
+    assert type(model).__name__ == "LlavaTowerForConditionalGeneration"
+    with torch.inference_mode():
+        torch.save(model(**torch.load(f"{folder}/inputs.pt")).logits, f"{folder}/logits.pt")
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "hf"], capture_output=True, text=True, check=False)
+    folders, expected = [], []
+    for tower in ("eva02", *(name for name in CODED if name in TODAY)):
+        folder = tmp_path / f"hf_{tower}"
+        export(Export.of(made("full", tower, tmp_path / tower)), folder)
+        config = json.loads((folder / "config.json").read_text())
+        size, count = config["vision_config"]["image_size"], config["image_seq_length"] if IS_NEW else 1
+        inputs = {"input_ids": torch.tensor([[1, 300, *[600] * count, 301]])}
+        inputs |= {"pixel_values": torch.rand(1, 3, size, size), "attention_mask": torch.ones(1, count + 3).long()}
+        torch.save(inputs, folder / "inputs.pt")
+        register()
+        model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float16).eval()
+        with torch.inference_mode():
+            expected.append(model(**inputs).logits)
+        folders.append(folder)
+    done = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    total = sum(
-        value.double().abs().sum() for value in load_file(tmp_path / "hf" / "model.safetensors").values()
-    ).item()
-    name, found = done.stdout.split()[-2:]
-    assert name == "LlavaTowerForConditionalGeneration" and float(found) == pytest.approx(total, rel=1e-9)
+    for folder, logits in zip(folders, expected, strict=True):
+        assert torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-2), folder
 
 
 def test_names_and_rows(exported):
@@ -186,6 +219,7 @@ def damage(folder, name):
             "scales": ("s2", True),
             "tower": ("mm_vision_tower", "llm2clip:/nowhere/tower"),
             "own tower": ("mm_vision_tower", "/nowhere/clip"),
+            "new tower": ("mm_vision_tower", str(GOLDEN / "dinov3")),
         }[name]
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
 
@@ -230,6 +264,7 @@ def test_another_base_model_is_refused(tmp_path, home, capsys):
         "next": "LLaVA-NeXT, not LLaVA 1.5",
         "scales": "features of several scales",
         "tower": "'/nowhere/tower' is not a directory",
+        "new tower": "DINOv3 requires transformers 5 or newer; 4.37.2 is installed",
         "own tower": "/nowhere/clip is not a file, a directory or a Hub id",
     }.items(),
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serve_checkpoints import V0_1, full
+from serve_checkpoints import TODAY, V0_1, full, tower_directory
 
 from llava_integration.serve import parity
 from llava_integration.serve.export import Export, export
@@ -21,9 +21,10 @@ def same(ours, theirs):
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2", "eva02"])
+@pytest.mark.both_stacks
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2", "eva02", *TODAY])
 def test_there_and_back(tmp_path, home, capsys, tower):
-    source = V0_1 / "towers" / tower
+    source = tower_directory(tower, tmp_path)
     checkpoint = full(tmp_path / "llava-tiny", source, llm2clip_conversation="v1")
     export(Export.of(checkpoint, dtype="keep"), tmp_path / "hf")
     back = tmp_path / "llava-back"
