@@ -1,4 +1,4 @@
-"""vLLM's LLaVA with every tower family of this package: DINOv2, DINOv3, EVA02, timm.
+"""vLLM's LLaVA with every tower family of this package.
 
 vLLM builds CLIP, SigLIP and Pixtral towers from layers of its own and refuses others in two functions, which are
 completed here; the class is vLLM's. Another tower runs as the Hugging Face model that it is, whole on every GPU (with
@@ -25,7 +25,7 @@ from llm2clip_plugin.vision.towers import tower_blocks
 
 __all__ = ["LlavaForConditionalGeneration"]
 
-STOCK = (CLIPVisionConfig, SiglipVisionConfig, PixtralVisionConfig)
+STOCK = (CLIPVisionConfig, SiglipVisionConfig, PixtralVisionConfig)  # not what derives from them, as OpenVision
 stock_tower, stock_info = llava.init_vision_tower_for_llava, llava.get_vision_encoder_info
 
 
@@ -72,7 +72,8 @@ class Tower(nn.Module):
         own = next(self.model.parameters())
         output = self.model(pixel_values.to(device=own.device, dtype=own.dtype), output_hidden_states=True)
         states_BTH = output.hidden_states[self.state]
-        return states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
+        kept_BNH = states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
+        return kept_BNH.contiguous()  # AIMv2's states are transposed, which vLLM's products on a CPU refuse
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Set the file's tensors; returns the names of those that are set. Raises ValueError for other tensors.
@@ -103,12 +104,12 @@ class Tower(nn.Module):
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """vLLM's tower where it has one; arguments as of ``init_vision_tower_for_llava``."""
-    return stock_tower(config, *args, **kwargs) if isinstance(config.vision_config, STOCK) else Tower(config)
+    return stock_tower(config, *args, **kwargs) if type(config.vision_config) in STOCK else Tower(config)
 
 
 def vision_encoder_info(config: Any) -> VisionEncoderInfo:
     """As ``get_vision_encoder_info``."""
-    return stock_info(config) if isinstance(config.vision_config, STOCK) else EncoderInfo(config)
+    return stock_info(config) if type(config.vision_config) in STOCK else EncoderInfo(config)
 
 
 llava.init_vision_tower_for_llava, llava.get_vision_encoder_info = init_vision_tower, vision_encoder_info
