@@ -1,4 +1,5 @@
-# The two environments, made once and remade when what they ask for changes. Sourced by quickstart.sh, test.sh and the scripts in llava/.
+# The environments, made once and remade when what they ask for changes. Sourced by quickstart.sh, test.sh and others. The quickstart
+# needs .venv alone; .venv-llava has LLaVA with the transformers of its time.
 # Needs Python 3.10 or newer (PYTHON=... to choose one) and a C++ compiler.
 
 find_python() { # prints a Python >= 3.10 that can make environments
@@ -51,6 +52,11 @@ install_train() {
 train_environment() {
     need_compiler
     make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
+}
+
+# extras_of FOLDER: those that the quickstart needs; an environment made for the tests has all of these packages.
+extras_of() {
+    if [ -f "$1/made-for" ] && [[ $(cat "$1/made-for") == train,dev\ * ]]; then echo train,dev; else echo train; fi
 }
 
 # LLaVA 1.5 as published, with the versions of its time in which it runs on any machine

@@ -8,17 +8,17 @@
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, takes three times as long
 #   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
-#   scripts/quickstart.sh --no-llava        stop before LLaVA, which needs a second environment and a few more minutes
-#                                           (the default of --smoke; --llava to run it there)
+#   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #
-# Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
+# One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
+# LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
 # skipped.
 set -euo pipefail
 HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
 PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA=
 while [ $# -gt 0 ]; do
@@ -49,10 +49,7 @@ case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; know
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
-# An environment made for the tests has all of these packages.
-extras=train
-if [ -f .venv/made-for ] && [[ $(cat .venv/made-for) == train,dev\ * ]]; then extras=train,dev; fi
-train_environment .venv "$extras"
+train_environment .venv "$(extras_of .venv)"
 extensions_of .venv
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each

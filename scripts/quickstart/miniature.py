@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Data, untrained language model and scores of the LLaVA miniature. Runs in LLaVA's environment.
+"""Data, untrained language model and scores of the LLaVA miniature. Runs in an environment that has LLaVA.
 
     miniature.py prepare --output DIR [--concepts N]   pictures, text, captions, questions; a Llama of four layers with
                                                        random weights, and its tokenizer
@@ -9,7 +9,7 @@ Questions are about the group of an emoji (nine answers) and, from easy-vqa, a c
 of them yes or no). Emoji of unseen families and easy-vqa's test pictures are held out.
 """
 
-# LLaVA and easy-vqa live in an environment of their own; the one that is checked does not have them:
+# LLaVA is not part of the environment that is checked, easy-vqa is installed by miniature.sh:
 # pyright: reportMissingImports=false
 
 import argparse
@@ -26,6 +26,19 @@ from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
 
 GROUP = "Which group does the emoji belong to?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
+# As in Vicuna's repository: no version of transformers saves files that all of them read.
+# legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": True,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sp_model_kwargs": {},
+}
 MINIATURE = "a miniature: a language model of 2.5 million weights, trained here from scratch"
 
 
@@ -115,11 +128,13 @@ def make_data(output: Path, concepts: int) -> None:
     )
 
 
-def make_tokenizer(output: Path, folder: Path) -> Any:
-    """A tokenizer of 1,500 pieces; LLaVA's system prompt is one of them, or it would be half of every sample."""
+def make_tokenizer(output: Path, folder: Path) -> int:
+    """Write a tokenizer; returns its number of pieces, at most 1,500.
+
+    LLaVA's system prompt is one of them, or it would be half of every sample.
+    """
     import sentencepiece
     from llava.conversation import conv_templates
-    from transformers import LlamaTokenizer
 
     prompt = conv_templates["v1"].system
     lines = [f"{prompt} USER: ASSISTANT:"] * 50
@@ -137,8 +152,8 @@ def make_tokenizer(output: Path, folder: Path) -> Any:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes
-    return LlamaTokenizer(str(folder / "tokenizer.model"), legacy=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
 
 
 def make_llm(output: Path) -> None:
@@ -147,11 +162,10 @@ def make_llm(output: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with atomic_directory(output / "llm", replace=True) as temporary:
-        tokenizer = make_tokenizer(output, temporary)
-        tokenizer.save_pretrained(temporary)
+        pieces = make_tokenizer(output, temporary)
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=pieces,
             hidden_size=192,
             intermediate_size=512,
             num_hidden_layers=4,

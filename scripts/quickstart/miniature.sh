@@ -2,21 +2,25 @@
 # LLaVA in miniature: is a small LLaVA better with the trained tower than with the same tower before training?
 #
 #   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [--smoke] [--steps TEXT CAPTIONS QUESTIONS]
+#                                   [--environment .venv | .venv-llava]
 #
 # TOWER: a tower directory, or a plain Hugging Face vision directory (imported first). Unmodified LLaVA 1.5, three stages a
 # side, identical except for the tower: a Llama of 2.5 million weights learns words (once), then the projector is trained on
 # captions, then both on questions; they are evaluated on unseen pictures. It shows that the pipeline works and how useful
 # two towers are to the same tiny model, not what a 7B model would answer.
+# LLaVA's code runs in the training environment, .venv, on today's libraries; in .venv-llava it runs on transformers 4.37.2.
+# LLAVA_PYTHON=/path/to/python: another environment that has LLaVA and this package.
 # Rerun the same command to resume: finished parts are skipped. The two sides run in parallel.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-BEFORE='' AFTER='' OUT='' CONCEPTS=0 TEXT_STEPS=100 CAPTION_STEPS=60 QUESTION_STEPS=240
+BEFORE='' AFTER='' OUT='' ENVIRONMENT=.venv CONCEPTS=0 TEXT_STEPS=100 CAPTION_STEPS=60 QUESTION_STEPS=240
 while [ $# -gt 0 ]; do
     case "$1" in
         --before) BEFORE=$(realpath "$2"); shift ;;
         --after) AFTER=$(realpath "$2"); shift ;;
         --output) mkdir -p "$2"; OUT=$(realpath "$2"); shift ;;
         --smoke) CONCEPTS=60 TEXT_STEPS=6 CAPTION_STEPS=4 QUESTION_STEPS=6 ;;
+        --environment) ENVIRONMENT=$2; shift ;;
         --steps) TEXT_STEPS=$2 CAPTION_STEPS=$3 QUESTION_STEPS=$4; shift 3 ;;
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         *) echo "error: unknown option $1" >&2; exit 2 ;;
@@ -26,11 +30,15 @@ done
 for given in BEFORE AFTER OUT; do [ -n "${!given}" ] || { echo "error: --${given,,} is missing; see $0 --help" >&2; exit 2; }; done
 
 cd "$ROOT"
-if [ -z "${LLAVA_PYTHON:-}" ]; then # LLAVA_PYTHON: another Python with LLaVA and this package
+if [ -z "${LLAVA_PYTHON:-}" ]; then
     . scripts/environments.sh
-    llava_environment .venv-llava
-    extensions_of .venv-llava
-    LLAVA_PYTHON=$ROOT/.venv-llava/bin/python
+    case "$ENVIRONMENT" in
+        .venv) train_environment .venv "$(extras_of .venv)" ;;
+        .venv-llava) llava_environment .venv-llava ;;
+        *) echo "error: unknown environment $ENVIRONMENT; known: .venv, .venv-llava (or set LLAVA_PYTHON)" >&2; exit 2 ;;
+    esac
+    extensions_of "$ENVIRONMENT"
+    LLAVA_PYTHON=$ROOT/$ENVIRONMENT/bin/python
 fi
 "$LLAVA_PYTHON" -c 'import easy_vqa' 2>/dev/null || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
