@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, in about ten minutes on two
-# cores; then a small LLaVA is trained with the tower, in five more.
+# The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, and a small LLaVA is trained
+# with the tower. About ten minutes on two cores; the first result (what the teachers know) is printed after two.
 #
 #   scripts/quickstart.sh                   one seed per teacher; table, page and towers in quickstart-output/default
+#                                           headline.json there: what was shown, with interval and chance, and what was not
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under two minutes)
-#   scripts/quickstart.sh --seeds 3         three towers per teacher, with standard deviations
+#   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the headline by seed
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, takes three times as long
 #   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
@@ -40,7 +41,7 @@ done
 
 # what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
 case "$PRESET" in
-    default) SIZE=56 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=100 FREEZE=0 ;;
+    default) SIZE=56 SUBSET="" TUNE_STEPS=12 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=50 FREEZE=0 ;;
     long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=0 ;;
     smoke) SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
@@ -75,11 +76,15 @@ if command -v flock >/dev/null; then # also held by background jobs of a run tha
 fi
 say "models"
 python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
-LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 REAL=
+LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 REAL= PAIR=
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
+CORES=$(env -u OMP_NUM_THREADS nproc)
+HALF=$((CORES > 1 ? CORES / 2 : 1)) # threads of one of two jobs that run side by side
 if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
-    RANKS=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1))
+    RANKS=$((CORES > 1 ? 2 : 1))
+    # two towers side by side, one process each: start-up leaves no core idle
+    [ "$TEACHER" = raw ] || [ "$PRESET" = smoke ] || PAIR=yes
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
 [ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; } # the tiny tower has two blocks
@@ -99,6 +104,7 @@ meanwhile() { # meanwhile NAME COMMAND...: run in the background, with output in
 join() { # wait for the background jobs; if one failed, show its log
     local job
     for job in ${jobs_logs[@]+"${jobs_logs[@]}"}; do wait "${job%% *}" || { cat "${job#* }" >&2; exit 1; }; done
+    jobs_logs=()
 }
 trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
 
@@ -114,42 +120,44 @@ llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
 
 # ---------------------------------------------------------------------------------------------------------- teacher
-teachers="raw tuned" raw_shards=$DATA/all
+# A smoke run trains a tower only for the last teacher; the first is only compared, on the test captions.
+teachers="raw tuned"
 [ "$TEACHER" = both ] || teachers=raw
-# A short run trains a tower only for the last teacher; the first is only compared, on the test captions.
-[ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned raw_shards="$DATA/all/test-*.tar"
+[ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned
 
-embed_raw() {
-    say "embedding captions with the LLM, not fine-tuned"
-    llm2clip embed "$raw_shards" --llm "$LLM" --compute-dtype "$DTYPE" --cache "$DATA/cache/raw"
+embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar, with the adapter of the cache's seed
+    local adapter=()
+    [ "$1" = raw ] || adapter=(--adapter "$DATA/llm/${1#tuned-}/adapter")
+    say "captions through the LLM: $1, $2"
+    llm2clip embed "$DATA/all/$2-*.tar" --llm "$LLM" ${adapter[@]+"${adapter[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
-if [[ $teachers == *raw* ]]; then embed_raw; else meanwhile embed-raw embed_raw; fi
-
-tune() { # tune SEED: train an adapter and embed the captions with it
+half() { # half COMMAND...: with half of the cores
+    local OMP_NUM_THREADS=$HALF
+    export OMP_NUM_THREADS
+    "$@"
+}
+tune() { # tune SEED: train an adapter
     local tuning=$DATA/llm/seed$1
+    [ -f "$tuning/adapter/llm2clip_encoder.json" ] && return
     say "stage 1: fine-tuning the LLM contrastively on English captions, seed $1"
-    [ -f "$tuning/adapter/llm2clip_encoder.json" ] || # captions are the same in every style, so one shard is enough
-        launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output "$tuning" --seed "$1" \
-            --deepspeed scripts/zero1.json --languages en --group family \
-            --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
-            --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
-            --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1
-    say "embedding captions with the fine-tuned LLM, seed $1"
-    llm2clip embed "$DATA/all" --llm "$LLM" --adapter "$tuning/adapter" --compute-dtype "$DTYPE" --cache "$DATA/cache/tuned-seed$1"
+    # captions are the same in every style, so one shard is enough
+    launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output "$tuning" --seed "$1" \
+        --deepspeed scripts/zero1.json --languages en --group family \
+        --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
+        --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
+        --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1
 }
 
 # ------------------------------------------------------------------------------------------------------------ tower
 train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
     local name=$1-seed$2 seed=$2 cache=$3 shards=$4 start="launch scripts/train_tower.py"
-    [ "$1" != shuffled ] || start="llm2clip train-tower" # trains only heads: one process
+    [ "$1" != shuffled ] && [ -z "$PAIR" ] || start="llm2clip train-tower" # one process
     shift 4
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     # shellcheck disable=SC2086 # words on purpose
     $start --recipe quickstart --deepspeed scripts/zero1.json --output "$OUT/runs/$name" \
         --data "$shards" --cache "$DATA/cache/$cache" --kinds short long \
-        --validation "$DATA/all/validation-{noto,twemoji,fluent}.tar" --validation-cache "$DATA/cache/$cache" \
-        --evaluation.group concept --evaluation.kinds short long \
         --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
         --precision "$PRECISION" --seed "$seed" "$@"
     mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
@@ -158,22 +166,52 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
 BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower for LLaVA, and of the control
 [ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
+    [ -d "$OUT/towers/shuffled-seed0" ] && return
     python scripts/quickstart/control_cache.py "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/shuffled/cache"
     train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
         --freeze-first-blocks 0 --freeze --max-steps 1
 }
 
+# -------------------------------------------------------------------------------------------------- the first result
+# Test captions come first: what the teachers know is printed minutes before there is a tower.
+if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
+    if [ "$PRESET" = smoke ]; then meanwhile embed-raw half embed raw test; else embed raw test; fi
+    if [ "$TEACHER" = both ]; then
+        tune 0
+        embed tuned-seed0 test
+        join
+        say "first result: the teachers, caption to caption"
+        python scripts/quickstart/report.py --teachers --data "$DATA"
+    fi
+    join
+    if [[ $teachers == "raw tuned" ]]; then
+        meanwhile embed-raw half embed raw train
+        half embed tuned-seed0 train
+        join
+    else
+        embed "$BEST_CACHE" train
+    fi
+fi
+
+# ------------------------------------------------------------------------------------------------------------ seeds
+towers() { # towers SEED: of both teachers
+    local raw=()
+    [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is watched
+    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} train raw "$1" raw "$DATA/all/train-*.tar"
+    [[ $teachers != *tuned* ]] || train tuned "$1" "tuned-seed$1" "$DATA/all/train-*.tar"
+}
 for seed in $(seq 0 $((SEEDS - 1))); do
-    [ "$TEACHER" = raw ] || tune "$seed"
-    [ "$PRESET$seed" != smoke0 ] || meanwhile control control
-    [[ $teachers != *raw* ]] || train raw "$seed" raw "$DATA/all/train-*.tar"
-    [[ $teachers != *tuned* ]] || train tuned "$seed" "tuned-seed$seed" "$DATA/all/train-*.tar"
+    if [ "$TEACHER" = both ] && [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
+        tune "$seed"
+        embed "tuned-seed$seed" "{test,train}"
+    fi
+    [ "$seed" != 0 ] || meanwhile control half control
+    if [ -n "$PAIR" ]; then half towers "$seed"; else towers "$seed"; fi
+    join
 done
-[ "$PRESET" = smoke ] || control
 
 # ----------------------------------------------------------------------------------------------------------- report
 say "report"
-join
 must=
 [ "$PRESET$REAL" != smoke ] || must=--must-learn # random models learn nothing
 # shellcheck disable=SC2086 # an option or nothing
@@ -187,5 +225,7 @@ if [ "${LLAVA:-$([ "$PRESET" = smoke ] && echo no || echo yes)}" = yes ]; then
     env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed0" --output "$OUT/llava" $short
     echo "Comparison of the two: $OUT/llava/compare/compare.html" >&2
 fi
+say "headline"
+python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
 say "done: page $OUT/index.html, tower $OUT/towers/$BEST-seed0"
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/$BEST-seed0\")" >&2

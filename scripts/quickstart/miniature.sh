@@ -13,7 +13,7 @@
 # Rerun the same command to resume: finished parts are skipped. The two sides run in parallel.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-BEFORE='' AFTER='' OUT='' ENVIRONMENT=.venv CONCEPTS=0 TEXT_STEPS=100 CAPTION_STEPS=60 QUESTION_STEPS=240
+BEFORE='' AFTER='' OUT='' ENVIRONMENT=.venv CONCEPTS=0 TEXT_STEPS=60 CAPTION_STEPS=40 QUESTION_STEPS=140
 while [ $# -gt 0 ]; do
     case "$1" in
         --before) BEFORE=$(realpath "$2"); shift ;;
@@ -51,7 +51,7 @@ LOG_EVERY=$((QUESTION_STEPS > 20 ? 20 : 2)) # steps
 losses() { # losses NAME STEPS: print the losses in LLaVA's log
     local line step=0
     while read -r line; do
-        if [[ $line =~ \'loss\':\ ([0-9.]+) ]]; then
+        if [[ $line =~ \'loss\':\ \'?([0-9.]+) ]]; then # transformers 5 quotes the number
             step=$((step + LOG_EVERY))
             echo "        $1: step $step of $2, loss ${BASH_REMATCH[1]}" >&2
         fi

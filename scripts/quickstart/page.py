@@ -71,7 +71,14 @@ def as_text(table: Table) -> str:
     return "\n".join([*body, *([table.below] if table.below else [])]) + "\n"
 
 
-def page_html(title: str, intro: str, notes: Sequence[str], tables: Sequence[Table], queries: Sequence[Query]) -> str:
+def page_html(
+    title: str,
+    intro: str,
+    headlines: Sequence[str],
+    notes: Sequence[str],
+    tables: Sequence[Table],
+    queries: Sequence[Query],
+) -> str:
     """The HTML page, from the template page.html."""
     template = Path(__file__).with_name("page.html")
-    return render(template, title=title, intro=intro, notes=notes, tables=tables, queries=queries)
+    return render(template, title=title, intro=intro, headlines=headlines, notes=notes, tables=tables, queries=queries)

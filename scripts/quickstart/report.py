@@ -2,11 +2,13 @@
 """The quickstart's report: every exported tower measured on data that training never saw, as a table and a page.
 
     scripts/quickstart/report.py --data quickstart-output/data --output quickstart-output/default
+    scripts/quickstart/report.py --data quickstart-output/data --teachers     prints the tables of the teachers alone
 
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
-``towers/<teacher>-seed<n>/`` below ``--output``; writes ``report.json`` and ``index.html`` into ``--output`` and
-prints the table. A tower is measured with the cache of the teacher named in its card. ``--must-learn``: exit status 1
-if a tower is no better than the control.
+``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json``, ``report.json`` and ``index.html`` into
+``--output`` and prints the tables, the headline last. A tower is measured with the cache of the teacher named in its
+card. Seeds that are not finished are left out. ``--must-learn``: exit status 1 if a tower is no better than the
+control.
 """
 
 import argparse
@@ -19,34 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from page import Picture, Query, Table, as_text, cell, page_html
-from scores import LONG_CAPTIONS, SIDES, TowerScores, open_sets, teacher_scores, tower_scores
-from shards import in_random_order
+from claims import Claim, Seeds, as_record, claims_table, headline, make_claims, seeds_table
+from page import Table, as_text, page_html
+from pictures import page_queries
+from scores import LONG_CAPTIONS, SIDES, open_sets, teacher_queries, teacher_scores, tower_scores
+from tables import TEACHERS, Tower, by_name, language_table, retrieval_table, teacher_table
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, atomic_file
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
-TEACHERS = {  # part of a folder's name -> what the table calls it
-    "raw": "LLM as it is",
-    "tuned": "LLM fine-tuned",
-    "shuffled": "control: wrong pictures",
-}
-PICTURES = 8  # per caption and tower
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tower:
-    """An exported tower and its measurements."""
-
-    name: str  # raw | tuned | shuffled
-    seed: int
-    scores: TowerScores
+HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
+    "tower: names in languages never trained on, caption → image",
+    "teacher: names in languages never trained on → English",
+    "teacher: name → keywords without its words",
+)
 
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
@@ -79,158 +71,46 @@ def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingC
     return Tower(name=name, seed=int(seed), scores=tower_scores(dual, sets, cache, images))
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------------ claims
 
 
-def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
-    """Name -> towers of its seeds, in the order of ``TEACHERS``."""
-    groups = {name: [tower for tower in towers if tower.name == name] for name in TEACHERS}
-    return {name: seeds for name, seeds in groups.items() if seeds}
+def teacher_claims(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, tuple[Seeds, Seeds]]:
+    """Test -> queries of the LLM as it is, the same for every seed, and of each adapter; {} without either."""
+    measured = {name: teacher_queries(source, cache) for name, cache in caches.items()}
+    tuned = {seed_of(name): tests for name, tests in measured.items() if name.startswith("tuned-")}
+    if "raw" not in measured or not tuned:
+        return {}
+    return {
+        f"teacher: {test}": (dict.fromkeys(tuned, raw), {seed: tests[test] for seed, tests in tuned.items()})
+        for test, raw in measured["raw"].items()
+    }
 
 
-def heads(groups: Mapping[str, Sequence[Tower]]) -> list[str]:
-    """Column names of the tables."""
-    return [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
-
-
-def recalls(tests: Sequence[Mapping[str, float]], side: str) -> str:
-    """``R@1 / R@10``, mean and deviation over seeds."""
-    return " / ".join(cell([test[f"{side}_r{k}"] for test in tests]) for k in (1, 10))
-
-
-def retrieval_table(towers: Sequence[Tower]) -> Table:
-    """A row per test, a column per tower."""
-    groups = by_name(towers)
-    scores = {name: [tower.scores.tests() for tower in seeds] for name, seeds in groups.items()}
-    rows = []
-    for test, chance in towers[0].scores.tests(chance=True).items():
-        for side, title in SIDES.items():
-            cells = [recalls([tests[test] for tests in seeds], side) for seeds in scores.values()]
-            rows.append([f"{test}, {title}", *cells, recalls([chance], side)])
-    below = (
-        "R@1 / R@10, mean over galleries of one style each. Training saw no drawing of these families. "
-        "± is the standard deviation over seeds; ties count half."
-    )
-    return Table(head=["retrieval", *heads(groups), "chance"], rows=rows, below=below)
-
-
-def language_table(towers: Sequence[Tower]) -> Table:
-    """A row per language, a column per tower: retrieval of images by name."""
-    groups = by_name(towers)
-    rows = [
-        [
-            tag,
-            *(
-                recalls([tower.scores.part("test", "short", tag) for tower in seeds], "t2i")
-                for seeds in groups.values()
-            ),
-        ]
-        for tag in towers[0].scores.languages
-    ]
-    below = "Name → image on the test families, R@1 / R@10. The towers were trained on English captions only."
-    return Table(head=["language", *heads(groups)], rows=rows, below=below)
-
-
-def teacher_table(teachers: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """The teachers' caption-to-caption retrieval, without a tower."""
-    tests = next(iter(teachers.values()))[0]
-    rows = [[test, *(cell([scores[test] for scores in seeds]) for seeds in teachers.values())] for test in tests]
-    below = (
-        "Top-1 retrieval from caption to caption on the test families: plain, and with the mean embedding subtracted."
-    )
-    return Table(head=["teacher", *(TEACHERS[name] for name in teachers)], rows=rows, below=below)
-
-
-def gain(towers: Sequence[Tower]) -> str:
-    """Fine-tuned minus raw teacher on the same queries, by seed, with a bootstrap interval over families."""
+def tower_claims(towers: Sequence[Tower]) -> dict[str, tuple[Seeds, Seeds]]:
+    """Test -> queries of the towers of either teacher by seed; {} without both."""
     groups = by_name(towers)
     if "raw" not in groups or "tuned" not in groups:
-        return ""
-    gains = []
-    for side, title in SIDES.items():
-        each = {tower.seed: tower.scores.hits(side) for tower in groups["raw"]}
-        paired = [tower.scores.hits(side)[0] - each[tower.seed][0] for tower in groups["tuned"] if tower.seed in each]
-        if not paired:
-            return ""
-        interval = bootstrap_mean(np.mean(paired, axis=0), next(iter(each.values()))[1])
-        seeds = ", ".join(f"{difference.mean():+.3f}" for difference in paired)
-        gains.append(f"{title} {interval}" + (f" (by seed {seeds})" if len(paired) > 1 else ""))
-    return (
-        f"Fine-tuned minus raw teacher, {LONG_CAPTIONS}, R@1: {'; '.join(gains)}; 95 % interval, bootstrap by family."
-    )
-
-
-# ------------------------------------------------------------------------------------------------- page
-
-
-def choose_queries(pairs: EmbeddedPairs) -> list[int]:
-    """Captions for the page: a long one, a name, and a name in every other language, each of another concept.
-
-    The order is a hash's, so no result decides which are shown. Returns positions among the pairs' captions.
-    """
-    concepts = pairs.meta_values("concept")
-    place: dict[tuple[str, str, str], int] = {}
-    for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
-        place.setdefault((caption.kind, caption.language, concepts[owner]), number)
-    languages = sorted({language for _, language, _ in place} - {"en"})
-    order = in_random_order(set(concepts), "page")
-    chosen, left = [], list(order)
-    for kind, language in [("long", "en"), ("short", "en"), *(("short", language) for language in languages)]:
-        left = left or list(order)  # fewer concepts than captions: start over
-        concept = next(concept for concept in left if (kind, language, concept) in place)
-        left.remove(concept)
-        chosen.append(place[kind, language, concept])
-    return chosen
-
-
-def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
-    """Concept -> its English name."""
-    concepts = pairs.meta_values("concept")
-    named = zip(pairs.captions, pairs.owner_M.tolist(), strict=True)
-    return {concepts[owner]: c.text for c, owner in named if (c.kind, c.language) == ("short", "en")}
-
-
-def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Picture]:
-    """The images that a tower ranks first for a caption."""
-    concepts, names = pairs.meta_values("concept"), english_names(pairs)
-    best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
-    return [
-        Picture(
-            png=source[place].read_image(),
-            title=f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
-            right=concepts[place] == concepts[pairs.owner_M[query]],
+        return {}
+    return {
+        f"tower: {test}, {title}": tuple(
+            {tower.seed: tower.scores.queries(test, side) for tower in groups[name]} for name in ("raw", "tuned")
         )
-        for place in best
-    ]
+        for test in towers[0].scores.tests()
+        for side, title in SIDES.items()
+    }
 
 
-def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
-    """The page's captions, and what the first seed of every tower except the control retrieves."""
-    shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
-    pairs = shown[0].scores.pairs  # the captions are the same for every tower
-    concepts, names = pairs.meta_values("concept"), english_names(pairs)
-    queries = []
-    for query in choose_queries(pairs):
-        caption, concept = pairs.captions[query], concepts[pairs.owner_M[query]]
-        found = {TEACHERS[tower.name]: best_pictures(tower.scores.pairs, source, query) for tower in shown}
-        meaning = "" if caption.language == "en" else names[concept]
-        queries.append(Query(text=caption.text, language=caption.language, meaning=meaning, found=found))
-    return queries
+def in_order(claims: Sequence[Claim]) -> list[Claim]:
+    """The headline's first."""
+    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
+
+
+def seed_of(folder: str) -> int:
+    """The number at the end of ``tuned-seed0``."""
+    return int(folder.rpartition("-seed")[2])
 
 
 # --------------------------------------------------------------------------------------------- assembly
-
-
-def as_json(
-    towers: Sequence[Tower], teachers: Mapping[str, Sequence[Mapping[str, float]]], notes: Sequence[str]
-) -> str:
-    """Every number, as JSON."""
-    body: dict[str, Any] = {"notes": list(notes), "teachers": teachers, "towers": defaultdict(dict)}
-    for tower in towers:
-        languages = {tag: tower.scores.part("test", "short", tag) for tag in tower.scores.languages}
-        body["towers"][tower.name][f"seed{tower.seed}"] = {**tower.scores.tests(), "languages": languages}
-    body["chance"] = towers[0].scores.tests(chance=True)
-    return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,35 +119,87 @@ class Report:
 
     towers: list[Tower]
     teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
+    claims: list[Claim]  # the headline's first; [] without both teachers
     notes: list[str]
 
     @property
+    def headlines(self) -> list[str]:
+        """A sentence for each claim of the headline."""
+        return [headline(one) for one in self.claims if one.name in HEADLINE]
+
+    @property
     def tables(self) -> list[Table]:
-        """The tables for retrieval, teachers and languages."""
-        return [retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
+        """The tables: claims, those by seed, retrieval, teachers, languages."""
+        tables = [claims_table(self.claims, TEACHERS)] if self.claims else []
+        if self.claims and len(self.claims[0].by_seed) > 1:
+            tables.append(seeds_table(self.claims))
+        return [*tables, retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
 def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
-    """Measure the towers below ``output``; write ``report.json`` and ``index.html`` there."""
+    """Measure the towers below ``output``; write ``headline.json``, ``report.json`` and ``index.html`` there."""
     caches, sets = open_caches(data / "cache"), open_sets(data / "all")
-    folders = sorted(path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS)
+    folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
-    towers = [measure(folder, sets, caches) for folder in folders]
+    ordered = sorted(folders, key=lambda path: (path.name.split("-")[0], seed_of(path.name)))
+    towers = [measure(folder, sets, caches) for folder in ordered]
+    tests = {**tower_claims(towers), **teacher_claims(sets["test"], caches)}
+    report = Report(
+        towers=towers,
+        teachers=measure_teachers(sets["test"], caches),
+        claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
+        notes=[*notes],
+    )
+    write(output / "headline.json", as_headline(report))
+    write(output / "report.json", as_json(report))
+    intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles."
+    queries = page_queries(towers, sets["test"])
+    write(
+        output / "index.html", page_html("LLM2CLIP quickstart", intro, report.headlines, notes, report.tables, queries)
+    )
+    return report
+
+
+def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, list[dict[str, float]]]:
+    """raw | tuned -> test -> top-1, of each adapter."""
     teachers = {
-        name: [teacher_scores(sets["test"], cache) for folder, cache in caches.items() if folder.split("-")[0] == name]
+        name: [teacher_scores(source, cache) for folder, cache in caches.items() if folder.split("-")[0] == name]
         for name in TEACHERS
     }
-    teachers = {name: seeds for name, seeds in teachers.items() if seeds}
-    comparison = gain(towers)
-    report = Report(towers=towers, teachers=teachers, notes=[*notes, *([comparison] if comparison else [])])
-    intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles. " + comparison
-    with atomic_file(output / "report.json") as temporary:
-        temporary.write_text(as_json(towers, teachers, report.notes), encoding="utf-8")
-    with atomic_file(output / "index.html") as temporary:
-        page = page_html("LLM2CLIP quickstart", intro, notes, report.tables, page_queries(towers, sets["test"]))
-        temporary.write_text(page, encoding="utf-8")
-    return report
+    return {name: seeds for name, seeds in teachers.items() if seeds}
+
+
+def first_result(data: Path) -> list[Table]:
+    """The tables that need no tower: caption to caption, with both teachers."""
+    caches, source = open_caches(data / "cache"), open_sets(data / "all")["test"]
+    claims = in_order(make_claims(teacher_claims(source, caches)))
+    return [teacher_table(measure_teachers(source, caches)), *([claims_table(claims, TEACHERS)] if claims else [])]
+
+
+def write(path: Path, text: str) -> None:
+    """The file appears whole."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def as_json(report: Report) -> str:
+    """Every number, as JSON."""
+    body: dict[str, Any] = {"notes": report.notes, "teachers": report.teachers, "towers": defaultdict(dict)}
+    for tower in report.towers:
+        languages = {tag: tower.scores.part("test", "short", tag) for tag in tower.scores.languages}
+        body["towers"][tower.name][f"seed{tower.seed}"] = {**tower.scores.tests(), "languages": languages}
+    body["chance"] = report.towers[0].scores.tests(chance=True)
+    return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_headline(report: Report) -> str:
+    """The claims as JSON: the headline, and the others whether significant or not."""
+    split: dict[str, list[Claim]] = {"headline": [], "others": []}
+    for one in report.claims:
+        split["headline" if one.name in HEADLINE else "others"].append(one)
+    body = {"sentences": report.headlines, **{name: [as_record(one) for one in part] for name, part in split.items()}}
+    return json.dumps({**body, "notes": report.notes}, indent=2, ensure_ascii=False) + "\n"
 
 
 def failures(report: Report) -> list[str]:
@@ -295,16 +227,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
+    parser.add_argument("--teachers", action="store_true", help="only print the tables that need no tower")
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
     try:
+        if options.teachers:
+            print("\n" + "\n".join(map(as_text, first_result(options.data))))
+            return
         notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]
         report = make_report(options.data, options.output, notes)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print("\n" + "\n".join(map(as_text, report.tables[:2])))
+    print("\n" + "\n".join(map(as_text, [*report.tables[1:-1], report.tables[0]])))
     for note in report.notes:
         print(f"note: {note}")
+    print("\n".join(report.headlines))
     if options.must_learn and (failed := failures(report)):
         sys.exit("error: nothing was learned: " + "; ".join(failed))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from claims import Measured, chance_of, reciprocal_ranks
 from torch import Tensor
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
@@ -21,26 +22,30 @@ from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, report_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 SEEN_STYLES = "{noto,twemoji,fluent}"
 SETS = {  # name -> shards
-    "validation": f"validation-{SEEN_STYLES}.tar",
     "test": f"test-{SEEN_STYLES}.tar",
     "unseen style": "test-openmoji.tar",
 }
 TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
-    "validation families, long captions": ("validation", "long"),
     "test families, long captions": ("test", "long"),
     "test families, names": ("test", "short"),
     "unseen style (openmoji), long captions": ("unseen style", "long"),
-    "languages never trained on, names": ("test", "other"),
+    "names in languages never trained on": ("test", "other"),
 }
 LONG_CAPTIONS = "test families, long captions"
 MEASURES = ("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10")
 SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
 RETRIEVAL = RetrievalConfig(group="concept", cluster="family", ks=(1, 10))
+TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every language except English
+    "name → keywords without its words": ("short", "keywords"),
+    "name → long caption": ("short", "long"),
+    "names in languages never trained on → English": ("other", "short"),
+}
 
 
 def open_sets(data: Path) -> dict[str, Source]:
@@ -81,11 +86,19 @@ class TowerScores:
             rows[row] = {name: float(np.mean([values[name] for values in each])) for name in MEASURES}
         return rows
 
-    def hits(self, side: str) -> tuple[np.ndarray, list[str]]:
-        """R@1 of each query on the test set with long captions, i2t or t2i, and the query's family."""
-        items = [item for report in self.reports["test"] for item in report.items()]
-        mine = [item for item in items if item["part"] == "long:en" and item["side"] == side]
-        return np.array([item["score"] for item in mine], dtype=float), [item["cluster"] for item in mine]
+    def queries(self, test: str, side: str) -> Measured:
+        """Every query of a row of the table, i2t or t2i."""
+        set_name, kind = TESTS[test]
+        parts = [f"short:{tag}" for tag in self.languages] if kind == "other" else [f"{kind}:en"]
+        scores, clusters, pools = [], [], []
+        for report in self.reports[set_name]:
+            for part in (report.parts[name] for name in parts):
+                images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
+                scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
+                clusters += [report.cluster_N[image] for image in images.tolist()]
+                pools.append(len(part.caption_index_Q) if side == "i2t" else len(report.cluster_N))
+        chance = float(np.mean([chance_of(pool) for pool in pools]))
+        return Measured(scores=np.concatenate(scores), clusters=clusters, chance=chance)
 
 
 def tower_scores(
@@ -122,9 +135,12 @@ def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
 # ----------------------------------------------------------------------------------------------- teachers
 
 
-def caption_rows(source: Source, cache: EmbeddingCache) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """(kind, language) -> concept -> (W,) embedding, each concept once."""
-    embeddings: dict[tuple[str, str], dict[str, Tensor]] = {}
+Rows = dict[tuple[str, str], dict[str, Tensor]]  # (kind, language) -> concept -> (W,) embedding, each concept once
+
+
+def caption_rows(source: Source, cache: EmbeddingCache) -> Rows:
+    """The teacher's embeddings of the captions."""
+    embeddings: Rows = {}
     for number in range(len(source)):
         sample = source[number]
         rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
@@ -136,21 +152,36 @@ def caption_rows(source: Source, cache: EmbeddingCache) -> dict[tuple[str, str],
 def teacher_scores(source: Source, cache: EmbeddingCache) -> dict[str, float]:
     """Top-1 caption retrieval of the teacher, without images: plain, and with the mean embedding subtracted."""
     rows = caption_rows(source, cache)
-    names = rows["short", "en"]
-    others = [of_language for (_, language), of_language in rows.items() if language != "en"]
-    scores = {}
-    for center, label in ((False, "plain"), (True, "centred")):
-        scores[f"name → keywords without its words, {label}"] = accuracy(names, rows["keywords", "en"], center)
-        scores[f"name → long caption, {label}"] = accuracy(names, rows["long", "en"], center)
-        scores[f"names of {len(others)} other languages → English, {label}"] = float(
-            np.mean([accuracy(of_language, names, center) for of_language in others])
+    return {
+        f"{test}, {label}": float(np.mean([ranks.hits(1).mean() for ranks, _ in teacher_ranks(rows, test, center)]))
+        for center, label in ((False, "plain"), (True, "centered"))
+        for test in TEACHER_TESTS
+    }
+
+
+def teacher_queries(source: Source, cache: EmbeddingCache) -> dict[str, Measured]:
+    """Test -> every query of the teacher's caption retrieval, plain."""
+    rows, found = caption_rows(source, cache), {}
+    family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
+    for test in TEACHER_TESTS:
+        ranked = teacher_ranks(rows, test, center=False)
+        found[test] = Measured(
+            scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _ in ranked]),
+            clusters=[family[concept] for _, concepts in ranked for concept in concepts],
+            chance=float(np.mean([chance_of(len(concepts)) for _, concepts in ranked])),
         )
-    return scores
+    return found
 
 
-def accuracy(queries: dict[str, Tensor], items: dict[str, Tensor], center: bool) -> float:
-    """Top-1 accuracy of retrieving a concept's item by its query, over the concepts that have both."""
-    shared = [concept for concept in queries if concept in items]
-    query, item = (torch.stack([rows[concept] for concept in shared]) for rows in (queries, items))
-    ranks, _ = caption_ranks(query, item, center=center)
-    return float(ranks.hits(1).mean())
+def teacher_ranks(rows: Rows, test: str, center: bool) -> list[tuple[QueryRanks, list[str]]]:
+    """Ranks of a test's queries and their concepts, for each language of the queries."""
+    asked, answered = TEACHER_TESTS[test]
+    items = rows[answered, "en"]
+    languages = sorted(language for kind, language in rows if kind == "short" and language != "en")
+    queries = [rows["short", language] for language in languages] if asked == "other" else [rows[asked, "en"]]
+    ranked = []
+    for of_language in queries:
+        shared = [concept for concept in of_language if concept in items]
+        query, item = (torch.stack([side[concept] for concept in shared]) for side in (of_language, items))
+        ranked.append((caption_ranks(query, item, center=center)[0], shared))
+    return ranked

@@ -48,7 +48,7 @@ def make_page() -> tuple[str, Reader]:
             },
         )
     ]
-    page = page_html("Title & more", evil, [evil], [TABLE], queries)
+    page = page_html("Title & more", evil, [evil], [evil], [TABLE], queries)
     reader = Reader()
     reader.feed(page)
     return page, reader
@@ -66,7 +66,7 @@ def test_page_is_well_formed_and_loads_nothing_from_a_network() -> None:
 
 def test_what_comes_from_data_is_text() -> None:
     _, reader = make_page()
-    assert reader.text.count('<script>alert("x")</script>') == 3  # intro, note and caption, all as text
+    assert reader.text.count('<script>alert("x")</script>') == 4  # headline, intro, note and caption, all as text
     (heading,) = [attrs for tag, attrs in reader.tags if tag == "bdi"]
     assert heading == {"lang": 'ar" onload="x'}
     assert "one <b>" in reader.text and "b" not in {tag for tag, _ in reader.tags}

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import claims
 import models
+import numpy as np
+import pictures
 import pytest
 import report
+import scores
 import shards
 import torch
-from scores import TESTS
 
 from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.rows import caption_rows
 from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import caption_hash
+from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
@@ -75,19 +79,23 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
         "raw": ["seed0", "seed1"],
         "shuffled": ["seed1"],
     }
-    rows = list(TESTS) if (folder / "data/all/test-openmoji.tar").is_file() else list(TESTS)[:3]
+    rows = (
+        list(scores.TESTS)
+        if (folder / "data/all/test-openmoji.tar").is_file()
+        else [t for t in scores.TESTS if "unseen" not in t]
+    )
     assert set(rows) <= set(body["chance"])
     # a concept's caption is in the pool once, so image -> caption is one among so many concepts
     assert body["chance"]["test families, names"]["i2t_r1"] == pytest.approx(1 / CONCEPTS)
     assert len(body["towers"]["raw"]["seed0"]["languages"]) == 11
-    for scores in body["towers"]["raw"].values():
-        assert all(0 <= value <= 1 for test in body["chance"] for value in scores[test].values())
+    for found_scores in body["towers"]["raw"].values():
+        assert all(0 <= value <= 1 for test in body["chance"] for value in found_scores[test].values())
     # the same weights under two names give the same numbers
     assert body["towers"]["raw"]["seed1"] == body["towers"]["shuffled"]["seed1"]
 
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     assert page.count('<div class="query">') == 13  # a long caption, a name, a name in eleven languages
-    assert page.count("data:image/png;base64,") == 13 * report.PICTURES
+    assert page.count("data:image/png;base64,") == 13 * pictures.PICTURES
     assert "a &lt;note&gt;" in page
     assert found.tables[0].head == ["retrieval", "LLM as it is (2 seeds)", "control: wrong pictures (1 seed)", "chance"]
     assert " ± " in found.tables[0].rows[0][1] and " ± " not in found.tables[0].rows[0][2]
@@ -105,41 +113,82 @@ def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder) -> Non
     caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
     tower = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches)
     pairs, source = tower.scores.pairs, sets["test"]
-    query = report.choose_queries(pairs)[1]
-    pictures = report.best_pictures(pairs, source, query)
+    query = pictures.choose_queries(pairs)[1]
+    shown = pictures.best_pictures(pairs, source, query)
     scores = pairs.image_ND @ pairs.text_MD[query]
-    order = scores.argsort(descending=True)[: len(pictures)].tolist()
-    assert [p.png for p in pictures] == [source[place].read_image() for place in order]
+    order = scores.argsort(descending=True)[: len(shown)].tolist()
+    assert [p.png for p in shown] == [source[place].read_image() for place in order]
     wanted = pairs.meta[int(pairs.owner_M[query])]["concept"]
-    assert [p.right for p in pictures] == [pairs.meta[place]["concept"] == wanted for place in order]
+    assert [p.right for p in shown] == [pairs.meta[place]["concept"] == wanted for place in order]
 
 
 def test_every_style_is_a_gallery_of_its_own(folder) -> None:
     caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
-    scores = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches).scores
-    pairs = scores.pairs
-    hits = []  # by hand: a caption's best drawing of each style shows its concept
+    measured = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches).scores
+    pairs = measured.pairs
+    by_hand = []  # 1 / rank of a caption's drawing among those of its style
     for style in ("fluent", "noto", "twemoji"):
         drawn = [n for n, meta in enumerate(pairs.meta) if meta["style"] == style]
         for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
             if owner in drawn and (caption.kind, caption.language) == ("long", "en"):
-                best = max(drawn, key=lambda n: float(pairs.image_ND[n] @ pairs.text_MD[number]))
-                hits.append(float(best == owner))
-    found, families = scores.hits("t2i")
-    assert found.tolist() == hits and len(hits) == 3 * CONCEPTS
-    assert families[:CONCEPTS] == [meta["family"] for meta in pairs.meta if meta["style"] == "fluent"]
-    assert scores.part("test", "long")["t2i_r1"] == pytest.approx(sum(hits) / len(hits))
+                order = sorted(drawn, key=lambda n: -float(pairs.image_ND[n] @ pairs.text_MD[number]))
+                by_hand.append(1 / (1 + order.index(owner)))
+    found = measured.queries("test families, long captions", "t2i")
+    assert found.scores == pytest.approx(by_hand) and len(by_hand) == 3 * CONCEPTS
+    assert found.clusters[:CONCEPTS] == [meta["family"] for meta in pairs.meta if meta["style"] == "fluent"]
+    assert measured.part("test", "long")["t2i_r1"] == pytest.approx(np.mean([score == 1 for score in by_hand]))
+    assert found.chance == pytest.approx(np.mean(1 / np.arange(1, CONCEPTS + 1)))
+    languages = measured.queries("names in languages never trained on", "i2t")
+    assert len(languages.scores) == len(languages.clusters) == 11 * 3 * CONCEPTS
 
 
-def test_gain_pairs_the_seeds_of_two_teachers(folder) -> None:
+def test_ties_are_in_random_order() -> None:
+    query, items = torch.ones(1, 2), torch.tensor([[2.0, 0], [1, 0], [1, 0], [1, 0], [0, 0]])
+    ranks, _ = rank_both(query, items, torch.tensor([7]), torch.tensor([0, 7, 1, 7, 2]))
+    # one above; two right ones and a wrong one share places 2 to 4: a right one is first in two orders of three
+    assert claims.reciprocal_ranks(ranks) == pytest.approx([2 / 3 * 1 / 2 + 1 / 3 * 1 / 3])
+
+
+def test_claims_pair_the_seeds_and_say_what_is_not_shown(folder) -> None:
     caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
     raw = [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
     tuned = [dataclasses.replace(tower, name="tuned", seed=1 - tower.seed) for tower in raw]
-    by_hand = raw[1].scores.hits("t2i")[0].mean() - raw[0].scores.hits("t2i")[0].mean()  # "tuned" 0 is raw 1
+    made = report.in_order(claims.make_claims(report.tower_claims([*raw, *tuned])))
+    first = made[0]
+    assert first.name == report.HEADLINE[0] and len(made) == 2 * len(raw[0].scores.tests())
+    test = "names in languages never trained on"
+    by_hand = (raw[1].scores.queries(test, "t2i").scores - raw[0].scores.queries(test, "t2i").scores).mean()
     assert by_hand != 0
-    said = report.gain([*raw, *tuned])
-    assert "caption → image 0.000 [" in said and f"(by seed {-by_hand:+.3f}, {by_hand:+.3f})" in said
-    assert report.gain(raw) == "" and report.gain([raw[0], tuned[0]]) == ""  # no teacher, or no seed, in common
+    each = {seed: difference.difference for seed, difference in first.by_seed.items()}
+    assert each == pytest.approx({0: by_hand, 1: -by_hand}) and first.difference.difference == pytest.approx(0)
+    assert not first.significant and "NOT significant" in claims.headline(first)
+    assert claims.claims_table(made, report.TEACHERS).rows[0][-1].endswith("not significant")
+    assert report.tower_claims(raw) == {} and claims.make_claims(report.tower_claims([raw[0], tuned[0]])) == []
+
+
+def test_a_difference_of_every_query_is_significant() -> None:
+    families = [f"family{number // 4}" for number in range(200)]
+    base = np.random.default_rng(0).random(200)
+    sides = [
+        {seed: claims.Measured(scores=side, clusters=families, chance=0.1) for seed in (0, 1)}
+        for side in (base, base + 0.1)
+    ]
+    better, same = claims.make_claims({"better": tuple(sides), "same": (sides[0], sides[0])})
+    assert better.significant and better.seeds_significant == 2 and better.difference.difference == pytest.approx(0.1)
+    assert not same.significant and claims.as_record(same)["significant"] is False
+    assert claims.seeds_table([better, same]).rows[0][-1] == "2 of 2"
+
+
+def test_the_teachers_alone_are_the_first_result(folder, tmp_path) -> None:
+    (tmp_path / "all").symlink_to(folder / "data" / "all")
+    write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
+    (alone,) = report.first_result(tmp_path)
+    assert [row[0] for row in alone.rows][:3] == [f"{test}, plain" for test in scores.TEACHER_TESTS]
+    write_cache(folder / "data" / "all", tmp_path / "cache" / "tuned-seed0", dataclasses.replace(IDENTITY, layer=-2))
+    both = report.first_result(tmp_path)[1]
+    assert len(both.rows) == 3 and both.rows[0][0] == report.HEADLINE[1]
+    # the same embeddings under two names
+    assert {row[4] for row in both.rows} == {"+.000 [+.000, +.000]"}
 
 
 def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:

@@ -1,0 +1,209 @@
+"""What the quickstart claims: the fine-tuned teacher against the LLM as it is, query by query.
+
+The measure is the mean reciprocal rank (MRR): every query counts by the rank of its right answer, also those that are
+not first. The same queries are compared in pairs; families of emoji are drawn as a whole, because their members are
+right or wrong together. Interval and p are those of ``llm2clip compare``, p adjusted for the number of claims (Holm).
+
+Shapes: Q queries, S seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from page import Table, fraction
+
+from llava_integration.benchmarks.base import Statistic
+from llava_integration.compare.statistics import Difference, compare, holm, pair
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
+
+LEVEL = 0.05  # of the test, after Holm's adjustment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The score of every query in one test."""
+
+    scores: np.ndarray  # (Q,) reciprocal ranks
+    clusters: list[str]  # Q: the queries' families
+    chance: float  # mean of a random order
+
+
+Seeds = Mapping[int, Measured]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One test of two teachers on the same queries, over all seeds and for each."""
+
+    name: str
+    difference: Difference
+    p: float  # adjusted for the number of claims
+    by_seed: dict[int, Difference]
+    p_by_seed: dict[int, float]  # adjusted
+    chance: float
+    queries: int
+    families: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference over all seeds is."""
+        return self.p < LEVEL
+
+    @property
+    def seeds_significant(self) -> int:
+        """Number of seeds whose own difference is."""
+        return sum(p < LEVEL for p in self.p_by_seed.values())
+
+
+def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
+    """(Q,) 1 / rank of the best correct item: the expected value, as items of equal score are in random order."""
+    wrong, correct = ranks.wrong_equal_Q.double(), ranks.correct_equal_Q.double()
+    ahead, value = torch.ones_like(wrong), torch.zeros_like(wrong)  # ahead: the first j of the equals are all wrong
+    for j in range(int(wrong.max()) + 1):
+        still = ahead * (wrong - j).clamp(min=0) / (wrong + correct - j).clamp(min=1)
+        value += (ahead - still) / (ranks.higher_Q + 1 + j)
+        ahead = still
+    return value.numpy()
+
+
+def chance_of(pool: int) -> float:
+    """Mean reciprocal rank of one right answer among ``pool`` in random order."""
+    return float(np.mean(1 / np.arange(1, pool + 1)))
+
+
+def make_claims(tests: Mapping[str, tuple[Seeds, Seeds]]) -> list[Claim]:
+    """A claim for each test, name -> (base, new), on the seeds that all of them have; [] without one.
+
+    With several seeds, the interval of their mean contains the spread over seeds; that of each seed does not.
+    """
+    if not tests:
+        return []
+    seeds = sorted(set.intersection(*(set(side) for sides in tests.values() for side in sides)))
+    if not seeds:
+        return []
+    total = [_compare([base[s] for s in seeds], [new[s] for s in seeds]) for base, new in tests.values()]
+    each = {s: [_compare([base[s]], [new[s]]) for base, new in tests.values()] for s in seeds}
+    p, p_each = holm([one.p for one in total]), {s: holm([one.p for one in each[s]]) for s in seeds}
+    first = [base[seeds[0]] for base, _ in tests.values()]
+    return [
+        Claim(
+            name=name,
+            difference=total[place],
+            p=p[place],
+            by_seed={s: each[s][place] for s in seeds},
+            p_by_seed={s: p_each[s][place] for s in seeds},
+            chance=first[place].chance,
+            queries=len(first[place].scores),
+            families=len(set(first[place].clusters)),
+        )
+        for place, name in enumerate(tests)
+    ]
+
+
+def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
+    """The paired comparison of `llm2clip compare`."""
+    sides = [[Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), _ratio) for one in s] for s in (base, new)]
+    return compare(pair(sides[0], sides[1], base[0].clusters))
+
+
+def _ratio(totals: np.ndarray) -> np.ndarray:
+    return totals[..., 0] / totals[..., 1]
+
+
+# -------------------------------------------------------------------------------------------------- words
+
+
+def claims_table(claims: Sequence[Claim], names: Mapping[str, str]) -> Table:
+    """A row per claim; those that are not significant say so."""
+    rows = [
+        [
+            one.name,
+            fraction(one.difference.base),
+            fraction(one.difference.new),
+            fraction(one.chance),
+            interval(one.difference),
+            p_value(one.p) + ("" if one.significant else ", not significant"),
+        ]
+        for one in claims
+    ]
+    count = len(claims[0].by_seed)
+    below = (
+        "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second. Difference: the same "
+        f"queries with both teachers, 95 % interval over families{' and seeds' * (count > 1)} ({count} "
+        f"training{'s' * (count > 1)} a side); p of a paired test, adjusted for all {len(claims)} rows (Holm)."
+    )
+    head = ["mean reciprocal rank", names["raw"], names["tuned"], "chance", "difference", "p"]
+    return Table(head=head, rows=rows, below=below)
+
+
+def seeds_table(claims: Sequence[Claim]) -> Table:
+    """The differences seed by seed, and the number of seeds in which each is significant."""
+    seeds = list(claims[0].by_seed)
+    rows = [
+        [
+            one.name,
+            *(interval(one.by_seed[seed]) + " *" * (one.p_by_seed[seed] < LEVEL) for seed in seeds),
+            f"{one.seeds_significant} of {len(seeds)}",
+        ]
+        for one in claims
+    ]
+    below = "Difference of mean reciprocal ranks with its 95 % interval, each seed alone; *: significant (Holm)."
+    return Table(head=["by seed", *(f"seed {seed}" for seed in seeds), "significant"], rows=rows, below=below)
+
+
+def interval(difference: Difference) -> str:
+    """``+.069 [.061, .077]``."""
+    return f"{signed(difference.difference)} [{signed(difference.low)}, {signed(difference.high)}]"
+
+
+def signed(value: float) -> str:
+    """``+.069``, ``-.002``."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def p_value(p: float) -> str:
+    """``< .001`` or ``.038``."""
+    return "< .001" if p < 0.001 else fraction(p)
+
+
+def headline(one: Claim) -> str:
+    """A claim as a sentence, with its interval and chance."""
+    change = one.difference
+    p = f"p {p_value(one.p)}" if one.p < 0.001 else f"p = {p_value(one.p)}"
+    said = (
+        f"{one.name}: mean reciprocal rank {fraction(change.base)} with the LLM as it is, {fraction(change.new)} with "
+        f"the fine-tuned LLM; difference {interval(change)}, {p}; chance {fraction(one.chance)}"
+    )
+    if len(one.by_seed) > 1:
+        said += f"; significant in {one.seeds_significant} of {len(one.by_seed)} seeds"
+    return said + ("." if one.significant else ". This is NOT significant.")
+
+
+def as_record(one: Claim) -> dict[str, Any]:
+    """The claim for a JSON file."""
+    return {
+        "name": one.name,
+        "measure": "mean reciprocal rank",
+        "chance": one.chance,
+        "queries": one.queries,
+        "families": one.families,
+        **_numbers(one.difference, one.p),
+        "seeds_significant": one.seeds_significant,
+        "by_seed": {str(seed): _numbers(one.by_seed[seed], one.p_by_seed[seed]) for seed in one.by_seed},
+    }
+
+
+def _numbers(difference: Difference, p: float) -> dict[str, Any]:
+    return {
+        "raw": difference.base,
+        "tuned": difference.new,
+        "difference": difference.difference,
+        "interval": [difference.low, difference.high],
+        "p": difference.p,
+        "p_adjusted": p,
+        "significant": bool(p < LEVEL),
+        "statistic": difference.test,
+    }
