@@ -1,4 +1,4 @@
-# Sourced by pretrain.sh, finetune.sh and finetune_lora.sh: options, gradient accumulation, launcher.
+# Sourced by pretrain.sh, finetune.sh, finetune_lora.sh and eval/benchmark.sh: options, gradient accumulation, launcher.
 # Every option is also an environment variable of its name in capitals: --tower = TOWER, --global-batch = GLOBAL_BATCH ...
 
 fail() { echo "error: $*" >&2; exit 2; }

@@ -7,11 +7,13 @@
 #   DATA=playground/data/eval   LLaVA's evaluation folder      BASE=MODEL      base model of a LoRA checkpoint
 #   GPUS=all                    processes, one GPU each        BATCH_SIZE=1    questions in a batch
 #   TOWER=PATH                  the tower that the bare name llm2clip stands for
-#   PYTHON=python               of LLaVA's environment
+#   PYTHON=python               the environment (default: the active one, .venv or .venv-llava: the first that has LLaVA)
 #
 # llava_integration.evaluate generates the answers (those of LLaVA's own programs, in batches, resumable), and each
 # benchmark's official rule scores them; both are kept in OUTPUT (default: CHECKPOINT/eval).
 set -euo pipefail
+HERE=$(cd "$(dirname "$0")/.." && pwd)
+. "$HERE/common.sh"
 
 if [ $# -lt 2 ] || [ "$2" = -h ] || [ "$2" = --help ]; then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
@@ -22,7 +24,8 @@ shift 2
 if [ $# -gt 0 ] && [ "$1" != -- ]; then output=$1; shift; fi
 [ -z "${TOWER:-}" ] || export LLM2CLIP_TOWER=$TOWER
 [ "$name" != all ] || name=
-gpus=${GPUS:-$("${PYTHON:-python}" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-exec "${PYTHON:-python}" -m llm2clip_plugin.cli bench-mllm ${name:+--benchmarks "$name"} --model-path "$checkpoint" \
+choose_python
+gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+exec "$PYTHON" -m llm2clip_plugin.cli bench-mllm ${name:+--benchmarks "$name"} --model-path "$checkpoint" \
     ${BASE:+--model-base "$BASE"} --data "${DATA:-playground/data/eval}" --output "$output" --gpus "$gpus" \
     --batch-size "${BATCH_SIZE:-1}" "$@"

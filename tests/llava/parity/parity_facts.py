@@ -57,15 +57,17 @@ KINDS = {  # what is trained: options on top of llava_world's
 def tokens(root: Path) -> dict[str, Any]:
     """Ids and label masks of TALKS in each of LLaVA's templates; ids and decoded text of TEXTS."""
     from llava import conversation
+    from llava.model import builder
     from llava.train import train
 
     facts: dict[str, Any] = {}
     before = conversation.default_conversation
     for legacy in (True, False):
         tokenizer = load_tokenizer(root / f"tokenizer-{legacy}", legacy=legacy)
+        fast = builder.AutoTokenizer.from_pretrained(root / f"tokenizer-{legacy}")  # as a Mistral's is read
         for text in TEXTS:
-            ids = tokenizer(text).input_ids
-            facts[f"{legacy} {text!r}"] = [ids, tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)]
+            facts[f"{legacy} {text!r}"] = ids_and_back(tokenizer, text)
+            facts[f"{legacy} fast {text!r}"] = ids_and_back(fast, text)
         tokenizer.pad_token = tokenizer.unk_token
         for version, template in sorted(conversation.conv_templates.items()):
             conversation.default_conversation = template
@@ -73,6 +75,12 @@ def tokens(root: Path) -> dict[str, Any]:
                 facts[f"{legacy} {version} {name}"] = mask_of(train, tokenizer, talk)
     conversation.default_conversation = before
     return facts
+
+
+def ids_and_back(tokenizer: Any, text: str) -> list[Any]:
+    """The text's ids, and what they are decoded to, with special tokens and without."""
+    ids = tokenizer(text).input_ids
+    return [ids, tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)]
 
 
 def load_tokenizer(folder: Path, *, legacy: bool) -> Any:

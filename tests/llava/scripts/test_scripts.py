@@ -154,7 +154,10 @@ def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, t
     assert (tmp_path / "two" / "mm_projector.bin").is_file()
 
 
-@pytest.mark.parametrize("stage, saved", [("finetune", "model"), ("finetune_lora", "adapter_model")])
+@pytest.mark.parametrize(
+    "stage, saved",
+    [pytest.param("finetune", "model", marks=pytest.mark.both_stacks), ("finetune_lora", "adapter_model")],
+)
 def test_finetuning_without_a_gpu_keeps_its_model(world, tmp_path, stage, saved):
     """ZeRO-3 with accumulation over two ranks; nothing of the tests' own makes it run on a CPU."""
     assert len(train(world, tmp_path, stage, 2, 4)) == 3

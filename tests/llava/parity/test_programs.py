@@ -1,24 +1,38 @@
-"""``llava.serve``: a controller and a model worker, asked over HTTP."""
+"""LLaVA's own programs with our tower: controller and worker over HTTP, ``cli``, ``run_llava``, ``model_vqa``."""
 
 import base64
+import io
 import json
+import runpy
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+import parity_world
 import pytest
 import requests
 import torch
 from llava_world import free_port
 from PIL import Image
 
-pytestmark = pytest.mark.skipif(
-    find_spec("fastapi") is None or find_spec("uvicorn") is None, reason="needs fastapi and uvicorn, as LLaVA asks for"
+pytestmark = pytest.mark.both_stacks
+NEEDS_SERVERS = pytest.mark.skipif(
+    find_spec("fastapi") is None or find_spec("uvicorn") is None, reason="needs fastapi and uvicorn, as LLaVA does"
 )
 PROMPT = "A chat. USER: <image>\nWhich colour is the picture? ASSISTANT:"
 PATIENCE = 120  # seconds for two processes to import LLaVA on a busy machine
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return parity_world.make_parity_world(tmp_path_factory.mktemp("programs") / "world")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world):
+    return world.root / "llava-llama"
 
 
 @contextmanager
@@ -71,20 +85,21 @@ def worker(world, checkpoint, tmp_path_factory):
             yield address
 
 
-def expected(checkpoint, image):
-    """What LLaVA answers in this process, loaded as the worker loads."""
+def expected(checkpoint, image, prompt=PROMPT):
+    """What LLaVA answers in this process, loaded as its programs load."""
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), None, checkpoint.name, device="cpu")
-    assert type(model.get_vision_tower()).__name__ == "LLM2CLIPVisionTower"
-    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
+    assert type(model.get_vision_tower()).__module__.startswith("llava_integration.towers.")
+    ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
     pixels = process_images([image], processor, model.config).to(torch.float16)
     with torch.inference_mode():
         output = model.generate(ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=8)
     return tokenizer.decode(output[0], skip_special_tokens=True).strip()
 
 
+@NEEDS_SERVERS
 def test_a_worker_answers_with_our_tower(worker, checkpoint, world):
     answers = set()
     for path in sorted(world.images.iterdir())[::3]:
@@ -103,3 +118,40 @@ def test_a_worker_answers_with_our_tower(worker, checkpoint, world):
         assert answer == expected(checkpoint, Image.open(path).convert("RGB"))
         answers.add(answer)
     assert len(answers) > 1, "the answer does not depend on the picture"
+
+
+def program(monkeypatch, capsys, name, *words, typed=""):
+    """What a program of LLaVA prints, run in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    capsys.readouterr()
+    runpy.run_module(name, run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", parity_world.CHECKPOINTS)
+def test_programs_without_a_server(world, name, home, tmp_path, monkeypatch, capsys):
+    """Of a Llama, a Mistral with anyres, and S2. They call ``.cuda()`` whatever the device, which does nothing here."""
+    from llava.conversation import conv_templates
+
+    checkpoint = world.root / name
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    talk = conv_templates["vicuna_v1"].copy()
+    talk.append_message(talk.roles[0], "<image>\nWhat is it?")
+    talk.append_message(talk.roles[1], None)
+    path = min(world.images.iterdir())
+    answer = expected(checkpoint, Image.open(path).convert("RGB"), talk.get_prompt())
+    assert answer
+    same = ("--model-path", checkpoint, "--conv-mode", "vicuna_v1", "--temperature", "0")
+    asked = (*same, "--image-file", path)
+    cli = program(
+        monkeypatch, capsys, "llava.serve.cli", *asked, "--device", "cpu", "--max-new-tokens", "8", typed="What is it?"
+    )
+    assert cli.split("ASSISTANT: ")[1].startswith(answer)
+    words = ("--query", "What is it?", "--max_new_tokens", "8")
+    assert program(monkeypatch, capsys, "llava.eval.run_llava", *asked, *words).strip().endswith(answer)
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers" / "answers.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "image": path.name, "text": "What is it?"}))
+    words = ("--image-folder", world.images, "--question-file", questions, "--answers-file", answers)
+    program(monkeypatch, capsys, "llava.eval.model_vqa", *same, *words)
+    assert json.loads(answers.read_text())["text"].startswith(answer)
