@@ -6,9 +6,12 @@ Everything here is called where it applies, not at import: no library is importe
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+TOWER = "model.vision_tower."  # names of its weights in a LLaVA checkpoint
 
 
 @contextmanager
@@ -66,17 +69,24 @@ def quiet_onnx() -> Iterator[None]:
 def quiet_llava_loading() -> None:
     """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the tower's own folder.
 
-    Other weights that are not used, or not there, are still warned of.
+    Other weights that are not used, or not there, are still warned of. Bars are for terminals.
     """
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_the_tower)
 
 
 def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
-    first, _, _ = record.getMessage().partition("\n")
+    first, _, table = record.getMessage().partition("\n")
+    if "LOAD REPORT" in first:  # of transformers 5: a row per name, or per pattern of names
+        rows = [row.split("|") for row in table.splitlines() if row.count("|") > 1][1:]  # below the head
+        return not all(name.startswith(TOWER) and "UNEXPECTED" in status for name, status, *_ in rows)
     if "were not used when initializing Llava" not in first:
         return True
     names = re.findall(r"'([^']+)'", first.partition("[")[2])
-    return not all(name.startswith("model.vision_tower.") for name in names)
+    return not all(name.startswith(TOWER) for name in names)
 
 
 def quiet_llava() -> None:

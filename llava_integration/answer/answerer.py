@@ -29,6 +29,7 @@ class Answerer:
             raise ValueError("--device cuda: no GPU is available to torch; pass --device cpu")
         path = os.path.expanduser(options.model_path)
         self.options, self.name = options, get_model_name_from_path(path)
+        self.conversation = conversation_of(self.name, options.conv_mode)
         quiet_llava_loading()
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             path, options.model_base, self.name, options.load_8bit, options.load_4bit
@@ -42,14 +43,13 @@ class Answerer:
         """Batches of prepared questions, with images first; a batch never mixes questions with and without an image."""
         from torch.utils.data import DataLoader
 
-        conversation = conversation_of(self.name, self.options.conv_mode)
         with_image = [index for index in indices if questions[index].image]
         text_only = [index for index in indices if not questions[index].image]
         for group in (with_image, text_only):
             prepare = Prepare(
                 questions=[(index, questions[index]) for index in group],
                 folder=self.options.image_folder,
-                conversation=conversation,
+                conversation=self.conversation,
                 tokenizer=self.tokenizer,
                 image_processor=self.image_processor,
                 model_config=self.model.config,

@@ -44,11 +44,13 @@ class AnswersFile:
     def __init__(self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False):
         """``settings``: every setting that an answer depends on, saved as ``ANSWERS.settings.json``.
 
-        Raises ContractError if answers with other settings exist, unless ``overwrite``.
+        Raises ContractError if answers with other settings exist, unless ``overwrite``; ValueError for a folder.
         """
         self.path, self.settings, self.total = path, settings, total
         self.partial = path.with_name(path.name + ".partial")
         self.settings_file = settings_file(path)
+        if path.is_dir() or any(above.is_file() for above in path.parents):
+            raise ValueError(f"--answers-file {path} is a folder, or below a file; choose a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             path.unlink(missing_ok=True)
@@ -67,7 +69,10 @@ class AnswersFile:
 
     def compare_settings(self) -> None:
         """Raise ContractError if a previous run saved other settings."""
-        before = read_json_value(self.settings_file)
+        try:
+            before = read_json_value(self.settings_file)
+        except ContractError as error:
+            raise ContractError(f"{error}; {OTHER_FILE}") from error
         if not isinstance(before, dict):
             raise ContractError(f"{self.settings_file} contains a {type(before).__name__}, not settings; {OTHER_FILE}")
         compared = {*before, *self.settings} - {*IGNORED_ON_RESUME}

@@ -16,6 +16,7 @@ from llava_integration.answer.answers_file import AnswersFile, entry
 from llava_integration.answer.endpoint import KEY, Endpoint, EndpointError, ServedModel
 from llava_integration.answer.questions import Question, read_questions
 from llava_integration.answer.served import Asking, answer_served
+from llava_integration.towers.checkpoint_files import check_checkpoint
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.options.parser import Parser
@@ -95,6 +96,9 @@ def main(argv: list[str]) -> int:
         options.num_chunks,
         options.chunk_idx,
     )
+    folder = options.image_folder
+    if folder and not Path(folder).is_dir() and any(item.image and not item.embedded for item in questions):
+        raise FileNotFoundError(f"--image-folder {folder} is not a folder; expected that of the questions' images")
     endpoint = Endpoint(options.endpoint, timeout=options.timeout) if options.endpoint else None
     served = endpoint.choose(options.served_model_name) if endpoint else None
     settings = answer_settings(options, served)
@@ -134,6 +138,7 @@ def check_options(options: argparse.Namespace) -> None:
     if not 0 < options.timeout < float("inf"):
         raise ValueError(f"--timeout {options.timeout} must be seconds above 0")
     if options.model_path:
+        check_checkpoint(options.model_path, options.model_base)
         refuse_name(options.model_path, base=options.model_base)
 
 

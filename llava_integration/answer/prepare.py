@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_integration.answer.questions import Question
+from llm2clip_plugin.options.names import unknown
 
 if TYPE_CHECKING:
     import torch
@@ -88,5 +89,5 @@ def conversation_of(model_name: str, mode: str) -> Any:
     if "plain" in model_name and "finetune" not in model_name.lower() and "mmtag" not in mode:
         mode = f"{mode}_mmtag"
     if mode not in conv_templates:
-        raise ValueError(f"unknown --conv-mode {mode!r}; known: {', '.join(sorted(conv_templates))}")
+        raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
     return conv_templates[mode]

@@ -13,12 +13,15 @@ import io
 import json
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.outside.images import check_image_size
 from llm2clip_plugin.outside.values import errors_about
@@ -66,12 +69,17 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
         raise FileNotFoundError(f"no question file at {path}")
     with errors_about(path, fix="download it again"):
         if path.suffix == ".jsonl":
-            return read_lines(path)
-        if path.suffix == ".json":
-            return read_conversations(path, directly)
-        if path.suffix == ".tsv":
-            return read_table(path, directly, all_rounds, lang)
-    raise ValueError(f"unsupported question file {path}; supported: .jsonl, .json (ScienceQA), .tsv (MMBench)")
+            questions = read_lines(path)
+        elif path.suffix == ".json":
+            questions = read_conversations(path, directly)
+        elif path.suffix == ".tsv":
+            questions = read_table(path, directly, all_rounds, lang)
+        else:
+            known = ".jsonl, .json (ScienceQA), .tsv (MMBench)"
+            raise ContractError(f"unsupported question file {path}; supported: {known}")
+    if not questions:
+        raise ContractError(f"{path} has no questions; download it again")
+    return questions
 
 
 def read_lines(path: Path) -> list[Question]:
@@ -81,15 +89,11 @@ def read_lines(path: Path) -> list[Question]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
+            with _entry(path, f"line {number}", "an object with question_id, text and image"):
                 row = json.loads(line)
-                question = Question(
-                    id=row["question_id"], text=row["text"], shown=row["text"], image=row.get("image", "")
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected an object with question_id, text and image ({error!r})"
-                ) from error
+                text = row["text"]
+                question = Question(id=row["question_id"], text=text, shown=text, image=row.get("image", ""))
+                _check_texts(text=text, image=question.image)
             questions.append(question)
     return questions
 
@@ -98,15 +102,31 @@ def read_conversations(path: Path, directly: bool) -> list[Question]:
     """ScienceQA: a list of LLaVA conversations, of which the first turn is the question."""
     questions = []
     for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        try:
-            text, image = row["conversations"][0]["value"].replace("<image>", "").strip(), row.get("image", "")
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path}, entry {number}: expected id and conversations ({error!r})") from error
+        with _entry(path, f"entry {number}", "id and conversations"):
+            text, image, name = row["conversations"][0]["value"], row.get("image", ""), row["id"]
+            _check_texts(value=text, image=image)
+        text = text.replace("<image>", "").strip()
         shown = f"<image>\n{text}" if image else text
         if directly:
             text, shown = f"{text}\n{DIRECTLY['en']}", f"{shown}\n{DIRECTLY['en']}"
-        questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
+        questions.append(Question(id=name, text=text, shown=shown, image=image))
     return questions
+
+
+@contextmanager
+def _entry(path: Path, place: str, expected: str) -> Iterator[None]:
+    """Raise ContractError with the place for what the block meets in one entry of a file."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+        raise ContractError(f"{path}, {place}: expected {expected} ({reason})") from error
+
+
+def _check_texts(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}, expected a text")
 
 
 def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:

@@ -17,6 +17,7 @@ from llava_integration.benchmarks.plan import Missing, Task, plans
 from llava_integration.benchmarks.provenance import run_provenance
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import tables
+from llava_integration.towers.checkpoint_files import check_checkpoint
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import atomic_file
@@ -73,6 +74,7 @@ def check_model(parse: Parser, args: argparse.Namespace) -> None:
             raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
         if args.served_model_name:
             raise ValueError("--served-model-name has no effect without --endpoint; remove it")
+        check_checkpoint(args.model_path, args.model_base)
         refuse_name(args.model_path, base=args.model_base)
     elif given := [name for name in LOCAL if getattr(args, name) != parse.get_default(name)]:
         shown = ", ".join("--" + name.replace("_", "-") for name in given)

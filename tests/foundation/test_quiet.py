@@ -9,6 +9,14 @@ from llm2clip_plugin.quiet import quiet_accelerator, quiet_llava, quiet_llava_lo
 UNUSED = (
     "Some weights of the model checkpoint at x were not used when initializing LlavaLlamaForCausalLM: [{}]\n- This IS"
 )
+REPORT = """LlavaLlamaForCausalLM LOAD REPORT from: x
+Key                                        | Status     |  |
+-------------------------------------------+------------+--+-
+model.vision_tower.vision_tower.a.{{0, 1}} | UNEXPECTED |  |
+{}
+
+Notes:
+- UNEXPECTED:	can be ignored when loading from different task/architecture"""
 TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b'"
 
 
@@ -18,6 +26,9 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(TOWER), False),
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(f"{TOWER}, 'lm_head.weight'"), True),
         (quiet_llava_loading, "transformers.modeling_utils", "Some weights were not initialized from x", True),
+        (quiet_llava_loading, "transformers.modeling_utils", REPORT.format(""), False),
+        (quiet_llava_loading, "transformers.modeling_utils", REPORT.format("lm_head.weight | UNEXPECTED | |"), True),
+        (quiet_llava_loading, "transformers.modeling_utils", REPORT.format("lm_head.weight | MISSING | |"), True),
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `llava_llama`.", False),
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `clip`.", True),
         (quiet_accelerator, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),

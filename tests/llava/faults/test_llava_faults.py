@@ -1,0 +1,299 @@
+"""Faults of a LLaVA checkpoint, its tower, a question file and its answers: one error, and no answers."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from faults import Fault, World, copied, flip, meet, rows
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import TowerCard
+
+pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.both_stacks]
+LLAVA, TOWER = "llava-1", "towers/mine"
+TRAINED = "{w}/llava-1 was trained with the tower sha256 ... (origin {w}/towers/mine, clip, 28 px); "
+GONE, OTHER = (
+    TRAINED + "which is not on this machine. Searched:",
+    TRAINED + "refusing to load a different tower. Searched:",
+)
+
+
+@pytest.fixture(scope="module")
+def made(world, tmp_path_factory):
+    """Towers, a checkpoint that LLaVA's code has built and saved with one of them, questions; and a copy of it all."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("faults") / "w"
+    for name in ("clip", "other", "wide"):
+        shutil.copytree(world.towers[name], folder / "towers" / {"clip": "mine"}.get(name, name))
+    model = LlavaLlamaForCausalLM(LlavaConfig.from_pretrained(world.llm))
+    arguments = SimpleNamespace(
+        vision_tower=f"llm2clip:{folder / TOWER}",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type="flat",
+        mm_projector_type="linear",
+        tune_mm_mlp_adapter=False,
+    )
+    model.get_model().initialize_vision_modules(arguments)
+    model.save_pretrained(folder / LLAVA)
+    AutoTokenizer.from_pretrained(world.llm, use_fast=False).save_pretrained(folder / LLAVA)
+    shutil.copytree(world.images, folder / "images")
+    lines = world.questions.read_text().splitlines(keepends=True)
+    (folder / "questions.jsonl").write_text("".join(lines[:3]))
+    shutil.copytree(folder, folder.with_name("copy"))
+    return World(folder), folder.with_name("copy")
+
+
+@pytest.fixture
+def planted(made):
+    """The world as it was made, under the paths that the checkpoint has recorded."""
+    world, copy = made
+    shutil.rmtree(world.folder)
+    return copied(copy, world.folder)
+
+
+def answering(world: World, words: str = "") -> list[str]:
+    """``llava evaluate``; ``words`` come last and take precedence."""
+    command = "llava evaluate --model-path {w}/llava-1 --question-file {w}/questions.jsonl --image-folder {w}/images "
+    command += "--answers-file {w}/answers.jsonl --max-new-tokens 2 --workers 0 --device cpu --dtype float32 " + words
+    return command.replace("{w}", str(world.folder)).split()
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def cut(name):
+    """Plants a file that ends in its middle."""
+
+    def plant(world):
+        path = world.path(name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return plant
+
+
+def swapped(world):
+    shutil.rmtree(world.path(TOWER))
+    shutil.copytree(world.path("towers/other"), world.path(TOWER))
+
+
+def wider(world):
+    """A tower of another width under the recorded name, and no record, as LLaVA writes it."""
+    edit(
+        world.path(f"{LLAVA}/config.json"), mm_vision_tower=f"llm2clip:{world.path('towers/wide')}", llm2clip_tower=None
+    )
+
+
+def sharded(world):
+    """An index of two files, of which one is there."""
+    path = world.path(f"{LLAVA}/model.safetensors")
+    path.rename(path.with_name("model-00001-of-00002.safetensors"))
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def test_without_a_fault(planted, capsys):
+    assert main(answering(planted)) == 0
+    assert len(planted.path("answers.jsonl").read_text().splitlines()) == 3
+
+
+CONFIG, COPY = "{w}/llava-1/config.json", "copy or export the tower again"
+
+
+def fields(name, says, **values):
+    """Other fields in the checkpoint's config.json."""
+    return Fault(name, "", says, lambda w: edit(w.path(f"{LLAVA}/config.json"), **values))
+
+
+@rows(
+    Fault("tower removed", "", GONE, lambda w: shutil.rmtree(w.path(TOWER))),
+    Fault("tower moved", "", GONE, lambda w: w.path(TOWER).rename(w.path("towers/moved"))),
+    Fault("another tower under its name", "", OTHER, swapped),
+    Fault("tower without its card", "", GONE, lambda w: w.path(f"{TOWER}/{TowerCard.FILE}").unlink()),
+    Fault("half-copied card", "", GONE, cut(f"{TOWER}/{TowerCard.FILE}")),
+    Fault(
+        "tower without its weights",
+        "",
+        "no model.safetensors in {w}/towers/mine; the directory was modified or only partly copied; " + COPY,
+        lambda w: w.path(f"{TOWER}/model.safetensors").unlink(),
+    ),
+    Fault(
+        "tower without its config.json",
+        "",
+        "{w}/towers/mine/checksums.json lists 'config.json', which is not a file in ...; " + COPY,
+        lambda w: w.path(f"{TOWER}/config.json").unlink(),
+    ),
+    Fault(
+        "half-copied weights of the tower",
+        "",
+        "{w}/towers/mine/model.safetensors is not a complete safetensors file: ...",
+        cut(f"{TOWER}/model.safetensors"),
+    ),
+    Fault(
+        "flipped byte in the tower",
+        "",
+        "{w}/towers/mine/model.safetensors has SHA-256 ..., but llm2clip.json records ...; " + COPY,
+        lambda w: flip(w.path(f"{TOWER}/model.safetensors")),
+    ),
+    fields(
+        "layer that the tower has not",
+        "mm_vision_select_layer 9 is out of range: a tower of 3 blocks has hidden states -4 to 3",
+        mm_vision_select_layer=9,
+    ),
+    fields(
+        "layer as a text",
+        CONFIG + ": mm_vision_select_layer is '-2', expected int; copy the checkpoint again",
+        mm_vision_select_layer="-2",
+    ),
+    fields(
+        "unknown feature",
+        "unknown mm_vision_select_feature 'pach'; did you mean 'patch'? known: patch, cls_patch",
+        mm_vision_select_feature="pach",
+    ),
+    Fault("tower of another width", "", "the projector of {w}/llava-1 expects features of width 32, but the...", wider),
+    fields(
+        "record of the tower as a text",
+        "llm2clip_tower in config.json of {w}/llava-1 is 'mine', expected an object; copy the checkpoint again",
+        llm2clip_tower="mine",
+    ),
+    fields(
+        "record without its hash",
+        "llm2clip_tower in config.json of {w}/llava-1: weights_sha256 is None, expected str; copy the checkpoint again",
+        llm2clip_tower={"origin": "x"},
+    ),
+    fields(
+        "no tower",
+        CONFIG + ": mm_vision_tower is None, expected str; copy the checkpoint again",
+        mm_vision_tower=None,
+        llm2clip_tower=None,
+    ),
+    Fault(
+        "no checkpoint",
+        "--model-path {w}/llava-2",
+        "--model-path {w}/llava-2 is neither a folder nor a Hub id; expected a LLaVA checkpoint",
+    ),
+    Fault(
+        "empty checkpoint",
+        "--model-path {w}/llava-2",
+        "{w}/llava-2 is not a LLaVA checkpoint: no config.json in it",
+        lambda w: w.path("llava-2").mkdir(),
+    ),
+    Fault(
+        "name without llava",
+        "--model-path {w}/run-1",
+        'LLaVA loads a folder without "llava" in its name as a language model that sees no images, but {w}/run-1 '
+        "('run-1') is a LLaVA checkpoint; rename it, for example to llava-run-1",
+        lambda w: w.path(LLAVA).rename(w.path("run-1")),
+    ),
+    Fault("half-copied config.json", "", CONFIG + " is not valid JSON (...)", cut(f"{LLAVA}/config.json")),
+    Fault(
+        "half-copied weights",
+        "",
+        "{w}/llava-1/model.safetensors...copy the checkpoint again",
+        cut(f"{LLAVA}/model.safetensors"),
+    ),
+    Fault(
+        "no weights",
+        "",
+        "{w}/llava-1 has no weights (*.safetensors or *.bin); copy the checkpoint again",
+        lambda w: w.path(f"{LLAVA}/model.safetensors").unlink(),
+    ),
+    Fault(
+        "a file of the weights is missing", "", "{w}/llava-1 lacks model-00002-of-00002.safetensors, listed...", sharded
+    ),
+    Fault(
+        "no tokenizer",
+        "",
+        "{w}/llava-1 has no tokenizer (tokenizer.model or tokenizer.json); copy the checkpoint again",
+        lambda w: [path.unlink() for path in w.folder.glob("llava-1/tokenizer*")],
+    ),
+    Fault(
+        "unknown conversation",
+        "--conv-mode vicuna",
+        "unknown --conv-mode 'vicuna'; did you mean 'vicuna_v1'? known: ...",
+    ),
+)
+def test_checkpoint_and_tower(fault, planted, capsys):
+    told = meet(fault, planted, answering(planted, fault.words), capsys)
+    assert not planted.path("answers.jsonl").exists()
+    assert not re.search(r"LOAD REPORT|Loading weights", told), told
+
+
+def questions(name, text, says):
+    """Another question file."""
+    return Fault(name, "", says, lambda w: w.path("questions.jsonl").write_text(text))
+
+
+FOLDER = " is a folder, or below a file; choose a file to write"
+AGAIN = "; choose another --answers-file or pass --overwrite"
+ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
+ONE = "{w}/questions.jsonl, line 1: expected an object with question_id, text and image (...)"
+
+
+@rows(
+    Fault("no question file", "--question-file {w}/nowhere.jsonl", "no question file at {w}/nowhere.jsonl"),
+    Fault("question file of another kind", "--question-file {w}/images", "no question file at {w}/images"),
+    questions("not JSON", "{", ONE),
+    questions("a list", "[]\n", ONE),
+    questions("no text", '{"question_id": 1}\n', ONE),
+    questions("text of another type", '{"question_id": 1, "text": 3}\n', ONE[:-5] + "(text is 3, expected a text)"),
+    questions("no question", "", "{w}/questions.jsonl has no questions; download it again"),
+    Fault(
+        "not UTF-8",
+        "",
+        "{w}/questions.jsonl cannot be used ('utf-8' ...); download it again",
+        lambda w: w.path("questions.jsonl").write_bytes(b"\xff\xfe"),
+    ),
+    questions("no such image", ROW % "nowhere.png", "question 1: cannot read {w}/images/nowhere.png: ..."),
+    questions(
+        "an image that is none", ROW % "../questions.jsonl", "question 1: cannot read {w}/images/../questions..."
+    ),
+    Fault(
+        "no image folder",
+        "--image-folder {w}/pictures",
+        "--image-folder {w}/pictures is not a folder; expected that of the questions' images",
+    ),
+    Fault(
+        "answers of another program",
+        "",
+        "{w}/answers.jsonl was written by another program" + AGAIN,
+        lambda w: w.path("answers.jsonl").write_text("{}\n"),
+    ),
+    Fault("answers into a folder", "--answers-file {w}/images", "--answers-file {w}/images" + FOLDER),
+    Fault(
+        "answers below a file",
+        "--answers-file {w}/questions.jsonl/a.jsonl",
+        "--answers-file {w}/questions.jsonl/a.jsonl" + FOLDER,
+    ),
+)
+def test_questions(fault, planted, capsys):
+    meet(fault, planted, answering(planted, fault.words), capsys)
+    output = planted.path("answers.jsonl")
+    assert not output.exists() or output.read_text() == "{}\n"
+
+
+@rows(
+    Fault("edited", "", "{w}/answers.jsonl was changed after it was written...", lambda w: edit_answer(w)),
+    Fault("cut", "", "{w}/answers.jsonl was changed after it was written...", cut("answers.jsonl")),
+    Fault("other settings", "--max-new-tokens 3", "{w}/answers.jsonl was started with other settings (...)" + AGAIN),
+    Fault(
+        "settings cut",
+        "",
+        "{w}/answers.jsonl.settings.json is not valid JSON (...)" + AGAIN,
+        cut("answers.jsonl.settings.json"),
+    ),
+)
+def test_answers_of_an_earlier_run(fault, planted, capsys):
+    assert main(answering(planted)) == 0
+    meet(fault, planted, answering(planted, fault.words), capsys)
+
+
+def edit_answer(world):
+    path = world.path("answers.jsonl")
+    path.write_text(path.read_text().replace('"question_id": 0', '"question_id": 9'))
