@@ -25,7 +25,7 @@ from llm2clip_plugin.contracts import (
     sha256_weights,
 )
 from llm2clip_plugin.text.device import default_device, fastest_dtype
-from llm2clip_plugin.text.encoder import CPU_TOKENS, GPU_TOKENS
+from llm2clip_plugin.text.encoder import CPU_TOKENS, GPU_TOKENS, CaptionEncoder
 from llm2clip_plugin.text.files import local_folder
 from llm2clip_plugin.text.open_clip_text import OPEN_CLIP_CONFIG, OpenClipTokenizer, load_open_clip_text
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -146,6 +146,12 @@ class ClipTextEncoder:
             )
         output = self.model.get_text_features(input_ids=ids_BT, **options)  # type: ignore[operator]
         return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
+
+
+def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> CaptionEncoder | ClipTextEncoder:
+    """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
+    folder = clip_folder(config.llm, config.revision)
+    return CaptionEncoder(config, device) if folder is None else ClipTextEncoder(folder, config, device)
 
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, int, bool, int]:

@@ -1,4 +1,4 @@
-"""A tower's teacher in Python: the LLM that the tower's card names, for texts that no cache holds.
+"""A tower's teacher in Python: the LLM (or CLIP) that the tower's card names, for texts that no cache holds.
 
 Importable in LLaVA's environment, where texts cannot be embedded, but cached embeddings can be encoded.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm2clip_plugin.commands import changed_options, command
-from llm2clip_plugin.contracts import ContractError, TeacherIdentity, TowerCard
+from llm2clip_plugin.contracts import PROJECTED, ContractError, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.text.settings import CARD_SETTINGS, PRESETS, EncoderConfig, find_card
@@ -23,7 +23,7 @@ from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual
 from llm2clip_plugin.vision.places import is_local
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.text.encoder import CaptionEncoder
+    from llm2clip_plugin.text.embed import Encoder
 
 IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
 READING = ("format", "images", "fields", "language", "image_field", "key_field", "cache_folder")  # of captions
@@ -75,7 +75,7 @@ class TeacherLLM:
         self.llm_width = int(card.dual.get("llm_width", 0))
         self.config = config or EncoderConfig()
         self.device = device
-        self._encoder: CaptionEncoder | None = None
+        self._encoder: Encoder | None = None
 
     @cached_property
     def identity(self) -> TeacherIdentity | None:
@@ -88,20 +88,20 @@ class TeacherLLM:
         return (self.identity or self.encoder.identity()).fingerprint
 
     @property
-    def encoder(self) -> CaptionEncoder:
+    def encoder(self) -> Encoder:
         """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it is another one."""
         if self._encoder is None:
             self._encoder = self._load()
         return self._encoder
 
-    def _load(self) -> CaptionEncoder:
+    def _load(self) -> Encoder:
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
-        from llm2clip_plugin.text.encoder import CaptionEncoder
+        from llm2clip_plugin.text.clip_text import open_encoder
 
         try:
-            encoder = CaptionEncoder(config, self.device)
+            encoder = open_encoder(config, self.device)
         except FileNotFoundError as error:
             if self.config.llm or str(config.llm) not in str(error):
                 raise
@@ -133,6 +133,13 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
 
     Raises ValueError if the teacher has an adapter whose place is unknown, or where none is any more.
     """
+    if identity.pooling == PROJECTED:  # a CLIP's text tower has no other settings
+        return EncoderConfig(
+            llm=config.llm or identity.llm,
+            revision=config.revision or ("" if config.llm else identity.revision),
+            max_tokens=identity.max_tokens,
+            compute_dtype=config.compute_dtype,
+        )
     adapter = config.adapter or identity.adapter
     if identity.adapter_sha256 and not adapter:
         raise ValueError(
@@ -164,6 +171,8 @@ def teacher_options(identity: TeacherIdentity | None) -> list[str]:
     words = ["--llm", identity.llm]
     if identity.revision:
         words += ["--revision", identity.revision]
+    if identity.pooling == PROJECTED:
+        return words
     if identity.adapter_sha256:
         words += ["--adapter", identity.adapter or "ADAPTER_FOLDER"]
     if find_card(identity.adapter or identity.llm) is None:  # a card says the rest

@@ -102,7 +102,11 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32."""
-        return F.normalize(self.visual_projection(self.visual_norm(self.pool(pixel_values))).float(), dim=-1)
+        return self.project(self.pool(pixel_values))
+
+    def project(self, feature_BH: Tensor) -> Tensor:
+        """What `pool` returns -> (B, D), L2-normalized, float32."""
+        return F.normalize(self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1)
 
     def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
         """(N, W) LLM embeddings -> (N, D), L2-normalized, float32; ValueError without an adapter or for another W.

@@ -16,9 +16,8 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.embed.config import EmbedConfig
-from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
+from llm2clip_plugin.text.clip_text import open_encoder
 from llm2clip_plugin.text.embed import Encoder, default_cache_folder, embed_source, verify
-from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.watchdog import watched_group
 
@@ -77,7 +76,6 @@ def open_all(config: EmbedConfig) -> tuple[Source, Encoder, Path]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     source = open_source(config.source)
-    clip = clip_folder(config.encoder.llm, config.encoder.revision)
-    encoder = CaptionEncoder(config.encoder) if clip is None else ClipTextEncoder(clip, config.encoder)
+    encoder = open_encoder(config.encoder)
     folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
     return source, encoder, folder
