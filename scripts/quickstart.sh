@@ -212,12 +212,13 @@ done
 
 # ----------------------------------------------------------------------------------------------------------- report
 say "report"
-must=
-[ "$PRESET$REAL" != smoke ] || must=--must-learn # random models learn nothing
-# shellcheck disable=SC2086 # an option or nothing
-python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" $must
+[ -n "$LLAVA" ] || { [ "$PRESET" = smoke ] && LLAVA=no; } || LLAVA=yes
+more=()
+[ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
+[ "$LLAVA" = no ] || more+=(--comparison llava/compare/compare.html)
+python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA
-if [ "${LLAVA:-$([ "$PRESET" = smoke ] && echo no || echo yes)}" = yes ]; then
+if [ "$LLAVA" = yes ]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
     short=
     [ "$PRESET" != smoke ] || short=--smoke

@@ -46,6 +46,8 @@ class Claim:
     chance: float
     queries: int
     families: int
+    better: float  # fraction of the queries, over all seeds, with a higher score
+    worse: float
 
     @property
     def significant(self) -> bool:
@@ -85,9 +87,11 @@ def make_claims(tests: Mapping[str, tuple[Seeds, Seeds]]) -> list[Claim]:
     if not seeds:
         return []
     total = [_compare([base[s] for s in seeds], [new[s] for s in seeds]) for base, new in tests.values()]
-    each = {s: [_compare([base[s]], [new[s]]) for base, new in tests.values()] for s in seeds}
+    each = {s: [_compare([base[s]], [new[s]]) for base, new in tests.values()] for s in seeds if len(seeds) > 1}
+    each = each or {seeds[0]: total}
     p, p_each = holm([one.p for one in total]), {s: holm([one.p for one in each[s]]) for s in seeds}
     first = [base[seeds[0]] for base, _ in tests.values()]
+    changes = [np.sign([new[s].scores - base[s].scores for s in seeds]) for base, new in tests.values()]
     return [
         Claim(
             name=name,
@@ -98,6 +102,8 @@ def make_claims(tests: Mapping[str, tuple[Seeds, Seeds]]) -> list[Claim]:
             chance=first[place].chance,
             queries=len(first[place].scores),
             families=len(set(first[place].clusters)),
+            better=float(np.mean(changes[place] > 0)),
+            worse=float(np.mean(changes[place] < 0)),
         )
         for place, name in enumerate(tests)
     ]
@@ -136,7 +142,7 @@ def claims_table(claims: Sequence[Claim], names: Mapping[str, str]) -> Table:
         f"training{'s' * (count > 1)} a side); p of a paired test, adjusted for all {len(claims)} rows (Holm)."
     )
     head = ["mean reciprocal rank", names["raw"], names["tuned"], "chance", "difference", "p"]
-    return Table(head=head, rows=rows, below=below)
+    return Table(head=head, rows=rows, below=below, title="Is the fine-tuned LLM the better teacher?")
 
 
 def seeds_table(claims: Sequence[Claim]) -> Table:
@@ -151,7 +157,8 @@ def seeds_table(claims: Sequence[Claim]) -> Table:
         for one in claims
     ]
     below = "Difference of mean reciprocal ranks with its 95 % interval, each seed alone; *: significant (Holm)."
-    return Table(head=["by seed", *(f"seed {seed}" for seed in seeds), "significant"], rows=rows, below=below)
+    head = ["by seed", *(f"seed {seed}" for seed in seeds), "significant"]
+    return Table(head=head, rows=rows, below=below, title="Is it in every training?")
 
 
 def interval(difference: Difference) -> str:
@@ -174,8 +181,9 @@ def headline(one: Claim) -> str:
     change = one.difference
     p = f"p {p_value(one.p)}" if one.p < 0.001 else f"p = {p_value(one.p)}"
     said = (
-        f"{one.name}: mean reciprocal rank {fraction(change.base)} with the LLM as it is, {fraction(change.new)} with "
-        f"the fine-tuned LLM; difference {interval(change)}, {p}; chance {fraction(one.chance)}"
+        f"{one.name}: mean reciprocal rank {fraction(change.new)} with the fine-tuned LLM, {fraction(change.base)} "
+        f"with the LLM as it is, {fraction(one.chance)} by chance; difference {interval(change)}, {p}; better for "
+        f"{one.better:.0%} of {one.queries:,} queries, worse for {one.worse:.0%}"
     )
     if len(one.by_seed) > 1:
         said += f"; significant in {one.seeds_significant} of {len(one.by_seed)} seeds"
@@ -190,6 +198,8 @@ def as_record(one: Claim) -> dict[str, Any]:
         "chance": one.chance,
         "queries": one.queries,
         "families": one.families,
+        "better": one.better,
+        "worse": one.worse,
         **_numbers(one.difference, one.p),
         "seeds_significant": one.seeds_significant,
         "by_seed": {str(seed): _numbers(one.by_seed[seed], one.p_by_seed[seed]) for seed in one.by_seed},
@@ -205,5 +215,5 @@ def _numbers(difference: Difference, p: float) -> dict[str, Any]:
         "p": difference.p,
         "p_adjusted": p,
         "significant": bool(p < LEVEL),
-        "statistic": difference.test,
+        "statistic": difference.test.replace("images", "families"),
     }

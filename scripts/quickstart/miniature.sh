@@ -13,7 +13,7 @@
 # Rerun the same command to resume: finished parts are skipped. The two sides run in parallel.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-BEFORE='' AFTER='' OUT='' ENVIRONMENT=.venv CONCEPTS=0 TEXT_STEPS=60 CAPTION_STEPS=40 QUESTION_STEPS=140
+BEFORE='' AFTER='' OUT='' ENVIRONMENT=.venv CONCEPTS=0 TEXT_STEPS=60 CAPTION_STEPS=40 QUESTION_STEPS=200
 while [ $# -gt 0 ]; do
     case "$1" in
         --before) BEFORE=$(realpath "$2"); shift ;;

@@ -4,6 +4,7 @@ The page is one file that contains its styles and pictures, has no script and lo
 """
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     below: str = ""  # caption below the table
+    title: str = ""  # a question in plain words, on the page alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,42 @@ class Picture:
     def base64(self) -> str:
         """The PNG, for a data: URL."""
         return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duel:
+    """One query and the place at which each tower finds the right drawing."""
+
+    picture: Picture  # the right one
+    text: str
+    language: str  # BCP 47 tag
+    meaning: str
+    raw: float  # place with the LLM as it is; 1: first
+    tuned: float
+    pool: int  # drawings that are ranked
+
+    @property
+    def places(self) -> str:
+        """``120 → 3``."""
+        return f"{self.raw:.0f} → {self.tuned:.0f}"
+
+    @property
+    def outcome(self) -> str:
+        """won | lost | tied, by the fine-tuned teacher."""
+        return "tied" if self.raw == self.tuned else "won" if self.tuned < self.raw else "lost"
+
+    @property
+    def raw_at(self) -> float:
+        """Percent of the axis: first place at 0, last at 100, logarithmic."""
+        return self._at(self.raw)
+
+    @property
+    def tuned_at(self) -> float:
+        """As raw_at."""
+        return self._at(self.tuned)
+
+    def _at(self, place: float) -> float:
+        return round(100 * math.log(place) / math.log(max(2, self.pool)), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +116,12 @@ def page_html(
     notes: Sequence[str],
     tables: Sequence[Table],
     queries: Sequence[Query],
+    *,
+    duels: Sequence[Duel] = (),
+    comparison: str = "",
 ) -> str:
-    """The HTML page, from the template page.html."""
+    """The HTML page, from the template page.html. ``comparison``: relative link to that of LLaVA; "": none."""
     template = Path(__file__).with_name("page.html")
-    return render(template, title=title, intro=intro, headlines=headlines, notes=notes, tables=tables, queries=queries)
+    values = {"title": title, "intro": intro, "headlines": headlines, "notes": notes, "tables": tables}
+    counts = {outcome: sum(duel.outcome == outcome for duel in duels) for outcome in ("won", "lost")}
+    return render(template, **values, **counts, queries=queries, duels=duels, comparison=comparison)

@@ -1,8 +1,9 @@
 """The pictures on the quickstart's page: captions chosen by a hash, and the drawings that the towers retrieve."""
 
+import random
 from collections.abc import Sequence
 
-from page import Picture, Query
+from page import Duel, Picture, Query
 from shards import in_random_order
 from tables import TEACHERS, Tower, by_name
 
@@ -10,6 +11,8 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
 
 PICTURES = 8  # per caption and tower
+DUELS = 20
+DUEL_TEST = "names in languages never trained on"
 
 
 def choose_queries(pairs: EmbeddedPairs) -> list[int]:
@@ -65,3 +68,33 @@ def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
         meaning = "" if caption.language == "en" else names[concept]
         queries.append(Query(text=caption.text, language=caption.language, meaning=meaning, found=found))
     return queries
+
+
+def page_duels(towers: Sequence[Tower], source: Source) -> list[Duel]:
+    """Queries drawn at random, always the same ones, and the place of the right drawing with either teacher's tower.
+
+    Of the first seed; [] without towers of both teachers.
+    """
+    groups = by_name(towers)
+    if "raw" not in groups or "tuned" not in groups:
+        return []
+    raw, tuned = (groups[name][0].scores for name in ("raw", "tuned"))
+    names = english_names(raw.pairs)
+    concept_of = dict(zip(raw.pairs.keys, raw.pairs.meta_values("concept"), strict=True))
+    both = list(zip(raw.places(DUEL_TEST), tuned.places(DUEL_TEST), strict=True))
+    duels = []
+    for before, after in random.Random(0).sample(both, min(DUELS, len(both))):
+        meaning = names[concept_of[before.key]]
+        png = source[raw.pairs.keys.index(before.key)].read_image()
+        duels.append(
+            Duel(
+                picture=Picture(png=png, title=meaning, right=True),
+                text=before.caption.text,
+                language=before.caption.language,
+                meaning=meaning,
+                raw=before.place,
+                tuned=after.place,
+                pool=before.pool,
+            )
+        )
+    return duels

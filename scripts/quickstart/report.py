@@ -23,8 +23,18 @@ from typing import Any
 import numpy as np
 from claims import Claim, Seeds, as_record, claims_table, headline, make_claims, seeds_table
 from page import Table, as_text, page_html
-from pictures import page_queries
-from scores import LONG_CAPTIONS, SIDES, open_sets, teacher_queries, teacher_scores, tower_scores
+from pictures import page_duels, page_queries
+from scores import (
+    LONG_CAPTIONS,
+    SIDES,
+    Rows,
+    caption_rows,
+    open_captions,
+    open_sets,
+    teacher_queries,
+    teacher_scores,
+    tower_scores,
+)
 from tables import TEACHERS, Tower, by_name, language_table, retrieval_table, teacher_table
 
 from llm2clip_plugin import load_dual_encoder
@@ -74,9 +84,15 @@ def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingC
 # ------------------------------------------------------------------------------------------------ claims
 
 
-def teacher_claims(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, tuple[Seeds, Seeds]]:
+def read_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
+    """Cache -> its embeddings of the test captions, which are the same in every style."""
+    return {name: caption_rows(source, cache) for name, cache in caches.items()}
+
+
+def teacher_claims(source: Source, teachers: Mapping[str, Rows]) -> dict[str, tuple[Seeds, Seeds]]:
     """Test -> queries of the LLM as it is, the same for every seed, and of each adapter; {} without either."""
-    measured = {name: teacher_queries(source, cache) for name, cache in caches.items()}
+    family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
+    measured = {name: teacher_queries(rows, family) for name, rows in teachers.items()}
     tuned = {seed_of(name): tests for name, tests in measured.items() if name.startswith("tuned-")}
     if "raw" not in measured or not tuned:
         return {}
@@ -136,45 +152,58 @@ class Report:
         return [*tables, retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
-def make_report(data: Path, output: Path, notes: Sequence[str]) -> Report:
-    """Measure the towers below ``output``; write ``headline.json``, ``report.json`` and ``index.html`` there."""
+def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str = "") -> Report:
+    """Measure the towers below ``output``; write ``headline.json``, ``report.json`` and ``index.html`` there.
+
+    ``comparison``: where the page's link to LLaVA's comparison points to; "" for none.
+    """
     caches, sets = open_caches(data / "cache"), open_sets(data / "all")
     folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
     ordered = sorted(folders, key=lambda path: (path.name.split("-")[0], seed_of(path.name)))
     towers = [measure(folder, sets, caches) for folder in ordered]
-    tests = {**tower_claims(towers), **teacher_claims(sets["test"], caches)}
+    captions = open_captions(data / "all")
+    teachers = read_teachers(captions, caches)
+    tests = {**tower_claims(towers), **teacher_claims(captions, teachers)}
     report = Report(
         towers=towers,
-        teachers=measure_teachers(sets["test"], caches),
+        teachers=top_1(teachers),
         claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
         notes=[*notes],
     )
     write(output / "headline.json", as_headline(report))
     write(output / "report.json", as_json(report))
     intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles."
-    queries = page_queries(towers, sets["test"])
-    write(
-        output / "index.html", page_html("LLM2CLIP quickstart", intro, report.headlines, notes, report.tables, queries)
+    page = page_html(
+        "LLM2CLIP quickstart",
+        intro,
+        report.headlines,
+        notes,
+        report.tables,
+        page_queries(towers, sets["test"]),
+        duels=page_duels(towers, sets["test"]),
+        comparison=comparison,
     )
+    write(output / "index.html", page)
     return report
 
 
-def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, list[dict[str, float]]]:
+def top_1(teachers: Mapping[str, Rows]) -> dict[str, list[dict[str, float]]]:
     """raw | tuned -> test -> top-1, of each adapter."""
-    teachers = {
-        name: [teacher_scores(source, cache) for folder, cache in caches.items() if folder.split("-")[0] == name]
+    scores = {
+        name: [teacher_scores(rows) for folder, rows in teachers.items() if folder.split("-")[0] == name]
         for name in TEACHERS
     }
-    return {name: seeds for name, seeds in teachers.items() if seeds}
+    return {name: seeds for name, seeds in scores.items() if seeds}
 
 
 def first_result(data: Path) -> list[Table]:
     """The tables that need no tower: caption to caption, with both teachers."""
-    caches, source = open_caches(data / "cache"), open_sets(data / "all")["test"]
-    claims = in_order(make_claims(teacher_claims(source, caches)))
-    return [teacher_table(measure_teachers(source, caches)), *([claims_table(claims, TEACHERS)] if claims else [])]
+    source = open_captions(data / "all")
+    teachers = read_teachers(source, open_caches(data / "cache"))
+    claims = in_order(make_claims(teacher_claims(source, teachers)))
+    return [teacher_table(top_1(teachers)), *([claims_table(claims, TEACHERS)] if claims else [])]
 
 
 def write(path: Path, text: str) -> None:
@@ -228,6 +257,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     parser.add_argument("--teachers", action="store_true", help="only print the tables that need no tower")
+    parser.add_argument("--comparison", default="", help="page of LLaVA's comparison, relative to --output, to link to")
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
     try:
@@ -235,7 +265,7 @@ def main() -> None:
             print("\n" + "\n".join(map(as_text, first_result(options.data))))
             return
         notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]
-        report = make_report(options.data, options.output, notes)
+        report = make_report(options.data, options.output, notes, options.comparison)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     print("\n" + "\n".join(map(as_text, [*report.tables[1:-1], report.tables[0]])))

@@ -6,9 +6,11 @@ Each style is a separate gallery with one drawing, and one caption of each kind,
 Shape letters: N images, M captions, D projection dimension, W LLM embedding width.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +21,11 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
+from llm2clip_plugin.evaluate.retrieval import Retrieval
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, report_retrieval
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
@@ -56,6 +60,20 @@ def open_sets(data: Path) -> dict[str, Source]:
     return {name: open_source(SourceConfig(path=path)) for name, path in sources.items()}
 
 
+def open_captions(data: Path) -> Source:
+    """The test set in one style: every style has the same captions."""
+    return open_source(SourceConfig(path=str(data / "test-noto.tar")))
+
+
+class Place(NamedTuple):
+    """The place of a caption's right drawing."""
+
+    caption: Caption
+    key: str  # of the drawing
+    place: float  # 1: first; between two if scores are equal
+    pool: int  # drawings
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerScores:
     """The measurements of one tower."""
@@ -88,17 +106,32 @@ class TowerScores:
 
     def queries(self, test: str, side: str) -> Measured:
         """Every query of a row of the table, i2t or t2i."""
-        set_name, kind = TESTS[test]
-        parts = [f"short:{tag}" for tag in self.languages] if kind == "other" else [f"{kind}:en"]
         scores, clusters, pools = [], [], []
-        for report in self.reports[set_name]:
-            for part in (report.parts[name] for name in parts):
-                images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
-                scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
-                clusters += [report.cluster_N[image] for image in images.tolist()]
-                pools.append(len(part.caption_index_Q) if side == "i2t" else len(report.cluster_N))
+        for report, part in self._parts(test):
+            images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
+            scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
+            clusters += [report.cluster_N[image] for image in images.tolist()]
+            pools.append(len(part.caption_index_Q) if side == "i2t" else len(report.cluster_N))
         chance = float(np.mean([chance_of(pool) for pool in pools]))
         return Measured(scores=np.concatenate(scores), clusters=clusters, chance=chance)
+
+    def places(self, test: str) -> list[Place]:
+        """Where each caption's right drawing is among those of its style, in the order of ``queries(test, "t2i")``."""
+        found = []
+        for report, part in self._parts(test):
+            ahead_Q = part.t2i.higher_Q + part.t2i.wrong_equal_Q / 2
+            for caption, ahead in zip(part.caption_index_Q.tolist(), ahead_Q.tolist(), strict=True):
+                key = report.pairs.keys[report.pairs.owner_M[caption]]
+                found.append(Place(report.pairs.captions[caption], key, 1 + ahead, len(report.cluster_N)))
+        return found
+
+    def _parts(self, test: str) -> Iterator[tuple[RetrievalReport, Retrieval]]:
+        """Each style's report with the ranks of each of the test's languages."""
+        set_name, kind = TESTS[test]
+        names = [f"short:{tag}" for tag in self.languages] if kind == "other" else [f"{kind}:en"]
+        for report in self.reports[set_name]:
+            for name in names:
+                yield report, report.parts[name]
 
 
 def tower_scores(
@@ -149,9 +182,8 @@ def caption_rows(source: Source, cache: EmbeddingCache) -> Rows:
     return embeddings
 
 
-def teacher_scores(source: Source, cache: EmbeddingCache) -> dict[str, float]:
+def teacher_scores(rows: Rows) -> dict[str, float]:
     """Top-1 caption retrieval of the teacher, without images: plain, and with the mean embedding subtracted."""
-    rows = caption_rows(source, cache)
     return {
         f"{test}, {label}": float(np.mean([ranks.hits(1).mean() for ranks, _ in teacher_ranks(rows, test, center)]))
         for center, label in ((False, "plain"), (True, "centered"))
@@ -159,10 +191,9 @@ def teacher_scores(source: Source, cache: EmbeddingCache) -> dict[str, float]:
     }
 
 
-def teacher_queries(source: Source, cache: EmbeddingCache) -> dict[str, Measured]:
-    """Test -> every query of the teacher's caption retrieval, plain."""
-    rows, found = caption_rows(source, cache), {}
-    family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
+def teacher_queries(rows: Rows, family: Mapping[str, str]) -> dict[str, Measured]:
+    """Test -> every query of the teacher's caption retrieval, plain; ``family`` of each concept."""
+    found = {}
     for test in TEACHER_TESTS:
         ranked = teacher_ranks(rows, test, center=False)
         found[test] = Measured(

@@ -51,7 +51,8 @@ def retrieval_table(towers: Sequence[Tower]) -> Table:
         "R@1 / R@10, mean over galleries of one style each. Training saw no drawing of these families. "
         "± is the standard deviation over seeds; ties count half."
     )
-    return Table(head=["retrieval", *heads(groups), "chance"], rows=rows, below=below)
+    title = "How often is the right one first, and among the first ten?"
+    return Table(head=["retrieval", *heads(groups), "chance"], rows=rows, below=below, title=title)
 
 
 def language_table(towers: Sequence[Tower]) -> Table:
@@ -68,7 +69,8 @@ def language_table(towers: Sequence[Tower]) -> Table:
         for tag in towers[0].scores.languages
     ]
     below = "Name → image on the test families, R@1 / R@10. The towers were trained on English captions only."
-    return Table(head=["language", *heads(groups)], rows=rows, below=below)
+    title = "Which languages does the tower understand?"
+    return Table(head=["language", *heads(groups)], rows=rows, below=below, title=title)
 
 
 def teacher_table(teachers: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
@@ -78,4 +80,5 @@ def teacher_table(teachers: Mapping[str, Sequence[Mapping[str, float]]]) -> Tabl
     below = (
         "Top-1 retrieval from caption to caption on the test families: plain, and with the mean embedding subtracted."
     )
-    return Table(head=["teacher", *(TEACHERS[name] for name in teachers)], rows=rows, below=below)
+    title = "What does the teacher know, without a tower?"
+    return Table(head=["teacher", *(TEACHERS[name] for name in teachers)], rows=rows, below=below, title=title)

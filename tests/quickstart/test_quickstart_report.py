@@ -138,7 +138,10 @@ def test_every_style_is_a_gallery_of_its_own(folder) -> None:
     assert found.clusters[:CONCEPTS] == [meta["family"] for meta in pairs.meta if meta["style"] == "fluent"]
     assert measured.part("test", "long")["t2i_r1"] == pytest.approx(np.mean([score == 1 for score in by_hand]))
     assert found.chance == pytest.approx(np.mean(1 / np.arange(1, CONCEPTS + 1)))
-    languages = measured.queries("names in languages never trained on", "i2t")
+    test = "names in languages never trained on"
+    languages, places = measured.queries(test, "t2i"), measured.places(test)
+    assert [1 / one.place for one in places] == pytest.approx(languages.scores.tolist())  # without ties
+    assert {one.caption.language for one in places} == set(measured.languages)
     assert len(languages.scores) == len(languages.clusters) == 11 * 3 * CONCEPTS
 
 
@@ -163,6 +166,12 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(folder) -> None:
     assert each == pytest.approx({0: by_hand, 1: -by_hand}) and first.difference.difference == pytest.approx(0)
     assert not first.significant and "NOT significant" in claims.headline(first)
     assert claims.claims_table(made, report.TEACHERS).rows[0][-1].endswith("not significant")
+    assert first.better + first.worse <= 1 and first.better == pytest.approx(first.worse)
+    duels = pictures.page_duels([*raw, *tuned], sets["test"])
+    assert len(duels) == pictures.DUELS and duels == pictures.page_duels([*raw, *tuned], sets["test"])
+    places = {(one.caption.text, one.place) for one in raw[0].scores.places(test)}
+    assert all((duel.text, duel.raw) in places and duel.pool == CONCEPTS for duel in duels)
+    assert pictures.page_duels(raw, sets["test"]) == []
     assert report.tower_claims(raw) == {} and claims.make_claims(report.tower_claims([raw[0], tuned[0]])) == []
 
 
