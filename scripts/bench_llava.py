@@ -1,4 +1,4 @@
-"""Speed of the tower inside LLaVA, and of answering in batches. Runs in LLaVA's environment, on a GPU or a CPU.
+"""Speed of the tower inside LLaVA, and of answering in batches, in an environment with LLaVA, on a GPU or a CPU.
 
     python scripts/bench_llava.py                          # a random ViT-B/16 and a small random Llama
     python scripts/bench_llava.py --shape l14-336 --dtype float16 --images 64   # on a GPU
@@ -13,7 +13,7 @@ The variants alternate, each round starting with the next one; a ratio is the me
 are processor time, which other programs on the machine hardly affect.
 """
 
-# LLaVA lives in an environment of its own; the one that is checked does not have it:
+# LLaVA may not be installed where types are checked:
 # pyright: reportMissingImports=false
 
 import argparse

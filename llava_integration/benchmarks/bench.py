@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.engine == "llava" and not args.endpoint and find_spec("llava") is None:
         raise ValueError(
-            "LLaVA is not installed in this environment; run bench-mllm in LLaVA's environment (see `llm2clip doctor`)"
+            "LLaVA is not installed in this environment; to install it: pip install --no-deps llava-torch==1.2.2.post1 "
+            "(`llm2clip doctor` lists what else is missing), or run bench-mllm where it is installed"
         )
     outcomes = [run_one(task, args, extra) for task in tasks]
     print("\n" + describe(outcomes))

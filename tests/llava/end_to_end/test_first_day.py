@@ -1,6 +1,6 @@
 """docs/first-day.md as printed, in little: its blocks "In LLaVA", with LLaVA's own stages on tiny models.
 
-The blocks before run in the training environment: tests/docs/test_first_day.py.
+The blocks before: tests/docs/test_first_day.py. All run in the one environment that the page makes.
 """
 
 import json
@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from llava_world import TODAY
 from PIL import Image
 from printed_page import ROOT, blocks, run_block
 
 from llava_integration.benchmarks.answers import read_jsonl
 
+pytestmark = [
+    pytest.mark.both_stacks,
+    pytest.mark.skipif(not TODAY, reason="the page installs today's libraries"),
+]
 PAGE = ROOT / "docs" / "first-day.md"
 POPE = ROOT / "tests" / "golden" / "mllm" / "pope"
 SMALL = {"GPUS": "1", "MICRO_BATCH": "6", "PER_DEVICE": "6", "GLOBAL_BATCH": "12"}  # options of the scripts, in little
