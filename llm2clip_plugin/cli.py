@@ -179,10 +179,19 @@ def main(argv: list[str] | None = None) -> int:
         print(usage(group))  # `llm2clip data --help`
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
-    if name is None:
+    if name is None or _misspelled_sibling(name, words):
         _report(f"error: {unknown_command(words)}")
         return 2
     return run(name, words[len(name.split()) :])
+
+
+def _misspelled_sibling(name: str, words: list[str]) -> bool:
+    """Whether a word behind ``evaluate`` is nearly that of another command, `evaluate zeroshot`, and not a path."""
+    import difflib
+
+    siblings = [other.split()[1] for other in COMMANDS if other.startswith(f"{words[0]} ")]
+    word = words[1] if name == words[0] and len(words) > 1 else ""
+    return bool(difflib.get_close_matches(word, siblings, n=1, cutoff=0.8)) and not os.path.exists(word)
 
 
 def unknown_command(words: list[str]) -> str:

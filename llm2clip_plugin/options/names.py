@@ -78,9 +78,13 @@ class Names:
         """``--lr`` of ``optim.lr``."""
         return f"--{self.shown[field]}"
 
-    def nearest(self, name: str) -> str:
-        """``; did you mean --lr?``, with the shown name of what comes nearest; "" if nothing does."""
-        return nearest(normal(name), self.fields, lambda near: self.flag(self.fields[near]))
+    def nearest(self, name: str, more: Iterable[str] = ()) -> str:
+        """``; did you mean --lr?``, with the shown name of what comes nearest; "" if nothing does.
+
+        ``more``: names of options that are no fields.
+        """
+        flags = {**{given: self.flag(field) for given, field in self.fields.items()}, **{o: f"--{o}" for o in more}}
+        return nearest(normal(name), flags, flags.__getitem__)
 
 
 def joined(text: str, more: str) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from llm2clip_plugin.options.names import ALSO, HELP, HELP_ALL, joined, nearest, normal
@@ -71,13 +71,20 @@ class Parser(argparse.ArgumentParser):
         if any(word in (*HELP, *HELP_ALL) for word in words):
             sys.stdout.write(self.format_help(everything=any(word in HELP_ALL for word in words)))
             self.exit()
-        options, rest = self.parse_known_intermixed_args(words, namespace)
+        options = words[: words.index("--")] if "--" in words else words
+        self._refuse(word for word in options if word.startswith("--"))  # before what is missing is missed
+        parsed, rest = self.parse_known_intermixed_args(words, namespace)
         if rest:
-            unknown = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
-            shown = [action.option_strings[0] for action in self._actions if action.option_strings]
-            hint = nearest(unknown, shown, str) if unknown.startswith("-") else ""
-            self.error(f"unknown {'option' if unknown.startswith('-') else 'argument'} {unknown}{hint}")
-        return options
+            self._refuse(word for word in rest if word.startswith("-"))
+            self.error(f"unknown argument {rest[0]}")
+        return parsed
+
+    def _refuse(self, words: Iterable[str]) -> None:
+        """Exit with the nearest name for the first word that is no option, nor the beginning of one."""
+        for name in (word.partition("=")[0] for word in words):
+            if not any(known.startswith(name) for known in self._option_string_actions):
+                shown = [action.option_strings[0] for action in self._actions if action.option_strings]
+                self.error(f"unknown option {name}{nearest(name, shown, str)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in (known := list(action.choices)):

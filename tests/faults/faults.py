@@ -72,7 +72,10 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
     """Plant the fault, run the command and compare its status and the first line of its error; returns stderr."""
     fault.plant(world)
     capsys.readouterr()
-    status = main(command)
+    try:
+        status = main(command)
+    except SystemExit as left:  # argparse
+        status = left.code
     told = capsys.readouterr().err
     assert "Traceback" not in told, told
     errors = [line for line in told.splitlines() if line.startswith(("error: ", "warning: "))]
