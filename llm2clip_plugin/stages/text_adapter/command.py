@@ -1,19 +1,23 @@
 """The command line of ``llm2clip train-text-adapter``; under a launcher, scripts/train_text_adapter.py."""
 
 from llm2clip_plugin.run_files import started_by
-from llm2clip_plugin.stages.command_line import rank_and_world, read_settings
+from llm2clip_plugin.stages.command_line import plan_or_train, read_settings
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 from llm2clip_plugin.stages.text_adapter.options import COMMAND
+from llm2clip_plugin.stages.text_adapter.plan import adapter_plan
 from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
 
 
 def main(argv: list[str]) -> int:
-    """Train; exit status 0, also after a SIGTERM that saved."""
+    """Print the plan or train; exit status 0, also after a SIGTERM that saved."""
     config = read_command(argv)
-    path = train_text_adapter(config.validate(), command=started_by("train-text-adapter", argv))
-    if path is not None and rank_and_world()[0] == 0:
-        print(f"tower: {path}\nstage 2: llm2clip train-tower ... --tower {path} --keep-heads")
-    return 0
+    config.validate(needs_data=not config.dry_run)
+    return plan_or_train(
+        config.dry_run,
+        lambda: adapter_plan(config, argv),
+        lambda: train_text_adapter(config, command=started_by("train-text-adapter", argv)),
+        "tower: {0}\nstage 2: llm2clip train-tower ... --tower {0} --keep-heads",
+    )
 
 
 def read_command(argv: list[str]) -> AdapterConfig:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
+from llm2clip_plugin.stages.plan_config import PlanConfig
 from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.loss_config import INHERIT, LossConfig
@@ -52,6 +53,23 @@ class AdapterShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterPlanConfig:
+    """What --dry-run assumes while there is no data, no cache or no tower."""
+
+    samples: int = 30_000_000  # captioned images; the published run had CC3M, CC12M and YFCC15M
+    llm_width: int = 4096  # of an LLM's embedding: 4096 for 8B models, 2048 for 1B
+    clip_width: int = 768  # of a CLIP's features: 768 for L/14, 512 for B/16
+    gpu_gib: float = PlanConfig.gpu_gib  # a GPU's memory in GiB: the plan proposes micro-batches that fit
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.llm_width, self.clip_width) < 1 or self.gpu_gib <= 0:
+            raise ValueError(
+                f"plan.samples {self.samples}, llm_width {self.llm_width}, clip_width {self.clip_width} and gpu_gib "
+                f"{self.gpu_gib} must all be above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig(TrainingConfig):
     """One training run of a text adapter in a CLIP's text space.
 
@@ -68,17 +86,18 @@ class AdapterConfig(TrainingConfig):
         default_factory=lambda: OptimConfig(lr=1e-5, eps=1e-6, weight_decay=0.05, layer_decay=1.0, max_grad_norm=5.0)
     )
     train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=1024, eval_steps=1000))
+    plan: AdapterPlanConfig = field(default_factory=AdapterPlanConfig)
 
     @property
     def hash(self) -> str:
         """SHA-256 over the fields that decide what is learned."""
         return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
 
-    def validate(self) -> AdapterConfig:
+    def validate(self, *, needs_data: bool = True) -> AdapterConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
         missing = [] if self.data.path else ["no captions: add DATA"]
         missing += [] if self.start else ["no CLIP: add --tower with a tower directory (llm2clip import CLIP)"]
-        if missing:
+        if needs_data and missing:
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps:
             raise ValueError("train.num_train_epochs and train.max_steps are both 0: nothing to train")

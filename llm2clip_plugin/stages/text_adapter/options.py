@@ -26,6 +26,7 @@ COMMAND = Command(
         "train.max_steps",
         "train.precision",
         "deepspeed",
+        "dry_run",
     ),
     shown={
         **TRAINING_NAMES,
@@ -37,11 +38,11 @@ COMMAND = Command(
         "optim.lr": "lr",
         "optim.weight_decay": "weight-decay",
         "loss": "loss.",
+        "plan.samples": "assumed-samples",
         "adapter": "adapter.",
     },
     also={"loss.kind": RENAMED["loss.kind"], "tower.path": "start"},
     hidden=(
-        "dry_run",
         "optim.head_lr",
         "optim.layer_decay",
         "loss.mask_same_caption",

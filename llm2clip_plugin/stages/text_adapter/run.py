@@ -17,7 +17,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.finite import check_finite
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
-from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
 from llm2clip_plugin.train.run_lock import locked
 from llm2clip_plugin.train.stopping import StopRequest, stop_requests
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
@@ -48,10 +48,7 @@ def _train(
     dual = with_adapter(config, data)
     assert dual.text_adapter is not None
     module = InheritedSpace(dual.text_adapter).train()
-    trained = [
-        Trained(name=name, parameter=parameter, lr=config.optim.lr, decay=not is_vector(parameter))
-        for name, parameter in module.named_parameters()
-    ]
+    trained = adapter_parameters(module, config.optim)
     run = dataclasses.replace(open_run(config, data), command=command)
     resumed = run.find_checkpoint()
     if resumed is not None:
@@ -79,6 +76,14 @@ def _train(
     )
     finished = run.write_result(state, lambda: write_tower(run, config, dual, data, state))
     return run.folder / TOWER if finished else None
+
+
+def adapter_parameters(module: InheritedSpace, optim: OptimConfig) -> list[Trained]:
+    """Every parameter, at one learning rate."""
+    return [
+        Trained(name=name, parameter=parameter, lr=optim.lr, decay=not is_vector(parameter))
+        for name, parameter in module.named_parameters()
+    ]
 
 
 def with_adapter(config: AdapterConfig, data: Data) -> DualEncoder:
