@@ -83,8 +83,9 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
         "mm_use_im_patch_token": "a token for patches, which LLaVA 1.5 does not use",
         "s2": "features of several scales (S2)",
     }
+    loaded = {"mm_use_im_patch_token": True, **config}  # what LLaVA's loader takes for granted
     for name, reason in reasons.items():
-        if config.get(name):
+        if loaded.get(name):
             raise ContractError(f"{where}: {name} is set: Hugging Face's LLaVA has no {reason}")
     if (aspect := config.get("image_aspect_ratio")) == "anyres" or config.get("mm_patch_merge_type", "flat") != "flat":
         raise ContractError(f"{where}: image_aspect_ratio is {aspect!r}: that is LLaVA-NeXT, not LLaVA 1.5")

@@ -207,6 +207,9 @@ def damage(folder, name):
         weights.unlink()
     elif name == "tokenizer":
         (folder / "tokenizer.model").unlink()
+    elif name == "patch token":
+        del config["mm_use_im_patch_token"]  # LLaVA's loader then adds one
+        (folder / "config.json").write_text(json.dumps(config))
     elif name == "no json":
         (folder / "config.json").write_text("{")
     else:
@@ -256,6 +259,7 @@ def test_another_base_model_is_refused(tmp_path, home, capsys):
         "gone": "no checkpoint in",
         "shard": "which its index lists",
         "tokenizer": "no tokenizer.model in",
+        "patch token": "a token for patches, which LLaVA 1.5 does not use",
         "no json": "is not valid JSON",
         "layers": "9 of 34 tensors are missing, such as model.layers.2.self_attn.q_proj.weight",
         "width": "expects features of width 48, but the tower",
