@@ -1,15 +1,13 @@
 """Other people's formats, opened by the libraries that they are for."""
 
-import base64
 import dataclasses
-import http.server
 import importlib.util
 import json
 import shutil
-import threading
 
 import pytest
 import torch
+from tiny_hub import tiny_hub
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
@@ -221,68 +219,10 @@ def test_what_only_a_run_has_is_refused_for_a_tower(clip, tmp_path):
         export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip", "--push", "o/n"])
 
 
-class TinyHub(http.server.BaseHTTPRequestHandler):
-    """The part of the Hub's interface that an upload of small files uses."""
-
-    files: dict
-    calls: list
-
-    def do_POST(self):
-        self.calls.append((self.path, self.headers.get("authorization")))
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if self.headers.get("transfer-encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        if self.path.endswith("/preupload/main"):
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
-        elif "/commit/" in self.path:
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            answer = {
-                "commitUrl": f"{self.address()}/o/n/commit/1",
-                "commitOid": "1",
-                "pullRequestUrl": None,
-                "success": True,
-            }
-        else:
-            answer = {"url": f"{self.address()}/o/n", "name": "o/n", "id": "1"}
-        self._answer(answer)
-
-    def do_GET(self):
-        self._answer({"id": "o/n", "siblings": [], "sha": "0"})
-
-    def _answer(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    handler = type("Handler", (TinyHub,), {"files": {}, "calls": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield handler, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with tiny_hub(monkeypatch) as handler:
+        yield handler, handler.address
 
 
 def test_push_sends_every_file_of_the_directory(clip, hub):
