@@ -82,8 +82,10 @@ def page_duels(towers: Sequence[Tower], source: Source) -> list[Duel]:
     names = english_names(raw.pairs)
     concept_of = dict(zip(raw.pairs.keys, raw.pairs.meta_values("concept"), strict=True))
     both = list(zip(raw.places(DUEL_TEST), tuned.places(DUEL_TEST), strict=True))
+    random.Random(0).shuffle(both)
+    distinct = {(before.caption.language, before.caption.text): (before, after) for before, after in both}
     duels = []
-    for before, after in random.Random(0).sample(both, min(DUELS, len(both))):
+    for before, after in list(distinct.values())[:DUELS]:  # a name in one style
         meaning = names[concept_of[before.key]]
         png = source[raw.pairs.keys.index(before.key)].read_image()
         duels.append(
