@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_world import COLOURS, square, tiny_dual, write_llm
+from evaluate_world import COLOURS, square, teacher, tiny_dual, write_cache, write_data, write_llm, write_tower
 from tiny_clip import save_tiny_clip
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.evaluate.similarity import linear_cka, partners
+from llm2clip_plugin.text.embed import default_cache_folder
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.vision.export import export_tower
@@ -109,6 +111,21 @@ def test_a_clip_is_read_with_its_own_text_tower(places: Path):
                 output = model.get_image_features(pixel_values=transform(file.read_bytes())[None])
                 hits += int((getattr(output, "pooler_output", output) @ text.T).argmax() == number)
     assert told["changes"][0]["before"] == pytest.approx(hits / 12)
+
+
+def test_retrieval_of_both_sides_is_that_of_evaluate(tmp_path: Path):
+    data, identity = write_data(tmp_path / "data"), teacher()
+    write_cache(open_source(SourceConfig(path=str(data))), default_cache_folder(str(data), identity.fingerprint))
+    tower, page = write_tower(tmp_path / "tower"), tmp_path / "page.html"
+    words = ["evaluate", "drift", str(tower), str(tower), "--captions", str(data), "--group", "colour"]
+    assert cli.main([*words, "--output", str(page), "--resamples", "50"]) == 0
+    measured = {one["measure"]: one for one in json.loads(page.with_suffix(".json").read_text())["changes"]}
+    scores = tmp_path / "scores.json"
+    words = ["evaluate", str(tower), str(data), "--retrieval.group", "colour", "--output", str(scores)]
+    assert cli.main([*words, "--resamples", "0"]) == 0
+    metrics = ScoreFile.read(scores).metrics
+    for measure, metric in (("image to text", "i2t_r1"), ("text to image", "t2i_r1")):
+        assert measured[measure]["before"] == measured[measure]["after"] == pytest.approx(metrics[metric])
 
 
 def test_cka_is_its_definition_and_ignores_rotation_and_scale():
