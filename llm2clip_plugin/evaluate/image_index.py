@@ -2,8 +2,9 @@
 
 Shapes: N images of a part, Q texts, D projection dimension, S pixels a side.
 
-One safetensors file holds a part of the images: ``image_ND`` (float16, normalized) and ``number_N`` (in the source). A
-rerun skips the parts that exist; the folder's name has a hash of the tower, the data and the preprocessing.
+One safetensors file holds a part of the images: ``image_ND`` (float16, normalized) and ``number_N`` (in the source),
+with their SHA-256, which is compared when the part is read. A rerun skips the parts that exist; the folder's name has a
+hash of the tower, the data and the preprocessing.
 """
 
 import dataclasses
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json, sha256_text
+from llm2clip_plugin.data.cache.shard_file import tensors_digest
 from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.digest import source_digest
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
@@ -30,6 +32,8 @@ from llm2clip_plugin.evaluate.labeled_images import IMAGE_ENDINGS
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.train.distributed import barrier, gather_objects, group_of, rank, world_size
 
+FORMAT = 2  # of a part; 1 had no hash
+HASH = "sha256"  # in a part's metadata
 PART = 4096  # images of a file, and what a stopped command embeds again at most
 
 
@@ -73,7 +77,7 @@ def index_folder(tower: OpenedTower, source: Source, parent: Path) -> Path:
     card, stamps = tower.dual.card, [str(stamp) for stamp in source.stamps]
     data = [source_digest(source), source.config.images, source.config.image_field, stamps]
     images = dataclasses.asdict(tower.images)
-    digest = sha256_text(canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART]))
+    digest = sha256_text(canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART, FORMAT]))
     return parent / f"{source.name}-{digest[:12]}"
 
 
@@ -146,16 +150,23 @@ class _Images(Dataset):
 
 def _write(path: Path, vectors: list[Tensor], numbers: list[int], width: int) -> None:
     image_ND = torch.cat(vectors) if vectors else torch.empty(0, width, dtype=torch.float16)
+    tensors = {"image_ND": image_ND, "number_N": torch.tensor(numbers, dtype=torch.int64)}
+    digest = tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()})
     with atomic_file(path) as temporary:
-        save_file({"image_ND": image_ND, "number_N": torch.tensor(numbers, dtype=torch.int64)}, str(temporary))
+        save_file(tensors, str(temporary), metadata={HASH: digest})
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        tensors = load_file(path)
-        image_ND, number_N = tensors["image_ND"].float(), tensors["number_N"]
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("image_ND", "number_N")}
+            recorded = (file.metadata() or {}).get(HASH)
     except (SafetensorError, KeyError) as error:
         raise ContractError(f"{path} is damaged ({error}); delete it and rerun the same command") from error
+    if (actual := tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()})) != recorded:
+        reason = f"its tensors have SHA-256 {actual[:12]}..., its metadata records {str(recorded)[:12]}..."
+        raise ContractError(f"{path} is damaged ({reason}); delete it and rerun the same command")
+    image_ND, number_N = tensors["image_ND"].float(), tensors["number_N"]
     if not torch.isfinite(image_ND).all():
         raise ContractError(f"{path} has values that are not finite; delete it and rerun the same command")
     return image_ND, number_N
