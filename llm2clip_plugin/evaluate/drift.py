@@ -67,7 +67,7 @@ def report(config: DriftConfig, drift: Drift) -> None:
     """Print the tables, and write the page and the JSON."""
     console = wide_console()
     console.print(changes_table(config, drift))
-    if drift.classes:
+    if any(one.after < one.before for one in drift.classes):
         console.print(classes_table(drift))
     for name, value in drift.cka:
         console.print(f"CKA {name:16} {value:6.3f}")
@@ -108,7 +108,8 @@ def classes_table(drift: Drift) -> Table:
     table.add_column("class")
     for name in ("images", "before", "after", "lost", "gained"):
         table.add_column(name, justify="right")
-    for one in drift.classes[:CLASSES_PRINTED]:
+    losing = [one for one in drift.classes if one.after < one.before]
+    for one in losing[:CLASSES_PRINTED]:
         table.add_row(one.name, *map(str, (one.images, one.before, one.after, one.lost, one.gained)))
     return table
 

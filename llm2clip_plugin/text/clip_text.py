@@ -24,6 +24,7 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     sha256_weights,
 )
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.device import default_device, fastest_dtype
 from llm2clip_plugin.text.encoder import CPU_TOKENS, GPU_TOKENS, CaptionEncoder
 from llm2clip_plugin.text.files import local_folder
@@ -159,7 +160,8 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, int, bool, int]:
     settings = AutoConfig.from_pretrained(folder)
     family = next(family for family in families().values() if settings.model_type in family.model_types)
     assert family.image_text_class is not None
-    model, report = family.image_text_class().from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with quiet_transformers():
+        model, report = family.image_text_class().from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ValueError(f"{folder} is not a complete {type(model).__name__}: {', '.join(missing[:5])} are missing")
     text = settings.text_config
