@@ -287,6 +287,13 @@ def test_another_conversation_is_refused(exported, tmp_path, capsys):
     assert "is a Hugging Face model already" in refused(capsys, exported[1], "--output", out)
 
 
+def test_a_family_that_nothing_opens_is_refused(tmp_path, home, monkeypatch, capsys):
+    """MetaCLIP 2 under its own type, which AutoModel does not have and for which no code is saved."""
+    monkeypatch.setattr("llava_integration.serve.tower_code.SAME_AS", {})
+    said = refused(capsys, made("full", "metaclip2", tmp_path), "--output", tmp_path / "hf")
+    assert "does not open model_type 'metaclip_2_vision_model', and no code is known to save with the model" in said
+
+
 def test_a_difference_is_refused(exported, tmp_path, home, monkeypatch, capsys):
     """A model that computes something else never gets its name."""
     checkpoint = shutil.copytree(exported[0], tmp_path / "llava-tiny")
