@@ -105,7 +105,8 @@ def report(config: SearchConfig, source: Source, index: ImageIndex, hits: Sequen
         print(f"left out: {error}")
     if config.output:
         title = f"{dataset_name(config.tower)}: {dataset_name(config.data.path)}"
-        intro = f"The {config.top_k} nearest of {len(source):,} images, with their cosine similarity to the text."
+        shown = max((len(result.found) for result in found), default=0)
+        intro = f"The {shown} nearest of {len(source):,} images, with their cosine similarity to the text."
         with atomic_file(config.output) as temporary:
             temporary.write_text(search_page(title, intro, found), encoding="utf-8")
         print(f"wrote {config.output}")
