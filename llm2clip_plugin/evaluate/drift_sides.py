@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ScoreFile, TowerCard
+from llm2clip_plugin.contracts import PROJECTED, ScoreFile, TowerCard
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
@@ -83,7 +83,8 @@ def open_side(path: str, config: DriftConfig) -> Side:
         pooling = DualConfig(projection="none", projection_dim=tower.config.hidden_size)
         return Side(image=DualEncoder(tower, pooling).to(device).eval(), read=None, text="", **known)
     loaded = load_dual_encoder(directory)
-    text = "its LLM and text adapter"
+    of_clip = loaded.card.teacher.get("pooling") == PROJECTED
+    text = f"the text tower of {loaded.card.teacher.get('llm')}" if of_clip else "its LLM and text adapter"
     if loaded.dual.text_adapter is None:
         clip = config.clip or loaded.card.origin
         own = with_own_text_tower(loaded, clip, explicit=bool(config.clip))
