@@ -36,10 +36,14 @@ def measured(folder: Path) -> dict[str, Any]:
     """The claims of a quickstart's ``headline.json``. Raises FileNotFoundError without one."""
     path = folder / "headline.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run scripts/quickstart.sh with both teachers, or name its output")
+        raise FileNotFoundError(
+            f"{path} does not exist; run scripts/quickstart.sh with both teachers, or name its output"
+        )
     made = json.loads(path.read_text(encoding="utf-8"))
     first = [claim["name"] for claim in made["headline"]]
-    return {claim["name"]: _claim(claim, headline=claim["name"] in first) for claim in made["headline"] + made["others"]}
+    return {
+        claim["name"]: _claim(claim, headline=claim["name"] in first) for claim in made["headline"] + made["others"]
+    }
 
 
 def _claim(claim: Mapping[str, Any], *, headline: bool) -> dict[str, Any]:

@@ -223,7 +223,8 @@ if [ "$LLAVA" = yes ]; then
     short=
     [ "$PRESET" != smoke ] || short=--smoke
     # shellcheck disable=SC2086 # an option or nothing
-    env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed0" --output "$OUT/llava" $short
+    env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed{seed}" \
+        --seeds "$SEEDS" --output "$OUT/llava" $short
     echo "Comparison of the two: $OUT/llava/compare/compare.html" >&2
 fi
 say "headline"

@@ -186,12 +186,16 @@ def guesses(output: Path) -> dict[str, str]:
 
 
 def score(output: Path, name: str) -> None:
-    """Write the accuracy of exact answers by kind of question, a file each, to ``DIR/scores/NAME``."""
+    """Write the accuracy of exact answers by kind of question, a file each, to ``DIR/scores/NAME``.
+
+    ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
+    """
     questions = output / "data" / "questions.jsonl"
     held_out = [json.loads(line) for line in questions.read_text().splitlines()]
     answers = [json.loads(line) for line in (output / f"{name}.answers.jsonl").read_text().splitlines()]
     answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
     guessed = guesses(output)
+    side, _, seed = name.partition("-")
     for kind in ("emoji group", "easy-vqa"):
         rows = [row for row in held_out if row["kind"] == kind]
         items = [
@@ -214,11 +218,11 @@ def score(output: Path, name: str) -> None:
             metrics={"accuracy": accuracy, "without_looking": blind},
             items=items,
             counts={"questions": len(items), "clusters": len({item["cluster"] for item in items})},
-            model=name,
+            model=side,
             provenance={"data": str(output / "data" / "images"), "data_sha256": sha256_file(questions)},
             notes=[MINIATURE, f"without the picture, by the most frequent answer to the same question: {blind:.1f} %"],
         )
-        record.write(output / "scores" / name / f"{kind.replace(' ', '-')}.scores.json")
+        record.write(output / "scores" / side / seed / f"{kind.replace(' ', '-')}.scores.json")
         print(f"{name:>8}  {kind:12} {accuracy:5.1f} % of {len(items)} questions (without the picture: {blind:.1f} %)")
 
 

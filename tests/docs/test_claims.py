@@ -20,9 +20,7 @@ def headline(shift: float = 0.0) -> dict[str, list[dict[str, object]]]:
     """A quickstart's headline.json with the recorded values of the first two seeds, the fine-tuned ones shifted."""
     claims = []
     for name, claim in json.loads(check_claims.CLAIMS.read_text(encoding="utf-8")).items():
-        by_seed = {
-            str(seed): {"raw": claim["raw"][seed], "tuned": claim["tuned"][seed] + shift} for seed in range(2)
-        }
+        by_seed = {str(seed): {"raw": claim["raw"][seed], "tuned": claim["tuned"][seed] + shift} for seed in range(2)}
         claims.append({**claim, "name": name, "by_seed": by_seed})
     return {"headline": claims[:3], "others": claims[3:]}
 
@@ -46,7 +44,9 @@ def test_a_number_that_moved_is_told(tmp_path):
     same = run(tmp_path / "same", headline())
     assert (same.returncode, same.stderr) == (0, "every number is within its interval\n")
     moved = run(tmp_path / "moved", headline(shift=-0.1))
-    assert moved.returncode == 1 and moved.stdout.count("**moved**") == len(headline()["headline"] + headline()["others"])
+    assert moved.returncode == 1 and moved.stdout.count("**moved**") == len(
+        headline()["headline"] + headline()["others"]
+    )
 
 
 def test_a_claim_that_is_not_measured_any_more_is_told(tmp_path):
