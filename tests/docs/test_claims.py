@@ -1,4 +1,4 @@
-"""README states what docs/claims.json holds; scripts/check_claims.py tells a number that moved from one that did not."""
+"""README states what docs/claims.json holds; scripts/check_claims.py tells which numbers moved."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def losses(checkpoint: Path) -> list[float]:
 
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="needs easy-vqa's pictures")
 def test_the_miniature(world, tmp_path):
-    """Two towers, two trainings each, answer the same questions; the report has its pictures; a rerun does nothing twice."""
+    """Two towers, two trainings each, answer the same questions; the report has pictures; a rerun does nothing."""
     output = tmp_path / "miniature"
     words = ["--before", world.towers["clip"], "--after", world.towers["other"], "--output", output]
     words += ["--smoke", "--steps", "2", "2", "2", "--seeds", "2"]
