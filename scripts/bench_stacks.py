@@ -142,7 +142,8 @@ def train(root: Path, batch: int, steps: int) -> dict[str, Any]:
             if "loss" in (logs or {}):
                 losses.append(float(logs["loss"]))
 
-    trainer.DEFAULT_CALLBACKS.append(Clock)
+    callbacks: list[type[TrainerCallback]] = trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
+    callbacks.append(Clock)
     from llava.train import train as llava_train
 
     llava_train.safe_save_model_for_hf_trainer = lambda *arguments, **options: None

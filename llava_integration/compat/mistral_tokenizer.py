@@ -5,7 +5,7 @@ keeps spaces that the text begins with. That of transformers 5 does not, whateve
 
 import functools
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from llava_integration.compat.completion import Completion
@@ -14,7 +14,7 @@ from llava_integration.compat.llama_tokenizer import NAMES
 STEPS = ("normalizer", "pre_tokenizer", "decoder")  # of tokenizer.json
 
 
-def complete(module: ModuleType) -> None:
+def complete(module: Any) -> None:
     """Make the module's ``AutoTokenizer`` read Llama's fast tokenizers as 4.37 does; that of other programs stays."""
     original = module.AutoTokenizer.from_pretrained
 

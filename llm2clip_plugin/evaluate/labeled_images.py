@@ -113,10 +113,13 @@ class SomeImages(LabeledImages):
         total = len(images)
         self.images = images
         self.numbers = [place * total // min(most, total) for place in range(min(most, total))]
-        columns = (
-            [column[number] for number in self.numbers] for column in (images.keys, images.labels, images.clusters)
+        super().__init__(
+            images.name,
+            images.classes,
+            [images.keys[number] for number in self.numbers],
+            [images.labels[number] for number in self.numbers],
+            [images.clusters[number] for number in self.numbers],
         )
-        super().__init__(images.name, images.classes, *columns)
 
     def image(self, number: int) -> bytes:
         return self.images.image(self.numbers[number])

@@ -99,7 +99,7 @@ class TimmTower(TimmVit):
         listed in the loading info."""
         from safetensors.torch import load_file
 
-        tower: Any = cls(TimmConfig.from_pretrained(directory) if config is None else config)
+        tower: Any = cls(TimmConfig.from_pretrained(directory or ".") if config is None else config)
         state = load_file(Path(directory or ".") / "model.safetensors") if state_dict is None else dict(state_dict)
         own = tower.state_dict()
         wrong = [(k, v.shape, own[k].shape) for k, v in state.items() if k in own and v.shape != own[k].shape]

@@ -107,10 +107,12 @@ def tower_claims(towers: Sequence[Tower]) -> dict[str, tuple[Seeds, Seeds]]:
     groups = by_name(towers)
     if "raw" not in groups or "tuned" not in groups:
         return {}
+
+    def queries(name: str, test: str, side: str) -> Seeds:
+        return {tower.seed: tower.scores.queries(test, side) for tower in groups[name]}
+
     return {
-        f"tower: {test}, {title}": tuple(
-            {tower.seed: tower.scores.queries(test, side) for tower in groups[name]} for name in ("raw", "tuned")
-        )
+        f"tower: {test}, {title}": (queries("raw", test, side), queries("tuned", test, side))
         for test in towers[0].scores.tests()
         for side, title in SIDES.items()
     }

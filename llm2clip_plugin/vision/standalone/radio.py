@@ -24,7 +24,7 @@ class RadioTower(RadioModel):
         """See RadioModel; the pooled output is the first class token, not all of the summary."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states = super().forward(pixel_values.to(self.dtype), output_hidden_states=bool(output_hidden_states))
+        states: Any = super().forward(pixel_values.to(self.dtype), output_hidden_states=bool(output_hidden_states))
         output = BaseModelOutputWithPooling(
             last_hidden_state=states.last_hidden_state,
             pooler_output=states.last_hidden_state[:, 0],
