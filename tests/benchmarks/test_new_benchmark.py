@@ -43,7 +43,7 @@ def answer_file(path, right):
 
 
 def test_planned_by_bench_mllm(data, tmp_path, capsys):
-    start = ["--model-path", "checkpoint", "--data", str(data), "--output", str(tmp_path / "out")]
+    start = ["--model-path", "org/llava", "--data", str(data), "--output", str(tmp_path / "out")]
     assert bench.main([*start, "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "shapes" in shown and "will run" in shown and "no folder pope" in shown
