@@ -138,8 +138,8 @@ def check_options(options: argparse.Namespace) -> None:
     if not 0 < options.timeout < float("inf"):
         raise ValueError(f"--timeout {options.timeout} must be seconds above 0")
     if options.model_path:
-        check_checkpoint(options.model_path, options.model_base)
         refuse_name(options.model_path, base=options.model_base)
+        check_checkpoint(options.model_path, options.model_base)
 
 
 def choose_device(device: str) -> tuple[int, int]:

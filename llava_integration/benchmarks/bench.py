@@ -75,8 +75,8 @@ def check_model(parse: Parser, args: argparse.Namespace) -> None:
             raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
         if args.served_model_name:
             raise ValueError("--served-model-name has no effect without --endpoint; remove it")
-        check_checkpoint(args.model_path, args.model_base)
         refuse_name(args.model_path, base=args.model_base)
+        check_checkpoint(args.model_path, args.model_base)
     elif given := [name for name in LOCAL if getattr(args, name) != parse.get_default(name)]:
         shown = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{shown} has no effect with --endpoint; remove it")

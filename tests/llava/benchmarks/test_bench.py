@@ -113,7 +113,7 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
 
 
 def test_plan_and_nothing_to_run(world, root, tmp_path):
-    start = ("-m", "llava_integration.benchmarks.bench", "--model-path", "x", "--output", tmp_path / "out")
+    start = ("-m", "llava_integration.benchmarks.bench", "--model-path", "org/llava", "--output", tmp_path / "out")
     printed = world.python(*start, "--data", root, "--plan")
     assert "pope" in printed and "will run" in printed and "no folder MME or mme" in printed
     printed = world.python(*start, "--data", root, "--benchmarks", "mme", fails=True)

@@ -175,9 +175,9 @@ def test_each_evaluation_script_names_a_benchmark(world, tmp_path):
             assert (start, end) == ('exec bash "$(dirname "$0")/benchmark.sh"', '"$@"'), path
             named.add(name)
     assert named == {*benchmarks(), "all"}
-    told = script(world, "llava/eval/benchmark.sh", "pope", "x", GPUS="1", DATA=tmp_path, fails=True)
+    told = script(world, "llava/eval/benchmark.sh", "pope", "org/llava", GPUS="1", DATA=tmp_path, fails=True)
     assert "pope" in told and "no folder pope" in told and "gqa" not in told
-    told = script(world, "llava/eval/benchmark.sh", "shapes", "x", GPUS="1", DATA=tmp_path, fails=True)
+    told = script(world, "llava/eval/benchmark.sh", "shapes", "org/llava", GPUS="1", DATA=tmp_path, fails=True)
     assert "unknown benchmark 'shapes'; known: vqav2" in told
-    told = script(world, "llava/eval/all.sh", "x", GPUS="1", DATA=tmp_path, fails=True)
+    told = script(world, "llava/eval/all.sh", "org/llava", GPUS="1", DATA=tmp_path, fails=True)
     assert "no folder gqa" in told and "no folder mm-vet" in told
