@@ -1,4 +1,4 @@
-"""LLaVA's own programs with our tower: controller and worker over HTTP, ``cli``, ``run_llava``, ``model_vqa``."""
+"""LLaVA's own programs with our tower: controller and worker over HTTP, ``cli``, ``run_llava``, ``model_vqa*``."""
 
 import base64
 import io
@@ -150,8 +150,23 @@ def test_programs_without_a_server(world, name, home, tmp_path, monkeypatch, cap
     assert cli.split("ASSISTANT: ")[1].startswith(answer)
     words = ("--query", "What is it?", "--max_new_tokens", "8")
     assert program(monkeypatch, capsys, "llava.eval.run_llava", *asked, *words).strip().endswith(answer)
-    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers" / "answers.jsonl"
-    questions.write_text(json.dumps({"question_id": 1, "image": path.name, "text": "What is it?"}))
-    words = ("--image-folder", world.images, "--question-file", questions, "--answers-file", answers)
-    program(monkeypatch, capsys, "llava.eval.model_vqa", *same, *words)
-    assert json.loads(answers.read_text())["text"].startswith(answer)
+    for script, written in question_files(path).items():
+        questions, answers = tmp_path / f"{script}.questions", tmp_path / "answers" / f"{script}.jsonl"
+        questions.write_text(written)
+        words = ["--question-file", questions, "--answers-file", answers]
+        words += [] if script == "model_vqa_mmbench" else ["--image-folder", world.images]
+        program(monkeypatch, capsys, f"llava.eval.{script}", *same, *words)
+        assert json.loads(answers.read_text())["text"].startswith(answer), script
+
+
+def question_files(image):
+    """Program -> the same question in the form of its question file; MMBench's needs pandas, as LLaVA does."""
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}]
+    files = {
+        "model_vqa": json.dumps({"question_id": 1, "image": image.name, "text": "What is it?"}),
+        "model_vqa_science": json.dumps([{"id": "1", "image": image.name, "conversations": said}]),
+    }
+    if find_spec("pandas"):
+        encoded = base64.b64encode(image.read_bytes()).decode()
+        files["model_vqa_mmbench"] = f"index\tquestion\thint\tA\tB\tC\tD\timage\n1\tWhat is it?\t\t\t\t\t\t{encoded}\n"
+    return files
