@@ -184,17 +184,20 @@ class World:
         torch.save({f"model.mm_projector.{name}": tensor for name, tensor in layers.state_dict().items()}, path)
         return path
 
-    def zero_config(self, stage: int) -> Path:
-        """DeepSpeed's configuration, as LLaVA's zero2.json and zero3.json."""
+    def zero_config(self, stage: int, *, offload: bool = False) -> Path:
+        """DeepSpeed's configuration, as LLaVA's zero2.json, zero3.json and zero3_offload.json."""
         zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
         if stage == 3:
             # An integer: "auto" becomes a float there, which this DeepSpeed refuses.
             zero |= {"stage3_prefetch_bucket_size": 100000, "stage3_gather_16bit_weights_on_model_save": True}
             zero |= {"stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
-        path = self.root / f"zero{stage}.json"
+        if offload:
+            zero |= {f"offload_{part}": {"device": "cpu"} for part in ("optimizer", "param")}
+        path = self.root / f"zero{stage}{'-offload' * offload}.json"
         auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
         # "torch_adam": no optimizer has to be compiled
         body = {"bf16": {"enabled": "auto"}, "zero_optimization": zero, **dict.fromkeys(auto, "auto")}
+        body |= {"zero_force_ds_cpu_optimizer": False} if offload else {}  # the Trainer's AdamW: nothing is compiled
         path.write_text(json.dumps(body))
         return path
 

@@ -33,6 +33,7 @@ def rows(world) -> dict[str, dict]:
     row("workers", "finetune", "--dataloader_num_workers", "2")
     row("anyres", "finetune", "--image_aspect_ratio", "anyres")
     row("unfrozen", "finetune", LLM2CLIP_UNFREEZE_TOWER="1")
+    row("s2", "pretrain", LLM2CLIP_S2_SCALES="28,56")  # a projector of twice the width
     row("mistral", "finetune", "--model_name_or_path", mistral(world))
     for stage in ("finetune", "lora"):
         row(f"whole-{stage}", stage, "--max_steps", "4", *SAVE)
@@ -48,6 +49,7 @@ def rows(world) -> dict[str, dict]:
     rank["MASTER_PORT"] = str(free_port())
     row("zero2", "finetune", "--deepspeed", world.zero_config(2), **rank)
     row("zero3", "finetune", "--deepspeed", world.zero_config(3), **rank)
+    row("zero3-offload", "finetune", "--deepspeed", world.zero_config(3, offload=True), **rank)
     row("zero3-lora", "lora", "--deepspeed", world.zero_config(3), **rank)
     return found
 
@@ -115,7 +117,15 @@ def test_what_each_stage_saves(world, trained):
 def test_forms_of_the_same_training_agree(world, trained):
     """Losses of three steps, in bf16 (8 bits of mantissa, values near 6.6) and from one projector."""
     expected = losses(world, "finetune")
-    for name in ("checkpointing", "workers", "llavas-own-tower", "zero2", "zero3", *(["train_mem"] if TODAY else [])):
+    for name in (
+        "checkpointing",
+        "workers",
+        "llavas-own-tower",
+        "zero2",
+        "zero3",
+        "zero3-offload",
+        *(["train_mem"] if TODAY else []),
+    ):
         assert losses(world, name) == pytest.approx(expected, abs=0.05), name
     assert losses(world, "zero3-lora") == pytest.approx(losses(world, "lora"), abs=0.05)
     assert losses(world, "unfrozen")[0] == expected[0] and losses(world, "unfrozen")[2] != expected[2]
