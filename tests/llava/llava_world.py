@@ -195,7 +195,6 @@ class World:
             zero |= {f"offload_{part}": {"device": "cpu"} for part in ("optimizer", "param")}
         path = self.root / f"zero{stage}{'-offload' * offload}.json"
         auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-        # "torch_adam": no optimizer has to be compiled
         body = {"bf16": {"enabled": "auto"}, "zero_optimization": zero, **dict.fromkeys(auto, "auto")}
         body |= {"zero_force_ds_cpu_optimizer": False} if offload else {}  # the Trainer's AdamW: nothing is compiled
         path.write_text(json.dumps(body))
