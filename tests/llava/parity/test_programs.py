@@ -122,6 +122,11 @@ def test_a_worker_answers_with_our_tower(worker, checkpoint, world):
 
 def program(monkeypatch, capsys, name, *words, typed=""):
     """What a program of LLaVA prints, run in this process."""
+    for layer in (
+        torch.nn.Linear,
+        torch.nn.LayerNorm,
+    ):  # disable_torch_init replaces it; put back afterwards
+        monkeypatch.setattr(layer, "reset_parameters", layer.reset_parameters)
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     capsys.readouterr()
