@@ -100,7 +100,7 @@ def table(claims: Mapping[str, Any]) -> list[str]:
         strong = "**" if claim["headline"] else ""
         lines.append(
             f"| {name} | {spread(claim['raw'])} | {strong}{spread(claim['tuned'])}{strong} "
-            f"| {claim['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"| {signed(claim['difference'])} [{signed(low)}, {signed(high)}] "
             f"| {claim['seeds_significant']} of {len(claim['tuned'])} | {number(claim['chance'])} |"
         )
     return lines
@@ -115,6 +115,11 @@ def spread(values: Sequence[float]) -> str:
 def number(value: float) -> str:
     """Three decimals without the zero before them."""
     return f"{value:.3f}".removeprefix("0")
+
+
+def signed(value: float) -> str:
+    """As ``number``, with its sign."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
 
 
 def seeds(values: Sequence[float]) -> str:

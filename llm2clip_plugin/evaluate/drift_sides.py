@@ -20,6 +20,7 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
 from llm2clip_plugin.evaluate.labeled_images import LabeledImages, SomeImages
 from llm2clip_plugin.evaluate.options.drift import DriftConfig
+from llm2clip_plugin.evaluate.options.probe import ProbeConfig
 from llm2clip_plugin.evaluate.probe import knn, linear_probe, probe_scores, weights_hash
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.evaluate.teacher import Teacher, open_teacher_cache
@@ -33,8 +34,6 @@ from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, LoadedDualEncod
 from llm2clip_plugin.vision.intact import has_card
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import load_tower
-
-KNN = {"k": 20, "temperature": 0.07}  # as evaluate probe's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +204,7 @@ def _probes(
     names = labeled.train.classes
     unseen = [name for name in labeled.test.classes if name not in number_of]
     truth_N = torch.tensor([number_of.get(name, -1) for name in labeled.test.classes])[test.label_N]
-    found = {"kNN": knn(train, test.feature_ND, **KNN)}
+    found = {"kNN": knn(train, test.feature_ND, ProbeConfig.k, ProbeConfig.temperature)}
     if config.linear:
         found["linear"] = linear_probe(train, test.feature_ND)
     for name, number_N in found.items():

@@ -32,7 +32,7 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
     ),
     Fault("loss term", TRAIN + " --loss.terms infonse=1", "unknown loss term 'infonse'; did you mean 'infonce'? ..."),
     Fault(
-        "option beside a missing one",
+        "misspelled option while another is missing",
         "export {w}/new --ouput {w}/x",
         "unknown option --ouput; did you mean --output? ...",
     ),
