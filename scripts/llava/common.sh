@@ -104,8 +104,9 @@ launch() {
     if [ -n "${HOSTFILE:-}" ]; then
         launcher="$launcher --hostfile $HOSTFILE --master_port $PORT"
     elif [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
-        local head
-        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        local head hosts
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into head: scontrol would end with SIGPIPE
+        head=${hosts%%$'\n'*}
         launcher="srun --ntasks $SLURM_JOB_NUM_NODES --ntasks-per-node 1 $PYTHON -m torch.distributed.run --nnodes $SLURM_JOB_NUM_NODES
             --nproc_per_node $GPUS --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $head:$((20000 + SLURM_JOB_ID % 20000))"
     else

@@ -65,7 +65,8 @@ def test_slurm(world, tmp_path):
     """With the commands of Slurm played by stand-ins: what would be started on the nodes."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "scontrol").write_text("#!/bin/sh\necho node-7\necho node-8\n")
+    # as with many nodes, it still writes when the first is read
+    (programs / "scontrol").write_text("#!/bin/sh\necho node-7\nsleep 0.3\necho node-8\n")
     (programs / "srun").write_text('#!/bin/sh\necho srun "$@"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
