@@ -71,9 +71,7 @@ def check_transformers() -> Finding:
         return Finding(subject=subject, state="fail", found=installed, fix="unset LLM2CLIP_LLAVA_COMPAT")
     found = f"{installed}, with {len(runner.needed())} completions of LLaVA's code"
     if untried := versions.untried():
-        return Finding(
-            subject=subject, state="warn", found=f"never tried: {' and '.join(untried)}", fix=versions.ADVICE
-        )
+        return Finding(subject=subject, state="warn", found=f"untested: {' and '.join(untried)}", fix=versions.ADVICE)
     return Finding(subject=subject, state="ok", found=found)
 
 

@@ -79,7 +79,7 @@ def find_problems(options: argparse.Namespace) -> Iterator[str]:
 
 
 def check_model(model: str) -> Iterator[str]:
-    """The language model is a folder with a config.json, or a name of the Hub, which is not asked here."""
+    """The language model is a folder with a config.json, or a name of the Hub, which is not contacted here."""
     path = Path(model)
     if MPT in model:
         yield (
@@ -192,7 +192,7 @@ def check_images(data: Path, images: Path, paths: list[str]) -> Iterator[str]:
     missing = [path for path in looked_at if not os.path.isfile(os.path.join(images, path))]
     if missing:
         yield (
-            f"--image-folder {images}: {len(missing)} of {len(looked_at)} images looked at are missing, the first is "
+            f"--image-folder {images}: {len(missing)} of {len(looked_at)} images checked are missing, the first is "
             f"{os.path.join(images, missing[0])}; {data} has its path as {missing[0]!r}"
         )
 

@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": (
         "llm2clip_plugin.stages.status.command",
         "main",
-        "where a run or cache stands: progress, scores, checkpoints, disk, how to go on",
+        "where a run or cache stands: progress, scores, checkpoints, disk, how to resume",
     ),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "measure a tower's image-text retrieval recall"),
     "evaluate captions": (
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # --local_rank comes from the DeepSpeed launcher, which also sets LOCAL_RANK
     words = [word for word in words if not word.startswith("--local_rank=")]
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help", "--help-all", "help"):
         print(usage())
         return 0
     if words[0] == "--version":

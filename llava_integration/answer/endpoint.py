@@ -156,21 +156,23 @@ class Endpoint:
 
     def _status_error(self, error: urllib.error.HTTPError, path: str) -> Exception:
         """What to raise for an HTTP status that is not 200."""
-        status, told = error.code, f"HTTP {error.code}: {_error_text(error)}"
+        status, reply = error.code, f"HTTP {error.code}: {_error_text(error)}"
         if status in PASSING or status >= 500:
             pause = seconds_of_retry_after(error.headers.get("Retry-After") or "")
-            return PassingError(f"{self.url}: {told}", answered=True, pause=pause)
+            return PassingError(f"{self.url}: {reply}", answered=True, pause=pause)
         if 300 <= status < 400:
             return EndpointError(
                 f"{self.url} redirects to {printable(error.headers.get('Location') or '?')}; pass that"
             )
         if status in (401, 403):
-            return EndpointError(f"{self.url} denies access ({told}); set {KEY} to a key of this server")
+            return EndpointError(f"{self.url} denies access ({reply}); set {KEY} to a key of this server")
         if path == "/models":
-            return RefusedError(told)
+            return RefusedError(reply)
         if status in (404, 405):
-            return EndpointError(f"{self.url}{path} does not exist ({told}); correct --endpoint or --served-model-name")
-        return RefusedError(told)
+            return EndpointError(
+                f"{self.url}{path} does not exist ({reply}); correct --endpoint or --served-model-name"
+            )
+        return RefusedError(reply)
 
 
 def base_url(url: str) -> str:
@@ -212,10 +214,10 @@ def _error_text(error: urllib.error.HTTPError) -> str:
     try:
         body = json.loads(raw)
         inner = body.get("error", body)
-        told = inner if isinstance(inner, str) else inner.get("message") or inner.get("detail")
+        message = inner if isinstance(inner, str) else inner.get("message") or inner.get("detail")
     except (ValueError, AttributeError, RecursionError):
-        told = None
-    return _short(told or raw or error.reason)
+        message = None
+    return _short(message or raw or error.reason)
 
 
 def _short(value: Any) -> str:

@@ -36,7 +36,7 @@ class Noise:
     strata: int  # groups that images are drawn within
     image_error: float  # standard error of the difference over this many images, however many runs
     answer_error: float  # more of it with one run a side: what trainings make of an image; 0 if runs can't tell
-    spread: float | None  # standard deviation of one side's score over trainings, beside that; None: unknown
+    spread: float | None  # standard deviation of one side's score over trainings, apart from that; None: unknown
     spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
     assumed: str = ""  # what was assumed for lack of a second side
 
@@ -121,7 +121,7 @@ def measure(
 
 
 def _image_errors(paired: Paired, resamples: int, seed: int, times_one_side: float | None) -> tuple[float, float]:
-    """Standard errors over images: what all runs share, and what one run a side has beside it.
+    """Standard errors over images: what all runs share, and what one run a side adds.
 
     One run a side has the variance s + i, the means of M runs s + i / M.
     """
@@ -174,11 +174,11 @@ def plan(
 def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float, power: float) -> list[str]:
     """The plan as text: per benchmark what is detectable, and what ``effect`` needs."""
     test = {"level": level, "power": power}
-    told = [f"A difference of {effect:g} with {power:.0%} power, two-sided at {1 - level:.0%}:"]
+    lines = [f"A difference of {effect:g} with {power:.0%} power, two-sided at {1 - level:.0%}:"]
     for noise in noises:
         of = "points" if noise.unit == "%" else noise.unit
-        told += ["", f"{noise.title}: {noise.questions} questions on {noise.images} images"]
-        told.append(
+        lines += ["", f"{noise.title}: {noise.questions} questions on {noise.images} images"]
+        lines.append(
             f"  varies by {math.hypot(noise.image_error, noise.answer_error):.2f} {of} over images"
             + (f" ({noise.assumed} of the two sides assumed)" if noise.assumed else "")
             + (
@@ -189,11 +189,11 @@ def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level:
         )
         known = runs if noise.spread is not None else runs[:1]
         for count in known:
-            told.append(f"  {_sides(count, noise)}: {_needs(noise, effect, count, of, test)}")
+            lines.append(f"  {_sides(count, noise)}: {_needs(noise, effect, count, of, test)}")
         enough = noise.runs_needed(effect, **test)
         if noise.spread:
-            told.append(f"  on these images: {f'{enough} runs a side' if enough else 'no number of runs detects it'}")
-    return told
+            lines.append(f"  on these images: {f'{enough} runs a side' if enough else 'no number of runs detects it'}")
+    return lines
 
 
 def _sides(runs: int, noise: Noise) -> str:
@@ -204,7 +204,7 @@ def _sides(runs: int, noise: Noise) -> str:
 
 def _needs(noise: Noise, effect: float, runs: int, of: str, test: dict[str, float]) -> str:
     needed = noise.images_needed(effect, runs, **test)
-    told = f"{noise.detectable(noise.images, runs, **test):.2f} {of} detectable"
+    detectable = f"{noise.detectable(noise.images, runs, **test):.2f} {of} detectable"
     if needed is None:
-        return f"{told}; no number of images detects {effect:g}"
-    return f"{told}; {effect:g} needs {needed} images ({needed / noise.images:.2g} times these)"
+        return f"{detectable}; no number of images detects {effect:g}"
+    return f"{detectable}; {effect:g} needs {needed} images ({needed / noise.images:.2g} times these)"

@@ -96,7 +96,7 @@ def forest(comparison: Comparison, width: float = WIDTH) -> str:
 
 
 def _directions(comparison: Comparison, zero: float, y: float, width: float) -> list[str]:
-    """Which side is better left and right of 0: beside its line, or at the edges of a narrow plot."""
+    """Which side is better left and right of 0: next to its line, or at the edges of a narrow plot."""
     base, new = ("base", "new") if len(comparison.names) > 2 else list(comparison.names)
     left, right, most = (8.0, width - 8.0, 18) if width == NARROW else (zero - 10, zero + 10, 24)
     anchors = ("start", "end") if width == NARROW else ("end", "start")
@@ -114,7 +114,7 @@ def _size(row: Row) -> float:
 def _forest_row(
     row: Row, paint: str, x: Callable[[float], float], y: float, left: float, right: float, *, named: bool, above: bool
 ) -> list[str]:
-    """One difference: name, interval, estimate (filled if significant), numbers; texts beside the interval or above."""
+    """One difference: name, interval, estimate (filled if significant), numbers; texts at its side or above."""
     result, size = row.result, _size(row)
     low, high = (number(value, row.unit, signed=True) for value in (result.low, result.high))
     label = f"{number(result.difference, row.unit, signed=True)} [{low}, {high}]"

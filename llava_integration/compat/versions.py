@@ -67,7 +67,7 @@ def untried() -> list[str]:
 def warn_if_untried() -> None:
     """One line on stderr, once and on the first rank alone, about versions never tried."""
     if untried() and os.environ.get("RANK", "0") == "0":
-        print(f"llm2clip: LLaVA 1.5 was never tried with {' and '.join(untried())}; {ADVICE}", file=sys.stderr)
+        print(f"llm2clip: LLaVA 1.5 is untested with {' and '.join(untried())}; {ADVICE}", file=sys.stderr)
 
 
 @cache

@@ -50,7 +50,7 @@ def main_export(argv: list[str]) -> int:
     size = export(made, options.output, overwrite=options.overwrite, verify=verify if compares else None)
     reason = "" if compares or options.no_compare else ": LLaVA is not installed in this environment"
     dtype = "" if options.dtype == "keep" else f"{options.dtype} "
-    print(f"{options.output}: {size / GIB:.2f} GiB of {dtype}weights, every tensor read back equal", end="")
+    print(f"{options.output}: {size / GIB:.2f} GiB of {dtype}weights, every tensor verified by reloading", end="")
     print("" if compares else f"; not compared with LLaVA's own code{reason}")
     if options.push:
         print(upload(options.output, options.push, f"LLaVA 1.5, {made.describe()}", private=not options.public))
@@ -81,6 +81,6 @@ def main_import(argv: list[str]) -> int:
     count, card = import_hf(
         options.source, options.output, aspect=options.image_aspect_ratio, overwrite=options.overwrite
     )
-    print(f"{options.output}: {count} tensors, every one read back equal")
+    print(f"{options.output}: {count} tensors, verified by reloading")
     print(f"{options.output / BUNDLE}: {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256}")
     return 0

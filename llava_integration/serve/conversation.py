@@ -150,7 +150,7 @@ def conversation_named(name: str) -> Conversation:
 def choose(given: str, recorded: str, *, where: object) -> str:
     """The conversation's name: ``given`` (--conv-mode), or that which the checkpoint was trained with.
 
-    Raises ValueError if the two are different conversations: the model would be asked in words that it never saw.
+    Raises ValueError if the two are different conversations: the prompts would be in a format that the model never saw.
     """
     name = given or recorded or DEFAULT
     chosen = conversation_named(name)

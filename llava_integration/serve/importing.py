@@ -188,8 +188,8 @@ def write_tower(model: HfModel, tensors: LazyTensors, directory: Path) -> TowerC
         versions=library_versions(),
     )
     if card is not None:  # the text adapter stays with the tower that was exported
-        told = {name: getattr(card, name) for name in ("origin", "teacher", "training", "metrics", "versions")}
-        made = replace(made, **told)
+        recorded = {name: getattr(card, name) for name in ("origin", "teacher", "training", "metrics", "versions")}
+        made = replace(made, **recorded)
     made.write(directory / TowerCard.FILE)
     write_checksums(directory)
     (directory / "README.md").write_text(model_card(made), encoding="utf-8")

@@ -133,7 +133,9 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
     with safe_open(path, framework="pt") as written:
         for name, tensor in state.items():
             if not torch.equal(written.get_tensor(name), tensor):  # pyright: ignore[reportAttributeAccessIssue]
-                raise ContractError(f"{path}: {name} reads back differently; check the disk and try again")
+                raise ContractError(
+                    f"{path}: {name} differs after reloading; check the disk and rerun the same command"
+                )
 
 
 def refuse_rest(names: Iterable[str], where: object) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA decides by words in a checkpoint's folder name how to load it; told before anything is loaded.
+"""LLaVA decides by words in a checkpoint's folder name how to load it; checked before anything is loaded.
 
 ``load_pretrained_model`` takes a folder without "llava" in its name for a language model without images, one without
 "lora" for a projector, and one with "mpt" or "mistral" for a model of that kind.

@@ -73,7 +73,7 @@ def choose_captions(
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
     """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has.
 
-    A kind that a source's fields declare may be rare; if no sample looked at has one, it is logged as a warning.
+    A kind that a source's fields declare may be rare; if no checked sample has one, it is logged as a warning.
     """
     if not weights:
         return
@@ -81,10 +81,12 @@ def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None
     present = {kind for source in sources for kind in _kinds_of(source)}
     if unknown := sorted(set(weights) - declared - present):
         known = ", ".join(sorted(declared | present))
-        raise ValueError(f"caption weights name the kinds {', '.join(unknown)}, which the data has not; known: {known}")
+        raise ValueError(
+            f"caption weights name the kinds {', '.join(unknown)}, which the data does not have; known: {known}"
+        )
     if absent := sorted(set(weights) - present):
         log.warning(
-            "caption weights name the kinds %s, of which no sample looked at has a caption; present: %s",
+            "caption weights name the kinds %s, which no checked sample has; present: %s",
             ", ".join(absent),
             ", ".join(sorted(present)) or "none",
         )

@@ -112,14 +112,14 @@ def _wait(file: IO[str], doing: str) -> bool:
             if show and waited >= (lines + 1) * LINE_EVERY:
                 lines += 1
                 file.seek(0)
-                print(f"waiting {waited:.0f} s for {file.read(200).strip() or 'another process'}", file=sys.stderr)
+                print(f"waited {waited:.0f} s for {file.read(200).strip() or 'another process'}", file=sys.stderr)
             time.sleep(min(1.0, 0.02 + waited / 10))  # few requests to a network disk
         except OSError:
             return False
         else:
             try:
                 file.truncate(0)
-                file.write(f"process {os.getpid()} of {socket.gethostname()} to {doing}")
+                file.write(f"process {os.getpid()} on {socket.gethostname()} to {doing}")
                 file.flush()
             except OSError:
                 pass  # a full disk
@@ -151,7 +151,7 @@ class Ledger:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                log.warning("%s can't be read (%s); its contents are checked again", path, error)
+                log.warning("cannot read %s (%s); checking its contents again", path, error)
                 continue
             head, _, body = text.partition("\n")
             if head == canonical_json({**LEDGER, "sha256": sha256_text(body)}):
@@ -175,4 +175,4 @@ class Ledger:
         try:
             self.folder.write(self.name, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
-            log.warning("can't keep what was checked (%s); the next start checks again", error)
+            log.warning("cannot record what was checked (%s); the next start checks it again", error)

@@ -1,4 +1,4 @@
-"""What a run asks of the disk, and which order of samples its disk bears.
+"""What a run requires of the disk, and which order of samples its disk sustains.
 
 A sample read at random opens its shard, unless the process has it open already, and reads at one place of it. Local
 disks bear that; file systems over a network have a server that every open of every rank asks, so there the order goes

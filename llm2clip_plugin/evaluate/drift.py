@@ -56,11 +56,11 @@ def _zero_shot(config: DriftConfig, *sides: Side) -> tuple[bool, list[str]]:
     without = [side.path for side in sides if side.read is None]
     if not without:
         return True, []
-    told = f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no text side"
+    lacking = f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no text side"
     if config.captions or not config.train:
         more = "" if config.captions else ", or measure features alone with --train LABELED_IMAGES"
-        raise ValueError(f"{told}: {TEXT_SIDE}{more}")
-    return False, [f"no zero-shot accuracy: {told}; {TEXT_SIDE}"]
+        raise ValueError(f"{lacking}: {TEXT_SIDE}{more}")
+    return False, [f"no zero-shot accuracy: {lacking}; {TEXT_SIDE}"]
 
 
 def report(config: DriftConfig, drift: Drift) -> None:

@@ -93,8 +93,10 @@ def compare(
         one, other = (side.predicted[classified.measure] for side in (before, after))
         for key, (was, now) in classified.scores.items():
             if was != now:
-                told = (name_of.get(side[key], side[key]) for side in (one, other))
-                changed.append(ChangedImage(key=key, truth=name_of[truth[key]], **_told(told), gained=now > was))
+                predicted = (name_of.get(side[key], side[key]) for side in (one, other))
+                changed.append(
+                    ChangedImage(key=key, truth=name_of[truth[key]], **_predicted(predicted), gained=now > was)
+                )
     return Drift(
         changes=changes,
         classes=classes,
@@ -107,7 +109,7 @@ def compare(
     )
 
 
-def _told(names: Any) -> dict[str, str]:
+def _predicted(names: Any) -> dict[str, str]:
     return dict(zip(("before", "after"), names, strict=True))
 
 

@@ -90,8 +90,8 @@ class Command(Declared[Settings]):
             option: field for option, field in known.items() if leaf.startswith("no-") and self.types.get(field) is bool
         }
         negated = [f"{at}{dot}no-{flag}" for at, dot, flag in (option.rpartition(".") for option in no)]
-        told = f"unknown option {name}{self.names.nearest(name, [*self.extras, *negated])}"
-        raise ValueError(joined(told, f"`llm2clip {self.name} --help-all` lists all"))
+        unknown = f"unknown option {name}{self.names.nearest(name, [*self.extras, *negated])}"
+        raise ValueError(joined(unknown, f"`llm2clip {self.name} --help-all` lists all"))
 
     def _value(self, option: str, name: str, positive: bool, following: list[str], words: list[str]) -> Any:
         """The option's value, from its own word (``--name=value``) or those that follow."""

@@ -81,7 +81,9 @@ def unused_in_training(given: Collection[str]) -> list[Unused[Any]]:
         ),
         Unused(("train.profile_all_ranks",), lambda c: "" if c.train.profile_steps else "train.profile_steps is 0"),
         Unused(("plan",), lambda c: "" if c.dry_run else "it is an assumption of --dry-run"),
-        Unused(("allow_changed",), lambda c: "--resume never resumes from nothing" if c.resume == "never" else ""),
+        Unused(
+            ("allow_changed",), lambda c: "with --resume never, no checkpoint is read" if c.resume == "never" else ""
+        ),
     ]
     if "train.max_steps" in given:
         rules.append(Unused(("train.num_train_epochs",), _both_lengths))

@@ -80,7 +80,7 @@ def describe_time(pairs: int, per_second: float) -> str:
     times = [f"{world} {tqdm.format_interval(pairs / per_second / world)}" for world in WORLDS]
     return (
         f"training time at {per_second:g} images/s a GPU, by GPUs: {', '.join(times)} (--images-per-second: the rate "
-        "that a run's bar shows, divided by its GPUs; heads, evaluation and checkpoints come on top)"
+        "that a run's bar shows, divided by its GPUs; excludes heads, evaluation and checkpoints)"
     )
 
 

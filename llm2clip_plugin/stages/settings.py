@@ -152,8 +152,8 @@ def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") ->
     body = body if path else upgraded(body)
     for name in body:
         if name not in known:
-            told = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"
-            raise ValueError(joined(told, f"known: {', '.join(known)}"))
+            unknown = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"
+            raise ValueError(joined(unknown, f"known: {', '.join(known)}"))
     return cls(
         **{
             name: _typed(hints[name], value, where=where, path=f"{path}.{name}".lstrip("."))

@@ -105,7 +105,7 @@ class TeacherLLM:
         except FileNotFoundError as error:
             if self.config.llm or str(config.llm) not in str(error):
                 raise
-            raise FileNotFoundError(f"the tower's teacher is not at hand: {error}; {GIVE_LLM}") from error
+            raise FileNotFoundError(f"the tower's teacher cannot be loaded: {error}; {GIVE_LLM}") from error
         loaded = encoder.identity()
         if self.identity is not None and loaded.fingerprint != self.identity.fingerprint:
             raise ContractError(

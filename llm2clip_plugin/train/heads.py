@@ -167,10 +167,10 @@ def _report(broken: Sequence[BrokenSample], images: int) -> None:
     """Warn of samples that the fit leaves out; ValueError if that is all of them."""
     if not broken:
         return
-    told = f"{len(broken)} of {images} samples are broken, the first: {broken[0]}"
+    counted = f"{len(broken)} of {images} samples are broken, the first: {broken[0]}"
     if len(broken) == images:
-        raise ValueError(f"{told}; run `llm2clip data check DATA` to list them")
-    log.warning("the fit of the heads leaves out samples: %s", told)
+        raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
+    log.warning("fitting the heads without some samples: %s", counted)
 
 
 def _blocks(length: int, limit: int) -> list[list[int]]:

@@ -61,7 +61,7 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
-    path, deadline, told = folder / LOCK, time.monotonic() + patience, False
+    path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -81,9 +81,9 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
                 f"{folder} is in use by {holder or 'another process'} ({path}): wait for its end, stop it, or choose "
                 f"another --output. If that host is down, delete {path}"
             )
-        if holder is not None and not told:
+        if holder is not None and not reported:
             print(f"{folder} is locked by {holder}; waiting up to {patience:.0f} s for that host", file=sys.stderr)
-            told = True
+            reported = True
         time.sleep(0.2)  # without a holder: another process is just starting or ending
 
 

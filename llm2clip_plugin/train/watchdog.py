@@ -211,14 +211,14 @@ class Watch:
 
     def _look(self) -> None:
         """Name late ranks, end this process if it must end."""
-        looked = time.monotonic()
+        checked_at = time.monotonic()
         while not self._stopped.wait(self.interval / 2):
             now = time.monotonic()
-            if now - looked > self.interval + 1:  # this process itself was stopped: what it knows is old
+            if now - checked_at > self.interval + 1:  # this process itself was stopped: what it knows is old
                 self.answered = now
                 for other in self.others.values():
                     other.heard = now
-            looked = now
+            checked_at = now
             self._end_if_due(now)
             if self.straggler_seconds and not self.failure:
                 self._name_silent(now)

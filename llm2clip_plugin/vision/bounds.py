@@ -71,7 +71,7 @@ def check_weights(directory: Path, family: Family, config: Mapping[str, Any]) ->
     total = sum(path.stat().st_size for path in files)
     if (layers or 1) * (width or 1) * max(width or 1, config.get("intermediate_size") or 1) > total:  # bytes of weights
         raise ContractError(
-            f"{directory / 'config.json'}: {layers} blocks of width {width} don't fit into the {total} bytes of "
+            f"{directory / 'config.json'}: {layers} blocks of width {width} do not fit into the {total} bytes of "
             f"{', '.join(path.name for path in files)}"
         )
 

@@ -72,7 +72,7 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             try:
                 tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 all parameters are empty
             except RuntimeError as error:
-                raise ContractError(f"the weights in {directory} don't match its config.json: {error}") from error
+                raise ContractError(f"the weights in {directory} do not match its config.json: {error}") from error
     # old files on the Hub contain position_ids: a counter, not a weight
     extra = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
     unexpected = sorted(key for key in extra if not key.startswith(family.not_tower))
@@ -82,7 +82,7 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     missing = sorted(set(info["missing_keys"]) - set(misshapen))
     if missing or unexpected or misshapen:
         raise ContractError(
-            f"the weights in {directory} don't match its config.json: missing {missing}, unexpected {unexpected}, "
+            f"the weights in {directory} do not match its config.json: missing {missing}, unexpected {unexpected}, "
             f"misshapen {[f'{name} is {shapes}' for name, shapes in sorted(misshapen.items())]}"
         )
     tower.own_preprocessor = own_preprocessor(directory)

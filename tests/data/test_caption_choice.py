@@ -72,9 +72,9 @@ def test_unknown_kinds_are_refused_and_absent_ones_mentioned(source: Source, cap
     check_kinds([source], {})
     check_kinds([source], parse_weights(("short=1", "long=1", "tags=2")))  # no field declares tags, a caption has it
     assert not caplog.records
-    with pytest.raises(ValueError, match="name the kinds lnog, which the data has not; known: long, short, tags"):
+    with pytest.raises(ValueError, match="name the kinds lnog, which the data does not have; known: long, short, tags"):
         check_kinds([source], parse_weights(("short=1", "lnog=1")))
     declared = open_source(SourceConfig(path=source.path, fields=("captions=short", "detailed=long")))
     with caplog.at_level(logging.WARNING):
         check_kinds([declared], EVENLY)
-    assert "name the kinds long, of which no sample looked at has a caption; present: short" in caplog.text
+    assert "name the kinds long, which no checked sample has; present: short" in caplog.text

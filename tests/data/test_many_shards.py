@@ -304,7 +304,7 @@ def test_a_waiting_process_says_for_whom(
     with folder.lock("index tars"):
         holder.join()
     said = capsys.readouterr().err
-    assert re.search(rf"^waiting 0 s for process {holder.pid} of \S+ to index tars$", said, re.MULTILINE), said
+    assert re.search(rf"^waited 0 s for process {holder.pid} on \S+ to index tars$", said, re.MULTILINE), said
 
 
 def test_the_processes_of_a_killed_reader_end(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_again_needs_neither_the_llm_nor_the_images(place, tmp_path, capsys):
     assert run(copy)[1] == first and part.stat().st_mtime_ns == before
     capsys.readouterr()
     assert run(copy, texts=["another text"])[0] == 2  # not cached: needs the LLM
-    assert re.search(r"teacher is not at hand: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err)
+    assert re.search(r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err)
     whole = part.read_bytes()
     for damaged in (whole[:-9], whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]):
         part.write_bytes(damaged)

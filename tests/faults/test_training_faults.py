@@ -82,7 +82,7 @@ def trained(finished: tuple[Path, Path]) -> World:
     Fault(
         "kind without captions to train on",
         "--data.caption-weights lng=1 --data.read.kinds lng",
-        "caption weights name the kinds lng, which the data has not; known: long, short",
+        "caption weights name the kinds lng, which the data does not have; known: long, short",
     ),
     Fault(
         "batch larger than the data, samples as their own negatives",

@@ -335,7 +335,7 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
     zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
     for more, said in (
         (("--targets", "query"), "unknown LoRA targets ['query']; linear layers of this LLM: down_proj"),
-        (zero3, "ZeRO-3 can't partition 4-bit weights"),
+        (zero3, "ZeRO-3 cannot partition 4-bit weights"),
         (("--precision", "bf16"), "would convert the LLM's float32 weights"),
         (("--max-tokens", "8"), "prompt and template use"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries are longer than max_tokens 36"),

@@ -115,7 +115,7 @@ def test_a_teacher_that_is_not_at_hand(world, tmp_path):
     with pytest.raises(ValueError, match=r"adapter .* no longer at .*; pass it with --adapter DIR .*adapter="):
         load_dual_encoder(tmp_path / "tower").encode_text("a bird")
     adapter = str(world / "adapter")
-    with pytest.raises(FileNotFoundError, match=r"teacher is not at hand: .*llm.*in Python: teacher="):
+    with pytest.raises(FileNotFoundError, match=r"teacher cannot be loaded: .*llm.*in Python: teacher="):
         load_dual_encoder(tmp_path / "tower", adapter=adapter).encode_text("a bird")
     given = load_dual_encoder(tmp_path / "tower", teacher=str(world / "llm"), adapter=adapter)
     assert given.encode_text("a bird").shape == (1, 16)

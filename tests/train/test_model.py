@@ -160,7 +160,7 @@ def test_heads_name_broken_pictures(tiny: Path, tmp_path: Path, caplog: pytest.L
             fit(0, 1, str(tmp_path / "tiny"), 1)
     else:
         assert fit(0, 1, str(tmp_path / "tiny"), 1)["steps"] == [1]
-        assert "the fit of the heads leaves out samples" in caplog.text
+        assert "fitting the heads without some samples" in caplog.text
 
 
 def test_rank_0_borrows_the_threads_of_the_ranks_that_wait(tiny: Path, monkeypatch):

@@ -43,7 +43,7 @@ def copy(tmp_path: Path):
     "changes, message",
     [
         ({"hidden_size": 10**9}, "hidden_size is 1000000000, expected a whole number from 1 to 131072"),
-        ({"hidden_size": 61440}, r"blocks of width 61440 don't fit into the \d+ bytes of model.safetensors"),
+        ({"hidden_size": 61440}, r"blocks of width 61440 do not fit into the \d+ bytes of model.safetensors"),
         ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number from 1"),
         ({"num_attention_heads": 7}, r"hidden_size \d+ is not divisible by num_attention_heads 7"),

@@ -218,7 +218,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name, damage):
     if damage == "cut":
         state[key] = value[:-1].contiguous()
     save_file(state, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ContractError, match=r"don't match its config.json") as refused:
+    with pytest.raises(ContractError, match=r"do not match its config.json") as refused:
         load_tower(tmp_path / "tower")
     message, core_name = str(refused.value), key.removeprefix("vision_model.")
     wrong = {"missing": "missing [", "renamed": "unexpected [", "transposed": "misshapen [", "cut": "misshapen ["}[

@@ -86,11 +86,11 @@ def open_kept_rows(
         if rows is not None:
             return rows
         stamp, in_memory = stamp_of(path), read()
-        assert stamp is not None, f"{path} was there a moment ago"
+        assert stamp is not None, f"{path} was removed while it was read"
         try:
             index = kept.write(name, lambda file: write_index(file, in_memory.to_index(stamp), {}, COLUMNS))
         except OSError as error:
-            log.warning("can't keep an index of %s (%s); it is read completely at every start", path, error)
+            log.warning("cannot save an index of %s (%s); every start reads the whole file", path, error)
             return in_memory
         return KeptRows(path, kept, IndexFile(index))
 

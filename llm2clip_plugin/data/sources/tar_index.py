@@ -60,7 +60,7 @@ def open_index(tar: Path, spare_folder: Path) -> TarIndex:
         target = spare
         save_index(target, entries, stamp)
     index = _load(target, stamp)
-    assert index is not None, f"{target} can't be read after writing"
+    assert index is not None, f"{target} cannot be read after writing"
     return index
 
 
@@ -126,7 +126,7 @@ def _load(path: Path, stamp: dict[str, int]) -> TarIndex | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.warning("%s can't be read (%s); the tar is indexed again", path, error)
+        log.warning("cannot read %s (%s); indexing the tar again", path, error)
         return None
     try:
         head = json.loads(line)

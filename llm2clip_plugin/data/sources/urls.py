@@ -54,7 +54,7 @@ def list_urls(url: str, suffix: str) -> list[str]:
         names = sorted(map(str, retried(partial(filesystem.glob, pattern), one, Retry())))
         if not names:
             raise FileNotFoundError(
-                f"no {suffix} files at {one}; for a server that doesn't list folders, name the files: "
+                f"no {suffix} files at {one}; for a server that does not list folders, name the files: "
                 f"{one.rstrip('/')}/{{00000..00099}}{suffix}"
             )
         urls += [filesystem.unstrip_protocol(name) for name in names]

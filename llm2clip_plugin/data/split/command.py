@@ -116,14 +116,14 @@ def _report(source: Source, sides: Sides, config: SplitConfig) -> list[str]:
         lines.append(f"{side}: {sides.samples[side]:,} samples{share}, {sides.captions[side]:,} captions{groups}")
     if not config.by and sum(sides.groups.values()) < total:
         repeated = total - sum(sides.groups.values())
-        lines.append(f"note: {repeated:,} samples have the key of another one, and are on its side")
+        lines.append(f"note: {repeated:,} samples share their key with another sample and are on the same side")
     if sides.shared:
         examples = [source.captions(owner) for owner in sides.shared_owners]
         shown = "; ".join(f"{key}: {captions[0].text[:60]!r}" for key, captions in examples)
         lines.append(
-            f"warning: {sides.shared:,} of the {sides.captions['validation']:,} captions of validation also stand in "
-            f"training (the same words, without case and punctuation), in samples such as {shown}. If pictures of one "
-            "thing share a field, keep them on one side with --by FIELD"
+            f"warning: {sides.shared:,} of the {sides.captions['validation']:,} validation captions also occur in "
+            f"training (compared without case and punctuation), in samples such as {shown}. To keep "
+            "samples that share a field on one side, add --by FIELD"
         )
     return lines
 

@@ -140,7 +140,7 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
     """The run in DeepSpeed's terms. Raises ValueError for settings that exclude each other."""
     plan, deepspeed = plan_engine(config, config.train, config.optim, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
-        raise ValueError("ZeRO-3 can't partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
+        raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
     if config.train.ema_decay:

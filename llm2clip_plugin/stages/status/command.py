@@ -26,10 +26,12 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         "status",
         "llm2clip status runs/photos",
-        "Where a training run or embedding cache stands: progress, scores, checkpoints, disk, the command to go on.\n"
-        "It reads files only, also while the run is running.",
+        "Where a training run or embedding cache stands: progress, scores, checkpoints, disk, the command to resume.\n"
+        "It only reads files, so it is safe while the run is in progress.",
     )
-    parser.add_argument("folder", type=Path, help="folder of a run (either stage), or of an embedding cache")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="folder of a run (either stage), or of an embedding cache"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     status = read_status(options.folder)

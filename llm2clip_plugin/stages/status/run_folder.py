@@ -117,7 +117,7 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
         return state, f"{metrics.ended.get('reason', '')}{when}"
     if not step:
         return "killed", "before step 1"
-    return "killed", "without a word: killed from outside, out of memory, or the machine went down"
+    return "killed", "no message: killed from outside, out of memory, or the machine went down"
 
 
 def _holder(path: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def measure_data(config: AdapterConfig) -> Size:
     samples, own = plan.samples, card_width(config.start)
     if config.data.path:
         samples = sum(len(open_source(source)) for source in config.data.sources)
-        assumed.append("both caches fit, as the data lacks one of an LLM or of a CLIP")
+        assumed.append("the LLM's and the CLIP's caches match the data (at least one is missing)")
     else:
         assumed.append(f"{samples:,} captioned images (--assumed-samples, or DATA)")
     assumed.append(f"LLM embeddings of width {plan.llm_width} (--plan.llm-width)")

@@ -1,4 +1,4 @@
-"""How a run loads: what its loader processes need, in which order it reads, and what that asks of the disk."""
+"""How a run loads: what its loader processes need, in which order it reads, and what that requires of the disk."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def with_order(config: RunConfig) -> RunConfig:
 def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
     """Order of the samples, and opens, reads and bytes a second on 1, 8 and 64 GPUs; without sources a hint."""
     if not sources:
-        return "reading: give DATA to see what the run asks of the disk"
+        return "reading: pass DATA to see what the run requires of the disk"
     window = shuffle_window(config.data.read.shuffle_window, config.data.path)
     places = sorted({file_system(path) or "an unknown file system" for path in config.data.path})
     order = f"shuffled by windows of {window} shards" if window else "shuffled over entire sources"
@@ -86,7 +86,7 @@ def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
         f"(--shuffle-window); at {rate:g} images/s a GPU (--images-per-second):"
     ]
     for world in WORLDS:
-        asked = read_rate(
+        reading = read_rate(
             images=rate * world,
             mean_bytes=size,
             shards=shards,
@@ -95,7 +95,7 @@ def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
             processes=world * workers,
             loose=loose_images(sources),
         )
-        lines.append(f"{world:6} GPUs: {asked}")
+        lines.append(f"{world:6} GPUs: {reading}")
     if not window and any(map(is_network, config.data.path)):
-        lines.append("  a network file system rarely bears so many opens: leave --shuffle-window at -1")
+        lines.append("  network file systems rarely sustain this many opens: leave --shuffle-window at -1")
     return "\n".join(lines)

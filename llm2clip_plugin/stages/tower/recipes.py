@@ -236,8 +236,8 @@ def recipe(name: str) -> RunConfig:
     if not slash:
         return config
     if llm not in TEACHERS:
-        told = f"unknown teacher {llm!r} in recipe {name!r}{nearest(llm, TEACHERS)}"
-        raise ValueError(joined(told, f"known: {', '.join(TEACHERS)}"))
+        problem = f"unknown teacher {llm!r} in recipe {name!r}{nearest(llm, TEACHERS)}"
+        raise ValueError(joined(problem, f"known: {', '.join(TEACHERS)}"))
     return dataclasses.replace(
         config,
         output_dir=f"{config.output_dir}-{llm}",

@@ -71,7 +71,7 @@ class ParsedCheckpoint:
         """ContractError if a tensor is neither used nor left out for a reason."""
         if unused := sorted(self.state.keys() - self.used - self.left_out.keys()):
             raise ContractError(
-                f"{where}: {len(unused)} of {len(self.state)} tensors don't belong to a {self.layout} model: "
+                f"{where}: {len(unused)} of {len(self.state)} tensors do not belong to a {self.layout} model: "
                 f"{unused[:10]}; a tensor was renamed, or --config must describe the architecture"
             )
 

@@ -67,7 +67,7 @@ def test_names_that_llava_loads(capsys, world, home, stage, name):
         ("finetune", [{"image": 3, "conversations": [HUMAN, GPT]}], "sample 0: image is a value of type int"),
         ("finetune", [{"conversations": [{"from": "human"}]}], "a turn without a text"),
         ("pretrain", [{"conversations": [HUMAN, GPT]}], "pretraining needs an image and two turns"),
-        ("finetune", [{"image": "x.png", "conversations": [HUMAN, GPT]}], "1 of 1 images looked at are missing"),
+        ("finetune", [{"image": "x.png", "conversations": [HUMAN, GPT]}], "1 of 1 images checked are missing"),
     ],
 )
 def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, content, told):

@@ -86,7 +86,7 @@ def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
     with pytest.raises(ContractError) as refusal:
         import_tower(place, tmp_path / "tower", config=config)
     assert re.search(
-        r"don't belong|don't match|missing|misshapen|rows|expected|specifies|but the|differs from the table",
+        r"do not belong|do not match|missing|misshapen|rows|expected|specifies|but the|differs from the table",
         str(refusal.value),
     )
     assert not (tmp_path / "tower").exists() and not list(tmp_path.glob(".import-*"))

@@ -204,7 +204,7 @@ def test_text_towers_are_left_out_by_name_alone(tmp_path):
     shutil.copytree(TRANSFORMERS_TOWERS / "clip_full", tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
     save_file({**state, "extra.weight": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ContractError, match=r"1 of \d+ tensors don't belong to a hub-clip model: \['extra.weight'\]"):
+    with pytest.raises(ContractError, match=r"1 of \d+ tensors do not belong to a hub-clip model: \['extra.weight'\]"):
         import_tower(tmp_path / "model", tmp_path / "tower")
 
 

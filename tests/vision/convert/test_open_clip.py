@@ -70,10 +70,10 @@ def test_clip_without_its_activation_is_refused(open_clip, tmp_path):
     vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 1}
     model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="doesn't record its activation"):
+    with pytest.raises(ValueError, match="does not record its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower")
     (tmp_path / "config.json").write_text('{"vision_cfg": {"head_width": 16}}')
-    with pytest.raises(ValueError, match="doesn't record its activation"):
+    with pytest.raises(ValueError, match="does not record its activation"):
         import_tower(tmp_path / "clip.pt", tmp_path / "tower", config=tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"quick_gelu": true}')
     with pytest.raises(ValueError, match="no known CLIP tower has width 64"):
@@ -155,5 +155,5 @@ def test_a_repository_that_contains_a_model_twice(tmp_path):
     again, _ = import_tower(tmp_path / "hub", tmp_path / "again")
     assert again.training["imported_as"] == "open_clip" and again.adapter_sha256 == card.adapter_sha256
     (tmp_path / "hub" / "open_clip_config.json").unlink()  # Hugging Face's own doesn't say OpenCLIP's activation
-    with pytest.raises(ValueError, match="doesn't record its activation"):
+    with pytest.raises(ValueError, match="does not record its activation"):
         import_tower(tmp_path / "hub", tmp_path / "other")

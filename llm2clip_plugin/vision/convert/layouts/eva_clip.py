@@ -105,7 +105,7 @@ def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
             unpacked |= {f"{block}mlp.w1.{rest}": pieces[0], f"{block}mlp.w2.{rest}": pieces[1]}
             continue
         if pieces[count // 2].any():
-            raise ContractError(f"{key} is a nonzero key bias, which EVA-CLIP towers don't have")
+            raise ContractError(f"{key} is a nonzero key bias, which EVA-CLIP towers do not have")
         if count == 3:
             unpacked |= {f"{block}attn.q_bias": pieces[0], f"{block}attn.v_bias": pieces[2]}
     return unpacked

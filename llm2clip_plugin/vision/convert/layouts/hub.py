@@ -36,10 +36,10 @@ def parse(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
         used=set(inside),
         left_out=dict.fromkeys(counters, "a counter, not a weight"),
     )
-    beside = outer.removesuffix("vision_model.")  # the projection is not part of the tower
-    projection = f"{beside}visual_projection.weight"
+    parent = outer.removesuffix("vision_model.")  # the projection is not part of the tower
+    projection = f"{parent}visual_projection.weight"
     parsed.projection = parsed.take(projection)
-    parsed.projection_bias = parsed.take(f"{beside}visual_projection.bias")
+    parsed.projection_bias = parsed.take(f"{parent}visual_projection.bias")
     parsed.find_text_side("text_model.", "text_projection.", "classifier.")
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         check_image_text_model(state, family, config)

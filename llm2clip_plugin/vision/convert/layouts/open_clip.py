@@ -50,7 +50,7 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     vision = section(fields, "vision_cfg")
     if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
         raise ValueError(
-            "an OpenCLIP checkpoint doesn't record its activation: OpenAI's weights need QuickGELU, LAION's GELU, and "
+            "an OpenCLIP checkpoint does not record its activation: OpenAI's weights need QuickGELU, LAION's GELU, and "
             'the wrong one loads without an error. Set it with --config: a file with {"quick_gelu": true} or '
             '{"quick_gelu": false}, or the model\'s open_clip_config.json'
         )
