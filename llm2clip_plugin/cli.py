@@ -17,6 +17,7 @@ from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAll
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
     from typing import Any, NoReturn
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -187,24 +188,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def _misspelled_sibling(name: str, words: list[str]) -> bool:
     """Whether a word behind ``evaluate`` is nearly that of another command, `evaluate zeroshot`, and not a path."""
-    import difflib
+    from llm2clip_plugin.options.names import closest
 
     siblings = [other.split()[1] for other in COMMANDS if other.startswith(f"{words[0]} ")]
     word = words[1] if name == words[0] and len(words) > 1 else ""
-    return bool(difflib.get_close_matches(word, siblings, n=1, cutoff=0.8)) and not os.path.exists(word)
+    return bool(closest(word, siblings, 0.8)) and not os.path.exists(word)
 
 
 def unknown_command(words: list[str]) -> str:
     """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``"""
-    import difflib
+    from llm2clip_plugin.options.names import closest, joined
 
     siblings = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]  # `data check` for `data chekc`
     given = " ".join(words[:2]) if siblings else words[0]
-    nearest = difflib.get_close_matches(given, COMMANDS, n=1) or difflib.get_close_matches(
-        " ".join(words[:2]), COMMANDS, n=1
-    )
-    hint = f"; did you mean {nearest[0]!r}? " if nearest else "; "
-    return f"unknown command {given!r}{hint}known: {', '.join(siblings or COMMANDS)}"
+    near = closest(given, COMMANDS) or closest(" ".join(words[:2]), COMMANDS)
+    told = f"unknown command {given!r}" + (f"; did you mean {near!r}?" if near else "")
+    return joined(told, f"known: {', '.join(siblings or COMMANDS)}")
 
 
 def command() -> "NoReturn":
@@ -235,8 +234,9 @@ def run(name: str, argv: list[str]) -> int:
     quiet_accelerator()
     module, function, _ = COMMANDS[name]
     try:
-        read_options(name, argv)
-        return getattr(importlib.import_module(module), function)(argv) or 0
+        with _interrupts():
+            read_options(name, argv)
+            return getattr(importlib.import_module(module), function)(argv) or 0
     except BrokenPipeError:  # `llm2clip ... | head` stops reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's status for SIGPIPE
@@ -273,6 +273,17 @@ def run(name: str, argv: list[str]) -> int:
         return 130
     except Exception as error:
         return _unexpected(error)
+
+
+def _interrupts() -> "AbstractContextManager[None]":
+    """What Ctrl-C does in the block: it ends one of several ranks that loads; else it is a KeyboardInterrupt."""
+    from contextlib import nullcontext
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return nullcontext()
+    from llm2clip_plugin.interrupt import interrupt_ends_rank
+
+    return interrupt_ends_rank()
 
 
 def _report(text: str) -> None:

@@ -23,10 +23,13 @@ SECONDS = 300  # of a command; then it is killed
 
 
 class Script:
-    """A Python script as a process of its own, with the surface of ``subprocess.Popen``; its output is dropped."""
+    """A Python script as a process of its own, with the surface of ``subprocess.Popen``; ``output``: a file for stdout
+    and stderr, which are dropped by default."""
 
-    def __init__(self, script: Path, argv: list[str], environment: dict[str, str], folder: Path) -> None:
-        self._process = _start(_run, script, argv, environment, folder)
+    def __init__(
+        self, script: Path, argv: list[str], environment: dict[str, str], folder: Path, output: str = os.devnull
+    ) -> None:
+        self._process = _start(_run, script, argv, environment, folder, output)
 
     @property
     def pid(self) -> int | None:
@@ -75,8 +78,8 @@ def _enter(environment: dict[str, str], folder: Path, output: str) -> None:
     torch.set_num_threads(1)
 
 
-def _run(script: Path, argv: list[str], environment: dict[str, str], folder: Path) -> None:
-    _enter(environment, folder, os.devnull)
+def _run(script: Path, argv: list[str], environment: dict[str, str], folder: Path, output: str) -> None:
+    _enter(environment, folder, output)
     sys.argv = [str(script), *argv]
     runpy.run_path(str(script), run_name="__main__")
 

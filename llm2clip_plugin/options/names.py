@@ -100,5 +100,29 @@ def unknown(kind: str, name: object, known: Iterable[object], *, also: str = "")
 
 def nearest(name: str, known: Iterable[str], write: typing.Callable[[str], str] = repr) -> str:
     """``; did you mean 'NAME'?`` with the known name that comes nearest; "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {write(near[0])}?" if near else ""
+    near = closest(name, known)
+    return f"; did you mean {write(near)}?" if near else ""
+
+
+def closest(name: str, known: Iterable[str], similar: float = 0.6) -> str:
+    """The known name with the fewest slips among those whose similarity by difflib is at least ``similar``; "" if none
+    is. difflib's own order takes ``ties`` for ``sutie``, not ``suite``."""
+    near = difflib.get_close_matches(name, known := list(known), n=len(known) or 1, cutoff=similar)
+    return min(near, key=lambda one: slips(name, one), default="")  # of equal ones, the most similar
+
+
+def slips(a: str, b: str) -> int:
+    """Letters inserted, deleted, replaced or swapped with their neighbor on the way from ``a`` to ``b``.
+
+    >>> slips("sutie", "suite"), slips("sutie", "ties")
+    (1, 3)
+    """
+    before, last = [], list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (letter != other)))
+            if i > 1 and j > 1 and (letter, a[i - 2]) == (b[j - 2], other):
+                row[-1] = min(row[-1], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.interrupt import loaded
 from llm2clip_plugin.phases import each_in_phase, in_phase, phase
 from llm2clip_plugin.run_files import headline
 from llm2clip_plugin.stages.agreement import ADVICE, run_facts
@@ -175,6 +176,7 @@ class TrainingRun:
         ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
         heads before it, to be reported. Raises RequeueError on every rank if it was stopped by SIGUSR1.
         """
+        loaded()
         self._record(state)
         if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
             print(f"note: {note}", file=sys.stderr)

@@ -4,7 +4,6 @@ DeepSpeed validates most sections with pydantic, whose text names neither the fi
 names outside them: ``zero_optimizaton`` would train without ZeRO. The known names are those that DeepSpeed looks up.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,11 +11,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError  # comes with DeepSpeed
 
+from llm2clip_plugin.options.names import closest, nearest
+
 SECTIONS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "data_types", "aio", "flops_profiler")
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
 STAGES = (0, 1, 2, 3)
 COMMENTS = ("_", "/", "#")  # names that begin so are nobody's
-SIMILAR = 0.85  # of difflib: a misspelling
+SIMILAR = 0.85  # a misspelling
 
 
 class _LookedUp(dict[str, Any]):
@@ -71,9 +72,8 @@ def check_keys(
     for name in config:
         if name in looked_up.names or name.startswith(COMMENTS):
             continue
-        near = difflib.get_close_matches(name, sorted(looked_up.names), n=1, cutoff=SIMILAR)
-        if near:
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near[0]!r}?")
+        if near := closest(name, sorted(looked_up.names), SIMILAR):
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: {where}: DeepSpeed does not read the key {name!r}; it has no effect", file=sys.stderr)
 
@@ -87,9 +87,7 @@ def _describe(error: ValidationError, config: dict[str, Any], models: Iterable[t
     name = ".".join([section, *path] if section else path)
     if first["type"] == "extra_forbidden":
         fields = sorted({field for model in models for field in model.model_fields})
-        near = difflib.get_close_matches(path[-1], fields, n=1)
-        return f"unknown key {name!r}" + (
-            f"; did you mean {'.'.join([*name.split('.')[:-1], near[0]])!r}?" if near else ""
-        )
+        parents = name.split(".")[:-1]
+        return f"unknown key {name!r}" + nearest(path[-1], fields, lambda near: repr(".".join([*parents, near])))
     expected = first["msg"].removeprefix("Input should be ")
     return f"{name} is {first['input']!r}, expected {expected}"

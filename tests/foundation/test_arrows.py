@@ -17,6 +17,7 @@ FLOORS = (
         "contracts",
         "discovery",
         "finding",
+        "interrupt",
         "limits",
         "progress",
         "run_files",

@@ -59,6 +59,7 @@ def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
         ("finetune-llm x --recipe llama-8", "unknown recipe 'llama-8'; did you mean 'llama-8b'?"),
         ("embed x --llm y --preset llm2vc", "unknown preset 'llm2vc'; did you mean 'llm2vec'?"),
         ("data check x --format jsnl", "unknown data format 'jsnl'; did you mean 'jsonl'?"),
+        ("evaluate t d --sutie flickr30k", "unknown option --sutie; did you mean --suite?"),
         ("evaluate t d --suite flickr30", "unknown suite 'flickr30'; did you mean 'flickr30k'?"),
         (
             "export x --output y --format clp",

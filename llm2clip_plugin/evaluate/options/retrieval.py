@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, SELECTION, in_section
 
 
@@ -44,4 +45,5 @@ COMMAND = Command(
     ),
     shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
     hidden=tuple(f"data.{name}" for name in SELECTION),
+    extras={"suite": Extra(metavar="NAMES", help="benchmarks by name; see `llm2clip evaluate --suite all --help`")},
 )

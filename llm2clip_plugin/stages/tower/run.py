@@ -11,6 +11,7 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairDataset, PairLoader, make_loader
 from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
+from llm2clip_plugin.interrupt import loaded
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.tower.checks import check_data, check_weights
@@ -123,7 +124,8 @@ def _train(
 def fit(
     dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, heads: HeadsConfig, device: torch.device
 ) -> list[FitLine]:
-    """Fit the heads on the frozen tower, in place; returns the curve."""
+    """Fit the heads on the frozen tower, in place; returns the curve. A Ctrl-C from here on keeps them."""
+    loaded()
     return fit_heads(
         dual,
         data.sources,

@@ -1,0 +1,64 @@
+"""Ctrl-C while the ranks of a run are still loading."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from forked import Script
+from tiny_data import make_all
+from tower_runs import ROOT, environment, options
+
+from llm2clip_plugin.interrupt import STATUS, interrupt_ends_rank, loaded
+from llm2clip_plugin.train.distributed import free_port
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_all(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int) -> None:
+    """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank 1 for an answer."""
+    port, log = free_port(), tmp_path / "log"
+    log.touch()
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with socket.socket() as other:
+        if rank == 1:  # a rank 0 that listens and never answers
+            other.bind(("127.0.0.1", port))
+            other.listen()
+        argv = options(tiny, tmp_path / "run")
+        script = Script(ROOT / "scripts/train_tower.py", argv, environment(**ranks, **address), ROOT, str(log))
+        try:
+            if rank == 1:
+                other.settimeout(300)
+                _connection, _ = other.accept()  # kept open
+            else:
+                deadline = time.monotonic() + 300
+                while other.connect_ex(("127.0.0.1", port)):
+                    assert time.monotonic() < deadline and script.poll() is None, log.read_text()
+                    time.sleep(0.05)
+            os.kill(script.pid or 0, signal.SIGINT)
+            assert script.wait(timeout=60) == STATUS
+        finally:
+            script.kill()
+    assert log.read_text() == ("interrupted\n" if rank == 0 else "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_once_loaded_it_is_left_to_the_handlers() -> None:
+    """Of this process, in which the signal would otherwise end the tests; and twice is as once."""
+    for _ in range(2):
+        with interrupt_ends_rank():
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            loaded()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
