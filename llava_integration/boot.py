@@ -7,7 +7,8 @@ today's libraries (``compat``).
 environment; the watcher imports this module when a process imports the first ``llava.model.*`` module. That covers
 ``python -m llava.train.train``, a script path under the DeepSpeed launcher, and a notebook that imports only ``llava``.
 Nothing here may raise: ``llava.model`` swallows import errors, and the user would see "cannot import name
-LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file.
+LlavaLlamaForCausalLM"; a completion of ``compat`` that fails ends the import with an error that names its file, and
+wrong options of a training end its program (``hook.refuse_selection``).
 ``LLM2CLIP_LLAVA_HOOK=0`` disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
 """
 

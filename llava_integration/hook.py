@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from llava_integration.towers import checkpoint_name, names, provenance
+from llava_integration.towers.selection import check_selection, option_value
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.values import errors_about
 
@@ -33,6 +34,7 @@ def complete(module: ModuleType) -> None:
     elif module.__name__ == "llava.train.llava_trainer":
         from llava_integration import training
 
+        refuse_selection()
         training.complete_trainer(module)
 
 
@@ -138,7 +140,7 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
             if previous_tower is None and hasattr(self.config, option):
                 setattr(model_args, option, getattr(self.config, option))
         if previous_tower is None and os.environ.get("RANK", "0") == "0":
-            checkpoint_name.warn_about(argument("--output_dir"))
+            checkpoint_name.warn_about(option_value(sys.argv, "--output_dir"))
         original(self, model_args, fsdp=fsdp)
         tower = self.get_vision_tower()
         record = provenance.tower_record(tower.location, model_args.vision_tower, tower.hidden_size)
@@ -152,14 +154,22 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
     return initialize_vision_modules
 
 
-def argument(name: str) -> str:
-    """The value of an option on this process's command line, "" without one: LLaVA's model never sees it."""
-    for word, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
-        if word == name:
-            return value
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return ""
+def refuse_selection() -> None:
+    """End LLaVA's training with one line and status 2, before its model is loaded, if its command line selects a hidden
+    state that our tower has not. LLaVA would fail once the language model is there."""
+    tower = option_value(sys.argv, "--vision_tower")
+    if not names.is_ours(tower):
+        return
+    try:
+        layers = names.locate(tower).card.num_layers
+    except (OSError, ValueError):
+        return  # said once the model is there, whose config.json may know the tower
+    try:
+        check_selection(sys.argv, layers)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def refuse_another_tower(tower: Any, name: str) -> None:

@@ -11,13 +11,14 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llava_integration.towers import names
 from llava_integration.towers.checkpoint_name import LORA, OTHERS, WORD, model_name
+from llava_integration.towers.selection import check_selection, option_value
 from llm2clip_plugin.contracts import ContractError
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
@@ -40,8 +41,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Print the problems to stderr, or the environment to stdout; returns the exit status."""
-    options = parser().parse_args(argv)
+    """Print the problems to stderr, or the environment to stdout; returns the exit status.
+
+    After -- come the script's options for LLaVA, which take precedence.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = parser().parse_args(argv[:end])
+    options.llava = argv[end + 1 :]
     problems = list(find_problems(options))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -75,7 +81,9 @@ def find_problems(options: argparse.Namespace) -> Iterator[str]:
     yield from check_model(options.model)
     yield from check_output(options.stage, options.output)
     yield from check_data(options.stage, options.data, options.image_folder)
-    yield from check_tower(options.tower, options.projector)
+    tower = option_value(options.llava, "--vision_tower") or options.tower
+    projector = option_value(options.llava, "--pretrain_mm_mlp_adapter") or options.projector
+    yield from check_tower(tower, projector, options.llava)
 
 
 def check_model(model: str) -> Iterator[str]:
@@ -197,8 +205,8 @@ def check_images(data: Path, images: Path, paths: list[str]) -> Iterator[str]:
         )
 
 
-def check_tower(tower: str, projector: str | None) -> Iterator[str]:
-    """The tower exists, its weights are those of its card, and the projector fits."""
+def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iterator[str]:
+    """The tower exists, has the state that LLaVA's options select and the weights of its card; the projector fits."""
     if projector is not None and not os.path.isfile(projector):
         yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
         projector = None
@@ -213,10 +221,11 @@ def check_tower(tower: str, projector: str | None) -> Iterator[str]:
         return
     try:
         location = names.locate(tower)
+        check_selection(words, location.card.num_layers)
         location.check_weights()
         if projector is not None:
             check_projector(tower, location.card.hidden_size, projector)
-    except (ContractError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
 
 

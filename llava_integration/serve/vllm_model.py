@@ -20,7 +20,7 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
 from llava_integration.serve.tower_code import family_of_vision, of_tower_directories
-from llava_integration.towers.tower import blocks_below
+from llava_integration.towers.selection import blocks_below
 from llm2clip_plugin.vision.towers import tower_blocks
 
 __all__ = ["LlavaForConditionalGeneration"]

@@ -10,12 +10,11 @@ import transformers
 from torch import nn
 
 from llava_integration.towers.location import TowerLocation
-from llm2clip_plugin.options.names import unknown
+from llava_integration.towers.selection import blocks_below, check_feature
 from llm2clip_plugin.vision.families import read_config
 from llm2clip_plugin.vision.preprocessor import check_crop
 from llm2clip_plugin.vision.towers import load_tower, tower_blocks
 
-FEATURES = ("patch", "cls_patch")
 # On PIL, as in transformers 4: the default of transformers 5, on torchvision, differs by 1/255 in some pixels
 IMAGE_PROCESSOR: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
@@ -42,8 +41,7 @@ class LLM2CLIPVisionTower(nn.Module):
         self.unfrozen: bool = getattr(args, "unfreeze_mm_vision_tower", False)
         self.has_cls = location.card.has_cls
         self.blocks_used = blocks_below(self.select_layer, location.card.num_layers)
-        if self.select_feature not in FEATURES:
-            raise ValueError(unknown("mm_vision_select_feature", self.select_feature, FEATURES))
+        check_feature(self.select_feature)
         # LLaVA's checkpoint contains the weights of an unfrozen tower: its parameters must exist when they are loaded.
         if not delay_load or self.unfrozen:
             self.load_model()
@@ -119,20 +117,6 @@ class LLM2CLIPVisionTower(nn.Module):
     def dummy_feature(self) -> torch.Tensor:
         """Zeros, (1, hidden_size)."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
-
-
-def blocks_below(select_layer: int, num_layers: int) -> int:
-    """Blocks below the selected hidden state: 24 blocks have 25 states, so layer -2 is the state after block 23.
-
-    Raises ValueError if there is no such state.
-    """
-    states = num_layers + 1
-    if not -states <= select_layer < states:
-        raise ValueError(
-            f"mm_vision_select_layer {select_layer} is out of range: "
-            f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
-        )
-    return select_layer % states
 
 
 def device_of_map(device_map: Any) -> Any:

@@ -123,19 +123,25 @@ def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, abo
 
 
 def describe_commands(
-    script: str, words: Sequence[str], table: list[Column], train: TrainConfig, *, option: str, deepspeed: str
+    script: str,
+    words: Sequence[str],
+    table: list[Column],
+    train: TrainConfig,
+    *,
+    deepspeed: str = "",
+    before: Sequence[str] = (),
 ) -> list[str]:
-    """The run on each number of GPUs.
+    """The commands that come before a run, and the run on each number of GPUs.
 
-    words: the options of the dry run; option: the micro-batch's; deepspeed: file to add, "" if the words name one.
+    words: the options of the dry run; deepspeed: file to add, "" if the words name one.
     """
     words = list(_without_plan(words))
     words += ["--deepspeed", deepspeed] if deepspeed else []
-    lines = []
+    lines = ["commands:", *(f"  {command}" for command in before)]
     for column in table:
         if column.micro_batch:
             default = column.micro_batch in (train.micro_batch, train.global_batch // column.world)
-            more = [] if default else [option, str(column.micro_batch)]
+            more = [] if default else ["--micro-batch", str(column.micro_batch)]
             launcher = ["--num_gpus", str(column.world)] if column.world <= NODE else ["--hostfile", "hosts"]
             lines.append("  " + shlex.join(["deepspeed", *launcher, script, *words, *more]))
     nodes = WORLDS[-1] // NODE

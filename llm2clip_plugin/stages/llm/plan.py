@@ -75,7 +75,6 @@ def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
         usual, long = (step_memory(config, settings, size, lengths) for lengths in (size.lengths, (longest,)))
         stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
         tables = [plans.columns(memory, train, gpu_gib, stages=stages) for memory in (usual, long)]
-        deepspeed_file = "" if config.deepspeed else "scripts/zero2.json"
         parts += [
             describe_llm(config, shape_llm(settings, encoder, config.lora, train.precision)),
             plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
@@ -85,14 +84,12 @@ def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
                 tables[0], train.global_batch, gpu_gib, f"; texts of {size.tokens:.4g} tokens (the mean)"
             ),
             plans.describe_columns(tables[1], train.global_batch, gpu_gib, f"; texts of {longest} tokens (max_tokens)"),
-            "commands:",
             *plans.describe_commands(
                 "scripts/finetune_llm.py",
                 words if config.pairs.data else ["DATA", *words],
                 tables[0],
                 train,
-                option="--micro-batch",
-                deepspeed=deepspeed_file,
+                deepspeed="" if config.deepspeed else "scripts/zero2.json",
             ),
         ]
     return "\n".join([*parts, plans.describe_deepspeed(deepspeed)])

@@ -149,15 +149,14 @@ def describe_commands(config: AdapterConfig, words: Sequence[str], table: list[p
     before, words = [], list(words)
     data = " ".join(config.data.path) or "DATA"
     if not config.start:
-        before.append("  llm2clip import CLIP --output towers/clip")
+        before.append("llm2clip import CLIP --output towers/clip")
         words += ["--tower", "towers/clip"]
     if not config.data.path:
         words.insert(0, "DATA")
     if not config.data.path or not _has_caches(config):
-        before.append(f"  llm2clip embed {data} --llm LLM")
-        before.append(f"  llm2clip embed {data} --llm CLIP")
+        before.append(f"llm2clip embed {data} --llm LLM")
+        before.append(f"llm2clip embed {data} --llm CLIP")
     deepspeed = "" if config.deepspeed else "scripts/zero1.json"
-    runs = plans.describe_commands(
-        "scripts/train_text_adapter.py", words, table, config.train, option="--micro-batch", deepspeed=deepspeed
+    return plans.describe_commands(
+        "scripts/train_text_adapter.py", words, table, config.train, deepspeed=deepspeed, before=before
     )
-    return ["commands:", *before, *runs]

@@ -155,19 +155,18 @@ def describe_commands(config: RunConfig, words: Sequence[str], table: list[plans
     before, words = [], list(words)
     tower = f"towers/{config.tower.architecture}"
     if not config.tower.path and not config.tower.from_scratch:
-        before.append(f"  llm2clip import CHECKPOINT --output {tower}")
+        before.append(f"llm2clip import CHECKPOINT --output {tower}")
         words += ["--tower", f"{tower}-text/tower" if config.tower.keep_heads else tower]
     if not config.data.path:
         teacher = next((t for t in TEACHERS.values() if t.width == config.dual.llm_width), None)
         llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "PATH_OR_HUB_ID"
-        before.append(f"  llm2clip embed DATA --llm {llm}")
+        before.append(f"llm2clip embed DATA --llm {llm}")
         words.insert(0, "DATA")
     if not config.tower.path and config.tower.keep_heads:
         data = " ".join(config.data.path) or "DATA"
-        before.append(f"  llm2clip embed {data} --llm CHECKPOINT")
-        before.append(f"  llm2clip train-text-adapter {data} --tower {tower} --output {tower}-text")
+        before.append(f"llm2clip embed {data} --llm CHECKPOINT")
+        before.append(f"llm2clip train-text-adapter {data} --tower {tower} --output {tower}-text")
     deepspeed = "" if config.deepspeed else "scripts/zero1.json"
-    runs = plans.describe_commands(
-        "scripts/train_tower.py", words, table, config.train, option="--micro-batch", deepspeed=deepspeed
+    return plans.describe_commands(
+        "scripts/train_tower.py", words, table, config.train, deepspeed=deepspeed, before=before
     )
-    return ["commands:", *before, *runs]

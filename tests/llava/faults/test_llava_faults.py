@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 from faults import Fault, World, copied, flip, meet, rows
 
+from llava_integration.hook import refuse_selection
+from llava_integration.stage_check import check_tower
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import TowerCard
 
@@ -223,6 +225,40 @@ def test_checkpoint_and_tower(fault, planted, capsys):
     told = meet(fault, planted, answering(planted, fault.words), capsys)
     assert not planted.path("answers.jsonl").exists()
     assert not re.search(r"LOAD REPORT|Loading weights", told), told
+
+
+LAYER = "mm_vision_select_layer {} is out of range: a tower of 3 blocks has hidden states -4 to 3"
+SELECTED = (
+    Fault("layer below the first", "--mm_vision_select_layer -99", LAYER.format(-99)),
+    Fault("layer above the last", "--mm_vision_select_layer=40", LAYER.format(40)),
+    Fault("layer by its other name", "--mm_vision_select_layer -2 --mm-vision-select-layer -5", LAYER.format(-5)),
+    Fault(
+        "unknown feature",
+        "--mm_vision_select_feature pach",
+        "unknown mm_vision_select_feature 'pach'; did you mean 'patch'? known: patch, cls_patch",
+    ),
+)
+
+
+@rows(*SELECTED)
+def test_selected_by_the_options_of_a_training(fault, made, monkeypatch, capsys):
+    """Of scripts/llava/*.sh after --, and on the command line of LLaVA's own program, which then has not begun."""
+    tower = f"llm2clip:{made[1] / TOWER}"
+    list(check_tower(tower, None, ["--mm_vision_select_layer", "-2"]))
+    (problem,) = check_tower(tower, None, fault.words.split())
+    assert problem == fault.says
+    monkeypatch.setattr("sys.argv", ["train.py", "--vision_tower", tower, *fault.words.split()])
+    with pytest.raises(SystemExit) as ended:
+        refuse_selection()
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {fault.says}\n"
+
+
+def test_llavas_program_ends_before_it_loads_a_model(world):
+    """The language model is not there, which would be the first error of its loading."""
+    tower = f"llm2clip:{world.towers['clip']}"
+    options = ["--model_name_or_path", "/nowhere", "--vision_tower", tower, *SELECTED[0].words.split()]
+    told = world.python("-m", "llava.train.train", *options, "--output_dir", world.root / "llava-no", fails=True)
+    assert told.splitlines()[-1] == f"error: {SELECTED[0].says}" and "Traceback" not in told
 
 
 def questions(name, text, says):

@@ -114,6 +114,12 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
     assert "choose another name, such as 'llava-run-1'" in told[0] and "'/nowhere' is not a directory" in told[1]
 
 
+def test_nothing_starts_with_a_layer_that_the_tower_has_not(world, tmp_path):
+    words = [*given(world, tmp_path, "finetune"), "--", "--mm_vision_select_layer", "40"]
+    (line,) = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
+    assert line.startswith("error: mm_vision_select_layer 40 is out of range: a tower of 3 blocks")
+
+
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
 
 

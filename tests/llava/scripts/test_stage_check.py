@@ -10,13 +10,14 @@ from llava_integration.stage_check import main
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red picture"}
 
 
-def refused(capsys, world, stage="finetune", **changed):
-    """The lines of stderr for the world's options, of which some are changed; [] if nothing is wrong."""
+def refused(capsys, world, stage="finetune", llava="", **changed):
+    """The lines of stderr for the world's options, of which some are changed; [] if nothing is wrong. ``llava``: after
+    --, LLaVA's own options."""
     data = world.pretrain_data if stage == "pretrain" else world.finetune_data
     options = {"model": world.llm, "data": data, "image-folder": world.images, "output": "checkpoints/llava-lora-1"}
     options |= {"tower": f"llm2clip:{world.towers['clip']}", "projector": world.projector(), **changed}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    status = main([stage, *words])
+    status = main([stage, *words, "--", *llava.split()])
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
     assert status == (2 if lines else 0) and (len(printed.out.splitlines()) == (0 if lines else 6))
@@ -105,3 +106,13 @@ def test_towers(capsys, world, home, tmp_path, monkeypatch):
     torch.save({"model.mm_projector.0.weight": torch.zeros(32, 64)}, scales)
     monkeypatch.setenv("LLM2CLIP_S2_SCALES", "28,56")
     assert refused(capsys, world, projector=scales) == []
+
+
+def test_options_of_llava_take_precedence(capsys, world, home, tmp_path):
+    """As the last of the same name does in LLaVA; other names are LLaVA's to read."""
+    wide = f"llm2clip:{world.towers['wide']}"
+    (line,) = refused(capsys, world, llava=f"--vision_tower {wide}")
+    assert "but the tower 'llm2clip:" in line and "hidden_size 48" in line
+    assert refused(capsys, world, llava=f"--vision_tower llm2clip:{world.towers['siglip']} --max_steps 3") == []
+    (line,) = refused(capsys, world, "pretrain", llava=f"--pretrain_mm_mlp_adapter {tmp_path}/no.bin", projector="x")
+    assert line.startswith(f"error: --projector {tmp_path}/no.bin does not exist")

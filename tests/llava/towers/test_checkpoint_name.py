@@ -7,6 +7,7 @@ import pytest
 
 from llava_integration import hook
 from llava_integration.towers import checkpoint_name
+from llava_integration.towers.selection import option_value
 from llm2clip_plugin import cli
 
 
@@ -71,12 +72,9 @@ def test_llavas_own_loader_tells_it_for_our_towers(tmp_path: Path):
     assert load(str(ours), None, model_name="llava-mine") == load(str(other), None, "other") == "loaded"
 
 
-def test_a_training_is_warned(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", "--output_dir", "runs/mine"])
-    checkpoint_name.warn_about(hook.argument("--output_dir"))
+def test_a_training_is_warned(capsys):
+    checkpoint_name.warn_about(option_value(["train.py", "--output_dir", "runs/mine"], "--output_dir"))
     assert "runs/mine has no 'llava' in its name" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["train.py", "--output_dir=runs/llava-mine"])
-    checkpoint_name.warn_about(hook.argument("--output_dir"))
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    checkpoint_name.warn_about(hook.argument("--output_dir"))
+    for words in (["--output_dir=runs/llava-mine"], ["--output_dir", "mine", "--output-dir", "llava-mine"], []):
+        checkpoint_name.warn_about(option_value(["train.py", *words], "--output_dir"))
     assert capsys.readouterr().err == ""
