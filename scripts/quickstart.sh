@@ -9,6 +9,8 @@
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, takes three times as long
 #   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
+#   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
+#                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
@@ -21,16 +23,16 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
         --tiny) TINY=--tiny ;;
         --llava) LLAVA=yes ;;
         --no-llava) LLAVA=no ;;
-        --preset | --seeds | --teacher | --output)
+        --preset | --seeds | --teacher | --output | --domain)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; *) WORK=$2 ;; esac
+            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --domain) DOMAIN=$2 ;; *) WORK=$2 ;; esac
             [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
             shift ;;
         -h | --help) usage; exit 0 ;;
@@ -47,6 +49,7 @@ case "$PRESET" in
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
+case "$DOMAIN" in "" | tuxpaint) ;; *) echo "error: unknown domain $DOMAIN; known: tuxpaint" >&2; exit 2 ;; esac
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
@@ -118,6 +121,13 @@ say "data"
 python scripts/quickstart/shards.py --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
+NO_DOMAIN=
+if [ -n "$DOMAIN" ]; then
+    if ! python scripts/quickstart/tuxpaint.py --output "$WORK/tuxpaint" ${TUXPAINT_STAMPS:+--stamps "$TUXPAINT_STAMPS"}; then
+        NO_DOMAIN="not measured on Tux Paint's stamps: they could not be downloaded" DOMAIN=
+        echo "note: the run continues without them" >&2
+    fi
+fi
 
 # ---------------------------------------------------------------------------------------------------------- teacher
 # A smoke run trains a tower only for the last teacher; the first is only compared, on the test captions.
@@ -125,11 +135,12 @@ teachers="raw tuned"
 [ "$TEACHER" = both ] || teachers=raw
 [ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned
 
-embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar, with the adapter of the cache's seed
-    local adapter=()
+embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar (or of SHARDS, a file), with the adapter of the cache's seed
+    local adapter=() shards=$2
+    [ -f "$shards" ] || shards="$DATA/all/$2-*.tar"
     [ "$1" = raw ] || adapter=(--adapter "$DATA/llm/${1#tuned-}/adapter")
     say "captions through the LLM: $1, $2"
-    llm2clip embed "$DATA/all/$2-*.tar" --llm "$LLM" ${adapter[@]+"${adapter[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
+    llm2clip embed "$shards" --llm "$LLM" ${adapter[@]+"${adapter[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
 half() { # half COMMAND...: with half of the cores
     local OMP_NUM_THREADS=$HALF
@@ -214,6 +225,11 @@ done
 say "report"
 [ -n "$LLAVA" ] || { [ "$PRESET" = smoke ] && LLAVA=no; } || LLAVA=yes
 more=()
+[ -z "$NO_DOMAIN" ] || more+=(--note "$NO_DOMAIN")
+if [ -n "$DOMAIN" ]; then
+    for cache in "$DATA"/cache/*; do embed "${cache##*/}" "$WORK/tuxpaint/test-tuxpaint.tar"; done
+    more+=(--domain "$WORK/tuxpaint")
+fi
 [ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
 [ "$LLAVA" = no ] || more+=(--comparison llava/compare/compare.html)
 python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" ${more[@]+"${more[@]}"}

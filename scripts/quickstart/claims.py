@@ -20,15 +20,17 @@ from llava_integration.compare.statistics import Difference, compare, holm, pair
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 
 LEVEL = 0.05  # of the test, after Holm's adjustment
+MRR = "mean reciprocal rank"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """The score of every query in one test."""
 
-    scores: np.ndarray  # (Q,) reciprocal ranks
+    scores: np.ndarray  # (Q,) reciprocal ranks, or hits
     clusters: list[str]  # Q: the queries' families
     chance: float  # mean of a random order
+    measure: str = MRR  # name of the scores' mean
 
 
 Seeds = Mapping[int, Measured]
@@ -44,6 +46,7 @@ class Claim:
     by_seed: dict[int, Difference]
     p_by_seed: dict[int, float]  # adjusted
     chance: float
+    measure: str
     queries: int
     families: int
     better: float  # fraction of the queries, over all seeds, with a higher score
@@ -71,9 +74,11 @@ def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
     return value.numpy()
 
 
-def chance_of(pool: int) -> float:
-    """Mean reciprocal rank of one right answer among ``pool`` in random order."""
-    return float(np.mean(1 / np.arange(1, pool + 1)))
+def chance_of(pool: int, right: int = 1) -> float:
+    """Mean reciprocal rank of the best of ``right`` right answers among ``pool`` in random order."""
+    before = np.arange(pool - right + 1)  # answers ahead of it, all wrong
+    later = np.cumprod((pool - right - before) / (pool - before))  # probability that one more is
+    return float(np.sum((np.concatenate([[1.0], later[:-1]]) - later) / (before + 1)))
 
 
 def make_claims(tests: Mapping[str, tuple[Seeds, Seeds]]) -> list[Claim]:
@@ -100,6 +105,7 @@ def make_claims(tests: Mapping[str, tuple[Seeds, Seeds]]) -> list[Claim]:
             by_seed={s: each[s][place] for s in seeds},
             p_by_seed={s: p_each[s][place] for s in seeds},
             chance=first[place].chance,
+            measure=first[place].measure,
             queries=len(first[place].scores),
             families=len(set(first[place].clusters)),
             better=float(np.mean(changes[place] > 0)),
@@ -122,7 +128,9 @@ def _ratio(totals: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- words
 
 
-def claims_table(claims: Sequence[Claim], names: Mapping[str, str]) -> Table:
+def claims_table(
+    claims: Sequence[Claim], names: Mapping[str, str], title: str = "Is the fine-tuned LLM the better teacher?"
+) -> Table:
     """A row per claim; those that are not significant say so."""
     rows = [
         [
@@ -136,13 +144,14 @@ def claims_table(claims: Sequence[Claim], names: Mapping[str, str]) -> Table:
         for one in claims
     ]
     count = len(claims[0].by_seed)
+    ranks = "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second. "
     below = (
-        "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second. Difference: the same "
-        f"queries with both teachers, 95 % interval over families{' and seeds' * (count > 1)} ({count} "
-        f"training{'s' * (count > 1)} a side); p of a paired test, adjusted for all {len(claims)} rows (Holm)."
+        f"{ranks * (claims[0].measure == MRR)}Difference: the same queries on both sides, 95 % interval over families"
+        f"{' and seeds' * (count > 1)} ({count} training{'s' * (count > 1)} a side); p of a paired test, adjusted for "
+        f"all {len(claims)} rows (Holm)."
     )
-    head = ["mean reciprocal rank", names["raw"], names["tuned"], "chance", "difference", "p"]
-    return Table(head=head, rows=rows, below=below, title="Is the fine-tuned LLM the better teacher?")
+    head = [claims[0].measure, names["raw"], names["tuned"], "chance", "difference", "p"]
+    return Table(head=head, rows=rows, below=below, title=title)
 
 
 def seeds_table(claims: Sequence[Claim]) -> Table:
@@ -194,7 +203,7 @@ def as_record(one: Claim) -> dict[str, Any]:
     """The claim for a JSON file."""
     return {
         "name": one.name,
-        "measure": "mean reciprocal rank",
+        "measure": one.measure,
         "chance": one.chance,
         "queries": one.queries,
         "families": one.families,

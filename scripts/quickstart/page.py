@@ -83,6 +83,17 @@ class Query:
     found: dict[str, list[Picture]]  # tower -> pictures
 
 
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the page with a heading of its own."""
+
+    title: str
+    sentences: list[str]  # what was shown and what was not
+    words: str  # what the tables below measure
+    tables: list[Table]
+    queries: list[Query]
+
+
 def cell(values: Sequence[float]) -> str:
     """Mean over seeds, with the standard deviation if there are several: ``.127 ± .009``."""
     if len(values) == 1:
@@ -118,10 +129,12 @@ def page_html(
     queries: Sequence[Query],
     *,
     duels: Sequence[Duel] = (),
+    sections: Sequence[Section] = (),
     comparison: str = "",
 ) -> str:
     """The HTML page, from the template page.html. ``comparison``: relative link to that of LLaVA; "": none."""
     template = Path(__file__).with_name("page.html")
     values = {"title": title, "intro": intro, "headlines": headlines, "notes": notes, "tables": tables}
     counts = {outcome: sum(duel.outcome == outcome for duel in duels) for outcome in ("won", "lost")}
-    return render(template, **values, **counts, queries=queries, duels=duels, comparison=comparison)
+    shown = {"queries": queries, "duels": duels, "sections": sections, "comparison": comparison}
+    return render(template, **values, **counts, **shown)

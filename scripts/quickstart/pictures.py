@@ -27,7 +27,8 @@ def choose_queries(pairs: EmbeddedPairs) -> list[int]:
     languages = sorted({language for _, language, _ in place} - {"en"})
     order = in_random_order(set(concepts), "page")
     chosen, left = [], list(order)
-    for kind, language in [("long", "en"), ("short", "en"), *(("short", language) for language in languages)]:
+    kinds = [kind for kind in ("long", "short") if any(place_kind == kind for place_kind, _, _ in place)]
+    for kind, language in [*((kind, "en") for kind in kinds), *(("short", language) for language in languages)]:
         left = left or list(order)  # fewer concepts than captions: start over
         concept = next(concept for concept in left if (kind, language, concept) in place)
         left.remove(concept)

@@ -6,9 +6,9 @@
 
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
 ``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json``, ``report.json`` and ``index.html`` into
-``--output`` and prints the tables, the headline last. A tower is measured with the cache of the teacher named in its
-card. Seeds that are not finished are left out. ``--must-learn``: exit status 1 if a tower is no better than the
-control.
+``--output`` and prints the tables, the headline last; with ``--domain``, also those of Tux Paint's stamps. A tower is
+measured with the cache of the teacher named in its card. Seeds that are not finished are left out. ``--must-learn``:
+exit status 1 if a tower is no better than the control.
 """
 
 import argparse
@@ -22,16 +22,18 @@ from typing import Any
 
 import numpy as np
 from claims import Claim, Seeds, as_record, claims_table, headline, make_claims, seeds_table
+from domain import DomainReport, domain_report, has_domain, measure_domain, open_domain, same_kind_before
 from page import Table, as_text, page_html
 from pictures import page_duels, page_queries
 from scores import (
     LONG_CAPTIONS,
     SIDES,
     Rows,
-    caption_rows,
     open_captions,
     open_sets,
-    teacher_queries,
+    read_teachers,
+    seed_of,
+    teacher_claims,
     teacher_scores,
     tower_scores,
 )
@@ -42,6 +44,7 @@ from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdent
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.vision.dual import LoadedDualEncoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
@@ -68,38 +71,39 @@ def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
     return caches
 
 
-def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
-    """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
-    name, _, seed = path.name.rpartition("-seed")
+def open_tower(path: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[LoadedDualEncoder, EmbeddingCache]:
+    """A tower directory and its teacher's cache. Raises ContractError without that cache."""
     dual = load_dual_encoder(path)
     fingerprint = TeacherIdentity(**dual.card.teacher).fingerprint
     cache = next((cache for cache in caches.values() if cache.fingerprint == fingerprint), None)
     if cache is None:
         known = {name: cache.fingerprint for name, cache in caches.items()}
         raise ContractError(f"{path} was trained with teacher {fingerprint}, but the caches belong to {known}")
+    return dual, cache
+
+
+def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
+    """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
+    dual, cache = open_tower(path, caches)
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
-    return Tower(name=name, seed=int(seed), scores=tower_scores(dual, sets, cache, images))
+    return Tower(name=path.name.split("-")[0], seed=seed_of(path.name), scores=tower_scores(dual, sets, cache, images))
+
+
+def on_domain(folder: Path, start: Path, towers: Sequence[Path], caches: Mapping[str, EmbeddingCache]) -> DomainReport:
+    """Measure the towers on the unseen domain in ``folder``; ``start``: the tower before training."""
+    source = open_domain(folder)
+    measured, pool = [], ""
+    for path in towers:
+        dual, cache = open_tower(path, caches)
+        if not has_domain(cache):
+            raise ContractError(f"{cache.directory} does not contain the captions of {source.path}; run llm2clip embed")
+        measured.append(measure_domain(path, dual, cache, source))
+        pool = dual.dual.config.pool
+    complete = {name: cache for name, cache in caches.items() if has_domain(cache)}
+    return domain_report(measured, same_kind_before(start, pool, source), source, complete)
 
 
 # ------------------------------------------------------------------------------------------------ claims
-
-
-def read_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
-    """Cache -> its embeddings of the test captions, which are the same in every style."""
-    return {name: caption_rows(source, cache) for name, cache in caches.items()}
-
-
-def teacher_claims(source: Source, teachers: Mapping[str, Rows]) -> dict[str, tuple[Seeds, Seeds]]:
-    """Test -> queries of the LLM as it is, the same for every seed, and of each adapter; {} without either."""
-    family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
-    measured = {name: teacher_queries(rows, family) for name, rows in teachers.items()}
-    tuned = {seed_of(name): tests for name, tests in measured.items() if name.startswith("tuned-")}
-    if "raw" not in measured or not tuned:
-        return {}
-    return {
-        f"teacher: {test}": (dict.fromkeys(tuned, raw), {seed: tests[test] for seed, tests in tuned.items()})
-        for test, raw in measured["raw"].items()
-    }
 
 
 def tower_claims(towers: Sequence[Tower]) -> dict[str, tuple[Seeds, Seeds]]:
@@ -123,11 +127,6 @@ def in_order(claims: Sequence[Claim]) -> list[Claim]:
     return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
 
 
-def seed_of(folder: str) -> int:
-    """The number at the end of ``tuned-seed0``."""
-    return int(folder.rpartition("-seed")[2])
-
-
 # --------------------------------------------------------------------------------------------- assembly
 
 
@@ -139,6 +138,7 @@ class Report:
     teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
     claims: list[Claim]  # the headline's first; [] without both teachers
     notes: list[str]
+    domain: DomainReport | None = None
 
     @property
     def headlines(self) -> list[str]:
@@ -154,10 +154,18 @@ class Report:
         return [*tables, retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
-def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str = "") -> Report:
+def make_report(
+    data: Path,
+    output: Path,
+    notes: Sequence[str],
+    comparison: str = "",
+    domain: Path | None = None,
+    start: Path = Path(),
+) -> Report:
     """Measure the towers below ``output``; write ``headline.json``, ``report.json`` and ``index.html`` there.
 
-    ``comparison``: where the page's link to LLaVA's comparison points to; "" for none.
+    ``comparison``: where the page's link to LLaVA's comparison points to; "" for none. ``domain``: folder of the unseen
+    domain's shard, with the tower before training, ``start``.
     """
     caches, sets = open_caches(data / "cache"), open_sets(data / "all")
     folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
@@ -173,6 +181,7 @@ def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str 
         teachers=top_1(teachers),
         claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
         notes=[*notes],
+        domain=on_domain(domain, start, ordered, caches) if domain else None,
     )
     write(output / "headline.json", as_headline(report))
     write(output / "report.json", as_json(report))
@@ -185,6 +194,7 @@ def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str 
         report.tables,
         page_queries(towers, sets["test"]),
         duels=page_duels(towers, sets["test"]),
+        sections=[report.domain.section] if report.domain else [],
         comparison=comparison,
     )
     write(output / "index.html", page)
@@ -230,6 +240,8 @@ def as_headline(report: Report) -> str:
     for one in report.claims:
         split["headline" if one.name in HEADLINE else "others"].append(one)
     body = {"sentences": report.headlines, **{name: [as_record(one) for one in part] for name, part in split.items()}}
+    if report.domain:
+        body |= {"domain": report.domain.as_record()}
     return json.dumps({**body, "notes": report.notes}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -260,20 +272,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     parser.add_argument("--teachers", action="store_true", help="only print the tables that need no tower")
     parser.add_argument("--comparison", default="", help="page of LLaVA's comparison, relative to --output, to link to")
+    parser.add_argument("--note", action="append", default=[], help="also said on the page")
+    parser.add_argument("--domain", type=Path, help="folder of Tux Paint's stamps as tuxpaint.py writes them")
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
     try:
         if options.teachers:
             print("\n" + "\n".join(map(as_text, first_result(options.data))))
             return
-        notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]
-        report = make_report(options.data, options.output, notes, options.comparison)
+        models = json.loads((options.models / "models.json").read_text(encoding="utf-8"))
+        start = options.models / Path(models["tower"]).name
+        notes = [*models["notes"], *options.note]
+        report = make_report(options.data, options.output, notes, options.comparison, options.domain, start)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     print("\n" + "\n".join(map(as_text, [*report.tables[1:-1], report.tables[0]])))
     for note in report.notes:
         print(f"note: {note}")
-    print("\n".join(report.headlines))
+    if report.domain:
+        print("\n" + "\n".join(map(as_text, report.domain.tables)))
+    print("\n".join([*report.headlines, *(report.domain.sentences if report.domain else [])]))
     if options.must_learn and (failed := failures(report)):
         sys.exit("error: nothing was learned: " + "; ".join(failed))
 

@@ -6,7 +6,8 @@ Each style is a separate gallery with one drawing, and one caption of each kind,
 Shape letters: N images, M captions, D projection dimension, W LLM embedding width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from claims import Measured, chance_of, reciprocal_ranks
+from claims import Measured, Seeds, chance_of, reciprocal_ranks
 from torch import Tensor
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
@@ -106,14 +107,7 @@ class TowerScores:
 
     def queries(self, test: str, side: str) -> Measured:
         """Every query of a row of the table, i2t or t2i."""
-        scores, clusters, pools = [], [], []
-        for report, part in self._parts(test):
-            images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
-            scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
-            clusters += [report.cluster_N[image] for image in images.tolist()]
-            pools.append(len(part.caption_index_Q) if side == "i2t" else len(report.cluster_N))
-        chance = float(np.mean([chance_of(pool) for pool in pools]))
-        return Measured(scores=np.concatenate(scores), clusters=clusters, chance=chance)
+        return query_scores(self._parts(test), side)
 
     def places(self, test: str) -> list[Place]:
         """Where each caption's right drawing is among those of its style, in the order of ``queries(test, "t2i")``."""
@@ -132,6 +126,20 @@ class TowerScores:
         for report in self.reports[set_name]:
             for name in names:
                 yield report, report.parts[name]
+
+
+def query_scores(parts: Iterable[tuple[RetrievalReport, Retrieval]], side: str) -> Measured:
+    """Every query of one direction, i2t or t2i, in each of the parts."""
+    scores, clusters, chances = [], [], []
+    for report, part in parts:
+        images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
+        scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
+        clusters += [report.cluster_N[image] for image in images.tolist()]
+        pool = (part.caption_label_Q if side == "i2t" else part.image_label_N).tolist()
+        size = Counter(pool)  # label -> right answers
+        queries = Counter(size[label] for label in part.image_label_N[images].tolist())
+        chances.append(sum(chance_of(len(pool), right) * n for right, n in queries.items()) / len(images))
+    return Measured(scores=np.concatenate(scores), clusters=clusters, chance=float(np.mean(chances)))
 
 
 def tower_scores(
@@ -191,10 +199,12 @@ def teacher_scores(rows: Rows) -> dict[str, float]:
     }
 
 
-def teacher_queries(rows: Rows, family: Mapping[str, str]) -> dict[str, Measured]:
+def teacher_queries(
+    rows: Rows, family: Mapping[str, str], tests: Iterable[str] = tuple(TEACHER_TESTS)
+) -> dict[str, Measured]:
     """Test -> every query of the teacher's caption retrieval, plain; ``family`` of each concept."""
     found = {}
-    for test in TEACHER_TESTS:
+    for test in tests:
         ranked = teacher_ranks(rows, test, center=False)
         found[test] = Measured(
             scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _ in ranked]),
@@ -216,3 +226,28 @@ def teacher_ranks(rows: Rows, test: str, center: bool) -> list[tuple[QueryRanks,
         query, item = (torch.stack([side[concept] for concept in shared]) for side in (of_language, items))
         ranked.append((caption_ranks(query, item, center=center)[0], shared))
     return ranked
+
+
+def read_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
+    """Cache -> its embeddings of the test captions, which are the same in every style."""
+    return {name: caption_rows(source, cache) for name, cache in caches.items()}
+
+
+def teacher_claims(
+    source: Source, teachers: Mapping[str, Rows], tests: Iterable[str] = tuple(TEACHER_TESTS)
+) -> dict[str, tuple[Seeds, Seeds]]:
+    """Test -> queries of the LLM as it is, the same for every seed, and of each adapter; {} without either."""
+    family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
+    measured = {name: teacher_queries(rows, family, tests) for name, rows in teachers.items()}
+    tuned = {seed_of(name): scores for name, scores in measured.items() if name.startswith("tuned-")}
+    if "raw" not in measured or not tuned:
+        return {}
+    return {
+        f"teacher: {test}": (dict.fromkeys(tuned, raw), {seed: scores[test] for seed, scores in tuned.items()})
+        for test, raw in measured["raw"].items()
+    }
+
+
+def seed_of(folder: str) -> int:
+    """The number at the end of ``tuned-seed0``."""
+    return int(folder.rpartition("-seed")[2])

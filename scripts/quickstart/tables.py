@@ -28,7 +28,7 @@ def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
     return {name: seeds for name, seeds in groups.items() if seeds}
 
 
-def heads(groups: Mapping[str, Sequence[Tower]]) -> list[str]:
+def heads(groups: Mapping[str, Sequence[object]]) -> list[str]:
     """Column names of the tables."""
     return [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
 

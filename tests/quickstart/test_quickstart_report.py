@@ -14,47 +14,16 @@ import report
 import scores
 import shards
 import torch
+from quickstart_folders import IDENTITY, WIDTH, write_cache
 
-from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache.rows import caption_rows
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.writer import CacheWriter
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
 
-WIDTH, CONCEPTS = 16, 9
-IDENTITY = TeacherIdentity(
-    llm="random",
-    revision="",
-    weights_sha256="0",
-    adapter_sha256="",
-    attention="causal",
-    pooling="mean",
-    layer=-1,
-    prompt="",
-    chat_template="",
-    max_tokens=8,
-    width=WIDTH,
-)
-
-
-def write_cache(data, directory, identity=IDENTITY) -> None:
-    """A whole cache whose embeddings are random, each caption's decided by its text."""
-    source = open_source(SourceConfig(path=str(data)))
-    writer = CacheWriter(directory, identity)
-    for shard in source.shards:
-        samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-        rows = caption_rows(captions for _, captions in samples)
-        texts = [caption.text for _, captions in samples for caption in captions]
-        assert len(texts) == len(rows)
-        vectors = [
-            torch.randn(WIDTH, generator=torch.Generator().manual_seed(abs(caption_hash(text)))) for text in texts
-        ]
-        writer.write_shard(shard.name, [key for key, _ in samples], rows, torch.stack(vectors))
-    writer.finish()
+CONCEPTS = 9
 
 
 @pytest.fixture(scope="module")
