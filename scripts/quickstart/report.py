@@ -146,6 +146,11 @@ class Report:
         return [headline(one) for one in self.claims if one.name in HEADLINE]
 
     @property
+    def sentences(self) -> list[str]:
+        """The headlines, then what was shown on the unseen domain and what was not."""
+        return [*self.headlines, *(self.domain.sentences if self.domain else [])]
+
+    @property
     def tables(self) -> list[Table]:
         """The tables: claims, those by seed, retrieval, teachers, languages."""
         tables = [claims_table(self.claims, TEACHERS)] if self.claims else []
@@ -239,7 +244,7 @@ def as_headline(report: Report) -> str:
     split: dict[str, list[Claim]] = {"headline": [], "others": []}
     for one in report.claims:
         split["headline" if one.name in HEADLINE else "others"].append(one)
-    body = {"sentences": report.headlines, **{name: [as_record(one) for one in part] for name, part in split.items()}}
+    body = {"sentences": report.sentences, **{name: [as_record(one) for one in part] for name, part in split.items()}}
     if report.domain:
         body |= {"domain": report.domain.as_record()}
     return json.dumps({**body, "notes": report.notes}, indent=2, ensure_ascii=False) + "\n"
@@ -291,7 +296,7 @@ def main() -> None:
         print(f"note: {note}")
     if report.domain:
         print("\n" + "\n".join(map(as_text, report.domain.tables)))
-    print("\n".join([*report.headlines, *(report.domain.sentences if report.domain else [])]))
+    print("\n".join(report.sentences))
     if options.must_learn and (failed := failures(report)):
         sys.exit("error: nothing was learned: " + "; ".join(failed))
 
