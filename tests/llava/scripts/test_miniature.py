@@ -1,15 +1,20 @@
 """scripts/quickstart/miniature.sh, the whole way at a tiny size: nothing is learnt, everything is made."""
 
 import json
+import math
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny_chatml
+from llava_world import TODAY
 
 from llm2clip_plugin.contracts import ScoreFile
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "quickstart" / "miniature.sh"
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "scripts" / "quickstart" / "miniature.sh"
 
 
 def losses(checkpoint: Path) -> list[float]:
@@ -43,3 +48,56 @@ def test_the_miniature(world, tmp_path):
     assert (output / "compare" / "compare.html").is_file() and "This is a miniature: a language model of" in told
     again = world.run("bash", SCRIPT, *words, LLAVA_PYTHON=sys.executable)
     assert "LLaVA stage" not in again and "is complete" in again
+
+
+@pytest.mark.both_stacks
+def test_a_language_model_that_speaks_chatml(world, tmp_path):
+    """From a GGUF file, if it can be read, to open answers that are scored by keyword and by a teacher."""
+    output, packages = tmp_path / "miniature", tmp_path / "packages"
+    directory = tiny_chatml.make_directory(tmp_path / "tiny-chatml")
+    llm = "smollm2" if TODAY and find_spec("gguf") else str(directory)
+    if llm == "smollm2":
+        tiny_chatml.make_package(packages)
+    tiny_chatml.make_easy_vqa(packages)
+    path = ":".join(map(str, (ROOT / "tests" / "llava" / "on_cpu", packages, ROOT)))
+    words = ["--before", world.towers["clip"], "--after", world.towers["other"], "--output", output, "--llm", llm]
+    words += ["--teacher", directory] if TODAY else []  # transformers 4.37 has no bidirectional Llama
+    steps = ["--smoke", "--steps", "0", "2", "2"]
+    told = world.run("bash", SCRIPT, *words, *steps, LLAVA_PYTHON=sys.executable, PYTHONPATH=path)
+    assert "finetuned for minutes" in told and (output / "compare" / "compare.html").is_file()
+    assert "mismatch" not in "".join(log.read_text() for log in output.glob("*.log"))
+    config = json.loads((output / "llava-lora-after" / "config.json").read_text())
+    assert (config["llm2clip_conversation"], config["vocab_size"]) == ("chatml_direct", len(tiny_chatml.TOKENS))
+    for side in ("before", "after"):
+        learned = losses(output / f"llava-lora-{side}")
+        assert learned and all(math.isfinite(loss) and loss > 0 for loss in learned), "no label was learned"
+        by_keyword = ScoreFile.read(output / "scores" / side / "emoji-name-keyword.scores.json")
+        assert {item["cluster"] for item in by_keyword.items} and "pictures_exchanged" in by_keyword.metrics
+        assert (output / "scores" / side / "emoji-name-teacher.scores.json").is_file() == TODAY
+    refused = world.run("bash", SCRIPT, *words, "--smoke", fails=True, LLAVA_PYTHON=sys.executable, PYTHONPATH=path)
+    assert "was made with" in refused and "choose another --output" in refused
+
+
+@pytest.mark.both_stacks
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["--before"], "--before needs 1 value"),
+        (["--before", "--after", "x"], "--before needs 1 value"),
+        (["--steps", "1", "2"], "--steps needs 3 values"),
+        (["--steps", "1", "2", "many"], "--steps 1 2 many are not three numbers"),
+        (["--seeds", "0"], "--seeds 0 is not a number above 0"),
+        (["--frobnicate"], "unknown option --frobnicate; see"),
+        (["--llm", "gpt-5"], "--llm gpt-5 is neither a model's directory nor a name; known: tiny, smollm2"),
+        (["--held-out", "train"], "unknown --held-out train; known: test, validation"),
+        (
+            ["--before", "nowhere", "--after", "x", "--output", "made"],
+            "nowhere has no config.json; expected the directory",
+        ),
+        (["--output", "made"], "--before is missing; see"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, words, line):
+    done = subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert line in done.stderr and list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""Training in ChatML: LLaVA's own code ignores every label; with the hook each answer is learned to its end."""
+
+# LLaVA is not installed where types are checked.
+# pyright: reportMissingImports=false
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llava_integration import chatml
+
+pytestmark = pytest.mark.both_stacks
+IMAGE, IGNORED = -200, -100
+
+
+@pytest.fixture
+def tokenizer():
+    """A byte a token, the two newlines of "\\n\\n" one, ChatML's words whole."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    newline = next(iter(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")))[0]
+    vocabulary = {letter: number for number, letter in enumerate([*alphabet, newline * 2])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(newline, newline)]))
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+@pytest.fixture(params=["chatml_direct", "mpt"])
+def template(request, monkeypatch):
+    from llava import conversation
+
+    monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[request.param])
+
+
+def talk(*texts):
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def learned(made, tokenizer):
+    """The texts of the runs of labels that are learned."""
+    ids, labels = made["input_ids"][0].tolist(), made["labels"][0].tolist()
+    assert len(ids) == len(labels) and all(label in (IGNORED, one) for label, one in zip(labels, ids, strict=True))
+    runs, open_run = [], False
+    for label in labels:
+        if label == IGNORED:
+            open_run = False
+        else:
+            runs[-1:] = [[*runs[-1], label]] if open_run else [*runs[-1:], [label]]
+            open_run = True
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    "texts, answers",
+    [
+        (("<image>\nWhat?", "a red hat"), ["a red hat<|im_end|>"]),
+        (("<image>\nWhat?", "a hat", "And now?", "two"), ["a hat<|im_end|>", "two<|im_end|>"]),
+        (("Say it.", "blue"), ["blue<|im_end|>"]),
+        (("<image>\nWhat?", "\nnext line"), ["\n\nnext line<|im_end|>"]),  # the prompt's last newline joins it
+    ],
+)
+def test_answers_are_learned_to_their_end(template, tokenizer, texts, answers):
+    made = chatml.preprocess([talk(*texts)], tokenizer, has_image="<image>" in texts[0])
+    assert learned(made, tokenizer) == answers
+    assert made["input_ids"][0].tolist().count(IMAGE) == texts[0].count("<image>")
+
+
+def test_the_ids_are_those_of_llava(template, tokenizer, capsys):
+    from llava.train import train
+
+    tokenizer.pad_token = tokenizer.bos_token
+    turns = talk("<image>\nWhat?", "a hat", "And now?", "two")
+    own = train.preprocess_mpt([turns], tokenizer, has_image=True)
+    assert "tokenization mismatch" in capsys.readouterr().out and set(own["labels"][0].tolist()) == {IGNORED}
+    assert (
+        chatml.preprocess([turns], tokenizer, has_image=True)["input_ids"][0].tolist() == own["input_ids"][0].tolist()
+    )
+
+
+def test_turns_must_alternate(template, tokenizer):
+    turns = [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]
+    with pytest.raises(ValueError, match="must alternate human, gpt"):
+        chatml.preprocess([turns], tokenizer)
+    assert chatml.preprocess([talk("a", "b")[1:] + talk("c", "d")], tokenizer)  # what precedes the first question
