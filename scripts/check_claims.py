@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Compare a quickstart's numbers with those that README.md states, or record them there.
+"""Compare a quickstart's numbers with those that README.md and docs/benchmarks.md state, or record them there.
 
     scripts/check_claims.py quickstart-output/default             exits with 1 if a number moved
-    scripts/check_claims.py quickstart-output/default --record    writes docs/claims.json and README's table
+    scripts/check_claims.py quickstart-output/default --record    writes docs/claims.json and both pages' tables
 
 ``docs/claims.json`` holds, for each claim, the value of every seed for either teacher. A number moved if the mean of
 the new seeds lies outside the 95 % prediction interval for so many more trainings: t * s * sqrt(1 / stated + 1 / new),
@@ -23,7 +23,7 @@ from llm2clip_plugin.bootstrap import t_quantile
 from llm2clip_plugin.contracts import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
-CLAIMS, README = ROOT / "docs" / "claims.json", ROOT / "README.md"
+CLAIMS, README, BENCHMARKS = ROOT / "docs" / "claims.json", ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- scripts/claims.sh --record -->", "<!-- end -->"
 SIDES = {"raw": "LLM as it is", "tuned": "LLM fine-tuned"}
 ROUNDING = 0.01
@@ -106,6 +106,26 @@ def table(claims: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def full_table(claims: Mapping[str, Any]) -> list[str]:
+    """The table of docs/benchmarks.md: as README's, with p."""
+    count = max(len(claim["tuned"]) for claim in claims.values())
+    lines = [
+        f"| mean reciprocal rank | LLM as it is | LLM fine-tuned | chance | difference, {count} trainings | p (Holm) "
+        "| significant alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
+        low, high = claim["interval"]
+        p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
+        lines.append(
+            f"| {name} | {number(fmean(claim['raw']))} | {number(fmean(claim['tuned']))} | {number(claim['chance'])} "
+            f"| {signed(claim['difference'])} [{signed(low)}, {signed(high)}] "
+            f"| {p}{'' if claim['significant'] else ', not significant'} "
+            f"| {claim['seeds_significant']} of {len(claim['tuned'])} |"
+        )
+    return lines
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds."""
     deviation = stdev(values) if len(values) > 1 else 0.0
@@ -127,15 +147,21 @@ def seeds(values: Sequence[float]) -> str:
     return f"{len(values)} seed{'s' * (len(values) > 1)}"
 
 
+def stated_table(page: Path) -> list[str]:
+    """The lines between a page's markers."""
+    text = page.read_text(encoding="utf-8")
+    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip().splitlines()
+
+
 def record(claims: Mapping[str, Any]) -> None:
-    """Write docs/claims.json and the table between README's markers."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN + "\n")
-    after = rest[rest.index(END) :]
-    with atomic_file(CLAIMS) as partial:
-        partial.write_text(json.dumps(claims, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with atomic_file(README) as partial:
-        partial.write_text("\n".join([before + BEGIN, *table(claims), after]), encoding="utf-8")
+    """Write docs/claims.json and the tables between the markers of README.md and docs/benchmarks.md."""
+    texts = {CLAIMS: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
+    for page, lines in ((README, table(claims)), (BENCHMARKS, full_table(claims))):
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN + "\n")
+        texts[page] = "\n".join([before + BEGIN, *lines, rest[rest.index(END) :]])
+    for path, text in texts.items():
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -149,7 +175,7 @@ def main() -> int:
     new = measured(args.folder)
     if args.record:
         record(new)
-        print(f"wrote {len(new)} claims to {CLAIMS.relative_to(ROOT)} and {README.name}")
+        print(f"wrote {len(new)} claims to {CLAIMS.relative_to(ROOT)}, {README.name} and {BENCHMARKS.relative_to(ROOT)}")
         return 0
     lines, moved = check(json.loads(CLAIMS.read_text(encoding="utf-8")), new)
     print("\n".join([*lines, "", NOT_RERUN]))

@@ -2,7 +2,7 @@
 # Run the quickstart again and compare what it measures with the numbers that README.md states.
 #   scripts/claims.sh               seed 0 again, about six minutes on two cores: its numbers must lie where a training may
 #   scripts/claims.sh --seeds 3     seeds 0 to 2
-#   scripts/claims.sh --record      write docs/claims.json and README's table from the run instead
+#   scripts/claims.sh --record      write docs/claims.json and the tables of README and docs/benchmarks.md from the run instead
 #                                   (they stand on ten: scripts/claims.sh --seeds 10 --record)
 # Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a number moved.
 set -euo pipefail

@@ -159,7 +159,9 @@ tune() { # tune SEED: train an adapter
         --deepspeed scripts/zero1.json --languages en --group family \
         --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
         --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
-        --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1
+        --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1 \
+        --validation llm2clip_plugin/data/emoji/validation-noto.tar --eval-steps "$((TUNE_STEPS / 2))" \
+        --evaluation.retrieve short:keywords --evaluation.no-across --evaluation.limit 100 # a few seconds
 }
 
 # ------------------------------------------------------------------------------------------------------------ tower
@@ -199,25 +201,29 @@ if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
     fi
     join
     if [[ $teachers == "raw tuned" ]]; then
-        meanwhile embed-raw half embed raw train
-        half embed tuned-seed0 train
+        meanwhile embed-raw half embed raw "{train,validation}"
+        half embed tuned-seed0 "{train,validation}"
         join
     else
-        embed "$BEST_CACHE" train
+        embed "$BEST_CACHE" "{train,validation}"
     fi
 fi
 
 # ------------------------------------------------------------------------------------------------------------ seeds
+watched() { # watched NAME SEED CACHE: train a tower, and evaluate it on validation images in one style
+    train "$1" "$2" "$3" "$DATA/all/train-*.tar" \
+        --validation "$DATA/all/validation-noto.tar" --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 5))"
+}
 towers() { # towers SEED: of both teachers
     local raw=()
     [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is watched
-    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} train raw "$1" raw "$DATA/all/train-*.tar"
-    [[ $teachers != *tuned* ]] || train tuned "$1" "tuned-seed$1" "$DATA/all/train-*.tar"
+    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} watched raw "$1" raw
+    [[ $teachers != *tuned* ]] || watched tuned "$1" "tuned-seed$1"
 }
 for seed in $(seq 0 $((SEEDS - 1))); do
     if [ "$TEACHER" = both ] && [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
         tune "$seed"
-        embed "tuned-seed$seed" "{test,train}"
+        embed "tuned-seed$seed" "{test,train,validation}"
     fi
     [ "$seed" != 0 ] || meanwhile control half control
     if [ -n "$PAIR" ]; then half towers "$seed"; else towers "$seed"; fi

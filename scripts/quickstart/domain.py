@@ -46,7 +46,7 @@ HEADLINE = (  # chosen before any number was seen
     "tower: photographs, sentences in languages never trained on, caption → image",
     "tower: photographs, English sentences, caption → image",
 )
-SAME_KIND = "nearest picture is of the same kind"
+SAME_KIND = "nearest picture of the same kind"
 PICTURED = 6  # captions with pictures on the page
 
 
@@ -155,17 +155,24 @@ class DomainReport:
     source: Source
 
     @property
+    def headlines(self) -> list[str]:
+        """A sentence for each claim of the headline."""
+        return [f"{NAME}, {headline(one)}" for one in self.claims if one.name in HEADLINE]
+
+    @property
+    def verdicts(self) -> dict[str, list[str]]:
+        """What was shown, and what was not: the name and the difference of every claim."""
+        every = [*self.claims, *self.same_kind]
+        return {
+            title: [f"{one.name}: {signed(one.difference.difference)}" for one in every if one.significant == shown]
+            for title, shown in (("differences shown (p < .05)", True), ("differences NOT shown", False))
+        }
+
+    @property
     def sentences(self) -> list[str]:
-        """The headline, then which differences were shown and which were not."""
-        said = [f"{NAME}, {headline(one)}" for one in self.claims if one.name in HEADLINE]
-        for words, significant in (("shown (p < .05)", True), ("NOT shown", False)):
-            names = [
-                f"{one.name} {signed(one.difference.difference)}"
-                for one in [*self.claims, *self.same_kind]
-                if one.significant == significant
-            ]
-            said.append(f"{NAME}, differences {words}: {'; '.join(names) or 'none'}.")
-        return said
+        """The headlines and verdicts."""
+        verdicts = self.verdicts.items()
+        return [*self.headlines, *(f"{NAME}, {title}: {'; '.join(names) or 'none'}." for title, names in verdicts)]
 
     @property
     def tables(self) -> list[Table]:
@@ -175,7 +182,7 @@ class DomainReport:
             tables.insert(0, claims_table(self.claims, TEACHERS, "Is the fine-tuned LLM the better teacher here?"))
             tables.append(claims_table(self.languages, TEACHERS, "In which languages?"))
         names = {"raw": "tower before training", "tuned": "after"}
-        return [*tables, claims_table(self.same_kind, names, "Did the tower keep what it saw before training?")]
+        return [*tables, claims_table(self.same_kind, names, "Does the tower see more or less than before training?")]
 
     def _recall_table(self) -> Table:
         every = {name: [tower for tower in self.towers if tower.name == name] for name in TEACHERS}
@@ -200,7 +207,14 @@ class DomainReport:
             "drawings. The pictures are under the GPL-2: whoever passes this page on passes that license on, too."
         )
         title = f"Does it carry over to photographs? {NAME}'s stamps"
-        return Section(title=title, sentences=self.sentences, words=words, tables=self.tables, queries=self._queries())
+        return Section(
+            title=title,
+            sentences=self.headlines,
+            lists=self.verdicts,
+            words=words,
+            tables=self.tables,
+            queries=self._queries(),
+        )
 
     def _queries(self) -> list[Query]:
         first = {name: next((t for t in self.towers if t.name == name), None) for name in ("raw", "tuned")}
@@ -243,7 +257,10 @@ def domain_report(
         (sides,) = teacher_claims(source, read_teachers(source, caches), [TEACHER_TEST]).values()
         tests[f"teacher: {CAPTIONS['other']} → English"] = sides
     after = {name: {seed: tower.same_kind for seed, tower in seeds.items()} for name, seeds in pairs.items() if seeds}
-    kinds = {f"tower, {TEACHERS[name]}": (dict.fromkeys(seeds, before), seeds) for name, seeds in after.items()}
+    kinds = {
+        f"tower: {SAME_KIND}, {TEACHERS[name]} against before training": (dict.fromkeys(seeds, before), seeds)
+        for name, seeds in after.items()
+    }
     order = {name: place for place, name in enumerate(HEADLINE)}
     return DomainReport(
         towers=towers,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from llm2clip_plugin.templates import render
 
@@ -88,7 +89,8 @@ class Section:
     """A part of the page with a heading of its own."""
 
     title: str
-    sentences: list[str]  # what was shown and what was not
+    sentences: list[str]  # headlines
+    lists: dict[str, list[str]]  # title -> lines: what was shown and what was not
     words: str  # what the tables below measure
     tables: list[Table]
     queries: list[Query]
@@ -129,12 +131,18 @@ def page_html(
     queries: Sequence[Query],
     *,
     duels: Sequence[Duel] = (),
+    maps: Any = None,
+    charts: Sequence[Any] = (),
     sections: Sequence[Section] = (),
     comparison: str = "",
 ) -> str:
-    """The HTML page, from the template page.html. ``comparison``: relative link to that of LLaVA; "": none."""
+    """The HTML page, from the template page.html.
+
+    ``maps``: embedding_map.Maps, or None. ``charts``: of charts.Chart. ``comparison``: relative link to LLaVA's page;
+    "": none.
+    """
     template = Path(__file__).with_name("page.html")
     values = {"title": title, "intro": intro, "headlines": headlines, "notes": notes, "tables": tables}
     counts = {outcome: sum(duel.outcome == outcome for duel in duels) for outcome in ("won", "lost")}
-    shown = {"queries": queries, "duels": duels, "sections": sections, "comparison": comparison}
-    return render(template, **values, **counts, **shown)
+    shown = {"queries": queries, "duels": duels, "maps": maps, "charts": charts, "sections": sections}
+    return render(template, **values, **counts, **shown, comparison=comparison)

@@ -14,30 +14,26 @@ exit status 1 if a tower is no better than the control.
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from claims import Claim, Seeds, as_record, claims_table, headline, make_claims, seeds_table
+from charts import training_charts
+from claims import Seeds, claims_table, make_claims
 from domain import DomainReport, domain_report, has_domain, measure_domain, open_domain, same_kind_before
+from embedding_map import draw_maps
 from page import Table, as_text, page_html
 from pictures import page_duels, page_queries
+from results import Report, as_headline, as_json, failures, in_order, top_1
 from scores import (
-    LONG_CAPTIONS,
     SIDES,
-    Rows,
     open_captions,
     open_sets,
     read_teachers,
     seed_of,
     teacher_claims,
-    teacher_scores,
     tower_scores,
 )
-from tables import TEACHERS, Tower, by_name, language_table, retrieval_table, teacher_table
+from tables import TEACHERS, Tower, by_name, teacher_table
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, atomic_file
@@ -47,11 +43,7 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
-HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
-    "tower: names in languages never trained on, caption → image",
-    "teacher: names in languages never trained on → English",
-    "teacher: name → keywords without its words",
-)
+TEACHER_MAPS = {"raw": TEACHERS["raw"], "tuned-seed0": TEACHERS["tuned"]}  # caches whose names are drawn as a map
 
 
 def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
@@ -122,41 +114,7 @@ def tower_claims(towers: Sequence[Tower]) -> dict[str, tuple[Seeds, Seeds]]:
     }
 
 
-def in_order(claims: Sequence[Claim]) -> list[Claim]:
-    """The headline's first."""
-    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
-
-
 # --------------------------------------------------------------------------------------------- assembly
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The measurements and notes on them."""
-
-    towers: list[Tower]
-    teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
-    claims: list[Claim]  # the headline's first; [] without both teachers
-    notes: list[str]
-    domain: DomainReport | None = None
-
-    @property
-    def headlines(self) -> list[str]:
-        """A sentence for each claim of the headline."""
-        return [headline(one) for one in self.claims if one.name in HEADLINE]
-
-    @property
-    def sentences(self) -> list[str]:
-        """The headlines, then what was shown on the unseen domain and what was not."""
-        return [*self.headlines, *(self.domain.sentences if self.domain else [])]
-
-    @property
-    def tables(self) -> list[Table]:
-        """The tables: claims, those by seed, retrieval, teachers, languages."""
-        tables = [claims_table(self.claims, TEACHERS)] if self.claims else []
-        if self.claims and len(self.claims[0].by_seed) > 1:
-            tables.append(seeds_table(self.claims))
-        return [*tables, retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
 def make_report(
@@ -190,29 +148,21 @@ def make_report(
     )
     write(output / "headline.json", as_headline(report))
     write(output / "report.json", as_json(report))
-    intro = "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles."
     page = page_html(
         "LLM2CLIP quickstart",
-        intro,
+        "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles.",
         report.headlines,
         notes,
         report.tables,
         page_queries(towers, sets["test"]),
         duels=page_duels(towers, sets["test"]),
+        maps=draw_maps(teachers, TEACHER_MAPS),
+        charts=training_charts(data, output),
         sections=[report.domain.section] if report.domain else [],
         comparison=comparison,
     )
     write(output / "index.html", page)
     return report
-
-
-def top_1(teachers: Mapping[str, Rows]) -> dict[str, list[dict[str, float]]]:
-    """raw | tuned -> test -> top-1, of each adapter."""
-    scores = {
-        name: [teacher_scores(rows) for folder, rows in teachers.items() if folder.split("-")[0] == name]
-        for name in TEACHERS
-    }
-    return {name: seeds for name, seeds in scores.items() if seeds}
 
 
 def first_result(data: Path) -> list[Table]:
@@ -227,46 +177,6 @@ def write(path: Path, text: str) -> None:
     """The file appears whole."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def as_json(report: Report) -> str:
-    """Every number, as JSON."""
-    body: dict[str, Any] = {"notes": report.notes, "teachers": report.teachers, "towers": defaultdict(dict)}
-    for tower in report.towers:
-        languages = {tag: tower.scores.part("test", "short", tag) for tag in tower.scores.languages}
-        body["towers"][tower.name][f"seed{tower.seed}"] = {**tower.scores.tests(), "languages": languages}
-    body["chance"] = report.towers[0].scores.tests(chance=True)
-    return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
-
-
-def as_headline(report: Report) -> str:
-    """The claims as JSON: the headline, and the others whether significant or not."""
-    split: dict[str, list[Claim]] = {"headline": [], "others": []}
-    for one in report.claims:
-        split["headline" if one.name in HEADLINE else "others"].append(one)
-    body = {"sentences": report.sentences, **{name: [as_record(one) for one in part] for name, part in split.items()}}
-    if report.domain:
-        body |= {"domain": report.domain.as_record()}
-    return json.dumps({**body, "notes": report.notes}, indent=2, ensure_ascii=False) + "\n"
-
-
-def failures(report: Report) -> list[str]:
-    """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
-    failed = []
-    recall = {
-        name: np.mean([tower.scores.tests()[LONG_CAPTIONS]["i2t_r10"] for tower in seeds])
-        for name, seeds in by_name(report.towers).items()
-    }
-    for name, value in recall.items():
-        if name != "shuffled" and value <= recall["shuffled"]:
-            failed.append(
-                f"R@10 of {TEACHERS[name]!r} is {value:.3f}, not above the control's {recall['shuffled']:.3f}"
-            )
-    test = "name → keywords without its words, plain"
-    top = {name: np.mean([scores[test] for scores in seeds]) for name, seeds in report.teachers.items()}
-    if "tuned" in top and top["tuned"] <= top["raw"]:
-        failed.append(f"{test}: fine-tuned {top['tuned']:.3f}, not above raw {top['raw']:.3f}")
-    return failed
 
 
 def main() -> None:

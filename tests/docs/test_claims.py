@@ -1,4 +1,4 @@
-"""README states what docs/claims.json holds; scripts/check_claims.py tells which numbers moved."""
+"""README and docs/benchmarks.md state what docs/claims.json holds; scripts/check_claims.py tells which numbers moved."""
 
 from __future__ import annotations
 
@@ -32,12 +32,25 @@ def run(folder: Path, headline: dict[str, object]) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_readme_states_what_was_recorded():
+def test_pages_state_what_was_recorded():
     claims = json.loads(check_claims.CLAIMS.read_text(encoding="utf-8"))
-    text = check_claims.README.read_text(encoding="utf-8")
-    stated = text[text.index(check_claims.BEGIN) : text.index(check_claims.END)].splitlines()[1:]
-    assert stated == check_claims.table(claims)
+    assert check_claims.stated_table(check_claims.README) == check_claims.table(claims)
+    assert check_claims.stated_table(check_claims.BENCHMARKS) == check_claims.full_table(claims)
     assert all(len(claim["tuned"]) >= 10 for claim in claims.values())
+
+
+def test_recording_changes_both_tables_and_nothing_else(tmp_path, monkeypatch):
+    claims = json.loads(check_claims.CLAIMS.read_text(encoding="utf-8"))
+    whole = {name: getattr(check_claims, name).read_text(encoding="utf-8") for name in ("README", "BENCHMARKS")}
+    monkeypatch.setattr(check_claims, "CLAIMS", tmp_path / "claims.json")
+    for name, text in whole.items():
+        path = tmp_path / f"{name}.md"
+        path.write_text(text.replace("+.056 [+.046, +.065]", "+.999 [+.046, +.065]"), encoding="utf-8")
+        assert path.read_text(encoding="utf-8") != text
+        monkeypatch.setattr(check_claims, name, path)
+    check_claims.record(claims)
+    assert json.loads(check_claims.CLAIMS.read_text(encoding="utf-8")) == claims
+    assert {name: getattr(check_claims, name).read_text(encoding="utf-8") for name in whole} == whole
 
 
 def test_a_number_that_moved_is_told(tmp_path):

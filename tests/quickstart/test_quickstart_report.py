@@ -11,6 +11,7 @@ import numpy as np
 import pictures
 import pytest
 import report
+import results
 import scores
 import shards
 import torch
@@ -74,7 +75,7 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
     (tmp_path / "towers").mkdir()
     for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
         (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
-    (line,) = report.failures(report.make_report(folder / "data", tmp_path, []))
+    (line,) = results.failures(report.make_report(folder / "data", tmp_path, []))
     assert line.startswith("R@10 of 'LLM as it is' is")
 
 
@@ -125,9 +126,9 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(folder) -> None:
     caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
     raw = [report.measure(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
     tuned = [dataclasses.replace(tower, name="tuned", seed=1 - tower.seed) for tower in raw]
-    made = report.in_order(claims.make_claims(report.tower_claims([*raw, *tuned])))
+    made = results.in_order(claims.make_claims(report.tower_claims([*raw, *tuned])))
     first = made[0]
-    assert first.name == report.HEADLINE[0] and len(made) == 2 * len(raw[0].scores.tests())
+    assert first.name == results.HEADLINE[0] and len(made) == 2 * len(raw[0].scores.tests())
     test = "names in languages never trained on"
     by_hand = (raw[1].scores.queries(test, "t2i").scores - raw[0].scores.queries(test, "t2i").scores).mean()
     assert by_hand != 0
@@ -164,7 +165,7 @@ def test_the_teachers_alone_are_the_first_result(folder, tmp_path) -> None:
     assert [row[0] for row in alone.rows][:3] == [f"{test}, plain" for test in scores.TEACHER_TESTS]
     write_cache(folder / "data" / "all", tmp_path / "cache" / "tuned-seed0", dataclasses.replace(IDENTITY, layer=-2))
     both = report.first_result(tmp_path)[1]
-    assert len(both.rows) == 3 and both.rows[0][0] == report.HEADLINE[1]
+    assert len(both.rows) == 3 and both.rows[0][0] == results.HEADLINE[1]
     # the same embeddings under two names
     assert {row[4] for row in both.rows} == {"+.000 [+.000, +.000]"}
 
