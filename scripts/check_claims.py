@@ -175,7 +175,7 @@ def main() -> int:
     new = measured(args.folder)
     if args.record:
         record(new)
-        print(f"wrote {len(new)} claims to {CLAIMS.relative_to(ROOT)}, {README.name} and {BENCHMARKS.relative_to(ROOT)}")
+        print(f"wrote {len(new)} claims to docs/claims.json, README.md and docs/benchmarks.md")
         return 0
     lines, moved = check(json.loads(CLAIMS.read_text(encoding="utf-8")), new)
     print("\n".join([*lines, "", NOT_RERUN]))

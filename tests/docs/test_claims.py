@@ -1,4 +1,4 @@
-"""README and docs/benchmarks.md state what docs/claims.json holds; scripts/check_claims.py tells which numbers moved."""
+"""README and benchmarks.md state what docs/claims.json holds; scripts/check_claims.py tells which numbers moved."""
 
 from __future__ import annotations
 
