@@ -52,10 +52,10 @@ while [ $# -gt 0 ]; do
 done
 case "$LLM" in
     tiny) STEPS=${STEPS:-60 40 200} ;;
-    smollm2) OPEN=--open STEPS=${STEPS:-0 40 150} ;;
+    smollm2) OPEN=--open STEPS=${STEPS:-0 40 80} ;;
     *)
         [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
-        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 40 150}
+        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 40 80}
         ;;
 esac
 case "$HELD_OUT" in test | validation) ;; *) fail "unknown --held-out $HELD_OUT; known: test, validation" ;; esac
@@ -141,7 +141,7 @@ if [ "$LLM" = tiny ]; then
         --per_device_train_batch_size 32
 else
     # small steps: what costs time is the number of samples
-    BASE=$OUT/llm KIND=llava-lora BATCHES=(16 8) FINETUNE=(--version chatml_direct --lora_enable True --lora_r 64 --lora_alpha 128 --learning_rate 5e-4
+    BASE=$OUT/llm KIND=llava-lora BATCHES=(16 8) FINETUNE=(--version chatml_direct --lora_enable True --lora_r 64 --lora_alpha 128 --lora_dropout 0 --learning_rate 5e-4
         --mm_projector_lr 5e-4) EVALUATE=(--dtype bfloat16 --model-base "$OUT/llm" --conv-mode chatml_direct)
 fi
 
