@@ -7,6 +7,8 @@ import os
 import runpy
 import sys
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -22,18 +24,26 @@ FORKED.set_forkserver_preload(
 SECONDS = 300  # of a command; then it is killed
 
 
-class Script:
-    """A Python script as a process of its own, with the surface of ``subprocess.Popen``; ``output``: a file for stdout
-    and stderr, which are dropped by default."""
+class Process:
+    """A process with the surface of ``subprocess.Popen``; what it prints is in ``output``."""
 
-    def __init__(
-        self, script: Path, argv: list[str], environment: dict[str, str], folder: Path, output: str = os.devnull
-    ) -> None:
-        self._process = _start(_run, script, argv, environment, folder, output)
+    def __init__(self, target: Callable[..., None], argument: object, words: list[str], *place: object) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+        descriptor, name = tempfile.mkstemp()
+        os.close(descriptor)
+        self._log = Path(name)
+        weakref.finalize(self, self._log.unlink)
+        self._process = FORKED.Process(target=_enter, args=(target, argument, words, *place, name))
+        self._process.start()
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far, stdout and stderr together."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -48,44 +58,52 @@ class Script:
         return self._process.exitcode
 
 
+class Script(Process):
+    """``python SCRIPT WORDS``."""
+
+    def __init__(self, script: Path, words: list[str], environment: dict[str, str], folder: Path) -> None:
+        super().__init__(_run, script, words, environment, folder)
+
+
+class Command(Process):
+    """``llm2clip WORDS``."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], folder: Path) -> None:
+        super().__init__(_command, None, words, environment, folder)
+
+
 def run_command(words: list[str], environment: dict[str, str], folder: Path) -> tuple[int | None, str]:
     """``llm2clip WORDS``: exit status and output."""
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
-        process = _start(_command, words, environment, folder, output.name)
-        process.join(SECONDS)
-        process.kill()
-        process.join()
-        return process.exitcode, output.read()
+    command = Command(words, environment, folder)
+    try:
+        return command.wait(SECONDS), command.output
+    except TimeoutError:
+        command.kill()
+        return None, command.output
 
 
-def _start(target, *arguments):
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    process = FORKED.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
-def _enter(environment: dict[str, str], folder: Path, output: str) -> None:
+def _enter(
+    target: Callable[..., None], argument: object, words: list[str], environment: dict[str, str], folder: Path, log: str
+) -> None:
     """In the new process."""
     import torch
 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    opened = os.open(output, os.O_WRONLY)
+    opened = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
     torch.set_num_threads(1)
+    target(argument, words)
 
 
-def _run(script: Path, argv: list[str], environment: dict[str, str], folder: Path, output: str) -> None:
-    _enter(environment, folder, output)
-    sys.argv = [str(script), *argv]
+def _run(script: Path, words: list[str]) -> None:
+    sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _command(words: list[str], environment: dict[str, str], folder: Path, output: str) -> None:
-    _enter(environment, folder, output)
+def _command(_: None, words: list[str]) -> None:
     from llm2clip_plugin import cli
 
-    sys.exit(cli.main(words))
+    cli.leave(cli.main(words))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forked import Script
+from forked import Process, Script
 
 from llm2clip_plugin.train.distributed import free_port
 
@@ -37,12 +37,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
 
 
-def start(argv: list[str], world: int, script: str = "scripts/train_tower.py") -> list[Script]:
-    """The script in ``world`` processes, as a launcher starts it."""
+def places(world: int) -> list[dict[str, str]]:
+    """The environment of each of ``world`` ranks on this machine."""
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(world)]
+    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(world)]
+
+
+def start(
+    argv: list[str], world: int, script: str | Path = "scripts/train_tower.py", folder: Path = ROOT
+) -> list[Script]:
+    """The script in ``world`` processes, as a launcher starts it."""
     return [
-        Script(ROOT / script, [f"--local_rank={rank}", *argv], variables, ROOT) for rank, variables in enumerate(ranks)
+        Script(ROOT / script, [f"--local_rank={rank}", *argv], variables, folder)
+        for rank, variables in enumerate(places(world))
     ]
 
 
@@ -53,7 +60,7 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
-def finish(processes: Sequence[Script]) -> list[int]:
+def finish(processes: Sequence[Process]) -> list[int]:
     return [process.wait(timeout=900) for process in processes]
 
 

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Command
 from safetensors.torch import load_file
+from tower_runs import environment, finish
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ROOT = Path(__file__).parents[2]
@@ -55,15 +56,12 @@ def resume(run: str, *, world: int = 1) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "llm2clip_plugin.cli", *EXPECTED["commands"][run]]
-    ours = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    processes = []
+    ranks = []
     for rank in map(str, range(world)):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        env = {**ours, **(ranks | {"MASTER_PORT": port} if world > 1 else {})}
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=900)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, errors[0][-3000:]
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        variables = environment(**(place | {"MASTER_PORT": port} if world > 1 else {}))
+        ranks.append(Command(EXPECTED["commands"][run], variables, Path.cwd()))
+    assert finish(ranks) == [0] * world, ranks[0].output[-3000:]
 
 
 def check_resumed(run: str) -> None:

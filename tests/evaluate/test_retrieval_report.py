@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from evaluate_world import COLOURS, teacher, tiny_dual, write_cache, write_data
+from forked import Command
+from tower_runs import ROOT, finish, places, start
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
@@ -21,7 +20,6 @@ from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
 from llm2clip_plugin.evaluate.retrieval import recall
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
-from llm2clip_plugin.train.distributed import free_port
 
 IMAGES = ImageConfig(size=32)
 
@@ -221,13 +219,10 @@ def test_options_reach_their_fields():
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):
     data, cache, tower = world
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch", "5", "--json"]
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "llm2clip_plugin.cli", "evaluate", *words, str(tmp_path / "2.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    ranks = [Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT) for place in places(2)]
+    assert finish(ranks) == [0, 0], ranks[0].output
     alone, together = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
     assert together["metrics"] == pytest.approx(alone["metrics"])
     assert [item["id"] for item in together["items"]] == [item["id"] for item in alone["items"]]
@@ -246,13 +241,6 @@ leave(run("evaluate", sys.argv[1:]))
 def test_a_rank_that_fails_ends_the_others_which_name_it(world, tmp_path):
     data, cache, tower = world
     (tmp_path / "failing.py").write_text(FAILING)
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # no launcher, which would end rank 0
-    command = [sys.executable, str(tmp_path / "failing.py"), str(tower), str(data), "--cache", str(cache)]
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    told = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [1, 1], told
-    assert f"rank 1 on {os.uname().nodename} failed in phase evaluation: ZeroDivisionError" in told[0]
+    ranks = start([str(tower), str(data), "--cache", str(cache)], 2, tmp_path / "failing.py")
+    assert finish(ranks) == [1, 1], ranks[0].output  # no launcher, which would end rank 0
+    assert f"rank 1 on {os.uname().nodename} failed in phase evaluation: ZeroDivisionError" in ranks[0].output

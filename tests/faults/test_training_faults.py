@@ -7,12 +7,11 @@ import dataclasses
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from faults import Fault, World, copied, flip, matches, meet, rows, set_weight
+from forked import Script
 from tiny_data import make_cache
 from tower_runs import ROOT, environment
 
@@ -367,16 +366,8 @@ def test_a_port_in_use_is_one_line(world: World) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        done = subprocess.run(
-            [sys.executable, "scripts/train_tower.py", *world.train()[1:]],
-            cwd=ROOT,
-            env=environment(**place),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        script = Script(ROOT / "scripts/train_tower.py", world.train()[1:], environment(**place), ROOT)
+        assert script.wait(timeout=300) == 2 and "Traceback" not in script.output, script.output
+    (line,) = [line for line in script.output.splitlines() if line.startswith("error: ")]
     says = "port ... of 127.0.0.1 is in use by another process; choose another one, as in `deepspeed --master_port ..."
     assert matches(f"error: {says}", line, world) and str(port) in line

@@ -1,6 +1,7 @@
 """The house keeps its arrows: who may import whom, and which heavy package has which home."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,12 @@ HOMES = {  # heavy package -> the only places that may import it
 }
 
 
+@cache
 def sources() -> list[Path]:
     return sorted([*ROOT.glob("llm2clip_plugin/**/*.py"), *ROOT.glob("llava_integration/**/*.py")])
 
 
+@cache
 def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Dotted names that a file imports, anywhere or at import time alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -116,6 +119,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """Every file of both packages -> the files that it imports, inside functions and under TYPE_CHECKING too."""
     modules = {module_of(path): path for path in sources()}

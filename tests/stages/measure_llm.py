@@ -1,12 +1,15 @@
-"""Growth of a process's memory in a real step of stage 1: ``measure_llm.py LLM DTYPE CHECKPOINTING TEXTS TOKENS``.
+"""Growth of a process's memory in a real step of stage 1: ``measure_llm.py LLM TEXTS TOKENS``.
 
 The LLM with its adapter as it trains, on random texts of one length (one a token shorter, for a mask) in the step's
-groups. Prints bytes; the weights and the adapter's gradients were there before.
+groups. Prints bytes by dtype and gradient checkpointing; the weights and the adapter's gradients were there before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -38,20 +41,30 @@ def tensors(texts: int, tokens: int) -> list[torch.Tensor]:
     return found
 
 
-def main(llm: str, dtype: str, checkpointing: str, texts: str, tokens: str) -> None:
-    torch.set_num_threads(1)
+def growth(llm: str, dtype: str, checkpointing: bool, texts: int, tokens: int) -> int:
+    """Bytes that the second step adds; the first also makes what the libraries keep."""
     config = FinetuneConfig(encoder=EncoderConfig(llm=llm, compute_dtype=dtype))
-    train = dataclasses.replace(config.train, gradient_checkpointing=checkpointing == "True")
-    config = dataclasses.replace(config, train=train)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing))
     module = trained_module(CaptionEncoder(config.encoder, "cpu", trainable_adapter=True), config)
-    adam = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
-    for count in (int(texts),) * 2:  # the first step also makes what the libraries keep
+    before = 0
+    for _ in range(2):
         before = peak(reset=True)
-        features, scale = module(*tensors(count, int(tokens)))
+        features, scale = module(*tensors(texts, tokens))
         logits = scale.exp() * features[::2] @ features[1::2].T
-        torch.nn.functional.cross_entropy(logits, torch.arange(count // 2)).backward()
-    print(peak() - before)
-    adam.step()
+        torch.nn.functional.cross_entropy(logits, torch.arange(texts // 2)).backward()
+    return peak() - before
+
+
+def main(llm: str, texts: str, tokens: str) -> None:
+    torch.set_num_threads(1)
+    cases = list(itertools.product(("float32", "bfloat16"), (False, True)))
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # nothing is left of the one before
+        grown = pool.starmap(growth, [(llm, *case, int(texts), int(tokens)) for case in cases], chunksize=1)
+    print(
+        json.dumps(
+            {f"{dtype} {checkpointing}": size for (dtype, checkpointing), size in zip(cases, grown, strict=True)}
+        )
+    )
 
 
 if __name__ == "__main__":

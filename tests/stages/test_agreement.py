@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from tiny_data import make_all
-from tower_runs import ROOT, environment, options
+from tower_runs import ROOT, finish, options, start
 
 from llm2clip_plugin.train.agreement import disagreement
-from llm2clip_plugin.train.distributed import free_port
 
 # every rank in a folder of its own, as with an output_dir on a node's own disk; rank 1 also has other settings
 APART = """
@@ -29,18 +26,10 @@ def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
     tiny = make_all(tmp_path / "tiny")
     (tmp_path / "apart.py").write_text(APART)
     argv = options(tiny, Path("run"), "--deepspeed", str(ROOT / "scripts/zero1.json"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(tmp_path / "apart.py"), *argv],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    said = done.stderr
-    assert done.returncode != 0 and said.count("error: the ranks disagree before the first step:") == 1, said
+    ranks = start(argv, 2, tmp_path / "apart.py", tmp_path)
+    statuses = finish(ranks)
+    said = "".join(rank.output for rank in ranks)
+    assert statuses == [2, 2] and said.count("error: the ranks disagree before the first step:") == 1, said
     assert (
         f"output_dir: shared with rank 0 on {socket.gethostname()} (rank 0); {tmp_path / '1' / 'run'} lacks a file"
         in said

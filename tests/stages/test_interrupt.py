@@ -25,8 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int) -> None:
     """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank 1 for an answer."""
-    port, log = free_port(), tmp_path / "log"
-    log.touch()
+    port = free_port()
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with socket.socket() as other:
@@ -34,7 +33,7 @@ def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path
             other.bind(("127.0.0.1", port))
             other.listen()
         argv = options(tiny, tmp_path / "run")
-        script = Script(ROOT / "scripts/train_tower.py", argv, environment(**ranks, **address), ROOT, str(log))
+        script = Script(ROOT / "scripts/train_tower.py", argv, environment(**ranks, **address), ROOT)
         try:
             if rank == 1:
                 other.settimeout(300)
@@ -42,13 +41,13 @@ def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path
             else:
                 deadline = time.monotonic() + 300
                 while other.connect_ex(("127.0.0.1", port)):
-                    assert time.monotonic() < deadline and script.poll() is None, log.read_text()
+                    assert time.monotonic() < deadline and script.poll() is None, script.output
                     time.sleep(0.05)
             os.kill(script.pid or 0, signal.SIGINT)
             assert script.wait(timeout=60) == STATUS
         finally:
             script.kill()
-    assert log.read_text() == ("interrupted\n" if rank == 0 else "")
+    assert script.output == ("interrupted\n" if rank == 0 else "")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,7 +3,10 @@ ones and against a real step's peak."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
 import re
@@ -32,10 +35,12 @@ PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is i
 TRAINED = {"llama-1b": 11_272_192, "llama-8b": 41_943_040}  # what PEFT prints for r 16 on all linear layers
 
 
-def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    capsys.readouterr()
-    assert run("finetune-llm", [*argv, "--dry-run"]) == 0
-    return capsys.readouterr().out
+@functools.cache
+def planned(*argv: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert run("finetune-llm", [*argv, "--dry-run"]) == 0
+    return out.getvalue()
 
 
 def rows_of(told: str) -> list[list[float]]:
@@ -44,8 +49,8 @@ def rows_of(told: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("name", LLM_RECIPES)
-def test_the_papers_llms_are_planned_without_anything(name: str, no_network, capsys):
-    told = planned(capsys, "--recipe", name)
+def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
+    told = planned("--recipe", name)
     assert f"{PARAMETERS[name]:,} parameters without a head" in told
     assert f"trainable parameters: {TRAINED[name]:,};" in told
     assert f"{PARAMETERS[name] * 2 / 2**30:.2f} GiB in bfloat16" in told
@@ -62,13 +67,13 @@ def test_the_papers_llms_are_planned_without_anything(name: str, no_network, cap
     assert "--hostfile hosts" in told and "--dry-run" not in told
 
 
-def test_checkpointing_four_bits_and_smaller_gpus(no_network, capsys):
+def test_checkpointing_four_bits_and_smaller_gpus(no_network):
     def activations(told: str) -> float:
         return float(re.search(r"activations ([\d.]+)", told)[1])
 
-    plain, less = (planned(capsys, "--recipe", "llama-8b", f"--{no}gradient-checkpointing") for no in ("no-", ""))
+    less, plain = (planned("--recipe", "llama-8b", *more) for more in ((), ("--no-gradient-checkpointing",)))
     assert activations(less) < 0.15 * activations(plain)
-    four = planned(capsys, "--recipe", "llama-8b", "--load-in-4bit", "--plan.images=512", "--gpu-gib", "24")
+    four = planned("--recipe", "llama-8b", "--load-in-4bit", "--plan.images=512", "--gpu-gib", "24")
     linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert f"{(linears * NF4_BYTES + (PARAMETERS['llama-8b'] - linears) * 2) / 2**30:.2f} GiB in NF4 and" in four
     assert "steps: 1 of 512 pairs" in four and "ZeRO-3" not in four
@@ -86,19 +91,19 @@ def test_nf4_weighs_what_bitsandbytes_stores(tmp_path: Path, make_llm):
     assert len(states) == 14 and stored == pytest.approx(expected, rel=2e-3)
 
 
-def test_existing_data_and_tokenizer_are_counted(llama: Path, tmp_path: Path, no_network, capsys):
+def test_existing_data_and_tokenizer_are_counted(llama: Path, tmp_path: Path, no_network):
     texts = ["a red bicycle", "two dogs run over the wet grass", "a cat"]
     rows = [{"query": texts[0], "positive": texts[1], "negative": texts[2]}] * 8
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [str(tmp_path / "pairs.jsonl"), "--llm", str(llama), "--global-batch", "8", "--query-prompt", "Find: "]
     options += ["--output-dir", str(tmp_path / "run")]
-    told = planned(capsys, *options)
+    told = planned(*options)
     encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Find: "), "cpu")
     lengths = encoder.lengths(texts[:1], query=True) + encoder.lengths(texts[1:])
     assert f"MB at {sum(lengths) / 3:.4g} tokens (the mean)" in told and "a pair of 3 texts" in told
     assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of the first 8 samples have" in told
     assert not (tmp_path / "run").exists()
-    unknown = planned(capsys, *options[:2], str(tmp_path / "missing"), *options[3:])
+    unknown = planned(*options[:2], str(tmp_path / "missing"), *options[3:])
     assert "memory is not planned: no config.json for LLM" in unknown and "steps: 1 of 8 pairs" in unknown
     assert (
         "assumed: 64 tokens per text, template and prompt included: the LLM's tokenizer is not on this machine"
@@ -128,21 +133,28 @@ def four_blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TEXTS = TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def measured(four_blocks: Path) -> dict[str, int]:
+    """Growth of a process in a step. Large tensors have pages of their own, so that what is freed is given back."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parent / "measure_llm.py")
+    command = [sys.executable, "-W", "ignore", script, str(four_blocks), str(TEXTS), str(TOKENS)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtype: str, checkpointing: bool):
-    """Large tensors have pages of their own, so that what is freed is given back."""
-    texts, tokens = 64, 64
-    words = [str(Path(__file__).parent / "measure_llm.py"), str(four_blocks), dtype, str(checkpointing)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", *words, str(texts), str(tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, measured, dtype: str, checkpointing: bool):
     config = FinetuneConfig(encoder=EncoderConfig(llm=str(four_blocks), compute_dtype=dtype))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing))
-    size = DataSize(pairs=1, texts=2, lengths=(tokens,), found=(), assumed=())
+    size = DataSize(pairs=1, texts=2, lengths=(TOKENS,), found=(), assumed=())
     memory = step_memory(config, llm_config(config.encoder), size, size.lengths)
-    assert 0.85 < int(done.stdout) / (texts / 2 * memory.pair_bytes) < 1.15
+    assert 0.85 < measured[f"{dtype} {checkpointing}"] / (TEXTS / 2 * memory.pair_bytes) < 1.15
 
 
 def test_shapes_known_by_name_are_decoders():

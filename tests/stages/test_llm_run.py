@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Script
 from safetensors.torch import load_file, save_file
 from text_helpers import moved, write_moved
+from tower_runs import ROOT, environment
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
@@ -33,7 +31,6 @@ from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import free_port
 
-ROOT = Path(__file__).parents[2]
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in rain".split()
 STEPS = 4
 # fp32 sums in another order, through AdamW, over a few steps of a rate that changes the loss by tenths
@@ -92,25 +89,16 @@ def zero_file(stage: int) -> str:
 SCRIPT = ROOT / "scripts/finetune_llm.py"
 
 
-def start_rank(
-    rank: int, world: int, port: int, arguments: list[str], script: Path = SCRIPT
-) -> subprocess.Popen[bytes]:
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(world)},
-    }
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start_rank(rank: int, world: int, port: int, arguments: list[str], script: Path = SCRIPT) -> Script:
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+    env = environment(**ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return Script(script, arguments, env, ROOT)
 
 
 def run_ranks(world: int, arguments: list[str], script: Path = SCRIPT) -> None:
     port = free_port()
     ranks = [start_rank(rank, world, port, arguments, script) for rank in range(world)]
-    errors = [process.communicate(timeout=500)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, errors[0][-3000:]
+    assert [process.wait(500) for process in ranks] == [0] * world, ranks[0].output[-3000:]
 
 
 def test_loss_falls(plain: Path) -> None:
@@ -138,11 +126,11 @@ def test_two_ranks_killed_and_resumed_with_one(plain: Path, captions: Path, llam
     ranks = [start_rank(rank, 2, port, [*arguments, *zero2]) for rank in range(2)]
     deadline = time.monotonic() + 400
     while not (tmp_path / "checkpoints/latest").is_file() and time.monotonic() < deadline:
-        assert all(process.poll() in (None, 0) for process in ranks), ranks[0].communicate()[1].decode()[-3000:]
+        assert all(process.poll() in (None, 0) for process in ranks), ranks[0].output[-3000:]
         time.sleep(0.02)
     for process in ranks:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait(60)
     done = TrainState.read(next(iter((tmp_path / "checkpoints").glob("step-*/state.json"))))
     assert done.world_size == 2 and done.step >= 1
     assert finetune_llm(parse(arguments)) is not None

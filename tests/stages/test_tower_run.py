@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from forked import Script
 from safetensors.torch import load_file, save_file
 from small_disk import mounted
 from tiny_data import make_all
@@ -65,16 +66,21 @@ def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
-    """`deepspeed --num_gpus 2` with ZeRO-3 and loader processes: SIGTERM saves, exit 0; it resumes and exports."""
+    """`deepspeed --num_gpus 2` with ZeRO-3 and loader processes: SIGTERM saves, exit 0; two
+    ranks resume and export."""
     run = tmp_path / "run"
     validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), "scripts/train_tower.py"]
-    command += options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "0")
-    command += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
-    long, port = ["--max_steps", "2000"], "--master_port"
+    argv = options(tiny, run, "--report_to", "csv", *validation, "--train.save-steps", "0")
+    argv += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
     process = subprocess.Popen(
-        [*command, *long], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, *argv, "--max_steps", "2000"],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
     deadline = time.monotonic() + 900
     while not losses(run) and time.monotonic() < deadline and process.poll() is None:
@@ -90,9 +96,7 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < 2000
     assert not (run / "tower").exists()
     end = stopped.step + 2
-    command[command.index(port) + 1] = str(free_port())
-    command += ["--max_steps", str(end), "--allow-changed", "train.max_steps"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert finish(start([*argv, "--max_steps", str(end), "--allow-changed", "train.max_steps"], 2)) == [0, 0]
     ended = RunRecord.read(run / RunRecord.FILE)
     assert ended.finished and ended.step == end and ended.samples == 16 * end
     assert sorted(losses(run)) == list(range(1, end + 1))
@@ -140,16 +144,9 @@ sys.exit(main(["train-tower", *sys.argv[1:]]))
 
 def test_a_signal_before_the_first_step_keeps_the_heads(tiny: Path, tmp_path: Path):
     straight, run = tmp_path / "straight", tmp_path / "run"
-    early = subprocess.run(
-        [sys.executable, "-c", STOPPED_EARLY, *options(tiny, run)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert early.returncode == 0, early.stderr
-    assert "SIGTERM: saved step 0 of 12" in early.stderr
+    (tmp_path / "early.py").write_text(STOPPED_EARLY)
+    early = Script(tmp_path / "early.py", options(tiny, run), environment(), ROOT)
+    assert early.wait(timeout=900) == 0 and "SIGTERM: saved step 0 of 12" in early.output, early.output
     assert finish([*start(options(tiny, run), 1), *start(options(tiny, straight), 1)]) == [0, 0]
     assert losses(run) == pytest.approx(losses(straight), abs=1e-6)
 
@@ -203,13 +200,9 @@ def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     commands["lost checkpoints"] = forward
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    subprocess.run(
-        [sys.executable, str(script), str(tiny), json.dumps(commands), str(folder / "results.json"), places["OTHER"]],
-        check=True,
-        cwd=ROOT,
-        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])),
-        capture_output=True,
-    )
+    words = [str(tiny), json.dumps(commands), str(folder / "results.json"), places["OTHER"]]
+    process = Script(script, words, environment(), ROOT)
+    assert process.wait(timeout=900) == 0, process.output
     return {"folder": folder, **json.loads((folder / "results.json").read_text())}
 
 
@@ -308,7 +301,7 @@ def test_a_resumed_run_goes_on_at_the_same_place_of_tensorboards_axis(refusals: 
 def test_wandb_offline_writes_a_run(tiny: Path, tmp_path: Path):
     pytest.importorskip("wandb")
     argv = options(tiny, tmp_path / "run", "--max_steps", "1", "--heads.steps", "0", "--report_to", "wandb")
-    command = [sys.executable, "-m", "llm2clip_plugin.cli", "train-tower", *argv]
+    command = [sys.executable, "-m", "llm2clip_plugin.cli", "train-tower", *argv]  # not forked: wandb writes at exit
     env = environment(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
@@ -378,14 +371,15 @@ def test_a_non_finite_loss_is_one_line_under_the_launcher(tiny: Path, tmp_path: 
 
 
 def test_a_full_disk_is_one_error_and_the_state_kept_elsewhere_ends_the_run(tiny: Path, tmp_path: Path):
-    """`deepspeed --num_gpus 2` into 96 kB: no checkpoint fits; the last state is resumed by its name."""
+    """Two ranks into 96 kB: no checkpoint fits; the last state is resumed by its name."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     more = ("--heads.steps", "0", "--deepspeed", "scripts/zero1.json", "--train.save-fallback-dir", str(kept))
     with mounted(disk, "96k"):
-        done = launch(["scripts/train_tower.py", *options(tiny, disk / "run", *more)])
-    told = done.stdout + done.stderr
+        ranks = start(options(tiny, disk / "run", *more), 2)
+        statuses = finish(ranks)
+    told = "".join(rank.output for rank in ranks)
     last = kept / f"run/checkpoints/step-{STEPS:08d}"
-    assert done.returncode == 2 and told.count("error: ") == 1 and "Traceback" not in told, told
+    assert statuses == [2, 2] and told.count("error: ") == 1 and "Traceback" not in told, told
     assert "free); there is no other checkpoint yet, trying again" in told, told
     assert f"Its state is in {last}: resume with --resume {kept / 'run'}" in told, told
     command = [*options(tiny, tmp_path / "run", *more), "--resume", str(kept / "run")]

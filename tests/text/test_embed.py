@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Command, run_command
+from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ContractError
@@ -188,38 +186,31 @@ def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: py
     assert "is not a local folder; set --cache DIR" in capsys.readouterr().err
 
 
-def embed_command(data: Path, llm: Path, cache: Path) -> list[str]:
-    return [sys.executable, "-m", "llm2clip_plugin.cli", "embed", str(data), "--llm", str(llm), "--cache", str(cache)]
-
-
-def launch(command: list[str], **environment: str) -> subprocess.Popen[bytes]:
-    root = str(Path(__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def words(data: Path, llm: Path, cache: Path) -> list[str]:
+    return [str(data), "--llm", str(llm), "--cache", str(cache), "--compute-dtype", "float32"]
 
 
 def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> None:
     """Ranks killed once some shards are there; the second start ends with the cache of an undisturbed run."""
     source = open_source(write_tars(tmp_path / "data", 24, 12))
-    command = embed_command(tmp_path / "data", llama, tmp_path / "cache")
-    command += ["--compute-dtype", "float32"]
-    ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    command = ["embed", *words(tmp_path / "data", llama, tmp_path / "cache")]
+    places = [environment(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    ranks = [Command(command, place, ROOT) for place in places]
     deadline = time.monotonic() + 300
     while len(list((tmp_path / "cache").glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in ranks:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     done = len(list((tmp_path / "cache").glob("*.safetensors")))
     assert done >= 3
     if done < 24:
         with pytest.raises(ContractError, match="incomplete"):
             EmbeddingCache.open(tmp_path / "cache")
-    ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
-    alone = [*embed_command(tmp_path / "data", llama, tmp_path / "undisturbed"), "--compute-dtype", "float32"]
-    launch(alone).communicate(timeout=300)  # with as many threads, which decide the last bit
+    ranks = [Command(command, place, ROOT) for place in places]
+    assert finish(ranks) == [0, 0], ranks[0].output
+    alone = ["embed", *words(tmp_path / "data", llama, tmp_path / "undisturbed")]
+    assert run_command(alone, environment(), ROOT)[0] == 0  # with as many threads, which decide the last bit
     cache = EmbeddingCache.open(tmp_path / "cache")
     cache.check(source)
     cache.verify()
@@ -244,12 +235,12 @@ leave(run("embed", sys.argv[1:]))
 """
 
 
-def test_under_a_launcher_a_late_rank_is_named_and_none_leaves_before_it(llama: Path, tmp_path: Path) -> None:
+def test_a_late_rank_is_named_and_none_leaves_before_it(llama: Path, tmp_path: Path) -> None:
     source = open_source(write_tars(tmp_path / "data", 4, 3))
     (tmp_path / "late.py").write_text(LATE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    options = embed_command(tmp_path / "data", llama, tmp_path / "cache")[4:]
-    said = launch([*launcher, str(tmp_path / "late.py"), *options]).communicate(timeout=300)[1].decode()
+    ranks = start(words(tmp_path / "data", llama, tmp_path / "cache"), 2, tmp_path / "late.py")
+    statuses, said = finish(ranks), "".join(rank.output for rank in ranks)
+    assert statuses == [0, 0], said
     assert "late: rank 1 (" in said and "has been in phase embedding for" in said and "time.sleep(5)" in said, said
     assert "rank 0: its shards are complete; other ranks are still embedding" in said
     EmbeddingCache.open(tmp_path / "cache").check(source)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import make_all
 from torch import Tensor
-from tower_runs import ROOT, environment, losses, options
-
-from llm2clip_plugin.train.distributed import free_port
+from tower_runs import finish, losses, options, start
 
 TOWERS = ("clip", "dinov2")
 STEPS = 6
@@ -46,17 +42,14 @@ def commands(folder: Path, name: str) -> dict[str, list[str]]:
     }
 
 
-def start(folder: Path, world: int, argvs: list[list[str]]) -> None:
-    """Run the commands one after another on ``world`` ranks; 2 under the DeepSpeed launcher."""
+def run(folder: Path, world: int, argvs: list[list[str]]) -> None:
+    """Run the commands one after another on ``world`` ranks."""
     todo = folder / f"{world}.json"
     todo.write_text(json.dumps([[word.replace("WORLD", str(world)) for word in argv] for argv in argvs]))
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(world)]
-    launcher += ["--master_port", str(free_port())]
-    words = [*(launcher if world > 1 else [sys.executable]), str(script), str(todo)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    ranks = start([str(todo)], world, script)
+    assert finish(ranks) == [0] * world, ranks[0].output[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = {name: commands(folder, name) for name in TOWERS}
     for name in TOWERS:
         make_all(folder / name, name)
-    start(folder, 1, [found[name][run] for name in TOWERS for run in ("zero0", "whole", "cached")])
-    start(folder, 2, [argv for name in TOWERS for argv in found[name].values()])
+    run(folder, 1, [found[name][run] for name in TOWERS for run in ("zero0", "whole", "cached")])
+    run(folder, 2, [argv for name in TOWERS for argv in found[name].values()])
     return folder
 
 

@@ -72,11 +72,12 @@ def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
     else:
         longest, gpu_gib, train = encoder.max_tokens, config.plan.gpu_gib, config.train
         mean = f"{size.tokens:.4g} tokens"
-        usual, long = (step_memory(config, settings, size, lengths) for lengths in (size.lengths, (longest,)))
+        shape = shape_llm(settings, encoder, config.lora, train.precision)
+        usual, long = (step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, (longest,)))
         stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
         tables = [plans.columns(memory, train, gpu_gib, stages=stages) for memory in (usual, long)]
         parts += [
-            describe_llm(config, shape_llm(settings, encoder, config.lora, train.precision)),
+            describe_llm(config, shape),
             plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
             f"activations of a pair of {size.texts} texts: {usual.pair_bytes / 1e6:,.1f} MB at {mean} "
             + f"(the mean), {long.pair_bytes / 1e6:,.1f} MB at {longest} (max_tokens)",
@@ -150,14 +151,21 @@ def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
 
 
 def step_memory(
-    config: FinetuneConfig, settings: PretrainedConfig, size: DataSize, lengths: Sequence[int]
+    config: FinetuneConfig,
+    settings: PretrainedConfig,
+    size: DataSize,
+    lengths: Sequence[int],
+    shape: LlmShape | None = None,
 ) -> StepMemory:
-    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks."""
+    """Measured on fake tensors with texts of these lengths, on a few blocks: memory grows linearly with blocks.
+
+    ``shape``: of all blocks, if it is known.
+    """
 
     def shaped(blocks: int) -> LlmShape:
         return shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
 
-    shape = shaped(0)
+    shape = shape or shaped(0)
     few, more = min(1, shape.blocks), min(2, shape.blocks)
     text_bytes = texts_bytes(config, shaped(more), lengths)
     if more > few:
