@@ -177,3 +177,11 @@ def test_towers_without_the_sentences_embeddings_are_told(folder, tmp_path) -> N
     (tmp_path / "towers" / "raw-seed0").symlink_to(folder / "out" / "towers" / "raw-seed0")
     with pytest.raises(ValueError, match=r"does not contain the captions of .*test-tuxpaint\.tar; run llm2clip embed"):
         report.make_report(tmp_path, tmp_path, [], domain=folder / "stamps", start=folder / "tiny")
+
+
+def test_an_unknown_domain_is_told_before_anything_is_made(tmp_path) -> None:
+    script = Path(tuxpaint.__file__).parents[1] / "quickstart.sh"
+    command = ["bash", str(script), "--output", str(tmp_path / "out"), "--domain", "photos"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "error: unknown domain photos; known: tuxpaint\n")
+    assert not (tmp_path / "out").exists()
