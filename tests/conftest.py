@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers of xdist take the files with slow tests first, then those with many: one that starts last runs alone."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if "slow" in item.keywords)
+        size = Counter(item.path for item in items)
+        items.sort(key=lambda item: (-slow[item.path], -size[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

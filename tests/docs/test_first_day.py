@@ -17,6 +17,7 @@ from own_photos import make_models, make_photos
 from printed_page import ROOT, blocks, llm2clip_words, run_block
 from tower_runs import environment
 
+pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "first-day.md"
 
 

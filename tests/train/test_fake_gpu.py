@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 RUNS = [
     *("tower", "tower cached", "tower sigmoid", "tower sigmoid cached", "tower bf16"),
