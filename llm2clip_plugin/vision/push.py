@@ -32,7 +32,8 @@ def upload(
 ) -> str:
     """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL.
 
-    ``replaced``: contents that are uploaded in place of files. Raises OSError if the Hub rejects the upload.
+    ``replaced``: contents that are uploaded in place of files. Raises OSError, whatever the upload fails with: the
+    folder is complete and can be uploaded later.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
@@ -43,14 +44,35 @@ def upload(
         api.create_repo(repository, private=private, exist_ok=True)
         files = [CommitOperationAdd(name, replaced.get(name, directory / name)) for name in sorted(_files(directory))]
         return str(api.create_commit(repository, files, commit_message=message).commit_url)
-    except Exception as error:  # of requests or of httpx, by the client's version
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "requests")):
-            raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
+        server = constants.ENDPOINT
         raise OSError(
-            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete: "
+            f"cannot push {directory} to {repository} on {server}: {_reason(error)}; the directory is complete: "
             f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
         ) from error
+
+
+def check_repository(repository: str | None) -> None:
+    """Raise ValueError for what cannot be a repository's name; for commands that upload at their end."""
+    from huggingface_hub.utils import validate_repo_id
+
+    if repository is None:
+        return
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise ValueError(f"--push {repository!r}: {str(error).splitlines()[0]}") from error
+    if "/" not in repository:
+        raise ValueError(f"--push {repository!r} names no owner, expected OWNER/NAME")
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the client says, and if it wraps another error, that one's words."""
+    head, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if head.endswith(":") and rest:
+        head = f"{head} {rest[0]}"
+    head, cause = head.rstrip("."), error.__cause__
+    return f"{head}: {_reason(cause)}" if isinstance(error, RuntimeError) and cause else head
 
 
 def _public(directory: Path, card: TowerCard) -> dict[str, bytes]:

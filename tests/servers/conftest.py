@@ -4,7 +4,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(Path(__file__).parent), *(str(TESTS / name) for name in ("llava/serve", "serving"))]
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,41 +11,21 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from serve_checkpoints import V0_1, full
+from serving_page import block_with, make_folder
 
 from llava_integration.serve.export import Export, export
 
-ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.M | re.S)
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-COLORS = {"red": (220, 30, 30), "blue": (40, 60, 230)}
-
-
-def block_with(text: str) -> str:
-    (block,) = (block for block in BLOCKS if text in block)
-    return block
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what the page names: an exported model, images and a JSON of LLaVA's."""
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    checkpoint = full(folder / "llava-tiny", V0_1 / "towers" / "clip", llm2clip_conversation="v1")
-    export(Export.of(checkpoint, dtype="fp32"), folder / "hf" / "llava-7b")
-    images = folder / "playground" / "data"
-    images.mkdir(parents=True)
-    rows = []
-    for number, (name, color) in enumerate(COLORS.items()):
-        Image.new("RGB", (30, 20 + number), color).save(images / f"{name}.png")
-        words = ("<image>\nWhich color?", name, "Sure?", "yes")
-        turns = [{"from": ("human", "gpt")[n % 2], "value": word} for n, word in enumerate(words)]
-        rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
-    rows.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
-    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
-    Image.new("RGB", (30, 20), COLORS["red"]).save(folder / "cat.png")
-    yield folder
+    make_folder(folder)
+    return folder
 
 
 def test_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

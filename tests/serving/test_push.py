@@ -42,7 +42,16 @@ def test_every_file_arrives(
 
 
 @pytest.mark.parametrize(
-    "wrong, said", {"token": "401", "no token": "401", "offline": "offline", "gone": "refused"}.items()
+    "wrong, said",
+    {
+        "token": "401",
+        "no token": "401",
+        "offline": "offline",
+        "gone": "refused",
+        "lfs": "storage is full",
+        "blobs": "403",
+        "commit": "403",
+    }.items(),
 )
 def test_a_hub_that_refuses(
     tmp_path: Path,
@@ -60,12 +69,24 @@ def test_a_hub_that_refuses(
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     elif wrong == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    elif wrong in ("lfs", "blobs", "commit"):
+        hub.broken = wrong
     else:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert pushed(tmp_path) == 2
-    error = capsys.readouterr().err.strip()
-    print(error)
-    assert "\n" not in error and said in error.lower()
+    *progress, error = capsys.readouterr().err.strip().splitlines()
+    assert said in error.lower() and all("%" in line for line in progress)
     assert "the directory is complete: check the network, HF_ENDPOINT and `hf auth whoami`, then run" in error
     assert f"`hf upload me/llava-tiny {tmp_path / 'hf'}`" in error
     assert not hub.files and (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name, said", {"llava-tiny": "expected OWNER/NAME", "me/../tiny": "'me/../tiny'"}.items())
+def test_what_cannot_be_a_repository_is_told_first(
+    tmp_path: Path, hub: type[TinyHub], capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    """Before the export, which takes a while."""
+    assert pushed(tmp_path, "--push", name) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and said in error
+    assert not hub.calls and not (tmp_path / "hf").exists()

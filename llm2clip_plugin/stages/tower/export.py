@@ -20,12 +20,13 @@ from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.vision.convert.converting import convert
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import BEFORE, summary
-from llm2clip_plugin.vision.push import push_to_hub
+from llm2clip_plugin.vision.push import check_repository, push_to_hub
 
 
 def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
     options = parser().parse_args(argv)
+    check_repository(options.push)
     is_run = (Path(options.source) / RunRecord.FILE).is_file()
     if options.format != "tower":
         if options.push:

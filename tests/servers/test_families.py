@@ -1,0 +1,80 @@
+"""vLLM's engine on towers of every family that tests of the server leave out: the tokens are transformers' own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from greedy import TOKENS
+from PIL import Image
+from serve_checkpoints import full, tower_directory
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from llava_integration.serve.export import Export, export
+from llava_integration.serve.tower_code import register
+
+STOCK = ("metaclip2",)  # vLLM opens it without our plugin
+FAMILIES = ("openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", *STOCK)
+QUESTION = "Which color is the picture?"
+ENGINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An exported LLaVA for each family."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1}  # vLLM's attention on a CPU needs 32 or wider
+    for family in FAMILIES:
+        checkpoint = full(root / f"llava-{family}", tower_directory(family, root), **one_head)
+        made[family] = root / f"hf-{family}"
+        export(Export.of(checkpoint, dtype="fp32"), made[family])
+    Image.effect_noise((30, 20), 80).convert("RGB").save(root / "noise.png")
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(models: dict[str, Path]) -> dict[str, dict]:
+    """vLLM's answers: of stock vLLM for STOCK, with our plugin for the others."""
+    answers = {}
+    root = models[FAMILIES[0]].parent
+    for stock in (True, False):
+        names = [str(folder) for family, folder in models.items() if (family in STOCK) == stock]
+        plugins = {"VLLM_PLUGINS": ""} if stock else {}
+        output = root / f"answers-{stock}.json"
+        words = [sys.executable, Path(__file__).with_name("greedy.py"), root / "noise.png", QUESTION, output, *names]
+        done = subprocess.run(
+            words, env={**os.environ, **ENGINE, **QUIET, **plugins}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        answers |= json.loads(output.read_text())
+    return {family: answers[str(folder)] for family, folder in models.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_transformers(models: dict[str, Path], served: dict[str, dict], family: str) -> None:
+    """And so are their log probabilities, up to float32 sums in another order."""
+    register()
+    processor = AutoProcessor.from_pretrained(models[family])
+    model = LlavaForConditionalGeneration.from_pretrained(models[family], dtype=torch.float32).eval()
+    content = [{"type": "image", "path": str(models[family].parent / "noise.png")}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    forced = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "eos_token_id": None, "do_sample": False}
+    told = model.generate(**inputs, **forced, output_logits=True, return_dict_in_generate=True)
+    tokens = told.sequences[0, inputs["input_ids"].shape[1] :]
+    steps = torch.stack([step[0] for step in told.logits]).log_softmax(-1)
+    expected = steps.gather(1, tokens[:, None])[:, 0]
+    assert served[family]["prompt"] == inputs["input_ids"][0].tolist()
+    assert served[family]["tokens"] == tokens.tolist()
+    assert torch.allclose(torch.tensor(served[family]["logprobs"]), expected, atol=1e-4)

@@ -1,0 +1,39 @@
+"""The code of docs/serving.md, and a folder with what it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+from serve_checkpoints import V0_1, full
+
+from llava_integration.serve.export import Export, export
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.M | re.S)
+COLORS = {"red": (220, 30, 30), "blue": (40, 60, 230)}
+
+
+def block_with(text: str) -> str:
+    """The page's Python with ``text`` in it."""
+    (block,) = (block for block in BLOCKS if text in block)
+    return block
+
+
+def make_folder(folder: Path) -> None:
+    """An exported model, images and a JSON of LLaVA's."""
+    checkpoint = full(folder / "llava-tiny", V0_1 / "towers" / "clip", llm2clip_conversation="v1")
+    export(Export.of(checkpoint, dtype="fp32"), folder / "hf" / "llava-7b")
+    images = folder / "playground" / "data"
+    images.mkdir(parents=True)
+    rows = []
+    for number, (name, color) in enumerate(COLORS.items()):
+        Image.new("RGB", (30, 20 + number), color).save(images / f"{name}.png")
+        words = ("<image>\nWhich color?", name, "Sure?", "yes")
+        turns = [{"from": ("human", "gpt")[n % 2], "value": word} for n, word in enumerate(words)]
+        rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
+    rows.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    Image.new("RGB", (30, 20), COLORS["red"]).save(folder / "cat.png")
