@@ -1,18 +1,22 @@
 """On a machine without a GPU, what LLaVA's evaluation does with CUDA unconditionally does nothing. For tests alone.
 
 Its training is completed by the package itself (llava_integration.training); with our hook off, for a comparison, here.
+All of it waits for the import of torch, which most processes of a shell script never do.
 """
 
+import importlib.util
 import os
+import sys
 
-import torch
 
-if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0" and not torch.cuda.is_available():
-    from llava_integration.training import complete_for_cpu
+def complete(torch):
+    """Called when torch has been imported."""
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
+        from llava_integration.training import complete_for_cpu
 
-    complete_for_cpu()
-
-if not torch.cuda.is_available():
+        complete_for_cpu()
     torch.Tensor.cuda = lambda self, *arguments, **options: self  # llava.eval.*
     tensor_to = torch.Tensor.to
 
@@ -23,3 +27,25 @@ if not torch.cuda.is_available():
         return tensor_to(self, *arguments, **options)
 
     torch.Tensor.to = to_cpu
+
+
+class Watcher:
+    """Completes torch once; then it is gone."""
+
+    def find_spec(self, name, path=None, target=None):
+        """See ``importlib.abc.MetaPathFinder``."""
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            complete(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Watcher())
