@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -65,6 +66,15 @@ class Script(Process):
         super().__init__(_run, script, words, environment, folder)
 
 
+class Module(Process):
+    """``python -m MODULE WORDS``, whose exit handlers run; ``first`` is a function that is called before it."""
+
+    def __init__(
+        self, module: str, words: list[str], environment: dict[str, str], folder: Path, first: Callable[[], None]
+    ) -> None:
+        super().__init__(_module, (module, first), words, environment, folder)
+
+
 class Command(Process):
     """``llm2clip WORDS``."""
 
@@ -101,6 +111,23 @@ def _enter(
 def _run(script: Path, words: list[str]) -> None:
     sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _module(given: tuple[str, Callable[[], None]], words: list[str]) -> None:
+    module, first = given
+    atexit._clear()  # those of the process that this one is forked from
+    first()
+    sys.argv = [module, *words]
+    status = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    atexit._run_exitfuncs()
+    sys.exit(status)
 
 
 def _command(_: None, words: list[str]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from forked import FORKED, Module
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -32,6 +34,7 @@ from llm2clip_plugin.finding import numbers
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 
+FORKED.set_forkserver_preload(["deepspeed", "accelerate", "peft", "transformers.trainer", "bitsandbytes"])
 TODAY = numbers(transformers.__version__) >= (5,)  # LLaVA runs in the training environment, with today's libraries
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SHAPES = {"width": 32, "layers": 3, "heads": 4, "image": 28, "patch": 14}  # 2 x 2 patches
@@ -149,13 +152,24 @@ class World:
             target = target or (str(Path(llava.train.__path__[0]) / "train.py"),)
             launcher = Path(sys.executable).with_name("deepspeed")
             words = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *target]
-            words += ["--deepspeed", self.zero_config(zero)]
+            words += ["--deepspeed", self.zero_config(zero), *self.stage_options(kind, tower, output)]
+            self.run(*map(str, words), *options, **environment)
         else:
-            words = [sys.executable, "-m", "llava.train.train"]
-        words += self.stage_options(kind, tower, output)
-        self.run(*map(str, words), *options, **environment)
+            self.train([*self.stage_options(kind, tower, output), *options], environment)
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         return [entry["loss"] for entry in history if "loss" in entry]
+
+    def train(self, words: list[str], variables: dict[str, str]) -> None:
+        """``python -m llava.train.train WORDS`` in a process forked from one that has imported the libraries."""
+        here = self.root / "here"
+        here.mkdir(exist_ok=True)
+        os.environ.update(ACCELERATOR)  # read when DeepSpeed is imported
+        for _ in range(2):
+            process = Module("llava.train.train", words, self.environment(**variables), here, on_cpu)
+            status = process.wait(1200)
+            if status == 0 or ABORT_AT_EXIT not in process.output:
+                break
+        assert status == 0, process.output
 
     def stage_options(self, kind: str, tower: str, output: Path) -> list[str]:
         """LLaVA's own options, as in its scripts, at a tiny size on a CPU."""
@@ -199,6 +213,11 @@ class World:
         body |= {"zero_force_ds_cpu_optimizer": False} if offload else {}  # the Trainer's AdamW: nothing is compiled
         path.write_text(json.dumps(body))
         return path
+
+
+def on_cpu() -> None:
+    """As the tests' ``sitecustomize`` does in a process that starts anew."""
+    runpy.run_path(str(Path(__file__).parent / "on_cpu" / "sitecustomize.py"))["complete"](torch)
 
 
 def free_port() -> int:
