@@ -4,9 +4,9 @@ Its training is completed by the package itself (llava_integration.training); wi
 All of it waits for the import of torch, which most processes of a shell script never do.
 """
 
-import importlib.util
 import os
 import sys
+from importlib.machinery import PathFinder
 
 
 def complete(torch):
@@ -30,14 +30,13 @@ def complete(torch):
 
 
 class Watcher:
-    """Completes torch once; then it is gone."""
+    """Completes torch when it is executed; many only ask for its spec."""
 
     def find_spec(self, name, path=None, target=None):
         """See ``importlib.abc.MetaPathFinder``."""
         if name != "torch":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         execute = spec.loader.exec_module
 
         def exec_module(module):
