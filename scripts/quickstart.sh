@@ -12,8 +12,8 @@
 #   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
 #                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
-#   scripts/quickstart.sh --llava-llm NAME  LLaVA's language model: tiny, of 2.5 million weights, learns words first (the default);
-#                                           smollm2: SmolLM2-135M-Instruct, which also answers in words (with --preset long, on a GPU)
+#   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
+#                                           model of 2.5 million weights (tiny); needs longer training than two cores give it
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
@@ -25,7 +25,7 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM=tiny
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
@@ -52,7 +52,7 @@ case "$PRESET" in
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
 case "$DOMAIN" in "" | tuxpaint) ;; *) echo "error: unknown domain $DOMAIN; known: tuxpaint" >&2; exit 2 ;; esac
-case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
+case "$LLAVA_LLM" in tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
@@ -240,10 +240,6 @@ if [ -n "$DOMAIN" ]; then
     more+=(--domain "$WORK/tuxpaint")
 fi
 [ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
-if [ -z "$LLAVA_LLM" ]; then
-    LLAVA_LLM=tiny
-    [[ -n $REAL || $PRESET == smoke || ($PRESET != long && ${DS_ACCELERATOR:-} == cpu) ]] || LLAVA_LLM=smollm2
-fi
 llava=llava llava_options=(--llm "$LLAVA_LLM")
 if [ "$LLAVA_LLM" = smollm2 ]; then
     llava=llava-smollm2
