@@ -95,12 +95,13 @@ def training_charts(data: Path, output: Path) -> list[Chart]:
         ),
         Chart(
             title="Stage 2: loss of the tower",
-            words="Each tower against its own teacher, so the end of one line is not better than that of the other.",
+            words="Each tower against its own teacher: compare the slopes, not the heights.",
             lines=[line for side, run in towers for line in line_of(run, side, ["loss"])],
         ),
         Chart(
             title="Stage 2: captions and drawings found",
-            words="Share of right answers among the first ten on validation families, both ways; higher is better.",
+            words="Right answers among the first ten, validation families, both ways; higher is better. "
+            "Step 0: new heads alone.",
             lines=[line for side, run in towers for line in line_of(run, side, both)],
         ),
     ]
