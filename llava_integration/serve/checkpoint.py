@@ -87,6 +87,9 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
     for name, reason in reasons.items():
         if loaded.get(name):
             raise ContractError(f"{where}: {name} is set: Hugging Face's LLaVA has no {reason}")
+    if quantized := config.get("quantization_config"):
+        kind = quantized.get("quant_method", "") if isinstance(quantized, dict) else quantized
+        raise ContractError(f"{where}: the checkpoint is quantized ({kind}); use the one that it was made from")
     if (aspect := config.get("image_aspect_ratio")) == "anyres" or config.get("mm_patch_merge_type", "flat") != "flat":
         raise ContractError(f"{where}: image_aspect_ratio is {aspect!r}: that is LLaVA-NeXT, not LLaVA 1.5")
 
@@ -95,7 +98,10 @@ def _base(directory: Path, kind: str, config: dict[str, Any], given: Path | None
     """The base model's folder: the one given, or else the recorded one if it exists."""
     recorded = str(config.get("_name_or_path", ""))
     if kind == "lora":
-        recorded = str(read_json_value(directory / ADAPTER).get("base_model_name_or_path") or recorded)
+        adapter = read_json_value(directory / ADAPTER)
+        if not isinstance(adapter, dict):
+            raise ContractError(f"{directory / ADAPTER} contains a {type(adapter).__name__}, expected an object; {FIX}")
+        recorded = str(adapter.get("base_model_name_or_path") or recorded)
     base = Path(recorded) if given is None else given
     if base.is_dir():
         return base

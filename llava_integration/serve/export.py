@@ -54,6 +54,7 @@ class Export:
     ) -> "Export":
         """``base``: of a LoRA or projector checkpoint. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
+        language.check_settings(checkpoint.config)
         recorded = str(checkpoint.config.get(CONVERSATION, "plain" if checkpoint.kind == "projector" else ""))
         return cls(
             checkpoint=checkpoint,

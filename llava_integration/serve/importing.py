@@ -61,6 +61,9 @@ class HfModel:
         if not isinstance(body, dict) or body.get("model_type") != "llava":
             kind = body.get("model_type") if isinstance(body, dict) else type(body).__name__
             raise ContractError(f"{where}: model_type is {kind!r}, expected 'llava' (LlavaForConditionalGeneration)")
+        for name in ("vision_config", "text_config", KEY):
+            if not isinstance(body.get(name, {}), dict):
+                raise ContractError(f"{where}: {name} is a {type(body[name]).__name__}, expected an object")
         saved = directory / CARD
         card = TowerCard.read(saved) if saved.is_file() else None
         family = family_of_vision(body.get("vision_config") or {}, where=str(where), family=card.family if card else "")
@@ -83,8 +86,9 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
     """Raise ContractError, naming the setting, unless LLaVA's code computes what the model computes."""
     wanted = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     wrong = {name: config.get(name, value) for name, value in wanted.items() if config.get(name, value) != value}
-    if not isinstance(config.get("vision_feature_layer", -2), int):
-        wrong["vision_feature_layer"] = config["vision_feature_layer"]
+    state, blocks = config.get("vision_feature_layer", -2), config["vision_config"].get("num_hidden_layers")
+    if type(state) is not int or (isinstance(blocks, int) and not -blocks - 1 <= state <= blocks):
+        wrong["vision_feature_layer"] = state
     if (kind := config["text_config"].get("model_type")) != "llama":
         wrong["text_config.model_type"] = kind
     if wrong:
@@ -175,6 +179,8 @@ def write_tower(model: HfModel, tensors: LazyTensors, directory: Path) -> TowerC
     )
     if "image_processor" in (processor := _json(model.directory / "processor_config.json")):
         own = processor["image_processor"]  # transformers 5's own files
+    if not own:
+        raise FileNotFoundError(f"no {PREPROCESSOR_FILE} in {model.directory}, with the mean and std of images")
     write_json(directory / PREPROCESSOR_FILE, {name: own[name] for name in INHERITED if name in own})
     write_shards(tensors, directory, None, shard_bytes=1 << 62)
     write_json(directory / PREPROCESSOR_FILE, preprocessor_config(directory))
@@ -245,7 +251,10 @@ def write_tokenizer(model: HfModel, directory: Path) -> None:
         raise FileNotFoundError(
             f"no {tokenizer.MODEL} in {source}, which LLaVA's tokenizer is; copy the base model's there"
         )
-    config, added = _json(source / tokenizer.CONFIG), _json(source / tokenizer.FAST).get("added_tokens", [])
+    tokenizer.read_tokenizer(source)  # raises if it is damaged
+    config = _json(source / tokenizer.CONFIG)
+    with errors_about(source / tokenizer.FAST, fix="download the model again"):
+        added = [{"id": entry["id"], **entry} for entry in _json(source / tokenizer.FAST).get("added_tokens", [])]
     added += [{"id": int(number), **entry} for number, entry in config.get("added_tokens_decoder", {}).items()]
     if later := sorted({e["content"] for e in added if e["id"] > model.tokens and e["content"] != PAD}):
         raise ContractError(f"{source}: tokens {later} come after <image>; LLaVA's vocabulary ends before it")

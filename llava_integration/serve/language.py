@@ -27,13 +27,32 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
 
     Raises ContractError for settings without which there is no Llama.
     """
+    check_settings(config)
     text = {name: config[name] for name in FIELDS if config.get(name) is not None}
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if not isinstance(text.get(name), int) or text[name] < 1:
-            raise ContractError(f"config.json: {name} is {text.get(name)!r}, expected a positive whole number; {FIX}")
     rope = text.get("rope_parameters") or {}
     text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))  # transformers 4's name
     return {**text, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokens}
+
+
+# settings by type; other types are told, not passed on to the server
+NUMBERS = "rms_norm_eps rope_theta initializer_range attention_dropout".split()
+COUNTS = "num_key_value_heads head_dim max_position_embeddings".split()
+DICTS, FLAGS = ("rope_parameters", "rope_scaling"), ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
+TYPES = [(NUMBERS, (int, float), "a number"), (COUNTS, int, "a whole number"), (DICTS, dict, "an object")]
+TYPES += [(FLAGS, bool, "true or false"), (("hidden_act",), str, "a name")]
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Raise ContractError for settings without which there is no Llama, or of another type."""
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        value = config.get(name)
+        if type(value) is not int or value < 1:
+            raise ContractError(f"config.json: {name} is {value!r}, expected a positive whole number; {FIX}")
+    for names, kind, words in TYPES:
+        for name in names:
+            value = config.get(name)
+            if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ContractError(f"config.json: {name} is {value!r}, expected {words}; {FIX}")
 
 
 def hf_name(name: str) -> str:
@@ -84,20 +103,33 @@ def _order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def shapes_of(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of one block, by name."""
+    width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    each = config.get("head_dim") or width // heads
+    queries, values = heads * each, (config.get("num_key_value_heads") or heads) * each
+    block = dict(
+        zip(BLOCK, [(queries, width), (values, width), (values, width), (width, queries), (mlp, width)], strict=False)
+    )
+    block |= {"mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp)}
+    block |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (width,))
+    return {f"model.layers.{layer}.{part}.weight": shape for part, shape in block.items()}
+
+
 def check_shapes(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> None:
-    """Raise ContractError, with both shapes, for a tensor of another width than the configuration's."""
-    width, mlp, vision = config["hidden_size"], config["intermediate_size"], config.get("mm_hidden_size")
-    shapes = {
-        "model.norm.weight": (width,),
-        "model.layers.0.mlp.up_proj.weight": (mlp, width),
-        "model.mm_projector.0.weight": (width, vision),
-        "model.mm_projector.2.weight": (width, width),
-    }
+    """Raise ContractError, with both shapes, for a tensor of another shape than the configuration's."""
+    width, vision = config["hidden_size"], config.get("mm_hidden_size")
+    shapes: dict[str, tuple[int | None, ...]] = {"model.norm.weight": (width,)}
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= shapes_of(config, layer)
+    shapes |= {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()}
+    shapes |= {"model.mm_projector.0.weight": (width, vision), "model.mm_projector.2.weight": (width, width)}
+    shapes |= {"model.mm_projector.0.bias": (width,), "model.mm_projector.2.bias": (width,)}
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
+        if name in tensors and tuple(tensors[name].shape) != shape:
             raise ContractError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}")
     for name in (EMBEDDING, HEAD):
-        if name in tensors and (tensors[name].shape[0] < tokens or tensors[name].shape[1] != width):
+        if name in tensors and (tensors[name].shape[1:] != (width,) or tensors[name].shape[0] < tokens):
             raise ContractError(
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the tokenizer has {tokens} tokens of "
                 f"width {width}; {FIX}"

@@ -1,6 +1,7 @@
 """LoRA weights merged into the tensors that they belong to, when these are read."""
 
 import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,16 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
                 f"{path}: {name} belongs to no weight of the base model; is --model-base the right one?"
             )
         halves.setdefault(target, {})[match["half"]] = tensor
+    _refuse_missing(halves, tensors, config.get("target_modules"), path)
     out = dict(tensors)
     for name, pair in halves.items():
         if len(pair) != 2:
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
-        shape = (pair["B"].shape[0], pair["A"].shape[1])
-        if shape != tensors[name].shape or pair["A"].shape[0] != pair["B"].shape[1]:
+        a, b, rank = pair["A"].shape, pair["B"].shape, config["r"]
+        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+            raise ContractError(f"{path}: the LoRA of {name} has shapes {a} and {b}, {CONFIG} says r {rank}; {FIX}")
+        shape = (b[0], a[1])
+        if shape != tensors[name].shape:
             raise ContractError(
                 f"{path}: the LoRA of {name} has shape {shape}, the base model's weight {tensors[name].shape}; "
                 "check --model-base"
@@ -54,6 +59,17 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
             where=str(path),
         )
     return out
+
+
+def _refuse_missing(found: Iterable[str], tensors: LazyTensors, targets: Any, path: Path) -> None:
+    """``targets``: names of the modules that have a LoRA in every block."""
+    kinds = {str(target).split(".")[-1] for target in targets} if isinstance(targets, list) else set()
+    wanted = {name for name in tensors if name.startswith("model.layers.") and name.split(".")[-2] in kinds}
+    wanted = {name for name in wanted if name.endswith(".weight")}
+    if lost := sorted(wanted - {*found}):
+        raise ContractError(
+            f"{path}: {len(lost)} of {len(wanted)} target_modules of {CONFIG} have no LoRA, such as {lost[0]}; {FIX}"
+        )
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -71,5 +87,7 @@ def _scale(config: Any, where: Path) -> float:
             raise ContractError(f"{where}: {name} is {value!r}, which LLaVA's training does not set")
     if config.get("bias", "none") != "none":
         raise ContractError(f"{where}: bias is {config['bias']!r}; LLaVA's loader merges LoRA without biases")
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise ContractError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, expected positive numbers; {FIX}")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.safetensors_header import read_header
+from llm2clip_plugin.outside.safetensors_header import DTYPE_BYTES, read_header
 from llm2clip_plugin.outside.values import errors_about, read_json_value
 from llm2clip_plugin.vision.convert.checkpoint_files import read_tensors, weight_files
 
@@ -62,16 +62,28 @@ def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
 def open_file(path: Path, files: ExitStack) -> LazyTensors:
     """The tensors of one file. Raises ContractError if it is not complete."""
     if path.suffix != ".safetensors":
-        return {name: LazyTensor.of(tensor, path) for name, tensor in read_tensors(path).items()}
+        tensors = read_tensors(path)
+        _refuse_quantized({name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.itemsize == 1}, path)
+        return {name: LazyTensor.of(tensor, path) for name, tensor in tensors.items()}
     from safetensors import safe_open
 
     header = read_header(path, fix=FIX)
+    _refuse_quantized({n: e.dtype for n, e in header.entries.items() if DTYPE_BYTES[e.dtype] == 1}, path)
     with errors_about(path, fix=FIX):
         handle: Any = files.enter_context(safe_open(path, framework="pt"))
     return {
         name: LazyTensor(shape=entry.shape, read=lambda name=name: handle.get_tensor(name), where=str(path))
         for name, entry in header.entries.items()
     }
+
+
+def _refuse_quantized(dtypes: dict[str, str], path: Path) -> None:
+    """``dtypes``: of the tensors that have one byte a number."""
+    for name, dtype in dtypes.items():
+        raise ContractError(
+            f"{path}: {name} has dtype {dtype}, expected float weights; quantized checkpoints are not read, use the "
+            "one that this was made from"
+        )
 
 
 def write_shards(

@@ -85,7 +85,8 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
         raise ContractError(f"{path} is not a BPE tokenizer such as Llama's; {FIX}")
     config = _json(directory / CONFIG)
     config = {**config, **{k: v for k, v in _json(directory / "special_tokens_map.json").items() if v is not None}}
-    added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
+    with errors_about(directory / CONFIG, fix=FIX):
+        added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {number: token for token, number in _json(directory / "added_tokens.json").items()}
     return TokenizerFiles(
         directory=directory,

@@ -70,6 +70,12 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
         config={**fields, **sizes},
         location=location,
     )
+    check_state(checkpoint.config, "mm_vision_select_layer", sizes["num_hidden_layers"], checkpoint.directory)
+    feature = checkpoint.config.get("mm_vision_select_feature", "patch")
+    if feature not in ("patch", "cls_patch"):
+        raise ContractError(
+            f"{checkpoint.directory}: mm_vision_select_feature is {feature!r}, expected 'patch' or 'cls_patch'; {FIX}"
+        )
     width = checkpoint.config.get("mm_hidden_size")
     if width != sizes["hidden_size"]:
         raise ContractError(
@@ -77,6 +83,15 @@ def find(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
             f"has hidden_size {sizes['hidden_size']}; pass the tower that it was trained with as --tower"
         )
     return found
+
+
+def check_state(config: dict[str, Any], name: str, blocks: int, where: Path) -> None:
+    """Raise ContractError unless the setting ``name`` is a hidden state of a tower of so many blocks."""
+    state = config.get(name)
+    if type(state) is not int or not -blocks - 1 <= state <= blocks:
+        raise ContractError(
+            f"{where}: {name} is {state!r}, expected a hidden state of the tower, {-blocks - 1} to {blocks}; {FIX}"
+        )
 
 
 def tower_tensors(tower: ExportedTower, trained: LazyTensors, *, unfrozen: bool, files: ExitStack) -> LazyTensors:

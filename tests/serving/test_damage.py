@@ -1,0 +1,158 @@
+"""Damaged checkpoints and models at ``llava export`` and ``llava import``: one line each, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serve_checkpoints import V0_1, base_model, full, lora
+from torch import Tensor
+
+from llm2clip_plugin.cli import main as llm2clip
+
+WEIGHTS, CONFIG, ADAPTER = "model.safetensors", "config.json", "adapter_config.json"
+TOKENIZER, LORA = "tokenizer_config.json", "adapter_model.safetensors"
+Damage = Callable[[Path], object]
+
+
+def settings(file: str = CONFIG, **changes: object) -> Damage:
+    """Other values of a JSON file; None deletes."""
+
+    def damage(folder: Path) -> None:
+        body = {**json.loads((folder / file).read_text()), **changes}
+        (folder / file).write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
+
+    return damage
+
+
+def weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str = WEIGHTS) -> Damage:
+    """Other tensors of a file."""
+    return lambda folder: save_file(change(load_file(folder / file)), folder / file, {"format": "pt"})
+
+
+def tensor(end: str, value: Tensor) -> Damage:
+    """Another value of the tensors whose names end so."""
+    return weights(lambda state: {name: value.clone() if name.endswith(end) else old for name, old in state.items()})
+
+
+def written(file: str, text: str) -> Damage:
+    return lambda folder: (folder / file).write_text(text)
+
+
+def in_one_shard_of_two(folder: Path) -> None:
+    """The index lists two shards, which have the same tensors."""
+    state = load_file(folder / WEIGHTS)
+    names = sorted(state)
+    files = {name: f"model-0000{1 + (place >= 5)}-of-00002.safetensors" for place, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names[:5]}, folder / file, {"format": "pt"})
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / WEIGHTS).unlink()
+
+
+def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() * torch.nan for name, value in state.items()}
+
+
+TENSORS: dict[str, tuple[Damage, str]] = {  # of a checkpoint and of a Hugging Face model alike
+    "empty": (written(WEIGHTS, ""), "is not a complete safetensors file"),
+    "mixed shards": (in_one_shard_of_two, "tensors that no file has"),
+    "index without map": (lambda folder: (written(f"{WEIGHTS}.index.json", "{}")(folder), (folder / WEIGHTS).unlink()),
+                          '"weight_map"'),
+    "nan": (tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)), "q_proj.weight is nan"),
+    "int8": (tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)), "quantized checkpoints"),
+    "float8": (tensor("norm.weight", torch.ones(32).to(torch.float8_e4m3fn)), "quantized checkpoints"),
+    "block": (tensor("1.self_attn.k_proj.weight", torch.zeros(48, 32)), "k_proj.weight has shape (48, 32)"),
+    "transposed": (tensor("1.mlp.down_proj.weight", torch.zeros(64, 32)), "config.json says (32, 64)"),
+    "norm": (tensor("1.input_layernorm.weight", torch.zeros(48)), "1.input_layernorm.weight has shape (48,)"),
+    "rows in one": (tensor("embed_tokens.weight", torch.zeros(600)), "embed_tokens.weight has shape"),
+}  # fmt: skip
+PROJECTOR: dict[str, tuple[Damage, str]] = {
+    "projector's bias": (tensor("mm_projector.0.bias", torch.zeros(48)), "mm_projector.0.bias has shape (48,)"),
+    "second bias": (tensor("mm_projector.2.bias", torch.zeros(48)), "mm_projector.2.bias has shape (48,)"),
+    "projector's width": (tensor("mm_projector.0.weight", torch.zeros(32, 48)), "config.json says (32, 32)"),
+}
+SETTINGS: dict[str, tuple[Damage, str]] = {
+    "no tower": (settings(mm_vision_tower=None), "there is no mm_vision_tower"),
+    "no layer": (settings(mm_vision_select_layer=None), "mm_vision_select_layer is None, expected a hidden state"),
+    "layer as text": (settings(mm_vision_select_layer="-2"), "mm_vision_select_layer is '-2'"),
+    "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer is -40"),
+    "feature": (settings(mm_vision_select_feature="class"), "expected 'patch' or 'cls_patch'"),
+    "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "is quantized (bitsandbytes)"),
+    "heads": (settings(num_attention_heads=5), "q_proj.weight has shape (32, 32), config.json says (30, 32)"),
+    "key heads": (settings(num_key_value_heads=3), "k_proj.weight has shape (32, 32), config.json says (24, 32)"),
+    "float": (settings(num_hidden_layers=2.0), "num_hidden_layers is 2.0, expected a positive whole number"),
+    "rope": (settings(rope_parameters=[1]), "rope_parameters is [1], expected an object"),
+    "base": (settings(rope_theta="x"), "rope_theta is 'x', expected a number"),
+    "tied": (settings(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes', expected true or false"),
+    "added tokens": (settings(TOKENIZER, added_tokens_decoder=[1]), f"{TOKENIZER} cannot be used"),
+    "tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "no tokenizer.model in"),
+}
+ADAPTERS: dict[str, tuple[Damage, str]] = {
+    "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "writes the projector of a LoRA"),
+    "cut": (lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]), "not a complete"),
+    "empty": (weights(lambda _: {}, LORA), "6 of 6 target_modules of adapter_config.json have no LoRA"),
+    "block lost": (weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA), "3 of 6 target_modules"),
+    "flat": (weights(lambda s: {n: v.flatten() for n, v in s.items()}, LORA), "says r 4"),
+    "int8": (weights(lambda s: {n: v.to(torch.int8) for n, v in s.items()}, LORA), "quantized checkpoints"),
+    "nan": (weights(nan, LORA), "up_proj.weight is nan"),
+    "no rank": (settings(ADAPTER, r=None), "r is None and lora_alpha 8, expected positive numbers"),
+    "rank 0": (settings(ADAPTER, r=0), "r is 0"),
+    "another rank": (settings(ADAPTER, r=8), "says r 8"),
+    "no alpha": (settings(ADAPTER, lora_alpha=None), "lora_alpha None"),
+    "list": (written(ADAPTER, "[]"), "contains a list, expected an object"),
+}
+MODELS: dict[str, tuple[Damage, str]] = {
+    "projector": (tensor("linear_1.bias", torch.zeros(48)), "mm_projector.0.bias has shape (48,)"),
+    "vision_config": (settings(vision_config=[1]), "vision_config is a list, expected an object"),
+    "record": (settings(llm2clip_export=[1]), "llm2clip_export is a list, expected an object"),
+    "far layer": (settings(vision_feature_layer=-40), "vision_feature_layer is -40"),
+    "cut tokenizer": (lambda folder: (folder / "tokenizer.model").write_bytes(b"\n"), "tokenizer.model"),
+    "tokens": (written("tokenizer.json", '{"added_tokens": ["x"]}'), "tokenizer.json cannot be used"),
+    "no images": (lambda folder: (folder / "preprocessor_config.json").unlink(), "no preprocessor_config.json in"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each kind that nothing is wrong with."""
+    root, clip = tmp_path_factory.mktemp("whole"), V0_1 / "towers" / "clip"
+    checkpoint = full(root / "llava-full", clip)
+    words = ["llava", "export", str(checkpoint), "--output", str(root / "hf"), "--no-compare", "--dtype", "keep"]
+    assert llm2clip(words) == 0
+    return {"full": checkpoint, "lora": lora(root / "llava-lora", clip, base_model(root / "vicuna")), "hf": root / "hf"}
+
+
+def cases(damages: dict[str, tuple[Damage, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("damage, said", damages.values(), ids=damages)
+
+
+def check(source: Path, folder: Path, damage: Damage, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damage a copy and convert it; from a Hugging Face model to LLaVA's checkpoint, else the other way."""
+    copy, out = shutil.copytree(source, folder / source.name), folder / "out" / "llava-out"
+    damage(copy)
+    words = ("import", str(copy)) if source.name == "hf" else ("export", str(copy), "--no-compare")
+    assert llm2clip(["llava", *words, "--output", str(out)]) == 2
+    *noise, message = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith("error: ") and said in message and not [line for line in noise if "Traceback" in line]
+    assert not out.parent.exists() or not [*out.parent.iterdir()]
+
+
+@cases(TENSORS | PROJECTOR | SETTINGS)
+def test_a_full_checkpoint(whole, tmp_path, capsys, damage, said):
+    check(whole["full"], tmp_path, damage, said, capsys)
+
+
+@cases(ADAPTERS)
+def test_a_lora(whole, tmp_path, capsys, damage, said):
+    check(whole["lora"], tmp_path, damage, said, capsys)
+
+
+@cases({name: case for name, case in TENSORS.items() if name != "nan"} | MODELS)
+def test_a_hugging_face_model(whole, tmp_path, capsys, damage, said):
+    check(whole["hf"], tmp_path, damage, said, capsys)
