@@ -1,8 +1,8 @@
 """Scores of the LLaVA miniature's answers, as files for `llm2clip compare`.
 
 Closed questions are right or wrong. An open answer, the name of an emoji, is scored twice: whether it has a word of the
-emoji's name or keywords, and by the cosine of answer and name in the embeddings of a teacher. What says how much of it
-comes from the picture: the same answers with the pictures exchanged, every answer against all other emoji.
+emoji's name or keywords, and by the cosine of answer and name in the embeddings of a teacher. What is compared is how
+many points that is above the same answer against the pictures of all other emoji: what comes from the picture.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def score(output: Path, name: str, note: str, teacher: Teacher | None) -> None:
         made = dataclasses.replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
         file = result.benchmark.removeprefix("miniature: ").replace(", ", "-").replace(" ", "-")
         made.write(output / "scores" / side / seed / f"{file}.scores.json")
-        reached = 100 * sum(item["score"] for item in result.items) / len(result.items)
+        reached = next(iter(result.metrics.values()))
         print(f"{name:>8}  {result.benchmark:31} {reached:5.1f} % of {len(result.items)} ({result.notes[-1]})")
 
 
@@ -114,17 +114,19 @@ def by_teacher(rows: list[Row], teacher: Teacher | None) -> ScoreFile | None:
 
 
 def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
-    """``scores``: answers x pictures; the mean over each answer's own picture, and over those of other emoji."""
-    own = [scores[place][place] for place in range(len(rows))]
-    others = [
-        value
-        for row, values in zip(rows, scores, strict=True)
-        for other, value in zip(rows, values, strict=True)
-        if other["cluster"] != row["cluster"]
-    ]
-    exchanged = 100 * sum(others) / max(1, len(others))
-    metrics = {metric.replace(" ", "_"): 100 * sum(own) / len(own), "pictures_exchanged": exchanged}
-    return record(kind, rows, own, metrics, f"{metric}; with the pictures exchanged: {exchanged:.1f} %")
+    """``scores``: answers x pictures. Score of an answer: how many points its own picture is above those of other emoji.
+
+    So a model that always says the same scores 0, however often it happens to be right.
+    """
+    own = [100 * scores[place][place] for place in range(len(rows))]
+    exchanged = []
+    for row, values in zip(rows, scores, strict=True):
+        others = [value for other, value in zip(rows, values, strict=True) if other["cluster"] != row["cluster"]]
+        exchanged.append(100 * sum(others) / max(1, len(others)))
+    above = [a - b for a, b in zip(own, exchanged, strict=True)]
+    reached, by_chance = (sum(values) / len(values) for values in (own, exchanged))
+    metrics = {metric.replace(" ", "_"): reached, "pictures_exchanged": by_chance, "above": reached - by_chance}
+    return record(kind, rows, above, metrics, f"{metric}; with the pictures exchanged: {by_chance:.1f} %")
 
 
 def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str) -> ScoreFile:

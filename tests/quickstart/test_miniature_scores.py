@@ -32,18 +32,31 @@ ROWS = [
 ]
 
 
+def points(made: ScoreFile | None) -> list[float]:
+    assert made is not None
+    return [item["score"] for item in made.items]
+
+
 def test_an_answer_counts_with_a_word_that_says_something():
     made = scores.by_keyword(ROWS)
-    assert made is not None and [item["score"] for item in made.items] == [1, 1, 0, 0]
-    # of 12 pairs with the pictures of others: "cat hat" has the hat of 3, "feline" that of 1
-    assert made.metrics == {"word_of_the_name_or_a_keyword": 50.0, "pictures_exchanged": pytest.approx(100 * 2 / 12)}
+    # of the pictures of the three others, "cat hat" has the hat of 3, "feline" that of 1
+    assert points(made) == [pytest.approx(100 * 2 / 3), pytest.approx(100 * 2 / 3), 0, 0]
+    assert made is not None and made.metrics == {
+        "word_of_the_name_or_a_keyword": 50.0,
+        "pictures_exchanged": pytest.approx(100 / 6),
+        "above": pytest.approx(100 / 3),
+    }
     assert scores.by_keyword([]) is None
+
+
+def test_saying_the_same_of_every_picture_scores_nothing():
+    made = scores.by_keyword([row(str(number), "a face", "happy face") for number in range(4)])
+    assert points(made) == [0, 0, 0, 0] and made is not None and made.metrics["pictures_exchanged"] == 100
 
 
 def test_pictures_of_the_same_emoji_are_not_exchanged():
     twice = [row("1", "cat", "cat"), {**row("1", "cat", "cat"), "question_id": "fluent-1"}, row("2", "dog", "cow")]
-    made = scores.by_keyword(twice)
-    assert made is not None and made.metrics["pictures_exchanged"] == 0
+    assert points(scores.by_keyword(twice)) == [100, 100, 0]
 
 
 def test_a_teacher_compares_answers_with_names():
@@ -52,8 +65,7 @@ def test_a_teacher_compares_answers_with_names():
             return [[1.0 if answer[0] == name[0] else -1.0 for name in names] for answer in answers]
 
     made = scores.by_teacher([row("1", "cat", "cow"), row("2", "cow", "dog"), row("3", "", "?")], Letters())  # type: ignore[arg-type]
-    assert made is not None and [item["score"] for item in made.items] == [1, 0, 0]  # empty: 0 whatever stands for it
-    assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)  # "cow" with the cow of 1
+    assert points(made) == [100, -50, 0]  # "cow" is the cow of 1; empty is 0 whatever stands for it
     assert scores.by_teacher(ROWS, None) is None
 
 
