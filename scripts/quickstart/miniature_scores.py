@@ -114,7 +114,7 @@ def by_teacher(rows: list[Row], teacher: Teacher | None) -> ScoreFile | None:
 
 
 def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
-    """``scores``: answers x pictures. Score of an answer: how many points its own picture is above those of other emoji.
+    """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other emoji.
 
     So a model that always says the same scores 0, however often it happens to be right.
     """
