@@ -116,7 +116,8 @@ def test_stage_2_starts_from_it(trained: Path):
 
 
 KILLED = {  # of which run, after how many steps, ZeRO stage
-    "stage 1": ("whole", 10, 1),
+    "stage 1, ZeRO-1": ("whole", 10, 1),
+    "stage 1, ZeRO-3": ("whole", 10, 3),
     "stage 2, ZeRO-1": ("stage2", 3, 1),
     "stage 2, ZeRO-3": ("stage2", 3, 3),
 }
@@ -125,8 +126,9 @@ KILLED = {  # of which run, after how many steps, ZeRO stage
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(KILLED))
 def test_a_sigkill_changes_nothing(trained: Path, tmp_path: Path, name: str):
-    """Both ranks die between checkpoints, and the run is started again, stage 1 by a launcher. The whole stage 2 ran
-    under ZeRO-3, so ZeRO-1 sums in another order (1e-5); the twin is bit for bit the same only under the same."""
+    """Both ranks die between checkpoints, and the run is started again, stage 1 by a launcher. The whole stage 1 ran
+    under ZeRO-1, stage 2 under ZeRO-3: the other one sums in another order (1e-5), and the twin is bit for bit the same
+    only under the same."""
     whole, goal, zero = KILLED[name]
     words = (options_1 if whole == "whole" else options_2)(trained, tmp_path / "run", zero)
     script = "scripts/train_text_adapter.py" if whole == "whole" else "scripts/train_tower.py"
