@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from inspect import signature
 
 from llava_integration.compat.completion import installed_version
+from llm2clip_plugin.quiet import quiet_peft
 
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
@@ -78,6 +79,7 @@ def adapters_stay_fp32() -> bool:
     """
     if find_spec("peft") is None:
         return True
+    quiet_peft()
     from peft import PeftModel
 
     return "autocast_adapter_dtype" in signature(PeftModel.from_pretrained).parameters
