@@ -156,7 +156,7 @@ def wrap_initialize_vision_modules(original: Function) -> Function:
 
 def refuse_selection() -> None:
     """End LLaVA's training with one line and status 2, before its model is loaded, if its command line selects a hidden
-    state that our tower has not. LLaVA would fail once the language model is there."""
+    state that our tower does not have. LLaVA would fail once the language model is there."""
     tower = option_value(sys.argv, "--vision_tower")
     if not names.is_ours(tower):
         return

@@ -202,8 +202,8 @@ def unknown_command(words: list[str]) -> str:
     siblings = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]  # `data check` for `data chekc`
     given = " ".join(words[:2]) if siblings else words[0]
     near = closest(given, COMMANDS) or closest(" ".join(words[:2]), COMMANDS)
-    told = f"unknown command {given!r}" + (f"; did you mean {near!r}?" if near else "")
-    return joined(told, f"known: {', '.join(siblings or COMMANDS)}")
+    problem = f"unknown command {given!r}" + (f"; did you mean {near!r}?" if near else "")
+    return joined(problem, f"known: {', '.join(siblings or COMMANDS)}")
 
 
 def command() -> "NoReturn":

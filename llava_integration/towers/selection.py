@@ -24,7 +24,7 @@ def option_value(words: Sequence[str], name: str) -> str:
 
 
 def check_selection(words: Sequence[str], num_layers: int) -> None:
-    """Raise ValueError if LLaVA's options select a hidden state that a tower has not, or unknown features."""
+    """Raise ValueError if LLaVA's options select a hidden state that a tower does not have, or unknown features."""
     layer, feature = (option_value(words, f"--mm_vision_select_{name}") for name in ("layer", "feature"))
     if re.fullmatch(r"[+-]?\d+", layer):
         blocks_below(int(layer), num_layers)

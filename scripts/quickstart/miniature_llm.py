@@ -156,7 +156,7 @@ def speak_chatml(folder: Path, name: str) -> None:
     numbers = {"bos_token_id": ids[other], "eos_token_id": ids[CHATML[1]], "pad_token_id": ids[other]}
     (folder / "generation_config.json").write_text(json.dumps(numbers))
     if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
-        config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 without a word
+        config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 silently
     (folder / "config.json").write_text(json.dumps({**config, **numbers}, indent=2))
 
 
