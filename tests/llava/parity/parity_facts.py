@@ -1,7 +1,7 @@
 """What LLaVA does on the libraries of this environment: token ids and label masks, answers, training.
 
-    PYTHONPATH=tests/llava .venv-llava/bin/python tests/llava/parity/parity_facts.py      writes golden.json
-    PYTHONPATH=tests/llava ... parity_facts.py WORLD MINE THEIRS      trains into MINE; opens what is in both
+    PYTHONPATH=tests:tests/llava .venv-llava/bin/python tests/llava/parity/parity_facts.py      writes golden.json
+    PYTHONPATH=tests:tests/llava ... parity_facts.py WORLD MINE THEIRS      trains into MINE; opens what is in both
 
 The test compares both with what it sees in its own process.
 """
