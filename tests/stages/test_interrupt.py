@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def raises_on_sigint() -> Iterator[None]:
+    """Python's own handler, also in a shell's background, where the signal is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("raises_on_sigint")
 def test_once_loaded_it_is_left_to_the_handlers() -> None:
     """Of this process, in which the signal would otherwise end the tests; and twice is as once."""
     for _ in range(2):

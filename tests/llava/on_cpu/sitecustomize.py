@@ -1,7 +1,7 @@
 """On a machine without a GPU, what LLaVA's evaluation does with CUDA unconditionally does nothing. For tests alone.
 
 Its training is completed by the package itself (llava_integration.training); with our hook off, for a comparison, here.
-All of it waits for the import of torch, which most processes of a shell script never do.
+Otherwise it waits for the import of torch, which most processes of a shell script never do.
 """
 
 import os
@@ -13,10 +13,6 @@ def complete(torch):
     """Called when torch has been imported."""
     if torch.cuda.is_available():
         return
-    if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
-        from llava_integration.training import complete_for_cpu
-
-        complete_for_cpu()
     torch.Tensor.cuda = lambda self, *arguments, **options: self  # llava.eval.*
     tensor_to = torch.Tensor.to
 
@@ -48,3 +44,10 @@ class Watcher:
 
 
 sys.meta_path.insert(0, Watcher())
+if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":  # at once: DeepSpeed imports torch while it is not yet whole itself
+    import torch
+
+    if not torch.cuda.is_available():
+        from llava_integration.training import complete_for_cpu
+
+        complete_for_cpu()
