@@ -151,7 +151,10 @@ half() { # half COMMAND...: with half of the cores
     "$@"
 }
 tune() { # tune SEED: train an adapter
-    local tuning=$DATA/llm/seed$1
+    local tuning=$DATA/llm/seed$1 validation=()
+    [ "$PRESET" = smoke ] || # a few seconds
+        validation=(--validation llm2clip_plugin/data/emoji/validation-noto.tar --eval-steps "$((TUNE_STEPS / 2))"
+            --evaluation.retrieve short:keywords --evaluation.no-across --evaluation.limit 100)
     [ -f "$tuning/adapter/llm2clip_encoder.json" ] && return
     say "stage 1: fine-tuning the LLM contrastively on English captions, seed $1"
     # captions are the same in every style, so one shard is enough
@@ -160,8 +163,7 @@ tune() { # tune SEED: train an adapter
         --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
         --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
         --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1 \
-        --validation llm2clip_plugin/data/emoji/validation-noto.tar --eval-steps "$((TUNE_STEPS / 2))" \
-        --evaluation.retrieve short:keywords --evaluation.no-across --evaluation.limit 100 # a few seconds
+        ${validation[@]+"${validation[@]}"}
 }
 
 # ------------------------------------------------------------------------------------------------------------ tower
@@ -204,15 +206,19 @@ if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
         meanwhile embed-raw half embed raw "{train,validation}"
         half embed tuned-seed0 "{train,validation}"
         join
+    elif [ "$PRESET" = smoke ]; then
+        embed "$BEST_CACHE" train
     else
         embed "$BEST_CACHE" "{train,validation}"
     fi
 fi
 
 # ------------------------------------------------------------------------------------------------------------ seeds
-watched() { # watched NAME SEED CACHE: train a tower, and evaluate it on validation images in one style
-    train "$1" "$2" "$3" "$DATA/all/train-*.tar" \
-        --validation "$DATA/all/validation-noto.tar" --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 5))"
+watched() { # watched NAME SEED CACHE: train a tower, and (but for a smoke run) evaluate it on validation images in one style
+    local validation=()
+    [ "$PRESET" = smoke ] || validation=(--validation "$DATA/all/validation-noto.tar"
+        --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 5))")
+    train "$1" "$2" "$3" "$DATA/all/train-*.tar" ${validation[@]+"${validation[@]}"}
 }
 towers() { # towers SEED: of both teachers
     local raw=()

@@ -41,47 +41,30 @@ installs() { # COMMAND PACKAGE...: installs the packages, if the command is miss
     apt-get install -y -qq "${@:2}" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }
 }
 
-training_checks() {
-    installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
-    { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
-        echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
-    check .venv/bin/ruff check .
-    check .venv/bin/ruff format --check .
-    check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
-}
+installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
+{ PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
+    echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
+check .venv/bin/ruff check .
+check .venv/bin/ruff format --check .
+check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
 
-llava_checks() {
-    check .venv/bin/pyright
-    check wait "$ENVIRONMENTS"
-    check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
-    # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
-    extensions_of .venv-llava
-    check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
-    check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
-    # LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
-    if find_python_3_10 >/dev/null; then
-        extensions_of .venv-pinned
-        check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
-            tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
-            -k "not launcher and not deepspeed and not finetune-2" --durations=5
-    else
-        echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
-    fi
-    # A user's first command, in little, through to LLaVA.
-    check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
-}
-
-# Both halves at once, if 12 GB are free: alone, each leaves a part of two cores idle while processes start or deadlines pass.
-if [ "$(awk '/MemAvailable/ { print int($2 / 1048576) }' /proc/meminfo 2>/dev/null || echo 0)" -ge 12 ]; then
-    LOG=$(mktemp)
-    training_checks >"$LOG" 2>&1 &
-    TRAINING=$!
-    llava_checks
-    wait "$TRAINING" || echo training_checks >>"$FAILED"
-    cat "$LOG"
+check .venv/bin/pyright
+check wait "$ENVIRONMENTS"
+check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
+# LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
+extensions_of .venv-llava
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
+# LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
+if find_python_3_10 >/dev/null; then
+    extensions_of .venv-pinned
+    check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
+        tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
+        -k "not launcher and not deepspeed and not finetune-2" --durations=5
 else
-    training_checks
-    llava_checks
+    echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
 fi
+# A user's first command, in little, through to LLaVA.
+check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
 
 [ ! -s "$FAILED" ] || { sed 's/^/failed: /' "$FAILED" >&2; exit 1; }
