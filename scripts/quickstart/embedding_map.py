@@ -1,7 +1,7 @@
 """A map of the teachers' embeddings for the quickstart's page: names of the same emoji in 12 languages.
 
 Principal components of all test names, the mean subtracted; the two that vary most are drawn. How close names really
-are is counted in all dimensions, beside the map.
+are is also counted, in all dimensions.
 
 Shapes: N names, W width of an embedding.
 """
