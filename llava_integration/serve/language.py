@@ -18,8 +18,17 @@ PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2
 TOWER = "model.vision_tower."
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # computed; old versions saved it
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
-BLOCK += ("mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # there is no Llama without
+# optional settings: their type, and its words; one of another type is an error here rather than in the server
+OPTIONAL: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        ("rms_norm_eps", "rope_theta", "initializer_range", "attention_dropout"), ((int, float), "a number")
+    ),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings"), (int, "a whole number")),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), (dict, "an object")),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"), (bool, "true or false")),
+    "hidden_act": (str, "a name"),
+}
 
 
 def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -34,25 +43,16 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
     return {**text, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokens}
 
 
-# settings by type; other types are told, not passed on to the server
-NUMBERS = "rms_norm_eps rope_theta initializer_range attention_dropout".split()
-COUNTS = "num_key_value_heads head_dim max_position_embeddings".split()
-DICTS, FLAGS = ("rope_parameters", "rope_scaling"), ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
-TYPES = [(NUMBERS, (int, float), "a number"), (COUNTS, int, "a whole number"), (DICTS, dict, "an object")]
-TYPES += [(FLAGS, bool, "true or false"), (("hidden_act",), str, "a name")]
-
-
 def check_settings(config: dict[str, Any]) -> None:
     """Raise ContractError for settings without which there is no Llama, or of another type."""
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in SIZES:
         value = config.get(name)
         if type(value) is not int or value < 1:
             raise ContractError(f"config.json: {name} is {value!r}, expected a positive whole number; {FIX}")
-    for names, kind, words in TYPES:
-        for name in names:
-            value = config.get(name)
-            if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-                raise ContractError(f"config.json: {name} is {value!r}, expected {words}; {FIX}")
+    for name, (kind, words) in OPTIONAL.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise ContractError(f"config.json: {name} is {value!r}, expected {words}; {FIX}")
 
 
 def hf_name(name: str) -> str:
@@ -68,9 +68,15 @@ def hf_name(name: str) -> str:
 
 
 def expected(config: dict[str, Any]) -> list[str]:
-    """The weights that every checkpoint of this configuration has, under LLaVA's names."""
+    """The weights that every checkpoint of this configuration has, under LLaVA's names.
+
+    Raises ContractError for settings without which there is no Llama.
+    """
+    check_settings(config)
     head = [] if config.get("tie_word_embeddings") else [HEAD]
-    blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
+    blocks = [
+        f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in block_shapes(config)
+    ]
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
     return [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
 
@@ -103,17 +109,22 @@ def _order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def shapes_of(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of one block, by name."""
+def block_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a block's weights, by their names in it."""
     width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    each = config.get("head_dim") or width // heads
-    queries, values = heads * each, (config.get("num_key_value_heads") or heads) * each
-    block = dict(
-        zip(BLOCK, [(queries, width), (values, width), (values, width), (width, queries), (mlp, width)], strict=False)
-    )
-    block |= {"mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp)}
-    block |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (width,))
-    return {f"model.layers.{layer}.{part}.weight": shape for part, shape in block.items()}
+    per_head = config.get("head_dim") or width // heads
+    queries, values = heads * per_head, (config.get("num_key_value_heads") or heads) * per_head
+    return {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (values, width),
+        "self_attn.v_proj": (values, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
 
 
 def check_shapes(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> None:
@@ -121,7 +132,7 @@ def check_shapes(tensors: LazyTensors, config: dict[str, Any], tokens: int, wher
     width, vision = config["hidden_size"], config.get("mm_hidden_size")
     shapes: dict[str, tuple[int | None, ...]] = {"model.norm.weight": (width,)}
     for layer in range(config["num_hidden_layers"]):
-        shapes |= shapes_of(config, layer)
+        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in block_shapes(config).items()}
     shapes |= {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()}
     shapes |= {"model.mm_projector.0.weight": (width, vision), "model.mm_projector.2.weight": (width, width)}
     shapes |= {"model.mm_projector.0.bias": (width,), "model.mm_projector.2.bias": (width,)}
