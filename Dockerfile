@@ -9,7 +9,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -
 WORKDIR /opt/llm2clip
 COPY . .
 # any user (docker run --user) may write what is compiled or cached at run time
-ENV TORCH_EXTENSIONS_DIR=/tmp/torch-extensions PIP_NO_CACHE_DIR=1
+ENV TORCH_EXTENSIONS_DIR=/tmp/torch-extensions PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1
 
 FROM base AS llava
 RUN ROOT=$PWD; . scripts/environments.sh; llava_environment .venv-llava

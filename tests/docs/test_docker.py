@@ -66,19 +66,19 @@ def build(tmp_path: Path):
 def test_the_training_image_is_the_training_environment(build):
     called = build("train")
     assert called[1].startswith("apt-get install") and "g++" in called[1]
-    assert "python -m pip install -q -e ROOT[train]" in called
+    assert "python -m uv pip install -q --python .venv/bin/python -e ROOT[train]" in called
     assert list(stages())[-1] == "train"  # what `docker build .` makes
 
 
 def test_the_llava_image_is_llavas_environment(build):
     called = "\n".join(build("llava"))
-    assert "transformers==4.37.2" in called and "install -q --no-deps llava-torch==1.2.2.post1" in called
-    assert "python -m pip install -q -e ROOT\n" in called + "\n"
+    assert "transformers==4.37.2" in called and "--no-deps llava-torch==1.2.2.post1" in called
+    assert "python -m uv pip install -q --python .venv-llava/bin/python -e ROOT\n" in called + "\n"
 
 
 def test_the_test_image_has_both_and_runs_what_ci_runs(build):
     called = "\n".join(build("test"))
-    assert "install -q -e ROOT[train,dev]" in called and "llava-torch==1.2.2.post1" in called
+    assert "-e ROOT[train,dev]" in called and "llava-torch==1.2.2.post1" in called
     assert ("CMD", '["scripts/test.sh"]') in stages()["test"]
     assert "exec scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
 
