@@ -47,7 +47,7 @@ done
 case "$PRESET" in
     default) SIZE=56 SUBSET="" TUNE_STEPS=12 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=50 FREEZE=0 ;;
     long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=0 ;;
-    smoke) SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=5 TUNE_BATCH=48 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
+    smoke) SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=4 TUNE_BATCH=32 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
@@ -196,7 +196,7 @@ if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
     if [ "$PRESET" = smoke ]; then meanwhile embed-raw half embed raw test; else embed raw test; fi
     if [ "$TEACHER" = both ]; then
         tune 0
-        embed tuned-seed0 test
+        if [ "$PRESET" = smoke ]; then embed tuned-seed0 "{test,train}"; else embed tuned-seed0 test; fi # a start less
         join
         say "first result: the teachers, caption to caption"
         python scripts/quickstart/report.py --teachers --data "$DATA"
@@ -206,10 +206,10 @@ if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
         meanwhile embed-raw half embed raw "{train,validation}"
         half embed tuned-seed0 "{train,validation}"
         join
-    elif [ "$PRESET" = smoke ]; then
-        embed "$BEST_CACHE" train
-    else
+    elif [ "$PRESET" != smoke ]; then
         embed "$BEST_CACHE" "{train,validation}"
+    elif [ "$TEACHER" = raw ]; then
+        embed raw train
     fi
 fi
 

@@ -8,7 +8,8 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder) # one thread each; a file's tests share fixtures; the slow files first
+# More workers than cores, as many tests wait; one thread each; a file's tests share fixtures; the slow files first.
+WORKERS=(-n 3 --dist loadfile --no-loadscope-reorder)
 
 if [ "${1:-}" = --servers ]; then
     shift

@@ -3,7 +3,7 @@
 
 pip config list | uv_as_pip.py      prints ``export NAME=VALUE`` lines for a shell
 
-uv reads none of pip's settings (https://docs.astral.sh/uv/pip/compatibility/). What a variable of uv says already stays.
+uv reads none of pip's settings (https://docs.astral.sh/uv/pip/compatibility/). What uv is told already stays.
 """
 
 import ast

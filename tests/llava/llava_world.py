@@ -138,38 +138,42 @@ class World:
         *options: str,
         ranks: int = 0,
         zero: int = 2,
-        target: tuple[str, ...] = (),
+        launched: tuple[str | Path, ...] = (),
         **environment: str,
     ) -> list[float]:
         """One of LLaVA's training stages; returns the loss of each step.
 
-        ``kind``: pretrain, finetune or lora. ``ranks`` 0: ``python -m llava.train.train``; else DeepSpeed's launcher
-        with ``target``, the path of LLaVA's script if nothing else is said.
+        ``kind``: pretrain, finetune or lora. ``ranks`` 0: without DeepSpeed. ``launched``: what DeepSpeed's launcher
+        starts, such as LLaVA's script; without it, the ranks are started as it starts them.
         """
+        words = [*self.stage_options(kind, tower, output), *options]
         if ranks:
-            import llava.train
-
-            target = target or (str(Path(llava.train.__path__[0]) / "train.py"),)
+            words = ["--deepspeed", str(self.zero_config(zero)), *words]
+        if launched:
             launcher = Path(sys.executable).with_name("deepspeed")
-            words = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *target]
-            words += ["--deepspeed", self.zero_config(zero), *self.stage_options(kind, tower, output)]
-            self.run(*map(str, words), *options, **environment)
+            given = ("--num_gpus", ranks, "--master_port", free_port(), *launched)
+            self.run(launcher, *map(str, given), *words, **environment)
         else:
-            self.train([*self.stage_options(kind, tower, output), *options], environment)
+            self.train(words, environment, ranks)
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         return [entry["loss"] for entry in history if "loss" in entry]
 
-    def train(self, words: list[str], variables: dict[str, str]) -> None:
-        """``python -m llava.train.train WORDS`` in a process forked from one that has imported the libraries."""
+    def train(self, words: list[str], variables: dict[str, str], ranks: int = 0) -> None:
+        """``python -m llava.train.train WORDS``, by each of the ranks, forked from a process that has its libraries."""
         here = self.root / "here"
         here.mkdir(exist_ok=True)
         os.environ.update(ACCELERATOR)  # read when DeepSpeed is imported
         for _ in range(2):
-            process = Module("llava.train.train", words, self.environment(**variables), here, on_cpu)
-            status = process.wait(1200)
-            if status == 0 or ABORT_AT_EXIT not in process.output:
+            common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            places = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] or [{}]
+            processes = [
+                Module("llava.train.train", words, self.environment(**variables, **place), here, on_cpu)
+                for place in places
+            ]
+            failed = [process.output for process in processes if process.wait(1200) != 0]
+            if not any(ABORT_AT_EXIT in output for output in failed):
                 break
-        assert status == 0, process.output
+        assert not failed, failed[0]
 
     def stage_options(self, kind: str, tower: str, output: Path) -> list[str]:
         """LLaVA's own options, as in its scripts, at a tiny size on a CPU."""

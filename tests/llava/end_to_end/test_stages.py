@@ -123,11 +123,14 @@ def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_deepspeed_launcher_with_two_ranks(world, trained, tmp_path, zero):
-    """ZeRO-2 and ZeRO-3, by the script's path under the launcher; the checkpoint holds the tower whole, and loads."""
+    """ZeRO-2, and ZeRO-3 by the script's path under the launcher; the checkpoint holds the tower whole, and loads."""
+    import llava.train
+
     pretrained = projector(trained[0]["pretrain"])
     chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
     ours = tmp_path / "llava-ours"
-    losses = world.stage("finetune", "llm2clip", ours, *pretrained, ranks=2, zero=zero, **chosen)
+    launched = (Path(llava.train.__path__[0]) / "train.py",) if zero == 3 else ()
+    losses = world.stage("finetune", "llm2clip", ours, *pretrained, ranks=2, zero=zero, launched=launched, **chosen)
     assert len(losses) == 3
     saved = weights(ours)
     for name, tensor in weights(world.towers["clip"]).items():
@@ -202,7 +205,7 @@ def test_launch_under_deepspeed_where_pth_files_are_not_read(world, trained, tmp
     assert world.python("-c", knows, **here).strip().endswith("False")
     launched = ("--module", "llava_integration.launch", "llava.train.train")
     output, more = tmp_path / "llava-launched", projector(trained[0]["pretrain"])
-    losses = world.stage("finetune", "llm2clip", output, *more, ranks=1, target=launched, **here)
+    losses = world.stage("finetune", "llm2clip", output, *more, ranks=1, launched=launched, **here)
     assert len(losses) == 3
     record = json.loads((output / "config.json").read_text())["llm2clip_tower"]
     assert record["origin"] == str(world.towers["clip"].resolve())
