@@ -6,14 +6,15 @@
 #                                           headline.json there: what was shown, with interval and chance, and what was not
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under four minutes)
 #   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the headline by seed
-#   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, takes three times as long
+#   scripts/quickstart.sh --preset long     98 pixels instead of 56: better towers, takes three times as long; LLaVA with SmolLM2
 #   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
 #   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
 #                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
-#                                           model of 2.5 million weights (tiny); needs longer training than two cores give it
+#                                           model of 2.5 million weights (tiny): a quarter of an hour more on two cores; the
+#                                           default on a GPU
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume: finished parts are
@@ -25,7 +26,7 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM=tiny
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
@@ -52,7 +53,7 @@ case "$PRESET" in
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
 case "$DOMAIN" in "" | tuxpaint) ;; *) echo "error: unknown domain $DOMAIN; known: tuxpaint" >&2; exit 2 ;; esac
-case "$LLAVA_LLM" in tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
+case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
 # ------------------------------------------------------------------------------------------------------ environment
@@ -86,6 +87,10 @@ LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) P
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
 CORES=$(env -u OMP_NUM_THREADS nproc)
 HALF=$((CORES > 1 ? CORES / 2 : 1)) # threads of one of two jobs that run side by side
+if [ -z "$LLAVA_LLM" ]; then # a real one where it is trained in minutes, or time is given
+    LLAVA_LLM=tiny
+    [ -n "$TINY" ] || case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=smollm2 ;; esac
+fi
 if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
     RANKS=$((CORES > 1 ? 2 : 1))

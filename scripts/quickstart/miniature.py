@@ -28,6 +28,7 @@ from llm2clip_plugin.contracts import atomic_directory
 
 GROUP, NAME = "Which group does the emoji belong to?", "What does the emoji show?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
+TURNS = 4  # of a conversation
 
 
 def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
@@ -36,15 +37,21 @@ def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         yield from read_tar(shard)
 
 
-def easy_vqa(split: str, count: int) -> list[tuple[str, Path, str, str]]:
-    """(id, picture, question, answer) of ``count`` questions in a fixed random selection, half of them yes or no."""
+def easy_vqa(split: str, count: int, pictures: int | None = None) -> list[tuple[str, Path, str, str]]:
+    """(id, picture, question, answer) of ``count`` questions in a fixed random selection, half of them yes or no.
+
+    ``pictures``: about so many pictures, instead of any.
+    """
     import easy_vqa
 
     folder = Path(str(easy_vqa.__file__)).parent / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
-    closed = [place for place, (_, answer, _) in enumerate(questions) if answer in ("yes", "no")]
-    others = [place for place, (_, answer, _) in enumerate(questions) if answer not in ("yes", "no")]
     draw = random.Random(0)
+    shown = sorted({image for _, _, image in questions})
+    chosen = set(shown if pictures is None else draw.sample(shown, pictures))
+    places = [place for place, (_, _, image) in enumerate(questions) if image in chosen]
+    closed = [place for place in places if questions[place][1] in ("yes", "no")]
+    others = [place for place in places if questions[place][1] not in ("yes", "no")]
     drawn = draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)
     found = []
     for place in sorted(drawn):
@@ -66,17 +73,39 @@ def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
     return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
 
 
+def conversations(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Questions about the same picture as turns of one conversation, as in LLaVA 1.5's own data; at most ``TURNS``."""
+    of_picture: dict[str, list[dict[str, Any]]] = {}
+    for row in questions:
+        of_picture.setdefault(row["image"], []).append(row)
+    made = []
+    for rows in of_picture.values():
+        for start in range(0, len(rows), TURNS):
+            first, *others = rows[start : start + TURNS]
+            turns = [
+                {**turn, "value": turn["value"].removeprefix("<image>\n")}
+                for row in others
+                for turn in row["conversations"]
+            ]
+            made.append({**first, "conversations": [*first["conversations"], *turns]})
+    return made
+
+
 def english(about: dict[str, Any]) -> dict[str, str]:
     """kind of caption -> text."""
     return {caption["kind"]: caption["text"] for caption in about["captions"] if caption["language"] == "en"}
 
 
-def make_data(output: Path, concepts: int, *, open_questions: bool, split: str) -> None:
-    """Write everything that the stages read, atomically; the held-out emoji are those of ``split``."""
+def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool, split: str) -> None:
+    """Write everything that the stages read, atomically; the held-out emoji are those of ``split``.
+
+    ``merged``: questions about a picture are one conversation.
+    """
     concept_names = sorted({about["concept"] for _, _, about in emoji("train")})
     count = min(concepts or len(concept_names), len(concept_names))
     chosen = set(random.Random(0).sample(concept_names, count))
     fraction = len(chosen) / 1068  # the same of the shapes, so that a smoke run is short
+    shapes = int(SHAPES_TRAIN * fraction)
     with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
         images.mkdir()
@@ -97,12 +126,16 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, split: str) 
             if open_questions:
                 turn = talk(NAME, names["short"], picture=True)
                 questions.append({**picture, "id": f"{key}-name", "conversations": turn})
-        for number, (key, path, question, answer) in enumerate(easy_vqa("train", int(SHAPES_TRAIN * fraction))):
+        for number, (key, path, question, answer) in enumerate(
+            easy_vqa("train", shapes, shapes // TURNS if merged else None)
+        ):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())
             turn = talk(question, answer, picture=True)
             questions.append({"id": key, "image": f"train-{path.name}", "conversations": turn})
             if number % 10 == 0:  # the words of the questions and answers, without the pictures
                 text.append({"id": f"{key}-text", "conversations": talk(question, answer, picture=False)})
+        if merged:
+            questions = conversations(questions)
         held_out = list(hold_out(images, split, open_questions=open_questions, smoke=fraction < 0.5))
         for name, rows in (("text", text), ("captions", captions), ("finetune", questions)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
@@ -151,7 +184,14 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
     options = parser.parse_args()
     if options.part == "prepare":
-        make_data(options.output / "data", options.concepts, open_questions=options.open, split=options.held_out)
+        merged = options.llm != "tiny"  # a step of a larger model costs by its tokens
+        make_data(
+            options.output / "data",
+            options.concepts,
+            open_questions=options.open,
+            merged=merged,
+            split=options.held_out,
+        )
         make_llm(options.llm, options.output)
     teacher = Teacher(options.teacher, options.adapter) if options.teacher else None
     for name in options.names:

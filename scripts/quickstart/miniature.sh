@@ -52,10 +52,10 @@ while [ $# -gt 0 ]; do
 done
 case "$LLM" in
     tiny) STEPS=${STEPS:-60 40 200} ;;
-    smollm2) OPEN=--open STEPS=${STEPS:-0 40 80} ;;
+    smollm2) OPEN=--open STEPS=${STEPS:-0 150 200} ;;
     *)
         [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
-        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 40 80}
+        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 150 200}
         ;;
 esac
 case "$HELD_OUT" in test | validation) ;; *) fail "unknown --held-out $HELD_OUT; known: test, validation" ;; esac
@@ -121,7 +121,7 @@ stage() {
     say "LLaVA stage: $name, $steps steps"
     "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/unfinished-$name" --image_folder "$OUT/data/images" --bf16 True \
         --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
-        --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 200 --lazy_preprocess True --report_to none \
+        --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 256 --lazy_preprocess True --report_to none \
         --dataloader_num_workers 0 --seed "$seed" --learning_rate 2e-3 --max_steps "$steps" \
         --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False \
         "$@" 2>&1 | tee "$OUT/$name.log" | losses "$name" "$steps" || failed "$OUT/$name.log"

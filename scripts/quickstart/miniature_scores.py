@@ -84,8 +84,9 @@ def guesses(output: Path) -> dict[str, str]:
     """Question -> its most frequent answer in training: what a model that ignores the picture would say."""
     counts: dict[str, Counter[str]] = {}
     for row in json.loads((output / "data" / "finetune.json").read_text()):
-        question, answer = (turn["value"].replace("<image>\n", "") for turn in row["conversations"])
-        counts.setdefault(question, Counter())[answer] += 1
+        said = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            counts.setdefault(question, Counter())[answer] += 1
     return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
 
 
