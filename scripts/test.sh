@@ -8,8 +8,7 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . scripts/environments.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# More workers than cores, as many tests wait; one thread each; a file's tests share fixtures; the slow files first.
-WORKERS=(-n 3 --dist loadfile --no-loadscope-reorder)
+WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder) # one thread each; a file's tests share fixtures; the slow files first
 
 if [ "${1:-}" = --servers ]; then
     shift
@@ -41,10 +40,10 @@ installs() { # COMMAND PACKAGE...: installs the packages, if the command is miss
 installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
 { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
     echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
-# What is mostly start-up takes what the workers of pytest leave idle, at the lowest priority.
+# What is mostly start-up takes what the workers of pytest leave idle, and a little more, so that both end together.
 beside() {
     if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
-    renice -n 19 -p "$BASHPID" >/dev/null
+    renice -n 5 -p "$BASHPID" >/dev/null
     check .venv/bin/pyright
     # a user's first command, in little, through to LLaVA
     check scripts/quickstart.sh --smoke --llava --output quickstart-output/test

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -123,15 +124,26 @@ def test_nothing_starts_with_a_layer_that_the_tower_has_not(world, tmp_path):
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
 
 
-def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
-    """A script on this machine under DeepSpeed's launcher, as a user without a GPU runs it; the loss of each step."""
+def options(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
+    """Of a script on this machine under DeepSpeed's launcher, as a user without a GPU runs it."""
     words = [*given(world, tmp_path, stage), "--output", tmp_path / name, "--gpus", str(gpus), *words]
     words += ["--micro-batch", str(per_device), "--global-batch", "16", "--", "--max_steps", "3", "--seed", "7"]
     words += "--model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
-    told = script(world, f"llava/{stage}.sh", *words, *more, REPORT_TO="none", PYTHONPATH="")
+    return [*words, *more]
+
+
+def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
+    """A script, run; the loss of each step."""
+    words = options(world, tmp_path, stage, gpus, per_device, *words, more=more, name=name)
+    told = script(world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="")
     _, *lines = told.splitlines()  # the command
     assert [line for line in lines if any(word in line for word in FOREIGN)] == []
-    history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+    return losses(tmp_path / name)
+
+
+def losses(folder):
+    """Of each step."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
@@ -155,7 +167,11 @@ def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, t
         "--lr_scheduler_type",
         "constant",
     ]
-    one = train(world, tmp_path, "pretrain", 1, 16, *words, more=more, name="one")
+    dry = options(world, tmp_path, "pretrain", 1, 16, *words, "--dry-run", more=more, name="one")
+    command = shlex.split(script(world, "llava/pretrain.sh", *dry, REPORT_TO="none"))
+    start = next(place for place, word in enumerate(command) if "/llava/train/train" in word)
+    world.train(command[start + 1 :], {"LLM2CLIP_TOWER": str(world.towers["clip"])}, ranks=1)  # needs no launcher
+    one = losses(tmp_path / "one")
     two = train(world, tmp_path, "pretrain", 2, 4, *words, more=more, name="two")
     assert len(one) == 3 and one[0] - one[2] > 0.5 and two == pytest.approx(one, abs=0.02)
     assert (tmp_path / "two" / "mm_projector.bin").is_file()
