@@ -52,10 +52,10 @@ while [ $# -gt 0 ]; do
 done
 case "$LLM" in
     tiny) STEPS=${STEPS:-60 40 200} ;;
-    smollm2) OPEN=--open STEPS=${STEPS:-0 150 200} ;;
+    smollm2) OPEN=--open STEPS=${STEPS:-0 120 100} ;;
     *)
         [ -f "$LLM/config.json" ] || fail "--llm $LLM is neither a model's directory nor a name; known: tiny, smollm2"
-        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 150 200}
+        LLM=$(realpath "$LLM") OPEN=--open STEPS=${STEPS:-0 120 100}
         ;;
 esac
 case "$HELD_OUT" in test | validation) ;; *) fail "unknown --held-out $HELD_OUT; known: test, validation" ;; esac
@@ -134,14 +134,15 @@ if [ ! -d "$OUT/llm" ]; then
     "$LLAVA_PYTHON" scripts/quickstart/miniature.py prepare --output "$OUT" --concepts "$CONCEPTS" --llm "$LLM" --held-out "$HELD_OUT" \
         $OPEN 2>"$OUT/prepare.log" || failed "$OUT/prepare.log"
 fi
-# what differs by language model: where both stages start, the template, finetune's options, evaluation's options
+# what differs by language model: where both stages start, their options, evaluation's options
 if [ "$LLM" = tiny ]; then
-    BASE=$OUT/words KIND=llava BATCHES=(32 32) FINETUNE=(--version v1) EVALUATE=(--dtype float32)
+    BASE=$OUT/words KIND=llava BATCHES=(32 32) PRETRAIN=() FINETUNE=(--version v1) EVALUATE=(--dtype float32)
     OMP_NUM_THREADS=$CORES stage words "$TEXT_STEPS" 0 --model_name_or_path "$OUT/llm" --version v1 --data_path "$OUT/data/text.json" \
         --per_device_train_batch_size 32
 else
     # small steps: what costs time is the number of samples
-    BASE=$OUT/llm KIND=llava-lora BATCHES=(16 8) FINETUNE=(--version chatml_direct --lora_enable True --lora_r 64 --lora_alpha 128 --lora_dropout 0 --learning_rate 5e-4
+    # at 2e-3, the projector of a tower before stage 2 ends above where it began
+    BASE=$OUT/llm KIND=llava-lora BATCHES=(16 8) PRETRAIN=(--learning_rate 5e-4) FINETUNE=(--version chatml_direct --lora_enable True --lora_r 64 --lora_alpha 128 --lora_dropout 0 --learning_rate 5e-4
         --mm_projector_lr 5e-4) EVALUATE=(--dtype bfloat16 --model-base "$OUT/llm" --conv-mode chatml_direct)
 fi
 
@@ -154,7 +155,7 @@ side() { # side NAME TOWER SEED
     [ "$seed" = 0 ] || name=$name-seed$seed
     stage "llava-$name-pretrain" "$CAPTION_STEPS" "$seed" --model_name_or_path "$BASE" --version plain \
         --data_path "$OUT/data/captions.json" --vision_tower "llm2clip:$tower" --tune_mm_mlp_adapter True \
-        --per_device_train_batch_size "${BATCHES[0]}"
+        --per_device_train_batch_size "${BATCHES[0]}" ${PRETRAIN[@]+"${PRETRAIN[@]}"}
     stage "$KIND-$name" "$QUESTION_STEPS" "$seed" --model_name_or_path "$BASE" --data_path "$OUT/data/finetune.json" --image_aspect_ratio pad \
         --vision_tower "llm2clip:$tower" --pretrain_mm_mlp_adapter "$OUT/llava-$name-pretrain/mm_projector.bin" \
         --per_device_train_batch_size "${BATCHES[1]}" "${FINETUNE[@]}"
