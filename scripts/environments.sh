@@ -25,12 +25,12 @@ need_compiler() { # DeepSpeed builds small C++ extensions at first use
 install() {
     local python=$1/bin/python
     shift
-    with_uv "$python" "$@" || "$python" -m pip install -q "$@"
+    with_uv "$python" "$@" || { echo "note: without uv; installing with pip, which takes longer" >&2 && "$python" -m pip install -q "$@"; }
 }
 
 with_uv() ( # with_uv PYTHON ARGUMENT...
     set +e
-    "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv || return
+    "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv 2>/dev/null || return
     eval "$("$1" -m pip config list | "$1" "$ROOT/scripts/uv_as_pip.py")"
     "$1" -m uv pip install -q --python "$@"
 )
