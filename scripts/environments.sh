@@ -21,7 +21,7 @@ need_compiler() { # DeepSpeed builds small C++ extensions at first use
     fi
 }
 
-# install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a third of the time, or with pip where uv fails
+# install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails
 install() {
     local python=$1/bin/python
     shift
