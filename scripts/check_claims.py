@@ -1,32 +1,41 @@
 #!/usr/bin/env python3
 """Compare a quickstart's numbers with those that README.md and docs/benchmarks.md state, or record them there.
 
-    scripts/check_claims.py quickstart-output/default             exits with 1 if a number moved
-    scripts/check_claims.py quickstart-output/default --record    writes docs/claims.json and both pages' tables
+    scripts/check_claims.py quickstart-output/default                   exits with 1 if a number moved
+    scripts/check_claims.py quickstart-output/default --record          writes docs/claims*.json and the pages' tables
+    scripts/check_claims.py quickstart-output/default --record llava    those of LLaVA alone; or towers
 
-``docs/claims.json`` holds, for each claim, the value of every seed for either teacher. A number moved if the mean of
-the new seeds lies outside the 95 % prediction interval for so many more trainings: t * s * sqrt(1 / stated + 1 / new),
-s the pooled standard deviation over seeds. What involves no training (the LLM as it is, caption to caption) may differ
-by ``ROUNDING``, for half precision on other machines. Prints a Markdown table.
+``docs/claims.json`` (towers) and ``docs/claims_llava.json`` hold, for each claim, the value of every seed on either
+side. A number moved if the mean of the new seeds lies outside the 95 % prediction interval for so many more trainings:
+t * s * sqrt(1 / stated + 1 / new), s the pooled standard deviation over seeds. What involves no training (the LLM as it
+is, caption to caption) may differ by ``ROUNDING``, for half precision on other machines. Prints Markdown tables.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import Any
 
 from llm2clip_plugin.bootstrap import t_quantile
-from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.contracts import ScoreFile, atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
-CLAIMS, README, BENCHMARKS = ROOT / "docs" / "claims.json", ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- scripts/claims.sh --record -->", "<!-- end -->"
+CLAIMS, CLAIMS_LLAVA = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims_llava.json"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+BEGIN, BEGIN_LLAVA, END = (
+    "<!-- scripts/claims.sh --record -->",
+    "<!-- scripts/claims.sh --record: LLaVA -->",
+    "<!-- end -->",
+)
 SIDES = {"raw": "LLM as it is", "tuned": "LLM fine-tuned"}
+LLAVA_SIDES = {"before": "tower before stage 2", "after": "after"}
+LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}  # folder -> language model
 ROUNDING = 0.01
+LEVEL = 0.05  # of the tests, after Holm's adjustment
 NOT_RERUN = "Not rerun: the paper's LLaVA-1.5-7B results, which need GPUs."
 
 Values = Mapping[str, Sequence[float]]  # side -> a value per seed
@@ -56,6 +65,33 @@ def _claim(claim: Mapping[str, Any], *, headline: bool) -> dict[str, Any]:
     }
 
 
+def measured_llava(folder: Path) -> dict[str, Any]:
+    """The claims of the LLaVA miniatures in a quickstart's results, in percent; {} without one."""
+    found = {}
+    for name, model in LANGUAGE_MODELS.items():
+        path = folder / name / "compare" / "compare.json"
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []:
+            about = row["benchmark"].removeprefix("miniature: ")
+            found[f"{model}: {about}"] = {
+                **{kept: row[kept] for kept in ("difference", "interval", "questions")},
+                "p_adjusted": row["p_holm"],
+                "significant": row["p_holm"] < LEVEL,
+                **{side: _by_seed(folder / name / "scores" / side, row["benchmark"]) for side in LLAVA_SIDES},
+            }
+    return found
+
+
+def _by_seed(folder: Path, benchmark: str) -> list[float]:
+    """What each training reached, seed 0 first: accuracy, or points above exchanged pictures."""
+    seed_0, *others = [folder, *sorted(folder.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))]
+    scores = [ScoreFile.read(path) for one in (seed_0, *others) for path in sorted(one.glob("*.scores.json"))]
+    return [
+        round(score.metrics.get("above", score.metrics.get("accuracy", math.nan)), 2)
+        for score in scores
+        if score.benchmark == benchmark
+    ]
+
+
 def reach(stated: Sequence[float], new: Sequence[float]) -> float:
     """Half of the prediction interval for the difference of two means over seeds."""
     samples = [side for side in (stated, new) if len(side) > 1]
@@ -68,14 +104,16 @@ def reach(stated: Sequence[float], new: Sequence[float]) -> float:
     return t_quantile(0.975, freedom) * math.sqrt(pooled * (1 / len(stated) + 1 / len(new)))
 
 
-def check(stated: Mapping[str, Values], new: Mapping[str, Values]) -> tuple[list[str], int]:
-    """Lines of a Markdown table, and how many numbers moved or are missing."""
-    lines = ["| claim | teacher | stated | now | may differ by | |", "|---|---|---|---|---|---|"]
+def check(
+    stated: Mapping[str, Values], new: Mapping[str, Values], sides: Mapping[str, str], shown: Callable[[float], str]
+) -> tuple[list[str], int]:
+    """Lines of a Markdown table, and how many numbers moved or are missing; ``shown`` writes a number."""
+    lines = ["| claim | side | stated | now | may differ by | |", "|---|---|---|---|---|---|"]
     moved = 0
     for name, claim in stated.items():
-        for side, title in SIDES.items():
+        for side, title in sides.items():
             old = claim[side]
-            before = f"{number(fmean(old))} ({seeds(old)})"
+            before = f"{shown(fmean(old))} ({seeds(old)})"
             if name not in new:
                 lines.append(f"| {name} | {title} | {before} | | | **missing** |")
                 moved += 1
@@ -84,8 +122,8 @@ def check(stated: Mapping[str, Values], new: Mapping[str, Values]) -> tuple[list
             same = abs(fmean(now) - fmean(old)) <= most
             moved += not same
             verdict = "as stated" if same else "**moved**"
-            after = f"{number(fmean(now))} ({seeds(now)})"
-            lines.append(f"| {name} | {title} | {before} | {after} | {number(most)} | {verdict} |")
+            after = f"{shown(fmean(now))} ({seeds(now)})"
+            lines.append(f"| {name} | {title} | {before} | {after} | {shown(most)} | {verdict} |")
     return lines, moved
 
 
@@ -126,10 +164,36 @@ def full_table(claims: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def spread(values: Sequence[float]) -> str:
+def llava_table(claims: Mapping[str, Any]) -> list[str]:
+    """Both pages' table of the LLaVA miniatures: a row per claim."""
+    count = min(len(claim["after"]) for claim in claims.values())
+    lines = [
+        "| language model: questions | tower before stage 2 | after "
+        f"| difference, {count} trainings a side | p (Holm) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, claim in claims.items():
+        low, high = claim["interval"]
+        p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
+        strong, shown = ("**", "") if claim["significant"] else ("", ", not shown")
+        lines.append(
+            f"| {name} ({claim['questions']}) | {spread(claim['before'], percent)} "
+            f"| {strong}{spread(claim['after'], percent)}{strong} "
+            f"| {claim['difference']:+.1f} [{low:+.1f}, {high:+.1f}] | {p}{shown} |"
+        )
+    return lines
+
+
+def spread(values: Sequence[float], shown: Callable[[float], str] | None = None) -> str:
     """Mean ± standard deviation over seeds."""
+    shown = shown or number
     deviation = stdev(values) if len(values) > 1 else 0.0
-    return number(fmean(values)) + (f" ± {number(deviation)}" if deviation else "")
+    return shown(fmean(values)) + (f" ± {shown(deviation)}" if deviation else "")
+
+
+def percent(value: float) -> str:
+    """One decimal."""
+    return f"{value:.1f}"
 
 
 def number(value: float) -> str:
@@ -147,21 +211,47 @@ def seeds(values: Sequence[float]) -> str:
     return f"{len(values)} seed{'s' * (len(values) > 1)}"
 
 
-def stated_table(page: Path) -> list[str]:
+def stated_table(page: Path, begin: str = BEGIN) -> list[str]:
     """The lines between a page's markers."""
-    text = page.read_text(encoding="utf-8")
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip().splitlines()
+    after = page.read_text(encoding="utf-8").split(begin + "\n", 1)[1]
+    return after[: after.index(END)].strip().splitlines()
 
 
 def record(claims: Mapping[str, Any]) -> None:
     """Write docs/claims.json and the tables between the markers of README.md and docs/benchmarks.md."""
-    texts = {CLAIMS: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
-    for page, lines in ((README, table(claims)), (BENCHMARKS, full_table(claims))):
-        before, rest = page.read_text(encoding="utf-8").split(BEGIN + "\n")
-        texts[page] = "\n".join([before + BEGIN, *lines, rest[rest.index(END) :]])
-    for path, text in texts.items():
-        with atomic_file(path) as partial:
+    _record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: full_table(claims)})
+
+
+def record_llava(claims: Mapping[str, Any]) -> None:
+    """Write docs/claims_llava.json and the tables of LLaVA's miniatures."""
+    _record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
+
+
+def _record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, Sequence[str]]) -> None:
+    texts = {path: json.dumps(claims, indent=1, ensure_ascii=False) + "\n"}
+    for page, lines in tables.items():
+        before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
+        texts[page] = "\n".join([before + begin, *lines, rest[rest.index(END) :]])
+    for written, text in texts.items():
+        with atomic_file(written) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def check_all(folder: Path) -> int:
+    """Print a table of towers and one of LLaVA; the number of claims that moved."""
+    lines, moved = check(json.loads(CLAIMS.read_text(encoding="utf-8")), measured(folder), SIDES, number)
+    print("\n".join([*lines, ""]))
+    stated, new = json.loads(CLAIMS_LLAVA.read_text(encoding="utf-8")), measured_llava(folder)
+    for name, model in LANGUAGE_MODELS.items():
+        if not (folder / name).is_dir():
+            print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
+            continue
+        of_model = {claim: values for claim, values in stated.items() if claim.startswith(f"{model}: ")}
+        lines, moved_here = check(of_model, new, LLAVA_SIDES, percent)
+        print("\n".join([*lines, ""]))
+        moved += moved_here
+    print(NOT_RERUN)
+    return moved
 
 
 def main() -> int:
@@ -170,15 +260,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default")
-    parser.add_argument("--record", action="store_true", help="write the numbers instead of comparing them")
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        const="all",
+        choices=("all", "towers", "llava"),
+        help="write the numbers instead of comparing them",
+    )
     args = parser.parse_args()
-    new = measured(args.folder)
-    if args.record:
-        record(new)
+    if args.record in ("all", "towers"):
+        record(new := measured(args.folder))
         print(f"wrote {len(new)} claims to docs/claims.json, README.md and docs/benchmarks.md")
+    if args.record in ("all", "llava"):
+        if not (new := measured_llava(args.folder)):
+            raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
+        record_llava(new)
+        print(f"wrote {len(new)} claims to docs/claims_llava.json, README.md and docs/benchmarks.md")
+    if args.record:
         return 0
-    lines, moved = check(json.loads(CLAIMS.read_text(encoding="utf-8")), new)
-    print("\n".join([*lines, "", NOT_RERUN]))
+    moved = check_all(args.folder)
     print(f"{moved} moved" if moved else "every number is within its interval", file=sys.stderr)
     return int(moved > 0)
 

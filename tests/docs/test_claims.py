@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from llm2clip_plugin.contracts import ScoreFile
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("check_claims", ROOT / "scripts" / "check_claims.py")
@@ -37,6 +42,51 @@ def test_pages_state_what_was_recorded():
     assert check_claims.stated_table(check_claims.README) == check_claims.table(claims)
     assert check_claims.stated_table(check_claims.BENCHMARKS) == check_claims.full_table(claims)
     assert all(len(claim["tuned"]) >= 10 for claim in claims.values())
+
+
+def test_pages_state_what_was_recorded_of_llava():
+    claims = json.loads(check_claims.CLAIMS_LLAVA.read_text(encoding="utf-8"))
+    for page in (check_claims.README, check_claims.BENCHMARKS):
+        assert check_claims.stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(claims)
+    sides = [claim[side] for claim in claims.values() for side in check_claims.LLAVA_SIDES]
+    assert all(len(values) >= 3 and not any(math.isnan(value) for value in values) for values in sides)
+    models = {name.partition(":")[0] for name in claims}
+    assert models and models <= set(check_claims.LANGUAGE_MODELS.values())
+
+
+def llava_folder(folder: Path, shift: float = 0.0) -> Path:
+    """LLaVA's part of a quickstart's results with the recorded values of seeds 0 and 1, those after shifted."""
+    stated = json.loads(check_claims.CLAIMS_LLAVA.read_text(encoding="utf-8"))
+    for name, model in check_claims.LANGUAGE_MODELS.items():
+        rows = []
+        for claim, values in stated.items():
+            if not claim.startswith(f"{model}: "):
+                continue
+            about = claim.removeprefix(f"{model}: ")
+            kept = {key: values[key] for key in ("difference", "interval", "questions")}
+            rows.append({**kept, "benchmark": f"miniature: {about}", "p_holm": values["p_adjusted"]})
+            for side, seed in itertools.product(check_claims.LLAVA_SIDES, range(2)):
+                reached = values[side][seed] + shift * (side == "after")
+                metrics = {"word": 1.0, "above": reached} if "name" in about else {"accuracy": reached}
+                made = ScoreFile(benchmark=f"miniature: {about}", metrics=metrics, items=[{"id": "a", "score": 1.0}])
+                made.write(folder / name / "scores" / side / ("seed1" if seed else "") / f"{len(rows)}.scores.json")
+        (folder / name / "compare").mkdir(parents=True)
+        (folder / name / "compare" / "compare.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    return folder
+
+
+def test_llavas_numbers_are_compared_by_training(tmp_path, capsys):
+    (tmp_path / "headline.json").write_text(json.dumps(headline()), encoding="utf-8")
+    assert check_claims.check_all(tmp_path) == 0
+    assert capsys.readouterr().out.count("Not rerun: LLaVA with a language model of") == 2
+    stated = json.loads(check_claims.CLAIMS_LLAVA.read_text(encoding="utf-8"))
+    same = check_claims.measured_llava(llava_folder(tmp_path))
+    assert {name: one["after"] for name, one in same.items()} == {n: one["after"][:2] for n, one in stated.items()}
+    assert check_claims.check_all(tmp_path) == 0
+    shutil.rmtree(tmp_path / "llava")
+    shutil.rmtree(tmp_path / "llava-smollm2")
+    llava_folder(tmp_path, shift=-60.0)
+    assert check_claims.check_all(tmp_path) == len(stated)
 
 
 def test_recording_changes_both_tables_and_nothing_else(tmp_path, monkeypatch):
