@@ -40,10 +40,10 @@ installs() { # COMMAND PACKAGE...: installs the packages, if the command is miss
 installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
 { PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
     echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
-# What is mostly start-up takes what the workers of pytest leave idle, and a little more, so that both end together.
+# What is mostly start-up takes what the workers of pytest leave idle, at the lowest priority.
 beside() {
     if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
-    renice -n 5 -p "$BASHPID" >/dev/null
+    renice -n 19 -p "$BASHPID" >/dev/null
     check .venv/bin/pyright
     # a user's first command, in little, through to LLaVA
     check scripts/quickstart.sh --smoke --llava --output quickstart-output/test
