@@ -29,9 +29,11 @@ install() {
 }
 
 with_uv() ( # with_uv PYTHON ARGUMENT...
-    set +e
+    set +e -o pipefail
     "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv 2>/dev/null || return
-    eval "$("$1" -m pip config list | "$1" "$ROOT/scripts/uv_as_pip.py")"
+    local told
+    told=$("$1" -m pip config list | "$1" "$ROOT/scripts/uv_as_pip.py") || return # never from another index than pip's
+    eval "$told"
     "$1" -m uv pip install -q --python "$@"
 )
 

@@ -122,8 +122,8 @@ def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_deepspeed_launcher_with_two_ranks(world, trained, tmp_path, zero):
-    """ZeRO-2, and ZeRO-3 by the script's path under the launcher; the checkpoint holds the tower whole, and loads."""
+def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
+    """ZeRO-2, and ZeRO-3 under the launcher, by the script's path; the checkpoint holds the tower whole, and loads."""
     import llava.train
 
     pretrained = projector(trained[0]["pretrain"])
