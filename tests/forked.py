@@ -115,19 +115,32 @@ def _run(script: Path, words: list[str]) -> None:
 
 def _module(given: tuple[str, Callable[[], None]], words: list[str]) -> None:
     module, first = given
+    sys.exit(run_as_main(["-m", module, *words], first))
+
+
+def run_as_main(words: list[str], first: Callable[[], None]) -> int:
+    """``python WORDS`` (``-m MODULE``, ``-c CODE`` or a script), to the end of its exit handlers; its exit status."""
     atexit._clear()  # those of the process that this one is forked from
     first()
-    sys.argv = [module, *words]
+    kind, name = (words[0], words[1]) if words[0] in ("-c", "-m") else ("", words[0])
+    sys.argv = [name if kind == "-m" else words[0], *words[2 if kind else 1 :]]
     status = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(name, run_name="__main__")
     except SystemExit as left:
-        status = left.code if isinstance(left.code, int) else 1
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         status = 1
     atexit._run_exitfuncs()
-    sys.exit(status)
+    return status
 
 
 def _command(_: None, words: list[str]) -> None:

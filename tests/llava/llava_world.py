@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 import transformers
 from forked import FORKED, Module
+from forked_python import make_programs
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -130,6 +132,16 @@ class World:
         """Run this environment's Python; ``typed`` is what it reads from its standard input."""
         return self.run(sys.executable, *words, fails=fails, typed=typed, **environment)
 
+    def forked(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+        """As ``python``, without the seconds of a start."""
+        return self.run(self.programs / "python", *words, fails=fails, **environment)
+
+    @functools.cached_property
+    def programs(self) -> Path:
+        """A folder with ``python``, ``deepspeed`` and ``llm2clip`` that are forked, for scripts that start many."""
+        os.environ.update(ACCELERATOR)  # read when DeepSpeed is imported
+        return make_programs(self.root / "programs", on_cpu)
+
     def stage(
         self,
         kind: str,
@@ -220,8 +232,10 @@ class World:
 
 
 def on_cpu() -> None:
-    """As the tests' ``sitecustomize`` does in a process that starts anew."""
-    runpy.run_path(str(Path(__file__).parent / "on_cpu" / "sitecustomize.py"))["complete"](torch)
+    """As the tests' ``sitecustomize`` does in a process that starts anew with it on its path."""
+    folder = Path(__file__).parent / "on_cpu"
+    if str(folder) in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        runpy.run_path(str(folder / "sitecustomize.py"))["complete"](torch)
 
 
 def free_port() -> int:

@@ -46,7 +46,7 @@ def theirs(world, checkpoint):
     output = world.root / "theirs" / "answers.jsonl"
     arguments = words(world, checkpoint, output, "--conv-mode", "vicuna_v1", "--temperature", "0")
     arguments = arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
-    world.python("-m", "llava.eval.model_vqa_loader", *arguments)
+    world.forked("-m", "llava.eval.model_vqa_loader", *arguments)
     return output
 
 
@@ -83,7 +83,7 @@ def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
     output = tmp_path / "theirs.jsonl"
     arguments = words(world, folder, output, "--conv-mode", "vicuna_v1", "--temperature", "0")
     arguments = arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
-    world.python("-m", "llava.eval.model_vqa_loader", *arguments)
+    world.forked("-m", "llava.eval.model_vqa_loader", *arguments)
     run(tmp_path / "ours.jsonl", "--model-path", folder)
     assert texts(tmp_path / "ours.jsonl") == texts(output)
     for size in (1, 5):  # pictures of several shapes in a batch: lists of different numbers of tiles

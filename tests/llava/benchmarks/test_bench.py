@@ -80,7 +80,7 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
     output = tmp_path / "out"
     command = ("-m", "llava_integration.benchmarks.bench", "--model-path", checkpoint, "--data", root)
     command += ("--output", output)
-    printed = world.python(*command, *QUICK, fails=True)
+    printed = world.forked(*command, *QUICK, fails=True)
     outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
     assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["vqav2", "pope", "mmbench"], (
         printed
@@ -101,22 +101,22 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
     written = {name: (output / "answers" / f"{name}.jsonl").stat().st_mtime_ns for name in ("pope", "vqav2", "mmbench")}
     last = read_jsonl(root / "gqa" / "llava_gqa_testdev_balanced.jsonl")[-1]
     picture(root / "gqa" / "data" / "images" / last["image"])
-    printed = world.python(*command, *QUICK)
+    printed = world.forked(*command, *QUICK)
     outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
     assert outcomes["gqa"]["status"] == "scored", printed
     assert written == {name: (output / "answers" / f"{name}.jsonl").stat().st_mtime_ns for name in written}
     assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"
 
     scores, report = output / "scores", tmp_path / "report"
-    world.python("-m", "llava_integration.compare.command", scores, scores, "--out", report, "--resamples", "100")
+    world.forked("-m", "llava_integration.compare.command", scores, scores, "--out", report, "--resamples", "100")
     assert (report / "compare.html").stat().st_size > 20_000
 
 
 def test_plan_and_nothing_to_run(world, root, tmp_path):
     start = ("-m", "llava_integration.benchmarks.bench", "--model-path", "org/llava", "--output", tmp_path / "out")
-    printed = world.python(*start, "--data", root, "--plan")
+    printed = world.forked(*start, "--data", root, "--plan")
     assert "pope" in printed and "will run" in printed and "no folder MME or mme" in printed
-    printed = world.python(*start, "--data", root, "--benchmarks", "mme", fails=True)
+    printed = world.forked(*start, "--data", root, "--benchmarks", "mme", fails=True)
     assert "no benchmark can run with the files in" in printed
-    printed = world.python(*start, "--data", root, "--benchmarks", "mmee", fails=True)
+    printed = world.forked(*start, "--data", root, "--benchmarks", "mmee", fails=True)
     assert "unknown benchmark 'mmee'" in printed

@@ -52,7 +52,7 @@ def test_llava_trains_and_answers_with_towers_that_its_pins_cannot_run(world):
             folders.append(output)
         runs[-1] += ["--pretrain_mm_mlp_adapter", str(projector / "mm_projector.bin")]
     models, image = [str(world.root / f"llava-{name}") for name in EYES], next(world.images.glob("red-*.png"))
-    told = world.python("-c", TRAIN_AND_ANSWER, json.dumps(runs), json.dumps(models), image)
+    told = world.forked("-c", TRAIN_AND_ANSWER, json.dumps(runs), json.dumps(models), image)
     answers = [json.loads(line.removeprefix("ANSWER ")) for line in told.splitlines() if line.startswith("ANSWER ")]
     assert [answer[:3] for answer in answers] == [["LLM2CLIPVisionTower", 16, 16]] * 2
     assert all(1 <= tokens <= 5 for *_, tokens in answers), answers  # <s> and at most four

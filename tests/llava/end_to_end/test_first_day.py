@@ -5,8 +5,6 @@ The blocks before: tests/docs/test_first_day.py. All run in the one environment 
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from llava_world import TODAY
@@ -51,7 +49,7 @@ def folder(world, tmp_path):
 
 
 def test_the_llava_part_runs_as_printed(world, folder):
-    variables = {"PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **SMALL}
+    variables = {"PYTHON": str(world.programs / "python"), "PATH": f"{world.programs}:/usr/bin:/bin", **SMALL}
 
     def run(command: str) -> tuple[int, str]:
         return 0, world.run("bash", "-c", f"cd {folder} && {command}", **variables)

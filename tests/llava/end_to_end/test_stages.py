@@ -89,7 +89,7 @@ def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
         (str(folders["pretrain"]), str(world.llm)),
     ]
     image = next(world.images.iterdir())
-    told = world.python("-c", GENERATE, image, json.dumps(checkpoints), LLM2CLIP_TOWER=str(world.towers["clip"]))
+    told = world.forked("-c", GENERATE, image, json.dumps(checkpoints), LLM2CLIP_TOWER=str(world.towers["clip"]))
     rows = [json.loads(line) for line in told.splitlines() if line.startswith('["llava')]
     assert [row[:3] for row in rows] == [
         [folders[kind].name, "LLM2CLIPVisionTower", "llm2clip"] for kind in ("finetune", "lora", "pretrain")
@@ -137,7 +137,7 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
         if ".encoder.layers.2." not in name:  # gathered out of the ranks' parts, and untouched by training
             assert torch.equal(saved[f"model.vision_tower.vision_tower.{name}"], tensor.bfloat16()), name
     image = next(world.images.iterdir())
-    told = world.python("-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen)
+    told = world.forked("-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen)
     assert '"llava-ours", "LLM2CLIPVisionTower"' in told
     if zero == 3:  # where other people's towers break: the same losses and weights as LLaVA's own tower gives
         theirs, off = tmp_path / "llava-theirs", {"LLM2CLIP_LLAVA_HOOK": "0"}
@@ -151,7 +151,7 @@ def test_a_tower_without_class_token_trains_and_answers(world, tmp_path):
     output = tmp_path / "llava-siglip"
     losses = world.stage("finetune", f"llm2clip:{world.towers['siglip']}", output)
     assert len(losses) == 3
-    told = world.python("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
+    told = world.forked("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
     assert f'"llm2clip:{world.towers["siglip"]}"' in told
 
 
@@ -178,7 +178,7 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
         "torch.save({k: v.float() for k, v in model.get_vision_tower().state_dict().items()}, sys.argv[4])"
     )
     base = "" if kind == "finetune" else world.llm
-    world.python("-c", code, output, base, output.name, tmp_path / "loaded.pt")
+    world.forked("-c", code, output, base, output.name, tmp_path / "loaded.pt")
     loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
     assert set(loaded) == set(kept)
     for name, tensor in kept.items():
@@ -191,7 +191,7 @@ def test_s2_trains_and_its_scales_come_back(world, tmp_path):
     world.stage("finetune", f"llm2clip:{world.towers['clip']}", output, LLM2CLIP_S2_SCALES="28,56")
     config = json.loads((output / "config.json").read_text())
     assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "28,56", 64)
-    told = world.python("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
+    told = world.forked("-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)]))
     assert "MultiscaleVisionTower" in told
 
 

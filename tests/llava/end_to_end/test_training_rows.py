@@ -79,7 +79,7 @@ def trained(world):
     """What went wrong in each row."""
     path = world.root / "rows.json"
     path.write_text(json.dumps(rows(world)))
-    world.python(TRAIN_ROWS, path)
+    world.forked(TRAIN_ROWS, path)
     return json.loads(path.with_suffix(".told.json").read_text())
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def test_the_miniature(world, tmp_path):
     output = tmp_path / "miniature"
     words = ["--before", world.towers["clip"], "--after", world.towers["other"], "--output", output]
     words += ["--smoke", "--steps", "2", "2", "2", "--seeds", "2"]
-    told = world.run("bash", SCRIPT, *words, LLAVA_PYTHON=sys.executable)
+    told = world.run("bash", SCRIPT, *words, LLAVA_PYTHON=str(world.programs / "python"))
     assert "tokenization mismatch" not in "".join(log.read_text() for log in output.glob("*.log"))
     questions = [json.loads(line) for line in (output / "data" / "questions.jsonl").read_text().splitlines()]
     trained = json.loads((output / "data" / "finetune.json").read_text())
@@ -46,7 +45,7 @@ def test_the_miniature(world, tmp_path):
         assert config["llm2clip_tower"]["origin"] == str(tower.resolve())
     assert losses(output / "llava-after") != losses(output / "llava-after-seed1"), "both seeds trained alike"
     assert (output / "compare" / "compare.html").is_file() and "This is a miniature: a language model of" in told
-    again = world.run("bash", SCRIPT, *words, LLAVA_PYTHON=sys.executable)
+    again = world.run("bash", SCRIPT, *words, LLAVA_PYTHON=str(world.programs / "python"))
     assert "LLaVA stage" not in again and "is complete" in again
 
 
@@ -60,10 +59,11 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
         tiny_chatml.make_package(packages)
     tiny_chatml.make_easy_vqa(packages)
     path = ":".join(map(str, (ROOT / "tests" / "llava" / "on_cpu", packages, ROOT)))
+    variables = {"LLAVA_PYTHON": str(world.programs / "python"), "PYTHONPATH": path}
     words = ["--before", world.towers["clip"], "--after", world.towers["other"], "--output", output, "--llm", llm]
     words += ["--teacher", directory] if TODAY else []  # transformers 4.37 has no bidirectional Llama
     steps = ["--smoke", "--steps", "0", "2", "2"]
-    told = world.run("bash", SCRIPT, *words, *steps, LLAVA_PYTHON=sys.executable, PYTHONPATH=path)
+    told = world.run("bash", SCRIPT, *words, *steps, **variables)
     assert "finetuned for minutes" in told and (output / "compare" / "compare.html").is_file()
     assert "mismatch" not in "".join(log.read_text() for log in output.glob("*.log"))
     config = json.loads((output / "llava-lora-after" / "config.json").read_text())
@@ -74,7 +74,7 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
         by_keyword = ScoreFile.read(output / "scores" / side / "emoji-name-keyword.scores.json")
         assert {item["cluster"] for item in by_keyword.items} and "pictures_exchanged" in by_keyword.metrics
         assert (output / "scores" / side / "emoji-name-teacher.scores.json").is_file() == TODAY
-    refused = world.run("bash", SCRIPT, *words, "--smoke", fails=True, LLAVA_PYTHON=sys.executable, PYTHONPATH=path)
+    refused = world.run("bash", SCRIPT, *words, "--smoke", fails=True, **variables)
     assert "was made with" in refused and "choose another --output" in refused
 
 

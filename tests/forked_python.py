@@ -1,0 +1,125 @@
+"""``python``, ``deepspeed`` and ``llm2clip`` for shell scripts, forked from one process that has their libraries.
+
+A start takes a tenth of a second, not five. For tests of what a script does with its programs, where others see how
+they start. What they start in turn, such as the ranks of DeepSpeed's launcher, is forked as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from forked import FORKED, run_as_main
+
+POLL = 0.05  # seconds between two looks at a process
+# -I and -S: a client needs no packages. It ends with its process, and its process with it.
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+
+words = {words!r} + sys.argv[1:]
+if words[:1] == ["-u"]:
+    del words[0]
+if not words or words[0] not in ("-c", "-m") and not os.path.isfile(words[0]) or words[:2] == ["-m", "pip"]:
+    os.execv({python!r}, [{python!r}, *words])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [b"-"], [0, 1, 2])
+    request = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "python": {shim!r}}}
+    server.sendall(json.dumps(request).encode() + b"\\n")
+    status = server.recv(16)
+sys.exit(int(status or 1))
+"""
+
+
+def make_programs(folder: Path, first: Callable[[], None]) -> Path:
+    """Write the programs into a new folder and start the process that forks for them, which ends with this one.
+
+    ``first`` is called in each new process, with its environment: what a ``sitecustomize`` would have done there.
+    """
+    folder.mkdir()
+    address = str(folder / "socket")
+    real = Path(sys.executable).parent
+    for name, words in {
+        "python": [],
+        "deepspeed": [str(real / "deepspeed")],
+        "llm2clip": [str(real / "llm2clip")],
+    }.items():
+        text = CLIENT.format(python=sys.executable, words=words, address=address, shim=str(folder / "python"))
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+    FORKED.Process(target=_serve, args=(listener, first), daemon=True).start()
+    listener.close()
+    return folder
+
+
+def _serve(listener: socket.socket, first: Callable[[], None]) -> None:
+    """Fork for each client, until the process that started this one is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if select.select([listener], [], [], 5)[0]:
+            client, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _attend(client, first)
+            client.close()
+
+
+def _attend(client: socket.socket, first: Callable[[], None]) -> NoReturn:
+    """Fork the client's process; tell its exit status, or end it when the client has ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, streams, *_ = socket.recv_fds(client, 1, 3)
+    with client.makefile() as stream:
+        request = json.loads(stream.readline())
+    if (process := os.fork()) == 0:
+        client.close()
+        _become(request, streams, first)
+    while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
+        if select.select([client], [], [], POLL)[0]:  # closed at the other end: it sends nothing more
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+            ended = os.waitpid(process, 0)
+            break
+    with contextlib.suppress(BrokenPipeError):
+        client.sendall(str(os.waitstatus_to_exitcode(ended[1]) % 256).encode())
+    os._exit(0)
+
+
+def _become(request: dict[str, Any], streams: list[int], first: Callable[[], None]) -> NoReturn:
+    """In the new process: as if Python had started with the client's words."""
+    import torch
+    import transformers
+
+    for place, stream in enumerate(streams):
+        os.dup2(stream, place)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
+    multiprocessing.set_start_method(None, force=True)  # started in the system's way
+    environment, words = request["environment"], request["words"]
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(request["folder"])
+    sys.executable = request["python"]
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    if level := environment.get("TRANSFORMERS_VERBOSITY"):
+        transformers.logging.set_verbosity(getattr(transformers.logging, level.upper()))
+    here = str(Path(words[0]).resolve().parent) if words[0] not in ("-c", "-m") else request["folder"]
+    sys.path[:0] = [here, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    status = run_as_main(words, first)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
