@@ -158,7 +158,7 @@ half() { # half COMMAND...: with half of the cores
 tune() { # tune SEED: train an adapter
     local tuning=$DATA/llm/seed$1 validation=()
     [ "$PRESET" = smoke ] || # a few seconds
-        validation=(--validation llm2clip_plugin/data/emoji/validation-noto.tar --eval-steps "$((TUNE_STEPS / 2))"
+        validation=(--validation llm2clip_plugin/data/emoji/validation-noto.tar --eval-steps "$TUNE_STEPS"
             --evaluation.retrieve short:keywords --evaluation.no-across --evaluation.limit 100)
     [ -f "$tuning/adapter/llm2clip_encoder.json" ] && return
     say "stage 1: fine-tuning the LLM contrastively on English captions, seed $1"
@@ -222,7 +222,7 @@ fi
 watched() { # watched NAME SEED CACHE: train a tower, and (but for a smoke run) evaluate it on validation images in one style
     local validation=()
     [ "$PRESET" = smoke ] || validation=(--validation "$DATA/all/validation-noto.tar"
-        --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 5))")
+        --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
     train "$1" "$2" "$3" "$DATA/all/train-*.tar" ${validation[@]+"${validation[@]}"}
 }
 towers() { # towers SEED: of both teachers

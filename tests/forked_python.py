@@ -6,14 +6,18 @@ they start. What they start in turn, such as the ranks of DeepSpeed's launcher, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,28 +45,29 @@ sys.exit(int(status or 1))
 """
 
 
-def make_programs(folder: Path, first: Callable[[], None]) -> Path:
-    """Write the programs into a new folder and start the process that forks for them, which ends with this one.
+def nothing() -> None:
+    """What tests other than LLaVA's do first in a new process."""
+
+
+@functools.cache
+def programs(first: Callable[[], None] = nothing) -> Path:
+    """The folder of the programs; the process that forks for them is started, and ends with this one.
 
     ``first`` is called in each new process, with its environment: what a ``sitecustomize`` would have done there.
     """
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="programs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address = str(folder / "socket")
-    real = Path(sys.executable).parent
-    for name, words in {
-        "python": [],
-        "deepspeed": [str(real / "deepspeed")],
-        "llm2clip": [str(real / "llm2clip")],
-    }.items():
+    for name in ("python", "deepspeed", "llm2clip"):
+        words = [] if name == "python" else [str(Path(sys.executable).with_name(name))]
         text = CLIENT.format(python=sys.executable, words=words, address=address, shim=str(folder / "python"))
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    FORKED.Process(target=_serve, args=(listener, first), daemon=True).start()
-    listener.close()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+        FORKED.Process(target=_serve, args=(listener, first), daemon=True).start()
     return folder
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from forked import Process, Script
+from forked_python import programs
 
 from llm2clip_plugin.train.distributed import free_port
 
@@ -54,9 +54,8 @@ def start(
 
 
 def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """``deepspeed --num_gpus 2 WORDS``, to its end."""
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    command = [launcher, "--num_gpus", "2", "--master_port", str(free_port()), *words]
+    """``deepspeed --num_gpus 2 WORDS``, to its end; its processes are forked."""
+    command = [str(programs() / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *words]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 

@@ -26,8 +26,13 @@ class LiveBytes(TorchDispatchMode):
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked of fake tensors more often than everything else together
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, out)
+        if isinstance(out, Tensor):
+            self._add(out)
+        else:
+            tree_map_only(Tensor, self._add, out)
         return out
 
     def _add(self, tensor: Tensor) -> None:

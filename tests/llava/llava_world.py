@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -19,7 +18,7 @@ import pytest
 import torch
 import transformers
 from forked import FORKED, Module
-from forked_python import make_programs
+from forked_python import programs
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -136,11 +135,11 @@ class World:
         """As ``python``, without the seconds of a start."""
         return self.run(self.programs / "python", *words, fails=fails, **environment)
 
-    @functools.cached_property
+    @property
     def programs(self) -> Path:
         """A folder with ``python``, ``deepspeed`` and ``llm2clip`` that are forked, for scripts that start many."""
         os.environ.update(ACCELERATOR)  # read when DeepSpeed is imported
-        return make_programs(self.root / "programs", on_cpu)
+        return programs(on_cpu)
 
     def stage(
         self,
@@ -151,18 +150,20 @@ class World:
         ranks: int = 0,
         zero: int = 2,
         launched: tuple[str | Path, ...] = (),
+        forked: bool = False,
         **environment: str,
     ) -> list[float]:
         """One of LLaVA's training stages; returns the loss of each step.
 
         ``kind``: pretrain, finetune or lora. ``ranks`` 0: without DeepSpeed. ``launched``: what DeepSpeed's launcher
-        starts, such as LLaVA's script; without it, the ranks are started as it starts them.
+        starts, such as LLaVA's script; without it, the ranks are started as it starts them. ``forked``: the launcher's
+        processes are forked.
         """
         words = [*self.stage_options(kind, tower, output), *options]
         if ranks:
             words = ["--deepspeed", str(self.zero_config(zero)), *words]
         if launched:
-            launcher = Path(sys.executable).with_name("deepspeed")
+            launcher = (self.programs if forked else Path(sys.executable).parent) / "deepspeed"
             given = ("--num_gpus", ranks, "--master_port", free_port(), *launched)
             self.run(launcher, *map(str, given), *words, **environment)
         else:

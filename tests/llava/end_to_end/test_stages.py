@@ -130,7 +130,8 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
     chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
     ours = tmp_path / "llava-ours"
     launched = (Path(llava.train.__path__[0]) / "train.py",) if zero == 3 else ()
-    losses = world.stage("finetune", "llm2clip", ours, *pretrained, ranks=2, zero=zero, launched=launched, **chosen)
+    under = {"ranks": 2, "zero": zero}
+    losses = world.stage("finetune", "llm2clip", ours, *pretrained, **under, launched=launched, forked=True, **chosen)
     assert len(losses) == 3
     saved = weights(ours)
     for name, tensor in weights(world.towers["clip"]).items():
@@ -142,7 +143,7 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
     if zero == 3:  # where other people's towers break: the same losses and weights as LLaVA's own tower gives
         theirs, off = tmp_path / "llava-theirs", {"LLM2CLIP_LLAVA_HOOK": "0"}
         path = str(world.towers["clip"])
-        assert losses == world.stage("finetune", path, theirs, *pretrained, ranks=2, zero=zero, **off)
+        assert losses == world.stage("finetune", path, theirs, *pretrained, **under, **off)
         own = weights(theirs)
         assert all(torch.equal(tensor, own[name]) for name, tensor in saved.items())
 
