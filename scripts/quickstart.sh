@@ -195,26 +195,27 @@ control() { # heads on the frozen tower, each concept with the pictures of anoth
         --freeze-first-blocks 0 --freeze --max-steps 1
 }
 
-# -------------------------------------------------------------------------------------------------- the first result
-# Test captions come first: what the teachers know is printed minutes before there is a tower.
+# ------------------------------------------------------------------------------------------- teacher and embeddings
+# The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
 if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
-    if [ "$PRESET" = smoke ]; then meanwhile embed-raw half embed raw test; else embed raw test; fi
-    if [ "$TEACHER" = both ]; then
+    all="{test,train,validation}"
+    if [ "$PRESET" = smoke ]; then all="{test,train}"; fi
+    if [ "$TEACHER" = raw ]; then
+        embed raw "$all"
+    elif [ "$PRESET" = smoke ]; then
+        meanwhile embed-raw half embed raw test
         tune 0
-        if [ "$PRESET" = smoke ]; then embed tuned-seed0 "{test,train}"; else embed tuned-seed0 test; fi # a start less
-        join
-        say "first result: the teachers, caption to caption"
-        python scripts/quickstart/report.py --teachers --data "$DATA"
+        embed tuned-seed0 "$all"
+    else
+        tune 0
+        say "first result, above: how often the LLM puts the keywords of an unseen emoji first, given its name"
+        meanwhile embed-raw half embed raw "$all"
+        half embed tuned-seed0 "$all"
     fi
     join
-    if [[ $teachers == "raw tuned" ]]; then
-        meanwhile embed-raw half embed raw "{train,validation}"
-        half embed tuned-seed0 "{train,validation}"
-        join
-    elif [ "$PRESET" != smoke ]; then
-        embed "$BEST_CACHE" "{train,validation}"
-    elif [ "$TEACHER" = raw ]; then
-        embed raw train
+    if [ "$TEACHER" = both ]; then
+        say "the teachers on unseen emoji, caption to caption"
+        python scripts/quickstart/report.py --teachers --data "$DATA"
     fi
 fi
 
