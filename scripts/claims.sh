@@ -6,7 +6,8 @@
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone (towers stand on ten seeds, LLaVA on three:
 #                                   scripts/claims.sh --seeds 10 --no-llava --record towers; --seeds 3 --record llava)
-# Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if a number moved.
+# Other options go to scripts/quickstart.sh; --output DIR keeps the run, and a rerun resumes. Exits with 1 if more
+# numbers moved than one in twenty explains.
 set -euo pipefail
 HERE=$PWD ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
