@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the quickstart again and compare what it measures with the numbers that README.md states.
-#   scripts/claims.sh               seed 0 again, about twenty minutes on two cores: its numbers must lie where a training may
+#   scripts/claims.sh               seed 0 again, 20 to 25 minutes on two cores: its numbers must lie where a training may
 #   scripts/claims.sh --no-llava    towers alone, six minutes
 #   scripts/claims.sh --seeds 3     seeds 0 to 2
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
