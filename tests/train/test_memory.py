@@ -114,7 +114,7 @@ SIZES = {"size": 140, "width": 128, "blocks": 4}
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_expected_activations_are_near_measured_peaks(kind: str, checkpointing: bool):
-    """Memory of a forward and backward pass of 12 images, beside the gradients themselves."""
+    """Memory of a forward and backward pass of 12 images, without the gradients themselves."""
     model, pixels = tower(kind, **SIZES, device="cpu"), torch.randn(12, 3, 140, 140)
     expected = tower(kind, **SIZES)
     if checkpointing:
