@@ -66,13 +66,11 @@ check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
 check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --durations=15
 check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
-# LLaVA's environment: LLaVA itself, then what it loads (the vision side, the scoring rules).
+# LLaVA's environment: LLaVA itself, then what else is promised there (import, evaluate, score, compare).
 check wait "$LLAVA_ENVIRONMENT"
 extensions_of .venv-llava
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
-# apart: LLaVA disables torch's weight initialization
-check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision --ignore=tests/vision/convert \
-    tests/benchmarks/test_mllm_golden.py tests/benchmarks/test_judged_and_tables.py
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
 check wait "$BESIDE_ID"
 cat "$BESIDE"
 
