@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+gc.disable()  # until all is imported: it would look through a million objects of the libraries again and again
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -18,6 +20,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = Counter(item.path for item in items if "slow" in item.keywords)
         size = Counter(item.path for item in items)
         items.sort(key=lambda item: (-slow[item.path], -size[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; the garbage collector leaves it out."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(
-    [
-        "deepspeed",
-        "peft",
-        "llm2clip_plugin.stages.llm.run",
-        "llm2clip_plugin.stages.tower.command",
-        "llm2clip_plugin.stages.tower.run",
-    ]
-)
+FORKED.set_forkserver_preload(["forked_libraries"])
 SECONDS = 300  # of a command; then it is killed
 
 

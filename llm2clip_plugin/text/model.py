@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
@@ -146,6 +147,7 @@ def nf4(dtype: torch.dtype):
     """bitsandbytes' settings: NF4 weights, double quantization, computation in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
+    import_without_compiler(BITSANDBYTES)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -30,6 +30,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+from llm2clip_plugin.lazy_compile import MUON, import_without_compiler
 from llm2clip_plugin.quiet import quiet_deepspeed
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.deepspeed_keys import check_keys
@@ -101,6 +102,7 @@ def prepare_deepspeed() -> None:
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet_deepspeed()
+    import_without_compiler(MUON)
 
 
 def check_deepspeed(config: dict[str, Any], where: str) -> None:

@@ -7,6 +7,7 @@ import copy
 
 from torch import nn
 
+from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
@@ -32,6 +33,7 @@ def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> No
         raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
     blocks = {id(module) for module in tower_blocks(tower).modules()}
     linears = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
+    import_without_compiler(BITSANDBYTES)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linears, bias="none")
     inject_adapter_in_model(config, tower)
     tower.train(tower.training)  # PEFT creates its layers in training mode

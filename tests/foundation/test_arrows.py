@@ -19,6 +19,7 @@ FLOORS = (
         "discovery",
         "finding",
         "interrupt",
+        "lazy_compile",
         "limits",
         "progress",
         "run_files",

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec, State
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
@@ -36,6 +37,7 @@ class AdamW8bit(OptimizerSpec):
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
     ) -> torch.optim.Optimizer:
+        import_without_compiler(BITSANDBYTES)
         try:
             from bitsandbytes.optim import AdamW8bit as Optimizer
         except ImportError as error:

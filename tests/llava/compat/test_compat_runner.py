@@ -80,7 +80,7 @@ import {imported}
 )
 def test_a_completion_that_fails_names_itself(world, module, when, imported):
     """Also in ``llava.model``, which swallows the error that names it."""
-    told = world.python("-c", FAILS.format(module=module, when=when, imported=imported), fails=True)
+    told = world.forked("-c", FAILS.format(module=module, when=when, imported=imported), fails=True)
     assert f"llava_integration/compat/fails.py could not complete {module} for transformers" in told.splitlines()[-1]
     assert "RuntimeError('broken on purpose')" in told and "LLM2CLIP_LLAVA_COMPAT=0" in told
 

@@ -257,7 +257,7 @@ def test_llavas_program_ends_before_it_loads_a_model(world):
     """The language model is not there, which would be the first error of its loading."""
     tower = f"llm2clip:{world.towers['clip']}"
     options = ["--model_name_or_path", "/nowhere", "--vision_tower", tower, *SELECTED[0].words.split()]
-    told = world.python("-m", "llava.train.train", *options, "--output_dir", world.root / "llava-no", fails=True)
+    told = world.forked("-m", "llava.train.train", *options, "--output_dir", world.root / "llava-no", fails=True)
     assert told.splitlines()[-1] == f"error: {SELECTED[0].says}" and "Traceback" not in told
 
 

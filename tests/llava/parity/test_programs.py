@@ -22,7 +22,7 @@ NEEDS_SERVERS = pytest.mark.skipif(
     find_spec("fastapi") is None or find_spec("uvicorn") is None, reason="needs fastapi and uvicorn, as LLaVA does"
 )
 PROMPT = "A chat. USER: <image>\nWhich colour is the picture? ASSISTANT:"
-PATIENCE = 120  # seconds for two processes to import LLaVA on a busy machine
+PATIENCE = 120  # seconds for two servers to start on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def running(world, log, *words):
     """A module of LLaVA as a process of its own, ended with the block."""
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, words)],
+            [world.programs / "python", "-m", *map(str, words)],
             env=world.environment(),
             cwd=log.parent,
             stdout=output,
