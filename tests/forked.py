@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
@@ -10,23 +11,35 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["forked_libraries"])
 SECONDS = 300  # of a command; then it is killed
+
+
+@functools.cache
+def context() -> ForkServerContext:
+    """Makes processes that are forked from the one with ``forked_libraries``, which starts here."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["forked_libraries"])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), path])  # it is told no other way
+    forkserver.ensure_running()
+    os.environ["PYTHONPATH"] = path
+    return made
 
 
 class Process:
     """A process with the surface of ``subprocess.Popen``; what it prints is in ``output``."""
 
     def __init__(self, target: Callable[..., None], argument: object, words: list[str], *place: object) -> None:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
         self._log = Path(name)
         weakref.finalize(self, self._log.unlink)
-        self._process = FORKED.Process(target=_enter, args=(target, argument, words, *place, name))
+        self._process = context().Process(target=_enter, args=(target, argument, words, *place, name))
         self._process.start()
 
     @property

@@ -9,6 +9,8 @@ import gc
 import importlib
 
 LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
     "deepspeed",
     "deepspeed.module_inject",
     "deepspeed.ops.op_builder.all_ops",

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from forked import FORKED, run_as_main
+from forked import context, run_as_main
 
 POLL = 0.05  # seconds between two looks at a process
 # -I and -S: a client needs no packages. It ends with its process, and its process with it.
@@ -66,8 +66,7 @@ def programs(first: Callable[[], None] = nothing) -> Path:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-        FORKED.Process(target=_serve, args=(listener, first), daemon=True).start()
+        context().Process(target=_serve, args=(listener, first), daemon=True).start()
     return folder
 
 

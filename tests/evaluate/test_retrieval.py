@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from forked import FORKED
+from forked import context
 from safetensors.torch import load_file
 
 from llm2clip_plugin.evaluate.captions import caption_ranks
@@ -266,6 +266,6 @@ def test_two_ranks_share_the_work_and_both_know_the_result(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (2, port, "ties_96", str(tmp_path))
-    mp.start_processes(_worker, args=arguments, nprocs=2, start_method=FORKED.get_start_method())
+    mp.start_processes(_worker, args=arguments, nprocs=2, start_method=context().get_start_method())
     alone = recall(*golden("ties_96"), block=40)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [alone, alone]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from forked import FORKED, Module
+from forked import Module
 from forked_python import programs
 from PIL import Image
 from transformers import (
@@ -35,7 +35,6 @@ from llm2clip_plugin.finding import numbers
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 
-FORKED.set_forkserver_preload(["deepspeed", "accelerate", "peft", "transformers.trainer", "bitsandbytes"])
 TODAY = numbers(transformers.__version__) >= (5,)  # LLaVA runs in the training environment, with today's libraries
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
 SHAPES = {"width": 32, "layers": 3, "heads": 4, "image": 28, "patch": 14}  # 2 x 2 patches

@@ -27,6 +27,11 @@ def test_words_environment_folder_and_status_are_the_callers(tmp_path: Path):
     assert python("-", input="print(5)").stdout == "5\n"  # by a real one
 
 
+def test_the_libraries_are_there_from_the_start():
+    code = "import gc, sys; print('deepspeed' in sys.modules, 'peft' in sys.modules, gc.get_freeze_count() > 100_000)"
+    assert python("-c", code).stdout == "True True True\n"
+
+
 def test_it_ends_with_its_caller(tmp_path: Path):
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     caller = subprocess.Popen([programs() / "python", "-c", code])

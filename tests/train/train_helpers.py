@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from forked import FORKED
+from forked import context
 from torch import Tensor, nn
 
 from llm2clip_plugin.vision.dual import DualFeatures
@@ -35,7 +35,7 @@ def start_ranks(function: Callable[..., Any], world: int, store: str, *args: Any
 
 def _start(world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], *, join: bool) -> Any:
     start = torch.multiprocessing.start_processes  # type: ignore[attr-defined]
-    return start(_rank, (world, folder, function, args), world, join=join, start_method=FORKED.get_start_method())
+    return start(_rank, (world, folder, function, args), world, join=join, start_method=context().get_start_method())
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
