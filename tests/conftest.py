@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-gc.disable()  # until all is imported: it would look through a million objects of the libraries again and again
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -22,10 +21,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (-slow[item.path], -size[item.path], item.path))
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays; the garbage collector leaves it out."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """The garbage collector rests while tests import their libraries, and then leaves those out."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -14,20 +14,20 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from unittest import mock
 
 SECONDS = 300  # of a command; then it is killed
 
 
 @functools.cache
 def context() -> ForkServerContext:
-    """Makes processes that are forked from the one with ``forked_libraries``, which starts here."""
+    """Makes processes that are forked from a server with ``forked_libraries``, which starts here."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["forked_libraries"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), path])  # it is told no other way
-    forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = path
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # the server gets no other path
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path)):
+        forkserver.ensure_running()
     return made
 
 

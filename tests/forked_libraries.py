@@ -1,7 +1,7 @@
-"""What processes have that ``forked`` makes: imported once, in the process from which they are forked.
+"""What the server of ``forked`` imports before it forks.
 
-Without the garbage collector, which would look through half a million objects again and again to find nothing; what
-exists afterwards is left out of its later rounds, each of which would copy those objects' pages in a forked process.
+Without the garbage collector, which would search these libraries' half a million objects again and again for nothing to
+free; later rounds leave them out (``gc.freeze``), as each would copy their pages in a forked process.
 """
 
 import contextlib

@@ -95,7 +95,8 @@ def _leave_ranks() -> None:
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension from being built.
+    """Keep DeepSpeed's informational log lines off the terminal, its shared-memory extension from being built, and a
+    compiler from being imported.
 
     That C++ extension only serves tensor-parallel inference on CPUs, but is compiled for a minute at first use, needs
     a compiler, and leaves a lock behind if the build is killed, which every later run waits for.

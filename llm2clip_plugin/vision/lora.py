@@ -27,13 +27,13 @@ def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> No
         raise ValueError(f"LoRA rank {rank} must be at least 1")
     if has_lora(tower):
         raise ValueError("the tower already has LoRA layers")
+    import_without_compiler(BITSANDBYTES)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
     blocks = {id(module) for module in tower_blocks(tower).modules()}
     linears = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
-    import_without_compiler(BITSANDBYTES)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linears, bias="none")
     inject_adapter_in_model(config, tower)
     tower.train(tower.training)  # PEFT creates its layers in training mode

@@ -299,7 +299,7 @@ def test_a_resumed_run_goes_on_at_the_same_place_of_tensorboards_axis(refusals: 
 
 @pytest.mark.slow
 def test_wandb_offline_writes_a_run(tiny: Path, tmp_path: Path):
-    """And no run waits for the import of a compiler that it does not use."""
+    """And the run does not import a compiler that it does not use."""
     pytest.importorskip("wandb")
     argv = options(tiny, tmp_path / "run", "--max_steps", "1", "--heads.steps", "0", "--report_to", "wandb")
     # not forked: wandb writes at exit

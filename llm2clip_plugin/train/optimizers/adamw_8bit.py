@@ -109,6 +109,7 @@ OPTIMIZER = AdamW8bit
 
 def table_of(moment: str) -> Tensor:
     """The 256 values, ascending, that a moment's indices stand for."""
+    import_without_compiler(BITSANDBYTES)
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map(signed=moment == "exp_avg")

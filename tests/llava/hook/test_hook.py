@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import llava_integration
+from llava_integration import boot
 
 PTH = Path(llava_integration.__file__).with_name("llm2clip_llava.pth")
 KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
@@ -105,8 +106,9 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
     told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
     assert told[-2:] == ["True", "__main__ ['--local_rank=1', '--bf16', 'True']"]
-    watchers = "import sys; print([f for f in sys.meta_path if 'LLM2CLIP' in str(f)])"
-    assert world.python("-S", "-c", watchers, PYTHONPATH=":".join(paths)).strip() == "[]"
+    finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
+    assert boot.WATCHER in world.python("-c", finders)
+    assert boot.WATCHER not in world.python("-S", "-c", finders, PYTHONPATH=":".join(paths))
 
 
 def test_launch_without_a_target_says_how(world):

@@ -37,7 +37,7 @@ def checkpoint(world):
 
 @contextmanager
 def running(world, log, *words):
-    """A module of LLaVA as a process of its own, ended with the block."""
+    """A module of LLaVA as a process of its own, which is told to end at the end of the block."""
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [world.programs / "python", "-m", *map(str, words)],
