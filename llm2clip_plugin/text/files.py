@@ -34,6 +34,8 @@ def local_folder(llm: str, revision: str = "") -> Path:
         if not (Path(llm) / "config.json").is_file():
             raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
         return Path(llm)
+    if is_path(llm):
+        raise FileNotFoundError(f"no LLM at {llm}; expected a Hugging Face model folder, or a Hub id (owner/name)")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -48,12 +50,17 @@ def local_folder(llm: str, revision: str = "") -> Path:
     return folder
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: a Hub id is ``name`` or ``owner/name``."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def adapter_folder(adapter: str) -> Path:
     """The folder of a PEFT adapter: ``adapter`` itself, or its snapshot from the Hub, downloaded unless it is cached.
 
     Raises FileNotFoundError if neither a folder nor the Hub has it.
     """
-    if Path(adapter).is_dir() or adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
+    if Path(adapter).is_dir() or is_path(adapter) or "/" not in adapter:
         return Path(adapter)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

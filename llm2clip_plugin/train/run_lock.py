@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,17 +42,22 @@ class Holder:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it.
+    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. A folder that was
+    created here and is empty at the end is removed.
 
     Raises OSError on every rank if another process trains in the folder, or if it cannot be written.
     """
     held: list[int] = []
+    existed = folder.exists()
     on_first_rank(lambda: held.append(acquire(folder)))
     try:
         yield
     finally:
         if rank() == 0:
             release(folder, held.pop())
+            if not existed:
+                with suppress(OSError):  # what it holds stays
+                    folder.rmdir()
 
 
 def acquire(folder: Path, *, patience: float = LEASE) -> int:
