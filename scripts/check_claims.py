@@ -180,18 +180,16 @@ def full_table(claims: Mapping[str, Any]) -> list[str]:
 
 def llava_table(claims: Mapping[str, Any]) -> list[str]:
     """Both pages' table of the LLaVA miniatures: a row per claim."""
-    count = min(len(claim["after"]) for claim in claims.values())
     lines = [
-        "| language model: questions | tower before stage 2 | after "
-        f"| difference, {count} trainings a side | p (Holm) |",
-        "|---|---|---|---|---|",
+        "| language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm) |",
+        "|---|---|---|---|---|---|",
     ]
     for name, claim in claims.items():
         low, high = claim["interval"]
         p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
         strong, shown = ("**", "") if claim["significant"] else ("", ", not shown")
         lines.append(
-            f"| {name} ({claim['questions']}) | {spread(claim['before'], percent)} "
+            f"| {name} ({claim['questions']}) | {len(claim['after'])} | {spread(claim['before'], percent)} "
             f"| {strong}{spread(claim['after'], percent)}{strong} "
             f"| {claim['difference']:+.1f} [{low:+.1f}, {high:+.1f}] | {p}{shown} |"
         )
