@@ -20,6 +20,11 @@ def timeout() -> float:
     return seconds
 
 
+def can_only_be_a_path(name: str) -> bool:
+    """Whether a name cannot be a Hub id, which is ``owner/name`` or, of some old models, ``name``."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def hub_snapshot(repository: str, *, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
     """The folder of a Hub repository's files, downloaded if they are not in the local cache.
 

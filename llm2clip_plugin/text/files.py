@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_file, sha256_text, sha256_weights
-from llm2clip_plugin.outside.timeouts import hub_snapshot
+from llm2clip_plugin.outside.timeouts import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.outside.values import read_json_value, type_problem
 
 SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -34,7 +34,7 @@ def local_folder(llm: str, revision: str = "") -> Path:
         if not (Path(llm) / "config.json").is_file():
             raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
         return Path(llm)
-    if is_path(llm):
+    if can_only_be_a_path(llm):
         raise FileNotFoundError(f"no LLM at {llm}; expected a Hugging Face model folder, or a Hub id (owner/name)")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,23 +50,17 @@ def local_folder(llm: str, revision: str = "") -> Path:
     return folder
 
 
-def is_path(name: str) -> bool:
-    """Whether a name can only be a path: a Hub id is ``name`` or ``owner/name``."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
 def adapter_folder(adapter: str) -> Path:
     """The folder of a PEFT adapter: ``adapter`` itself, or its snapshot from the Hub, downloaded unless it is cached.
 
     Raises FileNotFoundError if neither a folder nor the Hub has it.
     """
-    if Path(adapter).is_dir() or is_path(adapter) or "/" not in adapter:
+    if Path(adapter).is_dir() or can_only_be_a_path(adapter) or "/" not in adapter:
         return Path(adapter)
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(adapter, allow_patterns=SNAPSHOT_PATTERNS))
+        return hub_snapshot(adapter, patterns=SNAPSHOT_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

@@ -47,14 +47,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises OSError on every rank if another process trains in the folder, or if it cannot be written.
     """
-    held: list[int] = []
-    existed = folder.exists()
-    on_first_rank(lambda: held.append(acquire(folder)))
+    held: list[tuple[bool, int]] = []
+    on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
     try:
         yield
     finally:
         if rank() == 0:
-            release(folder, held.pop())
+            existed, descriptor = held.pop()
+            release(folder, descriptor)
             if not existed:
                 with suppress(OSError):  # what it holds stays
                     folder.rmdir()
@@ -62,14 +62,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 def acquire(folder: Path, *, patience: float = LEASE) -> int:
     """Take the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
     path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
     while True:
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # each time: a refused run removes the folder that it made
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
         except OSError as error:
             raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.timeouts import hub_snapshot
+from llm2clip_plugin.outside.timeouts import can_only_be_a_path, hub_snapshot
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"
@@ -27,7 +27,7 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
         raise FileNotFoundError(
             f"{path} is a file, not a tower directory; convert it with `{command('import', path, '--output', 'DIR')}`"
         )
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if can_only_be_a_path(name) or "/" not in name:
         raise FileNotFoundError(f"{name} is not a file, a directory or a Hub id (owner/name)")
     try:
         directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.safetensors"])

@@ -13,7 +13,7 @@ ASK = """
 import json, sys
 from llava_integration.towers import names
 from llava_integration.towers.provenance import locate_bundled
-from llm2clip_plugin.text.files import local_folder
+from llm2clip_plugin.text.files import adapter_folder, local_folder
 from llm2clip_plugin.vision.directory import fetch_directory
 
 said = {}
@@ -22,6 +22,7 @@ for function, argument in (
     (names.locate, "llm2clip:someone/tower"),
     (lambda checkpoint: locate_bundled(checkpoint, ""), "someone/llava"),
     (local_folder, "someone/llm"),
+    (adapter_folder, "someone/adapter"),
 ):
     try:
         function(argument)
@@ -43,7 +44,7 @@ def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
         )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert len(said) == 4
+    assert len(said) == 5
     expected = f"the Hugging Face Hub ({endpoint}) has not answered for 0.2 s (LLM2CLIP_TIMEOUT)"
     assert all(expected in text for text in said.values()), said
     assert time.monotonic() - started < 200
