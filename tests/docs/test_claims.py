@@ -103,6 +103,16 @@ def test_recording_changes_both_tables_and_nothing_else(tmp_path, monkeypatch):
     assert {name: getattr(check_claims, name).read_text(encoding="utf-8") for name in whole} == whole
 
 
+def test_recording_llavas_numbers_keeps_the_control_beside_them(tmp_path, monkeypatch):
+    stated = json.loads(check_claims.CLAIMS_LLAVA.read_text(encoding="utf-8"))
+    assert sum("control" in claim for claim in stated.values()) >= 5
+    for name in ("README", "BENCHMARKS", "CLAIMS_LLAVA"):
+        monkeypatch.setattr(check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path)))
+    check_claims.record_llava({name: {k: v for k, v in one.items() if k != "control"} for name, one in stated.items()})
+    assert json.loads(check_claims.CLAIMS_LLAVA.read_text(encoding="utf-8")) == stated
+    assert "random embeddings" in check_claims.stated_table(check_claims.README, check_claims.BEGIN_LLAVA)[0]
+
+
 def test_a_number_that_moved_is_told(tmp_path):
     same = run(tmp_path / "same", headline())
     assert (same.returncode, same.stderr) == (0, "every number is within its interval\n")
