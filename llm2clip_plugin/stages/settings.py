@@ -55,6 +55,9 @@ IGNORED_ON_RESUME = (
     "train.torch_compile",
 )
 
+# Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
+INITIAL = ("dual.logit_scale_init",)
+
 # Names of earlier releases in configuration files, run.json, state.json and on the command line -> names now.
 RENAMED = {"dual.joint_width": "dual.projection_dim", "loss.kind": "loss.terms"}
 # Settings that checkpoints of earlier releases lack, and the values that they stand for.
@@ -125,7 +128,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
     for name in allowed:
         if not any(path == name or path.startswith(f"{name}.") for path in known):
             raise ValueError(f"unknown field {name!r} in --allow-changed{nearest(name, sorted(known))}")
-    old, new = flat_essentials(saved, allowed), flat_essentials(now, allowed)
+    old, new = (flat_essentials(settings, (*allowed, *INITIAL)) for settings in (saved, now))
     old = {name: value for name, value in ADDED.items() if name in new} | old
     changed = {
         name: f"{old.get(name, 'absent')!r} in the checkpoint, {new.get(name, 'absent')!r} in this run"

@@ -12,7 +12,13 @@ from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
 from llm2clip_plugin.vision.lora import add_lora
 from llm2clip_plugin.vision.meta_tower import meta_tower, new_tower
 from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
-from llm2clip_plugin.vision.towers import freeze_tower, load_tower, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.towers import (
+    freeze_tower,
+    load_tower,
+    pretrained_log_scale,
+    tower_blocks,
+    tower_embeddings_parameters,
+)
 
 
 def with_llm_width(config: DualConfig, width: int) -> DualConfig:
@@ -28,6 +34,7 @@ def with_llm_width(config: DualConfig, width: int) -> DualConfig:
 def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:
     """Load the tower, add heads (initialized with ``seed``, or the directory's), freeze parts as configured.
 
+    An unset dual.logit_scale_init is the tower's own scale, where its source has one.
     With tower.from_scratch the tower, too, is initialized with ``seed``. Raises ValueError if no tower is set.
     """
     if tower.from_scratch:
@@ -42,6 +49,8 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
         )
         raise ValueError(f"no tower to train: set --tower to a directory or Hub id{hint}")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
+    if dual.logit_scale_init is None:
+        dual = dataclasses.replace(dual, logit_scale_init=pretrained_log_scale(tower.path))
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
     if tower.keep_heads:

@@ -19,7 +19,7 @@ from llm2clip_plugin.outside.safetensors_header import read_header
 from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_WIDTH, check_fields, check_range, check_whole
 from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
-from llm2clip_plugin.vision.dual_config import DualConfig
+from llm2clip_plugin.vision.dual_config import LOG_SCALE, DualConfig
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.intact import REMEDY, checked_while_read
@@ -60,6 +60,8 @@ class DualEncoder(nn.Module):
     def __init__(self, tower: Tower, config: DualConfig) -> None:
         super().__init__()
         self.family = family_of(tower)
+        log_scale = LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
+        config = dataclasses.replace(config, logit_scale_init=log_scale)  # the card's, which version 0.1 reads
         check_dual_config(config, has_cls=self.family.has_cls)
         self.tower = tower
         self.config = config
@@ -74,7 +76,7 @@ class DualEncoder(nn.Module):
             self.visual_projection = nn.Linear(width, config.projection_dim, bias=config.projection_bias)
             nn.init.normal_(self.visual_projection.weight, std=width**-0.5)  # as in CLIP
         self.text_adapter = make_adapter(config) if config.llm_width else None
-        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init))
+        self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         unused_head = self.family.pooling_head if config.pool != "pooled" else ()

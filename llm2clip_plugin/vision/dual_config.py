@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+LOG_SCALE = math.log(1 / 0.07)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DualConfig:
@@ -20,5 +22,5 @@ class DualConfig:
     normalise_input: bool = True  # L2-normalize LLM embeddings first
     input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
     input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
-    logit_scale_init: float = math.log(1 / 0.07)  # natural logarithm of the initial scale
+    logit_scale_init: float | None = None  # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
     logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.outside.values import check_range, errors_about
 from llm2clip_plugin.quiet import quiet_transformers
-from llm2clip_plugin.vision.convert.checkpoint_files import check_pickles
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, fetch_directory
+from llm2clip_plugin.vision.convert.checkpoint_files import check_pickles, read_tensor, weight_files
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.intact import checked_while_read
@@ -55,6 +55,22 @@ def load_tower(
     if image_size is not None and image_size != tower.config.image_size:
         tower = resize_tower(tower, image_size)
     return tower
+
+
+def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
+    """The natural logarithm of the logit scale that a tower was trained with; None if its source has none.
+
+    ``source``: as for ``load_tower``. Raises ContractError for a value that is not a number from -100 to 100.
+    """
+    if str(source).startswith(TIMM_PREFIX):
+        return None
+    directory = fetch_directory(source)
+    adapter = directory / ADAPTER_FILE
+    for file in [adapter] if adapter.is_file() else weight_files(directory):
+        if (scale := read_tensor(file, "logit_scale")) is not None:
+            check_range(value := float(scale), -100, 100, name="logit_scale", where=str(file))
+            return value
+    return None
 
 
 def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:

@@ -1,12 +1,19 @@
 """A tower that goes on with its own heads, and one that trains by LoRA."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_clip import save_tiny_clip
 from tiny_data import make_tower
 from train_helpers import trainable_names
 
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters
 from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.dual import DualConfig, heads_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import tower_blocks
@@ -48,3 +55,43 @@ def test_lora_trains_low_rank_updates_and_the_heads(tower):
     assert {rate for name, rate in rates.items() if ".lora_" in name} == {0.5**depth for depth in range(1, blocks + 1)}
     with pytest.raises(ValueError, match=r"tower.lora_rank freezes the tower; leave tower.freeze\* unset"):
         TowerConfig(path=tower, lora_rank=4, freeze=True)
+
+
+def first_scale(tower: TowerConfig, dual: DualConfig = DUAL) -> float:
+    return build_dual(tower, dual, seed=1).logit_scale.item()
+
+
+@pytest.mark.parametrize("source", ["whole", "sharded", "bin", "siglip", "imported", "trained"])
+def test_the_pretrained_logit_scale_stays(source, tmp_path):
+    """As in the authors' code, whichever file it is in; a set value takes precedence."""
+    model, path = save_tiny_clip(tmp_path / "clip", "siglip" if source == "siglip" else "clip"), tmp_path / "clip"
+    model.logit_scale.data.fill_(4.25)
+    model.save_pretrained(path, max_shard_size="20KB" if source == "sharded" else "1GB")
+    if source == "sharded":
+        (path / "model.safetensors").unlink()
+        assert len(list(path.glob("model-*.safetensors"))) > 1
+    if source == "bin":
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    if source == "imported":
+        card, _ = import_tower(path, path := tmp_path / "tower")
+        assert card.dual["logit_scale_init"] == 4.25
+    if source == "trained":
+        dual = build_dual(TowerConfig(path=str(path)), DUAL, seed=1)
+        export_tower(dual, path := tmp_path / "tower", origin="x")
+    tower = TowerConfig(path=str(path))
+    assert first_scale(tower) == 4.25
+    assert first_scale(tower, dataclasses.replace(DUAL, logit_scale_init=3.0)) == 3.0
+    resized = dataclasses.replace(tower, image_size=24)
+    assert first_scale(resized) == 4.25
+    scratch = TowerConfig(architecture=str(path), from_scratch=True)
+    assert first_scale(scratch) == pytest.approx(math.log(1 / 0.07))
+
+
+def test_a_tower_without_a_logit_scale_starts_at_clips(tower, tmp_path):
+    assert first_scale(TowerConfig(path=tower)) == pytest.approx(math.log(1 / 0.07))
+    model = save_tiny_clip(tmp_path / "clip", "clip")
+    model.logit_scale.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ContractError, match=r"model\.safetensors: logit_scale is nan"):
+        first_scale(TowerConfig(path=str(tmp_path / "clip")))

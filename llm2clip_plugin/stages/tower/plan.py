@@ -4,6 +4,7 @@ No weights are read and nothing is downloaded; without data or a cache, the plan
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from llm2clip_plugin.train.distributed import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.dual_config import LOG_SCALE
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 KEY_BYTES = 9  # of a sample's key, as img2dataset makes them
@@ -63,7 +65,7 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
         *(f"assumed: {line}" for line in size.assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
-        f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide",
+        f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide, {describe_scale(config)}",
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         plans.describe_time(plan.total_steps * plan.global_batch, config.plan.images_per_second),
         parameters,
@@ -139,6 +141,15 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         pixels=3 * dual.tower.config.image_size**2,
         twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
     )
+
+
+def describe_scale(config: RunConfig) -> str:
+    """Where the logit scale starts; a tower's own is not read."""
+    if config.tower.keep_heads:
+        return "the tower directory's logit scale"
+    if config.dual.logit_scale_init is not None or config.tower.from_scratch:
+        return f"logit scale {math.exp(config.dual.logit_scale_init or LOG_SCALE):.4g}"
+    return f"the tower's logit scale ({math.exp(LOG_SCALE):.4g} if it has none)"
 
 
 def describe_cache(size: DataSize) -> str:

@@ -22,7 +22,7 @@ from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.config import DistillConfig, HeadsConfig, OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.launcher import local_world_size
 from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.vision.dual_config import DualConfig
+from llm2clip_plugin.vision.dual_config import LOG_SCALE, DualConfig
 
 DEFAULT = "base"
 EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"
@@ -78,6 +78,7 @@ def quickstart() -> RunConfig:
             projection_norm=True,
             input_scale="sqrt_width",
             input_noise=0.5,
+            logit_scale_init=LOG_SCALE,
         ),
         optim=OptimConfig(
             lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0, warmup_ratio=0.15

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.outside.safetensors_header import read_header
 from llm2clip_plugin.vision.convert.source_config import section
 from llm2clip_plugin.vision.directory import read_json
 
@@ -28,6 +30,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix in PICKLE_SUFFIXES:
         return _strip_prefixes(_only_tensors(_read_pickle(path), path))
     raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+
+
+def read_tensor(path: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint file, None if it has no such tensor; errors as ``read_tensors``'.
+
+    Of a .safetensors file nothing else is read.
+    """
+    if path.suffix != ".safetensors":
+        return read_tensors(path).get(name)
+    if name not in read_header(path).entries:
+        return None
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def weight_files(directory: Path) -> list[Path]:

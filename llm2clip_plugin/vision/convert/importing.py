@@ -110,6 +110,7 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> Dual
         projection_dim=width,
         projection="none" if projection is None else "linear",
         projection_bias=parsed.projection_bias is not None,
+        logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale.reshape(()).item()),
         logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias.reshape(()).item()),
     )
     if adapter is None:
