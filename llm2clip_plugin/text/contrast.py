@@ -23,7 +23,7 @@ from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.blocks import EXCLUDED, stack_ids
 from llm2clip_plugin.train.losses.config import Terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
-from llm2clip_plugin.train.step import MAX_LOG_SCALE, Batch, ContrastiveStep, Encoded
+from llm2clip_plugin.train.step import Batch, ContrastiveStep, Encoded
 
 
 class PairModule(nn.Module):
@@ -54,7 +54,6 @@ class CaptionStep(ContrastiveStep):
         super().__init__(engine, terms, seed=seed)
         self.encoder = encoder
         self.config = config
-        self.module: PairModule = engine.module  # type: ignore[assignment]
 
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         loss, values = super().__call__(batch)
@@ -89,10 +88,6 @@ class CaptionStep(ContrastiveStep):
         query_mW = features_RW[:size]
         positive_mkW = features_RW[size:].unflatten(0, (-1, size)).transpose(0, 1)
         return Encoded(query_mW, positive_mkW, log_scale, torch.zeros_like(log_scale))
-
-    def _after_update(self) -> None:
-        if self.config.learn_scale:
-            self.engine.clamp(self.module.logit_scale, 0.0, MAX_LOG_SCALE)
 
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:

@@ -47,9 +47,6 @@ class InheritStep(ContrastiveStep):
     def _reference(self, micro: Batch) -> Tensor:
         return F.normalize(micro["targets"].float(), dim=-1)
 
-    def _after_update(self) -> None:
-        """The adapter has no bounds."""
-
 
 def scores(feature_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
     """How near two spaces are, of N distinct captions, L2-normalized in both.

@@ -137,6 +137,8 @@ class Engine(EngineStates):
         what is frozen; not so for an LLM, whose weights are in its own files."""
         self.stage = zero_stage(config)
         self.module = module
+        # before DeepSpeed rounds them: a frozen logit scale has no master
+        self._constants = {p: p.float().clone() for p in module.parameters() if p.numel() == 1 and not p.requires_grad}
         self.optimizer = optim.optimizer()
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         if torch.cuda.is_available() and offloads_optimizer(config):
@@ -204,15 +206,24 @@ class Engine(EngineStates):
         """The optimizer's parameter groups, to set the learning rate."""
         return self.device_engine.optimizer.param_groups
 
-    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
-        """Clamp a trained parameter and its fp32 master."""
+    def fp32(self, parameter: nn.Parameter) -> Tensor:
+        """The full value of a trained or one-element parameter, without the rounding to the module's type; a
+        collective under ZeRO."""
+        value = self._constants.get(parameter)
+        value = self._read(parameter, None) if value is None else value
+        assert value is not None
+        return value.to(self.device, torch.float32)
+
+    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> Tensor:
+        """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
         with timed("optimizer"):
-            master = self._read(parameter, None)
-            assert master is not None
-            if bool(((master < low) | (master > high)).any()):
-                self._write(parameter, None, master.clamp(low, high))
+            master = self.fp32(parameter)
+            clamped = master.clamp(low, high)
+            if not torch.equal(master, clamped):
+                self._write(parameter, None, clamped)
                 with self.gathered([parameter], modify=True):
                     parameter.data.clamp_(low, high)
+            return clamped
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:

@@ -87,7 +87,7 @@ class TorchEngine(Engine):
         self.module, self.stage, self.device = module, 0, GPU
         self.accumulation, self._clip, self._local_norm, self._calls = accumulation, 1.0, None, 0
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.frozen, self.keep_frozen = [], False
+        self.frozen, self.keep_frozen, self._constants = [], False, {}
         self.optimizer = OptimConfig().optimizer()
         self.adamw = torch.optim.AdamW([p for _, p in self.trained], fused=True)
         self.device_engine = SimpleNamespace(
