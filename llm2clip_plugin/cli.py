@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
     "doctor": ("llm2clip_plugin.doctor", "main", "check this environment and show how to fix problems"),
+    "data make": (
+        "llm2clip_plugin.data.make.command",
+        "main",
+        "write WebDataset tars from a folder of pictures or a table",
+    ),
     "data check": (
         "llm2clip_plugin.data.check.command",
         "main",
@@ -138,6 +143,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 # Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:
 # --help and a misspelt option need no more.
 OPTIONS: dict[str, tuple[str, str]] = {
+    "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
     "pretrain-llm": ("llm2clip_plugin.stages.llm.options", "PRETRAIN"),

@@ -2,10 +2,14 @@
 
 import io
 import struct
+import warnings
 
 from PIL import Image, UnidentifiedImageError
 
 from llm2clip_plugin.outside.images import check_image_size
+
+# Palette images with partial transparency are read as they should be; PIL advises RGBA once a process.
+warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 
 
 class BrokenImage(ValueError):  # noqa: N818
@@ -55,6 +59,16 @@ def shrink_factor(size: tuple[float, float], needed: tuple[float, float]) -> int
     """The largest of 1, 2, 4, 8 that divides ``size`` (width, height) into no less than ``needed``."""
     ratio = min(size[0] / needed[0], size[1] / needed[1])
     return next((factor for factor in (8, 4, 2) if ratio >= factor), 1)
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether a pixel is not opaque; RGB then shows what is stored below it, mostly black. Raises BrokenImage."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return False
+    try:
+        return image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
+    except DAMAGE as error:
+        raise BrokenImage(f"cannot decode the image: {error}") from error
 
 
 def load(image: Image.Image, factor: int = 1) -> Image.Image:

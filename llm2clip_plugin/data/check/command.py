@@ -1,12 +1,13 @@
 """``llm2clip data check DATA``: read a data set once, decode every image, and report statistics and broken samples."""
 
+import dataclasses
 import json
 from typing import Any
 
 from llm2clip_plugin.data.check.options import COMMAND
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
-from llm2clip_plugin.data.check.report import as_text, build_report
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.check.report import as_text, build_report, overlap
+from llm2clip_plugin.data.sources.open import Source, open_source
 from llm2clip_plugin.progress import track
 
 
@@ -26,8 +27,16 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
     load_counter(config.tokenizer)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
+    report = build_report(config, source, broken_shards, reading := _read(source, config))
+    if config.validation:
+        other = open_source(dataclasses.replace(config, path=config.validation), {})
+        report["validation"] = overlap(other, reading, _read(other, config))
+    return report
+
+
+def _read(source: Source, config: CheckConfig) -> Reading:
     reading = Reading()
     for part in track(read_all(source, config), total=len(source), label="data check", unit="samples"):
         if part is not None:
             reading.add(part)
-    return build_report(config, source, broken_shards, reading)
+    return reading

@@ -11,6 +11,7 @@ from llm2clip_plugin.options.shared import READ_NAMES
 class CheckConfig(SourceConfig):
     """What to look for in a data set."""
 
+    validation: str = ""  # another data set: how many of its pictures and captions are in this one, too
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
     max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
     small_side: int = 32  # count images with a side shorter than this, in pixels
@@ -32,6 +33,7 @@ COMMAND = Command(
         "fields",
         "kinds",
         "languages",
+        "validation",
         "tokenizer",
         "max_tokens",
         "max_broken",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,10 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip_plugin.data.check.options import CheckConfig
-from llm2clip_plugin.data.decode import BrokenImage, load, open_header
+from llm2clip_plugin.data.decode import BrokenImage, has_transparency, load, open_header
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions
+from llm2clip_plugin.data.sources.records import (
+    BrokenSample,
+    Caption,
+    Sample,
+    caption_hash,
+    select_captions,
+    words_of,
+)
 from llm2clip_plugin.outside.timeouts import check_hub_answers
 
 CHUNK = 64  # samples that a worker reads in one task
@@ -31,9 +39,13 @@ class Reading:
     blank_captions: int = 0
     replaced_characters: int = 0  # captions with U+FFFD, which replaces invalid UTF-8
     captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
-    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 3) int64: hash, sample number, tokens
+    unused_fields: Counter[str] = field(default_factory=Counter)  # fields with a text of words that is no caption
+    nested_captions: int = 0  # samples with a caption that contains another one
+    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash, sample, tokens, hash of words
     key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample number
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
+    image_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the file, sample number
+    transparent: int = 0  # images with pixels that are not opaque
     side_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int32: width, height
     image_bytes: int = 0
 
@@ -43,6 +55,10 @@ class Reading:
         self.blank_captions += other.blank_captions
         self.replaced_characters += other.replaced_characters
         self.image_bytes += other.image_bytes
+        self.transparent += other.transparent
+        self.nested_captions += other.nested_captions
+        self.unused_fields += other.unused_fields
+        self.image_rows += other.image_rows
         self.broken += other.broken
         self.without_captions += other.without_captions
         self.caption_rows += other.caption_rows
@@ -102,20 +118,30 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
 def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int], numbers: range) -> Reading:
     """Read some samples of a source and decode their images at full size."""
     reading = Reading(samples=len(numbers))
-    caption_rows, key_rows, sides = [], [], []
+    caption_rows, key_rows, image_rows, sides = [], [], [], []
+    used = {item.name for item in source.fields}
     for number in numbers:
         key, captions, reason = "", (), ""
         try:
             sample = source.with_image(number)
             key, captions = sample.key, sample.captions
             reading.blank_captions += sample.blank_captions
-            sides.append(_read_image(sample, reading))
+            reading.unused_fields.update(name for name in sample.meta.keys() - used if _is_text(sample.meta[name]))
+            size, value = _read_image(sample, reading)
+            sides.append(size)
+            image_rows.append((value, number))
         except BrokenSample as error:
             key, reason = error.key, error.reason
         except BrokenImage as error:
             reason = str(error)
         key_rows.append((caption_hash(key), number))
-        caption_rows += [(caption_hash(caption.text), number, count(caption.text)) for caption in captions]
+        words = [words_of(caption.text) for caption in captions]
+        caption_rows += [
+            (caption_hash(caption.text), number, count(caption.text), caption_hash(text))
+            for caption, text in zip(captions, words, strict=True)
+        ]
+        distinct = {f" {text} " for text in words}
+        reading.nested_captions += any(one != other and one in other for one in distinct for other in distinct)
         _count_captions(captions, reading)
         identity = {"shard": source.locate(number)[0], "key": key}
         if reason:
@@ -123,21 +149,29 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
         elif not select_captions(captions, config.kinds, config.languages):
             reason = "no caption of the selected kinds and languages" if captions else "no caption"
             reading.without_captions.append({**identity, "reason": reason})
-    reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 3))
+    reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 4))
+    reading.image_rows.append(np.array(image_rows, dtype=np.int64).reshape(-1, 2))
     reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
     reading.side_rows.append(np.array(sides, dtype=np.int32).reshape(-1, 2))
     return reading
 
 
-def _read_image(sample: Sample, reading: Reading) -> tuple[int, int]:
-    """Decode the image, count it, and return its width and height. Raises BrokenSample or BrokenImage."""
+def _is_text(value: object) -> bool:
+    """Whether a field may be a caption: words, not a name, a hash or JSON."""
+    return isinstance(value, str) and " " in value.strip() and not value.startswith(("{", "["))
+
+
+def _read_image(sample: Sample, reading: Reading) -> tuple[tuple[int, int], int]:
+    """Decode the image, count it; its width and height, and a hash. Raises BrokenSample or BrokenImage."""
     data = sample.read_image()
     image = open_header(data)
     image_format, size = image.format or "?", image.size
+    transparent = has_transparency(image)
     load(image)
+    reading.transparent += transparent
     reading.formats[image_format] += 1
     reading.image_bytes += len(data)
-    return size
+    return size, int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True)
 
 
 def _count_captions(captions: tuple[Caption, ...], reading: Reading) -> None:

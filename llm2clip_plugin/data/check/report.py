@@ -23,7 +23,7 @@ def build_report(
     """The report in plain JSON types."""
     bad = len(reading.broken) + len(reading.without_captions)  # a sample is in at most one of the two lists
     fraction = bad / reading.samples if reading.samples else 1.0
-    captions = np.concatenate([np.zeros((0, 3), dtype=np.int64), *reading.caption_rows])
+    captions = np.concatenate([np.zeros((0, 4), dtype=np.int64), *reading.caption_rows])
     keys = np.concatenate([np.zeros((0, 2), dtype=np.int64), *reading.key_rows])
     by_kind, by_language = Counter(), Counter()
     for (kind, language), number in reading.captions.items():
@@ -45,10 +45,38 @@ def build_report(
         "empty_captions": reading.blank_captions,
         "captions_with_invalid_utf8": reading.replaced_characters,
         "duplicate_captions": _duplicate_captions(source, captions, config.show),
+        "duplicate_images": _duplicates(_rows_of(reading.image_rows)),
+        "nested_captions": reading.nested_captions,
+        "unused_fields": dict(reading.unused_fields.most_common()),
         "duplicate_keys": _duplicate_keys(source, keys, config.show),
         "caption_lengths": _lengths(config, source, captions),
         "images": _images(config, reading),
         "reading": reading_report(source, reading.image_bytes / max(1, sum(reading.formats.values()))),
+    }
+
+
+def _rows_of(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros((0, 2), dtype=np.int64), *parts])
+
+
+def _duplicates(rows: np.ndarray) -> int:
+    """Samples whose hash, in the first column, is that of an earlier one."""
+    return len(rows) - len(np.unique(rows[:, 0]))
+
+
+def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, Any]:
+    """How much of ``source``, the validation data, is in the training data: files, and captions by their words."""
+    images, known = _rows_of(validation.image_rows), _rows_of(train.image_rows)[:, 0]
+    captions = np.concatenate([np.zeros((0, 4), dtype=np.int64), *validation.caption_rows])
+    words = np.concatenate([np.zeros((0, 4), dtype=np.int64), *train.caption_rows])[:, 3]
+    same = images[np.isin(images[:, 0], known), 1].tolist()
+    return {
+        "path": source.path,
+        "samples": validation.samples,
+        "images_in_both": len(same),
+        "examples": [source.captions(number)[0] for number in same[:3]],
+        "captions": len(captions),
+        "captions_in_both": int(np.isin(captions[:, 3], words).sum()),
     }
 
 
@@ -117,6 +145,7 @@ def _images(config: CheckConfig, reading: Reading) -> dict[str, Any]:
         for axis, name in enumerate(("width", "height")):
             values = sides[:, axis]
             report[name] = {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
+    report["transparent"] = reading.transparent
     report["small_side"] = config.small_side
     report["small"] = int((sides.min(axis=1) < config.small_side).sum()) if len(sides) else 0
     return report
@@ -199,4 +228,31 @@ def _problem_lines(report: dict[str, Any], show: int) -> list[str]:
     lines += [
         f"    {one['samples']} x {one['key']!r} in {printable(', '.join(one['shards']))}" for one in keys["examples"]
     ]
-    return lines
+    return lines + _notes(report)
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What stops no training and makes it worse."""
+    notes, total = [], report["samples"]
+    if copies := report["duplicate_images"]:
+        notes.append(f"{copies} images are exact copies of others")
+    if clear := report["images"]["transparent"]:
+        notes.append(
+            f"{clear} of {total} images are transparent: training reads what is stored below, mostly black; "
+            "`llm2clip data make ... --background white` puts them on white"
+        )
+    if nested := report["nested_captions"]:
+        notes.append(
+            f"{nested} of {total} samples have a caption that contains another one: trivial pairs for stage 1, whose "
+            "loss is then near 0"
+        )
+    if unused := report["unused_fields"]:
+        fields = ", ".join(f"{printable(name)} ({count})" for name, count in unused.items())
+        notes.append(f"fields with text that are not used as captions: {fields}; --fields NAME=KIND uses them")
+    if other := report.get("validation"):
+        shown = f" ({printable(', '.join(other['examples']))})" if other["examples"] else ""
+        notes.append(
+            f"of {other['path']}, {other['images_in_both']} of {other['samples']} images{shown} and "
+            f"{other['captions_in_both']} of {other['captions']} captions are in the training data, too"
+        )
+    return [f"  note: {text}" for text in notes]

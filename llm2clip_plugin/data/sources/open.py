@@ -24,4 +24,7 @@ def detect_format(path: str) -> str:
             return known.name
     if not os.path.exists(path):
         raise FileNotFoundError(f"no data at {path}")
-    raise ValueError(f"cannot determine the format of {path}; choose one with --format ({format_help()})")
+    raise ValueError(
+        f"cannot determine the format of {path}; choose one with --format ({format_help()}), or "
+        f"make it one: `llm2clip data make {path} --output DIR`"
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+WORDS = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def select_captions(
 def caption_hash(text: str) -> int:
     """The first 64 bits of the text's SHA-256, as a signed integer that fits a torch.int64 tensor."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+def words_of(text: str) -> str:
+    """The words of a text, so that texts are compared without case and punctuation."""
+    return " ".join(WORDS.findall(text.casefold()))
 
 
 def hash_hex(value: int) -> str:

@@ -32,7 +32,8 @@ def list_tars(path: str) -> list[tuple[str, str]]:
     else:
         tars = _expand(path)
     if not tars:
-        raise FileNotFoundError(f"no .tar files in {path}")
+        fix = f"; `llm2clip data make {path} --output DIR` makes them of pictures or a table"
+        raise FileNotFoundError(f"no .tar files in {path}{'' if is_url(path) else fix}")
     base = base_folder(path, tars)
     names = [
         (tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")).removesuffix(".tar")

@@ -6,7 +6,6 @@ So a sample stays on its side whatever the order and number of shards, and when 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +15,10 @@ import numpy as np
 from llm2clip_plugin.contracts import canonical_json
 from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, caption_hash
+from llm2clip_plugin.data.sources.records import BrokenSample, caption_hash, words_of
 from llm2clip_plugin.progress import track
 
 SALT = "llm2clip data split\0"  # of the hash, so that it is independent of other uses of the same keys
-WORDS = re.compile(r"\w+")
 FEW = 4  # shards that are read in this process
 
 
@@ -77,7 +75,7 @@ def _read_shard(source: Source, validation: float, by: str, number: int) -> Shar
         value = _field(source, sample, by) if by else source.key(sample)
         values.append((is_held_out(value, validation), caption_hash(value)))
         for caption in source.captions(sample)[1]:
-            if words := " ".join(WORDS.findall(caption.text.casefold())):
+            if words := words_of(caption.text):
                 captions.append(caption_hash(words))
                 owners.append(sample)
     return ShardSides(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
+from PIL import Image
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.evaluation import eval_pairs
@@ -195,3 +196,27 @@ def test_images_that_are_elsewhere_are_one_line(tmp_path: Path, capsys: pytest.C
         "folder that the paths in the file start from\n  broken shards: 0\n  broken samples: 0\n"
     ) in told
     assert "1.jpg" not in told
+
+
+def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(name: str, image: bytes, **fields: str) -> list[tuple[str, bytes]]:
+        return [(f"{name}.png", image), (f"{name}.json", json.dumps(fields).encode())]
+
+    clear = Image.new("RGBA", (40, 40), (9, 9, 9, 0))
+    train = [
+        *sample("a", encoded(clear, "PNG"), caption="A fox", long_caption="a fox, standing", title="the red fox"),
+        *sample("b", encoded(picture(1), "PNG"), caption="a foxglove", long_caption="the flower fox", sha256="0f3a"),
+        *sample("c", encoded(picture(1), "PNG"), caption="c"),
+    ]
+    validation = [*sample("d", encoded(picture(1), "PNG"), caption="a fox!"), *sample("e", jpeg(2), caption="new")]
+    write_tar(tmp_path / "train.tar", train)
+    write_tar(tmp_path / "validation.tar", validation)
+    words = (str(tmp_path / "train.tar"), "--validation", str(tmp_path / "validation.tar"))
+    status, report = checked(capsys, *words)
+    assert status == 0
+    assert report["images"]["transparent"] == report["nested_captions"] == report["duplicate_images"] == 1
+    assert report["unused_fields"] == {"title": 1}
+    assert report["validation"]["images_in_both"] == report["validation"]["captions_in_both"] == 1
+    assert report["validation"]["examples"] == ["d"]
+    assert main(["data", "check", *words]) == 0
+    assert capsys.readouterr().out.count("  note: ") == 5

@@ -1,0 +1,141 @@
+"""llm2clip data make: tars that all commands read, from folders and tables; what is left out is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from data_world import jpeg, picture
+from PIL import Image
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.data.make.items import _from_name
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four pictures with captions, and one of each trouble."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for number, name in enumerate(("a.jpg", "b.v2.jpg", "sub/c.jpg", "no-text_2.jpg")):
+        (folder / name).write_bytes(jpeg(number))
+    for name in ("a", "b.v2", "copy", "cut"):
+        (folder / f"{name}.txt").write_text(f"the picture {name}\n")
+    (folder / "sub" / "c.json").write_text('{"caption": "c", "long_caption": "the long c", "place": "here"}')
+    (folder / "copy.jpg").write_bytes(jpeg(0))
+    (folder / "cut.jpg").write_bytes(jpeg(9)[:-400])
+    (folder / "a.gif").write_bytes(b"")
+    Image.new("P", (40, 30), 3).save(folder / "a.gif")
+    (folder / "drawing.svg").write_text("<svg/>")
+    (folder / ".hidden.jpg").write_bytes(jpeg(1))
+    return folder
+
+
+def samples(path: Path, **more: str) -> dict[str, list[tuple[str, str]]]:
+    source = open_source(SourceConfig(path=str(path), **more))
+    read = [source[number] for number in range(len(source))]
+    assert all(sample.read_image() for sample in read)
+    return {sample.key: [(caption.text, caption.kind) for caption in sample.captions] for sample in read}
+
+
+def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "made"
+    assert main(["data", "make", str(photos), "--output", str(output)]) == 0
+    assert samples(output) == {
+        "a": [("the picture a", "short")],
+        "a-2": [("the picture a", "short")],
+        "b_v2": [("the picture b.v2", "short")],
+        "sub/c": [("c", "short"), ("the long c", "long")],
+    }
+    with tarfile.open(output / "00000.tar") as tar:
+        assert tar.extractfile("a-2.jpg").read() == jpeg(0)  # as it was
+        assert "a.png" in tar.getnames()  # the .gif
+        assert json.load(tar.extractfile("sub/c.json"))["place"] == "here"
+    left_out = [json.loads(line) for line in (output / "left-out.jsonl").read_text().splitlines()]
+    reasons = {one["image"]: one["reason"].partition(":")[0] for one in left_out}
+    assert reasons == {
+        "copy.jpg": "copy",
+        "cut.jpg": "unreadable",
+        "drawing.svg": "not a picture",
+        "no-text_2.jpg": "no caption",
+    }
+    said = capsys.readouterr().out
+    assert "4 samples, 5 captions" in said and "left out: 4" in said
+    assert main(["data", "make", str(photos), "--output", str(output)]) == 2  # nothing is replaced
+    assert main(["data", "make", str(photos), "--output", str(output), "--overwrite", "--file-names"]) == 0
+    assert samples(output)["no-text_2"] == [("no text", "short")]
+    assert main(["data", "check", str(output)]) == 0
+
+
+def test_what_cannot_be_made_says_what_to_do(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for path in photos.rglob("*.txt"):
+        path.unlink()
+    (photos / "sub" / "c.json").unlink()
+    for words, told in (
+        ((str(photos),), "--file-names"),
+        ((str(photos / "nosuch"),), "nosuch"),
+        ((str(photos), "--output", str(tmp_path)), "--output"),
+        ((str(photos), "--background", "pink"), "pink"),
+    ):
+        assert main(["data", "make", "--output", str(tmp_path / "made"), *words]) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "made").exists()
+    assert main(["data", "check", str(photos)]) == 2
+    assert "llm2clip data make" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "jsonl", "parquet"])
+def test_a_table_becomes_tars_of_a_size(photos: Path, tmp_path: Path, kind: str):
+    rows = [
+        {"file_name": "a.jpg", "text": "one, more", "place": "x"},
+        {"file_name": "a.jpg", "text": "two", "place": "x"},
+        {"file_name": "sub/c.jpg", "text": "three", "place": "y"},
+        {"file_name": "gone.jpg", "text": "four", "place": "y"},
+    ]
+    table = photos / f"metadata.{kind if kind != 'semicolons' else 'csv'}"
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), table)
+    elif kind == "jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(table, "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter=";" if kind == "semicolons" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    output = tmp_path / "made"
+    assert main(["data", "make", str(table), "--output", str(output)]) == 0
+    assert samples(output) == {"a": [("one, more", "short"), ("two", "short")], "sub/c": [("three", "short")]}
+    assert "no file: " in (output / "left-out.jsonl").read_text()
+
+
+def test_tars_are_of_bounded_size_and_keep_the_order(tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(70):  # read by two processes
+        picture(number, (300, 200)).save(folder / f"{number:03d}.bmp")
+        (folder / f"{number:03d}.txt").write_text(str(number))
+    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--shard-mb", "1"]) == 0
+    tars = sorted((tmp_path / "made").glob("*.tar"))
+    assert len(tars) > 1 and all(tar.stat().st_size < 1_300_000 for tar in tars)
+    assert list(samples(tmp_path / "made")) == [f"{number:03d}" for number in range(70)]
+
+
+def test_transparent_pictures_get_a_background(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "stamps"
+    folder.mkdir()
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(folder / "fox.png")
+    words = ["data", "make", str(folder), "--output", str(tmp_path / "made"), "--file-names", "--overwrite"]
+    assert main(words) == 0 and "1 pictures are transparent" in capsys.readouterr().out
+    assert main([*words, "--background", "white"]) == 0 and "are transparent" not in capsys.readouterr().out
+    with tarfile.open(tmp_path / "made" / "00000.tar") as tar:
+        assert Image.open(tar.extractfile("fox.png")).getextrema() == ((255, 255),) * 3
+
+
+def test_words_of_a_file_name():
+    assert _from_name("animals/red-fox_2.jpg") == _from_name("red fox/0017.jpg") == "red fox"
+    assert _from_name("mp3 player.png") == "mp3 player" and _from_name("0017.jpg") == ""
