@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def embed(text: str) -> torch.Tensor:
     return total
 
 
-def make_cache(data: Path, *, llm: str = "made-up") -> Path:
+def make_cache(data: Path, *, llm: str = "made-up", embed: Callable[[str], torch.Tensor] = embed) -> Path:
     """The cache of ``data``, in its default place."""
     identity = TeacherIdentity(
         llm=llm,
