@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm2clip_plugin.data.permutation import Permutation, hash_words
-from llm2clip_plugin.data.source_order import SourceOrder
+from llm2clip_plugin.data.source_order import BatchOrder, SourceOrder
 
 
 class Draw(NamedTuple):
@@ -74,7 +74,8 @@ class Mixture:
     """Draws from several sources. An epoch holds round(weight x size) draws of each source, in mixed order.
 
     With all weights 1 an epoch is every sample once. An epoch makes two passes over a source of weight 2 and half a
-    pass over one of weight 0.5; the next epoch continues that pass, so sampling stays without replacement.
+    pass over one of weight 0.5; the next epoch continues that pass, so sampling stays without replacement. With
+    ``batch`` every global batch is drawn from one source, and sources have their share of batches (see BatchOrder).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Mixture:
         weights: Sequence[float],
         seed: int,
         windows: Sequence[int] = (),  # shuffle_window of each source; () is 0 for all
+        batch: int = 0,  # samples of a global batch, all of one source; 0: a batch mixes the sources
     ) -> None:
         if len(shard_sizes) != len(weights) or not shard_sizes:
             raise ValueError(f"{len(shard_sizes)} sources but {len(weights)} weights; pass one weight per source")
@@ -95,6 +97,7 @@ class Mixture:
         self.draws = epoch_draws(self.lengths, weights)
         self._pass_order = lru_cache(maxsize=4 * len(weights))(self._make_pass_order)
         self._source_order = lru_cache(maxsize=2)(self._make_source_order)
+        self._batches = BatchOrder(self.draws, batch, seed) if batch and len(weights) > 1 else None
 
     @property
     def epoch_length(self) -> int:
@@ -103,19 +106,29 @@ class Mixture:
 
     def batch_indices(self, position: int, count: int) -> list[Draw]:
         """The ``count`` draws from ``position`` (samples consumed since the start of training) on."""
+        period = self.epoch_length if self._batches is None else self._batches.batch
         result: list[Draw] = []
         while len(result) < count:
-            epoch, offset = divmod(position + len(result), self.epoch_length)
-            here = min(count - len(result), self.epoch_length - offset)
-            result += self._within_epoch(epoch, offset, here)
+            number, offset = divmod(position + len(result), period)
+            here = min(count - len(result), period - offset)
+            result += self._draws(*self._places(number, offset, here))
         return result
 
     def window(self, source: int, position: int) -> tuple[int, int]:
         """The pass over a source, and its window of shards, that the draws from ``position`` on read."""
-        epoch, offset = divmod(position, self.epoch_length)
-        before = offset if len(self.draws) == 1 else int(self._source_order(epoch).counts(offset)[source])
-        number, place = divmod(epoch * self.draws[source] + before, self.lengths[source])
+        number, place = divmod(self._drawn(source, position), self.lengths[source])
         return number, self._pass_order(source, number).window_at(place)
+
+    def _drawn(self, source: int, position: int) -> int:
+        """Draws of a source before ``position``."""
+        if len(self.draws) == 1:
+            return position
+        if self._batches is None:
+            epoch, offset = divmod(position, self.epoch_length)
+            return epoch * self.draws[source] + int(self._source_order(epoch).counts(offset)[source])
+        step, offset = divmod(position, self._batches.batch)
+        current, before = self._batches(step)
+        return before[source] * self._batches.batch + (offset if current == source else 0)
 
     def window_shards(self, source: int, number: int, window: int) -> list[int]:
         """Shards of a window of pass ``number``; the window after its last is the next pass's first."""
@@ -124,24 +137,30 @@ class Mixture:
             groups, window = self._pass_order(source, number + 1).groups, 0
         return groups[window].tolist()
 
-    def _within_epoch(self, epoch: int, offset: int, count: int) -> list[Draw]:
-        labels, ranks = self._sources(epoch, offset, count)
-        result: list[Draw] = [Draw(0, 0, 0)] * count
+    def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:
+        """Draws of these sources (k,), at these places (k,) of each source's endless passes."""
+        result: list[Draw] = [Draw(0, 0, 0)] * len(labels)
         for source in np.unique(labels).tolist():
             here = np.flatnonzero(labels == source)
-            passes, places = np.divmod(epoch * self.draws[source] + ranks[here], self.lengths[source])
+            passes, within = np.divmod(places[here], self.lengths[source])
             for number in np.unique(passes).tolist():
                 chosen = here[passes == number]
-                indices = self._pass_order(source, number)(places[passes == number])
+                indices = self._pass_order(source, number)(within[passes == number])
                 for row, index in zip(chosen.tolist(), indices.tolist(), strict=True):
                     result[row] = Draw(source, index, number)
         return result
 
-    def _sources(self, epoch: int, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each draw, and how many draws of that source come before it in the epoch."""
+    def _places(self, number: int, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and place of draws within epoch ``number``, or within global batch ``number`` of one source."""
+        if self._batches is not None:
+            source, before = self._batches(number)
+            start = before[source] * self._batches.batch + offset
+            return np.full(count, source), np.arange(start, start + count, dtype=np.int64)
         if len(self.draws) == 1:
-            return np.zeros(count, dtype=np.int64), np.arange(offset, offset + count, dtype=np.int64)
-        return self._source_order(epoch)(offset, count)
+            start = number * self.draws[0] + offset
+            return np.zeros(count, dtype=np.int64), np.arange(start, start + count, dtype=np.int64)
+        labels, ranks = self._source_order(number)(offset, count)
+        return labels, number * np.asarray(self.draws)[labels] + ranks
 
     def _make_pass_order(self, source: int, number: int) -> PassOrder:
         key = hash_words("pass", self.seed, source, number)

@@ -1,13 +1,14 @@
-"""Which source each draw of an epoch comes from: computed where it is needed, never stored."""
+"""Which source each draw of an epoch, or each global batch, comes from: computed where it is needed, never stored."""
 
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
-from llm2clip_plugin.data.permutation import Permutation
+from llm2clip_plugin.data.permutation import Permutation, hash_words
 
 BLOCK = 1 << 16  # draws computed at once: fewer calls, and arrays that a processor's cache still holds
 LONG = 1 << 20  # draws from which on several threads count
@@ -75,3 +76,35 @@ class SourceOrder:
 
     def _labels(self, start: int, stop: int) -> np.ndarray:
         return np.searchsorted(self.stops, self.permute(np.arange(start, stop)), side="right")
+
+
+class BatchOrder:
+    """The sources of global batches that each come from one source, in mixed order.
+
+    After e epochs a source with d draws an epoch has had floor(e d / batch) batches: what an epoch leaves of less than
+    a batch is carried over to the next epoch, so no sample is dropped.
+    """
+
+    def __init__(self, draws: Sequence[int], batch: int, seed: int) -> None:
+        self.draws = list(draws)
+        self.batch = batch
+        self.seed = seed
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def __call__(self, step: int) -> tuple[int, list[int]]:
+        """Source of a batch, and how many batches of each source come before it since the start of training."""
+        epoch = step * self.batch // sum(self.draws)
+        while sum(self._before(epoch + 1)) <= step:
+            epoch += 1
+        before = self._before(epoch)
+        labels, _ = self._order(epoch)(step - sum(before), 1)
+        counts = self._order(epoch).counts(step - sum(before)).tolist()
+        return int(labels[0]), [earlier + here for earlier, here in zip(before, counts, strict=True)]
+
+    def _before(self, epoch: int) -> list[int]:
+        """Batches of each source in the epochs before ``epoch``."""
+        return [epoch * draws // self.batch for draws in self.draws]
+
+    def _make_order(self, epoch: int) -> SourceOrder:
+        batches = [after - before for before, after in zip(self._before(epoch), self._before(epoch + 1), strict=True)]
+        return SourceOrder(batches, hash_words("batches", self.seed, epoch))

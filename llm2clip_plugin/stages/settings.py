@@ -68,6 +68,11 @@ ADDED: dict[str, Any] = {
     "loss.args": [],
     "distill.reference": "ema",
     "distill.decay": 0.999,
+    "pairs.mix_kinds": False,
+    "pairs.instructions": [],
+    "pairs.random_negatives": False,
+    "pairs.instruction_field": "instruction",
+    "contrast.symmetric": True,
     "optim.name": "adamw",
     "optim.args": [],
 }

@@ -38,6 +38,7 @@ class ContrastConfig:
     # groups of similar length in which a micro-batch's texts are padded: less padding, same result
     length_groups: int = 4
     mask_same: bool = True  # pairs with a common text or image are not negatives of each other
+    symmetric: bool = True  # half of the loss retrieves queries from positives; without, all retrieves positives
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100:
@@ -55,11 +56,17 @@ class PairsConfig:
     pair_format: str = "auto"  # auto | captions | pairs | text (each text with itself: unsupervised SimCSE by dropout)
     # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
     pair_kinds: tuple[str, ...] = ("short:long",)
+    mix_kinds: bool = False  # draw a kind for each pair; without, all pairs of a batch are of one kind
+    # of caption sets: text before the queries of a kind of caption, KIND=TEXT, not pooled; others have query_prompt
+    instructions: tuple[str, ...] = ()
+    # of caption sets: a hard negative for each pair, the caption of the positive's kind of a random other image
+    random_negatives: bool = False
     lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
     group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
     query_field: str = "query"  # of text-pair files
     positive_field: str = "positive"  # of text-pair files; a text, or a list whose first text is used
     negative_field: str = "negative"  # of text-pair files: a hard negative, in all rows or in none
+    instruction_field: str = "instruction"  # of text-pair files: text before the query, not pooled; else query_prompt
     cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
     # how caption sets are read; stage 1 has an order of its own, without windows
     read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
@@ -75,6 +82,7 @@ class PairsConfig:
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
         parse_kinds(self.pair_kinds)
         parse_lists(self.lists)
+        parse_instructions(self.instructions)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,11 @@ class PairKind:
     query: str
     positive: str
     weight: float = 1.0
+
+    @property
+    def of_positive(self) -> str:
+        """The kind of the positive caption."""
+        return self.query if self.positive == "same" else self.positive
 
     def __str__(self) -> str:
         return f"{self.query}:{self.positive}"
@@ -117,3 +130,11 @@ def parse_lists(specifications: Sequence[str]) -> dict[str, tuple[int, int]]:
             raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
         bounds_of[kind] = (int(low), int(high))
     return bounds_of
+
+
+def parse_instructions(specifications: Sequence[str]) -> dict[str, str]:
+    """Read ``short=Find the long caption: ``: kind of the query -> text; raises ValueError for another form."""
+    parsed = {kind: text for kind, equals, text in (item.partition("=") for item in specifications) if kind and equals}
+    if len(parsed) != len(specifications):
+        raise ValueError(f"instructions {list(specifications)} must be KIND=TEXT, one for each kind of query")
+    return parsed

@@ -70,7 +70,7 @@ class CaptionStep(ContrastiveStep):
     def _forward(self, micro: Batch) -> Encoded:
         queries: list[list[int]] = micro["tokens"]["query"]
         targets: list[list[int]] = [*micro["tokens"]["positive"], *micro["tokens"].get("negative", ())]
-        frames = [self.encoder.query_frame] * len(queries) + [self.encoder.frame] * len(targets)
+        frames = [*micro["tokens"]["query_frame"], *[self.encoder.frame] * len(targets)]
         rows = [*queries, *targets]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         tensors: list[Tensor] = []
@@ -101,48 +101,65 @@ def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
 
 
 def caption_terms(config: ContrastConfig) -> Terms:
-    """The loss: symmetric InfoNCE, with hard negatives if the batch has them."""
+    """The loss: InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
         hashes, images = (x.caption_hashes, x.image_ids) if config.mask_same else (None, None)
         positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
-        if x.positive_bkD.shape[1] == 1:
+        if config.symmetric and x.positive_bkD.shape[1] == 1:
             return contrastive_loss(x.anchor_bD, positive_bW, scale, caption_hashes=hashes, image_ids=images)
-        negative_bW = x.positive_bkD[:, 1]
-        return hard_negative_loss(x.anchor_bD, positive_bW, negative_bW, scale, caption_hashes=hashes, image_ids=images)
+        return pair_loss(
+            x.anchor_bD,
+            positive_bW,
+            x.positive_bkD[:, 1:].flatten(0, 1),
+            scale,
+            symmetric=config.symmetric,
+            caption_hashes=hashes,
+            image_ids=images,
+        )
 
     return {"infonce": infonce}
 
 
-def hard_negative_loss(
+def pair_loss(
     query_bW: Tensor,
     positive_bW: Tensor,
-    negative_bW: Tensor,
+    negative_nW: Tensor,
     scale: Tensor,
     *,
+    symmetric: bool = True,
     caption_hashes: Tensor | None = None,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE in which the hard negatives of all N pairs are negatives of each query (Wang et al. 2022, E5).
+    """InfoNCE of pairs of texts, in which the hard negatives of all N pairs are negatives of each query.
 
-    loss_r = 1/(2b) sum_i [ log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i ]
-           + 1/(2b) sum_i [ log sum_j e^(s p_i.q_j) - s p_i.q_i ],   i over this rank's pairs, j over all ranks'.
+    there_i = log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i
+    back_i  = log sum_j e^(s p_i.q_j) - s p_i.q_i
+    loss_r  = 1/b sum_i there_i, or with ``symmetric`` 1/(2b) sum_i (there_i + back_i);
+    i over this rank's pairs, j over all ranks'. One-directional: supervised SimCSE (Gao et al. 2021, arXiv 2104.08821)
+    as LLM2Vec and LLM2CLIP train with; both: E5 (Wang et al. 2022).
 
-    query, positive, negative: (b, W) of length 1; scale: (1,); ids as in ``contrastive_loss``: pairs that share one
-    are excluded from the sums over positives. The mean over ranks is the loss of the whole batch, and an engine that
-    averages gradients gets that loss's gradient. Not for batches whose (b, 3 N) logits are too large to hold.
+    query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids as in
+    ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The mean over ranks is the
+    loss of the whole batch, and an engine that averages gradients gets that loss's gradient. Not for batches whose
+    (b, 3 N) logits are too large to hold.
     """
     b, first = len(query_bW), rank() * len(query_bW)
     s = scale.float()
-    all_NW = [gather_with_gradient(features) for features in (query_bW, positive_bW, negative_bW)]
-    positive_bN = s * query_bW.float() @ all_NW[1].float().T
-    negative_bN = s * query_bW.float() @ all_NW[2].float().T
-    query_bN = s * positive_bW.float() @ all_NW[0].float().T
-    if (excluded_bN := same_ids(caption_hashes, image_ids, first)) is not None:
-        positive_bN, query_bN = (logits.masked_fill(excluded_bN, EXCLUDED) for logits in (positive_bN, query_bN))
+    there_bM = s * query_bW.float() @ gather_with_gradient(positive_bW).float().T
     target_b = torch.arange(first, first + b, device=query_bW.device)
-    logits_b2N = torch.cat([positive_bN, negative_bN], 1)
-    return 0.5 * (F.cross_entropy(logits_b2N, target_b) + F.cross_entropy(query_bN, target_b))
+    excluded_bN = same_ids(caption_hashes, image_ids, first)
+    if excluded_bN is not None:
+        there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
+    if len(negative_nW):
+        there_bM = torch.cat([there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1)
+    there = F.cross_entropy(there_bM, target_b)
+    if not symmetric:
+        return there
+    back_bN = s * positive_bW.float() @ gather_with_gradient(query_bW).float().T
+    if excluded_bN is not None:
+        back_bN = back_bN.masked_fill(excluded_bN, EXCLUDED)
+    return 0.5 * (there + F.cross_entropy(back_bN, target_b))
 
 
 def gather_with_gradient(local: Tensor) -> Tensor:

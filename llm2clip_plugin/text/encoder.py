@@ -18,6 +18,7 @@ from llm2clip_plugin.text.post import load_post
 from llm2clip_plugin.text.sentence_transformers import apply_sentence_transformers, is_sentence_transformers
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
+    Frame,
     build_frame,
     collate,
     length_batches,
@@ -120,17 +121,17 @@ class CaptionEncoder:
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
         """Token ids of each caption with template and prompt (or query prompt), truncated to ``max_tokens``."""
-        frame = self.query_frame if query else self.frame
-        rows, truncated = tokenize(self.tokenizer, frame, captions, self.config.max_tokens)
+        frames = [self.query_frame if query else self.frame] * len(captions)
+        rows, truncated = tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
         self.count_truncated += truncated
         return rows
 
-    def lengths(self, captions: Sequence[str], *, query: bool = False) -> list[int]:
-        """Tokens of each caption with template and prompt (or query prompt), before truncation."""
-        frame = self.query_frame if query else self.frame
-        frame.caption_budget(self.config.max_tokens)  # raises if there is none
-        untruncated = token_ids(self.tokenizer, frame, captions) if captions else []
-        return [frame.size + len(ids) for ids in untruncated]
+    def lengths(self, captions: Sequence[str], frames: Sequence[Frame]) -> list[int]:
+        """Tokens of each caption in its frame, before truncation."""
+        for frame in frames:
+            frame.caption_budget(self.config.max_tokens)  # raises if there is none
+        untruncated = token_ids(self.tokenizer, frames, captions) if captions else []
+        return [frame.size + len(ids) for frame, ids in zip(frames, untruncated, strict=True)]
 
     @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False, side: str = "right") -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.data.permutation import hash_words
-from llm2clip_plugin.data.sampler import Mixture, rank_rows, sample_rng
+from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows, sample_rng
 from llm2clip_plugin.data.sources.records import caption_hash
 from llm2clip_plugin.text.pairs import Pair, PairKind, PairSource
 
@@ -26,16 +26,19 @@ class PairBatches:
         global_batch: int,
         rank: int,
         world: int,
+        mix_kinds: bool = False,
     ) -> None:
+        """weights: how often a sample of each source is drawn; () for all equal.
+
+        mix_kinds: each pair has a kind of its own, instead of one of the batch.
+        """
         self.sources = list(sources)
         self.seed = seed
         self.global_batch = global_batch
         self.rank, self.world = rank, world
-        self.shares = [w * len(s) for s, w in zip(sources, weights or [1.0] * len(sources), strict=True)]
-        self.orders = [
-            Mixture([source.sizes()], [1.0], hash_words("pairs", seed, number)) for number, source in enumerate(sources)
-        ]
-        self._sources_so_far: list[int] = []  # source of each global batch from the start of training
+        self.mix_kinds = mix_kinds
+        sizes = [source.sizes() for source in sources]
+        self.mixture = Mixture(sizes, weights or [1.0] * len(sources), hash_words("pairs", seed, 0), batch=global_batch)
         small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
         if small:
             raise ValueError(
@@ -55,13 +58,14 @@ class PairBatches:
         """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
         step, rest = divmod(position, self.global_batch)
         assert rest == 0, f"position {position} is not at a batch's start"
-        number = self._source_of(step)
-        source = self.sources[number]
-        earlier = self._sources_so_far[:step].count(number)
-        kind = self._choose(source.kinds, [kind.weight for kind in source.kinds], "kind", step)
-        start, count = rank_rows(earlier * self.global_batch, self.rank, self.global_batch // self.world)
-        draws = self.orders[number].batch_indices(start, count)
-        pairs = [self._pair(number, draw.index, draw.epoch, kind) for draw in draws]
+        draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.global_batch // self.world))
+        number = draws[0].source
+        kinds = self.sources[number].kinds
+        kind_of_batch = choose_kind(kinds, self.seed, step)
+        pairs = [
+            self._pair(draw, choose_kind(kinds, self.seed, *draw) if self.mix_kinds else kind_of_batch)
+            for draw in draws
+        ]
         images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
         texts = [[caption_hash(pair.positive) for pair in pairs], [caption_hash(pair.query) for pair in pairs]]
         return {
@@ -72,23 +76,19 @@ class PairBatches:
             "position": position + self.global_batch,
         }
 
-    def _pair(self, number: int, index: int, epoch: int, kind: PairKind) -> Pair:
+    def _pair(self, draw: Draw, kind: PairKind) -> Pair:
         """The pair of a draw; a sample without one is replaced by the next sample with one."""
-        source = self.sources[number]
+        source = self.sources[draw.source]
         for offset in range(min(SUBSTITUTES, len(source))):
-            chosen = (index + offset) % len(source)
-            pair = source.pair(chosen, kind, sample_rng(self.seed, epoch, number, chosen))
+            chosen = (draw.index + offset) % len(source)
+            rng = sample_rng(self.seed, draw.epoch, draw.source, chosen)
+            pair = source.pair(chosen, kind, rng)
             if pair is not None:
-                return pair
-        raise ValueError(f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {index} on")
+                return source.with_negative(pair, kind, rng)
+        raise ValueError(f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {draw.index} on")
 
-    def _source_of(self, step: int) -> int:
-        """The source of a global batch: drawn by weight x size, the same on every rank."""
-        while len(self._sources_so_far) <= step:
-            drawn = self._choose(range(len(self.sources)), self.shares, "source", len(self._sources_so_far))
-            self._sources_so_far.append(drawn)
-        return self._sources_so_far[step]
 
-    def _choose(self, items: Sequence[Any], weights: Sequence[float], what: str, step: int) -> Any:
-        rng = random.Random(hash_words(what, self.seed, step))
-        return rng.choices(list(items), list(weights))[0]
+def choose_kind(kinds: Sequence[PairKind], *words: int) -> PairKind:
+    """A kind drawn by weight, a function of ``words``."""
+    rng = random.Random(hash_words("kind", *words))
+    return rng.choices(list(kinds), [kind.weight for kind in kinds])[0]

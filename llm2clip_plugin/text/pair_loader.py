@@ -10,7 +10,7 @@ from llm2clip_plugin.data.loader import leave_signals_to_the_run
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pair_batches import PairBatches
 from llm2clip_plugin.text.pairs import Pair
-from llm2clip_plugin.text.tokens import tokenize
+from llm2clip_plugin.text.tokens import Frame, query_frames, tokenize
 
 PREFETCH = 2  # batches that each process reads ahead
 
@@ -20,21 +20,28 @@ class PairTokenizer:
 
     def __init__(self, encoder: CaptionEncoder) -> None:
         self.tokenizer = encoder.tokenizer
-        self.frame, self.query_frame = encoder.frame, encoder.query_frame
-        self.max_tokens = encoder.config.max_tokens
+        self.frame, self.template = encoder.frame, encoder.config.chat_template
+        self.query_prompt, self.max_tokens = encoder.config.query_prompt, encoder.config.max_tokens
 
-    def __call__(self, pairs: Sequence[Pair]) -> dict[str, list[list[int]]]:
-        """Token ids of the queries, the positives and, if the pairs have them, the hard negatives."""
-        rows = {
-            "query": self._rows([pair.query for pair in pairs], self.query_frame),
-            "positive": self._rows([pair.positive for pair in pairs], self.frame),
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, list[Any]]:
+        """Token ids of the queries, the positives and, if the pairs have them, the hard negatives; queries' frames."""
+        query_frames, frames = self.query_frames(pairs), [self.frame] * len(pairs)
+        rows: dict[str, list[Any]] = {
+            "query": self._rows([pair.query for pair in pairs], query_frames),
+            "query_frame": query_frames,
+            "positive": self._rows([pair.positive for pair in pairs], frames),
         }
         if pairs[0].negative:
-            rows["negative"] = self._rows([pair.negative for pair in pairs], self.frame)
+            rows["negative"] = self._rows([pair.negative for pair in pairs], frames)
         return rows
 
-    def _rows(self, texts: Sequence[str], frame: Any) -> list[list[int]]:
-        return tokenize(self.tokenizer, frame, texts, self.max_tokens)[0]
+    def query_frames(self, pairs: Sequence[Pair]) -> list[Frame]:
+        """What surrounds each query: its pair's instruction, or the encoder's query prompt."""
+        prompts = [self.query_prompt if pair.instruction is None else pair.instruction for pair in pairs]
+        return query_frames(self.tokenizer, self.template, prompts)
+
+    def _rows(self, texts: Sequence[str], frames: Sequence[Frame]) -> list[list[int]]:
+        return tokenize(self.tokenizer, frames, texts, self.max_tokens)[0]
 
 
 class TokenizedPairs(IterableDataset):

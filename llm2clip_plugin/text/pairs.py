@@ -4,6 +4,7 @@ A batch is drawn from one source and, from a caption set, with one kind of pair 
 negatives are alike. The order is a function of (seed, samples consumed), as in data.sampler.
 """
 
+import dataclasses
 import json
 import random
 from abc import ABC, abstractmethod
@@ -17,9 +18,10 @@ from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
-from llm2clip_plugin.text.config import PairKind, PairsConfig, parse_kinds, parse_lists
+from llm2clip_plugin.text.config import PairKind, PairsConfig, parse_instructions, parse_kinds, parse_lists
 
 SURVEYED = 5000  # samples read before training, to detect a wrong configuration
+NEGATIVES_TRIED = 100  # random images in which a negative is searched
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Pair:
     positive: str
     negative: str = ""
     group: str = ""  # pairs of one group are not used as negatives of each other
+    instruction: str | None = None  # text before the query; None: the encoder's query prompt
 
 
 class PairSource(ABC):
@@ -48,6 +51,10 @@ class PairSource(ABC):
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
         """A pair of one sample, chosen by ``rng``; None if it has none of this kind."""
 
+    def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
+        """The pair with the hard negative that the configuration adds, chosen by ``rng``."""
+        return pair
+
     def __len__(self) -> int:
         return sum(self.sizes())
 
@@ -59,6 +66,8 @@ class CaptionPairs(PairSource):
         super().__init__(source.path, parse_kinds(config.pair_kinds))
         self.source = source
         self.lists = parse_lists(config.lists)
+        self.instructions = parse_instructions(config.instructions)
+        self.random_negatives = config.random_negatives
         self.group = config.group
 
     def sizes(self) -> list[int]:
@@ -71,10 +80,29 @@ class CaptionPairs(PairSource):
             return None
         captions = select_captions(sample.captions, self.source.config.kinds, self.source.config.languages)
         query = self._text(captions, kind.query, rng, "")
-        positive = self._text(captions, kind.query if kind.positive == "same" else kind.positive, rng, query)
+        positive = self._text(captions, kind.of_positive, rng, query)
         if not query or not positive:
             return None
-        return Pair(sample.key, query, positive, group=str(sample.meta.get(self.group, "")) if self.group else "")
+        group = str(sample.meta.get(self.group, "")) if self.group else ""
+        return Pair(sample.key, query, positive, group=group, instruction=self.instructions.get(kind.query))
+
+    def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
+        """Adds a caption of the positive's kind, of a random image of another key and group.
+
+        Raises ValueError if NEGATIVES_TRIED random images have none.
+        """
+        if not self.random_negatives:
+            return pair
+        for _ in range(NEGATIVES_TRIED):
+            other = self.pair(rng.randrange(len(self)), kind, rng)
+            if other is None or other.key == pair.key or (pair.group and other.group == pair.group):
+                continue
+            if other.positive not in (pair.query, pair.positive):
+                return dataclasses.replace(pair, negative=other.positive)
+        raise ValueError(
+            f"{self.path}: {NEGATIVES_TRIED} random images have no {kind.of_positive} caption for a negative of sample "
+            f"{pair.key!r}; leave out --random-negatives"
+        )
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
         """A caption of a kind other than the text ``other``; "" if there is none."""
@@ -96,6 +124,7 @@ class TextPairs(PairSource):
     def __init__(self, path: Path, config: PairsConfig) -> None:
         super().__init__(str(path), (PairKind("query", "positive"),))
         self.fields = (config.query_field, config.positive_field, config.negative_field)
+        self.instruction = config.instruction_field
         self.rows = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
         if not self.rows:
             raise ValueError(f"{path} has no rows")
@@ -121,7 +150,8 @@ class TextPairs(PairSource):
             if not text:
                 has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise ValueError(f"{self.path}, line {line}: no text in field {name!r}; fields: {has}")
-        return Pair(str(line), *texts)
+        instruction = row.get(self.instruction)
+        return Pair(str(line), *texts, instruction=instruction if isinstance(instruction, str) else None)
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
         return self.read(number)

@@ -98,26 +98,35 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     return Frame(tuple(head), tuple(tail), lead, has_bos)
 
 
-def tokenize(tokenizer, frame: Frame, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
-    """Token ids of each framed caption, and how many captions were truncated to ``max_tokens``.
+def query_frames(tokenizer, template: str, prompts: Sequence[str]) -> list[Frame]:
+    """The frame of each prompt; equal prompts share one."""
+    frames = {prompt: build_frame(tokenizer, template, prompt) for prompt in dict.fromkeys(prompts)}
+    return [frames[prompt] for prompt in prompts]
+
+
+def tokenize(
+    tokenizer, frames: Sequence[Frame], captions: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Token ids of each caption in its frame, and how many captions were truncated to ``max_tokens``.
 
     The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a blank caption, and if
-    the frame alone fills ``max_tokens``.
+    a frame alone fills ``max_tokens``.
     """
-    budget = frame.caption_budget(max_tokens)
+    budgets = [frame.caption_budget(max_tokens) for frame in frames]
     for index, caption in enumerate(captions):
         if not caption.strip():
             raise ValueError(f"caption {index} of {len(captions)} is blank")
     if not captions:
         return [], 0
-    untruncated = token_ids(tokenizer, frame, captions)
-    rows = [[*frame.head, *ids[:budget], *frame.tail] for ids in untruncated]
-    return rows, sum(len(ids) > budget for ids in untruncated)
+    untruncated = token_ids(tokenizer, frames, captions)
+    framed = zip(frames, budgets, untruncated, strict=True)
+    rows = [[*frame.head, *ids[:budget], *frame.tail] for frame, budget, ids in framed]
+    return rows, sum(len(ids) > budget for ids, budget in zip(untruncated, budgets, strict=True))
 
 
-def token_ids(tokenizer, frame: Frame, captions: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer, frames: Sequence[Frame], captions: Sequence[str]) -> list[list[int]]:
     """Token ids of each caption, without its frame and not truncated; at least one caption."""
-    texts = [frame.lead + caption for caption in captions]
+    texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 

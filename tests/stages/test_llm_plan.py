@@ -99,7 +99,7 @@ def test_existing_data_and_tokenizer_are_counted(llama: Path, tmp_path: Path, no
     options += ["--output-dir", str(tmp_path / "run")]
     told = planned(*options)
     encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Find: "), "cpu")
-    lengths = encoder.lengths(texts[:1], query=True) + encoder.lengths(texts[1:])
+    lengths = encoder.lengths(texts, [encoder.query_frame, encoder.frame, encoder.frame])
     assert f"MB at {sum(lengths) / 3:.4g} tokens (the mean)" in told and "a pair of 3 texts" in told
     assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of the first 8 samples have" in told
     assert not (tmp_path / "run").exists()

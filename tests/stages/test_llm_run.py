@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from forked import Script
 from safetensors.torch import load_file, save_file
 from text_helpers import moved, write_moved
@@ -25,7 +24,7 @@ from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import finetune_llm
 from llm2clip_plugin.text.adapter import LoraSettings
-from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts, hard_negative_loss
+from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.checkpoint import TrainState
@@ -247,29 +246,13 @@ def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path
     assert len(found["items"]) == found["counts"]["short->long"] > 40  # equal pairs of texts count once
 
 
-def test_hard_negatives(llama: Path, tmp_path: Path) -> None:
-    """The loss is the formula's, and cutting the batch changes nothing."""
-    torch.manual_seed(0)
-    query, positive, negative = (F.normalize(torch.randn(6, 8), dim=1) for _ in range(3))
-    s = torch.tensor([20.0])
-    total = 0.0
-    for i in range(6):
-        there = [float((s * query[i] @ positive[j]).exp()) for j in range(6) if j != 4 or i not in (3,)]
-        hard = [float((s * query[i] @ negative[j]).exp()) for j in range(6)]
-        back = [float((s * positive[i] @ query[j]).exp()) for j in range(6) if j != 4 or i not in (3,)]
-        if i == 4:  # 3 and 4 share a text
-            there.pop(3), back.pop(3)
-        pair = float((s * query[i] @ positive[i]).exp())
-        total -= 0.5 * (torch.log(torch.tensor(pair / sum(there + hard))) + torch.log(torch.tensor(pair / sum(back))))
-    ids = torch.tensor([0, 1, 2, 3, 3, 5])
-    found = float(hard_negative_loss(query, positive, negative, s, caption_hashes=ids))
-    assert found == pytest.approx(float(total) / 6, 1e-5)
-
+@pytest.mark.parametrize("more", [(), ("--no-symmetric",)], ids=["both directions", "one direction"])
+def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp_path: Path, more) -> None:
     words = [f"{WORDS[i % 16]} {i}" for i in range(33)]
     rows = [{"query": words[i], "positive": f"the {words[i]}", "negative": words[i + 1]} for i in range(32)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, more in (("whole", ()), ("cut", ("--micro-batch", "4"))):
-        finetune_llm(parse(options(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more)))
+    for name, cut in (("whole", ()), ("cut", ("--micro-batch", "4"))):
+        finetune_llm(parse(options(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)))
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
 
 

@@ -11,9 +11,10 @@ import torch
 
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pair_batches import PairBatches
-from llm2clip_plugin.text.pair_loader import tokenized_batches
-from llm2clip_plugin.text.pairs import PairsConfig, open_pairs
+from llm2clip_plugin.text.pair_loader import PairTokenizer, tokenized_batches
+from llm2clip_plugin.text.pairs import Pair, PairsConfig, open_pairs
 from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.text.tokens import collate
 
 
 @pytest.mark.parametrize("negatives", [False, True])
@@ -40,3 +41,15 @@ def test_any_number_of_processes_gives_the_same_batches(llama: Path, tmp_path: P
         assert without["tokens"]["positive"] == encoder.tokenize([pair.positive for pair in pairs["pairs"]])
         assert ("negative" in without["tokens"]) is negatives
     assert len(made[1]) == 5
+
+
+def test_each_query_has_its_own_instruction_which_is_not_pooled(llama: Path) -> None:
+    encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Query: ", include_bos=False), "cpu")
+    pairs = [Pair("a", "a boat", "the boat"), Pair("b", "a boat", "the boat", instruction="Find a long caption; ")]
+    pairs.append(Pair("c", "a boat", "the boat", instruction=""))
+    tokens = PairTokenizer(encoder)(pairs)
+    batch = collate(tokens["query"], tokens["query_frame"], pad_id=encoder.pad_id, include_bos=False)
+    for row, text in enumerate(("Query: a boat", "Find a long caption; a boat", "a boat")):
+        assert tokens["query"][row] == encoder.tokenizer(text)["input_ids"]
+        pooled = batch.input_ids[row][batch.pool_mask[row]].tolist()
+        assert encoder.tokenizer.decode(pooled).strip() == "a boat"

@@ -36,7 +36,15 @@ def write_captions(folder: Path, count: int = 32, name: str = "caps") -> Path:
 
 
 def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8, seed: int = 0) -> PairBatches:
-    return PairBatches(open_pairs(config), config.weights, seed=seed, global_batch=size, rank=rank, world=world)
+    return PairBatches(
+        open_pairs(config),
+        config.weights,
+        seed=seed,
+        global_batch=size,
+        rank=rank,
+        world=world,
+        mix_kinds=config.mix_kinds,
+    )
 
 
 def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Path) -> None:
@@ -87,9 +95,45 @@ def test_a_batch_has_one_source_and_one_kind(tmp_path: Path) -> None:
         long = {pair.positive.startswith("a picture") for pair in pairs}
         assert len(long) == 1
         kinds.append(long.pop())
-        sources.append(loader._source_of(step))
+        sources.append(loader.mixture.batch_indices(step * 8, 1)[0].source)
     assert 0.15 < sum(kinds) / 200 < 0.35  # one in four
     assert 0.45 < sum(sources) / 200 < 0.75  # 3 x 16 against 1 x 32: three in five
+
+
+ROLES = {"pair_kinds": ("short:long", "long:short"), "mix_kinds": True}
+INSTRUCTIONS = {"short": "Find a long one; ", "long": "Find a short one; "}
+
+
+def test_either_caption_is_the_query_with_the_instruction_of_its_kind(tmp_path: Path) -> None:
+    path = write_captions(tmp_path)
+    texts = tuple(f"{kind}={text}" for kind, text in INSTRUCTIONS.items())
+    config = PairsConfig(data=(str(path),), instructions=texts, **ROLES)
+    long_queries = []
+    for step in range(100):
+        batch = batches(config).batch(step * 8)["pairs"]
+        for pair in batch:
+            long = pair.query.startswith("a picture")
+            assert long is not pair.positive.startswith("a picture")
+            assert pair.instruction == INSTRUCTIONS["long" if long else "short"]
+        long_queries.append(sum(pair.query.startswith("a picture") for pair in batch))
+    # 800 fair coins: 400 +- 14 is one sigma; a batch of one kind would have 0 or 8
+    assert 340 < sum(long_queries) < 460 and sum(0 < count < 8 for count in long_queries) > 90
+
+
+def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_path: Path) -> None:
+    config = PairsConfig(data=(str(write_captions(tmp_path, 8)),), group="family", random_negatives=True, **ROLES)
+    negatives = set()
+    for step in range(100):
+        for pair in batches(config).batch(step * 8)["pairs"]:
+            number = int(pair.negative.split()[-1])
+            assert number // 4 != int(pair.key[1:]) // 4  # two families of four
+            assert pair.negative.startswith("a picture") is pair.positive.startswith("a picture")
+            negatives.add(number)
+    assert negatives == set(range(8))
+    assert batches(config).batch(8)["pairs"] == batches(config).batch(8)["pairs"]
+    alone = PairsConfig(data=(str(write_captions(tmp_path, 4)),), group="family", random_negatives=True)
+    with pytest.raises(ValueError, match=r"caps\.jsonl.* leave out --random-negatives"):
+        batches(alone, size=4).batch(0)
 
 
 def test_lists_give_some_of_their_items(tmp_path: Path) -> None:
@@ -133,11 +177,12 @@ def test_sample_without_the_kind_is_replaced_alike_on_all_ranks(tmp_path: Path) 
 
 
 def test_text_pairs_with_hard_negatives_and_plain_texts(tmp_path: Path) -> None:
-    rows = [{"query": f"q{i}", "pos": [f"p{i}", "other"], "neg": f"n{i}"} for i in range(8)]
+    rows = [{"query": f"q{i}", "pos": [f"p{i}", "other"], "neg": f"n{i}", "instruction": "Find it: "} for i in range(8)]
     (tmp_path / "e5.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = PairsConfig(data=(str(tmp_path / "e5.jsonl"),), positive_field="pos", negative_field="neg")
     for pair in batches(config).batch(0)["pairs"]:
         assert (pair.query[1:], pair.query[1:]) == (pair.positive[1:], pair.negative[1:])
+        assert pair.instruction == "Find it: "
     (tmp_path / "texts.txt").write_text("\n".join(f"text {i}" for i in range(8)) + "\n\n")
     pairs = batches(PairsConfig(data=(str(tmp_path / "texts.txt"),))).batch(0)["pairs"]
     assert all(pair.query == pair.positive for pair in pairs) and len({pair.query for pair in pairs}) == 8
@@ -186,6 +231,9 @@ def test_wrong_files_and_settings(tmp_path: Path) -> None:
     for wrong in ("short", "short:long=0", "short:long=x", ":long"):
         with pytest.raises(ValueError, match=r"invalid pair kind .*; expected QUERY:POSITIVE"):
             parse_kinds([wrong])
+    for wrong in (["Find it"], ["short=a", "short=b"]):
+        with pytest.raises(ValueError, match="must be KIND=TEXT"):
+            PairsConfig(instructions=tuple(wrong))
     with pytest.raises(ValueError, match=r"invalid list .*; expected KIND=LOW:HIGH"):
         parse_lists(["keywords=6:2"])
     with pytest.raises(ValueError, match="no training data"):

@@ -15,6 +15,7 @@ from train_helpers import run_ranks
 from llm2clip_plugin.stages.settings import from_plain, refuse_changes
 from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.stages.tower.config import RunConfig
+from llm2clip_plugin.text.contrast import pair_loss
 from llm2clip_plugin.train.loss_config import LossConfig, parse_terms
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import heads_terms, weighted_terms
@@ -105,6 +106,57 @@ def test_a_term_is_its_formula(on_ranks: dict[int, list[Any]], name: str, world:
     scale = torch.stack([result["log_scale"] for result in ranks]).mean(0).double()
     expected_scale = torch.zeros_like(scale) if log_scale.grad is None else log_scale.grad
     torch.testing.assert_close(scale, expected_scale, atol=1e-5, rtol=1e-5)
+
+
+def pairs_on_ranks(rank: int, world: int) -> dict[tuple[bool, int], dict[str, Tensor]]:
+    """Loss and gradients of ``pair_loss`` on this rank's rows, by (symmetric, number of hard negatives of a pair)."""
+    results = {}
+    mine = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
+    for symmetric, negatives in PAIR_LOSSES:
+        x = {key: value[mine].clone().requires_grad_() for key, value in given().items()}
+        log_scale = torch.tensor([SCALE]).log().requires_grad_()
+        loss = pair_loss(
+            x["anchor"],
+            x["positive"][:, 0],
+            x["positive"][:, 1 : 1 + negatives].flatten(0, 1),
+            log_scale.exp(),
+            symmetric=symmetric,
+            caption_hashes=HASHES[:1, mine],
+            image_ids=IDS[mine],
+        )
+        loss.backward()
+        grads = {key: x[key].grad for key in ("anchor", "positive")}
+        results[symmetric, negatives] = {"loss": loss.detach(), **grads, "log_scale": log_scale.grad}
+    return results
+
+
+PAIR_LOSSES = [(False, 0), (False, 1), (True, 0), (True, 1), (False, 2)]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_pairs_of_texts_in_one_direction_and_in_both(world: int):
+    """Against full matrices in fp64, as in ``test_a_term_is_its_formula``."""
+    ranks = run_ranks(pairs_on_ranks, world)
+    ids = torch.cat([HASHES[:1], IDS[None]])
+    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(PAIRS, dtype=torch.bool)
+    for symmetric, negatives in PAIR_LOSSES:
+        x = {key: value.requires_grad_() for key, value in given(torch.float64).items()}
+        log_scale = torch.tensor([SCALE], dtype=torch.float64).log().requires_grad_()
+        there = (log_scale.exp() * x["anchor"] @ x["positive"][:, 0].T).masked_fill(same, -torch.inf)
+        hard = [log_scale.exp() * x["anchor"] @ x["positive"][:, 1 + k].T for k in range(negatives)]
+        expected = F.cross_entropy(torch.cat([there, *hard], 1), torch.arange(PAIRS))
+        if symmetric:
+            expected = (expected + F.cross_entropy(there.T, torch.arange(PAIRS))) / 2
+        expected.backward()
+        found = [result[symmetric, negatives] for result in ranks]
+        torch.testing.assert_close(
+            torch.stack([result["loss"] for result in found]).mean().double(), expected.detach(), atol=1e-5, rtol=1e-5
+        )
+        for key in ("anchor", "positive"):
+            mine = torch.cat([result[key] for result in found]).double() / world
+            torch.testing.assert_close(mine, x[key].grad, atol=1e-5, rtol=1e-5)
+        scale = torch.stack([result["log_scale"] for result in found]).mean(0).double()
+        torch.testing.assert_close(scale, log_scale.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():

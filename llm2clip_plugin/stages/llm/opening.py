@@ -7,6 +7,7 @@ from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pair_batches import PairBatches
+from llm2clip_plugin.text.pair_loader import PairTokenizer
 from llm2clip_plugin.text.pairs import Survey, open_pairs, survey
 
 
@@ -41,6 +42,7 @@ def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
         global_batch=config.train.global_batch,
         rank=rank,
         world=world,
+        mix_kinds=config.pairs.mix_kinds,
     )
     samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
     return Data(surveys=tuple(survey(source, config.pairs) for source in sources), samples=samples, batches=batches)
@@ -52,7 +54,8 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
     Raises ValueError for a truncated query unless ``cut_queries``: a query's end is its caption, which would be lost.
     """
     limit = encoder.config.max_tokens
-    queries = encoder.lengths([pair.query for pair in result.pairs], query=True)
+    frames = PairTokenizer(encoder).query_frames(result.pairs)
+    queries = encoder.lengths([pair.query for pair in result.pairs], frames)
     long = [(length, pair.key) for length, pair in zip(queries, result.pairs, strict=True) if length > limit]
     if long and not cut_queries:
         length, key = max(long)
@@ -60,7 +63,8 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
             f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}, the "
             f"longest {length} (sample {key!r}); raise --max-tokens, or truncate them with --cut-queries"
         )
-    positives = sum(length > limit for length in encoder.lengths([pair.positive for pair in result.pairs]))
+    texts = [pair.positive for pair in result.pairs]
+    positives = sum(length > limit for length in encoder.lengths(texts, [encoder.frame] * len(texts)))
     if not long and not positives:
         return ""
     return (

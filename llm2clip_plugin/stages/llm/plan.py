@@ -24,7 +24,7 @@ from llm2clip_plugin.text.model import CaptionModel
 from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.shape import LlmShape, llm_config, shape_llm
-from llm2clip_plugin.text.tokens import build_frame, literal_template, token_ids
+from llm2clip_plugin.text.tokens import literal_template, query_frames, token_ids
 from llm2clip_plugin.train.memory import StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 
@@ -113,10 +113,12 @@ def measure_data(config: FinetuneConfig) -> DataSize:
     if config.pairs.data:
         data = open_data(config, rank=0, world=1)
         pairs = [pair for survey in data.surveys for pair in survey.pairs]
-        samples, texts, found = data.samples, 3 if any(pair.negative for pair in pairs) else 2, data.lines()
+        negatives = config.pairs.random_negatives or any(pair.negative for pair in pairs)
+        samples, texts, found = data.samples, 3 if negatives else 2, data.lines()
         lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
     else:
-        samples, texts, found = config.plan.assumed_pairs, 2, [f"the paper's data: {LLM_MIXTURE}"]
+        texts = 3 if config.pairs.random_negatives else 2
+        samples, found = config.plan.assumed_pairs, [f"the paper's data: {LLM_MIXTURE}"]
         lengths, missing = [], "no DATA"
         assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
@@ -138,16 +140,12 @@ def token_counts(encoder: EncoderConfig, pairs: Sequence[Pair]) -> list[int]:
     except (OSError, ValueError):
         return []
     template = literal_template(tokenizer, encoder.chat_template)
-    sides = (
-        (encoder.query_prompt, [pair.query for pair in pairs]),
-        (encoder.prompt, [text for pair in pairs for text in (pair.positive, pair.negative) if text]),
-    )
-    counts = []
-    for prompt, texts in sides:
-        frame = build_frame(tokenizer, template, prompt)
-        budget = frame.caption_budget(encoder.max_tokens)
-        counts += [frame.size + min(len(ids), budget) for ids in token_ids(tokenizer, frame, texts)]
-    return counts
+    framed = [(encoder.query_prompt if pair.instruction is None else pair.instruction, pair.query) for pair in pairs]
+    framed += [(encoder.prompt, text) for pair in pairs for text in (pair.positive, pair.negative) if text]
+    prompts, texts = zip(*framed, strict=True)
+    frames = query_frames(tokenizer, template, prompts)
+    counts = zip(frames, token_ids(tokenizer, frames, texts), strict=True)
+    return [frame.size + min(len(ids), frame.caption_budget(encoder.max_tokens)) for frame, ids in counts]
 
 
 def step_memory(

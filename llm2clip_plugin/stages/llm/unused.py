@@ -39,8 +39,20 @@ UNUSED: list[Unused[FinetuneConfig]] = [
         lambda c: "" if c.evaluation.captions else "validation is not set, so nothing is evaluated",
     ),
     Unused(("lora",), _adapter, except_for=("lora.dropout",)),
-    Unused(("pairs.query_field", "pairs.positive_field", "pairs.negative_field"), _no_pair_files),
-    Unused(("pairs.pair_kinds", "pairs.lists", "pairs.group"), _no_caption_sets),
+    Unused(
+        ("pairs.query_field", "pairs.positive_field", "pairs.negative_field", "pairs.instruction_field"), _no_pair_files
+    ),
+    Unused(
+        (
+            "pairs.pair_kinds",
+            "pairs.mix_kinds",
+            "pairs.instructions",
+            "pairs.random_negatives",
+            "pairs.lists",
+            "pairs.group",
+        ),
+        _no_caption_sets,
+    ),
     Unused(("pairs.read.cache_gb",), _no_urls),
 ]
 PRETRAINING_UNUSED: list[Unused[FinetuneConfig]] = [
