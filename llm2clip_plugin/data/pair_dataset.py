@@ -59,11 +59,13 @@ class PairDataset(Dataset):
         caption_weights: Mapping[str, float] | None = None,
         captions_per_image: int = 1,
         targets: Sequence[EmbeddingCache] = (),
+        one_source_batch: int = 0,
     ) -> None:
         """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly.
 
         captions_per_image: captions k of a row; an image that has fewer repeats them. images: None for captions alone,
         whose images are not read. targets: a second cache per source, of the same captions by another teacher.
+        one_source_batch: size of the global batches, each of one source; 0: a batch mixes the sources.
         """
         if len(sources) != len(caches):
             raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
@@ -76,6 +78,7 @@ class PairDataset(Dataset):
         self.caption_weights = dict(caption_weights or {})
         self.captions_per_image = captions_per_image
         self.targets = list(targets)
+        self.one_source_batch = one_source_batch
         self.transform = None if images is None else TrainTransform(images, augment)
 
     def __len__(self) -> int:
@@ -96,6 +99,7 @@ class PairDataset(Dataset):
             [source.config.weight for source in self.sources],
             self.seed,
             [shuffle_window(source.config.shuffle_window, paths) for source in self.sources],
+            batch=self.one_source_batch,
         )
 
     def __getitem__(self, draw: Draw) -> Row:

@@ -68,6 +68,7 @@ ADDED: dict[str, Any] = {
     "loss.args": [],
     "distill.reference": "ema",
     "distill.decay": 0.999,
+    "data.one_source_per_batch": False,
     "pairs.mix_kinds": False,
     "pairs.instructions": [],
     "pairs.random_negatives": False,

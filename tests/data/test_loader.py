@@ -1,3 +1,4 @@
+import copy
 import logging
 import multiprocessing
 import time
@@ -19,6 +20,7 @@ from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.pair_dataset import SOURCE_BITS
 from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import caption_hash
 
@@ -109,6 +111,18 @@ def test_batches_depend_on_no_workers_parts_or_prefetch(dataset: PairDataset, mi
         assert [batch["position"] for batch in found] == [8, 16, 24, 32, 40, 48]
         assert all(len(batch["keys"]) == len(batch["pixels"]) == 8 for batch in found)
         assert list(rows(found)) == expected
+
+
+def test_every_global_batch_has_one_source_on_any_ranks_and_after_a_resume(dataset: PairDataset) -> None:
+    dataset = copy.copy(dataset)
+    dataset.one_source_batch = 8
+    one = batches(dataset, 8, local_batch=8)
+    assert list(rows(one)) == drawn(dataset, 0, 64)
+    sources = [{int(number) >> SOURCE_BITS for number in batch["image_ids"]} for batch in one]
+    assert all(len(of_batch) == 1 for of_batch in sources) and len(set.union(*sources)) == 2
+    two = [batches(dataset, 6, local_batch=4, position=16, rank=rank, world=2, workers=1) for rank in (0, 1)]
+    joined = [row for parts in zip(*two, strict=True) for row in rows(list(parts))]
+    assert joined == list(rows(one[2:]))
 
 
 def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) -> None:

@@ -93,9 +93,10 @@ def test_a_shuffle_window_limits_the_shards_in_use() -> None:
     assert shards[:40].tolist() != sorted(shards[:40].tolist())
 
 
-def test_the_windows_of_a_run_are_those_that_it_reads() -> None:
+@pytest.mark.parametrize("batch", [0, 4])
+def test_the_windows_of_a_run_are_those_that_it_reads(batch: int) -> None:
     sizes = [(5,) * 7, (3,) * 4]
-    mixture = Mixture(sizes, (1, 1.5), 5, (2, 0))
+    mixture = Mixture(sizes, (1, 1.5), 5, (2, 0), batch=batch)
     follows = {}
     for position, draw in enumerate(mixture.batch_indices(0, 4 * mixture.epoch_length)):
         if draw.source == 0:
@@ -116,6 +117,36 @@ def test_ranks_cut_one_global_batch(world: int) -> None:
         whole = mixture.batch_indices(position, 24)
         parts = [mixture.batch_indices(*rank_rows(position, rank, 24 // world)) for rank in range(world)]
         assert [draw for part in parts for draw in part] == whole
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_global_batch_of_one_source(world: int) -> None:
+    """Over four epochs: any number of ranks, any start, every sample once a pass, and each source its share."""
+    sizes, weights, batch = [(50, 20), (40,), (12, 13)], (1, 0.5, 2), 12  # 70, 20 and 50 draws an epoch
+    mixture = Mixture(sizes, weights, 3, batch=batch)
+    steps = 4 * mixture.epoch_length // batch
+    found = []
+    for step in range(steps):
+        fresh = Mixture(sizes, weights, 3, batch=batch)  # as after a resume
+        found.append([fresh.batch_indices(*rank_rows(step * batch, rank, batch // world)) for rank in range(world)])
+    whole = [draw for step in found for part in step for draw in part]
+    assert whole == mixture.batch_indices(0, steps * batch)
+    assert all(len({draw.source for part in step for draw in part}) == 1 for step in found)
+    for source, (length, draws) in enumerate(zip((70, 40, 25), (70, 20, 50), strict=True)):
+        seen = [draw for draw in whole if draw.source == source]
+        for epoch in range(1, 5):  # what is left of less than a batch is carried over
+            before = sum(draw.source == source for draw in whole[: epoch * mixture.epoch_length // batch * batch])
+            assert abs(before - epoch * draws) <= 3 * batch
+        assert abs(len(seen) - 4 * draws) <= batch
+        for number in range(len(seen) // length):
+            one_pass = seen[number * length : (number + 1) * length]
+            assert sorted(draw.index for draw in one_pass) == list(range(length))
+    order = [step[0][0].source for step in found]
+    assert order[: len(order) // 4] != sorted(order[: len(order) // 4]) and order != sorted(order)
+
+
+def test_a_global_batch_of_one_source_without_others_is_any_batch() -> None:
+    assert Mixture([(70,)], (1,), 3, batch=12).batch_indices(5, 200) == Mixture([(70,)], (1,), 3).batch_indices(5, 200)
 
 
 def test_a_run_resumes_with_other_ranks() -> None:

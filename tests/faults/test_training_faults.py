@@ -90,6 +90,12 @@ def trained(finished: tuple[Path, Path]) -> World:
         "loss.mask_same_image is off; lower --global-batch",
     ),
     Fault(
+        "source smaller than the batches that are of one source",
+        "--data.path {w}/data {w}/data --one-source-per-batch --global-batch 64",
+        "global_batch 64 is larger than {w}/data (48 samples), {w}/data (48 samples); lower --global-batch, or mix the "
+        "sources with --no-one-source-per-batch",
+    ),
+    Fault(
         "micro-batch larger than the batch",
         "--train.micro-batch 99",
         "train.global_batch 8 is not a multiple of 1 ranks x train.micro_batch 99; try --micro-batch 8",

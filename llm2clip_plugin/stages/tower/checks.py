@@ -22,6 +22,7 @@ def check_data(config: RunConfig, data: Data) -> None:
 
 def _check_data(config: RunConfig, data: Data) -> None:
     warnings = [repeated_samples(config, sum(map(len, data.sources)))]
+    refuse_small_sources(config, data)
     check_kinds(data.sources, config.data.kind_weights)
     if data.validation is not None:
         warnings += check_measurable(data.validation, config.evaluation, option="--evaluation.")
@@ -40,6 +41,17 @@ def repeated_samples(config: RunConfig, samples: int) -> str:
             f"{problem}: samples would be their own negatives, as loss.mask_same_image is off; lower --global-batch"
         )
     return f"{problem}: a sample comes several times in a batch, and no more than {samples} pairs are negatives"
+
+
+def refuse_small_sources(config: RunConfig, data: Data) -> None:
+    """Raise ValueError for a source of which a global batch would hold samples twice."""
+    batch = config.train.global_batch
+    small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
+    if config.data.one_source_per_batch and len(data.sources) > 1 and small:
+        raise ValueError(
+            f"global_batch {batch} is larger than {', '.join(small)}; lower --global-batch, or mix the sources with "
+            "--no-one-source-per-batch"
+        )
 
 
 def check_weights(dual: DualEncoder, config: RunConfig, resumed: Loaded | None) -> None:

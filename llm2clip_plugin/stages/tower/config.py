@@ -31,6 +31,7 @@ class DataConfig:
     weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
     # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
     caption_weights: tuple[str, ...] = ()
+    one_source_per_batch: bool = False  # draw each global batch from one path, so that negatives are of the same source
     captions_per_image: int = 1  # captions of an image in a step; above 1 for loss.terms multi_positive or cosine
     validation: str = ""  # held-out split for recall during training; "": none
     validation_cache: str = ""  # its embedding cache; "": the one embeddings-* folder next to it

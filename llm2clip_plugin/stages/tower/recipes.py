@@ -189,6 +189,7 @@ def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunC
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
+        data=DataConfig(one_source_per_batch=True),
         dual=DualConfig(projection_dim=projection_dim),
         optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
         train=TrainConfig(

@@ -197,6 +197,7 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
         seed=config.train.seed,
         caption_weights=config.data.kind_weights,
         captions_per_image=config.data.captions_per_image,
+        one_source_batch=config.train.global_batch if config.data.one_source_per_batch else 0,
     )
     return make_loader(
         dataset,
