@@ -56,7 +56,7 @@ IGNORED_ON_RESUME = (
 )
 
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
-INITIAL = ("dual.logit_scale_init",)
+INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
 
 # Names of earlier releases in configuration files, run.json, state.json and on the command line -> names now.
 RENAMED = {"dual.joint_width": "dual.projection_dim", "loss.kind": "loss.terms"}
@@ -74,6 +74,7 @@ ADDED: dict[str, Any] = {
     "pairs.random_negatives": False,
     "pairs.instruction_field": "instruction",
     "contrast.symmetric": True,
+    "optim.full_lr": [],
     "optim.name": "adamw",
     "optim.args": [],
 }

@@ -95,6 +95,7 @@ class OptimConfig:
     head_lr: float = 0.0  # peak learning rate of projection, text adapter and logit scale; 0: same as lr
     weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
     layer_decay: float = 0.85  # lr factor from a block to the one below it; 1: none
+    full_lr: tuple[str, ...] = ()  # parts of the tower, if it has them, that layer_decay does not slow down
     betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
     eps: float = 1e-8  # Adam's epsilon
     max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none

@@ -15,6 +15,7 @@ from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
 from llm2clip_plugin.vision.towers import (
     freeze_tower,
     load_tower,
+    parameters_in,
     pretrained_log_scale,
     tower_blocks,
     tower_embeddings_parameters,
@@ -92,14 +93,15 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]:
     """Every trained parameter, with its peak learning rate and whether weight decay applies.
 
-    Depth 0 is the embeddings, 1 to L the blocks, L + 1 what follows them in the tower (final norm, pooling head), at
-    the full rate. Position tables have no weight decay, the patch convolution has.
+    Depth 0 is the embeddings, 1 to L the blocks, L + 1 what follows them in the tower (final norm, pooling head) and
+    ``config.full_lr``, at the full rate. Position tables have no weight decay, the patch convolution has.
     """
     blocks = tower_blocks(model.tower)
     depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
     embeddings = {id(p) for p in tower_embeddings_parameters(model.tower)}
-    depth |= dict.fromkeys(embeddings, 0)
     top = len(blocks) + 1
+    depth |= dict.fromkeys(embeddings, 0)
+    depth |= {id(p): top for p in parameters_in(model.tower, config.full_lr)}
     trained = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -34,7 +34,12 @@ WHOLE_NUMBERS = (  # field of DualConfig, smallest and largest value
     ("adapter_blocks", 0, MAX_LAYERS),
     ("adapter_expansion", 1, 64),
 )
-NUMBERS = (("input_noise", 0, 100), ("logit_scale_init", -100, 100), ("logit_bias_init", -1000, 1000))
+NUMBERS = (
+    ("input_noise", 0, 100),
+    ("projection_init_std", 0, 100),
+    ("logit_scale_init", -100, 100),
+    ("logit_bias_init", -1000, 1000),
+)
 MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 
 
@@ -61,10 +66,10 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.family = family_of(tower)
         log_scale = LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
-        config = dataclasses.replace(config, logit_scale_init=log_scale)  # the card's, which version 0.1 reads
         check_dual_config(config, has_cls=self.family.has_cls)
         self.tower = tower
-        self.config = config
+        # the card's, which version 0.1 reads: it has no initial deviation, and the scale is a number there
+        self.config = dataclasses.replace(config, logit_scale_init=log_scale, projection_init_std=None)
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
         if config.projection == "none" and width != config.projection_dim:
             raise ValueError(
@@ -74,7 +79,10 @@ class DualEncoder(nn.Module):
         self.visual_projection = nn.Identity()
         if config.projection == "linear":
             self.visual_projection = nn.Linear(width, config.projection_dim, bias=config.projection_bias)
-            nn.init.normal_(self.visual_projection.weight, std=width**-0.5)  # as in CLIP
+            std = width**-0.5 if config.projection_init_std is None else config.projection_init_std  # CLIP's
+            nn.init.normal_(self.visual_projection.weight, std=std)
+            if config.projection_bias:
+                nn.init.zeros_(self.visual_projection.bias)
         self.text_adapter = make_adapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
         bias = config.logit_bias_init

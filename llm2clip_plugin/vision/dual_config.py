@@ -15,7 +15,8 @@ class DualConfig:
     pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
     projection: str = "linear"  # linear | none (the pooled feature is the embedding; projection_dim is its width)
     projection_norm: bool = False  # a LayerNorm before the projection
-    projection_bias: bool = False  # a bias in the projection
+    projection_bias: bool = False  # a bias in the projection, initially 0
+    projection_init_std: float | None = None  # std of the projection's initial weights; None: width ** -0.5
     adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none
     adapter_blocks: int = 4  # residual MLP blocks
     adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width

@@ -123,7 +123,7 @@ def save_heads(dual: DualEncoder, directory: Path) -> dict[str, Any]:
     return {
         "projection_dim": dual.config.projection_dim,
         "adapter_sha256": sha256_weights(directory / ADAPTER_FILE),
-        "dual": dataclasses.asdict(dual.config),
+        "dual": {name: value for name, value in dataclasses.asdict(dual.config).items() if value is not None},
     }
 
 

@@ -62,12 +62,16 @@ def test_every_known_shape_can_be_made():
 def test_recipes_have_the_papers_settings(name: str, teacher: str):
     config = recipe(f"{name.replace('_', '-')}/{teacher}")
     optim, train = config.optim, config.train
-    assert (optim.lr, optim.weight_decay, optim.layer_decay, optim.max_grad_norm) == (1e-5, 0.05, 0.85, 5.0)
+    assert (optim.lr, optim.weight_decay, optim.max_grad_norm) == (1e-5, 0.05, 5.0)
+    assert (optim.layer_decay, optim.betas, optim.eps) == (1.0 if "siglip2" in name else 0.85, (0.9, 0.999), 1e-8)
     assert (optim.warmup_steps, optim.warmup_ratio, optim.head_lr) == (0, 0.0, 0.0)
     assert (train.global_batch, train.num_train_epochs, train.precision) == (4096, 4.0, "bf16")
     assert config.dual.llm_width == {"llama-1b": 2048, "llama-8b": 4096}[teacher]
     assert (config.dual.adapter, config.dual.adapter_blocks, config.dual.adapter_expansion) == ("mlp", 4, 2)
-    assert config.dual.projection_dim == (1152 if "siglip2" in name else 1280)
+    start = (config.dual.projection_dim, config.dual.projection, config.dual.projection_bias)
+    assert start == ((1152, "none", False) if "siglip2" in name else (1280, "linear", name.startswith("eva02")))
+    assert config.dual.projection_init_std == (2e-5 if name.startswith("eva02") else None)
+    assert config.dual.logit_scale_init == (pytest.approx(2.6593, abs=1e-4) if "siglip2" in name else None)
     assert config.output_dir.endswith(teacher)
 
 

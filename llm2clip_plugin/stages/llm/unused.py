@@ -29,7 +29,11 @@ def _no_urls(config: FinetuneConfig) -> str:
 
 
 UNUSED: list[Unused[FinetuneConfig]] = [
-    Unused(("optim.layer_decay", "optim.head_lr"), lambda c: "an adapter has one learning rate, lr", off=1.0),
+    Unused(
+        ("optim.layer_decay", "optim.full_lr", "optim.head_lr"),
+        lambda c: "an adapter has one learning rate, lr",
+        off=1.0,
+    ),
     Unused(
         ("train.max_broken", "train.torch_compile", "train.dataloader_prefetch_mb"),
         lambda c: "it belongs to the training of towers",

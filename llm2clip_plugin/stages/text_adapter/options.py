@@ -45,6 +45,7 @@ COMMAND = Command(
     hidden=(
         "optim.head_lr",
         "optim.layer_decay",
+        "optim.full_lr",
         "loss.mask_same_caption",
         "loss.mask_same_image",
         "train.ema_decay",

@@ -1,8 +1,7 @@
 """Stage 2's named runs, each a function that returns a full configuration; the command line overrides single fields.
 
-Published settings: LLM2CLIP's own training configurations (arXiv 2411.04997): AdamW, lr 1e-5 on both sides,
-weight decay 0.05, layer-wise decay 0.85, clipping 5, no warm-up, 4 epochs, global batch 4096 = 8 x 512, joint width
-1280 for the large towers, a short and a long caption drawn evenly.
+Published settings: LLM2CLIP's own code (arXiv 2411.04997; microsoft/LLM2CLIP, commit cba3b45, whose files are named
+below). docs/fidelity.md compares each setting with it, and says where and why a recipe differs.
 
 ``base`` is for own data with any tower, and the default; what differs there from the paper is marked "ours".
 """
@@ -41,7 +40,7 @@ def base() -> RunConfig:
             weight_decay=0.05,
             layer_decay=0.85,
             max_grad_norm=5.0,
-            eps=1e-6,
+            eps=1e-6,  # ours, as the betas: CLIP's own (arXiv 2103.00020)
             warmup_ratio=0.05,  # ours: the first steps of a small batch are the noisiest
         ),
         # Ours: heads with random weights distort a pretrained tower, and a tower that never saw captions (DINOv2) has
@@ -91,42 +90,64 @@ def quickstart() -> RunConfig:
 
 def openai_l14_336() -> RunConfig:
     """OpenAI's CLIP ViT-L/14 at 336 px, LLaVA 1.5's own tower, with the paper's settings."""
-    return _paper("openai-l14-336", TowerConfig(path="openai/clip-vit-large-patch14-336"))
+    return _openai("openai-l14-336", "openai/clip-vit-large-patch14-336")
 
 
 def openai_l14_224() -> RunConfig:
     """OpenAI's CLIP ViT-L/14 at 224 px."""
-    return _paper("openai-l14-224", TowerConfig(path="openai/clip-vit-large-patch14"))
+    return _openai("openai-l14-224", "openai/clip-vit-large-patch14")
 
 
 def openai_b16() -> RunConfig:
     """OpenAI's CLIP ViT-B/16."""
-    return _paper("openai-b16", TowerConfig(path="openai/clip-vit-base-patch16"))
+    return _openai("openai-b16", "openai/clip-vit-base-patch16")
+
+
+def _openai(name: str, hub_id: str) -> RunConfig:
+    """The authors' layer-wise decay misses two of an OpenAI tower's names, class_embedding and ln_pre (optim.py:15-46).
+
+    Its projection is new, 1280 wide, as in their code (model.py:459, 480; transformer.py:565).
+    """
+    paper = _paper(name, TowerConfig(path=hub_id))
+    full_lr = ("embeddings.class_embedding", "pre_layrnorm")  # sic, on the Hub
+    return dataclasses.replace(paper, optim=dataclasses.replace(paper.optim, full_lr=full_lr))
 
 
 def eva02_l14_336() -> RunConfig:
-    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then set --"""
-    return _paper("eva02-l14-336", TowerConfig(architecture="eva02-l14-336"))
+    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then --tower the result."""
+    return _eva02("eva02-l14-336")
 
 
 def eva02_l14_224() -> RunConfig:
-    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then set --"""
-    return _paper("eva02-l14-224", TowerConfig(architecture="eva02-l14-224"))
+    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then --tower the result."""
+    return _eva02("eva02-l14-224")
 
 
 def eva02_b16() -> RunConfig:
-    """EVA02-CLIP B/16: `llm2clip import` its .pt, then set --"""
-    return _paper("eva02-b16", TowerConfig(architecture="eva02-b16"))
+    """EVA02-CLIP B/16: `llm2clip import` its .pt, then --tower the result."""
+    return _eva02("eva02-b16")
 
 
 def eva02_bige14() -> RunConfig:
     """EVA02-CLIP bigE/14 (4.3 G parameters) with the settings of the smaller ones; the paper did not train it."""
-    return _paper("eva02-bige14", TowerConfig(architecture="eva02-bige14"))
+    return _eva02("eva02-bige14")
+
+
+def _eva02(name: str) -> RunConfig:
+    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449)."""
+    heads = DualConfig(projection_dim=1280, projection_bias=True, projection_init_std=2e-5)
+    return dataclasses.replace(_paper(name, TowerConfig(architecture=name)), dual=heads)
 
 
 def siglip2_so400m_224() -> RunConfig:
-    """SigLIP 2 so400m/14 at 224 px; its own pooled output is what the projection reads."""
-    return _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"), projection_dim=1152)
+    """SigLIP 2 so400m/14 at 224 px; its own pooled output is the image's embedding, without a projection.
+
+    The authors' code cannot decay the learning rate of this tower by depth (timm_model.py has no ``get_num_layers``),
+    starts at CLIP's scale (timm's weights have none), and does not normalize the LLM's embedding (llm_model.py:31).
+    """
+    paper = _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"))
+    heads = DualConfig(projection_dim=1152, projection="none", normalise_input=False, logit_scale_init=LOG_SCALE)
+    return dataclasses.replace(paper, dual=heads, optim=dataclasses.replace(paper.optim, layer_decay=1.0))
 
 
 def lift_b16() -> RunConfig:
@@ -180,7 +201,7 @@ def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig
         paper,
         loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
         distill=DistillConfig(reference="ema", decay=0.999),
-        optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), layer_decay=1.0),
+        optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0),
     )
 
 
@@ -191,7 +212,10 @@ def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunC
         tower=tower,
         data=DataConfig(one_source_per_batch=True),
         dual=DualConfig(projection_dim=projection_dim),
-        optim=OptimConfig(lr=1e-5, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0, eps=1e-6),
+        # params.py:4-10 has CLIP's moments for names with "vit", which none of the authors' models has
+        optim=OptimConfig(
+            lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0
+        ),
         train=TrainConfig(
             global_batch=4096,
             num_train_epochs=4.0,

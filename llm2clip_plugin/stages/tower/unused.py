@@ -51,6 +51,7 @@ UNUSED: list[Unused[RunConfig]] = [
         lambda c: f"tower.path is {c.tower.path!r}, which has an architecture" if c.tower.path else "",
     ),
     Unused(("optim.layer_decay",), _frozen, off=1.0),
+    Unused(("optim.full_lr",), lambda c: "optim.layer_decay is 1" if c.optim.layer_decay == 1 else _frozen(c)),
     Unused(("train.gradient_checkpointing",), _frozen),
     Unused(
         ("train.dataloader_prefetch_mb",),
@@ -61,9 +62,12 @@ UNUSED: list[Unused[RunConfig]] = [
         ("dual.adapter_blocks", "dual.adapter_expansion"),
         lambda c: f"dual.adapter is {c.dual.adapter}, which has no blocks" if c.dual.adapter != "mlp" else "",
     ),
-    Unused(("dual.projection_bias",), lambda c: "dual.projection is none" if c.dual.projection == "none" else ""),
     Unused(
-        ("dual.logit_scale_init", "dual.logit_bias_init"),
+        ("dual.projection_bias", "dual.projection_init_std"),
+        lambda c: "dual.projection is none" if c.dual.projection == "none" else "",
+    ),
+    Unused(
+        ("dual.logit_scale_init", "dual.logit_bias_init", "dual.projection_init_std"),
         lambda c: "tower.keep_heads starts from the tower directory's" if c.tower.keep_heads else "",
     ),
     Unused(("data.read.images", "data.read.image_field", "data.read.key_field"), _no_row_files),
