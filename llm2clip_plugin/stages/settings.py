@@ -74,6 +74,7 @@ ADDED: dict[str, Any] = {
     "pairs.random_negatives": False,
     "pairs.instruction_field": "instruction",
     "contrast.symmetric": True,
+    "start_adapters": [],
     "optim.name": "adamw",
     "optim.args": [],
 }
