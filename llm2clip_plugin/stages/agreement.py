@@ -36,6 +36,7 @@ PLACES = (
     "tower.path",
     "encoder.llm",
     "encoder.adapter",
+    "start_adapters",
     "train.dataloader_num_workers",
 )
 ADVICE = {  # first word of a fact -> what to do

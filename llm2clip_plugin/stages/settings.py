@@ -75,6 +75,7 @@ ADDED: dict[str, Any] = {
     "pairs.instruction_field": "instruction",
     "contrast.symmetric": True,
     "optim.full_lr": [],
+    "start_adapters": [],
     "optim.name": "adamw",
     "optim.args": [],
 }

@@ -1,7 +1,10 @@
 """PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that holds one."""
 
+import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,14 +50,26 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
 
 
 def save_adapter(
-    wrapped: nn.Module, trained: dict[str, Tensor], card: EncoderCard, directory: Path, *, replace: bool = False
+    wrapped: nn.Module,
+    trained: dict[str, Tensor],
+    card: EncoderCard,
+    directory: Path,
+    *,
+    starts: Sequence[Path] = (),
+    replace: bool = False,
 ) -> None:
-    """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``."""
+    """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``.
+
+    ``starts``: adapters that were merged into the LLM; the folder's one adapter adds what they and ``trained`` add.
+    """
     from peft import get_peft_model_state_dict
 
+    config = wrapped.peft_config["default"]  # type: ignore[index]
+    named = get_peft_model_state_dict(wrapped, state_dict=trained)
+    if starts:
+        config, named = stack([*map(read_lora, starts), (config, named)])
     with atomic_directory(directory, replace=replace) as temporary:
-        wrapped.peft_config["default"].save_pretrained(str(temporary))  # type: ignore[index, union-attr, operator]
-        named = get_peft_model_state_dict(wrapped, state_dict=trained)
+        config.save_pretrained(str(temporary))  # type: ignore[union-attr, operator]
         tensors = {name: tensor.contiguous() for name, tensor in named.items()}
         save_file(tensors, str(temporary / ADAPTER_WEIGHTS), metadata={"format": "pt"})
         card.write(temporary / EncoderCard.FILE)
@@ -68,16 +83,12 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     """
     quiet_peft()
     import_without_compiler(BITSANDBYTES)
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
-        config = LoraConfig.from_pretrained(str(folder))
+    config, tensors = read_adapter(folder)
     config.inference_mode = not trainable
     blocks = len(model.get_submodule("layers"))  # type: ignore[arg-type]
-    with errors_about(folder / ADAPTER_WEIGHTS, fix="copy the adapter again"):
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    named = ((HEAD_PREFIX.sub("base_model.model.", name), tensor) for name, tensor in tensors.items())
-    saved = {name: tensor for name, tensor in named if block_number(name) < blocks}
+    saved = {name: tensor for name, tensor in tensors.items() if block_number(name) < blocks}
     try:
         with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
             wrapped = PeftModel(model, config)
@@ -99,6 +110,61 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
     return wrapped
+
+
+def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The ``LoraConfig`` and tensors of a saved adapter, named as in an LLM without its language head."""
+    from peft import LoraConfig
+
+    with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
+        config = LoraConfig.from_pretrained(str(folder))
+    with errors_about(folder / ADAPTER_WEIGHTS, fix="copy the adapter again"):
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    return config, {HEAD_PREFIX.sub("base_model.model.", name): tensor for name, tensor in tensors.items()}
+
+
+def read_lora(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """As ``read_adapter``; raises ValueError for an adapter that is more than one rank and scale, such as DoRA."""
+    config, tensors = read_adapter(folder)
+    special = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)]
+    if special:
+        raise ValueError(
+            f"{folder} cannot be a start adapter: its {ADAPTER_CONFIG} sets {', '.join(special)}; merge it with "
+            "llm2clip export-llm, and pass the merged LLM as --llm"
+        )
+    return config, tensors
+
+
+def merge_adapters(llm: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
+    """The LLM with saved LoRA adapters merged into its weights, in their order."""
+    for folder in folders:
+        read_lora(folder)
+        llm = merge(attach_adapter(llm, folder))
+    return llm
+
+
+def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[str, Tensor]]:
+    """One LoRA that adds what all (config, tensors) add together, with the rest of the last one's configuration.
+
+    sum_i s_i B_i A_i = [B_1 B_2 ...] [s_1 A_1; s_2 A_2; ...], s_i the scale of adapter i; its own scale is 1. A layer
+    that an adapter leaves out has zeros.
+    """
+    layers = {name.rpartition(".lora_")[0]: (name, tensors) for _, tensors in adapters for name in tensors}
+    stacked: dict[str, Tensor] = {}
+    for layer, (_, known) in layers.items():
+        for side in "AB":
+            name = f"{layer}.lora_{side}.weight"
+            parts = []
+            for config, tensors in adapters:
+                scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+                shape = (config.r, known[name].shape[1]) if side == "A" else (known[name].shape[0], config.r)
+                part = tensors[name].float() if name in tensors else torch.zeros(shape)
+                parts.append(scale * part if side == "A" else part)
+            stacked[name] = torch.cat(parts, 0 if side == "A" else 1)
+    rank = sum(config.r for config, _ in adapters)
+    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    last = adapters[-1][0]
+    return dataclasses.replace(last, r=rank, lora_alpha=rank, use_rslora=False, target_modules=targets), stacked
 
 
 def block_number(name: str) -> int:

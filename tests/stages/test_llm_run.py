@@ -274,6 +274,34 @@ def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: 
     assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith("Instruct")
 
 
+def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, llama: Path, tmp_path: Path) -> None:
+    """As export-llm twice, then training on the merged LLM; the adapter that is written fits the LLM itself."""
+    few = LoraSettings(r=2, alpha=3, targets=("q_proj", "v_proj"), rslora=True)
+    _, first = write_moved(llama, tmp_path / "first")
+    _, second = write_moved(llama, tmp_path / "second", lora=few, seed=1)
+    for folder in (first, second):
+        (folder / EncoderCard.FILE).unlink()  # as LLM2Vec's
+    llm = llama
+    for number, adapter in enumerate((first, second)):
+        merged = tmp_path / f"merged-{number}"
+        assert main(["export-llm", "--llm", str(llm), "--adapter", str(adapter), "--output", str(merged)]) == 0
+        (merged / EncoderCard.FILE).unlink()
+        llm = merged
+    by_hand = finetune_llm(parse(options(captions, llm, tmp_path / "by hand")))
+    started = [*options(captions, llama, tmp_path / "run"), "--start-adapters", str(first), str(second)]
+    adapter = finetune_llm(parse(started))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "by hand"), abs=SAME)
+    pairs = ((llama, adapter), (llm, by_hand), (llama, first))
+    found, expected, other = (
+        CaptionEncoder(EncoderConfig(llm=str(path), adapter=str(own), compute_dtype="float32"), "cpu").encode(TEXTS)
+        for path, own in pairs
+    )
+    assert torch.allclose(found, expected, atol=2e-5 * float(expected.norm(dim=1).max()))
+    assert not torch.allclose(found, other, atol=1e-2)
+    assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == ["first", "second"]
+    assert finetune_llm(parse(started)) == adapter  # a finished run, loaded again
+
+
 def test_dry_run_says_the_plan_and_writes_nothing(
     captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +343,8 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
         (("--global-batch", "64"), "global_batch 64 is larger than"),
         (("--resume", str(tmp_path)), "no checkpoint found"),
+        (("--start-adapters", str(tmp_path / "none")), "no adapter at"),
+        (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
     ):
         assert main([*base, *more]) == 2, more
         assert said in capsys.readouterr().err

@@ -32,6 +32,8 @@ class FinetuneConfig(TrainingConfig):
     pairs: PairsConfig = field(default_factory=PairsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    # LoRA adapters (folders or Hub ids) that are merged into the LLM, in this order, before the new one is added
+    start_adapters: tuple[str, ...] = ()
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(

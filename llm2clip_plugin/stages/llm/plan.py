@@ -205,9 +205,10 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
     lora = config.lora
     trained = trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
+    starts = "".join(f"\nmerged before training: {name}" for name in config.start_adapters)
     return (
         f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
-        f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}\n"
+        f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}\n"
         f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}\n"
         + plans.describe_parameters(trained, config.optim, config.train.save_total_limit)
     )

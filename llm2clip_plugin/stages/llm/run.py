@@ -16,9 +16,10 @@ from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
-from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, save_adapter
+from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, merge_adapters, save_adapter
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.files import adapter_folder, adapter_sha256
 from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
 from llm2clip_plugin.text.pair_loader import tokenized_batches
 from llm2clip_plugin.text.pairs import Survey
@@ -121,8 +122,12 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, com
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
-    """The run's DeepSpeed configuration and what its checkpoints are compared with."""
+    """The run's DeepSpeed configuration and what its checkpoints are compared with.
+
+    Raises FileNotFoundError for a start adapter that is missing.
+    """
     plan, deepspeed = plan_stage(config, data.samples, world_size())
+    starts = {f"start adapter {number}": adapter_sha256(path) for number, path in enumerate(start_folders(config), 1)}
     return TrainingRun(
         config=config,
         config_hash=config.hash,
@@ -132,7 +137,7 @@ def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:
         teacher={},
         total_steps=plan.total_steps,
         deepspeed=deepspeed,
-        data=data.digests,
+        data=data.digests | starts,
     )
 
 
@@ -145,6 +150,11 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
     if config.train.ema_decay:
         raise ValueError(f"train.ema_decay is {config.train.ema_decay}, which adapters do not support; set it to 0")
+    if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
+        raise ValueError(
+            f"start_adapters {' '.join(config.start_adapters)} are merged before a new LoRA is added: leave out "
+            "--adapter, --load-in-4bit and --lora-dora, or pass no --start-adapters"
+        )
     if any(path.endswith(".txt") for path in config.pairs.data) and not config.lora.dropout:
         raise ValueError("a text paired with itself differs only by dropout, but lora.dropout is 0; set it to 0.1")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
@@ -158,13 +168,19 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[Engine
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
     """The encoder's LLM with an adapter, which alone trains."""
     if not config.encoder.adapter:
+        llm = merge_adapters(encoder.model.llm, start_folders(config))  # type: ignore[arg-type]
         torch.manual_seed(config.train.seed)
-        encoder.model.llm = add_lora(encoder.model.llm, config.lora, base=config.encoder.llm)
+        encoder.model.llm = add_lora(llm, config.lora, base=config.encoder.llm)
     if config.train.precision == "fp32":  # otherwise DeepSpeed converts the adapter
         encoder.model.autocast = autocast_adapter(encoder.model.llm, encoder.dtype)
     if config.train.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.model.llm)
     return PairModule(encoder.model, config.contrast).train()
+
+
+def start_folders(config: FinetuneConfig) -> list[Path]:
+    """The folders of the adapters that training starts from, downloaded unless they are cached."""
+    return [adapter_folder(name) for name in config.start_adapters]
 
 
 def trained_parameters(module: torch.nn.Module, config: FinetuneConfig) -> list[Trained]:
@@ -196,7 +212,8 @@ def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneCon
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    save_adapter(encoder.model.llm, trained, card_of(encoder, config, state), run.folder / ADAPTER, replace=True)
+    card, starts = card_of(encoder, config, state), start_folders(config)
+    save_adapter(encoder.model.llm, trained, card, run.folder / ADAPTER, starts=starts, replace=True)
 
 
 def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
@@ -212,7 +229,10 @@ def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) 
             "global_batch": config.train.global_batch,
             "data": [Path(path).name for path in config.pairs.data],
             "pair_kinds": list(config.pairs.pair_kinds),
+            "instructions": list(config.pairs.instructions),
+            "start_adapters": [Path(path).name for path in config.start_adapters],
             "scale": config.contrast.scale,
+            "symmetric": config.contrast.symmetric,
             "quantization": identity.quantization,
             "config_hash": config.hash,
         },
