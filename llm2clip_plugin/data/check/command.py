@@ -6,7 +6,7 @@ from typing import Any
 from llm2clip_plugin.data.check.options import COMMAND
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
 from llm2clip_plugin.data.check.report import as_text, build_report
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.progress import track
 
 
@@ -26,6 +26,7 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
     load_counter(config.tokenizer)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
+    check_fields(source)
     reading = Reading()
     for part in track(read_all(source, config), total=len(source), label="data check", unit="samples"):
         if part is not None:
