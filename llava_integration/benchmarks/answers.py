@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.answer.checksum import check_unchanged
+from llm2clip_plugin.outside.values import refuse_encoding
 
 Row = dict[str, Any]
 
@@ -59,15 +60,8 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     raw = path.read_bytes()
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path} is UTF-16; expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > fixed{path.suffix}")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}, line {line}; save it as UTF-8"
-        ) from error
+    refuse_encoding(path, raw)
+    text = raw.decode("utf-8-sig", "replace")
     if "\0" in text:
         raise ValueError(f"{path} has NUL bytes: it is truncated or not a text file; generate it again")
     if not text.strip():

@@ -3,7 +3,7 @@
 import dataclasses
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.evaluate.command_line import (
     OpenedTower,
     dataset_name,
@@ -43,6 +43,7 @@ def measure(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedT
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
     """
     source = open_source(config.data)
+    check_fields(source)
     on_first_rank(lambda: check_measurable(source, config.retrieval))
     tower = open_tower(config.tower, config.device)
     cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)

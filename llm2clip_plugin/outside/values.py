@@ -3,6 +3,7 @@
 Standard library only, as ``contracts``, which re-exports ContractError.
 """
 
+import codecs
 import json
 import math
 import os
@@ -39,6 +40,21 @@ def read_json_value(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{path} is not valid JSON ({error})") from error
+
+
+def refuse_encoding(path: str | os.PathLike[str], start: bytes) -> None:
+    """Raise ValueError unless the beginning of a text file is UTF-8; it may end within a character."""
+    fix = f"iconv -f %s -t UTF-8 {path} > NEW{Path(path).suffix}"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16, expected UTF-8; convert it: {fix % 'UTF-16'}")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError as error:
+        line = start[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} is not UTF-8: byte {start[error.start]:#04x} at offset {error.start}, line {line}; if it is "
+            f"Latin-1, convert it: {fix % 'LATIN1'}"
+        ) from error
 
 
 @contextmanager

@@ -128,11 +128,13 @@ def embed_source(
     *,
     tokens_per_batch: int = 0,
     quiet: bool = False,
+    overwrite: bool = False,
 ) -> tuple[CacheManifest | None, EmbedSummary]:
     """Embed this rank's shards of ``source`` into ``directory``; shards that are complete are skipped.
 
     Returns the manifest, or None while other ranks are still embedding (the last to finish writes it), and a summary.
-    Raises ContractError if the directory belongs to another teacher or dtype.
+    Raises ContractError if the directory belongs to another teacher or dtype, or, without ``overwrite``, if a shard in
+    it has captions that would be lost (``CacheWriter.refuse_loss``).
     """
     writer = CacheWriter(directory, encoder.identity(), dtype)
     summary, memory = EmbedSummary(), EmbeddingMemory(encoder, tokens_per_batch)
@@ -143,7 +145,7 @@ def embed_source(
         progress_bar(total=total, label="embed", unit="samples", show=not quiet) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
     ):
-        read = partial(_read_shard, source, writer, kept_digests(source))
+        read = partial(_read_shard, source, writer, kept_digests(source), overwrite)
         # the next shard is read while this one is embedded
         for shard, content in zip(shards, map_in_order(reader, read, shards, ahead=2), strict=True):
             start = int(bar.n)
@@ -187,15 +189,20 @@ class _ShardContent:
     empty: Sequence[str] = ()  # keys of samples without a readable caption
 
 
-def _read_shard(source: Source, writer: CacheWriter, known: Mapping[str, str], shard: Shard) -> _ShardContent:
+def _read_shard(
+    source: Source, writer: CacheWriter, known: Mapping[str, str], overwrite: bool, shard: Shard
+) -> _ShardContent:
     """Compare a shard with its file in the cache, and read what is to be embedded; ``known``: kept digests."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
         return _ShardContent(complete=True)
     keys, captions, checks = shard_contents(source, shard)
     rows = caption_rows(captions)
     digest = rows_digest(keys, rows)
+    complete = digest != known.get(shard.name) and writer.is_complete(shard.name, digest, checks)
+    if not complete and not overwrite:
+        writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}")
     return _ShardContent(
-        complete=digest != known.get(shard.name) and writer.is_complete(shard.name, digest, checks),
+        complete=complete,
         digest=digest,
         keys=keys,
         rows=rows,

@@ -16,8 +16,9 @@ from typing import Any
 
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
+from llm2clip_plugin.outside.values import refuse_encoding
 from llm2clip_plugin.text.config import PairKind, PairsConfig, parse_instructions, parse_kinds, parse_lists
 
 SURVEYED = 5000  # samples read before training, to detect a wrong configuration
@@ -118,6 +119,13 @@ class CaptionPairs(PairSource):
         return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file; ValueError if it is not UTF-8."""
+    data = path.read_bytes()
+    refuse_encoding(path, data)
+    return data.decode("utf-8-sig", "replace")
+
+
 class TextPairs(PairSource):
     """Rows of a JSON Lines file: query, positive, and optionally a hard negative."""
 
@@ -125,7 +133,7 @@ class TextPairs(PairSource):
         super().__init__(str(path), (PairKind("query", "positive"),))
         self.fields = (config.query_field, config.positive_field, config.negative_field)
         self.instruction = config.instruction_field
-        self.rows = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+        self.rows = [(number, line) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
         if not self.rows:
             raise ValueError(f"{path} has no rows")
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
@@ -162,7 +170,7 @@ class PlainTexts(PairSource):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), (PairKind("text", "text"),))
-        self.texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        self.texts = [line.strip() for line in read_utf8(path).split("\n") if line.strip()]
         if not self.texts:
             raise ValueError(f"{path} has no text")
 
@@ -184,7 +192,9 @@ def open_pairs(config: PairsConfig) -> list[PairSource]:
     """Every data set of the configuration. Raises FileNotFoundError or ValueError, naming the data set."""
     if not config.data:
         raise ValueError("no training data; pass captions or text pairs: llm2clip finetune-llm DATA ...")
-    return [_open(path, config) for path in config.data]
+    opened = [_open(path, config) for path in config.data]
+    check_fields(*(pairs.source for pairs in opened if isinstance(pairs, CaptionPairs)))
+    return opened
 
 
 def _open(path: str, config: PairsConfig) -> PairSource:
@@ -201,7 +211,7 @@ def _detect(path: str, config: PairsConfig) -> str:
     if path.endswith(".txt"):
         return "text"
     if path.endswith(".jsonl") and Path(path).is_file():
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:  # JsonlSource names another encoding
             first = next((line for line in file if line.strip()), "{}")
         try:
             row = json.loads(first)

@@ -15,6 +15,7 @@ from llm2clip_plugin.contracts import ContractError, ScoreFile
 
 def command(name, path, tmp_path, *more):
     output = tmp_path / "scores.json"
+    output.unlink(missing_ok=True)
     main([name, "--data", str(ROOT / name), "--answers", str(path), "--json", str(output), *more])
     return json.loads(output.read_text(encoding="utf-8"))
 

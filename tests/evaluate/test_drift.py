@@ -58,9 +58,11 @@ def test_it_measures_what_the_single_commands_measure(places: Path):
         words = ["evaluate", "zeroshot", tower, str(places / "test"), "--output", str(scores)]
         assert cli.main([*words, "--cache", str(places / f"prompts-{side}")]) == 0
         assert changes["zero-shot"][when] == pytest.approx(ScoreFile.read(scores).metrics["acc1"])
+        scores.unlink()
         assert cli.main(["evaluate", "probe", tower, train, str(places / "test"), "--output", str(scores)]) == 0
         probes = ScoreFile.read(scores).metrics
         assert [changes[name][when] for name in ("kNN", "linear")] == pytest.approx([probes["knn"], probes["linear"]])
+        scores.unlink()
     for change in changes.values():
         counts = {name: change[name] for name in ("kept", "lost", "gained", "neither")}
         assert sum(counts.values()) == 12

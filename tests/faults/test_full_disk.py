@@ -14,7 +14,7 @@ from small_disk import FILLER, fill, mounted
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.contracts import CacheManifest
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 
 POPE = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
 NO_SPACE = (
@@ -37,9 +37,9 @@ def made(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 def small(made: World) -> Iterator[World]:
     """The world, with a disk of 512 kB that has earlier outputs."""
     with mounted(made.path("disk"), "512k") as disk:
-        for name in ("tower/llm2clip.json", "pope.scores.json"):
-            (disk / name).parent.mkdir(exist_ok=True)
-            (disk / name).write_text("of an earlier command")
+        (disk / "tower").mkdir(exist_ok=True)
+        (disk / "tower/llm2clip.json").write_text("of an earlier command")
+        ScoreFile(benchmark="pope", metrics={}, items=[]).write(disk / "pope.scores.json")
         yield made
     made.path("disk").rmdir()
 

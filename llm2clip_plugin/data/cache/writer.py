@@ -53,11 +53,15 @@ class CacheWriter:
         self.identity = identity
         self.dtype = dtype
         self._written: list[str] = []
-        manifest = self.directory / CacheManifest.FILE
-        if manifest.is_file():
-            self._refuse_another(CacheManifest.read(manifest), manifest)
+        path = self.directory / CacheManifest.FILE
+        if path.is_file():
+            self._refuse_another(self.manifest(), path)
         else:
-            self._manifest({}, complete=False).write(manifest)
+            self._manifest({}, complete=False).write(path)
+
+    def manifest(self) -> CacheManifest:
+        """The directory's, as it is now."""
+        return CacheManifest.read(self.directory / CacheManifest.FILE)
 
     def _refuse_another(self, existing: CacheManifest, path: Path) -> None:
         """ContractError if the directory has another teacher or dtype."""
@@ -117,6 +121,24 @@ class CacheWriter:
                 names,
             )
         return not changed
+
+    def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
+        """ContractError if the shard's file has more captions than ``rows``, or none of them; ``read``: from where.
+
+        A damaged file may be replaced by anything.
+        """
+        try:
+            file = ShardFile(self.path(shard))
+            cached = set(file["caption_hashes"].tolist())
+        except (FileNotFoundError, ContractError):
+            return
+        kept = len(cached.intersection(value for _, value in rows))
+        if len(rows) >= file.captions and (kept or not cached):
+            return
+        raise ContractError(
+            f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {kept} of them "
+            "the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
+        )
 
     def write_shard(
         self,
@@ -196,7 +218,7 @@ class CacheWriter:
         """
         path = self.directory / CacheManifest.FILE
         entries: dict[str, dict[str, object]] = {
-            name: entry for name, entry in CacheManifest.read(path).shards.items() if self.path(name).is_file()
+            name: entry for name, entry in self.manifest().shards.items() if self.path(name).is_file()
         }
         for shard in self._written if shards is None else shards:
             if not self.path(shard).is_file():

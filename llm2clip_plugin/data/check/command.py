@@ -7,7 +7,7 @@ from typing import Any
 from llm2clip_plugin.data.check.options import COMMAND
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
 from llm2clip_plugin.data.check.report import as_text, build_report, overlap
-from llm2clip_plugin.data.sources.open import Source, open_source
+from llm2clip_plugin.data.sources.open import Source, check_fields, open_source
 from llm2clip_plugin.progress import track
 
 
@@ -27,6 +27,7 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
     load_counter(config.tokenizer)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
+    check_fields(source)
     report = build_report(config, source, broken_shards, reading := _read(source, config))
     if config.validation:
         other = open_source(dataclasses.replace(config, path=config.validation), {})

@@ -9,6 +9,9 @@ import numpy as np
 from llm2clip_plugin.data.sources.base import SourceFormat
 from llm2clip_plugin.data.sources.rows import Rows, RowSource
 from llm2clip_plugin.data.sources.urls import has_suffix
+from llm2clip_plugin.outside.values import refuse_encoding
+
+PEEK = 1 << 20  # bytes at its start by which another format is recognized
 
 
 class JsonlSource(RowSource):
@@ -19,12 +22,29 @@ class JsonlSource(RowSource):
     def read_rows(self, path: Path) -> Rows:
         spans, start = array("q"), 0
         with open(path, "rb") as file:
+            _refuse_other_formats(path, file.read(PEEK))
+            file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():
                     spans.extend((start, start + len(line), number))
                 start += len(line)
             rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
         return np.array(spans, dtype=np.int64).reshape(-1, 3), rows
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """ValueError for what spreadsheets and `json.dump` write under this name."""
+    refuse_encoding(path, start)
+    first = start.strip().partition(b"\n")[0].rstrip()
+    if first.startswith(b"["):
+        raise ValueError(
+            f"{path} is a JSON array, expected an object a line; convert it: `jq -c '.[]' {path} > NEW.jsonl`"
+        )
+    if first.startswith(b"{") and first.endswith(b"},"):
+        raise ValueError(
+            f"{path}: lines end with a comma, expected an object a line; convert it: "
+            f"`sed 's/}},$/}}/' {path} > NEW.jsonl`"
+        )
 
 
 SOURCE = SourceFormat(

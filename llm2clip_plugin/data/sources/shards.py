@@ -1,21 +1,25 @@
 """The tars of a path or URL: listed, downloaded if they are at a URL, and indexed."""
 
 import glob
+import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.data.pool import cores, process_pool
 from llm2clip_plugin.data.sources.downloads import Downloads, Result
 from llm2clip_plugin.data.sources.tar_index import TarIndex, find_index, has_index, open_index
-from llm2clip_plugin.data.sources.tar_scan import BrokenShard
+from llm2clip_plugin.data.sources.tar_scan import IMAGE_EXTENSIONS, BrokenShard
 from llm2clip_plugin.data.sources.urls import expand_braces, is_url, list_urls
 from llm2clip_plugin.progress import track
 
 DOWNLOADS_AT_ONCE = 4
+LOOKED_AT = 10_000  # files of a folder without tars
 FEW = 16  # shards that are indexed in this process, without a pool
 
 
@@ -32,8 +36,7 @@ def list_tars(path: str) -> list[tuple[str, str]]:
     else:
         tars = _expand(path)
     if not tars:
-        fix = f"; `llm2clip data make {path} --output DIR` makes them of pictures or a table"
-        raise FileNotFoundError(f"no .tar files in {path}{'' if is_url(path) else fix}")
+        raise FileNotFoundError(f"no .tar files in {path}{instead_of_tars(path)}")
     base = base_folder(path, tars)
     names = [
         (tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")).removesuffix(".tar")
@@ -137,3 +140,20 @@ def _prepare(downloads: Downloads, tar: str) -> None:
         open_tar(downloads, tar)
     except (BrokenShard, FileNotFoundError, PermissionError):
         pass  # open_tar raises it again, in order of the shards
+
+
+def instead_of_tars(path: str) -> str:
+    """What to do with the files that a folder, or a path itself, has instead of tars; "" if that is not known."""
+    root = Path(path)
+    files = [root] if root.is_file() else itertools.islice(root.rglob("*"), LOOKED_AT) if root.is_dir() else []
+    found = {file.suffix.lower(): file for file in files if not file.name.startswith(".")}
+    for ending, file in found.items():
+        if re.search(r"\.(tgz|tar\.\w+)$", file.name.lower()):
+            return f"; {file.name} is compressed: decompress it to a .tar, its images are compressed already"
+        if ending in (".csv", ".tsv", ".parquet"):
+            return f"; make a data set of the table: {command('data', 'make', file, '--output', 'DIR')}"
+        if ending == ".jsonl":
+            return f"; give the file itself: {file}"
+    if any(ending.lstrip(".") in IMAGE_EXTENSIONS for ending in found):
+        return f"; make a data set of the pictures: {command('data', 'make', path, '--output', 'DIR')}"
+    return ""

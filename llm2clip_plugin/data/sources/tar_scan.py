@@ -92,6 +92,9 @@ def _scan(read: Callable[[int, int], bytes], size: int, path: str) -> Iterator[M
             elif kind == b"x":
                 pax = _pax_records(body)
         else:
+            if kind == b"S" or any(name.startswith(b"GNU.sparse") for name in pax):
+                name = long_name or _name(header)
+                raise BrokenShard(f"{path}: {name!r} is stored as a sparse file; write the tar anew without --sparse")
             if kind in (b"0", b"\0", b"7"):
                 name = pax[b"path"].decode("utf-8", "replace") if b"path" in pax else long_name or _name(header)
                 yield Member(name, start, length)

@@ -46,7 +46,10 @@ class TarSource(Source):
         super().__init__(config, tuple(shards))
         self.kept, self.stamps = self._set.kept, table.stamps
         if start == 0 and not table.broken:
-            raise ValueError(f"{config.path}: none of the {len(shards)} tars has an image, .txt or .json member")
+            raise ValueError(
+                f"{config.path}: none of the {len(shards)} tars has an image, .txt or .json member; a member's key "
+                "ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
+            )
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, None, TarSet]]:
         return TarSource, (self.config, None, self._set)

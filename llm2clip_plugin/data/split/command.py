@@ -10,7 +10,7 @@ from pathlib import Path
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.split.options import COMMAND, SplitConfig
 from llm2clip_plugin.data.split.sides import Sides, decide
@@ -35,7 +35,13 @@ def split_data(config: SplitConfig) -> list[str]:
     """
     output = Path(config.output)
     source = open_source(config)
+    check_fields(source)
     settings = _settings(config, source)
+    if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
+        raise ValueError(
+            f"--output {output} is inside the data at {source.path}, whose subfolders are read too: validation would "
+            "be trained on; choose a folder elsewhere"
+        )
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         return [*_already(output, settings), *_how_to_read(source, output)]
     sides = decide(source, config.validation, config.by, config.workers)

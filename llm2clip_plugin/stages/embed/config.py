@@ -18,6 +18,7 @@ class EmbedConfig:
     dtype: str = "float16"  # storage: float16, or int8 with a scale for each row (half the size)
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
     dry_run: bool = False  # print the number of captions and the size of the cache, then exit
+    overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
     verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ COMMAND = Command(
         "source.images",
         "dtype",
         "encoder.load_in_4bit",
+        "overwrite",
         "verify",
         "dry_run",
     ),

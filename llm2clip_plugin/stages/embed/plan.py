@@ -5,7 +5,7 @@ from pathlib import Path
 from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.cache.rows import caption_rows
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.stages.embed.config import EmbedConfig
 from llm2clip_plugin.stages.paper import TEACHERS
@@ -21,6 +21,7 @@ def cache_plan(config: EmbedConfig) -> str:
     if not config.cache:
         default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
     source = open_source(config.source)
+    check_fields(source, needed=True)
     rows = key_bytes = 0
     for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
         key, captions = source.captions(number)

@@ -12,7 +12,7 @@ import torch
 from llm2clip_plugin.contracts import EmbedRecord
 from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.embed.config import EmbedConfig
@@ -27,9 +27,10 @@ def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -
     with _ranks() as (rank, world):
         source, encoder, directory = open_all(config)
         if rank == 0:
-            CacheWriter(directory, encoder.identity(), config.dtype)  # refuses another teacher's cache
             names = [shard.name for shard in source.shards]
-            EmbedRecord(data=source.path, shards=names, command=command or {}).write(directory / EmbedRecord.FILE)
+            record = EmbedRecord(data=source.path, shards=names, command=command or {})
+            if not CacheWriter(directory, encoder.identity(), config.dtype).manifest().complete:
+                record.write(directory / EmbedRecord.FILE)
         manifest, summary = embed_source(
             source,
             encoder,
@@ -39,7 +40,10 @@ def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -
             world,
             tokens_per_batch=config.tokens_per_batch,
             quiet=rank != 0,
+            overwrite=config.overwrite,
         )
+        if rank == 0:
+            record.write(directory / EmbedRecord.FILE)  # a complete cache's, only now that nothing was refused
         if world > 1 and manifest is None:
             print(f"rank {rank}: its shards are complete; other ranks are still embedding", file=sys.stderr)
     prefix = f"rank {rank}: " if world > 1 else ""
@@ -71,11 +75,14 @@ def verify_cache(config: EmbedConfig) -> str:
 
 def open_all(config: EmbedConfig) -> tuple[Source, Encoder, Path]:
     """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
-    if not config.cache:
-        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    if not config.cache:  # before anything is downloaded or loaded
+        place = default_cache_folder(config.source.path, "").parent
+        if place.is_dir() and not config.verify and not os.access(place, os.W_OK):
+            raise PermissionError(f"{place} is read-only, so the cache cannot be next to the data; set --cache DIR")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     source = open_source(config.source)
+    check_fields(source, needed=True)
     encoder = open_encoder(config.encoder)
     folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
     return source, encoder, folder

@@ -13,7 +13,7 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.digest import cache_digest, source_digest
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.records import select_captions
 from llm2clip_plugin.data.sources.shards import data_folder
 from llm2clip_plugin.data.sources.urls import is_url
@@ -77,6 +77,7 @@ def open_data(config: AdapterConfig) -> Data:
     caches, clip_caches = (paths or ("",) * len(data.path) for paths in (data.cache, data.clip_cache))
     for item, cache, clip_cache in zip(data.sources, caches, clip_caches, strict=True):
         training.append(_open(item, cache, clip_cache, training[0] if training else None))
+    check_fields(*(captions.source for captions in training))
     held_out = None
     if data.validation:
         source = SourceConfig(path=data.validation, **vars(data.read))

@@ -7,7 +7,7 @@ from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.digest import cache_digest, source_digest
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.stages.tower.config import RunConfig
@@ -57,6 +57,7 @@ def open_data(config: RunConfig) -> Data:
         teacher = cache.teacher
         sources.append(source)
         caches.append(cache)
+    check_fields(*sources)
     held_out = config.data.held_out
     pair = open_pair(held_out, config.data.validation_cache, teacher) if held_out else (None, None)
     return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1])

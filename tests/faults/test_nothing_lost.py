@@ -1,0 +1,169 @@
+"""A typo, a smaller data set or a wrong output never replaces what a longer run has made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults import Fault, World, copied, meet, rows
+from tiny_data import make_shards
+from tiny_llm import save_tiny_llm
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile
+
+LINES = [
+    {"id": f"k{i}", "image": "x.png", "caption": f"short {i}", "long_caption": f"a long one {i}"} for i in range(8)
+]
+
+
+def write_lines(path: Path, end: str = "\n") -> None:
+    path.write_text("".join(json.dumps(line) + end for line in LINES))
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tars and rows with their complete caches, and the LLM of these."""
+    world = World(tmp_path_factory.mktemp("embedded") / "w")
+    make_shards(world.path("data"))
+    world.path("rows").mkdir()
+    write_lines(world.path("rows/pairs.jsonl"))
+    save_tiny_llm(world.path("llm"), "llama")
+    for data in ("data", "rows/pairs.jsonl"):
+        assert main(["embed", str(world.path(data)), "--llm", str(world.path("llm"))]) == 0
+    return world.folder
+
+
+@pytest.fixture
+def complete(embedded: Path, tmp_path: Path) -> World:
+    return copied(embedded, tmp_path / "w")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and ".llm2clip" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if not path.name.startswith(".")}
+
+
+def fewer_samples(world: World) -> None:
+    path = world.path("rows/pairs.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+
+
+@rows(
+    Fault(
+        "field with a typo",
+        "data --fields captoin=short",
+        "... 'captoin' ...did you mean 'caption'? known: caption, ...",
+    ),
+    Fault(
+        "a second field with a typo",
+        "data --fields caption=short lnog_caption=long",
+        "... 'lnog_caption' ...'long_caption'?...",
+    ),
+    Fault(
+        "one of two fields",
+        "data --fields caption=short",
+        "{w}/data/embeddings-.../00000... has 48 captions; ... gives 24 ...",
+    ),
+    Fault("the other field", "rows/pairs.jsonl --fields long_caption=long", "...-... 16 captions; ... gives 8 ..."),
+    Fault("rows removed", "rows/pairs.jsonl", "...-... 16 captions; ... gives 10 ...--overwrite", fewer_samples),
+    Fault(
+        "lines with a comma",
+        "rows/pairs.jsonl",
+        "{w}/rows/pairs.jsonl...comma...",
+        lambda w: write_lines(w.path("rows/pairs.jsonl"), ",\n"),
+    ),
+    Fault("shards of another data set", "other --cache {cache}", "...48 captions; ...", lambda w: other_captions(w)),
+)
+def test_embed(fault: Fault, complete: World, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(complete.folder / "data"), contents(complete.folder / "rows")
+    data, *options = fault.words.replace("{cache}", str(next(complete.path("data").glob("embeddings-*")))).split()
+    command = ["embed", str(complete.path(data)), "--llm", str(complete.path("llm")), *options]
+    meet(fault, complete, command, capsys)
+    after = contents(complete.folder / "data"), contents(complete.folder / "rows")
+    caches = [{name: body for name, body in of.items() if "embeddings-" in name} for of in (*before, *after)]
+    assert caches[:2] == caches[2:]
+
+
+def other_captions(world: World) -> None:
+    """Tars of the same names with other captions of the same number."""
+    import io
+    import tarfile
+
+    world.path("other").mkdir()
+    for shard in ("00000", "00001"):
+        with tarfile.open(world.path(f"other/{shard}.tar"), "w") as tar:
+            for number in range(48):
+                body = json.dumps({"caption": f"something else {shard} {number}"}).encode()
+                member = tarfile.TarInfo(f"x{number}.json")
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+
+
+def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> None:
+    data, llm = str(complete.path("data")), str(complete.path("llm"))
+    manifest = complete.cache / CacheManifest.FILE
+    assert CacheManifest.read(manifest).captions == 96
+    assert main(["embed", data, "--llm", llm, "--fields", "caption=short", "--overwrite"]) == 0
+    assert CacheManifest.read(manifest).captions == 48
+    assert main(["embed", data, "--llm", llm]) == 0
+    assert CacheManifest.read(manifest).captions == 96
+
+
+TYPO = (
+    "no sample of {w}/data has a field 'captoin' (--fields captoin=short); did you mean 'caption'? known: caption, ..."
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data check {w}/data",
+        "data split {w}/data --output {w}/new",
+        "embed {w}/data --llm {w}/llm --dry-run",
+        "evaluate {w}/tower {w}/data",
+        "finetune-llm {w}/data --llm {w}/llm --output {w}/new --global-batch 8",
+    ],
+    ids=lambda words: words.split(" {w}")[0],
+)
+def test_a_field_that_no_sample_has(words: str, complete: World, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*words.replace("{w}", str(complete.folder)).split(), "--fields", "captoin=short"]
+    meet(Fault("", "", TYPO), complete, command, capsys)
+    assert not complete.path("new").exists()
+
+
+def test_a_field_that_no_sample_has_in_training(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    meet(Fault("", "", TYPO), world, world.train("--dry-run --fields caption=short captoin=short"), capsys)
+
+
+@pytest.mark.parametrize("output", ["{w}/data/held-out", "{w}/data"])
+def test_a_split_inside_its_data(output: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    output = output.replace("{w}", str(world.folder))
+    fault = Fault("", "", f"--output {output} is inside the data at {{w}}/data, ...")
+    meet(fault, world, ["data", "split", str(world.path("data")), "--output", output, "--validation", "0.3"], capsys)
+    assert not list(world.path("data").rglob("split.json"))
+
+
+def scores(items: int, benchmark: str = "pope") -> ScoreFile:
+    return ScoreFile(benchmark=benchmark, metrics={"a": 1.0}, items=[{"id": i, "score": 1} for i in range(items)])
+
+
+@pytest.mark.parametrize(
+    "there", [lambda path: scores(9).write(path), lambda path: scores(2, "gqa").write(path), Path.touch], ids=str
+)
+def test_scores_are_not_replaced_by_fewer(there: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "x.scores.json"
+    there(path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"x\.scores\.json"):
+        scores(3).write(path)
+    assert path.read_bytes() == before
+    path.unlink()
+    assert scores(3).write(path) == scores(3).write(path)
+
+
+def test_scores_with_as_many_items_are_replaced(tmp_path: Path) -> None:
+    scores(2).write(tmp_path / "x.json")
+    assert len(ScoreFile.read(scores(3).write(tmp_path / "x.json")).items) == 3
