@@ -6,7 +6,7 @@ from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
+from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES, PAPERS
 
 NAMES = {
     **TRAINING_NAMES,
@@ -42,7 +42,13 @@ FINETUNE = Command(
     ),
     shown=NAMES,
     also={"plan.images": "plan.assumed_pairs"},  # train-tower's name
-    extras={"recipe": Extra(metavar="NAME", help=f"the paper's LLM and settings: {', '.join(LLM_RECIPES)}")},
+    extras={
+        "recipe": Extra(
+            metavar="NAME",
+            help=f"the authors' settings: {', '.join(PAPERS)}; ours on the paper's LLMs: "
+            f"{', '.join(name for name in LLM_RECIPES if name not in PAPERS)}",
+        )
+    },
     hidden=("pairs.read.shuffle_window",),  # only the tower's training reads it
 )
 PRETRAIN = dataclasses.replace(
