@@ -1,5 +1,5 @@
 # Shortcuts for development; CONTRIBUTING.md explains when to use which.
-.PHONY: setup check format test quick llava gpu quickstart clean
+.PHONY: setup check format test quick llava gpu mutations quickstart clean
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
@@ -26,6 +26,9 @@ llava: ## LLaVA's environment alone
 
 gpu: ## tests and benchmarks on a GPU, in ten minutes
 	scripts/check_gpu.sh
+
+mutations: ## planted bugs: each must fail its test (not part of CI)
+	$(TEST_ENV) .venv/bin/python tests/mutations/run.py
 
 quickstart: ## the whole method in miniature, small
 	scripts/quickstart.sh --smoke

@@ -143,57 +143,9 @@ teachers="raw tuned"
 [ "$TEACHER" = both ] || teachers=raw
 [ "$PRESET $TEACHER" != "smoke both" ] || teachers=tuned
 
-embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar (or of SHARDS, a file), with the adapter of the cache's seed
-    local adapter=() shards=$2
-    [ -f "$shards" ] || shards="$DATA/all/$2-*.tar"
-    [ "$1" = raw ] || adapter=(--adapter "$DATA/llm/${1#tuned-}/adapter")
-    say "captions through the LLM: $1, $2"
-    llm2clip embed "$shards" --llm "$LLM" ${adapter[@]+"${adapter[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
-}
-half() { # half COMMAND...: with half of the cores
-    local OMP_NUM_THREADS=$HALF
-    export OMP_NUM_THREADS
-    "$@"
-}
-tune() { # tune SEED: train an adapter
-    local tuning=$DATA/llm/seed$1 validation=()
-    [ "$PRESET" = smoke ] || # a few seconds
-        validation=(--validation llm2clip_plugin/data/emoji/validation-noto.tar --eval-steps "$TUNE_STEPS"
-            --evaluation.retrieve short:keywords --evaluation.no-across --evaluation.limit 100)
-    [ -f "$tuning/adapter/llm2clip_encoder.json" ] && return
-    say "stage 1: fine-tuning the LLM contrastively on English captions, seed $1"
-    # captions are the same in every style, so one shard is enough
-    launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output "$tuning" --seed "$1" \
-        --deepspeed scripts/zero1.json --languages en --group family \
-        --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
-        --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
-        --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1 \
-        ${validation[@]+"${validation[@]}"}
-}
-
-# ------------------------------------------------------------------------------------------------------------ tower
-train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/NAME-seedSEED
-    local name=$1-seed$2 seed=$2 cache=$3 shards=$4 start="launch scripts/train_tower.py"
-    [ "$1" != shuffled ] && [ -z "$PAIR" ] || start="llm2clip train-tower" # one process
-    shift 4
-    [ -d "$OUT/towers/$name" ] && return
-    say "stage 2: training tower $name"
-    # shellcheck disable=SC2086 # words on purpose
-    $start --recipe quickstart --deepspeed scripts/zero1.json --output "$OUT/runs/$name" \
-        --data "$shards" --cache "$DATA/cache/$cache" --kinds short long \
-        --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
-        --precision "$PRECISION" --seed "$seed" "$@"
-    mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower
-}
-
 BEST=${teachers##* } BEST_CACHE=raw # the teacher of the tower for LLaVA, and of the control
 [ "$BEST" = raw ] || BEST_CACHE=tuned-seed0
-control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
-    [ -d "$OUT/towers/shuffled-seed0" ] && return
-    python scripts/quickstart/control_cache.py "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/shuffled/cache"
-    train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
-        --freeze-first-blocks 0 --freeze --max-steps 1
-}
+. scripts/quickstart/parts.sh
 
 # ------------------------------------------------------------------------------------------- teacher and embeddings
 # The first result is printed minutes before there is a tower: what fine-tuning taught the LLM.
@@ -220,18 +172,6 @@ if [ ! -d "$OUT/towers/$BEST-seed0" ]; then
 fi
 
 # ------------------------------------------------------------------------------------------------------------ seeds
-watched() { # watched NAME SEED CACHE: train a tower, and (but for a smoke run) evaluate it on validation images in one style
-    local validation=()
-    [ "$PRESET" = smoke ] || validation=(--validation "$DATA/all/validation-noto.tar"
-        --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
-    train "$1" "$2" "$3" "$DATA/all/train-*.tar" ${validation[@]+"${validation[@]}"}
-}
-towers() { # towers SEED: of both teachers
-    local raw=()
-    [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is watched
-    [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} watched raw "$1" raw
-    [[ $teachers != *tuned* ]] || watched tuned "$1" "tuned-seed$1"
-}
 for seed in $(seq 0 $((SEEDS - 1))); do
     if [ "$TEACHER" = both ] && [ "$seed" != 0 ] && [ ! -d "$OUT/towers/tuned-seed$seed" ]; then
         tune "$seed"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from miniature_llm import describe, make_llm
-from miniature_scores import CLOSED, OPEN, Teacher, score
+from miniature_scores import CLOSED, OPEN, Teacher, refuse_other_stages, score
 from shards import EMOJI, read_tar
 
 from llm2clip_plugin.contracts import atomic_directory
@@ -195,6 +195,8 @@ def main() -> None:
         make_llm(options.llm, options.output)
     teacher = Teacher(options.teacher, options.adapter) if options.teacher else None
     for name in options.names:
+        if name.startswith("after"):
+            refuse_other_stages(options.output, name)
         score(options.output, name, describe(options.llm), teacher)
 
 

@@ -119,6 +119,7 @@ stage() {
     [ -f "$OUT/$name/trainer_state.json" ] && return
     rm -rf "${OUT:?}/$name" "$OUT/unfinished-$name"
     say "LLaVA stage: $name, $steps steps"
+    printf '%s\n' "--seed" "$seed" --max_steps "$steps" "$@" >"$OUT/$name.options" # compared with the other side's
     "$LLAVA_PYTHON" -u -m llava.train.train --output_dir "$OUT/unfinished-$name" --image_folder "$OUT/data/images" --bf16 True \
         --save_strategy no --evaluation_strategy no --lr_scheduler_type cosine --warmup_ratio 0.03 \
         --logging_steps $LOG_EVERY --disable_tqdm True --model_max_length 256 --lazy_preprocess True --report_to none \

@@ -42,6 +42,26 @@ class Teacher:
         return (answer_nW @ name_nW.T).tolist()
 
 
+def refuse_other_stages(output: Path, after: str) -> None:
+    """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
+    for stage in ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
+        files = [output / f"{stage.format(name)}.options" for name in (after, after.replace("after", "before", 1))]
+        if not files[0].exists() and stage != "llava-{}-pretrain":
+            continue  # the other language model's
+        new, base = (path.read_text().splitlines() for path in files)
+        of_side = {
+            place + 1 for place, word in enumerate(new) if word in ("--vision_tower", "--pretrain_mm_mlp_adapter")
+        }
+        if len(new) != len(base):
+            raise ValueError(f"{files[0]} and {files[1]} have {len(new)} and {len(base)} words; delete {output}")
+        for place, words in enumerate(zip(base, new, strict=True)):
+            if words[0] != words[1] and place not in of_side:
+                raise ValueError(
+                    f"{files[0]} has {words[1]!r} where {files[1]} has {words[0]!r}: the two sides were not trained "
+                    f"alike; delete {output}"
+                )
+
+
 def score(output: Path, name: str, note: str, teacher: Teacher | None) -> None:
     """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each.
 

@@ -7,8 +7,8 @@
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
 ``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json``, ``report.json`` and ``index.html`` into
 ``--output`` and prints the tables, the headline last; with ``--domain``, also those of Tux Paint's stamps. A tower is
-measured with the cache of the teacher named in its card. Seeds that are not finished are left out. ``--must-learn``:
-exit status 1 if a tower is no better than the control.
+measured with the cache of its name, and refused if its records name other shards, caches or adapters (inputs.py). Seeds
+that are not finished are left out. ``--must-learn``: exit status 1 if a tower is no better than the control.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from charts import training_charts
 from claims import Seeds, claims_table, make_claims
 from domain import DomainReport, domain_report, has_domain, measure_domain, open_domain, same_kind_before
 from embedding_map import draw_maps
+from inputs import cache_of, check_caches, check_run
 from page import Table, as_text, page_html
 from pictures import page_duels, page_queries
 from results import Report, as_headline, as_json, failures, in_order, top_1
@@ -36,7 +37,7 @@ from scores import (
 from tables import TEACHERS, Tower, by_name, teacher_table
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, atomic_file
+from llm2clip_plugin.contracts import CacheManifest, ContractError, atomic_file
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
@@ -64,14 +65,9 @@ def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
 
 
 def open_tower(path: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[LoadedDualEncoder, EmbeddingCache]:
-    """A tower directory and its teacher's cache. Raises ContractError without that cache."""
+    """A tower directory and the cache of its name. Raises ContractError if the tower's teacher is another."""
     dual = load_dual_encoder(path)
-    fingerprint = TeacherIdentity(**dual.card.teacher).fingerprint
-    cache = next((cache for cache in caches.values() if cache.fingerprint == fingerprint), None)
-    if cache is None:
-        known = {name: cache.fingerprint for name, cache in caches.items()}
-        raise ContractError(f"{path} was trained with teacher {fingerprint}, but the caches belong to {known}")
-    return dual, cache
+    return dual, cache_of(path, dual.card.teacher, caches)
 
 
 def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
@@ -135,6 +131,8 @@ def make_report(
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
     ordered = sorted(folders, key=lambda path: (path.name.split("-")[0], seed_of(path.name)))
+    check_caches(data, caches)
+    inputs = {folder.name: check_run(folder) for folder in ordered}
     towers = [measure(folder, sets, caches) for folder in ordered]
     captions = open_captions(data / "all")
     teachers = read_teachers(captions, caches)
@@ -144,6 +142,7 @@ def make_report(
         teachers=top_1(teachers),
         claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
         notes=[*notes],
+        inputs=inputs,
         domain=on_domain(domain, start, ordered, caches) if domain else None,
     )
     write(output / "headline.json", as_headline(report))
@@ -168,7 +167,9 @@ def make_report(
 def first_result(data: Path) -> list[Table]:
     """The tables that need no tower: caption to caption, with both teachers."""
     source = open_captions(data / "all")
-    teachers = read_teachers(source, open_caches(data / "cache"))
+    caches = open_caches(data / "cache")
+    check_caches(data, caches)
+    teachers = read_teachers(source, caches)
     claims = in_order(make_claims(teacher_claims(source, teachers)))
     return [teacher_table(top_1(teachers)), *([claims_table(claims, TEACHERS)] if claims else [])]
 

@@ -28,6 +28,7 @@ class Report:
     teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
     claims: list[Claim]  # the headline's first; [] without both teachers
     notes: list[str]
+    inputs: dict[str, dict[str, Any]]  # tower -> what its training read
     domain: DomainReport | None = None
 
     @property
@@ -65,7 +66,8 @@ def top_1(teachers: Mapping[str, Rows]) -> dict[str, list[dict[str, float]]]:
 
 def as_json(report: Report) -> str:
     """Every number, as JSON."""
-    body: dict[str, Any] = {"notes": report.notes, "teachers": report.teachers, "towers": defaultdict(dict)}
+    body: dict[str, Any] = {"notes": report.notes, "inputs": report.inputs, "teachers": report.teachers}
+    body["towers"] = defaultdict(dict)
     for tower in report.towers:
         languages = {tag: tower.scores.part("test", "short", tag) for tag in tower.scores.languages}
         body["towers"][tower.name][f"seed{tower.seed}"] = {**tower.scores.tests(), "languages": languages}

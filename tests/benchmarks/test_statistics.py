@@ -102,6 +102,19 @@ def test_intervals_over_runs_cover():
     assert blind / 300 < covered / 300  # one seed a side knows nothing of seeds
 
 
+def test_the_test_over_runs_is_welchs_where_images_agree():
+    """Every image of a run scores the same, so that runs alone vary: .1, .2, .3 against .3, .5, .7. By hand: variances
+    .01 and .04, error sqrt(.05 / 3), Satterthwaite's degrees 2.94, taken as 2; there p = 1 - t / sqrt(2 + t^2)."""
+    names = [str(place) for place in range(20)]
+    sides = [[mean_statistic(np.full(20, value)) for value in side] for side in ((0.1, 0.2, 0.3), (0.3, 0.5, 0.7))]
+    result = compare(pair(sides[0], sides[1], names), resamples=100)
+    error = 100 * math.sqrt(0.05 / 3)
+    t = 30 / error
+    assert (result.difference, result.standard_error) == pytest.approx((30, error))
+    assert result.p == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-4)
+    assert result.high - result.difference == pytest.approx(4.3027 * error, rel=1e-4)
+
+
 @pytest.mark.parametrize("size", [1, 7], ids=["one item an image", "up to seven"])
 def test_evaluate_and_compare_give_the_same_interval(size):
     """One bootstrap: the mean of the differences item by item, and the difference of the two sides."""

@@ -1,16 +1,19 @@
-"""Caches for the quickstart's tests: random embeddings, each caption's decided by its text."""
+"""Folders for the quickstart's tests: caches of random embeddings, and the records of trainings."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache.rows import caption_rows
 from llm2clip_plugin.data.cache.writer import CacheWriter
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import caption_hash
+from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_sha256
 
 WIDTH = 16
 IDENTITY = TeacherIdentity(
@@ -42,3 +45,22 @@ def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTIT
         ]
         writer.write_shard(shard.name, [key for key, _ in samples], rows, torch.stack(vectors))
     writer.finish()
+
+
+def write_adapter(data: Path, seed: int = 0, *, shard: str = "train-noto.tar") -> TeacherIdentity:
+    """An adapter below ``data/llm`` with the record of its training on ``shard``; the teacher that it makes."""
+    run = data / "llm" / f"seed{seed}"
+    (run / "adapter").mkdir(parents=True)
+    save_file({"lora": torch.full((1,), float(seed))}, run / "adapter" / ADAPTER_WEIGHTS)
+    (run / "adapter" / ADAPTER_CONFIG).write_text("{}")
+    RunRecord(config={"pairs": {"data": [f"emoji/{shard}"]}}, config_hash="").write(run / RunRecord.FILE)
+    return dataclasses.replace(IDENTITY, adapter_sha256=adapter_sha256(run / "adapter"))
+
+
+def write_run(output: Path, name: str, **data: object) -> None:
+    """The record of a tower's training below ``output``; ``data``: what differs from the quickstart's."""
+    side, _, seed = name.partition("-seed")
+    folder = "shuffled" if side == "shuffled" else "all"
+    read = {"path": [f"data/{folder}/train-*.tar"], "cache": [f"data/cache/{side}"], "validation": "", **data}
+    config = {"data": read, "train": {"seed": int(seed)}}
+    RunRecord(config=config, config_hash="").write(output / "runs" / name / RunRecord.FILE)

@@ -19,7 +19,7 @@ import shards
 import torch
 import tuxpaint
 from PIL import Image
-from quickstart_folders import IDENTITY, WIDTH, write_cache
+from quickstart_folders import IDENTITY, WIDTH, write_adapter, write_cache, write_run
 
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
@@ -110,7 +110,7 @@ def folder(tmp_path_factory):
     models.build_tiny_tower(folder / "tiny", 28)
     for name, cache, identity in (
         ("raw", "raw", IDENTITY),
-        ("tuned", "tuned-seed0", dataclasses.replace(IDENTITY, layer=-2)),
+        ("tuned", "tuned-seed0", write_adapter(folder / "data")),
     ):
         for data in (folder / "data" / "all", folder / "stamps" / tuxpaint.SHARD):
             write_cache(data, folder / "data" / "cache" / cache, identity)
@@ -118,6 +118,7 @@ def folder(tmp_path_factory):
         dual = DualEncoder(load_tower(folder / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"))
         teacher = dataclasses.asdict(identity)
         export_tower(dual, folder / "out" / "towers" / f"{name}-seed0", origin="tiny", teacher=teacher)
+        write_run(folder / "out", f"{name}-seed0")
     return folder
 
 
@@ -175,6 +176,7 @@ def test_towers_without_the_sentences_embeddings_are_told(folder, tmp_path) -> N
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
     (tmp_path / "towers").mkdir()
     (tmp_path / "towers" / "raw-seed0").symlink_to(folder / "out" / "towers" / "raw-seed0")
+    write_run(tmp_path, "raw-seed0")
     with pytest.raises(ValueError, match=r"does not contain the captions of .*test-tuxpaint\.tar; run llm2clip embed"):
         report.make_report(tmp_path, tmp_path, [], domain=folder / "stamps", start=folder / "tiny")
 

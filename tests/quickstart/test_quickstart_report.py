@@ -15,7 +15,7 @@ import results
 import scores
 import shards
 import torch
-from quickstart_folders import IDENTITY, WIDTH, write_cache
+from quickstart_folders import IDENTITY, WIDTH, write_adapter, write_cache, write_run
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.writer import CacheWriter
@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
         dual = DualEncoder(load_tower(folder / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"))
         teacher = dataclasses.asdict(IDENTITY)
         export_tower(dual, folder / "out" / "towers" / f"{name}-seed{seed}", origin="tiny", teacher=teacher)
+        write_run(folder / "out", f"{name}-seed{seed}")
     return folder
 
 
@@ -75,6 +76,7 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
     (tmp_path / "towers").mkdir()
     for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
         (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
+        write_run(tmp_path, f"{name}-seed1")
     (line,) = results.failures(report.make_report(folder / "data", tmp_path, []))
     assert line.startswith("R@10 of 'LLM as it is' is")
 
@@ -158,12 +160,82 @@ def test_a_difference_of_every_query_is_significant() -> None:
     assert claims.seeds_table([better, same]).rows[0][-1] == "2 of 2"
 
 
+def noisy(rng: np.random.Generator, gain: float) -> claims.Measured:
+    """200 queries of 50 families, the mean moved by about ``gain``."""
+    families = [f"family{number // 4}" for number in range(200)]
+    return claims.Measured(scores=rng.random(200) + gain, clusters=families, chance=0.1)
+
+
+def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
+    rng = np.random.default_rng(3)
+    base = {seed: noisy(rng, 0.0) for seed in (0, 1)}
+    tests = {f"gain {gain}": (base, {0: noisy(rng, gain), 1: noisy(rng, 0.0)}) for gain in (0.4, 0.05, 0.03)}
+    made = claims.make_claims(tests)
+
+    def by_hand(values: list[float]) -> list[float]:  # Holm 1979
+        order, adjusted, most = (
+            sorted(range(len(values)), key=values.__getitem__),
+            dict.fromkeys(range(len(values))),
+            0.0,
+        )
+        for rank, place in enumerate(order):
+            most = adjusted[place] = max(most, min(1.0, (len(values) - rank) * values[place]))
+        return [adjusted[place] for place in range(len(values))]
+
+    assert [one.p for one in made] == pytest.approx(by_hand([one.difference.p for one in made]))
+    assert [one.p for one in made] != pytest.approx([one.difference.p for one in made])
+    for seed in (0, 1):
+        own = [
+            claims.make_claims({"": ({seed: base[seed]}, {seed: new[seed]})})[0].difference for _, new in tests.values()
+        ]
+        assert [one.by_seed[seed].difference for one in made] == pytest.approx([one.difference for one in own])
+        assert [one.p_by_seed[seed] for one in made] == pytest.approx(by_hand([one.p for one in own]))
+    assert made[0].seeds_significant == 1 and not made[0].significant  # in one training of two
+    shown = claims.claims_table(made, report.TEACHERS).rows
+    assert [row[-1].split(",")[0] for row in shown] == [claims.p_value(one.p) for one in made]
+
+
+def test_families_are_drawn_not_concepts(folder) -> None:
+    caches, sets = report.open_caches(folder / "data" / "cache"), report.open_sets(folder / "data" / "all")
+    pairs = report.measure(folder / "out" / "towers" / "raw-seed0", sets, caches).scores.pairs
+    paired = [{**meta, "family": str(number // 2)} for number, meta in enumerate(pairs.meta)]
+    by_style = scores.report_retrieval(
+        scores.of_style(dataclasses.replace(pairs, meta=paired), "noto"), scores.RETRIEVAL
+    )
+    part = by_style.parts["long:en"]
+    drawn = [meta["family"] for meta in paired if meta["style"] == "noto"]
+    assert len(set(drawn)) < CONCEPTS
+    for side in scores.SIDES:
+        assert sorted(scores.query_scores([(by_style, part)], side).clusters) == sorted(drawn)
+    rows = {(kind, "en"): {f"concept{n}": torch.randn(4) for n in range(6)} for kind in ("short", "long", "keywords")}
+    family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
+    found = scores.teacher_queries(rows, family, ["name → long caption"])["name → long caption"]
+    assert found.clusters == [family[concept] for concept in rows["short", "en"]]
+
+
+def test_centered_is_after_subtracting_each_sides_mean() -> None:
+    torch.manual_seed(0)
+    kinds, concepts, common = ("short", "long", "keywords"), range(30), 3 * torch.randn(8)
+    of_concept = torch.randn(30, 8)
+    rows = {
+        (kind, "en"): {str(n): of_concept[n] + 0.7 * torch.randn(8) + place * common for n in concepts}
+        for place, kind in enumerate(kinds)
+    }
+    found = scores.teacher_scores({**rows, ("short", "de"): rows["short", "en"]})
+    query, item = (torch.stack(list(rows[kind, "en"].values())) for kind in ("short", "long"))
+    for label, sides in (("plain", (query, item)), ("centered", (query - query.mean(0), item - item.mean(0)))):
+        unit = [torch.nn.functional.normalize(side, dim=1) for side in sides]
+        right = (unit[0] @ unit[1].T).argmax(1) == torch.arange(30)
+        assert found[f"name → long caption, {label}"] == pytest.approx(float(right.float().mean()))
+    assert found["name → long caption, centered"] > found["name → long caption, plain"]
+
+
 def test_the_teachers_alone_are_the_first_result(folder, tmp_path) -> None:
     (tmp_path / "all").symlink_to(folder / "data" / "all")
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw")
     (alone,) = report.first_result(tmp_path)
     assert [row[0] for row in alone.rows][:3] == [f"{test}, plain" for test in scores.TEACHER_TESTS]
-    write_cache(folder / "data" / "all", tmp_path / "cache" / "tuned-seed0", dataclasses.replace(IDENTITY, layer=-2))
+    write_cache(folder / "data" / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path))
     both = report.first_result(tmp_path)[1]
     assert len(both.rows) == 3 and both.rows[0][0] == results.HEADLINE[1]
     # the same embeddings under two names

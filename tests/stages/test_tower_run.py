@@ -27,6 +27,7 @@ from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.distributed import free_port
 
 
@@ -267,6 +268,21 @@ def test_no_line_of_another_library(
         assert main(argv) == 0
         out, err = capfd.readouterr()
         assert err == "" and ours in " ".join(out.split()), (argv, out, err)
+
+
+def test_the_runs_average_follows_its_weights(refusals: dict[str, Any], tiny: Path):
+    """After two updates the start has a share of 2/11 x 3/12, the last weights one of 9/12."""
+    (path,) = (refusals["folder"] / "run" / "checkpoints").glob("step-*")
+    loaded, start = (
+        load(path),
+        {f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()},
+    )
+    matrices = [name for name in loaded.averages if name in start and start[name].ndim > 1]
+    assert len(matrices) > 5
+    for name in matrices:
+        weight, average = loaded.weights[name].float(), loaded.averages[name]
+        moved = (weight - start[name]).norm()
+        assert moved > 0 and (average - weight).norm() < 0.6 * moved, name
 
 
 def test_tensorboard_gets_the_values(refusals: dict[str, Any]):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard
@@ -186,6 +187,15 @@ def test_bfloat16_is_close_to_float32_and_to_itself_in_a_batch(llama: Path) -> N
     alone = torch.cat([rough.embed_tokens([row]) for row in rows])
     assert torch.nn.functional.cosine_similarity(alone, exact).min() > 0.999
     assert close(rough.embed_tokens(rows, side="left"), alone, tolerance=2e-2)  # 8 bits of mantissa: 4e-3 a rounding
+
+
+def test_an_adapter_counts_in_half_precision_as_in_float32(llama: Path, tmp_path: Path) -> None:
+    _, adapter = write_moved(llama, tmp_path / "adapter")
+    exact, plain = encoder(llama, adapter=str(adapter)).encode(CAPTIONS), encoder(llama).encode(CAPTIONS)
+    config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="bfloat16")
+    rough = CaptionEncoder(config, device="cpu").encode(CAPTIONS)
+    assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9  # the adapter changes something
+    assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
 
 
 def test_card_settings_hold(make_llm, llama: Path, tmp_path: Path) -> None:

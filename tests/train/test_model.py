@@ -92,7 +92,7 @@ def test_freezing_is_visible(tiny: Path):
         with_llm_width(DUAL, 32)
 
 
-def fit(rank: int, world: int, folder: str, steps: int, **more: Any) -> dict[str, Any]:
+def fit(rank: int, world: int, folder: str, steps: int, *, decay: float = 0.05, **more: Any) -> dict[str, Any]:
     """The first phase on a tiny set."""
     tiny = Path(folder)
     dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), DUAL, seed=0)
@@ -100,7 +100,7 @@ def fit(rank: int, world: int, folder: str, steps: int, **more: Any) -> dict[str
     cache = EmbeddingCache.open(next((tiny / "data").glob("embeddings-*")))
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
-    config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01), torch.device("cpu")
+    config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01, weight_decay=decay), torch.device("cpu")
     curve = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more)
     return {
         "loss": curve[-1]["loss"],
@@ -117,6 +117,17 @@ def test_heads_learn_on_frozen_features_and_leave_nothing_behind(tiny: Path):
     assert long["loss"] < 0.7 * short["loss"] and math.isfinite(long["loss"])
     assert short["steps"] == [1] and fit(0, 1, str(tiny), 5, logging_steps=2)["steps"] == [2, 4, 5]
     assert long["tower untouched"] and long["gradients"] == [] and long["training"]
+
+
+def test_heads_decay_matrices_and_no_vectors(tiny: Path):
+    """A decay of 20 takes a fifth of a weight each step; the steps themselves move it by .01."""
+    plain, decayed = (fit(0, 1, str(tiny), 5, decay=decay)["heads"] for decay in (0.0, 20.0))
+    for name, value in plain.items():
+        if value.numel() > max(value.shape):
+            assert decayed[name].norm() < 0.6 * value.norm(), name
+        else:
+            assert (decayed[name] - value).abs().max() < 0.15, name
+    assert any(value.numel() == max(value.shape) and value.abs().max() > 0.8 for value in plain.values())
 
 
 def test_heads_do_not_depend_on_the_ranks(tiny: Path):

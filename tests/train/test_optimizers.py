@@ -13,6 +13,8 @@ from tower_runs import STEPS, finish, losses, options, start
 from train_helpers import run_ranks
 
 from llm2clip_plugin.train import optimizers
+from llm2clip_plugin.train.optim import Trained, parameter_groups
+from llm2clip_plugin.train.optimizers.adamw import AdamW
 from llm2clip_plugin.train.optimizers.adamw_8bit import AdamW8bit, table_of
 
 KEEP_ALL = ("--save_total_limit", "0")
@@ -41,6 +43,30 @@ class Adamax(OptimizerSpec):
 
 OPTIMIZER = Adamax
 '''
+
+
+def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
+    """Loshchilov & Hutter 2019, algorithm 2, for a matrix with decay and a vector without, at different rates."""
+    torch.manual_seed(0)
+    matrix, vector = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(3))
+    trained = [
+        Trained(name="matrix", parameter=matrix, lr=0.1, decay=True),
+        Trained(name="vector", parameter=vector, lr=0.3, decay=False),
+    ]
+    adamw = AdamW().make(parameter_groups(trained, 0.2), lr=9.0, betas=(0.8, 0.95), eps=1e-6)
+    expected = [(matrix.detach().clone(), 0.1, 0.2), (vector.detach().clone(), 0.3, 0.0)]
+    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in expected]
+    for step in (1, 2, 3):
+        for place, (parameter, (value, lr, decay)) in enumerate(zip((matrix, vector), expected, strict=True)):
+            parameter.grad = torch.randn_like(parameter)
+            first, second = moments[place]
+            first.mul_(0.8).add_(0.2 * parameter.grad)
+            second.mul_(0.95).add_(0.05 * parameter.grad**2)
+            value.mul_(1 - lr * decay)
+            value.sub_(lr * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-6))
+        adamw.step()
+    for parameter, (value, _, _) in zip((matrix, vector), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-6)  # fp32, other order of products
 
 
 def train_twice(rank: int, world: int, members: str, argv: list[str]) -> None:

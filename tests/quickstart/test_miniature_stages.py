@@ -1,0 +1,65 @@
+"""miniature.sh trains both sides alike but for the tower: what each stage is started with, and the refusal if not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature_scores
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart" / "miniature.sh"
+PYTHON = """#!/bin/bash
+# writes what the miniature waits for, and trains nothing
+printf '%s\\n' "$*" >>"$WORDS"
+[ "$1" != scripts/quickstart/miniature.py ] || [ "$2" != prepare ] || mkdir -p "$4/llm" "$4/data"
+while [ $# -gt 1 ]; do
+    [ "$1" != --output_dir ] || { mkdir -p "$2" && touch "$2/trainer_state.json"; }
+    shift
+done
+"""
+
+
+@pytest.fixture(params=["tiny", "chatml"])
+def output(request, tmp_path: Path) -> Path:
+    """A miniature of two seeds with towers before, after-0 and after-1, its stages started but not run."""
+    for name in ("before", "after-0", "after-1", "chatml"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "llm2clip.json").write_text("{}")
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    llm = "tiny" if request.param == "tiny" else str(tmp_path / "chatml")
+    words = ["--before", "before", "--after", "after-{seed}", "--output", "out", "--llm", llm, "--seeds", "2"]
+    variables = {**os.environ, "LLAVA_PYTHON": str(tmp_path / "python"), "WORDS": str(tmp_path / "words")}
+    subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=variables, check=True, capture_output=True)
+    return tmp_path / "out"
+
+
+def test_both_sides_are_started_alike_but_for_the_tower(output: Path) -> None:
+    trained = [line for line in (output.parent / "words").read_text().splitlines() if "llava.train.train" in line]
+    for option in ("--learning_rate", "--max_steps", "--per_device_train_batch_size", "--data_path"):
+        by_side = [
+            [last(line, option) for line in trained if f"unfinished-llava{kind}{side}" in line]
+            for side in ("before", "after")
+            for kind in ("-", "-lora-")
+        ]
+        assert by_side[:2] == by_side[2:] and by_side[0], option
+
+
+def last(line: str, option: str) -> str:
+    """The value that counts: the last one given."""
+    words = line.split()
+    return words[len(words) - words[::-1].index(option)]
+
+
+def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
+    for name in ("after", "after-seed1"):
+        miniature_scores.refuse_other_stages(output, name)
+    path = output / "llava-after-pretrain.options"
+    path.write_text(path.read_text().replace("--data_path", "--learning_rate"))
+    command = [sys.executable, SCRIPT.parent / "miniature.py", "score", "after", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "the two sides were not trained alike" in done.stderr

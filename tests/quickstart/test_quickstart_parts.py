@@ -1,0 +1,153 @@
+"""What each part of the quickstart reads: shards, caches, adapters; and the report's refusal of anything else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import inputs
+import pytest
+import report
+import shards
+from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
+
+from llm2clip_plugin.contracts import ContractError
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = """
+set -euo pipefail
+DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50
+HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned" BEST=tuned BEST_CACHE=tuned-seed0
+. "$PARTS"
+say() { :; }
+shown() { printf '%s\\n' "$*"; }
+llm2clip() { shown llm2clip "$@"; }
+python() { shown python "$@"; }
+launch() {
+    shown launch "$@"
+    while [ $# -gt 1 ]; do
+        [ "$1" != --output ] || mkdir -p "$2/tower"
+        shift
+    done
+}
+"""
+
+
+def started(folder: Path, part: str) -> list[list[str]]:
+    """The commands that a part of the quickstart starts, word by word."""
+    command = ["env", f"PARTS={ROOT}/scripts/quickstart/parts.sh", "bash", "-c", SETTINGS + part]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def value(command: list[str], option: str) -> str:
+    """The last value of an option."""
+    return command[len(command) - command[::-1].index(option)]
+
+
+def test_stage_1_reads_training_captions_and_is_validated_on_validation(tmp_path) -> None:
+    (command,) = started(tmp_path, "tune 3")
+    emoji = "llm2clip_plugin/data/emoji"
+    assert command[:3] == ["launch", "scripts/finetune_llm.py", f"{emoji}/train-noto.tar"]
+    assert [value(command, option) for option in ("--llm", "--output", "--seed", "--validation")] == [
+        "llm",
+        "data/llm/seed3",
+        "3",
+        f"{emoji}/validation-noto.tar",
+    ]
+
+
+def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
+    raw, tuned = started(tmp_path, "embed raw test; embed tuned-seed3 '{test,train}'")
+    assert raw[1:3] == ["embed", "data/all/test-*.tar"] and "--adapter" not in raw
+    assert tuned[1:3] == ["embed", "data/all/{test,train}-*.tar"]
+    assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
+    for command, cache in ((raw, "data/cache/raw"), (tuned, "data/cache/tuned-seed3")):
+        assert (value(command, "--cache"), value(command, "--llm"), value(command, "--compute-dtype")) == (
+            cache,
+            "llm",
+            "bfloat16",
+        )
+
+
+def test_towers_differ_in_their_cache_alone(tmp_path) -> None:
+    raw, tuned = started(tmp_path, "towers 3")
+    for command, name, cache in ((raw, "raw-seed3", "raw"), (tuned, "tuned-seed3", "tuned-seed3")):
+        assert (value(command, "--data"), value(command, "--validation")) == (
+            "data/all/train-*.tar",
+            "data/all/validation-noto.tar",
+        )
+        assert value(command, "--cache") == value(command, "--validation-cache") == f"data/cache/{cache}"
+        assert (value(command, "--output"), value(command, "--seed")) == (f"{tmp_path}/out/runs/{name}", "3")
+        assert (tmp_path / "out" / "towers" / name).is_dir()
+    alike = [" ".join(raw).replace("raw-seed3", "NAME").replace("cache/raw", "cache/NAME")]
+    assert alike == [" ".join(tuned).replace("tuned-seed3", "NAME")]
+
+
+def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
+    (tmp_path / "out" / "runs" / "shuffled-seed0" / "tower").mkdir(parents=True)  # as the training would
+    cache, tower = started(tmp_path, "control")
+    assert cache[1:3] == ["scripts/quickstart/control_cache.py", "data/shuffled"]
+    assert value(cache, "--cache") == "data/cache/tuned-seed0"
+    assert value(tower, "--data") == "data/shuffled/train-*.tar" and value(tower, "--cache") == "data/shuffled/cache"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Data with the caches of the LLM as it is and of one adapter."""
+    folder = tmp_path_factory.mktemp("quickstart-parts")
+    shards.prepare(folder, shards.Part(concepts=(3, 3, 3), languages=("de",)))
+    write_cache(folder / "all", folder / "cache" / "raw")
+    write_cache(folder / "all", folder / "cache" / "tuned-seed0", write_adapter(folder))
+    return folder
+
+
+def test_caches_of_their_adapters_pass(data) -> None:
+    inputs.check_caches(data, report.open_caches(data / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "words"),
+    [
+        ("raw", "tuned-seed0", "raw was embedded with adapter .*, expected no adapter"),
+        ("tuned-seed0", "raw", "adapter none"),
+    ],
+)
+def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) -> None:
+    shutil.copytree(data / "llm", tmp_path / "llm")
+    shutil.copytree(data / "cache" / of, tmp_path / "cache" / name)
+    with pytest.raises(ContractError, match=words):
+        inputs.check_caches(tmp_path, report.open_caches(tmp_path / "cache"))
+
+
+def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
+    write_cache(data / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path, shard="test-noto.tar"))
+    with pytest.raises(ContractError, match=r"was fine-tuned on .*test-noto\.tar"):
+        inputs.check_caches(tmp_path, report.open_caches(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "words"),
+    [
+        ("raw-seed0", {"path": ["data/all/test-*.tar"]}, "was trained on"),
+        ("raw-seed0", {"path": ["data/shuffled/train-*.tar"]}, "was trained on"),
+        ("shuffled-seed0", {"path": ["data/all/train-*.tar"]}, "expected shuffled/train"),
+        ("tuned-seed1", {"validation": "data/all/test-noto.tar"}, "was validated on"),
+    ],
+)
+def test_a_tower_of_other_shards_is_refused(tmp_path, name, read, words) -> None:
+    write_run(tmp_path, name)
+    assert inputs.check_run(tmp_path / "towers" / name)["path"]
+    write_run(tmp_path, name, **read)
+    with pytest.raises(ContractError, match=words):
+        inputs.check_run(tmp_path / "towers" / name)
+    with pytest.raises(FileNotFoundError, match=r"run\.json"):
+        inputs.check_run(tmp_path / "towers" / "raw-seed9")
+
+
+def test_a_tower_against_the_other_teachers_cache_is_refused(data) -> None:
+    caches, teacher = report.open_caches(data / "cache"), vars(IDENTITY)
+    assert inputs.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
+    with pytest.raises(ContractError, match="expected that of tuned-seed0"):
+        inputs.cache_of(Path("towers/tuned-seed0"), teacher, caches)
