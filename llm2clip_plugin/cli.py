@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from llm2clip_plugin.quiet import quiet_accelerator
+from llm2clip_plugin.quiet import quiet_libraries
 from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAllRanksError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
@@ -239,7 +239,7 @@ def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
     limit_threads()
     allow_open_files()
-    quiet_accelerator()
+    quiet_libraries()
     module, function, _ = COMMANDS[name]
     try:
         with _interrupts():
