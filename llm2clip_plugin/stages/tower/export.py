@@ -131,6 +131,7 @@ def export_run(
             "steps": loaded.state.step,
             "samples": loaded.state.samples,
             "global_batch": config.train.global_batch,
+            "precision": config.train.precision,
             "recipe": _recipe(record.command.get("words", [])),
             "data": [Path(path).name for path in config.data.path],
             "data_samples": record.epoch_samples,
