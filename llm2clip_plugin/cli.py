@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from llm2clip_plugin.quiet import quiet_accelerator
+from llm2clip_plugin.quiet import quiet_libraries
 from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAllRanksError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module, function, one line of help)
     "doctor": ("llm2clip_plugin.doctor", "main", "check this environment and show how to fix problems"),
+    "run": ("llm2clip_plugin.pipeline.command", "main", "all stages in order, from checked data to a tower and a page"),
     "data make": (
         "llm2clip_plugin.data.make.command",
         "main",
@@ -143,6 +144,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 # Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:
 # --help and a misspelt option need no more.
 OPTIONS: dict[str, tuple[str, str]] = {
+    "run": ("llm2clip_plugin.pipeline.options", "COMMAND"),
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
@@ -237,7 +239,7 @@ def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
     limit_threads()
     allow_open_files()
-    quiet_accelerator()
+    quiet_libraries()
     module, function, _ = COMMANDS[name]
     try:
         with _interrupts():

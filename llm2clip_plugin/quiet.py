@@ -34,9 +34,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def quiet_peft() -> None:
-    """Silence peft about an attribute that transformers renamed, and bitsandbytes about kernels from the Hub."""
+    """Silence peft about an attribute that transformers renamed."""
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_deepspeed() -> None:
@@ -49,9 +48,12 @@ def quiet_deepspeed() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-def quiet_accelerator() -> None:
-    """Silence DeepSpeed, which transformers imports for many commands, about a machine without a GPU."""
+def quiet_libraries() -> None:
+    """Silence what nobody can act on: DeepSpeed about a machine without a GPU, bitsandbytes about a kernel of the Hub,
+    torch's DataLoader about more ``--workers`` than cores."""
     logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_cpu)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 
 def _is_not_about_the_cpu(record: logging.LogRecord) -> bool:

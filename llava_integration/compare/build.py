@@ -1,6 +1,6 @@
 """From score files to a comparison: questions paired by id, statistics for each benchmark."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from llava_integration.benchmarks.base import Item, Statistic, mean_of_parts, mean_statistic
@@ -10,6 +10,7 @@ from llava_integration.compare.sides import Side
 from llava_integration.compare.statistics import compare, counted, holm, mcnemar_p, pair
 from llm2clip_plugin.contracts import ContractError, ScoreFile
 
+EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
 FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
 
 
@@ -77,7 +78,27 @@ def build(
         },
         settings={"resamples": resamples, "level": level, "seed": seed},
         notes=tuple(dict.fromkeys(notes)),
+        warnings=tuple(warnings(sides, titles)),
     )
+
+
+def warnings(sides: Sequence[Side], titles: dict[str, str]) -> Iterator[str]:
+    """Empty answers that are more than EMPTY of a side's, and sides in different precisions."""
+    for side in sides:
+        for name, records in side.runs.items():
+            empty = sum(record.counts.get("empty", 0) for record in records)
+            total = sum(record.counts.get("answered", 0) for record in records)
+            if empty > EMPTY * total:
+                yield f"{empty} of the {total} answers of {side.name} to {titles[name]} are empty"
+    for field in ("precision", "dtype"):
+        used = {
+            side.name: "/".join(sorted(values))
+            for side in sides
+            if (values := {str(r.provenance.get(field, "")) for records in side.runs.values() for r in records} - {""})
+        }
+        if len(set(used.values())) > 1:
+            listed = ", ".join(f"{name} in {value}" for name, value in used.items())
+            yield f"the sides differ in their {field}, which alone may move scores: {listed}"
 
 
 def _adjust(rows: Sequence[Row]) -> list[Row]:

@@ -58,6 +58,7 @@ class Comparison:
     references: dict[str, dict[str, float]]  # model -> benchmark -> published number
     settings: dict[str, Any]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()  # what makes numbers meaningless; before everything else in every report
 
     def pairs(self) -> list[tuple[str, list[Row]]]:
         """Rows by the side that is compared with the base."""

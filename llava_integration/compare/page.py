@@ -60,7 +60,6 @@ def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) ->
         script=script,
         verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],
         forest=_twice(lambda width: svg.forest(comparison, width)),
-        radar=_twice(lambda width: svg.radar(comparison, width)),
         categories=[
             (row, _twice(lambda width, row=row: svg.bars(comparison, row, width)))
             for row in comparison.rows

@@ -1,10 +1,11 @@
-"""Three plots as inline SVG without scripts: forest of differences, radar of scores, bars by category.
+"""Two plots as inline SVG without scripts: forest of differences, bars by category.
 
 Each is drawn for a wide page and for a narrow one (a telephone), where names stand above what they name; page.css shows
-the one that fits.
+the one that fits. No name is cut: long ones take several lines.
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -16,6 +17,7 @@ MOST_BARS = 20  # categories of a benchmark
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
 WIDTH = 860
 NARROW = 360  # what a page 400 px wide has space for
+NAME, NARROW_NAME = 30, 24  # letters of a line that have space next to, or above, a mark
 
 
 def color(place: int) -> str:
@@ -28,9 +30,17 @@ def text(x: float, y: float, content: str, anchor: str = "start", extra: str = "
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{escape(content)}</text>'
 
 
-def short(name: str, most: int) -> str:
-    """A name cut to a length."""
-    return name if len(name) <= most else name[: most - 1] + "…"
+LEADING = 14  # between two lines of a name
+
+
+def wrapped(name: str, most: int) -> list[str]:
+    """A name in lines of at most so many letters."""
+    return textwrap.wrap(name, most) or [""]
+
+
+def label(x: float, y: float, lines: Sequence[str], anchor: str = "start") -> str:
+    """A name in one or more lines, the last one at ``y``."""
+    return "".join(text(x, y - LEADING * up, content, anchor) for up, content in enumerate(reversed(lines)))
 
 
 def line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1, extra: str = "") -> str:
@@ -74,8 +84,10 @@ def forest(comparison: Comparison, width: float = WIDTH) -> str:
     lines, y = [], top - 15
     for place, row in enumerate(rows):
         first = place == 0 or row.benchmark != rows[place - 1].benchmark
+        name = wrapped(row.title, NAME if not narrow else NARROW_NAME) if first else []
         y += (50 if first else 36) if narrow else (30 if first else 20)  # the sides of a benchmark stand together
-        lines += _forest_row(row, color(comparison.names.index(row.new)), x, y, left, right, named=first, above=narrow)
+        y += LEADING * max(0, len(name) - 1)
+        lines += _forest_row(row, color(comparison.names.index(row.new)), x, y, left, right, name=name, above=narrow)
     bottom = y + 15
     parts = _directions(comparison, x(0), top - 18, width)
     parts += legend(comparison.names[1:], left, 16, first=1) if several else []
@@ -97,12 +109,13 @@ def forest(comparison: Comparison, width: float = WIDTH) -> str:
 
 def _directions(comparison: Comparison, zero: float, y: float, width: float) -> list[str]:
     """Which side is better left and right of 0: next to its line, or at the edges of a narrow plot."""
-    base, new = ("base", "new") if len(comparison.names) > 2 else list(comparison.names)
     left, right, most = (8.0, width - 8.0, 18) if width == NARROW else (zero - 10, zero + 10, 24)
+    fit = len(comparison.names) == 2 and max(map(len, comparison.names)) <= most
+    base, new = comparison.names if fit else ("base", "new")
     anchors = ("start", "end") if width == NARROW else ("end", "start")
     return [
-        text(left, y, f"← {short(base, most)} better", anchors[0], 'class="dim"'),
-        text(right, y, f"{short(new, most)} better →", anchors[1], 'class="dim"'),
+        text(left, y, f"← {base} better", anchors[0], 'class="dim"'),
+        text(right, y, f"{new} better →", anchors[1], 'class="dim"'),
     ]
 
 
@@ -112,73 +125,33 @@ def _size(row: Row) -> float:
 
 
 def _forest_row(
-    row: Row, paint: str, x: Callable[[float], float], y: float, left: float, right: float, *, named: bool, above: bool
+    row: Row,
+    paint: str,
+    x: Callable[[float], float],
+    y: float,
+    left: float,
+    right: float,
+    *,
+    name: Sequence[str],
+    above: bool,
 ) -> list[str]:
     """One difference: name, interval, estimate (filled if significant), numbers; texts at its side or above."""
     result, size = row.result, _size(row)
     low, high = (number(value, row.unit, signed=True) for value in (result.low, result.high))
-    label = f"{number(result.difference, row.unit, signed=True)} [{low}, {high}]"
-    hint = f"{row.title}, {row.new}: {label}, Holm p {row.p_holm:.3g}, {row.verdict}"
+    numbers = f"{number(result.difference, row.unit, signed=True)} [{low}, {high}]"
+    hint = f"{row.title}, {row.new}: {numbers}, Holm p {row.p_holm:.3g}, {row.verdict}"
     fill = "var(--paper)" if row.verdict == "no difference shown" else paint
     return [
         f'<g class="forest-row"><title>{escape(hint)}</title>',
-        text(*((left, y - 14) if above else (left - 12, y + 4)), short(row.title, 30), "start" if above else "end")
-        if named
-        else "",
+        label(left, y - 14, name) if above else label(left - 12, y + 4, name, "end"),
         line(x(result.low / size), y, x(result.high / size), y, paint, 2.5),
         f'<circle cx="{x(result.difference / size):.1f}" cy="{y:.1f}" r="5" stroke="{paint}" stroke-width="2.5" '
         f'fill="{fill}"/>',
-        text(right, y - 14, label, "end", 'class="number"')
+        text(right, y - 14, numbers, "end", 'class="number"')
         if above
-        else text(right + 12, y + 4, label, extra='class="number"'),
+        else text(right + 12, y + 4, numbers, extra='class="number"'),
         "</g>",
     ]
-
-
-def radar(comparison: Comparison, width: float = WIDTH) -> str:
-    """Scores of every side relative to the best side of each axis; "" with fewer than three benchmarks."""
-    names = [name for name in comparison.titles if len(comparison.scores[name]) == len(comparison.names)]
-    if len(names) < 3:
-        return ""
-    best = {name: max(comparison.scores[name].values()) or 1.0 for name in names}
-    shares = {
-        side: [max(0.0, comparison.scores[name][side] / best[name]) for name in names] for side in comparison.names
-    }
-    worst = min(min(values) for values in shares.values())
-    floor = max(0.0, min(0.8, math.floor((worst - 0.05) * 10) / 10))
-    narrow = width == NARROW
-    across, middle, radius = (width / 2, 140.0, 95.0) if narrow else (300.0, 230.0, 175.0)
-
-    def point(place: int, share: float) -> tuple[float, float]:
-        angle = 2 * math.pi * place / len(names) - math.pi / 2
-        reach = radius * max(0.0, share - floor) / (1 - floor)
-        return across + reach * math.cos(angle), middle + reach * math.sin(angle)
-
-    parts = []
-    for share in (floor + (1 - floor) * part / 4 for part in (1, 2, 3, 4)):
-        corners = " ".join("{:.1f},{:.1f}".format(*point(place, share)) for place in range(len(names)))
-        parts.append(f'<polygon points="{corners}" fill="none" stroke="var(--grid)"/>')
-    for place, name in enumerate(names):
-        parts.append(line(across, middle, *point(place, 1.0), "var(--grid)"))
-        x, y = point(place, 1 + 0.13 * (1 - floor))
-        anchor = "middle" if abs(x - across) < 20 else "start" if x > across else "end"
-        title = short(comparison.titles[name], 16 if narrow else 40)
-        x = max(x, 7.2 * len(title)) if anchor == "end" else x  # about the width of a text of 12 px
-        parts.append(text(min(x, width - 7.2 * len(title)) if anchor == "start" else x, y + 4, title, anchor))
-    for order, side in enumerate(comparison.names):
-        corners = " ".join("{:.1f},{:.1f}".format(*point(place, share)) for place, share in enumerate(shares[side]))
-        parts.append(
-            f'<polygon class="side" points="{corners}" fill="{color(order)}" fill-opacity="0.08" '
-            f'stroke="{color(order)}" stroke-width="2"><title>{escape(side)}</title></polygon>'
-        )
-    left, top = (8.0, 2 * middle + 14) if narrow else (600.0, 60.0)
-    parts += legend(comparison.names, left, top)
-    note = f"outer ring: best side; center: {floor:.0%} of it"
-    end = top + 24 * len(comparison.names) + 10
-    parts.append(text(left, end, note, extra='class="dim"'))
-    return figure(
-        width, end + 12 if narrow else 2 * middle, parts, "Scores of all sides, relative to the best", "radar"
-    )
 
 
 def legend(names: Sequence[str], x: float, y: float, first: int = 0) -> list[str]:
@@ -187,7 +160,7 @@ def legend(names: Sequence[str], x: float, y: float, first: int = 0) -> list[str
     for order, name in enumerate(names):
         paint = color(order + first)
         parts.append(f'<rect x="{x}" y="{y + 24 * order - 10:.0f}" width="14" height="12" fill="{paint}"/>')
-        parts.append(text(x + 22, y + 24 * order, short(name, 34)))
+        parts.append(text(x + 22, y + 24 * order, name))
     return parts
 
 
@@ -199,15 +172,16 @@ def bars(comparison: Comparison, row: Row, width: float = WIDTH) -> str:
     top_value = 1.0 if percent else max(max(old, now) for _, (old, now, _) in shown) or 1.0
     narrow = width == NARROW
     left, right, step, above = (8.0, width - 8.0, 56.0, 20) if narrow else (250.0, width - 200.0, 34.0, 0)
-    parts = []
-    for place, (name, (old, now, count)) in enumerate(shown):
-        y = 8 + step * place + above
+    parts, y = [], 8.0 + above - step
+    for name, (old, now, count) in shown:
+        lines = wrapped(name, NARROW_NAME if narrow else NAME)
+        y += step + LEADING * (len(lines) - 1)
         step_text = f"{scale * old:.1f} → {scale * now:.1f} ({scale * (now - old):+.1f}), n {count}"
         if narrow:
-            parts.append(text(left, y - 6, short(name, 24)))
+            parts.append(label(left, y - 6, lines))
             parts.append(text(right, y - 6, step_text, "end", 'class="number"'))
         else:
-            parts.append(text(left - 12, y + 18, short(name, 36), "end"))
+            parts.append(label(left - 12, y + 18, lines, "end"))
             parts.append(text(right + 10, y + 18, step_text, extra='class="number"'))
         for offset, value, order in ((2, old, 0), (15, now, comparison.names.index(row.new))):
             length = max(0.0, value / top_value) * (right - left)
@@ -216,7 +190,7 @@ def bars(comparison: Comparison, row: Row, width: float = WIDTH) -> str:
                 f'<rect class="bar" {box} fill="{color(order)}">'
                 f"<title>{escape(f'{name}: {scale * value:.1f}, {count} questions')}</title></rect>"
             )
-    height = 8 + step * len(shown) + 8
+    height = y + step - above + 8
     return figure(
         width, height, parts, f"{row.title} by category", f"bars-{row.benchmark}-{comparison.names.index(row.new)}"
     )

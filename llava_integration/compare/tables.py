@@ -76,7 +76,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def terminal(comparison: Comparison) -> str:
     """What `llm2clip compare` prints."""
-    lines = []
+    lines = [f"warning: {warning}" for warning in comparison.warnings]
     for name, rows in comparison.pairs():
         lines += [f"{name} (new) against {comparison.names[0]} (base)", ""]
         lines += aligned(HEADER, [cells(row) for row in rows])
@@ -114,7 +114,7 @@ def escape_markdown(text: str) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The tables for a README or an issue."""
-    lines = ["# Comparison", ""]
+    lines = ["# Comparison", "", *(f"**Warning**: {escape_markdown(one)}.\n" for one in comparison.warnings)]
     for name, rows in comparison.pairs():
         lines += [f"## {escape_markdown(name)} (new) against {escape_markdown(comparison.names[0])} (base)", ""]
         lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]

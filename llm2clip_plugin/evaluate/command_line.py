@@ -78,7 +78,8 @@ def provenance(**values: Any) -> dict[str, Any]:
 def tower_provenance(dual: LoadedDualEncoder, **values: Any) -> dict[str, Any]:
     """`provenance` with the hashes of a dual encoder's weights."""
     card = dual.card
-    return provenance(weights_sha256=card.weights_sha256, adapter_sha256=card.adapter_sha256, **values)
+    precision = {"precision": card.training["precision"]} if "precision" in card.training else {}
+    return provenance(weights_sha256=card.weights_sha256, adapter_sha256=card.adapter_sha256, **precision, **values)
 
 
 def dataset_name(path: str) -> str:

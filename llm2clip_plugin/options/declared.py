@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -35,6 +35,8 @@ class Declared(Generic[Settings]):
     also: Mapping[str, str] = field(default_factory=dict)  # see Names
     extras: Mapping[str, Extra] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()  # fields without an option
+    # makes the settings of a command line without options, whose values --help shows; None: the fields' own defaults
+    default: Callable[[], Settings] | None = None
 
     @cached_property
     def types(self) -> dict[str, Any]:

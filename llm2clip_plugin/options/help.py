@@ -23,8 +23,9 @@ COLUMN = 30  # where the texts begin
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 
 
-def help_text(command: Declared[Any], *, everything: bool = False, default: Any = None) -> str:
-    """What ``--help`` prints, or ``--help-all``; ``default``: the settings whose values are shown."""
+def help_text(command: Declared[Any], *, everything: bool = False) -> str:
+    """What ``--help`` prints, or ``--help-all``."""
+    default = command.default() if command.default else None
     parts = [f"example:\n  {command.example}", command.usage, textwrap.fill(command.about, WIDTH)]
     leaves = {leaf.name: leaf for leaf in settings(command.settings, default) if leaf.name in command.types}
     chosen = [*command.extras, *leaves] if everything or not command.everyday else command.everyday

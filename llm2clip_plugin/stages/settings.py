@@ -95,7 +95,7 @@ class TrainingConfig:
     """What the configurations of both training stages share."""
 
     output_dir: str = "runs/run"  # checkpoints, metrics.jsonl, run.json and, at the end, what was trained
-    deepspeed: str = ""  # DeepSpeed JSON (scripts/zero*.json, or LLaVA's own); "": ZeRO-0
+    deepspeed: str = ""  # DeepSpeed JSON (scripts/zero*.json, or LLaVA's own); "": ZeRO-1, with fp32 ZeRO-0
     resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
     allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, e.g. optim.lr or all of optim
     dry_run: bool = False  # print steps, memory and commands, then exit; needs no weights

@@ -68,7 +68,7 @@ class Progress(AbstractContextManager):
     """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
 
     def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
-        self.show = show
+        self.show = show = show and total_steps > 0  # heads alone have no steps
         self.values: dict[str, Any] = {}
         self.samples_per_second = 0.0  # smoothed
         self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)

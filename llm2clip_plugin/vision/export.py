@@ -6,12 +6,14 @@
 | preprocessor_config.json       | CLIPImageProcessor's, crop and shortest edge = the tower's image size      |
 | text_adapter.safetensors       | text adapter, visual projection, logit scale (absent for a tower alone)    |
 | llm2clip.json                  | the TowerCard                                                              |
+| teacher-adapter/               | the adapter of the teacher LLM and its text settings (--with-adapter)      |
 | checksums.json                 | SHA-256 of the three JSON files above                                      |
 | README.md                      | model card                                                                 |
 """
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, sha256_weights
+from llm2clip_plugin.contracts import ContractError, EncoderCard, TowerCard, atomic_directory, sha256_weights
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
     fetch_directory,
+    read_json,
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
@@ -34,7 +37,7 @@ from llm2clip_plugin.vision.family import Tower, tower_in
 from llm2clip_plugin.vision.intact import write_checksums
 from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
-from llm2clip_plugin.vision.places import located, recorded
+from llm2clip_plugin.vision.places import TEACHER_ADAPTER, is_local, located, recorded
 from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import load_tower, resize_tower, resized_from
 from llm2clip_plugin.vision.verify import verify_directory
@@ -48,6 +51,7 @@ def export_tower(
     teacher: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
+    adapter: Path | None = None,
     replace: bool = False,
 ) -> TowerCard:
     """Write ``model`` (a DualEncoder or a tower) to ``directory``, completely or not at all; returns its card.
@@ -55,6 +59,7 @@ def export_tower(
     ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict. Local paths in them
     are recorded relative to ``directory``.
     ``training``: steps, samples, data ...; ``resized_from`` is added if positions were interpolated.
+    ``adapter``: folder of the teacher's adapter, which is copied into the directory.
     LoRA layers are merged into a copy; the model itself does not change.
     Raises FileExistsError (directory not empty), ContractError (the reloaded directory differs from the model).
     """
@@ -65,6 +70,9 @@ def export_tower(
     with atomic_directory(directory, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
+        if adapter is not None:
+            copy_adapter(adapter, temporary / TEACHER_ADAPTER)
+            teacher = {**(teacher or {}), "adapter": str(Path(directory).expanduser().absolute() / TEACHER_ADAPTER)}
         card = TowerCard(
             family=family.name,
             has_cls=family.has_cls,
@@ -88,6 +96,22 @@ def export_tower(
             for module, mode in modes.items():
                 module.training = mode
     return card
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy a PEFT adapter with its encoder card; the LLM's local path in them is reduced to its name."""
+    target.mkdir()
+    for name in ("adapter_model.safetensors", "llm2clip_post.safetensors"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    config = read_json(source / "adapter_config.json")
+    base = str(config.get("base_model_name_or_path") or "")
+    config["base_model_name_or_path"] = None if is_local(base) else base  # peft would look for a name on the Hub
+    write_json(target / "adapter_config.json", config)
+    if (source / EncoderCard.FILE).is_file():
+        card = EncoderCard.read(source / EncoderCard.FILE)
+        named = Path(card.base).name if is_local(card.base) else card.base
+        dataclasses.replace(card, base=named).write(target / EncoderCard.FILE)
 
 
 def library_versions() -> dict[str, str]:
@@ -132,9 +156,12 @@ def reexport(
     output: str | os.PathLike[str],
     *,
     image_size: int | None = None,
+    adapter: Path | None = None,
     replace: bool = False,
 ) -> TowerCard:
     """Write a tower directory again with this release: same weights, same card except for the versions.
+
+    ``adapter``: as for ``export_tower``; None copies the one that the directory contains, if it does.
 
     ``image_size``, in pixels, interpolates the positions if it is not the tower's own; the metrics are dropped then,
     because they were measured at the old size.
@@ -142,6 +169,8 @@ def reexport(
     directory = fetch_directory(source)
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     model = load_dual(directory)[0] if card.projection_dim else load_tower(directory)
+    if adapter is None and (inside := directory / TEACHER_ADAPTER).is_dir():
+        adapter = inside
     metrics = card.metrics
     if image_size is not None and image_size != card.image_size:
         metrics, resized = {}, resize_tower(tower_in(model), image_size)
@@ -156,5 +185,6 @@ def reexport(
         teacher=card.teacher,
         training=card.training,
         metrics=metrics,
+        adapter=adapter,
         replace=replace,
     )

@@ -4,6 +4,7 @@ import os
 
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.places import TEACHER_ADAPTER
 
 LICENSE = (
     "## License",
@@ -27,9 +28,23 @@ def beyond_llava(card: TowerCard) -> str:
 
 
 def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
-    """One line about a written tower directory, and a second one if LLaVA's pinned environment cannot run it."""
-    line = f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
-    return f"{line}\n{place}: {beyond_llava(card)}" if beyond_llava(card) else line
+    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it, and about texts."""
+    lines = [
+        f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
+    ]
+    lines += [f"{place}: {reason}"] if (reason := beyond_llava(card)) else []
+    return "\n".join([*lines, *([f"{place}: {texts}"] if (texts := needs_for_texts(card)) else [])])
+
+
+def needs_for_texts(card: TowerCard) -> str:
+    """What encode_text needs in addition to the directory; "" for a tower without a teacher that has an adapter."""
+    if not card.teacher.get("adapter_sha256"):
+        return ""
+    llm, adapter = card.teacher.get("llm", ""), card.teacher.get("adapter", "")
+    if adapter == f"./{TEACHER_ADAPTER}":
+        return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
+    where = f"the adapter {adapter}" if adapter else "its adapter"
+    return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
 
 
 def _metrics(card: TowerCard) -> list[str]:
@@ -85,4 +100,8 @@ def model_card(card: TowerCard) -> str:
     lines += ['tower = load_tower("PATH_OR_HUB_ID")']
     if card.projection_dim:
         lines += ['dual = load_dual_encoder("PATH_OR_HUB_ID")', "image_features = dual.encode_image(pixel_values)"]
+        if card.teacher:
+            lines += [f"# {needs_for_texts(card)}"] * bool(needs_for_texts(card))
+            lines += ["# teacher=PATH: where the LLM is, if not there"]
+            lines += ['text_features = dual.encode_text(["a bird on a wire"])']
     return "\n".join([*lines, "```", ""])

@@ -12,6 +12,7 @@ from typing import Any
 
 from llm2clip_plugin.contracts import TowerCard
 
+TEACHER_ADAPTER = "teacher-adapter"  # folder in a tower directory: the adapter of its teacher, if it is portable
 TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
 
 
@@ -31,10 +32,15 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 
 
 def published(card: TowerCard) -> TowerCard:
-    """The card without local paths: only the name of a folder is left of the weights', nothing of the adapter's."""
+    """The card without local paths: only the name of a folder is left of the weights', nothing of an adapter's that is
+    not in the directory."""
     named = _replaced(card, lambda place: Path(place).expanduser().absolute().name if is_local(place) else place)
     adapter = str(card.teacher.get("adapter", ""))
-    kept = {} if is_local(adapter) or "adapter" not in card.teacher else {"adapter": adapter}
+    kept = (
+        {}
+        if (is_local(adapter) and adapter != f"./{TEACHER_ADAPTER}") or "adapter" not in card.teacher
+        else {"adapter": adapter}
+    )
     return dataclasses.replace(named, teacher={k: v for k, v in named.teacher.items() if k != "adapter"} | kept)
 
 

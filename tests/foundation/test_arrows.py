@@ -16,6 +16,7 @@ FLOORS = (
         "bootstrap",
         "commands",
         "contracts",
+        "curves",
         "discovery",
         "finding",
         "interrupt",
@@ -33,6 +34,7 @@ FLOORS = (
     ("evaluate",),
     ("stages",),
     ("doctor", "cli"),
+    ("pipeline",),
 )
 FLOOR_OF = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LLAVA = "llava_integration"

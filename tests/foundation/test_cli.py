@@ -23,7 +23,7 @@ def test_help_and_import_load_neither_torch_nor_typing() -> None:
 def test_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian-tower"]) == 2
     assert (
-        "unknown command 'trian-tower'; did you mean 'train-tower'? known: doctor, data make, data check"
+        "unknown command 'trian-tower'; did you mean 'train-tower'? known: doctor, run, data make, data check"
         in capsys.readouterr().err
     )
 

@@ -15,6 +15,7 @@ from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.help import help_text
 from llm2clip_plugin.options.names import ALSO, Names
 from llm2clip_plugin.options.parser import Parser, add_data, data_of
+from llm2clip_plugin.stages.tower.command import read_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,16 @@ REQUIRED = Command(
         ("--name=", Outer(name="")),
     ],
 )
+def test_help_shows_the_values_of_a_plain_run(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["train-tower", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    plain = read_command(["x", "--tower", "y"])
+    assert (plain.train.global_batch, plain.train.precision) == (256, "bf16")
+    assert f"(default: {plain.train.global_batch})" in text and f"(default: {plain.train.precision})" in text
+    assert f"(default: {plain.optim.lr:g})" in text and "4096" not in text
+
+
 def test_words_become_settings(line: str, expected: Outer) -> None:
     assert COMMAND.parse(line.split()) == expected
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from llm2clip_plugin.quiet import quiet_accelerator, quiet_llava, quiet_llava_loading
+from llm2clip_plugin.quiet import quiet_libraries, quiet_llava, quiet_llava_loading
 
 UNUSED = (
     "Some weights of the model checkpoint at x were not used when initializing LlavaLlamaForCausalLM: [{}]\n- This IS"
@@ -31,8 +31,9 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
         (quiet_llava_loading, "transformers.modeling_utils", REPORT.format("lm_head.weight | MISSING | |"), True),
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `llava_llama`.", False),
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `clip`.", True),
-        (quiet_accelerator, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
-        (quiet_accelerator, "DeepSpeed", "Setting accelerator to a toaster", True),
+        (quiet_libraries, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
+        (quiet_libraries, "DeepSpeed", "Setting accelerator to a toaster", True),
+        (quiet_libraries, "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from x", False),
     ],
 )
 def test_only_the_record_that_is_meant(silence, name, message, heard):

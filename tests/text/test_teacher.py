@@ -22,6 +22,7 @@ from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.intact import write_checksums
+from llm2clip_plugin.vision.places import published
 from llm2clip_plugin.vision.towers import load_tower
 
 CAPTIONS = ["a red bicycle", "two dogs run over the wet grass", "zwei Hunde rennen", "二匹の犬"]
@@ -136,3 +137,34 @@ def test_a_card_without_a_teacher_needs_one_with_its_settings(world, tmp_path):
         found = load_dual_encoder(tower, teacher=settings).encode_text("a bird")
         expected = load_dual_encoder(world / "tower").encode_text("a bird")
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999  # bfloat16, if it is faster here
+
+
+def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, capsys):
+    """Exported --with-adapter, moved without anything else, exported again: texts as before, and no path of here."""
+    words = ["export", str(world / "tower"), "--output"]
+    assert cli([*words, str(tmp_path / "tower"), "--with-adapter"]) == 0
+    assert "the adapter is in teacher-adapter/" in capsys.readouterr().out
+    assert cli(["export", str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0
+    shutil.copytree(tmp_path / "again", tmp_path / "far" / "tower")
+    for gone in ("tower", "again"):
+        shutil.rmtree(tmp_path / gone)
+    with torch.no_grad():
+        expected = load_dual_encoder(world / "tower").encode_text(CAPTIONS)
+        found = load_dual_encoder(tmp_path / "far" / "tower", teacher=str(world / "llm")).encode_text(CAPTIONS)
+    assert torch.equal(found, expected)
+    card = TowerCard.read(tmp_path / "far" / "tower" / TowerCard.FILE)
+    assert published(card).teacher["adapter"] == card.teacher["adapter"] == "./teacher-adapter"
+    inside = (tmp_path / "far" / "tower" / "teacher-adapter").iterdir()
+    assert not [path.name for path in inside if str(world).encode() in path.read_bytes()]
+
+
+def test_only_the_teacher_s_own_adapter_is_copied(world, tmp_path, capsys):
+    shutil.copytree(world, tmp_path / "world")
+    shutil.move(tmp_path / "world" / "adapter", tmp_path / "other")
+    words = ["export", str(tmp_path / "world" / "tower"), "--output", str(tmp_path / "out"), "--with-adapter"]
+    assert cli(words) == 2 and "no adapter at" in capsys.readouterr().err
+    shutil.move(tmp_path / "other", tmp_path / "world" / "adapter")
+    settings = tmp_path / "world" / "adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
+    assert cli(words) == 2 and "--with-adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -133,7 +133,7 @@ def _columns(row: dict[str, Any]) -> str:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     kind = path.suffix.lower()
     if kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
+        from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports]
 
         for batch in ParquetFile(path).iter_batches():
             yield from batch.to_pylist()

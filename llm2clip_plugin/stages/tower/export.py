@@ -7,19 +7,23 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llm2clip_plugin.commands import command
-from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard
 from llm2clip_plugin.run_files import CHECKPOINTS
 from llm2clip_plugin.stages.settings import from_plain
 from llm2clip_plugin.stages.tower.export_options import parser
 from llm2clip_plugin.stages.tower.recipes import DEFAULT
+from llm2clip_plugin.text.files import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.vision.convert.converting import convert
+from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.model_card import BEFORE, summary
+from llm2clip_plugin.vision.places import located
 from llm2clip_plugin.vision.push import check_repository, push_to_hub
 
 
@@ -42,13 +46,15 @@ def main(argv: list[str]) -> int:
             Path(options.output),
             checkpoint=options.checkpoint,
             averaged=options.ema,
+            with_adapter=options.with_adapter,
             replace=options.overwrite,
         )
         card = TowerCard.read(Path(options.output) / TowerCard.FILE)
     elif options.ema or options.checkpoint:
         raise ValueError(f"--ema and --checkpoint require a training run, but {options.source} has no {RunRecord.FILE}")
     else:
-        card = reexport(options.source, options.output, replace=options.overwrite)
+        adapter = teacher_adapter(read_card(options.source).teacher) if options.with_adapter else None
+        card = reexport(options.source, options.output, adapter=adapter, replace=options.overwrite)
     print(summary(options.output, card))
     if options.push:
         print(push_to_hub(options.output, options.push, private=not options.public))
@@ -66,12 +72,45 @@ def two_steps(options: argparse.Namespace) -> str:
     return f"export it first: {command('export', options.source, '--output', tower, *checkpoint)} && {convert}"
 
 
-def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool = False, replace: bool = False) -> None:
+def read_card(source: str) -> TowerCard:
+    """The card of a tower directory or Hub id, its paths absolute."""
+    directory = fetch_directory(source)
+    return located(TowerCard.read(directory / TowerCard.FILE), directory)
+
+
+def teacher_adapter(teacher: dict[str, Any]) -> Path:
+    """The folder of a teacher's adapter, downloaded if it is on the Hub.
+
+    Raises ValueError if the teacher has none, FileNotFoundError if it is gone, ContractError if it was changed.
+    """
+    if not teacher.get("adapter_sha256"):
+        raise ValueError(
+            f"--with-adapter: the tower's teacher {teacher.get('llm', '')!r} has no adapter; leave the option out"
+        )
+    folder = adapter_folder(str(teacher.get("adapter", "")))
+    if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
+        raise ContractError(
+            f"--with-adapter: {folder} has SHA-256 {actual[:12]}, but the tower was trained with "
+            f"{teacher['adapter_sha256'][:12]}; restore that adapter there"
+        )
+    return folder
+
+
+def export_run(
+    run: Path,
+    output: Path,
+    *,
+    checkpoint: str = "",
+    averaged: bool = False,
+    with_adapter: bool = False,
+    replace: bool = False,
+) -> None:
     """Write a run's checkpoint (the newest, unless ``checkpoint`` is the name or path of one) as a tower directory."""
     # imports DeepSpeed, which LLaVA's environment may lack and the export of a tower directory doesn't need
     from llm2clip_plugin.stages.tower.config import RunConfig
 
     record = RunRecord.read(run / RunRecord.FILE)
+    adapter = teacher_adapter(record.teacher) if with_adapter else None
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
     inside = run / CHECKPOINTS / checkpoint
     named = str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO
@@ -92,6 +131,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
             "steps": loaded.state.step,
             "samples": loaded.state.samples,
             "global_batch": config.train.global_batch,
+            "precision": config.train.precision,
             "recipe": _recipe(record.command.get("words", [])),
             "data": [Path(path).name for path in config.data.path],
             "data_samples": record.epoch_samples,
@@ -100,6 +140,7 @@ def export_run(run: Path, output: Path, *, checkpoint: str = "", averaged: bool 
             **({BEFORE: loaded.state.before} if loaded.state.before and not averaged else {}),
         },
         metrics={} if averaged else loaded.state.metrics,
+        adapter=adapter,
         replace=replace,
     )
 

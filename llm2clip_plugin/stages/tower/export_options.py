@@ -21,6 +21,11 @@ def parser() -> Parser:
             ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in format_helps().items())]
         ),
     )
+    made.add_argument(
+        "--with-adapter",
+        action="store_true",
+        help="copy the adapter of the teacher LLM into the directory, which then embeds texts with the base LLM alone",
+    )
     made.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
     made.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
     made.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")

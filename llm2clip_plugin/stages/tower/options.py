@@ -13,6 +13,7 @@ COMMAND = Command(
     about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
     "configuration, options override single settings. Rerun the same command to resume.",
     settings=RunConfig,
+    default=RECIPES[DEFAULT],
     arguments=("data.path",),
     everyday=(
         "recipe",

@@ -1,0 +1,70 @@
+"""The options of ``llm2clip run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.options.command import Command
+from llm2clip_plugin.options.shared import READ_NAMES
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(SourceConfig):
+    """One training, from checked data to an exported tower."""
+
+    llm: str  # folder or Hub id of the teacher LLM
+    tower: str  # vision tower to start from: a folder, a Hub id, or whatever `llm2clip import` reads
+    output: str  # folder for everything that the run makes
+    validation: float = 0.1  # fraction of the data that is held out and measured with
+    by: str = ""  # field of the samples' JSON: samples with one value are on one side of the split
+    adapter: str = ""  # of an LLM that is fine-tuned already; stage 1 is then left out
+    stage1: bool = True  # fine-tune the LLM, if the images have several captions; --no-stage1: take it as it is
+    num_train_epochs: float = 4.0  # passes over the data in stage 2
+    global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
+    micro_batch: int = 0  # pairs per forward pass on one GPU; 0: its share of the batch
+    precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp32 without
+    num_gpus: int = 1  # processes of the training stages
+    queries: int = 24  # validation captions that the page shows, drawn at random
+    dry_run: bool = False  # print the stages with their commands and times, and run none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
+        if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0 or self.queries < 1:
+            raise ValueError(
+                f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} and queries "
+                f"{self.queries} at least 1, global_batch {self.global_batch} not negative"
+            )
+
+
+COMMAND = Command(
+    name="run",
+    example="llm2clip run photos-tars --llm meta-llama/Llama-3.2-1B-Instruct --tower openai/clip-vit-base-patch16 "
+    "--output runs/photos",
+    about="All stages in order: check the data, hold out a part, fine-tune the LLM on captions, embed, train the "
+    "tower, measure it against the start tower, export it, and write a page about the run. Each stage is a command, "
+    "which is printed. Rerun the same command to resume.",
+    settings=PipelineConfig,
+    arguments=("path",),
+    everyday=(
+        "llm",
+        "tower",
+        "output",
+        "images",
+        "fields",
+        "validation",
+        "by",
+        "adapter",
+        "stage1",
+        "num_train_epochs",
+        "global_batch",
+        "precision",
+        "num_gpus",
+        "dry_run",
+    ),
+    shown={**READ_NAMES, "path": "data"},
+    hidden=("weight", "shuffle_window", "kinds", "languages"),
+)

@@ -1,0 +1,122 @@
+"""llm2clip run: which stages there are, what is run again, and what stops it; all of it runs in test_first_day."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from own_photos import make_photos
+from tiny_data import make_shards, make_tower
+from tiny_llm import save_tiny_llm
+
+from llm2clip_plugin.cli import main
+from llm2clip_plugin.data.sources.open import Source, open_source
+from llm2clip_plugin.pipeline.command import Record, perform
+from llm2clip_plugin.pipeline.options import PipelineConfig
+from llm2clip_plugin.pipeline.stages import Stage, plan, survey
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ (48 images with two captions), llm/ and tower/."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_shards(folder / "data")
+    make_tower(folder / "tower")
+    save_tiny_llm(folder / "llm", "llama")
+    return folder
+
+
+def opened(folder: Path, **more: object) -> tuple[PipelineConfig, Source]:
+    values = {"path": folder / "data", "llm": folder / "llm", "tower": folder / "tower", "output": folder / "out"}
+    config = PipelineConfig(**{name: str(value) for name, value in values.items()} | more)
+    return config, open_source(config)
+
+
+def names(stages: list[Stage]) -> list[str]:
+    return [" ".join(stage.words[:2] if stage.words[0] == "data" else stage.words[:1]) for stage in stages]
+
+
+ALL = [
+    "data check", "data split", "finetune-llm", "embed", "embed", "train-tower", "train-tower", "evaluate", "evaluate",
+    "compare", "export",
+]  # fmt: skip
+
+
+def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
+    config, source = opened(tiny)
+    found = survey(source)
+    assert (found.samples, found.captions, found.pairs) == (48, 2.0, "short:long")
+    stages = plan(config, source, found)
+    assert names(stages) == ALL
+    assert stages[2].words[stages[2].words.index("--pair-kinds") + 1] == "short:long"
+    adapter = str(tiny / "out" / "llm" / "adapter")
+    assert all(adapter in stage.words for stage in stages[3:5])
+    shorter = dataclasses.replace(config, stage1=False)
+    assert names(plan(shorter, source, found)) == [*ALL[:2], *ALL[3:]]
+    own = plan(dataclasses.replace(config, adapter="mine"), source, found)
+    assert names(own) == [*ALL[:2], *ALL[3:]] and "mine" in own[2].words
+    hub = plan(dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found)
+    assert names(hub)[2] == "import" and str(tiny / "out" / "start") in hub[6].words
+    assert all(0 < stage.seconds < 600 for stage in stages if stage.apart)
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [({"caption": "a fox", "long_caption": "A fox, standing"}, "contain"), ({"caption": "a fox"}, "several")],
+)
+def test_captions_that_teach_nothing_leave_stage_1_out(tmp_path: Path, fields: dict[str, str], told: str):
+    make_photos(tmp_path)
+    rows = [{"image": f"{number:04d}.jpg", **fields} for number in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, source = opened(tmp_path, path=str(tmp_path / "data.jsonl"), images=str(tmp_path / "photos"))
+    found = survey(source)
+    assert found.pairs == "" and told in found.note
+    stages = plan(config, source, found)
+    assert "finetune-llm" not in names(stages)
+    reading = [stage for stage in stages if stage.words[0] in ("data", "embed", "train-tower", "evaluate")]
+    assert all(str(tmp_path / "photos") in stage.words for stage in reading)
+
+
+def test_dry_run_prints_the_time_and_writes_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["run", str(tiny / "data"), "--llm", str(tiny / "llm"), "--tower", str(tiny / "tower")]
+    assert main([*words, "--output", str(tiny / "none"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "for 11 of 11 stages" in said and said.count(": llm2clip ") == 11
+    assert not (tiny / "none").exists() and not list(tiny.glob(".none*"))
+
+
+def test_a_stage_counts_while_it_and_all_before_it_are_as_they_were(tmp_path: Path):
+    first, second, third = (Stage(name=name, words=("x", name), result=tmp_path / name) for name in "abc")
+    record = Record(tmp_path / "pipeline.json", [first, second, third])
+    with pytest.raises(FileNotFoundError):
+        record.add(first, 1.0)
+    for stage in (first, second, third):
+        stage.result.touch()
+        record.add(stage, 1.0)
+    again = Record(tmp_path / "pipeline.json", [first, second, third])
+    assert again.has(third) and again.seconds() == {"a": 1.0, "b": 1.0, "c": 1.0}
+    changed = [first, dataclasses.replace(second, words=("y",)), third]
+    assert [Record(tmp_path / "pipeline.json", changed).has(stage) for stage in changed] == [True, False, False]
+    first.result.unlink()
+    assert not Record(tmp_path / "pipeline.json", [first]).has(first)
+
+
+def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
+    """A stage that saves and ends well is no complete one."""
+    (tmp_path / "sleeper.py").write_text(
+        "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\n"
+        f"open({str(tmp_path / 'up')!r}, 'w')\ntime.sleep(60)\n"
+    )
+
+    def kill() -> None:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert perform([str(tmp_path / "sleeper.py")]) == 128 + signal.SIGTERM
