@@ -11,13 +11,13 @@ import importlib
 import os
 import sys
 
+from llm2clip_plugin.interrupt import Interrupted, end_children, interrupts_end_loading
 from llm2clip_plugin.quiet import quiet_libraries
-from llm2clip_plugin.train.errors import FirstRankError, RequeueError, SameOnAllRanksError, lost_rank
+from llm2clip_plugin.train.errors import FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from contextlib import AbstractContextManager
     from typing import Any, NoReturn
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -226,9 +226,10 @@ def leave(status: int) -> "NoReturn":
     in ten such shutdowns aborts. After an error the exit handlers don't run either: destroying a group waits for
     collectives that other ranks may never join.
     """
+    end_children()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
-    if status in (0, RequeueError.status):
+    if status in (0, StoppedError.status):
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -242,7 +243,7 @@ def run(name: str, argv: list[str]) -> int:
     quiet_libraries()
     module, function, _ = COMMANDS[name]
     try:
-        with _interrupts():
+        with interrupts_end_loading():
             read_options(name, argv)
             return getattr(importlib.import_module(module), function)(argv) or 0
     except BrokenPipeError:  # `llm2clip ... | head` stops reading
@@ -276,22 +277,12 @@ def run(name: str, argv: list[str]) -> int:
         extra = 'pip install "llm2clip-plugin[train]"'
         print(f"error: {error}; run `pip install {error.name}`, or `{extra}` for all of training", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        ended = error if isinstance(error, Interrupted) else Interrupted()
+        print(ended, file=sys.stderr)
+        return ended.status
     except Exception as error:
         return _unexpected(error)
-
-
-def _interrupts() -> "AbstractContextManager[None]":
-    """What Ctrl-C does in the block: it ends one of several ranks that loads; else it is a KeyboardInterrupt."""
-    from contextlib import nullcontext
-
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return nullcontext()
-    from llm2clip_plugin.interrupt import interrupt_ends_rank
-
-    return interrupt_ends_rank()
 
 
 def _report(text: str) -> None:
@@ -312,14 +303,16 @@ def _unexpected(error: Exception) -> int:
 
 
 def read_options(name: str, argv: list[str]) -> None:
-    """Print --help and exit, or raise ValueError for an unknown option, before anything large is imported."""
+    """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
+    from llm2clip_plugin.paths import checked
+
     suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
     if name in OPTIONS and not suites:
         module, attribute = OPTIONS[name]
         declared: Any = getattr(importlib.import_module(module), attribute)
         if callable(declared):
             declared = declared()
-        declared.read(argv)
+        checked(declared, argv)
 
 
 def limit_threads() -> None:

@@ -48,7 +48,9 @@ def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def remedy_of(error: Exception) -> str:
-    """What to do if a disk is full and the error does not say so itself; "" for any other error."""
+    """What to do if a disk is full, or descriptors are used up, and the error does not say so itself; else ""."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "; raise the limit of open files, as in `ulimit -n 4096`, and rerun the same command"
     if isinstance(error, DiskFullError) or not (isinstance(error, OSError) and error.errno in FULL):
         return ""
     return "; free space on the disks of the output and of temporary files (TMPDIR), and rerun the same command"

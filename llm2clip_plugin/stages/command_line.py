@@ -16,10 +16,10 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Path | None], result: str) -> int:
+def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Path], result: str) -> int:
     """Print the plan, or train and print where the result is, in both cases on rank 0; returns exit status 0.
 
-    ``result``: what to print, with {} for the path. A run that a SIGTERM stopped and saved has none and prints nothing.
+    ``result``: what to print, with {} for the path.
     """
     first_rank = rank_and_world()[0] == 0
     if dry_run:
@@ -27,7 +27,7 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
             print(plan(), flush=True)
         return 0
     path = train()
-    if path is not None and first_rank:
+    if first_rank:
         print(result.format(path))
     return 0
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.contracts.full_disk import remedy_of
 from llm2clip_plugin.interrupt import loaded
 from llm2clip_plugin.phases import each_in_phase, in_phase, phase
 from llm2clip_plugin.run_files import headline
@@ -22,10 +23,10 @@ from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.device import set_tf32
 from llm2clip_plugin.train.disk_space import check_space, checkpoint_bytes
-from llm2clip_plugin.train.distributed import gather_objects, on_first_rank, rank
+from llm2clip_plugin.train.distributed import on_first_rank, rank
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
-from llm2clip_plugin.train.errors import FirstRankError, RequeueError
+from llm2clip_plugin.train.errors import FirstRankError, StoppedError
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
 from llm2clip_plugin.train.optim import OptimConfig, Trained, parameter_groups
 from llm2clip_plugin.train.reports import Queue
@@ -43,6 +44,8 @@ RERUN = "rerun the same command"
 def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
     """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 as the run asks."""
     device = start_ranks(train.ddp_timeout)
+    if train.precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
     set_tf32(train.tf32, train.precision, device)
     with watched(straggler_seconds=train.straggler_seconds, timeout=train.ddp_timeout):
         yield device
@@ -171,10 +174,10 @@ class TrainingRun:
         twin: Twin | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
-        """Run the training loop and record its start and end in run.json; returns where it ended or was stopped.
+        """Run the training loop and record its start and end in run.json; returns the state at its end.
 
         ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
-        heads before it, to be reported. Raises RequeueError on every rank if it was stopped by SIGUSR1.
+        heads before it, to be reported. Raises StoppedError on every rank if it was stopped before its end.
         """
         loaded()
         self._record(state)
@@ -201,9 +204,9 @@ class TrainingRun:
             )
         )
         self._record(state)
-        if state.step < self.total_steps and any(gather_objects(stop.requeue)):
-            raise RequeueError(f"stopped at step {state.step} of {self.total_steps} to be started again")
-        if rank() == 0 and state.step >= self.total_steps and (line := before_and_after(state.before, state.metrics)):
+        if state.step < self.total_steps:
+            raise StoppedError(f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}")
+        if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
             print(line)
         return state
 
@@ -219,18 +222,15 @@ class TrainingRun:
             newest = self.checkpoints.latest()
             kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
             kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error}\n{kept}; when this is fixed, {RERUN} to resume") from error
+            raise kind(f"{error}{remedy_of(error)}\n{kept}; when this is fixed, {RERUN} to resume") from error
 
-    def write_result(self, state: TrainState, write: Callable[[], object]) -> bool:
-        """Call ``write`` on rank 0 if the run is at its end; all ranks wait. Returns whether it is.
+    def write_result(self, write: Callable[[], object]) -> None:
+        """Call ``write`` on rank 0; all ranks wait.
 
         Raises OSError or ValueError from ``write`` on every rank; the run's last checkpoint stays.
         """
-        finished = state.step >= self.total_steps
-        if finished:
-            with phase("export"):
-                on_first_rank(lambda: self._write_result(write))
-        return finished
+        with phase("export"):
+            on_first_rank(lambda: self._write_result(write))
 
     def _write_result(self, write: Callable[[], object]) -> None:
         try:

@@ -22,10 +22,10 @@ class RankFailedError(SameOnAllRanksError):
     """Another rank has failed, and prints its error."""
 
 
-class RequeueError(SameOnAllRanksError):
-    """The run has saved and stopped before its end because of SIGUSR1, and is to be started again."""
+class StoppedError(SameOnAllRanksError):
+    """The run has saved and stopped before its end, as a signal requested; the same command resumes it."""
 
-    status = 75  # EX_TEMPFAIL: no error, try again
+    status = 75  # EX_TEMPFAIL: no error, try again; not 0, or `train-tower && export` would export a part of a run
     label = ""
 
 

@@ -10,6 +10,7 @@ number of ranks. If the run is in bf16, so are the matrix products here; weights
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
 """
 
+import dataclasses
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -24,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.caption_choice import caption_shares
 from llm2clip_plugin.data.evaluation import eval_pairs
@@ -32,12 +35,22 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, caption_hash
 from llm2clip_plugin.progress import progress_bar, track
 from llm2clip_plugin.train.config import HeadsConfig
-from llm2clip_plugin.train.distributed import ALONE, gather_to_first, local_world_size, on_first_rank, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    ALONE,
+    gather_objects,
+    gather_to_first,
+    local_world_size,
+    on_first_rank,
+    rank,
+    world_size,
+)
+from llm2clip_plugin.train.errors import StoppedError
 from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import heads_terms
 from llm2clip_plugin.train.optim import is_vector
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
+from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.vision.dual import DualEncoder
 
 log = logging.getLogger(__name__)
@@ -73,18 +86,31 @@ def fit_heads(
     bf16: bool = False,
     caption_weights: Mapping[str, float] | None = None,
     logging_steps: int = 10,
+    stop: StopRequest | None = None,
+    unfinished: Path | None = None,
 ) -> list[FitLine]:
     """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
 
     bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
+    Raises StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file ``unfinished``,
+    from which the next call continues, to the same heads as without a stop.
     """
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with products:
-        features = frozen_features(model, sources, caches, images, config.max_images, device, caption_weights or {})
+        features = frozen_features(
+            model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
+        )
     with _threads_of_all_ranks():
         # the others wait in no collective, whose timeout a long fit would exceed
-        curve = on_first_rank(lambda: _fit(model, features, config, loss, products, device, seed, logging_steps))
+        curve, done = on_first_rank(
+            lambda: _fit(model, features, config, loss, products, device, seed, logging_steps, stop, unfinished)
+        )
+    if done < config.steps:
+        saved = f"saved in {unfinished}" if unfinished else "not saved"
+        raise StoppedError(
+            f"stopped at step {done} of {config.steps} of the heads' fit, {saved}; rerun the same command to resume"
+        )
     for _, parameter in head_parameters(model):
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
@@ -116,8 +142,12 @@ def frozen_features(
     max_images: int,
     device: torch.device,
     caption_weights: Mapping[str, float],
+    stop: StopRequest | None = None,
 ) -> FrozenFeatures | None:
-    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others."""
+    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others.
+
+    Raises StoppedError on every rank if ``stop`` asks for it on one.
+    """
     model.eval()
     normalize = Normalize(images, device)
     blocks = [
@@ -130,6 +160,8 @@ def frozen_features(
     numbers = range(rank(), len(blocks), world_size())
     label = "features of the frozen tower"
     for number in track(numbers, total=len(numbers), label=label, unit="blocks") if rank() == 0 else numbers:
+        if stop:
+            break
         source_number, indices = blocks[number]
         config = sources[source_number].config
         pairs = eval_pairs(
@@ -144,6 +176,8 @@ def frozen_features(
         encoded[number] = [_encode(model, batch, normalize, caption_weights) for batch in pairs]
         broken += pairs.broken
     model.train()
+    if any(gather_objects(bool(stop))):
+        raise StoppedError("stopped before the heads' fit: nothing to save; rerun the same command to resume")
     merged: dict[int, list[tuple[Tensor, ...]]] = {}
     for part in gather_to_first(encoded):
         merged |= part
@@ -202,8 +236,13 @@ def _fit(
     device: torch.device,
     seed: int,
     logging_steps: int,
-) -> list[FitLine]:
-    """Train the heads; images are drawn without replacement in each pass, with one random caption each."""
+    stop: StopRequest | None,
+    unfinished: Path | None,
+) -> tuple[list[FitLine], int]:
+    """Train the heads; images are drawn without replacement in each pass, with one random caption each.
+
+    Returns the curve and the number of steps that are done.
+    """
     assert features is not None  # of rank 0
     parameters = head_parameters(model)
     optimizer = torch.optim.AdamW(
@@ -220,9 +259,23 @@ def _fit(
     queue = torch.empty(0, dtype=torch.int64)
     size = min(config.batch, len(features.count_I))
     curve: list[FitLine] = []
-    started = time.perf_counter()
+    done = 0
+    fit_of = canonical_json([dataclasses.asdict(config), dataclasses.asdict(loss_config), seed, len(features.count_I)])
+    if unfinished is not None and unfinished.is_file():
+        saved = torch.load(unfinished, weights_only=True)
+        if saved["fit_of"] == fit_of:
+            done, curve, queue = saved["done"], saved["curve"], saved["queue"]
+            generator.set_state(saved["generator"])
+            optimizer.load_state_dict(saved["optimizer"])
+            for (_, parameter), value in zip(parameters, saved["parameters"], strict=True):
+                parameter.data.copy_(value)
+            log.warning("continuing the heads' fit at step %d of %d, from %s", done, config.steps, unfinished)
+    started, before = time.perf_counter(), done
     bar = progress_bar(total=config.steps, label="heads", unit="steps")
-    for step in range(1, config.steps + 1):
+    bar.update(done)
+    for step in range(done + 1, config.steps + 1):
+        if stop:
+            break
         if len(queue) < size:
             queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
         chosen, queue = queue[:size], queue[size:]
@@ -238,13 +291,22 @@ def _fit(
         if step == config.steps or step % logging_steps == 0:
             values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
             line = {name: float(value.detach()) for name, value in values.items()}
-            rate = step * size / (time.perf_counter() - started)
+            rate = (step - before) * size / (time.perf_counter() - started)
             curve.append({"step": step, "samples": step * size, **line, "lr": config.lr, "samples_per_second": rate})
             bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
         bar.update()
+        done = step
     bar.close()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
-    return curve
+    if done < config.steps and unfinished is not None:
+        state = {"fit_of": fit_of, "done": done, "curve": curve, "queue": queue, "generator": generator.get_state()}
+        state |= {
+            "optimizer": optimizer.state_dict(),
+            "parameters": [parameter.detach() for _, parameter in parameters],
+        }
+        with atomic_file(unfinished) as temporary:
+            torch.save(state, temporary)
+    return curve, done
 
 
 def _features(

@@ -1,4 +1,4 @@
-"""Requests to stop a run: SIGTERM, Ctrl-C, SIGUSR1, and the death of the `deepspeed` command that started it."""
+"""Requests to stop a run: SIGTERM, SIGHUP, Ctrl-C, SIGUSR1, or the `deepspeed` command that started it has ended."""
 
 import os
 import signal
@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-REQUEUE = signal.SIGUSR1  # Slurm's warning before the time limit: save, stop, and be started again
+from llm2clip_plugin.interrupt import Interrupted, is_loading
+
+# SIGHUP: the terminal or connection is gone; SIGUSR1: Slurm's warning before the time limit
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -26,23 +29,19 @@ class StopRequest:
             return signal.Signals(self.signals[0]).name
         return "the launcher ended" if self._launcher_ended() else "a signal on another rank"
 
-    @property
-    def requeue(self) -> bool:
-        """Whether this rank was told that the run will be started again."""
-        return REQUEUE in self.signals
-
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record SIGTERM, SIGINT and SIGUSR1 and print a notice of the first instead of exiting.
+    """Record the signals of STOPPING and print a notice of the first instead of exiting.
 
-    After a Ctrl-C, which reaches the ranks too, DeepSpeed's launcher sends them a SIGTERM.
-
-    A second SIGINT raises KeyboardInterrupt.
+    After a Ctrl-C, which reaches the ranks too, DeepSpeed's launcher sends them a SIGTERM. While the run is loading
+    there is nothing to save, and a signal raises Interrupted; later a second SIGINT raises KeyboardInterrupt.
     """
     request, owner = StopRequest(watch_launcher()), os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if is_loading() and os.getpid() == owner and number != signal.SIGUSR1:
+            raise Interrupted(number)
         if number == signal.SIGINT and number in request.signals:
             raise KeyboardInterrupt
         request.signals.append(number)
@@ -51,7 +50,8 @@ def stop_requests() -> Iterator[StopRequest]:
             name, line = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # below the bar
             os.write(2, f"{line}{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode())
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, REQUEUE)}
+    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP]
+    previous = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
     try:
         yield request
     finally:

@@ -37,7 +37,7 @@ from llm2clip_plugin.train.distributed import (
     rank,
     world_size,
 )
-from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, RequeueError, SameOnAllRanksError, lost_rank
+from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, SameOnAllRanksError, StoppedError, lost_rank
 
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
@@ -62,7 +62,7 @@ def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
     watch.start()
     try:
         yield
-    except RequeueError:
+    except StoppedError:
         raise
     except (SameOnAllRanksError, FirstRankError):
         watch.end_within(GRACE)

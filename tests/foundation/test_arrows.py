@@ -22,6 +22,7 @@ FLOORS = (
         "interrupt",
         "lazy_compile",
         "limits",
+        "paths",
         "progress",
         "run_files",
         "quiet",

@@ -1,4 +1,4 @@
-"""Ctrl-C while the ranks of a run are still loading."""
+"""Ctrl-C, SIGTERM and SIGHUP while a run is still loading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from forked import Script
 from tiny_data import make_all
 from tower_runs import ROOT, environment, options
 
-from llm2clip_plugin.interrupt import STATUS, interrupt_ends_rank, loaded
+from llm2clip_plugin.interrupt import interrupts_end_loading, loaded
 from llm2clip_plugin.train.distributed import free_port
 
 
@@ -23,8 +23,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_all(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "number", "says"),
+    [
+        (0, signal.SIGINT, "interrupted\n"),
+        (0, signal.SIGTERM, "SIGTERM: ended before there was anything to save\n"),
+        (1, signal.SIGHUP, ""),
+    ],
+)
+def test_a_rank_that_waits_for_another_ends_in_a_line(
+    tiny: Path, tmp_path: Path, rank: int, number: int, says: str
+) -> None:
     """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank 1 for an answer."""
     port = free_port()
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -44,11 +53,35 @@ def test_a_rank_that_waits_for_another_ends_in_a_line(tiny: Path, tmp_path: Path
                 while other.connect_ex(("127.0.0.1", port)):
                     assert time.monotonic() < deadline and script.poll() is None, script.output
                     time.sleep(0.05)
-            os.kill(script.pid or 0, signal.SIGINT)
-            assert script.wait(timeout=60) == STATUS
+            os.kill(script.pid or 0, number)
+            assert script.wait(timeout=10) == 128 + number
         finally:
             script.kill()
-    assert script.output == ("interrupted\n" if rank == 0 else "")
+    assert script.output == says
+    assert not (tmp_path / "run").exists()
+
+
+LOADING = """
+import sys, time
+from llm2clip_plugin.cli import leave, run
+from llm2clip_plugin.stages.tower import run as stage
+def slow(*args):
+    print("loading", flush=True)
+    time.sleep(60)
+stage.open_data = slow
+leave(run("train-tower", sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_process_that_loads_ends(tiny: Path, tmp_path: Path, number: int) -> None:
+    (tmp_path / "loading.py").write_text(LOADING)
+    script = Script(tmp_path / "loading.py", options(tiny, tmp_path / "run"), environment(), ROOT)
+    deadline = time.monotonic() + 120
+    while "loading" not in script.output and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(script.pid or 0, number)
+    assert script.wait(timeout=10) == 128 + number and "Traceback" not in script.output, script.output
     assert not (tmp_path / "run").exists()
 
 
@@ -61,10 +94,11 @@ def raises_on_sigint() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("raises_on_sigint")
-def test_once_loaded_it_is_left_to_the_handlers() -> None:
+def test_once_loaded_it_is_left_to_the_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this process, in which the signal would otherwise end the tests; and twice is as once."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for _ in range(2):
-        with interrupt_ends_rank():
+        with interrupts_end_loading():
             assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
             loaded()
             with pytest.raises(KeyboardInterrupt):

@@ -24,6 +24,7 @@ from llm2clip_plugin.run_files import again, started_by
 from llm2clip_plugin.stages.status.cache_folder import cache_status
 from llm2clip_plugin.stages.status.run_folder import run_status
 from llm2clip_plugin.stages.tower import run as tower_run
+from llm2clip_plugin.train.errors import StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +119,13 @@ def test_why_it_ended(folder: Path):
 def test_a_signal_is_recorded_by_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fit = tower_run.fit_heads
 
-    def told_meanwhile(*arguments: Any, **options: Any) -> float:
+    def told_meanwhile(*arguments: Any, **options: Any) -> Any:
+        curve = fit(*arguments, **options)
         os.kill(os.getpid(), signal.SIGTERM)
-        return fit(*arguments, **options)
+        return curve
 
     monkeypatch.setattr(tower_run, "fit_heads", told_meanwhile)
-    assert run("train-tower", words(tiny, tmp_path / "run")) == 0
+    assert run("train-tower", words(tiny, tmp_path / "run")) == StoppedError.status
     status = run_status(tmp_path / "run")
     assert (status.state, status.step, status.total_steps) == ("stopped", 0, 4) and status.reason.startswith(
         "SIGTERM, 20"

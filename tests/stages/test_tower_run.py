@@ -27,8 +27,10 @@ from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.stages.tower.run import UNFINISHED_HEADS
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.distributed import free_port
+from llm2clip_plugin.train.errors import StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_killed_five_times_it_has_the_same_losses(tiny: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
-    """`deepspeed --num_gpus 2` with ZeRO-3 and loader processes: SIGTERM saves, exit 0; two
+    """`deepspeed --num_gpus 2` with ZeRO-3 and loader processes: SIGTERM saves; two
     ranks resume and export."""
     run = tmp_path / "run"
     validation = ["--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
@@ -92,7 +94,7 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     for pid in ranks:
         os.kill(pid, signal.SIGTERM)
     _, told = process.communicate(timeout=900)
-    assert process.returncode == 0
+    assert process.returncode == StoppedError.status
     stopped = RunRecord.read(run / RunRecord.FILE)
     assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < 2000
     assert not (run / "tower").exists()
@@ -131,25 +133,69 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
 
 
 STOPPED_EARLY = """
-import os, signal, sys
-from llm2clip_plugin.stages.tower import run as stages
+import os, sys
+from llm2clip_plugin.train import heads
 from llm2clip_plugin.cli import main
-fit = stages.fit_heads
+original, calls = getattr(heads, sys.argv[1]), []
 def told_meanwhile(*args, **options):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return fit(*args, **options)
-stages.fit_heads = told_meanwhile
-sys.exit(main(["train-tower", *sys.argv[1:]]))
+    calls.append(1)
+    if len(calls) == (1 if sys.argv[1] == "_encode" else 2):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return original(*args, **options)
+setattr(heads, sys.argv[1], told_meanwhile)
+sys.exit(main(["train-tower", *sys.argv[3:]]))
 """
 
 
-def test_a_signal_before_the_first_step_keeps_the_heads(tiny: Path, tmp_path: Path):
-    straight, run = tmp_path / "straight", tmp_path / "run"
+@pytest.fixture(scope="module")
+def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a run that nothing stopped."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert finish(start(options(tiny, run), 1)) == [0]
+    return losses(run)
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "saved"),
+    [
+        ("_encode", signal.SIGTERM, False),  # blocks of images through the frozen tower
+        ("_features", signal.SIGHUP, True),  # steps of the fit
+        ("_features", signal.SIGINT, True),
+        ("_features", signal.SIGUSR1, True),
+    ],
+)
+def test_a_signal_while_the_heads_are_fitted(
+    tiny: Path, tmp_path: Path, straight: dict[int, float], where: str, number: int, saved: bool
+) -> None:
     (tmp_path / "early.py").write_text(STOPPED_EARLY)
-    early = Script(tmp_path / "early.py", options(tiny, run), environment(), ROOT)
-    assert early.wait(timeout=900) == 0 and "SIGTERM: saved step 0 of 12" in early.output, early.output
-    assert finish([*start(options(tiny, run), 1), *start(options(tiny, straight), 1)]) == [0, 0]
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-6)
+    run = tmp_path / "run"
+    early = Script(tmp_path / "early.py", [where, str(int(number)), *options(tiny, run)], environment(), ROOT)
+    assert early.wait(timeout=300) == StoppedError.status, early.output
+    assert "Traceback" not in early.output and (run / UNFINISHED_HEADS).is_file() is saved
+    assert not list(run.glob("checkpoints/*"))
+    (rest,) = start(options(tiny, run), 1)
+    assert rest.wait(timeout=300) == 0 and ("continuing the heads' fit at step 2 of 3" in rest.output) is saved
+    assert losses(run) == pytest.approx(straight, abs=1e-6) and not (run / UNFINISHED_HEADS).exists()
+
+
+FEW_FILES = """
+import os, resource, sys
+from llm2clip_plugin.cli import leave, main
+limit = len(os.listdir("/proc/self/fd")) + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+leave(main(["train-tower", *sys.argv[2:]]))
+"""
+
+
+def test_a_run_without_descriptors_ends(tiny: Path, tmp_path: Path) -> None:
+    """Its loader processes, which would live on for a minute after a SIGTERM, end with it."""
+    (tmp_path / "few.py").write_text(FEW_FILES)
+    words = ["20", *options(tiny, tmp_path / "run", "--dataloader_num_workers", "2")]
+    run = Script(tmp_path / "few.py", words, environment(), ROOT)
+    deadline = time.monotonic() + 120
+    while "error: " not in run.output and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert run.wait(timeout=10) == 2 and "Too many open files" in run.output and "ulimit" in run.output, run.output
 
 
 def _ranks_of(pid: int) -> list[int]:

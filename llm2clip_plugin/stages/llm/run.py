@@ -42,8 +42,8 @@ StepMaker = Callable[[Engine], StepFunction]
 Assemble = Callable[[CaptionEncoder, Sequence[Survey]], tuple[torch.nn.Module, StepMaker]]
 
 
-def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path | None:
-    """Train an adapter contrastively on captions; returns its folder, None if the run was stopped before its end.
+def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
+    """Train an adapter contrastively on captions; returns its folder.
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
@@ -62,7 +62,7 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
     return train_adapter(config, contrastive, command)
 
 
-def pretrain_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path | None:
+def pretrain_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
     """Train an adapter to predict masked tokens of the same texts; otherwise as ``finetune_llm``."""
     if config.encoder.layer != -1:
         raise ValueError(
@@ -77,13 +77,13 @@ def pretrain_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
     return train_adapter(config, masked, command)
 
 
-def train_adapter(config: FinetuneConfig, assemble: Assemble, command: dict[str, Any] | None = None) -> Path | None:
+def train_adapter(config: FinetuneConfig, assemble: Assemble, command: dict[str, Any] | None = None) -> Path:
     """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
         return _train(config, assemble, device, command or {})
 
 
-def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, command: dict[str, Any]) -> Path | None:
+def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, command: dict[str, Any]) -> Path:
     """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
         data = open_data(config, rank(), world_size())
@@ -117,8 +117,8 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, com
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,
         )
-    finished = run.write_result(state, lambda: write_adapter(run, encoder, config, state))
-    return run.folder / ADAPTER if finished else None
+    run.write_result(lambda: write_adapter(run, encoder, config, state))
+    return run.folder / ADAPTER
 
 
 def open_run(config: FinetuneConfig, data: Data) -> TrainingRun:

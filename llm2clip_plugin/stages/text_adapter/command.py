@@ -9,7 +9,7 @@ from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan or train; exit status 0, also after a SIGTERM that saved."""
+    """Print the plan or train; exit status 0."""
     config = read_command(argv)
     config.validate(needs_data=not config.dry_run)
     return plan_or_train(

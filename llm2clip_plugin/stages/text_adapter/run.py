@@ -26,8 +26,8 @@ from llm2clip_plugin.vision.export import export_tower
 TOWER = "tower"
 
 
-def train_text_adapter(config: AdapterConfig, *, command: dict[str, Any] | None = None) -> Path | None:
-    """Train a text adapter; returns the tower directory that has it, None if the run was stopped before its end.
+def train_text_adapter(config: AdapterConfig, *, command: dict[str, Any] | None = None) -> Path:
+    """Train a text adapter; returns the tower directory that has it.
 
     The same call resumes. Raises ValueError, FileNotFoundError or ContractError for what the user can correct.
     ``command``: see run_files.started_by; recorded in run.json.
@@ -39,9 +39,7 @@ def train_text_adapter(config: AdapterConfig, *, command: dict[str, Any] | None 
             return _train(config, data, device, stop, command or {})
 
 
-def _train(
-    config: AdapterConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]
-) -> Path | None:
+def _train(config: AdapterConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
     """From the opened data on: adapter, engine, loop, export."""
     if rank() == 0:
         print(f"text features of {data.clip.llm}, from embeddings of {data.teacher.llm}", flush=True)
@@ -74,8 +72,8 @@ def _train(
         before=evaluate if config.train.eval_on_start else None,
         stop=stop,
     )
-    finished = run.write_result(state, lambda: write_tower(run, config, dual, data, state))
-    return run.folder / TOWER if finished else None
+    run.write_result(lambda: write_tower(run, config, dual, data, state))
+    return run.folder / TOWER
 
 
 def adapter_parameters(module: InheritedSpace, optim: OptimConfig) -> list[Trained]:

@@ -19,7 +19,7 @@ from llm2clip_plugin.stages.tower.unused import UNUSED
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan or train; exit status 0, also after a SIGTERM that saved."""
+    """Print the plan or train; exit status 0."""
     config = read_command(argv)
     config.validate(needs_data=not config.dry_run)
     if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):

@@ -38,11 +38,12 @@ from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import use_fastest_attention
 
 TOWER, TOWER_EMA = "tower", "tower-ema"
+UNFINISHED_HEADS = "heads.pt"  # state of a fit of the heads that was stopped
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 
 
-def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path | None:
-    """Train a tower; returns the directory of the exported tower, None if the run was stopped before its end.
+def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path:
+    """Train a tower; returns the directory of the exported tower.
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
@@ -56,9 +57,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             return _train(config, data, device, stop, command or {})
 
 
-def _train(
-    config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]
-) -> Path | None:
+def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
     """From the opened data on: tower, engine, loop, export."""
     with phase("checking the data"):
         check_data(config, data)
@@ -81,13 +80,15 @@ def _train(
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         with phase("heads"):
-            curve = fit(dual, data, images, config, config.heads, device)
+            curve = fit(dual, data, images, config, config.heads, device, stop, run.folder / UNFINISHED_HEADS)
     # before the engine, which partitions the weights under ZeRO-3
     twin = Twin(dual, decay=config.distill.twin_decay) if config.loss.needs_reference else None
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
-        before, curve = measured_before(dual, data, images, config, before, device) if resumed is None else (None, [])
+        before, curve = None, []
+        if resumed is None:
+            before, curve = measured_before(dual, data, images, config, evaluate, device, stop)
     prepare(dual, config, device)
     if twin is not None:
         use_fastest_attention(twin.module.tower, device, bf16=config.train.precision == "bf16")
@@ -117,14 +118,23 @@ def _train(
         average=moving_average(engine, config, resumed),
         twin=twin,
     )
-    finished = run.write_result(state, lambda: export_towers(config, state.step))
-    return run.folder / TOWER if finished else None
+    if rank() == 0:
+        (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
+    run.write_result(lambda: export_towers(config, state.step))
+    return run.folder / TOWER
 
 
 def fit(
-    dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, heads: HeadsConfig, device: torch.device
+    dual: DualEncoder,
+    data: Data,
+    images: ImageConfig,
+    config: RunConfig,
+    heads: HeadsConfig,
+    device: torch.device,
+    stop: StopRequest,
+    unfinished: Path | None = None,
 ) -> list[FitLine]:
-    """Fit the heads on the frozen tower, in place; returns the curve. A Ctrl-C from here on keeps them."""
+    """Fit the heads on the frozen tower, in place; returns the curve."""
     loaded()
     return fit_heads(
         dual,
@@ -138,11 +148,19 @@ def fit(
         bf16=config.train.precision == "bf16",
         caption_weights=config.data.kind_weights,
         logging_steps=config.train.logging_steps,
+        stop=stop,
+        unfinished=unfinished,
     )
 
 
 def measured_before(
-    dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig, evaluate: Evaluate, device: torch.device
+    dual: DualEncoder,
+    data: Data,
+    images: ImageConfig,
+    config: RunConfig,
+    evaluate: Evaluate,
+    device: torch.device,
+    stop: StopRequest,
 ) -> tuple[Evaluate, list[FitLine]]:
     """Scores of a start tower whose run does not fit its heads first: with heads that are fitted for them alone.
 
@@ -150,7 +168,7 @@ def measured_before(
     """
     own = {name: parameter.detach().clone() for name, parameter in head_parameters(dual)}
     with phase("heads of the scores before training"):
-        curve = fit(dual, data, images, config, FITTED_FOR_SCORES, device)
+        curve = fit(dual, data, images, config, FITTED_FOR_SCORES, device, stop)
         scores = evaluate()
     with torch.no_grad():
         for name, parameter in head_parameters(dual):
