@@ -67,11 +67,12 @@ def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, worl
     optim, epochs = plan.optim, plan.total_steps * plan.global_batch / samples
     note = warmup_note(optim, plan.total_steps)
     warmup = f"{plan.warmup_steps} steps of warm-up" + (f" (note: {note})" if note else "")
+    reduced = config.get("communication_data_type", plan.precision)
     return (
         f"steps: {plan.total_steps} of {plan.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples\n"
         f"ranks: {world} x {plan.accumulation} micro-batches of {plan.micro_batch}\n"
         f"schedule: {optim.schedule}, {warmup}, gradient clipping {optim.max_grad_norm:g}\n"
-        f"precision: {plan.precision}; ZeRO-{zero_stage(config)}"
+        f"precision: {plan.precision}, gradients reduced in {reduced}; ZeRO-{zero_stage(config)}"
     )
 
 

@@ -21,7 +21,7 @@ from llm2clip_plugin.stages.settings import TrainingConfig, refuse_changes
 from llm2clip_plugin.train.agreement import readable_checkpoint, refuse_disagreement, shared_folder
 from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
-from llm2clip_plugin.train.device import set_tf32
+from llm2clip_plugin.train.device import set_full_determinism, set_tf32
 from llm2clip_plugin.train.disk_space import check_space, checkpoint_bytes
 from llm2clip_plugin.train.distributed import on_first_rank, rank
 from llm2clip_plugin.train.ema import MovingAverage
@@ -42,7 +42,10 @@ RERUN = "rerun the same command"
 
 @contextmanager
 def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
-    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 as the run asks."""
+    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 and determinism as
+    the run sets them."""
+    if train.full_determinism:
+        set_full_determinism()
     device = start_ranks(train.ddp_timeout)
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")

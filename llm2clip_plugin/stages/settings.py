@@ -48,6 +48,7 @@ IGNORED_ON_RESUME = (
     "train.dataloader_num_workers",
     "train.dataloader_prefetch_mb",
     "train.tf32",
+    "train.full_determinism",
     "train.communication_data_type",
     "train.ddp_timeout",
     "train.straggler_seconds",

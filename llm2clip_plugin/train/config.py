@@ -150,8 +150,11 @@ class TrainConfig:
     max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
     precision: Precision = "fp32"  # fp32 | bf16 | fp16 (of the weights; the optimizer runs in fp32)
     tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
-    communication_data_type: ReductionType = ""  # in which gradients are reduced: fp32 | bf16 | fp16; "": DeepSpeed's
+    communication_data_type: ReductionType = (
+        ""  # of the reduction of gradients: fp32 | bf16 | fp16; "": precision's, from 16 ranks on fp32
+    )
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
+    full_determinism: bool = False  # deterministic kernels: the same run twice is equal bit for bit; slow, to debug
     gradient_checkpointing: bool = False  # recompute the tower's blocks in the backward pass: less memory, slower
     torch_compile: bool = False  # torch.compile the tower
     ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none

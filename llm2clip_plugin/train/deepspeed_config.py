@@ -20,6 +20,7 @@ SCHEDULERS = {  # DeepSpeed's scheduler -> optim.schedule
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
+FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
 
 
@@ -35,7 +36,7 @@ class EnginePlan:
     warmup_steps: int
     total_steps: int
     hidden_size: int  # of the tower: sets the sizes of ZeRO-3's "auto" buckets
-    communication_data_type: ReductionType = ""  # in which gradients are reduced over ranks; "": DeepSpeed's default
+    communication_data_type: ReductionType = ""  # in which gradients are reduced over ranks; "": see complete
     report_to: tuple[str, ...] = ()  # tensorboard | wandb | csv
     output_dir: str = ""
     run_name: str = ""
@@ -60,7 +61,8 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run.
 
     ``optimizer`` and ``scheduler`` sections are checked and removed: the engine builds the optimizer (for layer-wise
-    groups), and the loop sets the learning rate.
+    groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more are reduced in fp32 if
+    neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
     check_sections(config, where)
@@ -71,6 +73,10 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     _check_scheduler(config.pop("scheduler", None), plan, conflicts)
     if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
+    ranks = plan.global_batch // (plan.micro_batch * plan.accumulation)
+    reduced = config.get("communication_data_type", "auto")
+    if plan.precision != "fp32" and ranks >= FP32_REDUCTION_RANKS and reduced == "auto":
+        config["communication_data_type"] = "fp32"
     _fill_zero(config, plan)
     _set_up_optimizer(config, plan, where)
     _add_monitors(config, plan)

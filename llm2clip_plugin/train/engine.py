@@ -137,8 +137,8 @@ class Engine(EngineStates):
         what is frozen; not so for an LLM, whose weights are in its own files."""
         self.stage = zero_stage(config)
         self.module = module
-        # before DeepSpeed rounds them: a frozen logit scale has no master
-        self._constants = {p: p.float().clone() for p in module.parameters() if p.numel() == 1 and not p.requires_grad}
+        # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
+        whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
         self.optimizer = optim.optimizer()
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         if torch.cuda.is_available() and offloads_optimizer(config):
@@ -162,6 +162,9 @@ class Engine(EngineStates):
         self.keep_frozen = keep_frozen
         self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
         self._local_norm: float | None = None
+        if any(p.dtype != torch.float32 for _, p in self.trained):
+            self.write_trained(whole)
+        self._constants = {p: whole[name] for name, p in module.named_parameters() if p.numel() == 1}
         if self.stage == 0 and world_size() == 1:
             self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
         if self.stage == 3 and self.device.type == "cpu":
@@ -207,10 +210,12 @@ class Engine(EngineStates):
         return self.device_engine.optimizer.param_groups
 
     def fp32(self, parameter: nn.Parameter) -> Tensor:
-        """The full value of a trained or one-element parameter, without the rounding to the module's type; a
-        collective under ZeRO."""
-        value = self._constants.get(parameter)
-        value = self._read(parameter, None) if value is None else value
+        """The full value of a trained parameter, or of a frozen one of one element, as it was before DeepSpeed rounded
+        it; a collective if the weights are partitioned or rounded."""
+        if not parameter.requires_grad:
+            return self._constants[parameter].to(self.device, torch.float32)
+        exact = self.stage < 3 and parameter.dtype == torch.float32
+        value = parameter.detach() if exact else self._read(parameter, None)
         assert value is not None
         return value.to(self.device, torch.float32)
 

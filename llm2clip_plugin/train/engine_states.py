@@ -45,11 +45,7 @@ class EngineStates(ABC):
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
-        values: dict[str, Tensor] = {}
-        for name, parameter in self.trained:
-            master = self._read(parameter, None)
-            if copy and master is not None:
-                values[name] = copy(name, master)
+        values = self.read_trained(copy)
         for name, parameter in self.frozen:
             with self.gathered([parameter]):
                 if copy:
@@ -58,6 +54,35 @@ class EngineStates(ABC):
             persistent = self.module.state_dict(keep_vars=True).keys()
             values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
         return values
+
+    def read_trained(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """The masters of all trained parameters, as made by ``copy``; {} on ranks without one."""
+        values: dict[str, Tensor] = {}
+        for name, parameter in self.trained:
+            master = self._read(parameter, None)
+            if copy and master is not None:
+                values[name] = copy(name, master)
+        return values
+
+    def write_trained(self, values: Mapping[str, Tensor]) -> None:
+        """The inverse of ``read_trained``: each rank writes its part of the masters."""
+        for name, parameter in self.trained:
+            self._write(parameter, None, values[name].to(self.device))
+
+    @contextmanager
+    def exchanged(self, others: list[Tensor]) -> Iterator[None]:
+        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs. For reading and writing
+        alone: the module's weights stay as they are."""
+        self._exchange(others)
+        yield
+        self._exchange(others)
+
+    @torch.no_grad()
+    def _exchange(self, others: list[Tensor]) -> None:
+        for master, other in zip(self.masters(), others, strict=True):
+            value = master.clone()
+            master.copy_(other)
+            other.copy_(value)
 
     def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """The optimizer's moments, ``NAME.exp_avg`` and so on, as made by ``copy``; {} before the first update and on
@@ -84,10 +109,9 @@ class EngineStates(ABC):
 
         Raises ValueError if another kind of optimizer wrote the moments.
         """
-        for name, parameter in self.trained:
-            self._write(parameter, None, weights[name].to(self.device))
+        self.write_trained(weights)
         if moments:
-            for master in self._masters():
+            for master in self.masters():
                 empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
                 self._base.state[master] = empty
             for moment in self.optimizer.moments:
@@ -122,8 +146,8 @@ class EngineStates(ABC):
         """The object that holds the dynamic loss scale; None if nothing is scaled."""
         return self.device_engine.optimizer.loss_scaler if self.device_engine.fp16_enabled() else None
 
-    def _masters(self) -> list[Tensor]:
-        """The tensors that the optimizer updates on this rank."""
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer updates on this rank: the parameters, or flat partitions of them."""
         optimizer = self.device_engine.optimizer
         if self.stage == 3:
             return optimizer.fp32_partitioned_groups_flat

@@ -1,8 +1,8 @@
 """The frozen twin of a dual encoder's image side, whose features the loss term distill compares the tower's with.
 
 It is the tower as it was, or follows it as a moving average: twin <- d twin + (1 - d) weight after each step, of the
-weights of the forward pass, with d constant: early weights are what it is there to keep. Every rank holds all of it and
-computes the same from the same weights, so under any ZeRO stage nothing is sent for it but what ZeRO-3 gathers.
+fp32 masters, with d constant: early weights are what it is there to keep. Every rank holds all of it and computes the
+same from the same weights, which are gathered where they are partitioned (ZeRO-3) or rounded (bf16, fp16).
 """
 
 import copy
@@ -59,8 +59,7 @@ class Twin:
             return
         for name, parameter in self.engine.trained:
             if name in self._averages:
-                with self.engine.gathered([parameter]):
-                    self._averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+                self._averages[name].lerp_(self.engine.fp32(parameter), 1 - self.decay)
                 self._copied[name].copy_(self._averages[name])
 
     def values(self, copy: HostCopies | None) -> dict[str, Tensor]:

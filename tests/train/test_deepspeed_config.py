@@ -93,6 +93,12 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
 def test_gradients_are_reduced_in_the_type_of_the_option():
     assert "communication_data_type" not in complete({}, PLAN)
     assert complete({}, REDUCED)["communication_data_type"] == "fp32"
+    many = dataclasses.replace(PLAN, global_batch=16 * 4 * 64)  # 16 ranks; PLAN has 2
+    assert complete({"communication_data_type": "auto"}, many)["communication_data_type"] == "fp32"
+    assert complete({"communication_data_type": "bf16"}, many)["communication_data_type"] == "bf16"
+    chosen = dataclasses.replace(many, communication_data_type="bf16")
+    assert complete({}, chosen)["communication_data_type"] == "bf16"
+    assert "communication_data_type" not in complete({}, dataclasses.replace(many, precision="fp32"))
     with pytest.raises(ValueError, match=r"communication_data_type is 'bf16', but the run uses 'fp32' \(--comm"):
         complete({"communication_data_type": "bf16"}, REDUCED)
     with pytest.raises(ValueError, match=r"unknown train.communication_data_type 'fp64'; known: fp32, bf16, fp16, or"):

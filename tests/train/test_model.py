@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_data import WIDTH, make_all
-from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step, trainable_names
+from train_helpers import run_ranks, trainable_names
 
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
@@ -26,9 +26,7 @@ from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.stages.tower.opening import open_data
 from llm2clip_plugin.train import heads
-from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.heads import FrozenFeatures, HeadsConfig, fit_heads, head_parameters
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters, with_llm_width
@@ -180,39 +178,6 @@ def test_rank_0_borrows_the_threads_of_the_ranks_that_wait(tiny: Path, monkeypat
     monkeypatch.setenv("LOCAL_SIZE", "1000")
     fit(0, 1, str(tiny), 1)
     assert asked == [max(own, os.cpu_count() or 1), own]
-
-
-def average(rank: int, world: int, stage: int) -> dict[str, Any]:
-    """A moving average through three steps, and the weights after each of them."""
-    engine = tiny_engine(stage=stage, micro=16, world=world)
-    step, mean = tiny_step(engine), MovingAverage(engine, 0.9)
-    weights = [engine.weights(HostCopies())]
-    for i in range(3):
-        step(tiny_batch(i, rank=rank, world=world))
-        mean.update()
-        weights.append(engine.weights(HostCopies()))
-    return {
-        "weights": weights,
-        "mean": mean.values(HostCopies()),
-        "held": len(mean.averages),
-        "all": len(engine.trained),
-    }
-
-
-def averages(rank: int, world: int) -> list[dict[str, Any]]:
-    return [average(rank, world, stage) for stage in (1, 3)]
-
-
-def test_the_moving_average_is_the_formula_and_cut_over_the_ranks():
-    for result in zip(*run_ranks(averages, 2), strict=True):
-        assert sum(part["held"] for part in result) == result[0]["all"] and result[0]["held"] < result[0]["all"]
-        first, *later = result[0]["weights"]
-        for name, value in result[1]["mean"].items():
-            expected = first[name]
-            for n, weights in enumerate(later, 1):
-                decay = min(0.9, (1 + n) / (10 + n))
-                expected = decay * expected + (1 - decay) * weights[name]
-            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):

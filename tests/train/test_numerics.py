@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_data import make_all
 from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
 
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState, load
+from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.run_checkpoints import Checkpoints
+from llm2clip_plugin.train.saving import Saver
+from llm2clip_plugin.train.twin import Twin
 
 HALF = {
     "bf16 zero1": {"stage": 1, "precision": "bf16", "micro": 16},
@@ -69,3 +76,118 @@ def frozen_scale(rank: int, world: int) -> float:
 
 def test_a_frozen_logit_scale_is_not_rounded():
     assert run_ranks(frozen_scale, 1)[0] == pytest.approx(50, rel=1e-6)  # 49.7 in bf16
+
+
+DECAY = 0.9
+
+
+def average(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
+    """Both averages over three steps at a learning rate that bf16 weights hardly notice; then a checkpoint."""
+    allow_fp16()
+    results = {}
+    for name, way in {"fp32 zero0": {"stage": 0, "micro": 16}, **HALF}.items():
+        torch.manual_seed(0)
+        dual = TinyDual()
+        initial = {n: p.detach().clone() for n, p in dual.named_parameters()}
+        twin = Twin(dual, decay=DECAY)
+        engine = tiny_engine(world=world, dual=dual, lr=1e-6, **way)
+        twin.attach(engine, {})
+        step, mean = tiny_step(engine), MovingAverage(engine, DECAY)
+        masters = [engine.weights(HostCopies())]
+        with engine.gathered(list(dual.parameters())):
+            before = {n: p.detach().clone() for n, p in dual.named_parameters()}
+        for i in range(3):
+            step(tiny_batch(i, rank=rank, world=world))
+            mean.update()
+            twin.update()
+            masters.append(engine.weights(HostCopies()))
+        with engine.gathered(list(dual.parameters())):
+            still = sum(int((p == before[n]).sum()) for n, p in dual.named_parameters())
+        size = sum(value.numel() for value in before.values())
+        results[name] = {
+            "initial": initial,
+            "masters": masters,
+            "mean": mean.values(HostCopies()),
+            "twin": twin.values(HostCopies()),
+            "after": engine.weights(HostCopies()),
+            "still": still / size,
+            "held": sum(shard.numel() for shard in mean.averages) / size,
+        }
+        with Saver(Checkpoints(Path(folder) / name, keep=1), engine, mean, twin) as saver:
+            saver.save(TrainState(step=3, samples=96, config={}, config_hash="", seed=5))
+            saver.finish()
+    return results
+
+
+def resumed_averages(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The averages that one rank reads from two ranks' checkpoints, under other stages and precisions."""
+    results = {}
+    for name, stage in (("bf16 zero1", 3), ("bf16 zero3", 1), ("fp16 zero2", 0)):
+        loaded = load(Path(folder) / name / "checkpoints/step-00000003")
+        engine = tiny_engine(stage=stage, precision="bf16" if stage else "fp32", weights=loaded.weights)
+        engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
+        mean = MovingAverage(engine, DECAY, updates=3, values=loaded.averages)
+        results[name] = {"mean": mean.values(HostCopies()), "weights": engine.weights(HostCopies())}
+    return results
+
+
+def followed(masters: list[dict[str, torch.Tensor]], name: str, *, warmup: bool) -> torch.Tensor:
+    """The average of a weight by hand, in float64."""
+    expected = masters[0][name].double()
+    for n, weights in enumerate(masters[1:], 1):
+        decay = min(DECAY, (1 + n) / (10 + n)) if warmup else DECAY
+        expected = decay * expected + (1 - decay) * weights[name].double()
+    return expected.float()
+
+
+def test_averages_are_of_fp32_masters_on_two_ranks_and_resume_on_one(tmp_path: Path):
+    """An lr of 1e-6 is below half an ulp of most bf16 weights: an average of those would stay where it began.
+
+    Three updates of the average round by an fp32 ulp each: 3e-7."""
+    ranks = run_ranks(average, 2, str(tmp_path))
+    for name, run in ranks[0].items():
+        for key, value in run["mean"].items():
+            torch.testing.assert_close(value, followed(run["masters"], key, warmup=True), atol=1e-7, rtol=3e-7)
+            assert torch.equal(run["masters"][0][key], run["initial"][key])  # not what bf16 has left of it
+            assert not torch.equal(value, run["initial"][key]), (name, key)
+            assert torch.equal(run["after"][key], run["masters"][-1][key])  # the masters have their values back
+        for key, value in run["twin"].items():
+            torch.testing.assert_close(value, followed(run["masters"], key, warmup=False), atol=1e-7, rtol=3e-7)
+        if "16" in name:
+            assert run["still"] > 0.8  # of the module's own weights
+            assert sum(of_rank[name]["held"] for of_rank in ranks) < 1.1  # each rank has its part alone
+    resumed = run_ranks(resumed_averages, 1, str(tmp_path))[0]
+    for name, values in resumed.items():
+        assert values["mean"].keys() == ranks[0][name]["mean"].keys()
+        assert all(torch.equal(value, ranks[0][name]["mean"][key]) for key, value in values["mean"].items()), name
+        assert all(torch.equal(value, ranks[0][name]["after"][key]) for key, value in values["weights"].items()), name
+
+
+def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
+    """Two steps of the command with --train.full-determinism; whether torch was told."""
+    from tower_runs import options
+
+    from llm2clip_plugin.stages.tower.command import read_command
+    from llm2clip_plugin.stages.tower.run import train_tower
+
+    more = (
+        "--train.full-determinism",
+        "True",
+        "--max_steps",
+        "2",
+        "--train.precision",
+        "bf16",
+        "--dual.input-noise",
+        ".1",
+    )
+    train_tower(read_command(options(Path(tiny), Path(folder), *more)))
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path):
+    tiny = make_all(tmp_path)
+    for run in ("a", "b"):
+        assert all(run_ranks(deterministic_run, 2, str(tmp_path / run), str(tiny)))
+    first, second = (tmp_path / run / "checkpoints/step-00000002" for run in ("a", "b"))
+    for name in (MODEL, OPTIMIZER, AVERAGES):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
