@@ -98,6 +98,10 @@ REQUIRED = Command(
         ("--name=", Outer(name="")),
     ],
 )
+def test_words_become_settings(line: str, expected: Outer) -> None:
+    assert COMMAND.parse(line.split()) == expected
+
+
 def test_help_shows_the_values_of_a_plain_run(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.main(["train-tower", "--help"])
@@ -106,10 +110,6 @@ def test_help_shows_the_values_of_a_plain_run(capsys: pytest.CaptureFixture[str]
     assert (plain.train.global_batch, plain.train.precision) == (256, "bf16")
     assert f"(default: {plain.train.global_batch})" in text and f"(default: {plain.train.precision})" in text
     assert f"(default: {plain.optim.lr:g})" in text and "4096" not in text
-
-
-def test_words_become_settings(line: str, expected: Outer) -> None:
-    assert COMMAND.parse(line.split()) == expected
 
 
 def test_options_override_a_default_and_extras_are_kept_apart() -> None:

@@ -86,9 +86,10 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
+        scored = None if resumed is not None else before
         before, curve = None, []
-        if resumed is None:
-            before, curve = measured_before(dual, data, images, config, evaluate, device, stop)
+        if scored is not None:
+            before, curve = measured_before(dual, data, images, config, scored, device, stop)
     prepare(dual, config, device)
     if twin is not None:
         use_fastest_attention(twin.module.tower, device, bf16=config.train.precision == "bf16")
