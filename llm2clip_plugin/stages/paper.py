@@ -45,7 +45,8 @@ LLM_MIXTURE = Mixture(
     sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("E5's text pairs", 1.5)),
     captions="a pair is two captions of an image (DreamLIP's) or a text pair, every batch from one source",
 )
-_SHORT_AND_LONG = "the image's short caption or an MLLM's long one (DreamLIP's, Recap's), drawn evenly"
+# shortSV and longSV, both of DreamLIP's (ShareGPT4V's model): data/extract_embedding.py:12, training/data.py:611-617
+_SHORT_AND_LONG = "an MLLM's short caption or its long one (DreamLIP's shortSV and longSV), drawn evenly"
 TOWER_MIXTURES = (
     Mixture(sets=(("CC3M", 3), ("CC12M", 12)), captions=_SHORT_AND_LONG),
     Mixture(

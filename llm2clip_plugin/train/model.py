@@ -23,13 +23,17 @@ from llm2clip_plugin.vision.towers import (
 
 
 def with_llm_width(config: DualConfig, width: int) -> DualConfig:
-    """``config`` with ``llm_width`` set to the cache's width; ValueError if it is set to another one."""
+    """``config`` with ``llm_width`` set to the cache's width, and without an adapter the joint width, too.
+
+    Raises ValueError if ``llm_width`` is set to another one.
+    """
     if config.llm_width not in (0, width):
         raise ValueError(
             f"dual.llm_width is {config.llm_width}, but the embedding cache has width {width}; "
             "leave it unset, or use a cache of that width"
         )
-    return dataclasses.replace(config, llm_width=width)
+    joint = width if config.adapter == "none" else config.projection_dim
+    return dataclasses.replace(config, llm_width=width, projection_dim=joint)
 
 
 def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncoder:

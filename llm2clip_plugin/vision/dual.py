@@ -27,7 +27,7 @@ from llm2clip_plugin.vision.places import located
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
 POOLS = ("pooled", "cls", "mean", "cls_mean")
-PROJECTIONS = ("linear", "none")
+PROJECTIONS = ("linear", "mlp", "none")
 WHOLE_NUMBERS = (  # field of DualConfig, smallest and largest value
     ("projection_dim", 1, MAX_WIDTH),
     ("llm_width", 0, MAX_WIDTH),
@@ -60,7 +60,7 @@ class DualEncoder(nn.Module):
     """
 
     tower: Tower
-    visual_projection: Any  # nn.Linear, or nn.Identity
+    visual_projection: Any  # nn.Linear, nn.Sequential or nn.Identity
 
     def __init__(self, tower: Tower, config: DualConfig) -> None:
         super().__init__()
@@ -83,6 +83,9 @@ class DualEncoder(nn.Module):
             nn.init.normal_(self.visual_projection.weight, std=std)
             if config.projection_bias:
                 nn.init.zeros_(self.visual_projection.bias)
+        elif config.projection == "mlp":  # LIFT: open_clip/lift_model.py:24-39
+            layers = nn.Linear(width, config.projection_dim), nn.Linear(config.projection_dim, config.projection_dim)
+            self.visual_projection = nn.Sequential(layers[0], nn.GELU(), layers[1])
         self.text_adapter = make_adapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
         bias = config.logit_bias_init

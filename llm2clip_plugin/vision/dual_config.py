@@ -13,11 +13,12 @@ class DualConfig:
     projection_dim: int = 1280  # width of the space that images and captions share
     llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
     pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
-    projection: str = "linear"  # linear | none (the pooled feature is the embedding; projection_dim is its width)
+    # linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature; projection_dim is its width)
+    projection: str = "linear"
     projection_norm: bool = False  # a LayerNorm before the projection
-    projection_bias: bool = False  # a bias in the projection, initially 0
+    projection_bias: bool = False  # a bias in the linear projection, initially 0
     projection_init_std: float | None = None  # std of the projection's initial weights; None: width ** -0.5
-    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none
+    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)
     adapter_blocks: int = 4  # residual MLP blocks
     adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
     normalise_input: bool = True  # L2-normalize LLM embeddings first

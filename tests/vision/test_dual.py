@@ -81,7 +81,7 @@ def test_without_a_text_side():
 def test_choices_are_checked():
     for options, message in [
         ({"pool": "max"}, "unknown pool 'max'; known: pooled, cls, mean, cls_mean"),
-        ({"projection": "mlp"}, "unknown projection 'mlp'; known: linear, none"),
+        ({"projection": "mpl"}, "unknown projection 'mpl'; did you mean 'mlp'"),
         ({"projection": "none"}, "projection 'none' requires projection_dim 32"),
         ({"projection_dim": 0}, "projection_dim is 0"),
     ]:

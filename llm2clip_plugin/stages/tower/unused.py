@@ -63,8 +63,12 @@ UNUSED: list[Unused[RunConfig]] = [
         lambda c: f"dual.adapter is {c.dual.adapter}, which has no blocks" if c.dual.adapter != "mlp" else "",
     ),
     Unused(
+        ("dual.projection_dim",),
+        lambda c: "dual.adapter is none: images go to the LLM's own space" if c.dual.adapter == "none" else "",
+    ),
+    Unused(
         ("dual.projection_bias", "dual.projection_init_std"),
-        lambda c: "dual.projection is none" if c.dual.projection == "none" else "",
+        lambda c: "" if c.dual.projection == "linear" else f"dual.projection is {c.dual.projection}",
     ),
     Unused(
         ("dual.logit_scale_init", "dual.logit_bias_init", "dual.projection_init_std"),

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Fill the column "ours" of docs/fidelity.md from the recipes.
+
+    scripts/fidelity.py            print the page
+    scripts/fidelity.py --write    write it
+
+A line ``<!-- recipes: NAME ... -->`` names the recipes of the next table. In a row whose first cell names options
+(`` `optim.lr` ``), the third cell is their values, by family of recipes where these differ. Other rows stay.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
+from llm2clip_plugin.stages.tower.recipes import RECIPES
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
+NAMES = re.compile(r"<!-- recipes: (.+) -->")
+OPTION = re.compile(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`")
+
+
+def shown(value: Any) -> str:
+    """A setting as the page prints it."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(shown, value)) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def ours(options: list[str], names: list[str]) -> str:
+    """Values of ``options`` in the recipes; one value, or one for each family, which is a name's first word."""
+    known = {**RECIPES, **LLM_RECIPES}
+    by_value: dict[str, list[str]] = {}
+    for name in names:
+        settings = known[name]()
+        values = []
+        for option in options:
+            value: Any = settings
+            for part in option.split("."):
+                value = getattr(value, part)
+            values.append(shown(value))
+        families = by_value.setdefault("; ".join(values), [])
+        families += {re.split("[-_]", name)[0]} - set(families)
+    if len(by_value) == 1:
+        return next(iter(by_value))
+    return "<br>".join(f"{', '.join(families)}: {values}" for values, families in by_value.items())
+
+
+def filled(page: str) -> str:
+    """The page with its generated cells."""
+    names: list[str] = []
+    lines = []
+    for line in page.splitlines():
+        if match := NAMES.fullmatch(line):
+            names = match[1].split()
+        cells = line.split(" | ")
+        if line.startswith("| ") and (options := OPTION.findall(cells[0])):
+            cells[2] = ours(options, names)
+            line = " | ".join(cells)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    page = filled(PAGE.read_text(encoding="utf-8"))
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(page, encoding="utf-8")
+    else:
+        print(page, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
