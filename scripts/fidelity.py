@@ -4,8 +4,8 @@
     scripts/fidelity.py            print the page
     scripts/fidelity.py --write    write it
 
-A line ``<!-- recipes: NAME ... -->`` names the recipes of the next table. In a row whose first cell names options
-(`` `optim.lr` ``), the third cell is their values, by family of recipes where these differ. Other rows stay.
+A line ``<!-- recipes: NAME ... -->`` names the recipes of the next table. In a row whose first cell has options
+in backticks, the third cell is their values, by family of recipes where these differ. Other rows stay.
 """
 
 import re
@@ -18,7 +18,7 @@ from llm2clip_plugin.stages.tower.recipes import RECIPES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
 NAMES = re.compile(r"<!-- recipes: (.+) -->")
-OPTION = re.compile(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`")
+OPTION = re.compile(r"`([a-z_0-9.]+)`")
 
 
 def shown(value: Any) -> str:

@@ -18,6 +18,7 @@ def test_the_page_is_what_the_recipes_say():
     assert fidelity.filled(page) == page, "run scripts/fidelity.py --write"
     assert fidelity.filled(page.replace("| 0.9 0.999; 1e-08 |", "| 0.9 0.98; 1e-06 |")) == page
     named = {name for names in fidelity.NAMES.findall(page) for name in names.split()}
+    assert "paper-llama-8b" in named
     assert {name for name in RECIPES if name.startswith(("openai", "eva02", "siglip2", "lift"))} <= named | {
         "eva02_bige14"
     }
