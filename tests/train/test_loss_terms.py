@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_loss import naive
 from torch import Tensor
-from train_helpers import run_ranks
+from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin.stages.settings import from_plain, refuse_changes
 from llm2clip_plugin.stages.tower.command import read_command
@@ -24,6 +25,10 @@ from llm2clip_plugin.train.losses.distill import structure_loss
 PAIRS, CAPTIONS, WIDTH, SCALE = 24, 3, 8, 20.0
 HASHES = torch.stack([torch.arange(PAIRS) // 2 + 100 * k for k in range(CAPTIONS)])  # pairs of images share captions
 IDS = torch.arange(PAIRS) % 22  # two images come twice
+
+
+AUTHORS_LOSS = GOLDEN.parent / "authors_captions" / "loss.safetensors"
+AUTHORS_TEXTS = ("query", "positive", "negative")
 
 
 def given(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -157,6 +162,26 @@ def test_pairs_of_texts_in_one_direction_and_in_both(world: int):
             torch.testing.assert_close(mine, x[key].grad, atol=1e-5, rtol=1e-5)
         scale = torch.stack([result["log_scale"] for result in found]).mean(0).double()
         torch.testing.assert_close(scale, log_scale.grad, atol=1e-5, rtol=1e-5)
+
+
+def authors_pairs_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
+    """``pair_loss`` of this rank's rows of the authors' embeddings, which are not of length 1, and its gradients."""
+    whole = load_file(AUTHORS_LOSS)
+    own = {name: whole[name].chunk(world)[rank].clone().requires_grad_() for name in AUTHORS_TEXTS}
+    loss = pair_loss(*(F.normalize(value, dim=1) for value in own.values()), torch.tensor([50.0]), symmetric=False)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: value.grad / world for name, value in own.items()}}
+
+
+def test_pairs_in_one_direction_are_the_authors_loss():
+    """LLM2Vec's HardNegativeNLLLoss on two ranks, as LLM2CLIP's stage 1 calls it (golden/make_authors_captions.py)."""
+    golden = load_file(AUTHORS_LOSS)
+    ranks = run_ranks(authors_pairs_on_ranks, 2)
+    mean = torch.stack([result["loss"] for result in ranks]).mean()
+    torch.testing.assert_close(mean, golden["loss"], atol=0, rtol=1e-5)
+    for name in AUTHORS_TEXTS:
+        grad = torch.cat([result[name] for result in ranks])
+        torch.testing.assert_close(grad, golden[f"{name}_grad"], atol=1e-6, rtol=1e-5)
 
 
 def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():

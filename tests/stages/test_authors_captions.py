@@ -1,0 +1,82 @@
+"""Stage 1's paper recipe against the authors' own code (golden/make_authors_captions.py): steps and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tower_runs import ROOT, finish, lines, start
+
+from llm2clip_plugin.data.permutation import hash_words
+from llm2clip_plugin.data.sampler import Mixture
+from llm2clip_plugin.stages.llm.recipes import llm_recipe
+from llm2clip_plugin.text.pair_batches import PairBatches
+from llm2clip_plugin.text.pairs import open_pairs
+
+AUTHORS = ROOT / "tests" / "golden" / "authors_captions"
+SEPARATOR = "!@#$%^&*()"  # in the authors' texts; what follows it is pooled
+
+
+def write_pairs(path: Path, rows: list[list[str]]) -> Path:
+    """The authors' texts as pairs, stored so that a run reads them in the authors' order."""
+    order = Mixture([[len(rows)]], [1.0], hash_words("pairs", 0, 0)).batch_indices(0, len(rows))
+    placed: dict[int, dict[str, str]] = {}
+    for draw, (query, *passages) in zip(order, rows, strict=True):
+        instruction, text = query.split(SEPARATOR)
+        positive, negative = (passage.removeprefix(SEPARATOR) for passage in passages)
+        placed[draw.index] = dict(instruction=instruction, query=text, positive=positive, negative=negative)
+    path.write_text("".join(json.dumps(placed[index]) + "\n" for index in range(len(rows))))
+    return path
+
+
+def test_sixteen_steps_are_the_authors(tmp_path: Path):
+    """Two ranks, from the authors' initial LoRA; sizes, rate and precision are the tiny run's."""
+    curve = json.loads((AUTHORS / "curve.json").read_text())
+    pairs = write_pairs(tmp_path / "pairs.jsonl", [row for step in curve["texts"] for row in step])
+    words = [
+        *(str(pairs), "--recipe", "paper-llama-1b", "--llm", str(AUTHORS / "llm"), "--compute-dtype", "float32"),
+        *("--adapter", str(AUTHORS / "adapter_start"), "--output-dir", str(tmp_path / "run"), "--dropout", "0"),
+        *("--global-batch", "8", "--lr", str(curve["learning_rate"]), "--warmup-steps", "0"),
+        *("--dataloader-num-workers", "0", "--deepspeed", "scripts/zero2.json"),
+    ]
+    ranks = start(words, 2, "scripts/finetune_llm.py")
+    assert finish(ranks) == [0, 0], "".join(rank.output for rank in ranks)
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert [line["loss"] for line in steps] == pytest.approx(curve["loss"], rel=1e-5)
+    assert [line["lr"] for line in steps] == pytest.approx(curve["lr"], rel=1e-6)
+    theirs = load_file(AUTHORS / "adapter_end" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_batches_are_made_as_the_authors(tmp_path: Path):
+    """The first epoch of their sizes: batches of one source, roles by a coin for each pair, a negative for each."""
+    facts = json.loads((AUTHORS / "sampler.json").read_text())
+    sizes, batch = facts["samples"], facts["batch"]
+    for name, size in sizes.items():
+        fields = ("query", "positive", "negative") if name != "cc3m" else ("id", "image", "caption", "long_caption")
+        rows = [{field: f"{name} {field} {i}" for field in fields} for i in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(llm_recipe("paper").pairs, data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes))
+    batches = PairBatches(
+        open_pairs(config), (), seed=0, global_batch=batch, rank=0, world=1, mix_kinds=config.mix_kinds
+    )
+    drawn = [batches.batch(step * batch)["pairs"] for step in range(sum(sizes.values()) // batch)]
+    sources = [{pair.query.split()[0] for pair in pairs} for pairs in drawn]
+    assert Counter(name for names in sources for name in names) == {n: facts["batches_of_source"][n] for n in sizes}
+    captions = [pair for pairs in drawn for pair in pairs if pair.query.startswith("cc3m")]
+    assert len(captions) == facts["caption_pairs"]
+    short = [pair for pair in captions if " caption " in pair.query]
+    assert len(short) == pytest.approx(facts["short_to_long"], abs=120)  # four standard deviations of 4,000 coins
+    assert len({pair.instruction for pair in captions}) == facts["separate_instructions"]
+    assert len({pair.instruction for pair in short}) == 1
+    for pair in captions:
+        assert pair.query.split()[1] != pair.positive.split()[1] == pair.negative.split()[1]
+        assert pair.query.split()[2] == pair.positive.split()[2] != pair.negative.split()[2]

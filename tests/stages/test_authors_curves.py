@@ -1,0 +1,105 @@
+"""Stage 2's paper recipes against twenty steps of the authors' own code (golden/make_authors_curves.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_data import make_cache
+from tower_runs import ROOT, finish, lines, start
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llm2clip_plugin.data.sampler import Mixture
+from llm2clip_plugin.stages.tower.recipes import recipe
+from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
+
+AUTHORS = ROOT / "tests" / "golden" / "authors"
+RECIPES = {"eva02": "eva02-b16", "openai": "openai-b16"}
+ZERO = {"fast": "scripts/zero1.json", "slow": ""}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The authors' pairs, stored so that a run reads them in the authors' order, and the cache of their embeddings."""
+    inputs = load_file(AUTHORS / "inputs.safetensors")
+    rows = len(inputs["pixels"])
+    order = [draw.index for draw in Mixture([[rows]], [1.0], 0).batch_indices(0, rows)]
+    folder = tmp_path_factory.mktemp("authors") / "data"
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for index in range(rows):
+            row, body = order.index(index), io.BytesIO()
+            Image.fromarray(inputs["pixels"][row].numpy()).save(body, "PNG")
+            caption = json.dumps({"caption": f"caption {row}"}).encode()
+            for suffix, content in (("png", body.getvalue()), ("json", caption)):
+                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    make_cache(folder, embed=lambda text: inputs["embeddings"][int(text.split()[1])].float())
+    return folder
+
+
+def imported(tower: str, when: str, folder: Path) -> Path:
+    """The authors' model at the start or end as a tower directory with its heads."""
+    folder.mkdir()
+    stored = load_file(AUTHORS / f"{tower}.safetensors")
+    prefix = f"{when}."
+    state = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+    save_file(state, folder / "state.safetensors")
+    config = json.loads((AUTHORS / f"{tower}.json").read_text())["model_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    import_tower(folder / "state.safetensors", folder / "tower", config=folder / "config.json")
+    return folder / "tower"
+
+
+@pytest.mark.parametrize("pace", ZERO)
+@pytest.mark.parametrize("tower", RECIPES)
+def test_twenty_steps_are_the_authors(tower: str, pace: str, data: Path, tmp_path: Path):
+    """Sizes, rate and precision are the tiny run's; the authors crop at random, which cannot be repeated."""
+    golden = json.loads((AUTHORS / f"{tower}.json").read_text())[pace]
+    words = [
+        *("--recipe", RECIPES[tower], "--data.path", str(data), "--output_dir", str(tmp_path / "run")),
+        *("--tower.path", str(imported(tower, "start", tmp_path / "start")), "--tower.keep-heads", "true"),
+        *("--dual.projection-dim", "16", "--train.global-batch", "16", "--num_train_epochs", "1"),
+        *("--optim.lr", str(golden["lr"]), "--train.precision", "fp32", "--deepspeed", ZERO[pace]),
+        *("--data.augment.scale", "1", "1", "--data.augment.ratio", "1", "1", "--train.dataloader-num-workers", "0"),
+    ]
+    ranks = start(words, 2)
+    assert finish(ranks) == [0, 0], "".join(rank.output for rank in ranks)
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert [line["loss"] for line in steps] == pytest.approx(golden["loss"], rel=1e-5)
+    assert [line["logit_scale"] for line in steps] == pytest.approx(golden["scale"], rel=1e-6)
+    assert [line["lr"] / golden["lr"] for line in steps] == pytest.approx(golden["lr_factor"], rel=1e-6)
+    if pace == "fast":
+        trained = load_dual(tmp_path / "run/tower")[0].state_dict()
+        for name, value in load_dual(imported(tower, "end", tmp_path / "end"))[0].state_dict().items():
+            if not name.endswith(
+                "k_proj.bias"
+            ):  # the softmax cancels it: its gradient is rounding, and so are its steps
+                torch.testing.assert_close(
+                    trained[name], value, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+                )
+
+
+@pytest.mark.parametrize("tower", RECIPES)
+def test_heads_start_with_the_authors_spread(tower: str):
+    """Standard deviations of weights at the large towers' widths, where 1 % is 10 of their standard errors."""
+    spreads = json.loads((AUTHORS / "heads.json").read_text())
+    size = {"hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 8, "image_size": 14, "patch_size": 14}
+    vision = CLIPVisionModel(CLIPVisionConfig(num_attention_heads=16, **size))
+    torch.manual_seed(0)
+    dual = DualEncoder(vision, dataclasses.replace(recipe(RECIPES[tower]).dual, llm_width=1024))
+    head, text = dual.visual_projection, dual.text_adapter
+    assert text is not None
+    assert float(head.weight.std()) == pytest.approx(spreads[f"{tower}.weight"], rel=0.01)
+    assert head.bias is None if tower == "openai" else not head.bias.any()
+    ours = sorted(float(value.detach().std()) for value in text.parameters() if value.ndim == 2)
+    assert ours == pytest.approx(sorted(std for name, std in spreads.items() if "text" in name), rel=0.01)
