@@ -7,6 +7,7 @@ GPUs, the logger, a free port, options by which DeepSpeed's launcher is quiet.
 
 import argparse
 import json
+import netrc
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from llava_integration.towers import names
 from llava_integration.towers.checkpoint_name import LORA, OTHERS, WORD, model_name
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
     print(next(iter(llava.submodule_search_locations or []), "") if llava else "")
     print("train_mem.py" if find_spec("flash_attn") else "train.py")
     print(torch.cuda.device_count())
-    print("wandb" if find_spec("wandb") else "none")
+    print("wandb" if find_spec("wandb") and logged_in() else "none")
     with socket.socket() as probe:
         probe.bind(("", 0))
         print(probe.getsockname()[1])
@@ -84,6 +86,31 @@ def find_problems(options: argparse.Namespace) -> Iterator[str]:
     tower = option_value(options.llava, "--vision_tower") or options.tower
     projector = option_value(options.llava, "--pretrain_mm_mlp_adapter") or options.projector
     yield from check_tower(tower, projector, options.llava)
+    yield from check_wandb(option_value(options.llava, "--report_to") or os.environ.get("REPORT_TO", ""))
+
+
+def check_wandb(report_to: str) -> Iterator[str]:
+    """If Weights & Biases is asked for, it is installed and has a key; else it stops the run after its models load."""
+    if report_to not in ("wandb", "all"):
+        return
+    if not find_spec("wandb"):
+        yield f"--report_to {report_to}: wandb is not installed; run `pip install wandb`, or set --report_to none"
+    elif not logged_in():
+        yield (
+            f"--report_to {report_to}: no API key of Weights & Biases; run `wandb login`, set WANDB_MODE=offline, or "
+            "set --report_to none"
+        )
+
+
+def logged_in() -> bool:
+    """Whether Weights & Biases starts without a question: by its variables, or a key in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def check_model(model: str) -> Iterator[str]:

@@ -36,19 +36,15 @@ def draw(size: str, color: str, shape: str, place: str, rng: random.Random) -> I
 
 
 def make_photos(folder: Path) -> None:
-    """photos/NUMBER.jpg and captions.jsonl: 72 pictures, each with a short and a long caption of its own."""
-    rng, rows = random.Random(0), []
-    (folder / "photos").mkdir(parents=True)
+    """photos/NUMBER.jpg, .txt and .json: 72 pictures, each with a short and a long caption of its own."""
+    rng, photos = random.Random(0), folder / "photos"
+    photos.mkdir(parents=True)
     for number, (size, color, shape, place) in enumerate(itertools.product(SIZES, COLORS, SHAPES, PLACES)):
-        name = f"{number:04d}.jpg"
-        draw(size, color, shape, place, rng).save(folder / "photos" / name, quality=90)
-        short, long = (
-            f"{size} {color} {shape} {place}",
-            f"A {size} {shape} of {color} ink, drawn {place} of light paper.",
-        )
-        rows.append({"image": name, "caption": short, "long_caption": long})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+        name = photos / f"{number:04d}.jpg"
+        draw(size, color, shape, place, rng).save(name, quality=90)
+        long = f"A {size} {shape} of {color} ink, drawn {place} of light paper."
+        name.with_suffix(".txt").write_text(f"{size} {color} {shape} {place}\n", encoding="utf-8")
+        name.with_suffix(".json").write_text(json.dumps({"long_caption": long}), encoding="utf-8")
 
 
 def make_models(folder: Path) -> None:

@@ -53,9 +53,10 @@ def main(argv: list[str]) -> int:
             print(f"stopped in {stage.name!r}; rerun the same command to resume", file=sys.stderr)
             return status
         record.add(stage, time.monotonic() - begin)
+    name = Path(config.output).name
     page = write_page(config, source, stages, record.seconds())
     print(f"\n{page}: curves, queries won and lost, with pictures")
-    print(f"tower: {stages[-1].result.parent}; in LLaVA: {command('use', str(stages[-1].result.parent))}")
+    print(f"tower: {stages[-1].result.parent}; in LLaVA: {command('use', stages[-1].result.parent, '--name', name)}")
     return 0
 
 

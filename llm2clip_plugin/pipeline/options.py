@@ -25,6 +25,7 @@ class PipelineConfig(SourceConfig):
     global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
     micro_batch: int = 0  # pairs per forward pass on one GPU; 0: its share of the batch
     precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp32 without
+    tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
     num_gpus: int = 1  # processes of the training stages
     queries: int = 24  # validation captions that the page shows, drawn at random
     dry_run: bool = False  # print the stages with their commands and times, and run none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     out, cost = Path(config.output), Cost(config, found)
     train = round(found.samples * (1 - config.validation))
     held_out = found.samples - train
-    batch = config.global_batch or min(256, max(2, 1 << (train // 16).bit_length()))
+    batch = config.global_batch or min(256, max(8, 1 << (train // 16).bit_length()))
     precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     data = {side: str(path) for side, path in outputs(source, out / "data").items()}
     read = changed_options(config, READ)
@@ -91,7 +92,7 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     batches = ["--global-batch", str(batch), *changed_options(config, ("micro_batch",))]
     steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
     tower = [data["train"], "--validation", data["validation"], *images, *read, "--tower", start, *batches]
-    tower += ["--precision", precision]
+    tower += ["--precision", precision, *shlex.split(config.tower_options)]
     fit = cost.tower(min(train, 20_000) + 2 * held_out)
     trained = cost.tower(4 * train * config.num_train_epochs)
     stages: list[Stage] = []

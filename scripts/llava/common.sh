@@ -94,9 +94,29 @@ accumulation() {
     echo $((GLOBAL_BATCH / once))
 }
 
-# launch LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last and takes precedence.
+# attended WORDS...: run them; Ctrl-C, SIGTERM and SIGHUP reach them.
+attended() {
+    local child name status=0
+    set -m # a process group of its own
+    "$@" &
+    child=$!
+    set +m
+    trap 'kill -INT -- -$child' INT
+    for name in TERM HUP; do trap "kill -$name $child" "$name"; done
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        kill -0 "$child" 2>/dev/null || break # else a signal ended the wait
+    done
+    trap - INT TERM HUP
+    return "$status"
+}
+
+# launch RESULT NEXT LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last and takes
+# precedence. At the end it says where the RESULT is, and which command comes NEXT.
 launch() {
-    local launcher words=()
+    local launcher words=() result=$1 next=$2
+    shift 2
     if [ "$CUDA" = 1 ]; then words+=(--tf32 True); else export DS_ACCELERATOR=cpu; fi
     launcher=$(dirname "$(command -v "$PYTHON")")/deepspeed
     [ -x "$launcher" ] || launcher=deepspeed
@@ -115,5 +135,7 @@ launch() {
     # shellcheck disable=SC2206 # launchers are words on purpose
     words=($launcher "$SCRIPT" --deepspeed "$DEEPSPEED" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
     echo "${words[*]}" >&2
-    [ -n "${DRY_RUN:-}" ] || exec "${words[@]}"
+    [ -z "${DRY_RUN:-}" ] || return 0
+    attended "${words[@]}"
+    printf '%s\nnext: %s\n' "$result" "$next" >&2
 }

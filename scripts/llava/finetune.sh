@@ -21,7 +21,7 @@ DEEPSPEED=${DEEPSPEED:-$HERE/zero3.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} MICRO_BATCH=${MICRO_BATCH:-16}
 inspect
 ACCUMULATION=$(accumulation)
-launch \
+launch "checkpoint: $OUTPUT" "llm2clip bench-mllm playground/data/eval --model-path $OUTPUT --output runs/$(basename "$OUTPUT")" \
     --model_name_or_path "$MODEL" \
     --version v1 \
     --data_path "$DATA" \

@@ -22,7 +22,8 @@ DEEPSPEED=${DEEPSPEED:-$HERE/zero3.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128} MICRO_BATCH=${MICRO_BATCH:-16}
 inspect
 ACCUMULATION=$(accumulation)
-launch \
+launch "checkpoint (LoRA): $OUTPUT" \
+    "llm2clip bench-mllm playground/data/eval --model-path $OUTPUT --model-base $MODEL --output runs/$(basename "$OUTPUT")" \
     --lora_enable True \
     --lora_r 128 \
     --lora_alpha 256 \

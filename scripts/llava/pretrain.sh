@@ -23,7 +23,8 @@ DEEPSPEED=${DEEPSPEED:-$HERE/zero2.json}
 GLOBAL_BATCH=${GLOBAL_BATCH:-256} MICRO_BATCH=${MICRO_BATCH:-32}
 inspect
 ACCUMULATION=$(accumulation)
-launch \
+launch "projector: $OUTPUT/mm_projector.bin" \
+    "scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $MODEL --tower $TOWER --projector $OUTPUT/mm_projector.bin --output checkpoints/llava-NAME" \
     --model_name_or_path "$MODEL" \
     --version plain \
     --data_path "$DATA" \

@@ -36,7 +36,7 @@ def folder(world, tmp_path):
     for name, target in links.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
-    shutil.copytree(world.towers["clip"], tmp_path / "towers" / "photos")
+    shutil.copytree(world.towers["clip"], tmp_path / "runs" / "photos" / "tower")
     shutil.copytree(world.images, tmp_path / "playground" / "data")
     pope = tmp_path / "playground" / "data" / "eval" / "pope"
     shutil.copytree(POPE / "coco", pope / "coco")

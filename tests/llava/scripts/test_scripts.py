@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,19 @@ def test_nothing_starts_with_a_layer_that_the_tower_has_not(world, tmp_path):
     assert line.startswith("error: mm_vision_select_layer 40 is out of range: a tower of 3 blocks")
 
 
+@pytest.mark.both_stacks
+def test_wandb_is_used_only_by_those_who_are_logged_in(world, tmp_path):
+    words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
+    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": ""}
+    assert "--report_to none" in script(world, "llava/pretrain.sh", *words, **nobody)
+    asked = [*words, "--", "--report_to", "wandb"]
+    (line,) = script(world, "llava/pretrain.sh", *asked, fails=True, **nobody).splitlines()
+    assert line.startswith("error: --report_to wandb: ")
+    if find_spec("wandb"):
+        told = script(world, "llava/pretrain.sh", *asked, **nobody | {"WANDB_MODE": "offline"})
+        assert told.strip().endswith("--report_to wandb")
+
+
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
 
 
@@ -137,7 +151,10 @@ def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava
     """A script, run; the loss of each step."""
     words = options(world, tmp_path, stage, gpus, per_device, *words, more=more, name=name)
     told = script(world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="", PYTHON=str(python))
-    _, *lines = told.splitlines()  # the command
+    _, *lines, result, following = told.splitlines()  # the command is first
+    assert str(tmp_path / name) in result and following.startswith(
+        ("next: scripts/llava/f", "next: llm2clip bench-mllm")
+    )
     assert [line for line in lines if any(word in line for word in FOREIGN)] == []
     return losses(tmp_path / name)
 
