@@ -18,6 +18,7 @@ resume. Needs a Gemma 3 270M (scripts/quickstart/models.py), or any LLM with --l
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -51,14 +52,15 @@ INHERIT = (
     "--adapter.blocks 2 --adapter.input-scale sqrt_width --precision fp32 --workers 0 --global-batch 256 --lr 1e-3 "
     "--max-steps 150 --save-minutes 0"
 )
+NEW = f"--dual.logit-scale-init {math.log(1 / 0.07)}"  # as the numbers of the log began
 KEEP = f"{TOWER} --heads.steps 0 --tower.keep-heads"
 DISTILL = "--loss.terms infonce=1 distill=0.2048"
 ARMS: dict[str, tuple[str, str, str]] = {
     # name: (what it is, tower that it starts from, options of stage 2; "": none)
     "clip": ("the CLIP, with its own text tower", "own", ""),
-    "heads": ("heads alone, tower frozen", "tower", "--num-train-epochs 0 --heads.steps 200"),
-    "llm2clip": ("LLM2CLIP: contrast from new heads", "tower", f"{TOWER} --heads.steps 0"),
-    "llm2clip-fitted": ("LLM2CLIP after heads fitted on the frozen tower", "tower", f"{TOWER} --heads.steps 100"),
+    "heads": ("heads alone, tower frozen", "tower", f"{NEW} --num-train-epochs 0 --heads.steps 200"),
+    "llm2clip": ("LLM2CLIP: contrast from new heads", "tower", f"{TOWER} {NEW} --heads.steps 0"),
+    "llm2clip-fitted": ("LLM2CLIP after heads fitted on the frozen tower", "tower", f"{TOWER} {NEW} --heads.steps 100"),
     "inherit": ("inherited text space, no stage 2", "inherit-all/tower", ""),
     "inherit-infonce": ("inherited, then contrast alone", "inherit-all/tower", KEEP),
     "proclip": (
