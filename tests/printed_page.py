@@ -6,7 +6,6 @@ Only standard libraries: also imported in LLaVA's environment. Blocks of other l
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +68,3 @@ def run_block(block: Block, run: Callable[[str], tuple[int | None, str]]) -> str
         output += told
     assert (lost := missing(block.printed, output)) == [], f"{block.commands} did not print {lost}, but:\n{output}"
     return output
-
-
-def llm2clip_words(command: str) -> list[str] | None:
-    """The words after ``llm2clip``; None for another program."""
-    words = shlex.split(command)
-    return words[1:] if words[0] == "llm2clip" else None

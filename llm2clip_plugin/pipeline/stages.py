@@ -101,7 +101,7 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
         apart = seconds > 0
         stages.append(Stage(name=name, words=words, result=result, seconds=seconds + START * apart, apart=apart))
 
-    add("check the data", "data", "check", *given, result=Path(config.path))
+    add("check the data", "data", "check", *given, result=Path())  # it writes nothing
     split = ["--output", str(out / "data"), "--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
     add("hold out validation", "data", "split", *given, *split, result=out / "data" / "split.json")
     if imported:

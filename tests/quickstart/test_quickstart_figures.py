@@ -12,6 +12,8 @@ import pytest
 import torch
 from page import Section, Table, page_html
 
+from llm2clip_plugin import curves
+
 
 def write_run(folder, lines) -> None:
     folder.mkdir(parents=True)
@@ -38,7 +40,7 @@ def test_curves_are_those_of_every_training(runs) -> None:
     assert found[3].lines[0].points == [(0, pytest.approx(0.1)), (3, pytest.approx(0.25))]  # mean of both directions
     assert [line.side for line in found[3].lines] == ["raw", "raw", "tuned"]
     side, path = next(iter(found[1].paths()))
-    assert side == "tuned" and path.startswith(f"M{charts.LEFT:.1f},{charts.HEIGHT - charts.BOTTOM:.1f} L314.0,")
+    assert side == "tuned" and path.startswith(f"M{curves.LEFT:.1f},{curves.HEIGHT - curves.BOTTOM:.1f} L314.0,")
 
 
 def test_runs_without_validation_and_cut_lines_are_drawn(tmp_path) -> None:
@@ -52,7 +54,7 @@ def test_runs_without_validation_and_cut_lines_are_drawn(tmp_path) -> None:
 
 @pytest.mark.parametrize(("largest", "expected"), [(3.2, [0, 2, 4]), (0.5, [0, 0.2, 0.4, 0.6]), (12, [0, 5, 10, 15])])
 def test_axes_have_round_numbers(largest: float, expected: list[float]) -> None:
-    assert charts.ticks(largest) == pytest.approx(expected)
+    assert curves.ticks(largest) == pytest.approx(expected)
 
 
 def names(concept_share: float) -> embedding_map.Rows:
