@@ -22,12 +22,14 @@ from llava_integration.towers import names
 from llava_integration.towers.checkpoint_name import LORA, OTHERS, WORD, model_name
 from llava_integration.towers.selection import check_selection, option_value
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.paths import read_config
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
 IMAGES_LOOKED_AT = 200
 IMAGE_TOKEN = "<image>"
 MPT = "mpt"
+TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types of language models
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,8 +126,26 @@ def check_model(model: str) -> Iterator[str]:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
+        else:
+            yield from check_language(path)
     elif not names.HUB_ID.match(model):
         yield f"--model {model} is neither a folder nor a name of the Hub, such as lmsys/vicuna-7b-v1.5"
+
+
+def check_language(path: Path) -> Iterator[str]:
+    """LLaVA's training reads any model as a Llama or a Mistral, and pads with ``unk_token``."""
+    kind = read_config(path).get("model_type")
+    if kind not in TRAINED:
+        yield (
+            f"--model {path}: model_type is {kind!r}, which LLaVA would read as a Llama, without what a Llama does "
+            "not have; expected llama or mistral, such as lmsys/vicuna-7b-v1.5"
+        )
+    tokens = [read_config(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if any(tokens) and not (path / "tokenizer.model").is_file() and not any(one.get("unk_token") for one in tokens):
+        yield (
+            f"--model {path}: its tokenizer has no unk_token, with which LLaVA pads batches; set one in "
+            "tokenizer_config.json, such as its pad token"
+        )
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.outside.pauses import Retry
+from llm2clip_plugin.paths import checked
 
 ABOUT = f"""\
 Answer a question file with a LLaVA model, on any device. The options of LLaVA's model_vqa_loader,
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
 
     1 if a server refused some of the questions.
     """
-    options = parser().parse_args(argv)
+    options = checked(parser(), argv)
     check_options(options)
     rank, world = choose_device(options.device)
     questions = chunk(
@@ -125,6 +126,8 @@ def main(argv: list[str]) -> int:
 def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for options that are missing, out of their range, or have no effect."""
     made = parser()
+    if options.answers_file.resolve() == options.question_file.resolve():
+        raise ValueError(f"--answers-file {options.answers_file} is the question file; choose another")
     if not options.endpoint and not options.model_path:
         raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
     unused, where = (LOCAL, "with") if options.endpoint else (SERVED, "without")

@@ -11,6 +11,7 @@ import base64
 import csv
 import io
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -46,8 +47,13 @@ class Question:
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
     def open_image(self, folder: str) -> Image.Image:
-        """The image in RGB; raises ValueError with the question's id if it cannot be read."""
+        """The image in RGB; raises ValueError with the question's id if it cannot be read, or is outside the folder."""
         path = Path(folder) / self.image
+        if not self.embedded and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+            raise ValueError(
+                f"question {self.id!r}: image {self.image!r} is outside --image-folder {folder or '.'}; correct the "
+                "path, or set --image-folder to a folder above it"
+            )
         try:
             source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
             image = Image.open(source)

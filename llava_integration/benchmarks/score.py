@@ -15,6 +15,7 @@ from llava_integration.benchmarks.rules import benchmark, benchmarks
 from llava_integration.benchmarks.score_options import parser
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 from llm2clip_plugin.options.parser import data_of
+from llm2clip_plugin.outside.values import printable_lines
 
 
 def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)
         print(f"wrote {args.output}", file=sys.stderr)
-    print(describe(member, record))
+    print(printable_lines(describe(member, record)))
     return 0
 
 

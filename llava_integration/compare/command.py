@@ -16,6 +16,7 @@ from llava_integration.compare.page import PageOptions, page
 from llava_integration.compare.planning import lines, plan
 from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import atomic_file
+from llm2clip_plugin.outside.values import printable_lines
 
 
 def outputs(args: argparse.Namespace) -> dict[str, Path]:
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what a difference needs")
     sides = load_sides([args.base, *args.new], args.names)
     if args.plan:
-        print("\n".join(planned(sides, args)))
+        print(printable_lines("\n".join(planned(sides, args))))
         return 0
 
     def progress(tasks: list) -> Iterable:
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = PageOptions(images=args.image_folder, with_images=not args.no_images, questions=args.questions)
     write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
-    print(tables.terminal(comparison))
+    print(printable_lines(tables.terminal(comparison)))  # names in it come from score files
     return 0
 
 

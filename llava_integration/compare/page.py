@@ -55,7 +55,8 @@ def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) ->
         HERE / "page.html",
         comparison=comparison,
         title=f"{' · '.join(comparison.names[1:])} against {comparison.names[0]}",
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'",
         style=style,
         script=script,
         verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],

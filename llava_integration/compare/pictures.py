@@ -1,16 +1,19 @@
 """Pictures of the questions, read from the benchmarks' folders and embedded into the report as small JPEGs.
 
-The pictures of a benchmark without a rule (score files from elsewhere) are below ``provenance["data"]`` of its score
-files, or below ``--image-folder``; an item's ``image`` is a path relative to that.
+They are below ``--image-folder``, or in the folder that was scored, if its annotations are still those that were
+scored: a score file from elsewhere must not bring another picture of this machine into a page that is passed on. So
+those of a benchmark without a rule need ``--image-folder``; an item's ``image`` is a path relative to that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_integration.benchmarks.base import Item
 from llava_integration.benchmarks.benchmark import find_image
 from llava_integration.benchmarks.rules import benchmarks
 from llava_integration.compare.sides import Side
+from llm2clip_plugin.contracts import sha256_text
 from llm2clip_plugin.thumbnails import thumbnail
 
 IMAGE_FOLDERS = ("", "images")  # below the folder of a benchmark without a rule
@@ -25,9 +28,7 @@ class Pictures:
         self._enabled = enabled
         self._benchmarks = benchmarks()
         self._folders = {
-            name: _folders(
-                name, root, [record.provenance.get("data") for side in sides for record in side.runs.get(name, ())]
-            )
+            name: _folders(name, root, [record.provenance for side in sides for record in side.runs.get(name, ())])
             for name in {name for side in sides for name in side.runs}
         }
         if root is not None and not root.is_dir():
@@ -68,10 +69,13 @@ class Pictures:
         ]
 
 
-def _folders(name: str, root: Path | None, scored: Sequence[str | None]) -> list[Path]:
+def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Folders to search for a benchmark's pictures: below --image-folder, else the data that were scored."""
+    known = benchmarks().get(name)
     if root is not None:
-        known = benchmarks().get(name)
         below = [root / folder for folder in (known.folders if known else ())]
         return [folder for folder in (*below, root) if folder.is_dir()]
-    return [Path(folder) for folder in dict.fromkeys(filter(None, scored)) if Path(folder).is_dir()]
+    folders = {Path(str(one.get("data"))): one.get("data_sha256") for one in scored if one.get("data")}
+    there = {folder: digest for folder, digest in folders.items() if known and folder.is_dir()}
+    nothing = sha256_text("")  # of a folder without annotations
+    return [folder for folder, digest in there.items() if known and nothing != digest == known.data_digest(folder)]

@@ -54,7 +54,7 @@ def figure(width: float, height: float, parts: Sequence[str], label: str, name: 
     fits = "narrow-plot" if width == NARROW else "wide-plot"
     name += "-narrow" if width == NARROW else ""
     return (
-        f'<svg id="{name}" class="{fits}" role="img" aria-label="{escape(label, quote=True)}" '
+        f'<svg id="{escape(name, quote=True)}" class="{fits}" role="img" aria-label="{escape(label, quote=True)}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
 

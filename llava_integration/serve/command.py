@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.paths import checked
 
 FORMATS = ("hf",)
 PRECISIONS = ("fp16", "bf16", "fp32", "keep")
@@ -29,7 +30,7 @@ def main_export(argv: list[str]) -> int:
     add("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")
     add("--public", action="store_true", help="a new repository of --push is public")
     add("--overwrite", action="store_true", help="replace an existing folder")
-    options = parser.parse_args(argv)
+    options = checked(parser, argv)
     from llava_integration.serve import parity
     from llava_integration.serve.export import Export, export
     from llm2clip_plugin.vision.push import check_repository, upload
@@ -75,7 +76,7 @@ def main_import(argv: list[str]) -> int:
         help="how LLaVA treats images (default: as the model's processor does; LLaVA 1.5 was trained with pad)",
     )
     add("--overwrite", action="store_true", help="replace an existing folder")
-    options = parser.parse_args(argv)
+    options = checked(parser, argv)
     from llava_integration.serve.importing import import_hf
     from llava_integration.towers.provenance import BUNDLE
 

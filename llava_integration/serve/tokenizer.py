@@ -16,6 +16,7 @@ from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.values import errors_about, read_json_value
 
 MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -88,9 +89,17 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     with errors_about(directory / CONFIG, fix=FIX):
         added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
     added |= {number: token for token, number in _json(directory / "added_tokens.json").items()}
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
+    symbols -= {*added.values()}
+    if symbols and (unreachable := symbols - {left + right for left, right in merges(pieces)}):
+        raise ContractError(
+            f"{path} has user-defined pieces that are no merges of others, such as {min(unreachable)[:60]!r}: the "
+            "exported tokenizer would split them; train the tokenizer without user_defined_symbols"
+        )
     return TokenizerFiles(
         directory=directory,
-        pieces=[(piece.piece, piece.score) for piece in proto.pieces],
+        pieces=pieces,
         charsmap=bytes(proto.normalizer_spec.precompiled_charsmap),
         collapses_spaces=proto.normalizer_spec.remove_extra_whitespaces,
         config=config,

@@ -13,8 +13,19 @@ from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_r
 from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, atomic_file
 from llm2clip_plugin.options.parser import Parser
 from llm2clip_plugin.outside.values import read_json_value
+from llm2clip_plugin.paths import checked
 
 CONFIG = "config.json"
+FILES = (  # of a tower directory, as patterns
+    CONFIG,
+    TowerCard.FILE,
+    "checksums.json",
+    "model*.safetensors",
+    "text_adapter.safetensors",
+    "preprocessor_config.json",
+    "README.md",
+    "*.py",
+)
 
 
 def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Path:
@@ -40,15 +51,27 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     if already_bundled(target, location):
         return target
     with atomic_directory(target, replace=overwrite) as temporary:
-        for source in sorted(location.directory.iterdir()):
-            if source.is_file() and not source.name.startswith("."):
-                shutil.copyfile(source, temporary / source.name)
+        for source in tower_files(location.directory):
+            shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
     if KEY not in config:
         config[KEY] = tower_record(location, name, config["mm_hidden_size"])
         with atomic_file(checkpoint / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
+
+
+def tower_files(directory: Path) -> list[Path]:
+    """The files of a tower directory, of those that are there.
+
+    Raises ContractError for a link that leads out of it, other than to a blob of the Hub's cache (snapshots/REVISION).
+    """
+    files = [path for name in FILES for path in sorted(directory.glob(name)) if path.is_file()]
+    inside = (directory.resolve(), directory.resolve().parents[1] / "blobs")
+    for path in files:
+        if path.resolve().parent not in inside:
+            raise ContractError(f"{path} is a link to {path.resolve()}, outside the tower's folder; copy the file")
+    return files
 
 
 def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
@@ -87,7 +110,7 @@ def main(argv: list[str]) -> int:
         "--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a different tower that is already bundled")
-    options = parser.parse_args(argv)
+    options = checked(parser, argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)
         print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")

@@ -62,6 +62,8 @@ def read_rate(
     that read, over all ranks; loose: see loose_images. A process opens each shard of a window once if it can keep the
     window open.
     """
+    if not shards:
+        return ReadRate(images=images, opens=0.0, bytes=images * mean_bytes)
     active = min(window or shards, shards)
     if active <= OPEN_FILES:
         windows = images / max(samples * active / shards, 1)  # windows a second

@@ -27,6 +27,7 @@ from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
 from llm2clip_plugin.evaluate.options.search import COMMAND, SearchConfig
 from llm2clip_plugin.evaluate.search_page import Found, Result, search_page
 from llm2clip_plugin.evaluate.teacher import Teacher
+from llm2clip_plugin.outside.values import printable
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.thumbnails import thumbnail
 from llm2clip_plugin.train.distributed import on_first_rank
@@ -99,10 +100,10 @@ def report(config: SearchConfig, source: Source, index: ImageIndex, hits: Sequen
     for result in found:
         print(f"\n{result.text}")
         for place, image in enumerate(result.found, 1):
-            print(f"{place:4}  {image.score:6.3f}  {image.key}")
+            print(f"{place:4}  {image.score:6.3f}  {printable(image.key)}")
     print()
     for error in index.broken[:NOTES_SHOWN]:
-        print(f"left out: {error}")
+        print(printable(f"left out: {error}"))
     if config.output:
         title = f"{dataset_name(config.tower)}: {dataset_name(config.data.path)}"
         shown = max((len(result.found) for result in found), default=0)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.paths import check_path
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
 from llm2clip_plugin.text.sentence_transformers import is_sentence_transformers
@@ -63,6 +64,7 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
     of range.
     """
+    check_path("llm", str(folder), "--llm")
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
         settings = AutoConfig.from_pretrained(folder)
     text = settings.get_text_config()

@@ -60,10 +60,23 @@ def rank(group: Group = None) -> int:
 def choose_device(name: str = "") -> torch.device:
     """The named device; by default this rank's GPU, or the CPU if there is none."""
     if name:
-        return torch.device(name)
+        return _named_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def _named_device(name: str) -> torch.device:
+    """Raises ValueError for one that this machine does not have."""
+    known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and f"cuda:{device.index or 0}" not in known:
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} is not there; this machine has {', '.join(known)}") from error
+    return device
 
 
 def set_default_timeout(seconds: float) -> None:
@@ -130,7 +143,13 @@ def set_single_process_environment() -> None:
                 )
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    elif int(os.environ["WORLD_SIZE"]) > local_world_size() and not (
+        return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError(
+            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, MASTER_ADDR or MASTER_PORT "
+            "is not; start the ranks with `torchrun` or `deepspeed`, or unset RANK and WORLD_SIZE for one process"
+        )
+    if int(os.environ["WORLD_SIZE"]) > local_world_size() and not (
         torch.cuda.is_available() or os.environ.get("GLOO_SOCKET_IFNAME")
     ):
         _refuse_loopback(socket.gethostname(), os.environ.get("MASTER_ADDR", "127.0.0.1"))

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,6 +48,8 @@ from llm2clip_plugin.train.engine_states import EngineStates
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.train.timing import timed
 
+MISSING_SECONDS = 10.0  # until a rank that waits for the others says so
+
 
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     """Join the process group (of one process, without a launcher); returns this rank's device.
@@ -63,7 +66,8 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
         atexit.register(_leave_ranks)
     set_default_timeout(timeout)
     try:
-        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
+        with naming_missing_ranks():
+            deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         if message := port_in_use(error):
             raise OSError(message) from error
@@ -72,6 +76,21 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def naming_missing_ranks() -> Iterator[None]:
+    """Say that this rank waits for others, after MISSING_SECONDS."""
+    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = ", ".join(f"{name}={os.environ.get(name)}" for name in variables)
+    line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
+    timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def note_build_locks() -> None:

@@ -52,7 +52,10 @@ def test_page_needs_nothing_from_elsewhere(report):
     ]
     assert outside == [] and "src=" not in text.replace("picture.src =", "").split('id="data"')[0]
     policy = html.unescape(text.split('Content-Security-Policy" content="')[1].split('"')[0])
-    assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
+    assert (
+        policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;")
+        and "script-src 'sha256-" in policy
+    )
     assert HOSTILE not in text and "\\u003cimg src=x" in text  # escaped inside the data, never markup
 
 
@@ -223,7 +226,11 @@ def own_benchmark(folder, pictures, **provenance):
 
 
 def test_a_user_defined_benchmark_has_its_pictures(tmp_path):
-    arguments = own_benchmark(tmp_path, tmp_path / "pictures", data=str(tmp_path / "pictures"))
+    pictures = str(tmp_path / "pictures")
+    arguments = own_benchmark(tmp_path, tmp_path / "pictures", data=pictures)
+    compare(arguments)
+    assert not any(question["image"] for question in embedded(tmp_path / "x.html")["questions"])  # a file's word alone
+    arguments += ["--image-folder", pictures]
     compare(arguments)
     questions = embedded(tmp_path / "x.html")["questions"]
     assert len(questions) == 12 and all(question["image"] for question in questions)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from faults import Fault, World, copied, flip, meet, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_disk import mounted
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
@@ -58,6 +61,20 @@ def rewrite(path: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[s
     write(path, body.getvalue())
 
 
+def retype(path: Path, kind: bytes) -> None:
+    """Another type of the first member, with the checksum of that."""
+    data = bytearray(path.read_bytes())
+    data[156:157] = kind
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+
+
+def renamed_with_dots(path: Path) -> None:
+    rewrite(path, lambda found: [(f"a.b.{name}", data) for name, data in found])
+    os.utime(path)
+
+
 def reversed_samples(found: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
     pairs = [found[start : start + 2] for start in range(0, len(found), 2)]
     return [member for pair in reversed(pairs) for member in pair]
@@ -85,6 +102,18 @@ def exchanged_captions(world: World) -> None:
         "",
         "{w}/data/00001.tar: no tar header at byte 0: not a tar or damaged; copy or rewrite it",
         lambda w: w.path(OTHER).write_bytes(b"x" * 51200),
+    ),
+    Fault(
+        "sparse member",
+        "",
+        "{w}/data/00001.tar: '1-000.png' is stored as a sparse file; write the tar anew without --sparse",
+        lambda w: retype(w.path(OTHER), b"S"),
+    ),
+    Fault(
+        "names with dots",
+        "--data.path {w}/data/00001.tar",
+        "{w}/data/00001.tar: none of the 1 tars has an image, .txt or .json member; ...first dot...",
+        lambda w: renamed_with_dots(w.path(OTHER)),
     ),
     Fault("no data", "--data.path {w}/nowhere", "no ...{w}/nowhere..."),
     Fault(
@@ -227,3 +256,23 @@ def test_a_broken_sample_is_named_and_replaced(read_before: World, caplog: pytes
     assert main(read_before.train("--max_steps 12 --heads.steps 0 --train.max-broken 0.1")) == 0
     assert "broken: sample '0-003' of shard '00000': " in caplog.text
     assert RunRecord.read(read_before.path("new") / RunRecord.FILE).finished
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b" + bytes(20000), None], ids=["gzip", "cut"])
+def test_data_check_of_tars_that_are_all_broken(
+    content: bytes | None, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (world.path(TAR), world.path(OTHER)):
+        path.write_bytes(content or path.read_bytes()[:20000])
+    assert main(["data", "check", str(world.path("data"))]) == 1
+    assert ("compressed" if content else "is truncated") in capsys.readouterr().out
+
+
+def test_data_on_a_disk_that_cannot_be_written(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(tmp_path / "disk", "4m") as disk:
+        shutil.copytree(world.path("data"), disk / "data")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        fault = Fault("", "", f"{disk}/data is read-only, so the cache cannot be next to the data; set --cache DIR")
+        meet(fault, world, ["embed", f"{disk}/data", "--llm", "owner/name"], capsys)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tower_runs import ROOT, environment
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.train import engine
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
 from llm2clip_plugin.train.disk_space import check_space
 
@@ -228,6 +230,13 @@ def remove_shard(world: World) -> None:
         status=0,
     ),
     Fault(
+        "validation that is the training data",
+        HELD_OUT,
+        "--validation {w}/data: shard '00000' is also in the training data {w}/data, its scores say nothing about new "
+        "images; hold some out with `llm2clip data split`",
+        status=0,
+    ),
+    Fault(
         "shard that was embedded and is gone",
         "",
         "{w}/data has 1 shards, 2 were embedded; not there: 00001; restore them unless they were removed on purpose",
@@ -236,7 +245,32 @@ def remove_shard(world: World) -> None:
     ),
 )
 def test_warned_about_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys).count("warning: ") == 1
+    told = meet(fault, world, world.train(f"{fault.words} --dry-run"), capsys)
+    others = told.count("is also in the training data") if "also in" not in fault.says else 0  # validation is all of it
+    assert told.count("warning: ") == 1 + others
+
+
+def test_ranks_without_an_address(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    fault = Fault(
+        "", "", "RANK=0 and WORLD_SIZE=2 are set, MASTER_ADDR or MASTER_PORT is not; start the ranks with ..."
+    )
+    meet(fault, world, world.train(), capsys)
+
+
+def test_a_rank_that_waits_for_others_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "MISSING_SECONDS", 0.01)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with engine.naming_missing_ranks():
+        time.sleep(0.3)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "WORLD_SIZE=2" in told and "unset these variables" in told
 
 
 def test_a_key_that_deepspeed_does_not_know_and_that_resembles_none_is_a_warning(

@@ -23,14 +23,18 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
         "evaluate zerosht {w}/tower",
         "unknown command 'evaluate zerosht'; did you mean 'evaluate zeroshot'? known: ...",
     ),
-    Fault("data that is not there", "train-tower nowhere --tower {w}/tower --output {w}/new", "no data at nowhere"),
+    Fault(
+        "data that is not there",
+        "train-tower nowhere --tower {w}/tower --output {w}/new",
+        "no data at nowhere; expected captioned images: ...",
+    ),
     Fault(
         "LLM that is not there", "embed {w}/data --llm ./nowhere --cache {w}/new", "no LLM at ./nowhere; expected ..."
     ),
     Fault(
         "LLM to fine-tune that is not there",
         "finetune-llm {w}/data --llm ./nowhere --global-batch 16 --output {w}/new",
-        "no LLM at ./nowhere; expected a Hugging Face model folder, or a Hub id (owner/name)",
+        "no LLM at ./nowhere; expected an LLM: a Hugging Face model folder, or a Hub id (owner/name)",
     ),
     Fault("no tower", "train-tower --data {w}/data", "no tower to train: add --tower with a directory or Hub id. ..."),
     Fault(

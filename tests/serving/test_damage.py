@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ def settings(file: str = CONFIG, **changes: object) -> Damage:
 def weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str = WEIGHTS) -> Damage:
     """Other tensors of a file."""
     return lambda folder: save_file(change(load_file(folder / file)), folder / file, {"format": "pt"})
+
+
+def user_defined_symbol(folder: Path) -> None:
+    """A piece that sentencepiece takes whole, as `user_defined_symbols` makes it."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto: Any = import_protobuf().ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    proto.pieces[-1].piece, proto.pieces[-1].type = "zz▁qq", 4
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
 
 
 def tensor(end: str, value: Tensor) -> Damage:
@@ -92,6 +103,7 @@ SETTINGS: dict[str, tuple[Damage, str]] = {
     "tied": (settings(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes', expected true or false"),
     "added tokens": (settings(TOKENIZER, added_tokens_decoder=[1]), f"{TOKENIZER} cannot be used"),
     "tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "no tokenizer.model in"),
+    "symbols": (user_defined_symbol, "user-defined pieces that are no merges of others, such as 'zz▁qq'"),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
     "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "writes the projector of a LoRA"),

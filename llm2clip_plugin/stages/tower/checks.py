@@ -25,9 +25,26 @@ def _check_data(config: RunConfig, data: Data) -> None:
     refuse_small_sources(config, data)
     check_kinds(data.sources, config.data.kind_weights)
     if data.validation is not None:
-        warnings += check_measurable(data.validation, config.evaluation, option="--evaluation.")
+        warnings += [*check_measurable(data.validation, config.evaluation, option="--evaluation."), trained_on(data)]
     for line in filter(None, warnings):
         print(f"warning: {line}", file=sys.stderr)
+
+
+def trained_on(data: Data) -> str:
+    """A line about a shard of validation whose keys and captions are those of one that is trained on; else ""."""
+    assert data.validation is not None and data.validation_cache is not None
+    shards = {
+        cache.manifest.shards[shard.name]["rows_sha256"]: source.path
+        for source, cache in zip(data.sources, data.caches, strict=True)
+        for shard in source.shards
+    }
+    for shard in data.validation.shards:
+        if same := shards.get(data.validation_cache.manifest.shards[shard.name]["rows_sha256"]):
+            return (
+                f"--validation {data.validation.path}: shard {shard.name!r} is also in the training data {same}, its "
+                "scores say nothing about new images; hold some out with `llm2clip data split`"
+            )
+    return ""
 
 
 def repeated_samples(config: RunConfig, samples: int) -> str:

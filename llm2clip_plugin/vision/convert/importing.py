@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import ContractError, TowerCard, naming_full_disk
+from llm2clip_plugin.outside.values import MAX_SIDE
 from llm2clip_plugin.vision.convert.parse import parse_checkpoint
 from llm2clip_plugin.vision.convert.parsed import ParsedCheckpoint
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
@@ -37,6 +38,8 @@ def import_tower(
     Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or
     misshapen tensor; a file that is truncated or contains code).
     """
+    if image_size is not None and not 0 < image_size <= MAX_SIDE:
+        raise ValueError(f"--image-size {image_size} must be from 1 to {MAX_SIDE} pixels")
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
             raise ValueError(f"{source}: timm describes the architecture; remove --config")
