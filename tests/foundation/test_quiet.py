@@ -33,7 +33,6 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
         (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `clip`.", True),
         (quiet_libraries, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
         (quiet_libraries, "DeepSpeed", "Setting accelerator to a toaster", True),
-        (quiet_libraries, "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from x", False),
     ],
 )
 def test_only_the_record_that_is_meant(silence, name, message, heard):
