@@ -2,8 +2,8 @@
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None`` in a module of its
 own. ValueError (wrong input) and OSError (files, permissions, disk space, connections) end as one ``error:`` line and
-exit status 2. What is raised on every rank alike (a non-finite loss, ranks that disagree) is printed by rank 0 alone,
-the loss of another rank by each that is left.
+exit status 2; train/errors.py lists all statuses. What is raised on every rank alike (a non-finite loss, ranks that
+disagree) is printed by rank 0 alone, the loss of another rank by each that is left.
 """
 
 import atexit
@@ -13,7 +13,7 @@ import sys
 
 from llm2clip_plugin.interrupt import Interrupted, end_children, interrupts_end_loading
 from llm2clip_plugin.quiet import quiet_libraries
-from llm2clip_plugin.train.errors import FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
+from llm2clip_plugin.train.errors import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -257,13 +257,13 @@ def run(name: str, argv: list[str]) -> int:
         from llm2clip_plugin.contracts.full_disk import remedy_of
 
         _report(f"error: {error}{remedy_of(error)}")
-        return 2
+        return _final(2) if isinstance(error, ValueError) else 2  # an OSError may pass
     except SameOnAllRanksError as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
         if os.environ.get("RANK", "0") == "0":
             _report(f"{error.label}{error}")
-        return error.status
+        return _final(error.status) if error.status in FINAL_STATUSES else error.status
     except RuntimeError as error:
         message = lost_rank(error)
         if not message or os.environ.get("LLM2CLIP_TRACEBACK") == "1":
@@ -283,6 +283,14 @@ def run(name: str, argv: list[str]) -> int:
         return ended.status
     except Exception as error:
         return _unexpected(error)
+
+
+def _final(status: int) -> int:
+    """The exit status of an error that a rerun would meet again, left for the job script, too."""
+    from llm2clip_plugin.run_files import FINAL, tell_job
+
+    tell_job(FINAL, str(status))
+    return status
 
 
 def _report(text: str) -> None:

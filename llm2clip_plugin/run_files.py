@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,24 @@ LOCK = "run.lock"
 HEADS = "heads"  # of the fit of the heads on the frozen tower, before step 1
 SAVED = "checkpoint"  # a checkpoint is complete
 SAVE_FAILED = "checkpoint failed"
+LEFT_OUT = "batch left out"  # its loss or gradient was not finite
 STOPPED = "stopped"  # by a signal, and saved
 FAILED = "failed"  # by an error
+
+# files for the job script that started a run: scripts/slurm/torchrun.sbatch
+PROGRESS = "progress"  # a checkpoint, or a shard of embed, is complete
+FINAL = "final"  # the exit status of an error that a rerun would meet again
 
 HEADLINE = ("i2t_r1", "t2i_r1")  # of a tower's scores: recall over all captions
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner")
+
+
+def tell_job(name: str, text: str = "") -> None:
+    """Leave a file in the folder that the job script has named, if there is one. Nothing depends on whether it can."""
+    if folder := os.environ.get("LLM2CLIP_JOB_DIR"):
+        with suppress(OSError):
+            Path(folder, name).write_text(text + "\n", encoding="utf-8")
 
 
 def headline(scores: Iterable[str]) -> list[str]:

@@ -49,6 +49,7 @@ IGNORED_ON_RESUME = (
     "train.dataloader_prefetch_mb",
     "train.tf32",
     "train.full_determinism",
+    "train.skip_bad_batches",
     "train.communication_data_type",
     "train.ddp_timeout",
     "train.straggler_seconds",

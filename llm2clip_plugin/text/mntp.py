@@ -25,7 +25,7 @@ from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.distributed import rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.step import NAMED_KEYS, Batch, position_seed
+from llm2clip_plugin.train.step import Batch, first_samples, position_seed
 
 MASKED_FRACTION = 0.2  # of the tokens
 MASK_WORD = "_"  # replaces a masked token, as in LLM2Vec: decoders have no mask token
@@ -77,21 +77,23 @@ class MaskedStep:
         masked = torch.tensor([float(sum(len(mask) for of_pair in masks for mask in of_pair))])
         total = float(sum_over_ranks(masked.to(self.engine.device)))
         size = len(pairs) // self.engine.accumulation
-        loss = torch.zeros((), device=self.engine.device)
+        loss, lowers = torch.zeros((), device=self.engine.device), self.engine.can_lower_loss_scale
         for start in range(0, len(pairs), size):
             part = slice(start, start + size)
             torch.manual_seed(position_seed(self.seed, first + start))  # dropout
             summed = self.engine(*self._inputs(list(chain(*rows[part])), list(chain(*masks[part]))))
             loss += summed.detach()
-            if not math.isfinite(float(sum_over_ranks(loss.clone()))):
-                raise NonFiniteLossError(
-                    f"the loss is not finite in the batch that ends at sample {batch['position']}; it starts with "
-                    f"{', '.join(batch['keys'][:NAMED_KEYS])}. The weights were not updated; lower the learning rate"
-                )
             # the engine averages over ranks; `total` counts the masked tokens of all ranks
             self.engine.backward(summed * (world_size() / total))
             self.engine.step()
-        return float(sum_over_ranks(loss)) / total, {"masked_tokens": total}
+        mean = float(sum_over_ranks(loss)) / total
+        if not (math.isfinite(mean) or lowers):  # then neither was the gradient, and the engine left the update out
+            raise NonFiniteLossError(
+                f"the loss is not finite in the batch that ends at sample {batch['position']}; it starts with "
+                f"{first_samples(batch)}",
+                "lower the learning rate, or leave such batches out with --skip-bad-batches",
+            )
+        return mean, {"masked_tokens": total}
 
     def _inputs(self, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """The four inputs of MaskedModule."""

@@ -49,6 +49,7 @@ class TrainState(VersionedRecord):
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
     evaluated: int | None = None  # step of that evaluation; None in version 0.1, which saved after it
+    bad_batches: list[dict[str, Any]] = field(default_factory=list)  # left out: step, samples (position), reason
     seconds: float = 0.0  # training time so far
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256; {} in version 0.1
     checksum: str = ""  # of the fields above
@@ -64,8 +65,9 @@ class TrainState(VersionedRecord):
 
     def _digest(self) -> str:
         body = {**dataclasses.asdict(self), "checksum": ""}
-        if not self.before:
-            del body["before"]  # earlier releases have none
+        for name in ("before", "bad_batches"):  # earlier releases have none
+            if not body[name]:
+                del body[name]
         return sha256_text(canonical_json(body))
 
 

@@ -170,6 +170,7 @@ class TrainConfig:
     profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
     dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
     dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
+    skip_bad_batches: int = 0  # batches with a non-finite loss or gradient to leave out; one more ends the run
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
     ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
     straggler_seconds: float = (
@@ -205,7 +206,7 @@ class TrainConfig:
                 f"train.ddp_timeout {self.ddp_timeout} must be above 0, straggler_seconds {self.straggler_seconds} >= 0"
             )
         counts = ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
-        for name in (*counts, "dataloader_num_workers"):
+        for name in (*counts, "dataloader_num_workers", "skip_bad_batches"):
             if vars(self)[name] < 0:
                 raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")
         if self.logging_steps < 1:

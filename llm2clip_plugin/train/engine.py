@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import io
+import math
 import os
 import sys
 import threading
@@ -181,9 +182,13 @@ class Engine(EngineStates):
         self.keep_frozen = keep_frozen
         self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
         self._local_norm: float | None = None
+        self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
-        self._constants = {p: whole[name] for name, p in module.named_parameters() if p.numel() == 1}
+        scalars = [(name, p) for name, p in module.named_parameters() if name in whole and not p.requires_grad]
+        self._constants = {p: whole[name] for name, p in scalars}
         if self.stage == 0 and world_size() == 1:
             self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
         if self.stage == 3 and self.device.type == "cpu":
@@ -208,7 +213,11 @@ class Engine(EngineStates):
             grads = [p.grad for _, p in self.trained if p.grad is not None]
             norms = [torch.linalg.vector_norm(grad) for grad in grads]
             self._local_norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-            if 0 < self._clip < self._local_norm:
+            if not math.isfinite(self._local_norm):  # DeepSpeed leaves such an update out from ZeRO-1 on
+                self._left_out += 1
+                for _, parameter in self.trained:
+                    parameter.grad = None
+            elif 0 < self._clip < self._local_norm:
                 torch._foreach_mul_(grads, self._clip / self._local_norm)
         self.device_engine.step()
 
@@ -220,8 +229,14 @@ class Engine(EngineStates):
 
     @property
     def skipped(self) -> int:
-        """fp16 updates skipped so far because a gradient overflowed."""
-        return int(self.device_engine.skipped_steps)
+        """Updates left out so far because their gradient was not finite."""
+        return int(self.device_engine.skipped_steps) + self._left_out
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether the next overflow in fp16 makes the loss scale smaller: a dynamic one, not at its minimum yet."""
+        scaler = self._scaler
+        return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -1,4 +1,8 @@
-"""What ends a run early. Standard library only, so that the command line knows it without torch."""
+"""What ends a run early. Standard library only, so that the command line knows it without torch.
+
+Exit statuses: 0 done; 1 failed, a rerun may succeed; 2 wrong input; 3 a non-finite loss or gradient; 75 saved and
+stopped before the end, to be started again; 129, 130, 143 a signal before there was anything to save.
+"""
 
 import os
 import re
@@ -30,7 +34,17 @@ class StoppedError(SameOnAllRanksError):
 
 
 class NonFiniteLossError(SameOnAllRanksError):
-    """The loss or the gradient is not a number; raised on all ranks, its message names the batch's samples."""
+    """The loss or the gradient of a batch is not a number, and the weights were not updated; raised on all ranks."""
+
+    status = 3  # a rerun would meet the same batch
+
+    def __init__(self, what: str, advice: str) -> None:
+        """what: names the batch's samples."""
+        super().__init__(f"{what}. The weights were not updated and the last checkpoint is unchanged; {advice}")
+        self.what = what
+
+
+FINAL_STATUSES = (DisagreementError.status, NonFiniteLossError.status)  # of errors that a rerun would meet again
 
 
 class FirstRankError(ValueError):

@@ -20,7 +20,7 @@ from llm2clip_plugin.train.progress import peak_memory
 from llm2clip_plugin.train.reports import Queue, Reports
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.saving import Saver
-from llm2clip_plugin.train.step import NAMED_KEYS, Batch
+from llm2clip_plugin.train.step import Batch, first_samples
 from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.timing import timed
 from llm2clip_plugin.train.twin import Twin
@@ -54,8 +54,8 @@ class LoopParts:
 def run_loop(parts: LoopParts) -> TrainState:
     """Train to the end, or until a stop is requested; returns the final state, which is saved.
 
-    Raises NonFiniteLossError on every rank, before the update, and OSError if the final state cannot be saved; the last
-    complete checkpoint is unchanged.
+    Raises NonFiniteLossError on every rank, and OSError if the final state cannot be saved; the last complete
+    checkpoint is unchanged.
     """
     with Reports(
         parts.engine,
@@ -109,8 +109,11 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
         batch = next(parts.batches)
         waited = time.perf_counter() - started
         reports.timer.switch("forward")
+        bad = len(state.bad_batches)
         with reports.count_flops():
             state, values = _one_step(parts, state, batch)
+        if len(state.bad_batches) > bad:
+            reports.left_out(state, parts.train.skip_bad_batches)
         reports.timer.stop()
         seconds = time.perf_counter() - started
         state = replace(state, seconds=state.seconds + seconds)
@@ -154,30 +157,49 @@ def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Save
 
 
 def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
-    """Learning rate, update, moving averages; NonFiniteLossError if the loss or the gradient is not finite."""
+    """Learning rate, update, moving averages.
+
+    A batch with a non-finite loss or gradient is left out and listed in the state: a step like any other, whose update
+    is missing. One more than train.skip_bad_batches raises NonFiniteLossError.
+    """
     factor = lr_factor(state.step, parts.total_steps, parts.optim)
     set_lr(parts.engine.groups, factor)
-    loss, values = parts.step(batch)
+    try:
+        values = _update(parts, batch)
+    except NonFiniteLossError as error:
+        if len(state.bad_batches) >= parts.train.skip_bad_batches:
+            raise
+        bad = {"step": state.step + 1, "samples": batch["position"], "reason": error.what}
+        state, values = replace(state, bad_batches=[*state.bad_batches, bad]), {}
     with timed("optimizer"):
         for average in (parts.average, parts.twin):
             if average is not None:
                 average.update()
-    values = {"loss": loss, **values, "lr": parts.optim.lr * factor}
-    norm = parts.engine.grad_norm
-    if norm is not None:
-        values["grad_norm"] = norm
-        if parts.train.precision != "fp16" and not 0 <= norm < math.inf:  # fp16 skips such an update by itself
-            raise NonFiniteLossError(
-                f"the gradient is not finite (norm {norm}, loss {loss:.4g}) in the batch that ends at "
-                f"sample {batch['position']}; it starts with {', '.join(batch['keys'][:NAMED_KEYS])} on rank {rank()}. "
-                "The last checkpoint is unchanged; lower the learning rate, or use fp32"
-            )
+    values["lr"] = parts.optim.lr * factor
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped
     if batch.get("retries"):
         values["data_retries"] = batch["retries"]
     values["peak_gib"] = peak_memory(parts.engine.device)
     return replace(state, step=state.step + 1, samples=batch["position"]), values
+
+
+def _update(parts: LoopParts, batch: Batch) -> dict[str, float]:
+    """The step's finite values. Raises NonFiniteLossError if the update was left out, unless fp16 has lowered its loss
+    scale for it."""
+    engine = parts.engine
+    skipped, lowers = engine.skipped, engine.can_lower_loss_scale
+    loss, values = parts.step(batch)
+    norm = engine.grad_norm
+    values = {"loss": loss, **values} | ({} if norm is None else {"grad_norm": norm})
+    left_out = engine.skipped > skipped or (norm is not None and not 0 <= norm < math.inf)
+    if left_out and not lowers:
+        raise NonFiniteLossError(
+            f"the gradient is not finite (loss {loss:.4g}) in the batch that ends at sample {batch['position']}; it "
+            f"starts with {first_samples(batch)}",
+            "lower the learning rate, use fp32, or leave such batches out with --skip-bad-batches",
+        )
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _any_rank(parts: LoopParts, *flags: bool) -> list[bool]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.run_files import FAILED, HEADS, METRICS, STOPPED
+from llm2clip_plugin.run_files import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
@@ -102,6 +102,12 @@ class Reports:
         self.progress.advance(self.global_batch, seconds, values)
         if self._profiler is not None:
             self._profiler.step()
+
+    def left_out(self, state: TrainState, allowed: int) -> None:
+        """The last batch had no update; ``allowed``: as many as the run may leave out."""
+        bad = state.bad_batches[-1]
+        self.event({**bad, "event": LEFT_OUT})
+        self.note(f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}")
 
     def scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """An evaluation, in ``state``."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError, RunRecord, atomic_file
-from llm2clip_plugin.run_files import CHECKPOINTS, LATEST, METRICS, SAVED
+from llm2clip_plugin.run_files import CHECKPOINTS, LATEST, METRICS, PROGRESS, SAVED, tell_job
 from llm2clip_plugin.train.checkpoint import TrainState, record_metrics, verify, write_checkpoint
 
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
@@ -45,6 +45,7 @@ class Checkpoints:
         write_checkpoint(target, state, tensors)
         with atomic_file(self.folder / LATEST) as temporary:
             temporary.write_text(target.name + "\n", encoding="utf-8")
+        tell_job(PROGRESS)
         return self._prune(target)
 
     def record_metrics(self, state: TrainState) -> None:

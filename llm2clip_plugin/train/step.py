@@ -88,7 +88,8 @@ class ContrastiveStep(ABC):
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        Raises NonFiniteLossError on every rank, before the update, naming the keys of the samples.
+        Raises NonFiniteLossError on every rank, before the backward pass, naming the keys of the samples; where fp16
+        can still lower its loss scale, it does that instead, without an update.
         """
         batch = self._on_device(batch)
         micro_batches = self._micro_batches(batch)
@@ -170,7 +171,9 @@ class ContrastiveStep(ABC):
         means = (sums / world_size()).tolist()
         values = dict(zip(("loss", *(f"loss_{name}" for name in losses)), means, strict=True))
         if not math.isfinite(values["loss"]):
-            raise NonFiniteLossError(_non_finite_message(values, encoded, batch))
+            if not (self.engine.can_lower_loss_scale and _has_finite_embeddings(batch)):
+                raise _non_finite(values, encoded, batch)
+            loss = loss * math.nan  # DeepSpeed finds it in the gradient: no update, a smaller loss scale
         values["logit_scale"] = float(encoded.log_scale.detach().exp())
         return loss, values
 
@@ -187,26 +190,38 @@ class ContrastiveStep(ABC):
         return [{**self._rows(batch, slice(start, start + size)), "first": first + start} for start in starts]
 
 
-def _non_finite_message(values: dict[str, float], encoded: Encoded, batch: Batch) -> str:
-    """The samples with non-finite features on every rank, or the first samples of the batch if there are none."""
+def _has_finite_embeddings(batch: Batch) -> bool:
+    """Whether the cached embeddings of the global batch are finite, if it has any."""
+    return "embeddings" not in batch or all(gather_objects(bool(torch.isfinite(batch["embeddings"]).all())))
+
+
+def first_samples(batch: Batch) -> str:
+    """The keys with which each rank's part of a batch starts; every rank must call this."""
+    return _by_rank(gather_objects(batch["keys"][:NAMED_KEYS]))
+
+
+def _by_rank(keys: list[list[str]]) -> str:
+    return "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(keys) if names)
+
+
+def _non_finite(values: dict[str, float], encoded: Encoded, batch: Batch) -> NonFiniteLossError:
+    """Names the samples with non-finite features on every rank, or the first samples of the batch if there are none."""
     finite_b = torch.isfinite(encoded.anchor_mD).all(1) & torch.isfinite(encoded.positive_mkD).flatten(1).all(1)
     bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
-    ranks = gather_objects((len(bad), bad[:NAMED_KEYS], batch["keys"][:NAMED_KEYS]))
-    count = sum(bad_count for bad_count, _, _ in ranks)
-    keys = [bad_keys if count else first_keys for _, bad_keys, first_keys in ranks]
-    named = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(keys) if names)
-    if count and "embeddings" in batch and not all(gather_objects(bool(torch.isfinite(batch["embeddings"]).all()))):
-        return (
-            f"cached embeddings of the batch that ends at sample {batch['position']} are not finite, among {named}. "
-            "The weights were not updated and the last checkpoint is unchanged; check the cache with `llm2clip embed "
-            "--verify`, and delete the shards that it names before you rerun `llm2clip embed`"
+    ranks = gather_objects((len(bad), bad[:NAMED_KEYS]))
+    count = sum(bad_count for bad_count, _ in ranks)
+    named = _by_rank([keys for _, keys in ranks]) if count else first_samples(batch)
+    if count and not _has_finite_embeddings(batch):
+        return NonFiniteLossError(
+            f"cached embeddings of the batch that ends at sample {batch['position']} are not finite, among {named}",
+            "check the cache with `llm2clip embed --verify`, and delete the shards that it names before you rerun "
+            "`llm2clip embed`",
         )
     samples = f"{count} samples have non-finite features" if count else "all features are finite; the batch starts with"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
-    return (
-        f"the loss is not finite in the batch that ends at sample {batch['position']} ({terms}). {samples}: {named}. "
-        "The weights were not updated and the last checkpoint is unchanged; lower the learning rate, or check these "
-        "samples"
+    return NonFiniteLossError(
+        f"the loss is not finite in the batch that ends at sample {batch['position']} ({terms}). {samples}: {named}",
+        "lower the learning rate, check these samples, or leave such batches out with --skip-bad-batches",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_data import make_all
-from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState, load
 from llm2clip_plugin.train.ema import MovingAverage
@@ -25,12 +25,6 @@ HALF = {
     "bf16 zero3": {"stage": 3, "precision": "bf16", "micro": 8},
     "fp16 zero2": {"stage": 2, "precision": "fp16", "micro": 8},
 }
-
-
-def allow_fp16() -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    type(get_accelerator()).is_fp16_supported = lambda self: True  # torch computes fp16 on any CPU
 
 
 def scales(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -66,16 +60,19 @@ def test_the_logit_scale_and_bias_in_the_loss_are_the_fp32_masters():
         assert all(abs(a - b) > 1e-5 for a, b in zip(rows["scale"][1:], rows["rounded"][1:], strict=True))
 
 
-def frozen_scale(rank: int, world: int) -> float:
+def frozen_scales(rank: int, world: int) -> list[float]:
     """The scale in the loss of a module whose logit scale does not train, as by default in stage 1."""
-    dual = TinyDual()
-    torch.nn.init.constant_(dual.logit_scale.requires_grad_(False), math.log(50))
-    step = tiny_step(tiny_engine(stage=1, precision="bf16", dual=dual))
-    return step(tiny_batch(0))[1]["logit_scale"]
+    scales = []
+    for stage in (1, 3):
+        dual = TinyDual()
+        torch.nn.init.constant_(dual.logit_scale.requires_grad_(False), math.log(50))
+        step = tiny_step(tiny_engine(stage=stage, precision="bf16", dual=dual))
+        scales.append(step(tiny_batch(0))[1]["logit_scale"])
+    return scales
 
 
 def test_a_frozen_logit_scale_is_not_rounded():
-    assert run_ranks(frozen_scale, 1)[0] == pytest.approx(50, rel=1e-6)  # 49.7 in bf16
+    assert run_ranks(frozen_scales, 1)[0] == pytest.approx([50, 50], rel=1e-6)  # 49.7 in bf16
 
 
 DECAY = 0.9
@@ -191,3 +188,44 @@ def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path):
     first, second = (tmp_path / run / "checkpoints/step-00000002" for run in ("a", "b"))
     for name in (MODEL, OPTIMIZER, AVERAGES):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def noisy_losses(rank: int, world: int, folder: str, tiny: str) -> list[float]:
+    """The loss of the command's first step, without and with noise on the embeddings."""
+    from tower_runs import losses, options
+
+    from llm2clip_plugin.stages.tower.command import read_command
+    from llm2clip_plugin.stages.tower.run import train_tower
+
+    results = []
+    for noise in ("0", "0.5"):
+        run = Path(folder) / noise
+        more = ("--dual.input-noise", noise, "--heads.steps", "0", "--max_steps", "1", "--train.eval-on-start", "False")
+        train_tower(read_command(options(Path(tiny), run, *more)))
+        results.append(losses(run)[1])
+    return results
+
+
+def test_the_noise_on_the_embeddings_reaches_the_loss(tmp_path: Path):
+    without, with_noise = run_ranks(noisy_losses, 1, str(tmp_path), str(make_all(tmp_path / "tiny")))[0]
+    assert abs(without - with_noise) > 1e-4
+
+
+def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    moments = []
+    for stage in (0, 1):
+        engine = tiny_engine(stage=stage)
+        tiny_step(engine)(tiny_batch(0))
+        moments.append(engine.moments(HostCopies()))
+    return moments
+
+
+def test_the_betas_are_the_settings():
+    """After one step the moments are (1 - b1) g and (1 - b2) g^2, so m^2 / v is .1^2 / .02."""
+    for moments in run_ranks(first_moments, 1)[0]:
+        first, second = (moments[f"tower.3.weight.{name}"].double() for name in ("exp_avg", "exp_avg_sq"))
+        seen = first.abs() > 1e-6
+        assert seen.any()
+        torch.testing.assert_close(
+            first[seen].square() / second[seen], torch.full((int(seen.sum()),), 0.5).double(), rtol=1e-4, atol=0
+        )

@@ -17,7 +17,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from small_disk import fill, mount, mounted, unmount
 from tower_runs import lines, losses
-from train_helpers import Averages, Engineless, run_ranks, start_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import (
+    Averages,
+    Engineless,
+    new_state,
+    parts_of,
+    run_ranks,
+    start_ranks,
+    tiny_batch,
+    tiny_engine,
+)
 
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 from llm2clip_plugin.train.checkpoint import TrainState, load
@@ -26,29 +35,6 @@ from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.saving import Saver
 
 STEPS = 8
-
-
-def parts_of(run: Path, engine: Any, state: TrainState, batches: Iterator[Any], **more: Any) -> Any:
-    """What run_loop needs, with a save after every step."""
-    from llm2clip_plugin.train.loop import LoopParts, TrainConfig
-    from llm2clip_plugin.train.optim import OptimConfig
-    from llm2clip_plugin.train.stopping import StopRequest
-
-    defaults = {
-        "step": tiny_step(engine),
-        "average": None,
-        "checkpoints": Checkpoints(run, keep=2),
-        "evaluate": None,
-        "train": TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {})),
-        "optim": OptimConfig(lr=0.01, schedule="cosine"),
-        "total_steps": STEPS,
-        "stop": StopRequest(),
-    }
-    return LoopParts(engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more))
-
-
-def new_state() -> TrainState:
-    return TrainState(step=0, samples=0, config={}, config_hash="", seed=5)
 
 
 def wait_until(ready: Callable[[], bool]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.host_copies import HostCopies
@@ -38,10 +38,7 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_all(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    from deepspeed.accelerator import get_accelerator
-
-    # DeepSpeed asks whether oneDNN has fast fp16 kernels; torch computes fp16 on any CPU
-    type(get_accelerator()).is_fp16_supported = lambda self: True
+    allow_fp16()
     return {name: train(rank, world, options) for name, options in runs.items()}
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tower_runs import lines
-from train_helpers import run_ranks, tiny_batch, tiny_engine
+from train_helpers import new_state, parts_of, run_ranks, tiny_batch, tiny_engine
 
 from llm2clip_plugin.train.flops import count_model_flops, peak_of, repeated
 from llm2clip_plugin.train.loop import TrainConfig, run_loop
@@ -151,7 +151,6 @@ STEPS = 12
 
 
 def train(rank: int, world: int, folder: str) -> None:
-    from test_saving import new_state, parts_of
 
     def batches() -> Iterator[dict[str, Any]]:
         for i in range(STEPS):

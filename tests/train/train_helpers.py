@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def tiny_engine(
     dual: TinyDual | None = None,
     lr: float = 0.01,
     clip: float = 1.0,
-    weights: dict[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     name: str = "adamw",
     args: tuple[str, ...] = (),
 ) -> Any:
@@ -165,6 +165,40 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
     weighted = weighted_terms(LossConfig(terms=terms))
     # pixels are floats already
     return TowerStep(engine, weighted, seed=5, text_noise=noisy, normalize=lambda x: x, total_samples=128, twin=twin)
+
+
+def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:
+    """What run_loop needs for 8 steps, with a save after each of them."""
+    from llm2clip_plugin.train.loop import LoopParts, TrainConfig
+    from llm2clip_plugin.train.optim import OptimConfig
+    from llm2clip_plugin.train.run_checkpoints import Checkpoints
+    from llm2clip_plugin.train.stopping import StopRequest
+
+    defaults = {
+        "step": tiny_step(engine),
+        "average": None,
+        "checkpoints": Checkpoints(run, keep=2),
+        "evaluate": None,
+        "train": TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {})),
+        "optim": OptimConfig(lr=0.01, schedule="cosine"),
+        "total_steps": 8,
+        "stop": StopRequest(),
+    }
+    return LoopParts(engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more))
+
+
+def new_state() -> Any:
+    from llm2clip_plugin.train.checkpoint import TrainState
+
+    return TrainState(step=0, samples=0, config={}, config_hash="", seed=5)
+
+
+def allow_fp16() -> None:
+    """Run fp16 on any CPU, as torch does; DeepSpeed asks whether oneDNN has fast kernels."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    type(accelerator).is_fp16_supported = lambda self: True
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.cache.rows import rows_digest
 from llm2clip_plugin.data.cache.shard_file import META, ShardFile, row_check, tensors_digest
 from llm2clip_plugin.options.names import unknown
+from llm2clip_plugin.run_files import PROGRESS, tell_job
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +198,7 @@ class CacheWriter:
         with atomic_file(self.path(shard)) as temporary:
             save_file(tensors | checks, str(temporary), metadata={META: canonical_json(metadata)})
         self._written.append(shard)
+        tell_job(PROGRESS)
 
     def _refuse_inaccurate(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:
         """ContractError for int8 where a few huge dimensions would round the others away."""
