@@ -65,6 +65,7 @@ ADDED: dict[str, Any] = {
     "loss.args": [],
     "distill.reference": "ema",
     "distill.decay": 0.999,
+    "encoder.post_file": "",
     "optim.name": "adamw",
     "optim.args": [],
 }
