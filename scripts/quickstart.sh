@@ -11,6 +11,8 @@
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
 #   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
 #                                           languages (81 MB to download); adds them to a finished run, too
+#   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM read with a prompt and against random
+#                                           embeddings of the same captions, and LLaVA with each of them beside ours
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
 #                                           model of 2.5 million weights (tiny): a quarter of an hour more on two cores; the
@@ -26,12 +28,13 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM= CONTROLS=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
         --tiny) TINY=--tiny ;;
         --llava) LLAVA=yes ;;
+        --controls) CONTROLS=yes ;;
         --no-llava) LLAVA=no ;;
         --preset | --seeds | --teacher | --output | --domain | --llava-llm)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
@@ -180,6 +183,7 @@ for seed in $(seq 0 $((SEEDS - 1))); do
     [ "$seed" != 0 ] || meanwhile control half control
     if [ -n "$PAIR" ]; then half towers "$seed"; else towers "$seed"; fi
     join
+    [ -z "$CONTROLS" ] || controls "$seed"
 done
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -188,7 +192,7 @@ say "report"
 more=()
 [ -z "$NO_DOMAIN" ] || more+=(--note "$NO_DOMAIN")
 if [ -n "$DOMAIN" ]; then
-    for cache in "$DATA"/cache/*; do embed "${cache##*/}" "$WORK/tuxpaint/test-tuxpaint.tar"; done
+    for cache in "$DATA"/cache/{raw,tuned-seed*}; do [ ! -d "$cache" ] || embed "${cache##*/}" "$WORK/tuxpaint/test-tuxpaint.tar"; done
     more+=(--domain "$WORK/tuxpaint")
 fi
 [ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
@@ -204,11 +208,19 @@ python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --out
 if [ "$LLAVA" = yes ]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"
     [ "$PRESET" != smoke ] || llava_options+=(--smoke)
-    env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$TOWER" --after "$OUT/towers/$BEST-seed{seed}" \
-        --seeds "$SEEDS" --output "$OUT/$llava" "${llava_options[@]}"
-    echo "Comparison of the two: $OUT/$llava/compare/compare.html" >&2
+    miniature() { # miniature BEFORE FOLDER [OPTION...]
+        env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$OUT/towers/$BEST-seed{seed}" \
+            --seeds "$SEEDS" --output "$OUT/$2" "${llava_options[@]}" "${@:3}"
+        echo "Comparison of the two: $OUT/$2/compare/compare.html" >&2
+    }
+    miniature "$TOWER" "$llava"
+    for control in ${CONTROLS:+random prompt}; do
+        say "LLaVA with the tower of a control ($control) beside ours"
+        miniature "$OUT/towers/$control-seed{seed}" "$llava-$control" --names "$control" "$BEST"
+    done
 fi
 say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
+[ -n "$CONTROLS" ] || echo "The raw LLM read with a prompt reaches most of this, and LLaVA gains as much from random embeddings (README.md); --controls measures both."
 say "done: page $OUT/index.html, tower $OUT/towers/$BEST-seed0"
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/$BEST-seed0\")" >&2

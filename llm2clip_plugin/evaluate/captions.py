@@ -96,7 +96,11 @@ def score_pairs(encoder: CaptionEncoder, name: str, pairs: Pairs) -> CaptionScor
     if not pairs:
         return CaptionScore(name, 0.0, 0.0, 0.0, 0)
     first_NW = encoder.encode([left for _, left, _ in pairs], query=True)
-    second_NW = encoder.encode([right for _, _, right in pairs])
+    return rank_pairs(name, pairs, first_NW, encoder.encode([right for _, _, right in pairs]))
+
+
+def rank_pairs(name: str, pairs: Pairs, first_NW: Tensor, second_NW: Tensor) -> CaptionScore:
+    """Rank the embeddings of the pairs' captions in both directions."""
     texts = {text: number for number, text in enumerate(dict.fromkeys(right for _, _, right in pairs))}
     group_N = torch.tensor([texts[right] for _, _, right in pairs])  # equal texts are equally correct
     forward, backward = caption_ranks(first_NW, second_NW, group_N=group_N)
@@ -173,10 +177,15 @@ def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long]``."""
+    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
     config = COMMAND.parse(argv)
     if not config.measure.captions:
         raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
+    if config.search:
+        from llm2clip_plugin.evaluate.reading import search_and_write
+
+        print(search_and_write(config))
+        return 0
     encoder = CaptionEncoder(config.encoder)
     scores = measure_captions(encoder, config.measure)
     print(table(scores))

@@ -78,6 +78,7 @@ ADDED: dict[str, Any] = {
     "contrast.symmetric": True,
     "optim.full_lr": [],
     "start_adapters": [],
+    "encoder.post_file": "",
     "optim.name": "adamw",
     "optim.args": [],
 }

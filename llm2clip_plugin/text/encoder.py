@@ -14,7 +14,7 @@ from llm2clip_plugin.contracts import ContractError, TeacherIdentity
 from llm2clip_plugin.text.device import default_device, fastest_dtype
 from llm2clip_plugin.text.files import adapter_folder, adapter_sha256, local_folder, weights_sha256
 from llm2clip_plugin.text.model import CaptionModel, is_decoder, load_backbone
-from llm2clip_plugin.text.post import load_post
+from llm2clip_plugin.text.post import load_post, open_post
 from llm2clip_plugin.text.sentence_transformers import apply_sentence_transformers, is_sentence_transformers
 from llm2clip_plugin.text.settings import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.tokens import (
@@ -72,6 +72,10 @@ class CaptionEncoder:
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
         self.post = load_post(adapter or self.folder, card)
         self._post_sha256 = card.post_sha256 if card is not None else ""
+        if config.post_file and self.post is not None:
+            raise ContractError(f"{config.adapter or config.llm} has post-processing of its own; omit post_file")
+        if config.post_file:
+            self.post, self._post_sha256 = open_post(Path(config.post_file), self.width)
         self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
         self.count_truncated = 0
 

@@ -9,15 +9,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
-from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.export_options import COMMAND, ExportConfig
 from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llm2clip_plugin.text.model import keep_layers, load_backbone
-from llm2clip_plugin.text.post import fit_post
+from llm2clip_plugin.text.post import first_captions, fit_post
 from llm2clip_plugin.text.sentence_transformers import refuse_unsupported, write_sentence_transformers
 from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 
@@ -62,13 +60,7 @@ def export_llm(config: ExportConfig) -> Path:
 
 def post_embeddings(encoder: CaptionEncoder, config: ExportConfig) -> torch.Tensor:
     """(N, W) embeddings of the first ``post_captions`` distinct captions of ``post_data``."""
-    source = open_source(SourceConfig(path=config.post_data))
-    texts: dict[str, None] = {}
-    for number in range(len(source)):
-        texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
-        if len(texts) >= config.post_captions:
-            break
-    captions = list(texts)[: config.post_captions]
+    captions = first_captions(config.post_data, config.post_captions)
     with progress_bar(total=len(captions), label="embedding", unit="captions") as bar:
         return encoder.encode(captions, on_batch=lambda done, _: bar.update(done - bar.n))
 

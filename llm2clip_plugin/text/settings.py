@@ -43,6 +43,7 @@ class EncoderConfig:
     query_prompt: str = ""  # text before a query, in training and caption retrieval; not pooled
     chat_template: str = ""  # "" for none; "user": one user turn of the tokenizer's template; or a text with {caption}
     include_bos: bool = True  # include the BOS token, if the tokenizer adds one, in mean pooling
+    post_file: str = ""  # post-processing that `evaluate captions --search` wrote: centering, removed components
     max_tokens: int = 512  # tokens of an input, template and prompt included; longer captions are truncated
     compute_dtype: str = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs
     load_in_4bit: bool = False  # NF4 with double quantization (bitsandbytes)

@@ -12,6 +12,7 @@ from llm2clip_plugin.contracts import ContractError, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.text.files import adapter_sha256
 
+RANDOM = "random embeddings"  # the name of the control's teacher
 AGAIN = "delete it and rerun scripts/quickstart.sh"
 
 
@@ -19,6 +20,10 @@ def check_caches(data: Path, caches: Mapping[str, EmbeddingCache]) -> None:
     """Raise ContractError for a cache embedded without the adapter of its name, and an adapter of other captions."""
     for name, cache in caches.items():
         used, expected, adapter = cache.manifest.teacher["adapter_sha256"], "", "no adapter"
+        if (cache.manifest.teacher["llm"] == RANDOM) != (name == "random"):
+            raise ContractError(f"{cache.directory} holds embeddings of {cache.manifest.teacher['llm']}; {AGAIN}")
+        if (cache.manifest.teacher["pooling"] == "last") != (name == "prompt"):
+            raise ContractError(f"{cache.directory} pools {cache.manifest.teacher['pooling']}; {AGAIN}")
         if name.startswith("tuned-"):
             run = data / "llm" / name.removeprefix("tuned-")
             adapter, expected = str(run / "adapter"), adapter_sha256(run / "adapter")
@@ -35,7 +40,8 @@ def check_caches(data: Path, caches: Mapping[str, EmbeddingCache]) -> None:
 def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
     """The cache that a tower of this name is trained against; raises ContractError if its teacher is another."""
     side, _, seed = tower.name.partition("-")
-    names = ("tuned-seed0", "raw") if side == "shuffled" else ("raw",) if side == "raw" else (f"tuned-{seed}",)
+    others = {"shuffled": ("tuned-seed0", "raw"), "tuned": (f"tuned-{seed}",)}
+    names = others.get(side, (side,))
     fingerprint = TeacherIdentity(**teacher).fingerprint
     for name in names:
         if name in caches and caches[name].fingerprint == fingerprint:

@@ -10,8 +10,9 @@
 #   --llm DIR                 a Llama-architecture Hugging Face model that speaks ChatML, likewise
 #   --open                    ask for names of emoji, too, answered in words; always with a language model other than tiny
 #   --teacher LLM [--adapter DIR]   score open answers by their similarity to the names in its embeddings, too
-#   --seeds N                 N trainings a side, whose spread the comparison counts; {seed} in --after is the seed:
+#   --seeds N                 N trainings a side, whose spread the comparison counts; {seed} in a tower's name is the seed:
 #                             towers/tuned-seed{seed}
+#   --names BEFORE AFTER      what the comparison calls the sides
 #   --steps N N N             steps of words, captions and questions
 #   --held-out validation     evaluate on the emoji of the validation families, to choose settings
 #   --smoke                   a few steps on a few pictures
@@ -31,7 +32,7 @@ values() { # values COUNT OPTION VALUE...: fail unless so many values follow the
         [[ $# -ge $given && ${!given} != --* ]] || fail "$option needs $count value$([ "$count" = 1 ] || echo s)"
     done
 }
-BEFORE='' AFTER='' OUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 STEPS='' SCORING=()
+BEFORE='' AFTER='' OUT='' LLM=tiny OPEN='' HELD_OUT=test SEEDS=1 ENVIRONMENT=.venv CONCEPTS=0 STEPS='' SCORING=() NAMES=(before after)
 while [ $# -gt 0 ]; do
     case "$1" in
         --before) values 1 "$@"; BEFORE=$(realpath -m "$2"); shift ;;
@@ -41,6 +42,7 @@ while [ $# -gt 0 ]; do
         --open) OPEN=--open ;;
         --teacher | --adapter) values 1 "$@"; SCORING+=("$1" "$(realpath -m "$2")"); shift ;;
         --seeds) values 1 "$@"; SEEDS=$2; shift ;;
+        --names) values 2 "$@"; NAMES=("$2" "$3"); shift 2 ;;
         --steps) values 3 "$@"; STEPS="$2 $3 $4"; shift 3 ;;
         --held-out) values 1 "$@"; HELD_OUT=$2; shift ;;
         --smoke) CONCEPTS=60 STEPS=${STEPS:-6 4 6} ;;
@@ -64,7 +66,7 @@ read -r TEXT_STEPS CAPTION_STEPS QUESTION_STEPS <<<"$STEPS"
 case "$TEXT_STEPS$CAPTION_STEPS$QUESTION_STEPS" in *[!0-9]*) fail "--steps $STEPS are not three numbers" ;; esac
 for given in BEFORE AFTER OUT; do [ -n "${!given}" ] || fail "--${given,,} is missing; see $0 --help"; done
 for seed in $(seq 0 $((SEEDS - 1))); do
-    for tower in "$BEFORE" "${AFTER//\{seed\}/$seed}"; do
+    for tower in "${BEFORE//\{seed\}/$seed}" "${AFTER//\{seed\}/$seed}"; do
         [ -f "$tower/config.json" ] || fail "$tower has no config.json; expected the directory of a tower"
     done
 done
@@ -168,7 +170,7 @@ side() { # side NAME TOWER SEED
 export OMP_NUM_THREADS=$((CORES > 1 ? CORES / 2 : 1))
 names=()
 for seed in $(seq 0 $((SEEDS - 1))); do
-    side before "$BEFORE" "$seed" & first=$!
+    side before "${BEFORE//\{seed\}/$seed}" "$seed" & first=$!
     side after "${AFTER//\{seed\}/$seed}" "$seed" & second=$!
     wait "$first" && wait "$second" || { wait; exit 1; }
     if [ "$seed" = 0 ]; then names+=(before after); else names+=("before-seed$seed" "after-seed$seed"); fi
@@ -176,7 +178,7 @@ done
 
 say "comparison"
 "$LLAVA_PYTHON" scripts/quickstart/miniature.py score "${names[@]}" --output "$OUT" --llm "$LLM" ${SCORING[@]+"${SCORING[@]}"}
-"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names before after --output "$OUT/compare" --no-references
+"$LLAVA_PYTHON" -m llm2clip_plugin.cli compare "$OUT/scores/before" "$OUT/scores/after" --names "${NAMES[@]}" --output "$OUT/compare" --no-references
 say "done: $OUT/compare/compare.html shows where the two disagree, with pictures"
 if [ "$LLM" = tiny ]; then
     echo "This is a miniature: a language model of 2.5 million weights, trained from scratch, on pictures of 56 to 98 pixels." >&2

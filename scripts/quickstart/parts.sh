@@ -1,12 +1,19 @@
 # The quickstart's parts, sourced by quickstart.sh: which shards, cache and adapter each of them reads. What a part read is in
 # the run's records (run.json, the cache's manifest), and report.py refuses towers that were trained on anything else.
 
+# How the control "prompt" reads the raw LLM: PromptEOL (arXiv 2307.16645), nothing fitted
+PROMPT='This sentence: "{caption}" means in one word: "'
+
 embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar (or of SHARDS, a file), with the adapter of the cache's seed
-    local adapter=() shards=$2
+    local reading=() shards=$2
     [ -f "$shards" ] || shards="$DATA/all/$2-*.tar"
-    [ "$1" = raw ] || adapter=(--adapter "$DATA/llm/${1#tuned-}/adapter")
+    case "$1" in
+        raw) ;;
+        prompt) reading=(--attention causal --pooling last --chat-template "$PROMPT") ;;
+        *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
+    esac
     say "captions through the LLM: $1, $2"
-    llm2clip embed "$shards" --llm "$LLM" ${adapter[@]+"${adapter[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
+    llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
 half() { # half COMMAND...: with half of the cores
     local OMP_NUM_THREADS=$HALF
@@ -61,4 +68,11 @@ towers() { # towers SEED: of both teachers
     [ -z "$PAIR" ] || raw=(meanwhile "raw-seed$1") # the other is watched
     [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} watched raw "$1" raw
     [[ $teachers != *tuned* ]] || watched tuned "$1" "tuned-seed$1"
+}
+controls() { # controls SEED: towers against the raw LLM read with a prompt, and against random embeddings of the same captions
+    [ -d "$DATA/cache/random" ] ||
+        python scripts/quickstart/control_cache.py "$DATA/all" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/cache/random" --random 0
+    [ -d "$OUT/towers/prompt-seed$1" ] || embed prompt "{test,train,validation}"
+    watched prompt "$1" prompt
+    watched random "$1" random
 }

@@ -94,17 +94,17 @@ def on_domain(folder: Path, start: Path, towers: Sequence[Path], caches: Mapping
 # ------------------------------------------------------------------------------------------------ claims
 
 
-def tower_claims(towers: Sequence[Tower]) -> dict[str, tuple[Seeds, Seeds]]:
-    """Test -> queries of the towers of either teacher by seed; {} without both."""
+def tower_claims(towers: Sequence[Tower], base: str = "raw") -> dict[str, tuple[Seeds, Seeds]]:
+    """Test -> queries of the towers of the teacher ``base`` and of the fine-tuned one by seed; {} without both."""
     groups = by_name(towers)
-    if "raw" not in groups or "tuned" not in groups:
+    if base not in groups or "tuned" not in groups:
         return {}
 
     def queries(name: str, test: str, side: str) -> Seeds:
         return {tower.seed: tower.scores.queries(test, side) for tower in groups[name]}
 
     return {
-        f"tower: {test}, {title}": (queries("raw", test, side), queries("tuned", test, side))
+        f"tower: {test}, {title}": (queries(base, test, side), queries("tuned", test, side))
         for test in towers[0].scores.tests()
         for side, title in SIDES.items()
     }
@@ -137,13 +137,17 @@ def make_report(
     captions = open_captions(data / "all")
     teachers = read_teachers(captions, caches)
     tests = {**tower_claims(towers), **teacher_claims(captions, teachers)}
+    over = tower_claims(towers, "prompt")
+    over |= teacher_claims(captions, teachers, base="prompt") if over else {}
+    plain = [path for path in ordered if path.name.split("-")[0] not in ("prompt", "random")]
     report = Report(
         towers=towers,
         teachers=top_1(teachers),
         claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
+        over_prompt=in_order(make_claims(over)),
         notes=[*notes],
         inputs=inputs,
-        domain=on_domain(domain, start, ordered, caches) if domain else None,
+        domain=on_domain(domain, start, plain, caches) if domain else None,
     )
     write(output / "headline.json", as_headline(report))
     write(output / "report.json", as_json(report))

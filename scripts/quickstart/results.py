@@ -27,6 +27,7 @@ class Report:
     towers: list[Tower]
     teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
     claims: list[Claim]  # the headline's first; [] without both teachers
+    over_prompt: list[Claim]  # the fine-tuned LLM against the raw one with a prompt; [] without that control
     notes: list[str]
     inputs: dict[str, dict[str, Any]]  # tower -> what its training read
     domain: DomainReport | None = None
@@ -47,6 +48,9 @@ class Report:
         tables = [claims_table(self.claims, TEACHERS)] if self.claims else []
         if self.claims and len(self.claims[0].by_seed) > 1:
             tables.append(seeds_table(self.claims))
+        if self.over_prompt:
+            names = {**TEACHERS, "raw": TEACHERS["prompt"]}
+            tables.append(claims_table(self.over_prompt, names, "And better than the raw LLM, read with a prompt?"))
         return [*tables, retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
@@ -81,6 +85,7 @@ def as_headline(report: Report) -> str:
     for one in report.claims:
         split["headline" if one.name in HEADLINE else "others"].append(one)
     body = {"sentences": report.sentences, **{name: [as_record(one) for one in part] for name, part in split.items()}}
+    body |= {"over_prompt": [as_record(one) for one in report.over_prompt]}
     if report.domain:
         body |= {"domain": report.domain.as_record()}
     return json.dumps({**body, "notes": report.notes}, indent=2, ensure_ascii=False) + "\n"
@@ -94,7 +99,7 @@ def failures(report: Report) -> list[str]:
         for name, seeds in by_name(report.towers).items()
     }
     for name, value in recall.items():
-        if name != "shuffled" and value <= recall["shuffled"]:
+        if name not in ("shuffled", "random") and value <= recall["shuffled"]:
             failed.append(
                 f"R@10 of {TEACHERS[name]!r} is {value:.3f}, not above the control's {recall['shuffled']:.3f}"
             )

@@ -234,17 +234,17 @@ def read_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[
 
 
 def teacher_claims(
-    source: Source, teachers: Mapping[str, Rows], tests: Iterable[str] = tuple(TEACHER_TESTS)
+    source: Source, teachers: Mapping[str, Rows], tests: Iterable[str] = tuple(TEACHER_TESTS), base: str = "raw"
 ) -> dict[str, tuple[Seeds, Seeds]]:
-    """Test -> queries of the LLM as it is, the same for every seed, and of each adapter; {} without either."""
+    """Test -> queries of the LLM ``base``, the same for every seed, and of each adapter; {} without either."""
     family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
     measured = {name: teacher_queries(rows, family, tests) for name, rows in teachers.items()}
     tuned = {seed_of(name): scores for name, scores in measured.items() if name.startswith("tuned-")}
-    if "raw" not in measured or not tuned:
+    if base not in measured or not tuned:
         return {}
     return {
         f"teacher: {test}": (dict.fromkeys(tuned, raw), {seed: scores[test] for seed, scores in tuned.items()})
-        for test, raw in measured["raw"].items()
+        for test, raw in measured[base].items()
     }
 
 

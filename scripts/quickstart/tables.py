@@ -9,6 +9,8 @@ from scores import SIDES, TowerScores
 TEACHERS = {  # part of a folder's name -> what the table calls it
     "raw": "LLM as it is",
     "tuned": "LLM fine-tuned",
+    "prompt": "LLM as it is, with a prompt",
+    "random": "random embeddings",
     "shuffled": "control: wrong pictures",
 }
 
@@ -17,7 +19,7 @@ TEACHERS = {  # part of a folder's name -> what the table calls it
 class Tower:
     """An exported tower and its measurements."""
 
-    name: str  # raw | tuned | shuffled
+    name: str  # of TEACHERS
     seed: int
     scores: TowerScores
 

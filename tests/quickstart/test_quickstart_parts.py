@@ -6,13 +6,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import control_cache
 import inputs
 import pytest
 import report
 import shards
+import torch
 from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
 
 from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
@@ -91,6 +95,42 @@ def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
     assert cache[1:3] == ["scripts/quickstart/control_cache.py", "data/shuffled"]
     assert value(cache, "--cache") == "data/cache/tuned-seed0"
     assert value(tower, "--data") == "data/shuffled/train-*.tar" and value(tower, "--cache") == "data/shuffled/cache"
+
+
+def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tmp_path) -> None:
+    made, embed, prompt, random = started(tmp_path, "controls 3")
+    assert made[1:3] == ["scripts/quickstart/control_cache.py", "data/all"] and value(made, "--random") == "0"
+    assert (value(embed, "--attention"), value(embed, "--pooling")) == ("causal", "last")
+    assert "--adapter" not in embed and "one word" in " ".join(embed)
+    raw = " ".join(started(tmp_path, "watched raw 3 raw")[0])
+    for command, name in ((prompt, "prompt"), (random, "random")):
+        own = " ".join(command).replace(f"{name}-seed3", "raw-seed3").replace(f"cache/{name}", "cache/raw")
+        assert own == raw and f"cache/{name}" in " ".join(command)
+
+
+def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
+    for seed in (0, 0, 1):
+        control_cache.write_control(data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed)
+    caches = {name: EmbeddingCache.open(tmp_path / f"random{name}") for name in (0, 1)}
+    source = open_source(SourceConfig(path=str(data / "all")))
+    row_of: dict[str, torch.Tensor] = {}
+    for number in range(len(source)):
+        sample = source[number]
+        rows, other = (c.rows(*source.locate(number), sample.captions, key=sample.key) for c in caches.values())
+        assert not torch.allclose(rows.float(), other.float())
+        for caption, row in zip(sample.captions, rows, strict=True):
+            assert torch.equal(row_of.setdefault(caption.text, row), row)  # in every style, split and language
+    value_NW = torch.stack(list(row_of.values())).float()
+    assert value_NW.mean().abs() < 0.1 and 0.9 < value_NW.std() < 1.1
+    cosine_NN = torch.corrcoef(value_NW)
+    assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
+    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (inputs.RANDOM, "")
+    assert caches[0].fingerprint != caches[1].fingerprint
+    with pytest.raises(ContractError, match="holds embeddings of random"):
+        inputs.check_caches(data, {"raw": caches[0]})
+    inputs.check_caches(data, {"random": caches[0]})
+    with pytest.raises(ContractError, match="pools mean"):
+        inputs.check_caches(data, {"prompt": EmbeddingCache.open(data / "cache" / "raw")})
 
 
 @pytest.fixture(scope="module")

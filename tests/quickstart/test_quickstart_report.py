@@ -139,6 +139,12 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(folder) -> None:
     assert not first.significant and "NOT significant" in claims.headline(first)
     assert claims.claims_table(made, report.TEACHERS).rows[0][-1].endswith("not significant")
     assert first.better + first.worse <= 1 and first.better == pytest.approx(first.worse)
+    prompt = [dataclasses.replace(tower, name="prompt") for tower in raw]
+    over = claims.make_claims(report.tower_claims([*raw, *tuned, *prompt], "prompt"))  # the same towers under its name
+    assert [one.difference for one in over] == [
+        one.difference for one in claims.make_claims(report.tower_claims([*raw, *tuned]))
+    ]
+    assert report.tower_claims([*raw, *tuned], "prompt") == {}
     duels = pictures.page_duels([*raw, *tuned], sets["test"])
     assert len(duels) == pictures.DUELS and duels == pictures.page_duels([*raw, *tuned], sets["test"])
     places = {(one.caption.text, one.place) for one in raw[0].scores.places(test)}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llm2clip_plugin.evaluate.config import CaptionSetConfig
+from llm2clip_plugin.evaluate.config import CaptionSetConfig, ReadingConfig
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.settings import EncoderConfig
@@ -14,6 +14,8 @@ class EvaluateCaptionsConfig:
 
     measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    search: bool = False  # try ways of reading the LLM on DATA, validation captions, and print the best
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
     json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
 
 
@@ -33,6 +35,9 @@ COMMAND = Command(
         "measure.across",
         "measure.across_kind",
         "measure.limit",
+        "search",
+        "reading.fit_on",
+        "reading.folder",
         "json",
     ),
     shown={**EVALUATION_NAMES, "measure.captions": "data"},

@@ -44,6 +44,10 @@ class FinetuneConfig(TrainingConfig):
     evaluation: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     plan: LlmPlanConfig = field(default_factory=LlmPlanConfig)
 
+    def __post_init__(self) -> None:
+        if self.encoder.post_file:
+            raise ValueError(f"post_file {self.encoder.post_file} has no effect in stage 1; set it in `llm2clip embed`")
+
     @property
     def hash(self) -> str:
         """SHA-256 over all fields."""
