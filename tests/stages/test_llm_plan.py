@@ -105,7 +105,7 @@ def test_existing_data_and_tokenizer_are_counted(llama: Path, tmp_path: Path, no
     assert f"MB at {sum(lengths) / 3:.4g} tokens (the mean)" in told and "a pair of 3 texts" in told
     assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of the first 8 samples have" in told
     assert not (tmp_path / "run").exists()
-    unknown = planned(*options[:2], str(tmp_path / "missing"), *options[3:])
+    unknown = planned(*options[:2], "nobody/missing", *options[3:])
     assert "memory is not planned: no config.json for LLM" in unknown and "steps: 1 of 8 pairs" in unknown
     assert (
         "assumed: 64 tokens per text, template and prompt included: the LLM's tokenizer is not on this machine"
