@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,7 +69,12 @@ def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
         ("score popee d --answers a", "unknown benchmark 'popee'; did you mean 'pope'?"),
     ],
 )
-def test_the_nearest_name_is_suggested(line: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_nearest_name_is_suggested(
+    line: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "d").mkdir()
     try:
         status = cli.main(line.split())
     except SystemExit as ended:  # argparse's own
@@ -87,7 +93,7 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
     ("argv", "told"),
     [
         (["embed", "https://host/a.tar", "--llm", "x"], "is not a local folder; set --cache DIR"),
-        (["embed", "/data", "--llm", "x", "--dtype", "fp8"], "unknown cache dtype 'fp8'; known: float16, int8"),
+        (["embed", ".", "--llm", "x", "--dtype", "fp8"], "unknown cache dtype 'fp8'; known: float16, int8"),
         (["train-tower", "https://host/a.tar", "--tower", "x"], "--cache DIR"),
     ],
 )
