@@ -7,6 +7,7 @@ not recognized is left to its reader. Standard library only.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,9 @@ KINDS = {
 }
 WANTED = {  # of a role: what is accepted, and how errors say it
     "data": ({"data"}, "captioned images: a folder of .tar shards, a .tar, .jsonl or LLaVA's .json"),
+    "pictures": ({"data"}, "a folder of pictures, or a table with a column of their paths: .csv, .tsv, .parquet"),
     "llm": ({"llm", "clip"}, "an LLM: a Hugging Face model folder, or a Hub id (owner/name)"),
+    "tokenizer": ({"llm", "clip", "adapter", "llava"}, "a folder with a tokenizer, or a Hub id (owner/name)"),
     "adapter": ({"adapter"}, "the folder of a PEFT adapter, or a Hub id"),
     "cache": ({"cache"}, "the folder of an embedding cache"),
     "start": ({"tower", "vision", "clip", "llava"}, "a tower directory, a vision model or a Hub id (owner/name)"),
@@ -49,13 +52,16 @@ WANTED = {  # of a role: what is accepted, and how errors say it
 ROLES = {
     **dict.fromkeys(("path", "source.path", "data.path", "data.validation", "data", "train", "test"), "data"),
     **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions", "captions", "post_data"), "data"),
-    **dict.fromkeys(("encoder.llm", "teacher.llm"), "llm"),
-    **dict.fromkeys(("encoder.adapter", "teacher.adapter"), "adapter"),
+    **dict.fromkeys(("encoder.llm", "teacher.llm", "llm"), "llm"),
+    **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), "adapter"),
     **dict.fromkeys(("cache", "data.cache", "data.validation_cache"), "cache"),
     **dict.fromkeys(("data.clip_cache", "data.validation_clip_cache"), "cache"),
     **dict.fromkeys(("tower", "before", "after", "start"), "tower"),
     **dict.fromkeys(("model_path", "checkpoint", "checkpoints"), "llava"),
+    "tokenizer": "tokenizer",
     "tower.path": "start",
+    "run tower": "start",
+    "data make path": "pictures",
     "export source": "run",
     "export checkpoint": "",
     "import source": "checkpoint",
@@ -64,7 +70,10 @@ ROLES = {
     "llava bundle tower": "",
 }
 EXPORTS = ("export", "import", "export-llm", "llava export", "llava import")  # --output is a folder with a model
-MUST_EXIST = {"data", "llm", "adapter"}  # of others their readers say more
+REPORTS = {"output", "json", "html", "markdown", "latex"}  # options with a file to write, in some commands
+NO_SCORES = ("compare", "search", "evaluate drift")  # commands whose reports are no score files
+MUST_EXIST = {"data": "data", "pictures": "pictures", "llm": "LLM", "adapter": "adapter"}  # others' readers say more
+LOOKED_AT = 1000  # entries of a folder
 TEXTS = (".txt", ".csv", ".tsv")
 
 
@@ -91,6 +100,11 @@ def check_paths(command: str, values: Mapping[str, Any], names: Mapping[str, str
             if role and path:
                 others = {names[one]: roles[one] for one in values if one != field and roles[one]}
                 check_path(role, path, names[field], others)
+    for field in REPORTS.intersection(values):
+        for path in _texts(values[field]):
+            kind = kind_of(path) if os.path.isfile(path) else ""
+            if kind in ("data", "weights") or (kind == "scores" and command in NO_SCORES):
+                raise FileExistsError(f"{names[field]} {path} is {KINDS[kind]} and would be lost; choose another path")
     if command in EXPORTS and (output := str(values.get("output") or "")):
         inputs = [text for field, role in roles.items() if role for text in _texts(values[field])]
         _check_output(output, inputs, overwrite=bool(values.get("overwrite")))
@@ -108,8 +122,7 @@ def check_path(role: str, path: str, option: str, others: Mapping[str, str] = Ma
     if kind == "" and role in MUST_EXIST and _is_missing(path, role):
         folder, name = os.path.split(path.rstrip("/"))
         near = nearest(name, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""
-        what = {"data": "data", "llm": "LLM", "adapter": "adapter"}[role]
-        raise FileNotFoundError(joined(f"no {what} at {path}{near}", f"expected {wanted}"))
+        raise FileNotFoundError(joined(f"no {MUST_EXIST[role]} at {path}{near}", f"expected {wanted}"))
     if not kind or kind in accepted:
         if role == "llm" and kind == "llm":
             check_llm(path)
@@ -129,7 +142,7 @@ def _is_missing(path: str, role: str) -> bool:
     """Whether a local path is not there; a Hub id, a URL, a wildcard or braces is none."""
     if os.path.exists(os.path.expanduser(path)) or "://" in path:
         return False
-    if role == "data":
+    if role in ("data", "pictures"):
         return not (glob.has_magic(path) or "{" in path)
     return can_only_be_a_path(path)
 
@@ -160,6 +173,10 @@ def _kind_of_file(place: Path) -> str:
 
 
 def _kind_of_folder(place: Path) -> str:
+    with os.scandir(place) as entries:
+        endings = {os.path.splitext(entry.name)[1] for entry in itertools.islice(entries, LOOKED_AT)}
+    if ".tar" in endings:
+        return "data"
     for file, kind in (("run.json", "run"), ("embed.json", "cache"), ("llm2clip.json", "tower")):
         if (place / file).is_file():
             return kind
@@ -175,14 +192,12 @@ def _kind_of_folder(place: Path) -> str:
     if any(place.glob("*.onnx")):
         return "tower"
     if isinstance(config.get("vision_config"), dict):
-        return "llm" if any("image_token" in key for key in config) else "clip"
+        return "" if any("image_token" in key for key in config) else "clip"  # a multimodal LLM is either
     if "vocab_size" in config or "text_config" in config:
         return "llm"
     if config and ("image_size" in config or "patch_size" in config or "pretrained_cfg" in config):
         return "vision"
-    with os.scandir(place) as entries:
-        names = (entry.name for entry, _ in zip(entries, range(1000), strict=False))
-        return "data" if any(name.endswith((".tar", ".jsonl")) for name in names) else ""
+    return "data" if ".jsonl" in endings else ""
 
 
 def read_config(place: Path, name: str = "config.json") -> dict[str, Any]:

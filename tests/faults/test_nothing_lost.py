@@ -151,7 +151,9 @@ def scores(items: int, benchmark: str = "pope") -> ScoreFile:
 
 
 @pytest.mark.parametrize(
-    "there", [lambda path: scores(9).write(path), lambda path: scores(2, "gqa").write(path), Path.touch], ids=str
+    "there",
+    [lambda path: scores(9).write(path), lambda path: scores(2, "gqa").write(path), Path.touch],
+    ids=["more", "other", "none"],
 )
 def test_scores_are_not_replaced_by_fewer(there: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "x.scores.json"

@@ -256,9 +256,7 @@ def test_ranks_without_an_address(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    fault = Fault(
-        "", "", "RANK=0 and WORLD_SIZE=2 are set, MASTER_ADDR or MASTER_PORT is not; start the ranks with ..."
-    )
+    fault = Fault("", "", "RANK=0 and WORLD_SIZE=2 are set, MASTER_ADDR is not; start the ranks with ...")
     meet(fault, world, world.train(), capsys)
 
 

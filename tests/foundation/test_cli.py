@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,23 +52,14 @@ def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        (
-            "train-tower x.jsonl --recipe openai_l14_36",
-            "unknown recipe 'openai_l14_36'; did you mean 'openai_l14_336'?",
-        ),
-        (
-            "train-tower x.jsonl --recipe base/llama-8",
-            "unknown teacher 'llama-8' in recipe 'base/llama-8'; did you mean",
-        ),
-        ("train-tower x.jsonl --optimizer adam", "unknown optimizer 'adam'; did you mean 'adamw'?"),
-        ("train-tower x.jsonl --loss.terms infonc", "unknown loss term 'infonc'; did you mean 'infonce'?"),
-        (
-            "train-tower x.jsonl --precision bf61",
-            "--precision 'bf61' is not one of fp32, bf16, fp16; did you mean 'bf16'?",
-        ),
-        ("finetune-llm x.jsonl --recipe llama-8", "unknown recipe 'llama-8'; did you mean 'llama-8b'?"),
-        ("embed x.jsonl --llm y --preset llm2vc", "unknown preset 'llm2vc'; did you mean 'llm2vec'?"),
-        ("data check x.jsonl --format jsnl", "unknown data format 'jsnl'; did you mean 'jsonl'?"),
+        ("train-tower x --recipe openai_l14_36", "unknown recipe 'openai_l14_36'; did you mean 'openai_l14_336'?"),
+        ("train-tower x --recipe base/llama-8", "unknown teacher 'llama-8' in recipe 'base/llama-8'; did you mean"),
+        ("train-tower x --optimizer adam", "unknown optimizer 'adam'; did you mean 'adamw'?"),
+        ("train-tower x --loss.terms infonc", "unknown loss term 'infonc'; did you mean 'infonce'?"),
+        ("train-tower x --precision bf61", "--precision 'bf61' is not one of fp32, bf16, fp16; did you mean 'bf16'?"),
+        ("finetune-llm x --recipe llama-8", "unknown recipe 'llama-8'; did you mean 'llama-8b'?"),
+        ("embed x --llm y --preset llm2vc", "unknown preset 'llm2vc'; did you mean 'llm2vec'?"),
+        ("data check x --format jsnl", "unknown data format 'jsnl'; did you mean 'jsonl'?"),
         ("evaluate t d --sutie flickr30k", "unknown option --sutie; did you mean --suite?"),
         ("evaluate t d --suite flickr30", "unknown suite 'flickr30'; did you mean 'flickr30k'?"),
         (
@@ -77,9 +69,12 @@ def test_the_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
         ("score popee d --answers a", "unknown benchmark 'popee'; did you mean 'pope'?"),
     ],
 )
-def test_the_nearest_name_is_suggested(line: str, hint: str, capsys, tmp_path, monkeypatch) -> None:
+def test_the_nearest_name_is_suggested(
+    line: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.jsonl").write_text("{}\n")  # of the arguments, paths are checked first
+    (tmp_path / "x").mkdir()
+    (tmp_path / "d").mkdir()
     try:
         status = cli.main(line.split())
     except SystemExit as ended:  # argparse's own
@@ -98,10 +93,7 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
     ("argv", "told"),
     [
         (["embed", "https://host/a.tar", "--llm", "x"], "is not a local folder; set --cache DIR"),
-        (
-            ["embed", "llm2clip_plugin/data/emoji", "--llm", "x", "--dtype", "fp8"],
-            "unknown cache dtype 'fp8'; known: float16, int8",
-        ),
+        (["embed", ".", "--llm", "x", "--dtype", "fp8"], "unknown cache dtype 'fp8'; known: float16, int8"),
         (["train-tower", "https://host/a.tar", "--tower", "x"], "--cache DIR"),
     ],
 )
