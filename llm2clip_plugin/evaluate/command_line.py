@@ -45,7 +45,7 @@ def open_tower(tower: str, device: str) -> OpenedTower:
     if not _has_heads(directory):
         raise ValueError(
             f"{tower} is a vision tower without the projection and text adapter that are needed to compare images with "
-            "captions. Embed TRAINING_DATA, fit these with the tower frozen (no epochs: the heads alone), then evaluate:\n"
+            "captions. Embed TRAINING_DATA, fit them on the frozen tower (no epochs: heads alone), then evaluate:\n"
             f"  llm2clip train-tower TRAINING_DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output "
             "runs/baseline\n"
             "  llm2clip evaluate runs/baseline/tower DATA"
