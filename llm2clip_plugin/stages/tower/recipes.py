@@ -34,6 +34,9 @@ def base() -> RunConfig:
     Set --tower and --data. Thousands of images to millions: the length is counted in epochs.
     """
     return RunConfig(
+        # ours: heads with random weights are fitted much better at a low scale, whatever the tower's old head had
+        # (docs/benchmarks.md, "Initial logit scale"); --tower.keep-heads has the scale of the heads that are kept
+        dual=DualConfig(logit_scale_init=LOG_SCALE),
         optim=OptimConfig(
             lr=1e-5,
             head_lr=1e-4,  # ours: 1/16 of the paper's batch makes 16 times as many, noisier steps of fitted heads
