@@ -60,9 +60,9 @@ def test_the_page_runs_as_printed_and_again(run):
     # again: nothing is left to do; with another option, from that stage on
     (command,) = next(block.commands for block in steps if block.heading == "Run")
     status, said = run(command)
-    assert status == 0 and "for 0 of 12 stages" in said
+    assert status == 0 and "for 0 of 11 stages" in said
     status, said = run(f"{command} --num-train-epochs 5 --dry-run")
-    assert status == 0 and "for 5 of 12 stages" in said
+    assert status == 0 and "for 5 of 11 stages" in said
 
 
 def test_the_page_is_read_as_it_is_meant(tmp_path: Path):
