@@ -76,7 +76,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "measure a tower's image-text retrieval recall"),
     "evaluate captions": (
-        "llm2clip_plugin.evaluate.captions",
+        "llm2clip_plugin.evaluate.reading",
         "main",
         "measure an LLM's caption-to-caption retrieval",
     ),

@@ -7,7 +7,6 @@ Shapes: N pairs of captions, W width of an embedding.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import Caption, select_captions
-from llm2clip_plugin.evaluate.command_line import write_scores
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
-from llm2clip_plugin.evaluate.options.captions import COMMAND
 from llm2clip_plugin.evaluate.rank_counting import rank_both
 from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -174,22 +171,3 @@ def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions
         model=encoder.config.adapter or encoder.config.llm,
         provenance={"teacher": dataclasses.asdict(encoder.identity())},
     )
-
-
-def main(argv: list[str]) -> int:
-    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
-    config = COMMAND.parse(argv)
-    if not config.measure.captions:
-        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
-    if config.search:
-        from llm2clip_plugin.evaluate.reading import search_and_write
-
-        print(search_and_write(config))
-        return 0
-    encoder = CaptionEncoder(config.encoder)
-    scores = measure_captions(encoder, config.measure)
-    print(table(scores))
-    if encoder.count_truncated:
-        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
-    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
-    return 0

@@ -12,6 +12,7 @@ Shapes: N captions, B captions of a batch, T tokens, H and W width.
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,17 @@ from torch import Tensor
 
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.evaluate.captions import LANGUAGES, Pairs, caption_sets, rank_pairs
-from llm2clip_plugin.evaluate.options.captions import EvaluateCaptionsConfig
+from llm2clip_plugin.evaluate.captions import (
+    LANGUAGES,
+    Pairs,
+    caption_sets,
+    measure_captions,
+    rank_pairs,
+    score_file,
+    table,
+)
+from llm2clip_plugin.evaluate.command_line import write_scores
+from llm2clip_plugin.evaluate.options.captions import COMMAND, EvaluateCaptionsConfig
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.text.encoder import CPU_TOKENS, CaptionEncoder
 from llm2clip_plugin.text.model import pool
@@ -179,3 +189,20 @@ def search_and_write(config: EvaluateCaptionsConfig) -> str:
             command("embed", "DATA", *words),
         ]
     )
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
+    config = COMMAND.parse(argv)
+    if not config.measure.captions:
+        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
+    if config.search:
+        print(search_and_write(config))
+        return 0
+    encoder = CaptionEncoder(config.encoder)
+    scores = measure_captions(encoder, config.measure)
+    print(table(scores))
+    if encoder.count_truncated:
+        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
+    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    return 0
