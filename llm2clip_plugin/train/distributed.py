@@ -144,7 +144,7 @@ def set_single_process_environment() -> None:
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         return
-    if "MASTER_ADDR" not in os.environ:
+    if "MASTER_ADDR" not in os.environ and not dist.is_initialized():
         raise ValueError(
             f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, MASTER_ADDR is "
             "not; start the ranks with `torchrun` or `deepspeed`, or unset RANK and WORLD_SIZE for one process"

@@ -164,7 +164,10 @@ def test_cka_is_its_definition_and_ignores_rotation_and_scale():
         (["--data", "x", "--output", "drift.txt"], "expected one that ends in .html"),
     ],
 )
-def test_wrong_input_is_one_error(words, message, capsys):
+def test_wrong_input_is_one_error(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "xy":
+        (tmp_path / name).mkdir()
     assert cli.main(["evaluate", "drift", "a", "b", *words]) == 2
     assert message in capsys.readouterr().err
 

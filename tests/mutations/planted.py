@@ -61,15 +61,15 @@ PLANTED = (
     Bug(
         "the report takes a tower of the other teacher",
         f"{SCRIPTS}/inputs.py",
-        'else ("raw",) if side == "raw" else (f"tuned-{seed}",)',
-        'else ("raw", f"tuned-{seed}")',
+        '"tuned": (f"tuned-{seed}",)',
+        '"tuned": ("raw", f"tuned-{seed}")',
         f"{QUICKSTART}/test_quickstart_parts.py::test_a_tower_against_the_other_teachers_cache_is_refused",
     ),
     Bug(
         "the fine-tuned cache embedded without its adapter",
         f"{SCRIPTS}/parts.sh",
-        'adapter=(--adapter "$DATA/llm/${1#tuned-}/adapter")',
-        "adapter=()",
+        'reading=(--adapter "$DATA/llm/${1#tuned-}/adapter")',
+        "reading=()",
         f"{QUICKSTART}/test_quickstart_parts.py::test_a_cache_is_embedded_with_the_adapter_of_its_seed",
     ),
     Bug(

@@ -305,7 +305,7 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
 def test_dry_run_says_the_plan_and_writes_nothing(
     captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = tmp_path / "no-such-llm"  # no weight is read
+    missing = "nobody/no-such-llm"  # no weight is read
     assert main(["finetune-llm", *options(captions, missing, tmp_path / "run", "--dry-run")]) == 0
     said = capsys.readouterr().out
     assert f"steps: {STEPS} of 16 pairs" in said and "48 samples" in said and "gradient_clipping" in said
@@ -339,7 +339,7 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_l
         (("--max-tokens", "8"), "prompt and template use"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries are longer than max_tokens 36"),
         (("--chat-template", "user", "--llm", str(bare)), "has no chat template; set one, such as"),
-        (("--fields", "label=short"), "kinds of captions (samples with them): none"),
+        (("--fields", "label=short"), "has a field 'label'"),
         (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
         (("--global-batch", "64"), "global_batch 64 is larger than"),
         (("--resume", str(tmp_path)), "no checkpoint found"),

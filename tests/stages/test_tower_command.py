@@ -74,7 +74,7 @@ def test_without_a_recipe_it_is_base_for_any_data_and_tower(capsys: pytest.Captu
     assert config == dataclasses.replace(recipes.base(), data=DataConfig(path=("x",)), tower=TowerConfig(path="y"))
     assert not config.data.augment.flip and not config.data.augment.rotate and not config.evaluation.group
     assert config.heads.steps and config.train.save_total_limit == recipes.quickstart().train.save_total_limit == 2
-    assert cli.main(["train-tower", "--data.path", "x"]) == 2
+    assert cli.main(["train-tower", "--data.path", "docs"]) == 2
     said = capsys.readouterr().err
     assert "error: no tower to train: add --tower with a directory or Hub id. For example: llm2clip train" in said
     assert cli.main(["train-tower", "--recipe", "eva02_b16"]) == 2

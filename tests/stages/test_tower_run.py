@@ -133,7 +133,8 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
 
 
 STOPPED_EARLY = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, whose SIGHUP stays ignored
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.cli import main
 original, calls = getattr(heads, sys.argv[1]), []

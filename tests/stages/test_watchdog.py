@@ -159,5 +159,5 @@ def test_slurm_saves_and_requeues_before_the_time_limit(tiny: Path, tmp_path: Pa
     finally:
         run.end()
     assert "requeue 17" in (tmp_path / "scontrol").read_text()
-    assert "SIGUSR1: saved step" in run.said and "to be started again" in run.said
+    assert "SIGUSR1: saved step" in run.said and "rerun the same command" in run.said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))

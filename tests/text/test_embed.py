@@ -182,7 +182,7 @@ def test_wrong_words_on_the_command_line(llama: Path, tmp_path: Path, capsys: py
         COMMAND.parse([str(tmp_path), "--llm", str(llama), "--poolin", "mean"])
     assert main(["embed", str(tmp_path / "nowhere"), "--llm", str(llama)]) == 2
     capsys.readouterr()
-    assert main(["embed", "https://host/data.tar", "--llm", str(tmp_path / "nowhere")]) == 2
+    assert main(["embed", "https://host/data.tar", "--llm", "nobody/nowhere"]) == 2
     assert "is not a local folder; set --cache DIR" in capsys.readouterr().err
 
 
