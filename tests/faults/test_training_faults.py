@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from faults import Fault, World, copied, flip, matches, meet, rows, set_weight
 from forked import Script
 from tiny_data import make_cache
@@ -256,6 +257,7 @@ def test_ranks_without_an_address(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever ran in this process before
     fault = Fault("", "", "RANK=0 and WORLD_SIZE=2 are set, MASTER_ADDR is not; start the ranks with ...")
     meet(fault, world, world.train(), capsys)
 

@@ -45,6 +45,7 @@ def made(world, tmp_path_factory):
     model.save_pretrained(folder / LLAVA)
     AutoTokenizer.from_pretrained(world.llm, use_fast=False).save_pretrained(folder / LLAVA)
     shutil.copytree(world.images, folder / "images")
+    (folder / "images" / "text.png").write_text("no picture")
     lines = world.questions.read_text().splitlines(keepends=True)
     (folder / "questions.jsonl").write_text("".join(lines[:3]))
     shutil.copytree(folder, folder.with_name("copy"))
@@ -287,8 +288,9 @@ ONE = "{w}/questions.jsonl, line 1: expected an object with question_id, text an
         lambda w: w.path("questions.jsonl").write_bytes(b"\xff\xfe"),
     ),
     questions("no such image", ROW % "nowhere.png", "question 1: cannot read {w}/images/nowhere.png: ..."),
+    questions("an image that is none", ROW % "text.png", "question 1: cannot read {w}/images/text.png..."),
     questions(
-        "an image that is none", ROW % "../questions.jsonl", "question 1: cannot read {w}/images/../questions..."
+        "an image elsewhere", ROW % "../questions.jsonl", "question 1: image '../questions.jsonl' is outside ..."
     ),
     Fault(
         "no image folder",
