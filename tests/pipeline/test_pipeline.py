@@ -116,7 +116,7 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
     def kill() -> None:
         while not (tmp_path / "up").exists():
             time.sleep(0.05)
-        signal.raise_signal(signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # it waits for the stage
 
     threading.Thread(target=kill, daemon=True).start()
     assert perform([str(tmp_path / "sleeper.py")]) == 128 + signal.SIGTERM
