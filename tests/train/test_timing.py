@@ -152,15 +152,16 @@ STEPS = 12
 
 def train(rank: int, world: int, folder: str) -> None:
 
-    def batches() -> Iterator[dict[str, Any]]:
+    def batches(slow: float = 0.03) -> Iterator[dict[str, Any]]:
         for i in range(STEPS):
-            time.sleep(0.03 * rank)
+            time.sleep(rank * (slow if i == STEPS - 1 else 0.03))
             yield tiny_batch(i, rank=rank, world=world)
 
     for name, (stage, micro) in RUNS.items():
         engine = tiny_engine(stage=stage, micro=micro, world=world)
         run = Path(folder) / name
-        parts = parts_of(run, engine, new_state(), batches(), queue=lambda: (0.5, 3.0), total_steps=STEPS)
+        slow = 2.0 if name == "zero0" else 0.03  # far more than a busy machine delays the other rank
+        parts = parts_of(run, engine, new_state(), batches(slow), queue=lambda: (0.5, 3.0), total_steps=STEPS)
         profile = {"profile_steps": 2, "profile_all_ranks": True} if name == "zero0" else {}
         run_loop(replace(parts, train=TrainConfig(global_batch=32, save_minutes=0, **profile)))
     # a run of fewer steps than are to be traced
@@ -214,8 +215,10 @@ def test_a_run_says_where_its_time_went(runs: dict[str, list[dict[str, Any]]], n
     compared = [line["step"] for line in runs[name] if "slowest_rank" in line]
     assert compared == [10, STEPS]  # a collective every ten steps, and at the end
     last = runs[name][-1]
-    assert last["slowest_rank"] == 1 and last["slowest_host"] == socket.gethostname()
+    assert last["slowest_host"] == socket.gethostname()
     assert last["data_seconds_max"] > last["data_seconds_min"]
+    if name == "zero0":
+        assert last["slowest_rank"] == 1
 
 
 def test_flops_do_not_depend_on_caching_or_zero(runs: dict[str, list[dict[str, Any]]]):
