@@ -136,16 +136,12 @@ def read_drawings(drawings: Path, size: int, left_out: Counter[str]) -> list[Sam
             found.append((path, picture, about))
     if not found:
         raise ValueError(f"{drawings} contains no SVG file with a title and keywords")
-    family = families([(about["concept"], picture) for _, picture, about in found])
-    return [
-        (
-            path.relative_to(drawings).with_suffix("").as_posix().replace("/", "-").replace(".", "_"),
-            png(picture),
-            sample,
-        )
-        for (path, picture, about), name in zip(found, family, strict=True)
-        if (sample := {**about, "family": name, "split": split_of(name)})
-    ]
+    samples = []
+    named = [(about["concept"], picture) for _, picture, about in found]
+    for (path, picture, about), family in zip(found, families(named), strict=True):
+        key = path.relative_to(drawings).with_suffix("").as_posix().replace("/", "-").replace(".", "_")
+        samples.append((key, png(picture), {**about, "family": family, "split": split_of(family)}))
+    return samples
 
 
 def png(picture: Image.Image) -> bytes:
