@@ -15,8 +15,8 @@ to. Kinds: short (the name), long (name, subgroup, group, keywords), keywords (t
 if there are two). Names in other languages are in the validation and test shards only, so nothing trains
 on them.
 
-The split is by *family* (gender and person code points stripped, a few look-alike series put together): a
-random split would put the same concept, drawn for another gender, on both sides.
+The split is by *family* (gender, person and direction code points stripped, look-alikes put together): a random split
+would put the same concept, drawn for another gender or mirrored, on both sides.
 """
 
 import argparse
@@ -52,10 +52,10 @@ DERIVED_NAMES = "cldr-annotations-derived-full@48.2.0"
 LANGUAGES = ("de", "fr", "es", "pl", "tr", "ru", "zh", "ja", "ar", "hi", "vi")
 
 PERSONS = {"1f468", "1f469", "1f9d1", "1f466", "1f467", "1f9d2", "1f474", "1f475", "1f9d3"}  # man, woman ... old person
-GENDER_AND_JOINER = {"2640", "2642", "200d"}
+NO_OTHER_PICTURE = {"2640", "2642", "200d", "27a1"}  # genders, joiner, "facing right": drawn alike, or mirrored
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 SERIES = ("time", "heart", "keycap", "geometric", "arrow")  # subgroups whose members differ in one detail
-SAME_FAMILY = {  # the same person in another gender under another code point
+SAME_FAMILY = {  # the same person in another gender, or the same picture mirrored, under another code point
     "1f478": "1f934",  # princess, prince
     "1f936": "1f385",  # Mrs. Claus, Santa Claus
     "1f57a": "1f483",  # man dancing, woman dancing
@@ -65,6 +65,16 @@ SAME_FAMILY = {  # the same person in another gender under another code point
     "1fac4": "1f930",
     "2764-1f48b": "1f48f",  # kiss
     "2764": "1f491",  # couple with heart (hearts themselves are a series)
+    **dict.fromkeys(("1f312", "1f313", "1f314", "1f316", "1f317", "1f318"), "1f311"),  # phases of the moon
+    "1f31b": "1f31c",  # quarter moon faces
+    "1faf7": "1faf8",  # pushing hands
+    "1faf1": "1faf2",  # hands from the side
+    "1f91b": "1f91c",  # fists from the side
+    "1f91a": "270b",  # raised hand and its back
+    "23ea": "23e9",  # fast reverse, fast forward
+    "23ee": "23ed",  # last track, next track
+    "1f513": "1f512",  # unlocked, locked
+    **dict.fromkeys(("1f509", "1f50a"), "1f508"),  # speakers
 }
 LARGEST_HELD_OUT = 12  # families with more members stay in training
 TEST, VALIDATION = 326, 200  # concepts; the rest train
@@ -175,10 +185,10 @@ def read_names(language: str, cache: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def family_of(code: str, subgroup: str) -> str:
-    """The family of a concept: what is left of its code points without gender, person and joiners."""
+    """The family of a concept: what is left of its code points without gender, person, direction and joiners."""
     if subgroup in SERIES:
         return subgroup
-    rest = "-".join(p for p in code.split("-") if p not in PERSONS | GENDER_AND_JOINER)
+    rest = "-".join(p for p in code.split("-") if p not in PERSONS | NO_OTHER_PICTURE)
     return SAME_FAMILY.get(rest, rest) or "person"
 
 

@@ -86,26 +86,26 @@ def read_stamps(stamps: Path) -> list[Sample]:
     return samples
 
 
-def download(folder: Path) -> Path:
-    """The unpacked package's stamps, below ``folder``. Raises OSError if it can't be downloaded."""
+def download(package: str, folder: Path) -> Path:
+    """Debian's package, unpacked below ``folder``. Raises OSError if it can't be downloaded."""
     own = [f"Dir::State::lists={folder}/lists", f"Dir::Cache={folder}/cache", "Debug::NoLocking=true"]
     options = [word for option in own for word in ("-o", option)]
     try:
-        if _run(["apt-get", "-q", "download", PACKAGE], folder):  # without package lists: download them, too
+        if _run(["apt-get", "-q", "download", package], folder):  # without package lists: download them, too
             for name in ("lists", "cache"):
                 (folder / name / ("archives" if name == "cache" else "") / "partial").mkdir(parents=True)
             said = _run(["apt-get", "-q", *options, "update"], folder)
-            said = _run(["apt-get", "-q", *options, "download", PACKAGE], folder) or said
-        packages = list(folder.glob(f"{PACKAGE}_*.deb"))
+            said = _run(["apt-get", "-q", *options, "download", package], folder) or said
+        packages = list(folder.glob(f"{package}_*.deb"))
         if not packages:
-            raise OSError(f"apt-get cannot download {PACKAGE}: {said.splitlines()[-1]}")
+            raise OSError(f"apt-get cannot download {package}: {said.splitlines()[-1]}")
         if said := _run(["dpkg-deb", "-x", str(packages[0]), str(folder / "unpacked")], folder):
             raise OSError(f"dpkg-deb cannot unpack {packages[0].name}: {said.splitlines()[-1]}")
     except FileNotFoundError as error:  # no Debian, no Ubuntu
         raise OSError(f"{error.filename} is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise OSError(f"no answer to {' '.join(error.cmd)} in {error.timeout:.0f} seconds") from error
-    return folder / "unpacked" / INSTALLED.relative_to("/")
+    return folder / "unpacked"
 
 
 def _run(command: list[str], folder: Path) -> str:
@@ -123,7 +123,7 @@ def prepare(output: Path, stamps: Path | None) -> None:
         found = stamps or (INSTALLED if INSTALLED.is_dir() else None)
         if found is None:
             print(f"downloading {PACKAGE} (81 MB, GPL-2)", file=sys.stderr)
-            found = download(Path(scratch))
+            found = download(PACKAGE, Path(scratch)) / INSTALLED.relative_to("/")
         samples = read_stamps(found)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_file(shard) as temporary:
