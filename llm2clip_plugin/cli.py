@@ -39,11 +39,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "hold out a part of a data set for validation",
     ),
-    "pretrain-llm": (
-        "llm2clip_plugin.stages.llm.command",
-        "main_pretrain",
-        "optional warm-up: masked next-token prediction (MNTP)",
-    ),
     "finetune-llm": (
         "llm2clip_plugin.stages.llm.command",
         "main",
@@ -148,7 +143,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
-    "pretrain-llm": ("llm2clip_plugin.stages.llm.options", "PRETRAIN"),
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),
