@@ -77,11 +77,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "measure a tower's zero-shot classification"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "measure a tower's features by kNN and linear probe"),
-    "evaluate drift": (
-        "llm2clip_plugin.evaluate.drift",
-        "main",
-        "what a tower kept, lost and gained: accuracy, features, retrieval; a page with pictures",
-    ),
     "search": (
         "llm2clip_plugin.evaluate.search",
         "main",
@@ -152,7 +147,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
     "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
-    "evaluate drift": ("llm2clip_plugin.evaluate.options.drift", "COMMAND"),
     "search": ("llm2clip_plugin.evaluate.options.search", "COMMAND"),
     "export": ("llm2clip_plugin.stages.tower.export_options", "parser"),
     "import": ("llm2clip_plugin.vision.convert.options", "parser"),
