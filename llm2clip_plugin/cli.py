@@ -121,13 +121,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "llava export": (
         "llava_integration.serve.command",
-        "main_export",
+        "main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
-    ),
-    "llava import": (
-        "llava_integration.serve.command",
-        "main_import",
-        "convert a Hugging Face LLaVA 1.5 into a LLaVA checkpoint and a tower",
     ),
 }
 

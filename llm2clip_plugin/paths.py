@@ -65,11 +65,10 @@ ROLES = {
     "export source": "run",
     "export checkpoint": "",
     "import source": "checkpoint",
-    "llava import source": "llava",
     "llava export tower": "",
     "llava bundle tower": "",
 }
-EXPORTS = ("export", "import", "export-llm", "llava export", "llava import")  # --output is a folder with a model
+EXPORTS = ("export", "import", "export-llm", "llava export")  # --output is a folder with a model
 REPORTS = {"output", "json", "html", "markdown", "latex"}  # options with a file to write, in some commands
 NO_SCORES = ("compare", "search")  # commands whose reports are no score files
 MUST_EXIST = {"data": "data", "pictures": "pictures", "llm": "LLM", "adapter": "adapter"}  # others' readers say more
