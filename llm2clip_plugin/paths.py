@@ -69,7 +69,7 @@ ROLES = {
     "llava bundle tower": "",
 }
 EXPORTS = ("export", "import", "export-llm", "llava export")  # --output is a folder with a model
-REPORTS = {"output", "json", "html", "markdown", "latex"}  # options with a file to write, in some commands
+REPORTS = {"output", "json", "html", "markdown"}  # options with a file to write, in some commands
 NO_SCORES = ("compare", "search")  # commands whose reports are no score files
 MUST_EXIST = {"data": "data", "pictures": "pictures", "llm": "LLM", "adapter": "adapter"}  # others' readers say more
 LOOKED_AT = 1000  # entries of a folder
