@@ -39,11 +39,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "hold out a part of a data set for validation",
     ),
-    "pretrain-llm": (
-        "llm2clip_plugin.stages.llm.command",
-        "main_pretrain",
-        "optional warm-up: masked next-token prediction (MNTP)",
-    ),
     "finetune-llm": (
         "llm2clip_plugin.stages.llm.command",
         "main",
@@ -82,11 +77,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "measure a tower's zero-shot classification"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "measure a tower's features by kNN and linear probe"),
-    "evaluate drift": (
-        "llm2clip_plugin.evaluate.drift",
-        "main",
-        "what a tower kept, lost and gained: accuracy, features, retrieval; a page with pictures",
-    ),
     "search": (
         "llm2clip_plugin.evaluate.search",
         "main",
@@ -131,13 +121,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "llava export": (
         "llava_integration.serve.command",
-        "main_export",
+        "main",
         "convert a LLaVA checkpoint into a Hugging Face model that vLLM serves",
-    ),
-    "llava import": (
-        "llava_integration.serve.command",
-        "main_import",
-        "convert a Hugging Face LLaVA 1.5 into a LLaVA checkpoint and a tower",
     ),
 }
 
@@ -148,7 +133,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
-    "pretrain-llm": ("llm2clip_plugin.stages.llm.options", "PRETRAIN"),
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),
@@ -158,7 +142,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
     "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
-    "evaluate drift": ("llm2clip_plugin.evaluate.options.drift", "COMMAND"),
     "search": ("llm2clip_plugin.evaluate.options.search", "COMMAND"),
     "export": ("llm2clip_plugin.stages.tower.export_options", "parser"),
     "import": ("llm2clip_plugin.vision.convert.options", "parser"),

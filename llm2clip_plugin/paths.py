@@ -56,7 +56,7 @@ ROLES = {
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), "adapter"),
     **dict.fromkeys(("cache", "data.cache", "data.validation_cache"), "cache"),
     **dict.fromkeys(("data.clip_cache", "data.validation_clip_cache"), "cache"),
-    **dict.fromkeys(("tower", "before", "after", "start"), "tower"),
+    **dict.fromkeys(("tower", "start"), "tower"),
     **dict.fromkeys(("model_path", "checkpoint", "checkpoints"), "llava"),
     "tokenizer": "tokenizer",
     "tower.path": "start",
@@ -65,13 +65,12 @@ ROLES = {
     "export source": "run",
     "export checkpoint": "",
     "import source": "checkpoint",
-    "llava import source": "llava",
     "llava export tower": "",
     "llava bundle tower": "",
 }
-EXPORTS = ("export", "import", "export-llm", "llava export", "llava import")  # --output is a folder with a model
-REPORTS = {"output", "json", "html", "markdown", "latex"}  # options with a file to write, in some commands
-NO_SCORES = ("compare", "search", "evaluate drift")  # commands whose reports are no score files
+EXPORTS = ("export", "import", "export-llm", "llava export")  # --output is a folder with a model
+REPORTS = {"output", "json", "html", "markdown"}  # options with a file to write, in some commands
+NO_SCORES = ("compare", "search")  # commands whose reports are no score files
 MUST_EXIST = {"data": "data", "pictures": "pictures", "llm": "LLM", "adapter": "adapter"}  # others' readers say more
 LOOKED_AT = 1000  # entries of a folder
 TEXTS = (".txt", ".csv", ".tsv")

@@ -20,7 +20,6 @@ from llava_integration.benchmarks.base import (
     mean_statistic,
 )
 from llava_integration.benchmarks.match import Matched, match
-from llava_integration.benchmarks.xlsx import write_xlsx
 from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
 from llm2clip_plugin.outside.values import errors_about
 
@@ -57,7 +56,7 @@ class Benchmark(ABC):
     lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's task names
     logged_id: tuple[str, ...] = ()  # the id in lmms-eval's logs: field, and the row's entries that may have it
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
-    submission_format: str = ""  # json | jsonl | xlsx: what its server accepts; "": no server
+    submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
     item_fields: tuple[str, ...] = ()  # what the statistic reads besides score; without them scores are averaged
 
@@ -191,8 +190,6 @@ class Benchmark(ABC):
         with atomic_file(output) as path:
             if self.submission_format == "json":
                 path.write_text(json.dumps(rows), encoding="utf-8")
-            elif self.submission_format == "xlsx" and output.suffix == ".xlsx":
-                write_xlsx(path, rows)
             else:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

@@ -21,9 +21,9 @@ from llm2clip_plugin.outside.values import printable_lines
 
 def outputs(args: argparse.Namespace) -> dict[str, Path]:
     """Which files to write."""
-    chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "latex", "html")}
+    chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "html")}
     if args.output:
-        endings = {"json": "json", "markdown": "md", "latex": "tex", "html": "html"}
+        endings = {"json": "json", "markdown": "md", "html": "html"}
         chosen = {kind: path or args.output / f"compare.{endings[kind]}" for kind, path in chosen.items()}
     return {kind: path for kind, path in chosen.items() if path}
 
@@ -35,8 +35,6 @@ def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], opt
             text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
         elif kind == "markdown":
             text = tables.markdown(comparison)
-        elif kind == "latex":
-            text = tables.latex(comparison)
         else:
             text = page(comparison, sides, options)
         with atomic_file(path) as temporary:

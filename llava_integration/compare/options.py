@@ -15,7 +15,6 @@ def parser() -> Parser:
         rare=(
             "json",
             "markdown",
-            "latex",
             "html",
             "level",
             "seed",
@@ -29,10 +28,9 @@ def parser() -> Parser:
     made.add_argument("base", metavar="BASE", type=Path, help="score file or folder of the baseline")
     made.add_argument("new", metavar="NEW", type=Path, nargs="*", help="score files or folders to compare with BASE")
     made.add_argument("--names", nargs="+", default=[], help="names of the sides in the report, base first")
-    made.add_argument("--output", type=Path, help="folder for compare.json, compare.md, compare.tex and compare.html")
+    made.add_argument("--output", type=Path, help="folder for compare.json, compare.md and compare.html")
     made.add_argument("--json", type=Path, help="write only this file")
     made.add_argument("--markdown", type=Path, help="write only this file")
-    made.add_argument("--latex", type=Path, help="write only this file")
     made.add_argument("--html", type=Path, help="write only this file")
     made.add_argument(
         "--resamples", type=int, default=10_000, help="resamples of the bootstrap and of the permutation test"

@@ -1,4 +1,4 @@
-"""A comparison as text: terminal, Markdown, LaTeX."""
+"""A comparison as text: terminal and Markdown."""
 
 from collections.abc import Sequence
 
@@ -133,58 +133,3 @@ def markdown(comparison: Comparison) -> str:
         lines.append("")
     lines += [f"Note: {escape_markdown(note)}." for note in comparison.notes]
     return "\n".join([*lines, *method_lines(comparison)]) + "\n"
-
-
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
-    letter: "\\" + letter for letter in "&%$#_{}"
-}
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX prints literally."""
-    return "".join(LATEX.get(letter, letter) for letter in text)
-
-
-def latex(comparison: Comparison) -> str:
-    """One booktabs table, models x benchmarks: significant differences are bold, published models italic."""
-    names = [name for name in comparison.titles if any(row.benchmark == name for row in comparison.rows)]
-    rows = {(row.new, row.benchmark): row for row in comparison.rows}
-    base = comparison.names[0]
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        "\\begin{tabular}{l" + "r" * len(names) + "}",
-        "\\toprule",
-        _latex_row(["", *(escape_latex(comparison.titles[name]) for name in names)]),
-        "\\midrule",
-    ]
-    for label, values in comparison.references.items():
-        lines.append(_latex_row([f"\\textit{{{escape_latex(label)}}}", *_reference(values, names)]))
-    if comparison.references:
-        lines.append("\\midrule")
-    first = [
-        number(comparison.scores[name][base], comparison.units[name]) if base in comparison.scores[name] else ""
-        for name in names
-    ]
-    lines.append(_latex_row([escape_latex(base), *first]))
-    for name in comparison.names[1:]:
-        shown, steps = [], []
-        for benchmark in names:
-            row = rows.get((name, benchmark))
-            text = number(row.result.new, row.unit) if row else ""
-            shown.append(f"\\textbf{{{text}}}" if row and row.verdict != "no difference shown" else text)
-            steps.append(_latex_step(row))
-        lines.append(_latex_row([escape_latex(name), *shown]))
-        lines.append(_latex_row(["\\quad difference", *steps]))
-    lines += ["\\bottomrule", "\\end{tabular}"]
-    return "\n".join([*lines, *("% " + line for line in method_lines(comparison))]) + "\n"
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-def _latex_step(row: Row | None) -> str:
-    if row is None:
-        return ""
-    low, high = number(row.result.low, row.unit, signed=True), number(row.result.high, row.unit, signed=True)
-    return f"${number(row.result.difference, row.unit, signed=True)}$ {{\\scriptsize $[{low}, {high}]$}}"

@@ -68,7 +68,7 @@ def _config(directory: Path) -> dict[str, Any]:
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
     """Raise ContractError, naming the setting, unless Hugging Face's LLaVA computes what LLaVA computes with it."""
     if "vision_config" in config:
-        raise ContractError(f"{where}: this is a Hugging Face model already; `llm2clip llava import` reads it")
+        raise ContractError(f"{where}: this is a Hugging Face model already, which servers open as it is")
     kind = config.get("model_type")
     if kind not in LLAVA_TYPES or "mm_vision_tower" not in config:
         raise ContractError(

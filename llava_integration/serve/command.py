@@ -1,4 +1,4 @@
-"""``llm2clip llava export`` and ``llm2clip llava import``: LLaVA checkpoints as Hugging Face models, and back."""
+"""``llm2clip llava export``: LLaVA checkpoints as Hugging Face models."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ PRECISIONS = ("fp16", "bf16", "fp32", "keep")
 GIB = 1 << 30
 
 
-def main_export(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Convert a LLaVA 1.5 checkpoint into a Hugging Face model that vLLM and other servers open."""
     parser = Parser(
         "llava export",
         "llm2clip llava export checkpoints/llava-7b --format hf --output hf/llava-7b",
-        (main_export.__doc__ or "")
+        (main.__doc__ or "")
         + "\nWhere LLaVA is installed, the result is compared with LLaVA's own code before it gets its name.",
     )
     add = parser.add_argument
@@ -56,33 +56,4 @@ def main_export(argv: list[str]) -> int:
     print("" if compares else f"; not compared with LLaVA's own code{reason}")
     if options.push:
         print(upload(options.output, options.push, f"LLaVA 1.5, {made.describe()}", private=not options.public))
-    return 0
-
-
-def main_import(argv: list[str]) -> int:
-    """Convert a Hugging Face LLaVA 1.5 model into a LLaVA checkpoint with its vision tower inside."""
-    parser = Parser(
-        "llava import",
-        "llm2clip llava import llava-hf/llava-1.5-7b-hf --output checkpoints/llava-1.5-7b",
-        main_import.__doc__ or "",
-    )
-    add = parser.add_argument
-    add("source", metavar="DIR|HUB_ID", help="LlavaForConditionalGeneration with a Llama")
-    add("--output", required=True, type=Path, help='folder to write, with "llava" in its name')
-    add(
-        "--image-aspect-ratio",
-        default="",
-        choices=("pad", "square"),
-        help="how LLaVA treats images (default: as the model's processor does; LLaVA 1.5 was trained with pad)",
-    )
-    add("--overwrite", action="store_true", help="replace an existing folder")
-    options = checked(parser, argv)
-    from llava_integration.serve.importing import import_hf
-    from llava_integration.towers.provenance import BUNDLE
-
-    count, card = import_hf(
-        options.source, options.output, aspect=options.image_aspect_ratio, overwrite=options.overwrite
-    )
-    print(f"{options.output}: {count} tensors, verified by reloading")
-    print(f"{options.output / BUNDLE}: {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256}")
     return 0

@@ -86,15 +86,13 @@ def _refuse_quantized(dtypes: dict[str, str], path: Path) -> None:
         )
 
 
-def write_shards(
-    tensors: LazyTensors, directory: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES
-) -> int:
+def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype | None) -> int:
     """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; their bytes.
 
     ``dtype`` None keeps each tensor's own.
     Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back differently.
     """
-    shards = list(_shards(tensors, dtype, shard_bytes))
+    shards = list(_shards(tensors, dtype))
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
@@ -110,13 +108,13 @@ def write_shards(
     return total
 
 
-def _shards(tensors: LazyTensors, dtype: torch.dtype | None, shard_bytes: int) -> Iterator[list[str]]:
+def _shards(tensors: LazyTensors, dtype: torch.dtype | None) -> Iterator[list[str]]:
     """Names in order, as many as fit into a shard."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
         more = torch.Size(tensor.shape).numel() * (dtype or torch.float32).itemsize
-        if names and size + more > shard_bytes:
+        if names and size + more > SHARD_BYTES:
             yield names
             names, size = [], 0
         names.append(name)

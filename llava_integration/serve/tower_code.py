@@ -116,14 +116,9 @@ def vision_config(family: Family, config: Any, *, where: object) -> dict[str, An
     return {**config.to_diff_dict(), "model_type": config.model_type}
 
 
-def family_of_vision(config: dict[str, Any], *, where: str, family: str = "") -> Family:
-    """The family of an exported ``vision_config``; ``family``: its name in the card that was saved with the model.
-
-    Raises ValueError for an unknown model_type.
-    """
+def family_of_vision(config: dict[str, Any], *, where: str) -> Family:
+    """The family of an exported ``vision_config``. Raises ValueError for an unknown model_type."""
     kind = str(config.get("model_type", "clip_vision_model"))
-    if kind == SAME_AS.get(family):
-        return family_named(family)
     return family_named(TYPES[kind]) if kind in TYPES else family_of_type(kind, where=where)
 
 

@@ -106,25 +106,6 @@ class FieldImages(LabeledImages):
         return self.source.record_with_image(number).read_image()
 
 
-class SomeImages(LabeledImages):
-    """At most so many of other labeled images, evenly spaced."""
-
-    def __init__(self, images: LabeledImages, most: int) -> None:
-        total = len(images)
-        self.images = images
-        self.numbers = [place * total // min(most, total) for place in range(min(most, total))]
-        super().__init__(
-            images.name,
-            images.classes,
-            [images.keys[number] for number in self.numbers],
-            [images.labels[number] for number in self.numbers],
-            [images.clusters[number] for number in self.numbers],
-        )
-
-    def image(self, number: int) -> bytes:
-        return self.images.image(self.numbers[number])
-
-
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
     """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
 

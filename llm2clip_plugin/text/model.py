@@ -45,17 +45,12 @@ class CaptionModel(nn.Module):
         self.decoder = decoder
         self.autocast: torch.dtype | None = None  # of products in the LLM, see text.adapter.autocast_adapter
 
-    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options) -> torch.Tensor:
-        """(B, T) each -> (B, T, H), the LLM's last hidden state."""
-        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            outputs = self.llm(input_ids=input_ids, attention_mask=attention_mask, **options)
-        return outputs.last_hidden_state
-
     def forward(self, batch: Batch) -> torch.Tensor:
         """(B, W) float32 embeddings, not normalized."""
         options = {"position_ids": batch.position_ids, "use_cache": False} if self.decoder else {}
-        hidden_BTH = self.states(batch.input_ids, batch.attention_mask, **options)
-        return pool(hidden_BTH, batch.pool_mask, self.pooling)
+        with torch.autocast(batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            outputs = self.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+        return pool(outputs.last_hidden_state, batch.pool_mask, self.pooling)
 
 
 def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from llm2clip_plugin.contracts import PROJECTED, ContractError, TeacherIdentity,
 from llm2clip_plugin.data.cache.reader import differences
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.text.settings import CARD_SETTINGS, PRESETS, EncoderConfig, find_card
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual
+from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual, make_adapter
 from llm2clip_plugin.vision.places import is_local
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def load_dual_encoder(
     """A trained dual encoder for retrieval, from a tower directory or Hub id; in eval mode.
 
     ``encode_image(pixel_values)`` and ``encode_text(texts)`` give (B, D), L2-normalized, float32; ``logit_scale`` is
-    the factor of the logits. Texts are strings, in any language, or (N, W) embeddings of the teacher.
+    the factor of the logits. Texts are strings, in any language, or (N, W) embeddings of the teacher. An imported CLIP
+    has no text adapter: its teacher is its own text tower (``teacher=CLIP``), whose features are compared as they are.
 
     teacher: path or Hub id of the LLM that embeds strings, by default the one that the tower's card names; it is loaded
     by the first call with strings, onto the tower's device. If the card names none, an EncoderConfig says how the LLM
@@ -51,6 +52,10 @@ def load_dual_encoder(
     ValueError or FileNotFoundError if the teacher is not at hand, ContractError for another LLM than the tower's.
     """
     dual, card = load_dual(source, dtype=dtype)
+    if dual.text_adapter is None:
+        dual.config = dataclasses.replace(dual.config, llm_width=dual.config.projection_dim, adapter="none")
+        dual.text_adapter = make_adapter(dual.config).eval()
+        card = dataclasses.replace(card, dual=dataclasses.asdict(dual.config))
     config = teacher if isinstance(teacher, EncoderConfig) else EncoderConfig(llm=teacher)
     llm = TeacherLLM(card, dataclasses.replace(config, adapter=adapter or config.adapter))
 

@@ -1,8 +1,6 @@
 """What the golden files leave out: LLaVA-Bench and MM-Vet with a judge's file, MMBench-CN, logs in another order."""
 
 import json
-import zipfile
-from xml.etree import ElementTree
 
 import pytest
 from golden_mllm import ROOT, answers
@@ -89,29 +87,6 @@ def test_mmbench_cn_is_scored_by_the_same_rule(tmp_path):
     chinese = score_answers("mmbench_cn", tmp_path, read, Options())
     assert chinese.metrics == score_answers("mmbench", ROOT / "mmbench", read, Options()).metrics
     assert {item["split"] for item in chinese.items} == {"dev"}
-
-
-def test_mmbench_spreadsheet_for_the_server(tmp_path):
-    """The .xlsx holds the rows of the official converter."""
-    output = tmp_path / "upload.xlsx"
-    main(["mmbench", "--data", str(ROOT / "mmbench"), "--answers", str(answers("mmbench", "model-b")),
-          "--submission", str(output)])  # fmt: skip
-    official = ROOT / "mmbench" / "answers_upload" / "mmbench_dev_20230712" / "model-b.jsonl"
-    rows = [json.loads(line) for line in official.read_text(encoding="utf-8").splitlines()]
-    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-    with zipfile.ZipFile(output) as archive:
-        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
-    table = []
-    for row in sheet.iter(f"{space}row"):
-        cells = {}
-        for cell in row:
-            column = cell.get("r").rstrip("0123456789")
-            number = cell.find(f"{space}v")
-            cells[column] = int(number.text) if number is not None else cell.find(f".//{space}t").text
-        table.append(cells)
-    header = table[0]
-    read = [{name: cells.get(column) for column, name in header.items()} for cells in table[1:]]
-    assert read == [{name: row.get(name) for name in header.values()} for row in rows]
 
 
 def test_log_in_another_order_is_joined_or_refused(tmp_path):

@@ -1,18 +1,22 @@
 """Zero-shot classification, kNN and linear probe, from each layout of labelled images."""
 
+import dataclasses
 import io
 import json
 import math
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from evaluate_world import COLOURS, WIDTH, square, tiny_dual, write_data, write_llm, write_tower
+from tiny_clip import save_tiny_clip
+from transformers import AutoTokenizer
 
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.evaluate.class_prompts import class_vectors, prompt_source, read_class_names, read_templates
 from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
 from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
@@ -20,6 +24,7 @@ from llm2clip_plugin.evaluate.probe import fit_logistic, knn, linear_probe, pred
 from llm2clip_plugin.evaluate.zeroshot import classification_scores
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 IMAGES = ImageConfig(size=32)
 CPU = torch.device("cpu")
@@ -186,6 +191,41 @@ def test_zero_shot_twice_on_folders(tmp_path, capsys):
         assert "12 images, 4 classes" in capsys.readouterr().out
         metrics.append(ScoreFile.read(tmp_path / "scores.json").metrics)
     assert list(data.glob("embeddings-*")) and metrics[0] == metrics[1]
+
+
+def test_an_imported_clip_is_read_with_its_own_text_tower_and_compared(tmp_path, capsys):
+    """It has no adapter: the CLIP's own features of prompts and images decide, as in transformers."""
+    model, clip, imported = save_tiny_clip(tmp_path / "clip", "clip"), tmp_path / "clip", str(tmp_path / "imported")
+    data, before = write_folders(tmp_path / "folders"), tmp_path / "before.json"
+    assert cli(["import", str(clip), "--output", imported]) == 0
+    words = ["evaluate", "zeroshot", imported, str(data), "--cache", str(tmp_path / "prompts"), "--output", str(before)]
+    assert cli(words) == 2 and "--llm" in capsys.readouterr().err  # its card names no teacher
+    assert cli([*words, "--llm", str(clip)]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    transform = EvalTransform(ImageConfig.from_preprocessor(preprocessor_config(Path(imported))))
+
+    def normalized(output):
+        return F.normalize(getattr(output, "pooler_output", output)[0], dim=0)
+
+    with torch.no_grad():
+        text_CD = []
+        for name in sorted(COLOURS):
+            ids = tokenizer(f"a photo of a the {name}.")["input_ids"]
+            ids = ids if len(ids) <= 20 else [*ids[:19], ids[-1]]
+            text_CD.append(normalized(model.get_text_features(input_ids=torch.tensor([ids]))))
+        hits = {}
+        for number, name in enumerate(sorted(COLOURS)):
+            for file in sorted((data / f"the_{name}").iterdir()):
+                image_D = normalized(model.get_image_features(pixel_values=transform(file.read_bytes())[None]))
+                hits[f"the_{name}/{file.name}"] = float((torch.stack(text_CD) @ image_D).argmax() == number)
+    assert {item["id"]: item["score"] for item in ScoreFile.read(before).items} == hits
+    after, report = tmp_path / "after.json", tmp_path / "report"
+    dataclasses.replace(
+        ScoreFile.read(before), model="after", items=[{**item, "score": 1.0} for item in ScoreFile.read(before).items]
+    ).write(after)
+    assert cli(["compare", str(before), str(after), "--output", str(report), "--resamples", "100"]) == 0
+    (row,) = json.loads((report / "compare.json").read_text())["rows"]
+    assert (row["wins"], row["losses"]) == (12 - sum(hits.values()), 0)
 
 
 def test_knn_equals_a_plain_loop():

@@ -65,7 +65,6 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
     Fault("scores of a plan", "compare --plan {w}/data", NO_SCORES),
     Fault("scores", "compare {w}/data {w}/tower --output {w}/new", NO_SCORES),
     Fault("checkpoint to export", "llava export nowhere --format hf --output {w}/new", "nowhere is not a folder; ..."),
-    Fault("model to import", "llava import nowhere --output {w}/llava-new", "...nowhere..."),
     Fault("checkpoint to bundle", "llava bundle nowhere", "nowhere is not a LLaVA checkpoint: no config.json in it"),
     Fault(
         "checkpoint to ask",

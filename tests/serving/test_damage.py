@@ -1,4 +1,4 @@
-"""Damaged checkpoints and models at ``llava export`` and ``llava import``: one line each, and nothing is written."""
+"""Damaged checkpoints at ``llava export``: one line each, and nothing is written."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() * torch.nan for name, value in state.items()}
 
 
-TENSORS: dict[str, tuple[Damage, str]] = {  # of a checkpoint and of a Hugging Face model alike
+TENSORS: dict[str, tuple[Damage, str]] = {
     "empty": (written(WEIGHTS, ""), "is not a complete safetensors file"),
     "mixed shards": (in_one_shard_of_two, "tensors that no file has"),
     "index without map": (lambda folder: (written(f"{WEIGHTS}.index.json", "{}")(folder), (folder / WEIGHTS).unlink()),
@@ -119,15 +119,6 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "no alpha": (settings(ADAPTER, lora_alpha=None), "lora_alpha None"),
     "list": (written(ADAPTER, "[]"), "contains a list, expected an object"),
 }
-MODELS: dict[str, tuple[Damage, str]] = {
-    "projector": (tensor("linear_1.bias", torch.zeros(48)), "mm_projector.0.bias has shape (48,)"),
-    "vision_config": (settings(vision_config=[1]), "vision_config is a list, expected an object"),
-    "record": (settings(llm2clip_export=[1]), "llm2clip_export is a list, expected an object"),
-    "far layer": (settings(vision_feature_layer=-40), "vision_feature_layer is -40"),
-    "cut tokenizer": (lambda folder: (folder / "tokenizer.model").write_bytes(b"\n"), "tokenizer.model"),
-    "tokens": (written("tokenizer.json", '{"added_tokens": ["x"]}'), "tokenizer.json cannot be used"),
-    "no images": (lambda folder: (folder / "preprocessor_config.json").unlink(), "no preprocessor_config.json in"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each kind that nothing is wrong with."""
     root, clip = tmp_path_factory.mktemp("whole"), V0_1 / "towers" / "clip"
     checkpoint = full(root / "llava-full", clip)
-    words = ["llava", "export", str(checkpoint), "--output", str(root / "hf"), "--no-compare", "--dtype", "keep"]
-    assert llm2clip(words) == 0
-    return {"full": checkpoint, "lora": lora(root / "llava-lora", clip, base_model(root / "vicuna")), "hf": root / "hf"}
+    return {"full": checkpoint, "lora": lora(root / "llava-lora", clip, base_model(root / "vicuna"))}
 
 
 def cases(damages: dict[str, tuple[Damage, str]]) -> pytest.MarkDecorator:
@@ -145,11 +134,10 @@ def cases(damages: dict[str, tuple[Damage, str]]) -> pytest.MarkDecorator:
 
 
 def check(source: Path, folder: Path, damage: Damage, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Damage a copy and convert it; from a Hugging Face model to LLaVA's checkpoint, else the other way."""
+    """Damage a copy and export it."""
     copy, out = shutil.copytree(source, folder / source.name), folder / "out" / "llava-out"
     damage(copy)
-    words = ("import", str(copy)) if source.name == "hf" else ("export", str(copy), "--no-compare")
-    assert llm2clip(["llava", *words, "--output", str(out)]) == 2
+    assert llm2clip(["llava", "export", str(copy), "--no-compare", "--output", str(out)]) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("error: ") and said in message and "\n" not in message
     assert not out.parent.exists() or not [*out.parent.iterdir()]
@@ -163,8 +151,3 @@ def test_a_full_checkpoint(whole, tmp_path, capsys, damage, said):
 @cases(ADAPTERS)
 def test_a_lora(whole, tmp_path, capsys, damage, said):
     check(whole["lora"], tmp_path, damage, said, capsys)
-
-
-@cases(TENSORS | MODELS)
-def test_a_hugging_face_model(whole, tmp_path, capsys, damage, said):
-    check(whole["hf"], tmp_path, damage, said, capsys)

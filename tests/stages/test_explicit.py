@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llm2clip_plugin.options.settings import field_types
-from llm2clip_plugin.stages.llm.command import PRETRAIN, parse
+from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.stages.llm.unused import PRETRAINING_UNUSED
+from llm2clip_plugin.stages.llm.unused import UNUSED as LLM_UNUSED
 from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.unused import UNUSED
@@ -83,11 +83,6 @@ def test_an_llm_option_without_effect_is_an_error(name: str) -> None:
     assert said in str(error.value)
 
 
-def test_masked_tokens_need_no_contrast() -> None:
-    with pytest.raises(ValueError, match=r"--scale 20\.0 has no effect: pretrain-llm predicts masked tokens"):
-        parse(["data", "--llm", "x", "--scale", "20"], PRETRAIN)
-
-
 def test_what_asks_for_nothing_and_what_a_recipe_sets_is_accepted() -> None:
     read_command("--tower.freeze --optim.layer-decay 1 --eval_steps 0 --gradient_checkpointing False".split())
     read_command("--recipe openai_b16 --tower.freeze".split())  # with the recipe's layer decay and eval_steps
@@ -96,7 +91,7 @@ def test_what_asks_for_nothing_and_what_a_recipe_sets_is_accepted() -> None:
 
 
 def test_rules_name_fields_that_exist() -> None:
-    for kind, rules in ((RunConfig, UNUSED), (FinetuneConfig, PRETRAINING_UNUSED)):
+    for kind, rules in ((RunConfig, UNUSED), (FinetuneConfig, LLM_UNUSED)):
         names, config = set(field_types(kind)), kind()
         for rule in rules:
             rule.why(config)  # type: ignore[arg-type]

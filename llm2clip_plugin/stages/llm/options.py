@@ -1,6 +1,4 @@
-"""The options of ``llm2clip finetune-llm`` and ``pretrain-llm``."""
-
-import dataclasses
+"""The options of ``llm2clip finetune-llm``."""
 
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
@@ -50,12 +48,4 @@ FINETUNE = Command(
         )
     },
     hidden=("pairs.read.shuffle_window",),  # only the tower's training reads it
-)
-PRETRAIN = dataclasses.replace(
-    FINETUNE,
-    name="pretrain-llm",
-    example="llm2clip pretrain-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/mntp",
-    about="Optional, before fine-tuning: masked next-token prediction (MNTP) on captions. Rerun the same command to "
-    "resume.",
-    everyday=tuple(name for name in FINETUNE.everyday if name not in ("recipe", "pairs.pair_kinds")),
 )

@@ -96,15 +96,6 @@ def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
     return "\n".join([*parts, plans.describe_deepspeed(deepspeed)])
 
 
-def pretraining_plan(config: FinetuneConfig) -> str:
-    """What ``pretrain-llm`` would do: its pairs, steps and DeepSpeed configuration, without memory."""
-    _, world = rank_and_world()
-    data = open_data(config, rank=0, world=world)
-    plan, deepspeed = plan_stage(config, data.samples, world)
-    described = plans.describe_run(plan, deepspeed, samples=data.samples, world=world)
-    return "\n".join([*data.lines(), described, plans.describe_deepspeed(deepspeed)])
-
-
 def measure_data(config: FinetuneConfig) -> DataSize:
     """Size of the data and length of its texts; what is missing is assumed."""
     encoder, assumed = config.encoder, []

@@ -4,7 +4,6 @@ The loop, engine, checkpoints and loss are those of stage 2; what belongs to the
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,13 @@ from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, merge_adapt
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.files import adapter_folder, adapter_sha256
-from llm2clip_plugin.text.mntp import MaskedModule, MaskedStep, output_head
 from llm2clip_plugin.text.pair_loader import tokenized_batches
-from llm2clip_plugin.text.pairs import Survey
 from llm2clip_plugin.text.settings import CARD_SETTINGS
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.finite import check_finite
-from llm2clip_plugin.train.loop import Evaluate, StepFunction
+from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
 from llm2clip_plugin.train.run_lock import locked
@@ -37,9 +33,6 @@ from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
 
 ADAPTER = "adapter"
-
-StepMaker = Callable[[Engine], StepFunction]
-Assemble = Callable[[CaptionEncoder, Sequence[Survey]], tuple[torch.nn.Module, StepMaker]]
 
 
 def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
@@ -49,41 +42,11 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
     see run_files.started_by; recorded in run.json.
     """
-
-    def contrastive(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
-        for result in surveys:
-            line = count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
-            if line and rank() == 0:
-                print(line)
-        terms, contrast = caption_terms(config.contrast), config.contrast
-        module = trained_module(encoder, config)
-        return module, lambda engine: CaptionStep(engine, terms, encoder, contrast, seed=config.train.seed)
-
-    return train_adapter(config, contrastive, command)
-
-
-def pretrain_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
-    """Train an adapter to predict masked tokens of the same texts; otherwise as ``finetune_llm``."""
-    if config.encoder.layer != -1:
-        raise ValueError(
-            f"layer is {config.encoder.layer}; the LLM's head predicts tokens from the last layer only; set --layer -1"
-        )
-
-    def masked(encoder: CaptionEncoder, surveys: Sequence[Survey]) -> tuple[torch.nn.Module, StepMaker]:
-        head = output_head(encoder)
-        module = MaskedModule(trained_module(encoder, config).model, head).train()
-        return module, lambda engine: MaskedStep(engine, encoder, seed=config.train.seed)
-
-    return train_adapter(config, masked, command)
-
-
-def train_adapter(config: FinetuneConfig, assemble: Assemble, command: dict[str, Any] | None = None) -> Path:
-    """Data, LLM, engine, loop, adapter; ``assemble`` makes the module and its step."""
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
-        return _train(config, assemble, device, command or {})
+        return _train(config, device, command or {})
 
 
-def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, command: dict[str, Any]) -> Path:
+def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
     """From the data on: LLM, engine, loop, adapter."""
     with phase("opening the data"):
         data = open_data(config, rank(), world_size())
@@ -94,7 +57,11 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, com
         on_first_rank(lambda: len(caption_sets(config.evaluation)))  # fails here rather than after the first steps
     resumed = run.find_checkpoint()
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
-    module, make_step = assemble(encoder, data.surveys)
+    for result in data.surveys:
+        line = count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
+        if line and rank() == 0:
+            print(line)
+    terms, module = caption_terms(config.contrast), trained_module(encoder, config)
     if resumed is not None:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -109,7 +76,7 @@ def _train(config: FinetuneConfig, assemble: Assemble, device: torch.device, com
         state = run.train_to_end(
             engine,
             start,
-            step=make_step(engine),
+            step=CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed),
             batches=tokenized_batches(
                 data.batches, encoder, position=start.samples, workers=config.train.dataloader_num_workers
             ),

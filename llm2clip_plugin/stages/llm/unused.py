@@ -1,4 +1,4 @@
-"""Options of ``finetune-llm`` and ``pretrain-llm`` that have no effect in some configurations."""
+"""Options of ``finetune-llm`` that have no effect in some configurations."""
 
 from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.stages.explicit import Unused
@@ -58,8 +58,4 @@ UNUSED: list[Unused[FinetuneConfig]] = [
         _no_caption_sets,
     ),
     Unused(("pairs.read.cache_gb",), _no_urls),
-]
-PRETRAINING_UNUSED: list[Unused[FinetuneConfig]] = [
-    *UNUSED,
-    Unused(("contrast",), lambda c: "pretrain-llm predicts masked tokens, without a contrastive loss"),
 ]
