@@ -19,7 +19,7 @@ from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
-from llm2clip_plugin.stages.tower.checks import check_data
+from llm2clip_plugin.stages.tower.checks import check_data, check_patch_layers
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.loading import describe_loading, describe_reading, load_plans
 from llm2clip_plugin.stages.tower.opening import open_data
@@ -54,6 +54,7 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
     size = measure_data(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
     dual = shape_dual(config.tower, config.dual)
+    check_patch_layers(dual, config.loss)
     train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
@@ -127,8 +128,10 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         captions = (IMAGES, config.data.captions_per_image, config.dual.llm_width)
         return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(captions)
 
+    layers = config.loss.patch_layers
+
     def forward(*inputs: Tensor) -> Tensor:
-        return sum((feature.sum() for feature in dual(*inputs)), torch.zeros(()))
+        return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
 
     return StepMemory(
         precision=precision,
