@@ -133,6 +133,8 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
     def forward(*inputs: Tensor) -> Tensor:
         return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
 
+    of_patch = {"patches": 3 * dual.tower.config.hidden_size, "patch_features": 2 * config.dual.projection_dim}
+    grid = dual.tower.config.image_size // dual.tower.config.patch_size
     return StepMemory(
         precision=precision,
         trained=counts[True],
@@ -143,6 +145,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         state_bytes=config.optim.optimizer().state_bytes,
         pixels=3 * dual.tower.config.image_size**2,
         twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
+        patches=grid**2 * sum(of_patch[reads] for reads in layers),
     )
 
 

@@ -19,7 +19,7 @@ class PatchCaptions(LossTerm):
     The pairs are FLAIR's (arXiv 2412.03561, text-conditioned attention pooling): an image is compared with a caption
     as that caption pools it. With v_ii in place of v_ij, captions can be told apart without looking at the image. Here
     keys and values are the patches' features in the space of the captions, so nothing is added to the tower; an image's
-    first caption alone is used. The cost is that of N T D products for each image: for small batches.
+    first caption alone is used. The cost grows with the square of the batch: 16 N N T D operations.
     """
 
     name: ClassVar[str] = "patch_captions"
