@@ -42,10 +42,10 @@ class InheritStep(ContrastiveStep):
     def _forward(self, micro: Batch) -> Encoded:
         feature_mD = self.engine(micro["embeddings"])
         constant = torch.full((1,), LOG_SCALE, device=feature_mD.device)
-        return Encoded(feature_mD, self._reference(micro)[:, None], constant, torch.zeros_like(constant))
+        return Encoded(feature_mD, self._reference(micro)[0][:, None], constant, torch.zeros_like(constant))
 
-    def _reference(self, micro: Batch) -> Tensor:
-        return F.normalize(micro["targets"].float(), dim=-1)
+    def _reference(self, micro: Batch) -> tuple[Tensor, None]:
+        return F.normalize(micro["targets"].float(), dim=-1), None
 
 
 def scores(feature_ND: Tensor, target_ND: Tensor) -> dict[str, float]:

@@ -68,7 +68,7 @@ class HeadsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The frozen twin that the loss term distill compares the tower with."""
+    """The frozen twin that the loss terms distill and patch_reference compare the tower with."""
 
     reference: Reference = "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
     decay: float = 0.999  # of that moving average, a step

@@ -194,9 +194,9 @@ class Engine(EngineStates):
         if self.stage == 3 and self.device.type == "cpu":
             _wait_for_every_gather()
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
+    def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
         """The forward pass of the module."""
-        return self.device_engine(*inputs)
+        return self.device_engine(*inputs, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""

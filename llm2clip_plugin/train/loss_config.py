@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.train.named_args import from_named_args
@@ -82,7 +82,7 @@ class LossConfig:
 
     # terms of the sum as NAME=WEIGHT, or NAME=START:END@FRACTION for a weight that changes linearly over this fraction
     # of the run: infonce (CLIP, LLM2CLIP), sigmoid (SigLIP; needs dual.logit_bias_init), cosine (LIFT), multi_positive,
-    # distill (ProCLIP; needs distill.reference)
+    # distill (ProCLIP) and patch_reference (both compare with distill.reference), patch_captions (FLAIR)
     terms: tuple[str, ...] = ("infonce",)
     weight: float = 1.0  # factor of the sum
     block: int = 0  # rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU
@@ -137,3 +137,9 @@ class LossConfig:
     def needs_reference(self) -> bool:
         """Whether a term compares the tower with a frozen one."""
         return any(term.needs_reference for _, term in self.weighted())
+
+    @property
+    def patch_layers(self) -> dict[str, int]:
+        """The hidden states whose patches the terms read: keyword arguments of DualEncoder.forward."""
+        terms: list[Any] = [term for _, term in self.weighted()]
+        return {term.reads: term.layer for term in terms if term.reads}

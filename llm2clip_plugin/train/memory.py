@@ -83,6 +83,7 @@ class StepMemory:
     state_bytes: float  # of the optimizer's states of a parameter: OptimizerSpec.state_bytes
     pixels: int = 0  # values of an image; 0 for texts
     twin_bytes: float = 0.0  # of a frozen twin, complete on every rank
+    patches: int = 0  # fp32 values of an image that terms over patches hold: patches, gradients, a reference's
 
 
 def rank_bytes(
@@ -108,6 +109,8 @@ def rank_bytes(
     parts["activations"] = micro_batch * memory.pair_bytes
     if memory.pixels:
         parts["images"] = memory.pixels * (local + micro_batch * size)  # bytes, and a micro-batch normalized
+    if memory.patches:
+        parts["patches"] = 4.0 * memory.patches * local
     # both sides of the local batch and all ranks' texts, with gradients; logits in blocks of at most 512 MiB, three at
     # once
     parts["loss"] = 8 * memory.width * (2 * local + global_batch) + 3 * min(4 * local * global_batch, 1 << 29)

@@ -11,13 +11,13 @@ the first and any number of ranks draws the same: text noise is drawn per sample
 stochastic depth) is seeded for each micro-batch with the position of its first sample.
 
 Shape letters: b this rank's pairs, m pairs of a micro-batch, k texts that belong to an anchor, D width of the
-features, W width of an LLM embedding.
+features, W width of an LLM embedding, T patches of an image, H width of the tower.
 """
 
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ class Encoded(NamedTuple):
     positive_mkD: Tensor  # L2-normalized
     log_scale: Tensor  # (1,)
     bias: Tensor  # (1,)
+    patches_mTH: Tensor | None = None  # these two if a term of the loss reads them
+    patch_features_mTD: Tensor | None = None
+
+
+SCALARS = ("log_scale", "bias")  # fields of Encoded that belong to no row
 
 
 class ContrastiveStep(ABC):
@@ -74,9 +79,10 @@ class ContrastiveStep(ABC):
     def _forward(self, micro: Batch) -> Encoded:
         """Encode a micro-batch; ``micro["first"]`` is the position of its first sample in the run."""
 
-    def _reference(self, micro: Batch) -> Tensor | None:
-        """(m, D) features of a frozen twin for the same anchors, L2-normalized; None if there is no twin."""
-        return None
+    def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Of a frozen twin, for the same anchors: features (m, D), L2-normalized, and patches (m, T, H); None for what
+        no term reads."""
+        return None, None
 
     def _after_update(self) -> None:
         """Clamp a trained logit scale."""
@@ -94,8 +100,8 @@ class ContrastiveStep(ABC):
         batch = self._on_device(batch)
         micro_batches = self._micro_batches(batch)
         if len(micro_batches) == 1:
-            reference_bD = self._reference(micro_batches[0])
-            loss, values = self._loss(self._encode(micro_batches[0]), batch, reference_bD)
+            reference = self._reference(micro_batches[0])
+            loss, values = self._loss(self._encode(micro_batches[0]), batch, *reference)
             self.engine.backward(loss)
             self.engine.step()
         else:
@@ -105,28 +111,27 @@ class ContrastiveStep(ABC):
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> dict[str, float]:
         """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
-        references = [row for micro in micro_batches if (row := self._reference(micro)) is not None]
+        references = zip(*(self._reference(micro) for micro in micro_batches), strict=True)
         with torch.no_grad(), repeated():
             parts = [self._encode(micro) for micro in micro_batches]
-        leaves = Encoded(
-            torch.cat([part.anchor_mD for part in parts]),
-            torch.cat([part.positive_mkD for part in parts]),
-            parts[0].log_scale.clone(),
-            parts[0].bias.clone(),
-        )
-        for leaf in leaves:
-            leaf.requires_grad_()
-        loss, values = self._loss(leaves, batch, torch.cat(references) if references else None)
+        columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
+        joined = {name: column[0].clone() if name in SCALARS else _joined(column) for name, column in columns}
+        leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
+        loss, values = self._loss(Encoded(**leaves), batch, *map(_joined, references))
         with timed("backward"):
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
-        anchor_grad, positive_grad, scale_grad, bias_grad = grads
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        filled = {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+        }
         size = len(parts[0].anchor_mD)
         for i, micro in enumerate(micro_batches):
             rows = slice(i * size, (i + 1) * size)
             encoded = self._encode(micro)
-            micro_grads = (anchor_grad[rows], positive_grad[rows], scale_grad / len(parts), bias_grad / len(parts))
-            products = [(x * grad).sum() for x, grad in zip(encoded, micro_grads, strict=True)]
+            products = [
+                (getattr(encoded, name) * (grad / len(parts) if name in SCALARS else grad[rows])).sum()
+                for name, grad in filled.items()
+            ]
             self.engine.backward(torch.stack(products).sum())
             self.engine.step()
         return values
@@ -151,7 +156,9 @@ class ContrastiveStep(ABC):
             self._fp32[name] = self.engine.fp32(parameter)
         return self._fp32[name] + (rounded - rounded.detach())
 
-    def _loss(self, encoded: Encoded, batch: Batch, reference_bD: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    def _loss(
+        self, encoded: Encoded, batch: Batch, reference_bD: Tensor | None, reference_patches_bTH: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
         """This rank's sum of weighted terms, and the means of all terms over ranks."""
         before = batch["position"] - len(batch["keys"]) * world_size()
         features = Features(
@@ -162,6 +169,9 @@ class ContrastiveStep(ABC):
             caption_hashes=batch["caption_hashes"],
             image_ids=batch["image_ids"],
             reference_bD=reference_bD,
+            patches_bTH=encoded.patches_mTH,
+            reference_patches_bTH=reference_patches_bTH,
+            patch_features_bTD=encoded.patch_features_mTD,
             progress=before / self.total_samples if self.total_samples else 1.0,
         )
         losses = {name: term(features) for name, term in self.terms.items()}
@@ -188,6 +198,12 @@ class ContrastiveStep(ABC):
         first = batch["position"] - (world_size() - rank()) * rows
         starts = range(0, rows, size)
         return [{**self._rows(batch, slice(start, start + size)), "first": first + start} for start in starts]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of micro-batches together; None if they have none."""
+    rows = [part for part in parts if part is not None]
+    return torch.cat(rows) if rows else None
 
 
 def _has_finite_embeddings(batch: Batch) -> bool:
@@ -241,10 +257,13 @@ class TowerStep(ContrastiveStep):
         normalize: Callable[[Tensor], Tensor],
         total_samples: int = 0,
         twin: Twin | None = None,
+        patch_layers: Mapping[str, int] | None = None,
     ) -> None:
+        """patch_layers: LossConfig.patch_layers of the terms."""
         super().__init__(engine, terms, seed=seed, total_samples=total_samples)
         self.normalize = normalize
         self.twin = twin
+        self.patch_layers = patch_layers or {}
         self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
@@ -266,13 +285,16 @@ class TowerStep(ContrastiveStep):
     def _forward(self, micro: Batch) -> Encoded:
         noise_mW = self._noise(micro) if self.text_noise else None
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
-        image_mD, text_mD, log_scale, bias = self.engine(pixel_values, micro["embeddings"], noise_mW)
-        return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], log_scale, bias)
+        image_mD, text_mD, *others = self.engine(pixel_values, micro["embeddings"], noise_mW, **self.patch_layers)
+        return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others)
 
-    def _reference(self, micro: Batch) -> Tensor | None:
+    def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
         if self.twin is None:
-            return None
-        return self.twin.encode_image(self.normalize(micro["pixels"]).to(self.dtype))
+            return None, None
+        pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
+        if "patches" in self.patch_layers:
+            return self.twin.encode_with_patches(pixel_values, self.patch_layers["patches"])
+        return self.twin.encode_image(pixel_values), None
 
     def _noise(self, micro: Batch) -> Tensor:
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""

@@ -1,4 +1,4 @@
-"""The frozen twin of a dual encoder's image side, whose features the loss term distill compares the tower's with.
+"""The frozen twin of a dual encoder's image side, which loss terms compare the tower with.
 
 It is the tower as it was, or follows it as a moving average: twin <- d twin + (1 - d) weight after each step, of the
 fp32 masters, with d constant: early weights are what it is there to keep. Every rank holds all of it and computes the
@@ -51,6 +51,12 @@ class Twin:
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32, without gradient."""
         return self.module.encode_image(pixel_values)
+
+    @torch.no_grad()
+    def encode_with_patches(self, pixel_values: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+        """``encode_image``, and the patches (B, T, H) of the hidden state with this number, float32."""
+        image_BD, patches_BTH, _ = self.module.encode_with_patches(pixel_values, patches=patches)
+        return image_BD, patches_BTH
 
     @torch.no_grad()
     def update(self) -> None:

@@ -1,6 +1,6 @@
 """The dual encoder of stage 2: a vision tower with a projection, and a text adapter on LLM embeddings.
 
-Shapes: B images, N captions, T tokens, H width of the tower, W width of an LLM embedding, D projection_dim.
+Shapes: B images, N captions, T tokens or patches, H width of the tower, W width of an LLM embedding, D projection_dim.
 """
 
 import dataclasses
@@ -50,6 +50,8 @@ class DualFeatures(NamedTuple):
     text_ND: Tensor  # L2-normalized
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
+    patches_BTH: Tensor | None = None  # of the hidden state ``patches``, as an MLLM reads them
+    patch_features_BTD: Tensor | None = None  # of the hidden state ``patch_features``, L2-normalized
 
 
 class DualEncoder(nn.Module):
@@ -101,7 +103,10 @@ class DualEncoder(nn.Module):
 
     def pool(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S) -> the image feature before the projection: (B, H), or (B, 2H) for cls_mean."""
-        output = self.tower(pixel_values=pixel_values.to(self.tower.dtype))
+        return self._pooled(self.tower(pixel_values=pixel_values.to(self.tower.dtype)))
+
+    def _pooled(self, output: Any) -> Tensor:
+        """The tower's output -> what ``pool`` returns."""
         if self.config.pool == "pooled":
             return output.pooler_output
         tokens_BTH = output.last_hidden_state
@@ -117,8 +122,29 @@ class DualEncoder(nn.Module):
         """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32."""
         return self.project(self.pool(pixel_values))
 
+    def encode_with_patches(
+        self, pixel_values: Tensor, *, patches: int | None = None, patch_features: int | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``encode_image``; patches (B, T, H) of hidden state number ``patches``; features (B, T, D) of the patches of
+        number ``patch_features``. All float32; None for a number that is None.
+
+        A patch's feature is what ``pool`` and ``project`` give for an image whose tokens, after the final norm, all are
+        this patch, without the family's pooling head.
+        """
+        if patches is None and patch_features is None:
+            return self.encode_image(pixel_values), None, None
+        output = self.tower(pixel_values=pixel_values.to(self.tower.dtype), output_hidden_states=True)
+        first = int(self.family.has_cls)
+        raw_BTH = None if patches is None else output.hidden_states[patches][:, first:].float()
+        feature_BTD = None
+        if patch_features is not None:
+            normed_BTH = final_norm(self.tower)(output.hidden_states[patch_features][:, first:])
+            copies = 2 if self.config.pool == "cls_mean" else 1
+            feature_BTD = self.project(torch.cat([normed_BTH] * copies, dim=-1))
+        return self.project(self._pooled(output)), raw_BTH, feature_BTD
+
     def project(self, feature_BH: Tensor) -> Tensor:
-        """What `pool` returns -> (B, D), L2-normalized, float32."""
+        """What `pool` returns -> (B, D), L2-normalized, float32; any number of leading dimensions."""
         return F.normalize(self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1)
 
     def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -130,12 +156,18 @@ class DualEncoder(nn.Module):
             raise ValueError("cannot encode captions: the dual encoder has no text adapter (llm_width is 0)")
         return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
 
-    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> DualFeatures:
-        """Pixels (B, 3, S, S), LLM embeddings (N, W) and ``noise`` (see encode_text) -> what a loss needs of them."""
-        image_BD, text_ND = self.encode_image(pixel_values), self.encode_text(embeddings, noise)
+    def forward(
+        self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None, **patch_layers: int
+    ) -> DualFeatures:
+        """Pixels (B, 3, S, S), LLM embeddings (N, W) and ``noise`` (see encode_text) -> what a loss needs of them.
+
+        ``patch_layers``: those of ``encode_with_patches``.
+        """
+        image_BD, *patches = self.encode_with_patches(pixel_values, **patch_layers)
+        text_ND = self.encode_text(embeddings, noise)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
-        return DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1)
+        return DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches)
 
 
 class LoadedDualEncoder(nn.Module):

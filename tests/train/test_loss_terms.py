@@ -22,7 +22,8 @@ from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.config import heads_terms, weighted_terms
 from llm2clip_plugin.train.losses.distill import structure_loss
 
-PAIRS, CAPTIONS, WIDTH, SCALE = 24, 3, 8, 20.0
+PAIRS, CAPTIONS, WIDTH, SCALE, PATCHES = 24, 3, 8, 20.0, 5
+TERMS = ("infonce", "multi_positive", "cosine", "distill", "patch_reference", "patch_captions")
 HASHES = torch.stack([torch.arange(PAIRS) // 2 + 100 * k for k in range(CAPTIONS)])  # pairs of images share captions
 IDS = torch.arange(PAIRS) % 22  # two images come twice
 
@@ -38,7 +39,11 @@ def given(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     positive = F.normalize(torch.randn(PAIRS, CAPTIONS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
     reference = F.normalize(anchor + 0.3 * torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
     anchor[22:], reference[22:] = anchor[:2], reference[:2]  # the same image twice: a distance of 0
-    return {"anchor": anchor.to(dtype), "positive": positive.to(dtype), "reference": reference.to(dtype)}
+    patches = torch.randn(2, PAIRS, PATCHES, WIDTH, generator=generator, dtype=torch.float64)
+    values = {"anchor": anchor, "positive": positive, "reference": reference}
+    values |= {"patches": patches[0], "reference_patches": patches[0] + 0.3 * patches[1]}
+    values |= {"patch_features": F.normalize(patches[1], dim=-1)}
+    return {name: value.to(dtype) for name, value in values.items()}
 
 
 def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor:
@@ -46,6 +51,17 @@ def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor
     i, j = torch.triu_indices(len(anchor), len(anchor), 1)
     own, theirs = ((x[i] - x[j]).square().sum(-1).clamp(min=1e-30).sqrt() for x in (anchor, reference))
     return (anchor - reference).square().sum(-1).mean() + structure * F.smooth_l1_loss(own, theirs)
+
+
+def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
+    """A pair at a time: caption j pools the patches of image i, at the default temperature."""
+    pooled = [[((patch @ caption) / 0.1).softmax(0) @ patch for caption in captions] for patch in patches]
+    rows = [[F.normalize(v, dim=0) @ caption for v, caption in zip(row, captions, strict=True)] for row in pooled]
+    logits = scale * torch.stack([torch.stack(row) for row in rows])
+    ids = torch.cat([HASHES, IDS[None]])
+    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(PAIRS, dtype=torch.bool)
+    logits, own = logits.masked_fill(same, -torch.inf), torch.arange(PAIRS)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
@@ -56,6 +72,8 @@ def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
         "multi_positive": torch.stack(slots).mean(),
         "cosine": (1 - (x["anchor"][:, None] * x["positive"]).sum(-1)).mean(),
         "distill": naive_distill(x["anchor"], x["reference"], 255.5),
+        "patch_reference": 1 - F.cosine_similarity(x["patches"], x["reference_patches"], dim=-1).mean(),
+        "patch_captions": naive_patch_captions(x["patch_features"], x["positive"][:, 0], scale),
     }
 
 
@@ -63,7 +81,7 @@ def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     """Each term's loss and gradients on this rank's rows."""
     results = {}
     mine = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
-    for name in ("infonce", "multi_positive", "cosine", "distill"):
+    for name in TERMS:
         x = {key: value[mine].clone().requires_grad_() for key, value in given().items()}
         log_scale = torch.tensor([SCALE]).log().requires_grad_()
         features = Features(
@@ -74,6 +92,9 @@ def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
             caption_hashes=HASHES[:, mine],
             image_ids=IDS[mine],
             reference_bD=x["reference"].detach(),
+            patches_bTH=x["patches"],
+            reference_patches_bTH=x["reference_patches"].detach(),
+            patch_features_bTD=x["patch_features"],
         )
         loss = weighted_terms(LossConfig(terms=(f"{name}=1",), block=5))[name](features)
         loss.backward()
@@ -89,11 +110,11 @@ def on_ranks() -> dict[int, list[Any]]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", ["infonce", "multi_positive", "cosine", "distill"])
+@pytest.mark.parametrize("name", TERMS)
 def test_a_term_is_its_formula(on_ranks: dict[int, list[Any]], name: str, world: int):
     """fp32 in blocks of 5 rows against fp64 of the whole batch: a distance near 0.3 from a cosine is right to 1e-6,
     and distill's structure weighs 255 times that."""
-    x = {key: value.requires_grad_(key != "reference") for key, value in given(torch.float64).items()}
+    x = {key: value.requires_grad_("reference" not in key) for key, value in given(torch.float64).items()}
     log_scale = torch.tensor([SCALE], dtype=torch.float64).log().requires_grad_()
     expected = naive_terms(x, log_scale.exp())[name]
     expected.backward()
@@ -101,7 +122,7 @@ def test_a_term_is_its_formula(on_ranks: dict[int, list[Any]], name: str, world:
     tolerance = 1e-4 if name == "distill" else 1e-5
     actual = torch.stack([result["loss"] for result in ranks]).mean()
     torch.testing.assert_close(actual.double(), expected.detach(), atol=tolerance, rtol=tolerance)
-    for key in ("anchor", "positive"):
+    for key in ("anchor", "positive", "patches", "patch_features"):
         grad = x[key].grad
         # of the sum over ranks; the engine averages
         mine = torch.cat([result[key] for result in ranks]).double() / world
@@ -216,7 +237,8 @@ def test_weights_over_the_run():
     assert [late.at(p) for p in (0, 0.125, 0.25, 1)] == [0, 0.25, 0.5, 0.5]
     with pytest.raises(ValueError, match="has no term between images and captions; add infonce=1"):
         heads_terms(LossConfig(terms=("distill",)))
-    assert list(heads_terms(LossConfig(terms=("infonce=1:0", "cosine", "distill")))) == ["infonce", "cosine"]
+    terms = ("infonce=1:0", "cosine", "distill", "patch_reference", "patch_captions")
+    assert list(heads_terms(LossConfig(terms=terms))) == ["infonce", "cosine"]
 
 
 def test_settings_of_one_loss_still_load():

@@ -162,9 +162,10 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
     from llm2clip_plugin.train.losses.config import weighted_terms
     from llm2clip_plugin.train.step import TowerStep
 
-    weighted = weighted_terms(LossConfig(terms=terms))
+    config = LossConfig(terms=terms)
+    options = {"total_samples": 128, "twin": twin, "patch_layers": config.patch_layers}
     # pixels are floats already
-    return TowerStep(engine, weighted, seed=5, text_noise=noisy, normalize=lambda x: x, total_samples=128, twin=twin)
+    return TowerStep(engine, weighted_terms(config), seed=5, text_noise=noisy, normalize=lambda x: x, **options)
 
 
 def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:

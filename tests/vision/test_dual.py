@@ -7,7 +7,7 @@ import torch
 
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, heads_state, load_heads
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import load_tower
+from llm2clip_plugin.vision.towers import final_norm, load_tower
 
 from .conftest import TRANSFORMERS_TOWERS, read
 
@@ -61,6 +61,24 @@ def test_mean_pool_of_clip_is_normed_per_token():
     expected = torch.nn.functional.layer_norm(states, states.shape[-1:], weight, bias, 1e-5).mean(dim=1)
     with torch.no_grad():
         assert torch.allclose(dual("clip_vision", pool="mean").pool(golden["pixels"]), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"), [("clip_vision", "pooled"), ("siglip_vision", "mean"), ("dinov2", "cls_mean")]
+)
+def test_patches_are_a_hidden_state_without_class_token_and_their_features_an_image_of_one_token(name, pool):
+    golden = read(TRANSFORMERS_TOWERS / name)
+    *_, before_last, _ = sorted(key for key in golden if key.startswith("hidden_states_"))
+    expected = golden[before_last][:, int(name != "siglip_vision") :]
+    model = dual(name, pool=pool, projection_norm=True)
+    with torch.no_grad():
+        image, patches, features = model.encode_with_patches(golden["pixels"], patches=-2, patch_features=-2)
+        normed = final_norm(model.tower)(expected)
+        joined = torch.cat([normed, normed], dim=-1) if pool == "cls_mean" else normed
+        projected = model.visual_projection(model.visual_norm(joined))
+        assert torch.allclose(image, model.encode_image(golden["pixels"]), atol=1e-6)
+    assert torch.allclose(patches, expected, atol=2e-5)
+    assert torch.allclose(features, torch.nn.functional.normalize(projected, dim=-1), atol=2e-5)
 
 
 def test_scale_is_a_vector_of_one_and_clamped():

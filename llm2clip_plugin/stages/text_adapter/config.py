@@ -103,4 +103,6 @@ class AdapterConfig(TrainingConfig):
             raise ValueError("train.num_train_epochs and train.max_steps are both 0: nothing to train")
         if any(term.uses_bias for _, term in self.loss.weighted()):
             raise ValueError(f"loss.terms {' '.join(self.loss.terms)}: no bias is learned here; use distill or infonce")
+        if self.loss.patch_layers:
+            raise ValueError(f"loss.terms {' '.join(self.loss.terms)}: no images here; use distill or infonce")
         return self

@@ -9,7 +9,9 @@ from llm2clip_plugin.stages.tower.opening import Data
 from llm2clip_plugin.train.checkpoint import Loaded
 from llm2clip_plugin.train.distributed import on_first_rank
 from llm2clip_plugin.train.finite import check_finite
+from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.towers import tower_blocks
 
 
 def check_data(config: RunConfig, data: Data) -> None:
@@ -69,6 +71,17 @@ def refuse_small_sources(config: RunConfig, data: Data) -> None:
             f"global_batch {batch} is larger than {', '.join(small)}; lower --global-batch, or mix the sources with "
             "--no-one-source-per-batch"
         )
+
+
+def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
+    """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
+    blocks = len(tower_blocks(dual.tower))
+    for reads, layer in loss.patch_layers.items():
+        if not -blocks - 1 <= layer <= blocks:
+            raise ValueError(
+                f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "
+                "change layer in --loss.args (-2: the block before the last)"
+            )
 
 
 def check_weights(dual: DualEncoder, config: RunConfig, resumed: Loaded | None) -> None:

@@ -19,7 +19,7 @@ from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.stages.command_line import rank_and_world
 from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
-from llm2clip_plugin.stages.tower.checks import check_data
+from llm2clip_plugin.stages.tower.checks import check_data, check_patch_layers
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.loading import describe_loading, describe_reading, load_plans
 from llm2clip_plugin.stages.tower.opening import open_data
@@ -54,6 +54,7 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
     size = measure_data(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
     dual = shape_dual(config.tower, config.dual)
+    check_patch_layers(dual, config.loss)
     train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
@@ -127,9 +128,13 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         captions = (IMAGES, config.data.captions_per_image, config.dual.llm_width)
         return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(captions)
 
-    def forward(*inputs: Tensor) -> Tensor:
-        return sum((feature.sum() for feature in dual(*inputs)), torch.zeros(()))
+    layers = config.loss.patch_layers
 
+    def forward(*inputs: Tensor) -> Tensor:
+        return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
+
+    of_patch = {"patches": 3 * dual.tower.config.hidden_size, "patch_features": 2 * config.dual.projection_dim}
+    grid = dual.tower.config.image_size // dual.tower.config.patch_size
     return StepMemory(
         precision=precision,
         trained=counts[True],
@@ -140,6 +145,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         state_bytes=config.optim.optimizer().state_bytes,
         pixels=3 * dual.tower.config.image_size**2,
         twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
+        patches=grid**2 * sum(of_patch[reads] for reads in layers),
     )
 
 

@@ -14,7 +14,7 @@ from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.interrupt import loaded
 from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
-from llm2clip_plugin.stages.tower.checks import check_data, check_weights
+from llm2clip_plugin.stages.tower.checks import check_data, check_patch_layers, check_weights
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
 from llm2clip_plugin.stages.tower.loading import load_plans, with_order
@@ -67,6 +67,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     config = with_order(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    check_patch_layers(dual, config.loss)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
     trained = trained_parameters(dual, config.optim)
@@ -109,6 +110,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
             normalize=Normalize(images, engine.device),
             total_samples=run.total_steps * config.train.global_batch,
             twin=twin,
+            patch_layers=config.loss.patch_layers,
         ),
         batches=iter(loader),
         queue=loader.queue if config.train.dataloader_num_workers else None,

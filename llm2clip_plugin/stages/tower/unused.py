@@ -36,9 +36,16 @@ def _first_caption_alone(config: RunConfig) -> str:
     return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
 
 
+def _no_reference(config: RunConfig) -> str:
+    return "" if config.loss.needs_reference else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
+
+
 UNUSED: list[Unused[RunConfig]] = [
     Unused(("data.captions_per_image",), _first_caption_alone, off=1),
-    Unused(("distill",), lambda c: "" if c.loss.needs_reference else "loss.terms does not name distill"),
+    Unused(
+        ("distill",),
+        _no_reference,
+    ),
     Unused(("distill.decay",), lambda c: "" if c.distill.reference == "ema" else "distill.reference is not ema"),
     Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
     Unused(

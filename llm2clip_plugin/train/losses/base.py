@@ -1,11 +1,12 @@
 """What a loss term gets and what it is.
 
-Shape letters: b this rank's pairs, k texts that belong to an anchor, D width of the features.
+Shape letters: b this rank's pairs, k texts that belong to an anchor, D width of the features, T patches of an image, H
+width of the tower.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +24,9 @@ class Features:
     caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are not negatives of each other
     image_ids: Tensor | None  # (b,) int64, likewise
     reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen twin; None if the run has none
+    patches_bTH: Tensor | None = None  # of the tower's hidden state ``layer``, float32; None if no term reads them
+    reference_patches_bTH: Tensor | None = None  # the frozen twin's, no gradient
+    patch_features_bTD: Tensor | None = None  # patches in the space of the anchors, L2-normalized; None likewise
     progress: float = 1.0  # fraction of the run's steps that are done
     block: int = 0  # rows of the logits held at once; 0 chooses by device
     group: Group = None  # the ranks that hold the batch, b rows on each
@@ -47,6 +51,8 @@ class LossTerm(ABC):
     uses_bias: ClassVar[bool] = False  # the learned bias of the logits
     needs_reference: ClassVar[bool] = False  # Features.reference_bD
     uses_all_captions: ClassVar[bool] = False  # of Features.positive_bkD, not the first alone
+    # "patches" or "patch_features" of Features, of the hidden state that the term's own field ``layer`` names
+    reads: ClassVar[Literal["", "patches", "patch_features"]] = ""
 
     @abstractmethod
     def __call__(self, features: Features) -> Tensor:

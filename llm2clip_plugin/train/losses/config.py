@@ -26,7 +26,7 @@ def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
     constant = {
         term.name: partial(_weighted, config, TermWeight(term.name, weight.peak, weight.peak), term, group)
         for weight, term in config.weighted()
-        if not term.needs_reference
+        if not term.needs_reference and not term.reads
     }
     if not constant:
         raise ValueError(f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1")

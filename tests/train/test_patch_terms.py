@@ -1,0 +1,142 @@
+"""The terms that read patches, over real towers: any ranks, micro-batches, ZeRO stage and family are one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
+
+from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
+from llm2clip_plugin.stages.tower.checks import check_patch_layers
+from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.train.model import enable_gradient_checkpointing
+from llm2clip_plugin.train.twin import Twin
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.dual_config import DualConfig
+from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
+
+STEPS = 4
+TERMS = ("infonce", "patch_reference=2", "patch_captions=0.5")
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+
+
+def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
+    """Three blocks, 2 x 2 patches; embeddings 12 wide, as tiny_batch has them."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Dinov2Config,
+        Dinov2Model,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    torch.manual_seed(0)
+    towers = {
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, **SIZES)),
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **SIZES)),
+        "dinov2": lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **SIZES)),
+        "eva02": lambda: Eva02VisionModel(Eva02Config(intermediate_size=48, **SIZES)),
+    }
+    return DualEncoder(towers[family](), DualConfig(projection_dim=8, llm_width=12, pool=pool)).train()
+
+
+def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The reported values of a few steps of each way, and the moments and the twin afterwards."""
+    results = {}
+    for name, way in ways.items():
+        way = dict(way)
+        dual = tiny_dual(way.pop("family", "clip"), way.pop("pool", "pooled"))
+        if way.pop("checkpointing", False):
+            enable_gradient_checkpointing(dual.tower)
+        twin = Twin(dual, decay=None)
+        engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
+        twin.attach(engine, {})
+        step = tiny_step(engine, terms=way.pop("terms", TERMS), twin=twin)
+        values = [step(tiny_batch(i, rank=rank, world=world))[1] for i in range(STEPS)]
+        results[name] = {"values": values, "moments": engine.moments(HostCopies())}
+    return results
+
+
+ONE = {
+    "clip": {"stage": 0},
+    "clip cached": {"stage": 0, "micro": 8, "checkpointing": True},
+    "clip zero3": {"stage": 3, "micro": 8},
+    "clip bf16": {"stage": 1, "precision": "bf16", "micro": 8},
+}
+for family, pool in (("siglip", "pooled"), ("dinov2", "cls_mean"), ("eva02", "mean")):
+    ONE[family] = {"stage": 0, "family": family, "pool": pool}
+    ONE[f"{family} cached"] = {**ONE[family], "micro": 8, "checkpointing": True}
+TWO = {
+    "clip zero0": {"stage": 0, "micro": 16},
+    "clip zero2": {"stage": 2, "micro": 4, "checkpointing": True},
+    "clip zero3": {"stage": 3, "micro": 8},
+    "eva02 zero1": {"stage": 1, "micro": 16, "family": "eva02", "pool": "mean"},
+}
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    return run_ranks(train, 1, ONE)[0]
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Any]:
+    return run_ranks(train, 2, TWO)[0]
+
+
+def same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """fp32 sums in another order."""
+    for ours, theirs in zip(actual["values"], expected["values"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    assert len(expected["moments"]) > 40
+    for key, moment in expected["moments"].items():
+        torch.testing.assert_close(actual["moments"][key], moment, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["clip cached", "clip zero3", "siglip cached", "dinov2 cached", "eva02 cached"])
+def test_micro_batches_and_checkpointing_are_one_run(one: dict[str, Any], name: str):
+    same(one[name], one[name.split()[0]])
+
+
+@pytest.mark.parametrize("name", list(TWO))
+def test_two_ranks_are_one(one: dict[str, Any], two: dict[str, Any], name: str):
+    same(two[name], one[name.split()[0]])
+
+
+def test_bf16_follows_fp32(one: dict[str, Any]):
+    """Of features rounded to 8 bits, as in test_step."""
+    for ours, theirs in zip(one["clip bf16"]["values"], one["clip"]["values"], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.1)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "eva02"])
+def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], family: str):
+    first, *_, last = one[family]["values"]
+    assert abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
+    assert last["loss_patch_captions"] < first["loss_patch_captions"]
+
+
+def test_a_heavier_weight_holds_the_patches():
+    """The blocks before the last are held, the last one is free."""
+    ways = {f"{weight}": {"stage": 0, "terms": ("infonce", f"patch_reference={weight}")} for weight in (1e-9, 100)}
+    runs = run_ranks(train, 1, ways)[0]
+    free, held = (runs[name]["values"][-1]["loss_patch_reference"] / float(name) for name in ways)
+    assert held < free / 3
+
+
+@pytest.mark.parametrize("layer", [-5, 4])
+def test_a_hidden_state_that_the_tower_lacks_is_refused(layer: int):
+    loss = LossConfig(terms=("infonce", "patch_captions"), args=(f"patch_captions.layer={layer}",))
+    with pytest.raises(ValueError, match=rf"layer {layer} .* 3 blocks"):
+        check_patch_layers(tiny_dual("clip"), loss)
+    check_patch_layers(tiny_dual("clip"), LossConfig(terms=("infonce", "patch_captions")))
+
+
+def test_captions_alone_have_no_patches():
+    config = AdapterConfig(loss=LossConfig(terms=("distill", "patch_captions")))
+    with pytest.raises(ValueError, match=r"loss.terms .*patch_captions"):
+        config.validate(needs_data=False)
