@@ -98,6 +98,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main_towers",
         "list known towers: location, hash, sizes",
     ),
+    "llava data": (
+        "llm2clip_plugin.data.llava_files",
+        "main",
+        "write a data set as LLaVA's pretraining reads it",
+    ),
     "llava evaluate": (
         "llava_integration.answer.command",
         "main",
@@ -133,6 +138,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
+    "llava data": ("llm2clip_plugin.data.llava_files", "COMMAND"),
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),

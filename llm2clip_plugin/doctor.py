@@ -271,6 +271,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=0, help="ranks on this machine (default: one per GPU, 2 on a CPU)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(argv)
+    for name, least in (("captions", 1), ("width", 1), ("port", 1), ("ranks", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
     findings = [finding for check in checks(options) for finding in check()]
     if options.json:
         print(json.dumps([finding.as_json() for finding in findings], indent=2))

@@ -7,10 +7,12 @@ other ranks are gone. So its main thread blocks the signals, and a thread that d
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _loading = False
@@ -58,6 +60,25 @@ def loaded() -> None:
         signal.pthread_kill(thread.ident, signal.SIGINT)
         thread.join()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def attend(words: list[str]) -> int:
+    """Run a program, with the signals that this process gets; its exit status, 128 + N after signal N."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number != signal.SIGINT:  # Ctrl-C reaches the whole group
+            process.send_signal(number)
+
+    process = subprocess.Popen(words)
+    before = {one: signal.signal(one, forward) for one in ENDING}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received else status
 
 
 def end_children() -> None:

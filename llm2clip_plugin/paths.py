@@ -61,6 +61,8 @@ ROLES = {
     "tokenizer": "tokenizer",
     "tower.path": "start",
     "run tower": "start",
+    "run questions": "data",
+    "run llava_llm": "llm",
     "data make path": "pictures",
     "export source": "run",
     "export checkpoint": "",

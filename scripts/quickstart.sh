@@ -12,7 +12,7 @@
 #   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
 #                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM read with a prompt and against random
-#                                           embeddings of the same captions, and LLaVA with each of them beside ours
+#                                           embeddings of the same captions, and LLaVA with each of them to compare with ours
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
 #                                           model of 2.5 million weights (tiny): a quarter of an hour more on two cores; the
@@ -215,7 +215,7 @@ if [ "$LLAVA" = yes ]; then
     }
     miniature "$TOWER" "$llava"
     for control in ${CONTROLS:+random prompt}; do
-        say "LLaVA with the tower of a control ($control) beside ours"
+        say "LLaVA with the tower of a control ($control), compared with ours"
         miniature "$OUT/towers/$control-seed{seed}" "$llava-$control" --names "$control" "$BEST"
     done
 fi

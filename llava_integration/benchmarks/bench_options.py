@@ -19,7 +19,7 @@ def parser() -> Parser:
         ABOUT,
         rare=("model-base", "served-model-name", "conv-mode", "device", "dtype", "name"),
     )
-    add_data(parse, "LLaVA's playground/data/eval", type=Path)
+    add_data(parse, "LLaVA's playground/data/eval, or a .jsonl with own questions", type=Path)
     parse.add_argument("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")
     parse.add_argument("--model-base", default="", help="base model of a LoRA or projector checkpoint")
     parse.add_argument(

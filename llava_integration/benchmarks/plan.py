@@ -31,9 +31,12 @@ class Missing:
 
 
 def plans(names: list[str], root: Path, generated: Path) -> list[Task | Missing]:
-    """The plan of every named benchmark, or of all; ``generated``: folder for generated question files."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; --data must be LLaVA's playground/data/eval, from its eval.zip")
+    """The plan of every named benchmark, or of all; ``generated``: folder for generated question files.
+
+    A file ``root`` holds own questions.
+    """
+    if root.is_file():
+        return [plan_folder(benchmark("questions"), root, generated)]
     for name in names:
         benchmark(name)  # raises for an unknown one
     return [plan(member, root, generated) for name, member in benchmarks().items() if not names or name in names]
@@ -86,7 +89,7 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
 
 def image_folder(member: Benchmark, folder: Path, questions: Path) -> Path | None:
     """The first of a benchmark's image folders that has the first pictures of a question file."""
-    names = first_images(questions)
+    names, folder = first_images(questions), folder.parent if folder.is_file() else folder
     for below in member.image_folders:
         if names and all((folder / below / name).is_file() for name in names):
             return folder / below

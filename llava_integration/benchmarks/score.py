@@ -89,8 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     member = benchmark(args.benchmark)
     if not 0 <= args.allow <= 1:
         raise ValueError(f"--allow-missing {args.allow} must be a fraction between 0 and 1")
-    if not args.data.is_dir():
-        raise FileNotFoundError(f"no folder {args.data}; DATA must be LLaVA's evaluation folder of {args.benchmark}")
     answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
     if args.submission:
         if not member.submission_format:

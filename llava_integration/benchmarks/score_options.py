@@ -15,7 +15,7 @@ def parser() -> Parser:
         also={"json": "output", "allow-faults": "allow-missing"},
     )
     parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmark_names()))
-    add_data(parse, "LLaVA's evaluation folder of the benchmark", type=Path)
+    add_data(parse, "LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions", type=Path)
     parse.add_argument(
         "--answers",
         required=True,

@@ -76,6 +76,6 @@ def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) 
         below = [root / folder for folder in (known.folders if known else ())]
         return [folder for folder in (*below, root) if folder.is_dir()]
     folders = {Path(str(one.get("data"))): one.get("data_sha256") for one in scored if one.get("data")}
-    there = {folder: digest for folder, digest in folders.items() if known and folder.is_dir()}
+    there = {folder: digest for folder, digest in folders.items() if known and folder.exists()}
     nothing = sha256_text("")  # of a folder without annotations
     return [folder for folder, digest in there.items() if known and nothing != digest == known.data_digest(folder)]

@@ -114,8 +114,6 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
     if field:
         return FieldImages(open_source(SourceConfig(path=path)), field, cluster)
     root = Path(path)
-    if not root.exists():
-        raise FileNotFoundError(f"no labeled images at {path}: no such file or directory")
     if root.is_file() or any(root.rglob("*.tar")):
         return TarImages(root)
     if any(entry.is_dir() for entry in root.iterdir()):

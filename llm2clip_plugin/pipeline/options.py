@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.shared import READ_NAMES
+
+PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +31,18 @@ class PipelineConfig(SourceConfig):
     precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp32 without
     tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
     num_gpus: int = 1  # processes of the training stages
+    questions: str = (
+        ""  # .jsonl of image, question and answer, to ask a LLaVA of the tower before and after; see docs/mllm.md
+    )
+    llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
+    llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
     queries: int = 24  # validation captions that the page shows, drawn at random
     dry_run: bool = False  # print the stages with their commands and times, and run none
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.questions or self.llava_llm:
+            self._check_llava()
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
         if self.num_train_epochs <= 0 or self.num_gpus < 1 or self.global_batch < 0 or self.queries < 1:
@@ -39,6 +50,23 @@ class PipelineConfig(SourceConfig):
                 f"num_train_epochs {self.num_train_epochs:g} must be above 0, num_gpus {self.num_gpus} and queries "
                 f"{self.queries} at least 1, global_batch {self.global_batch} not negative"
             )
+
+    def _check_llava(self) -> None:
+        """What would stop LLaVA's stages, hours later."""
+        from llava_integration.benchmarks.rules import benchmark
+        from llava_integration.stage_check import check_model
+
+        if not self.questions or not self.llava_llm:
+            raise ValueError("--questions and --llava-llm need each other: the questions, and LLaVA's language model")
+        if not PRETRAIN.is_file():
+            raise ValueError(
+                f"--questions trains LLaVA with scripts/llava, and {PRETRAIN} is missing; run in a checkout"
+            )
+        if find_spec("llava") is None:
+            raise ValueError("--questions needs LLaVA: pip install --no-deps llava-torch==1.2.2.post1")
+        benchmark("questions").questions(Path(self.questions))
+        for problem in check_model(self.llava_llm):
+            raise ValueError(problem.replace("--model", "--llava-llm"))
 
 
 COMMAND = Command(
@@ -63,6 +91,8 @@ COMMAND = Command(
         "num_train_epochs",
         "global_batch",
         "precision",
+        "questions",
+        "llava_llm",
         "num_gpus",
         "dry_run",
     ),

@@ -62,7 +62,8 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
         side: measure(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs
         for side in (BEFORE, AFTER)
     }
-    compared = json.loads((out / "compare" / "compare.json").read_text(encoding="utf-8"))
+    compared = [stage.result for stage in stages if stage.result.name == "compare.json"]
+    rows = [row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     metrics = read_metrics(out / AFTER)
     charts = [
         Chart(title=title, words=words, lines=[line for name in each for line in line_of(of, "tuned", [name])])
@@ -79,7 +80,8 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
             Path(__file__).with_name("page.html"),
             title=" · ".join(Path(place).name for place in (config.path, config.tower, config.llm)),
             style=page_style(),
-            rows=compared["rows"],
+            rows=rows,
+            comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
             charts=[chart for chart in charts if chart.lines],
             queries=queries,
             won=sum(query.outcome == "won" for query in queries),

@@ -156,8 +156,10 @@ class TrainingRun:
             start = f"resuming from {resumed.path}" if resumed else "starting over"
             again = "" if self.config.resume == RESUME_AUTO else "; rerun without --resume, or this happens again"
             print(f"warning: {start}: {moved}{again}", file=sys.stderr)
-        if resumed is not None:
-            return resumed.state
+        return self.new_state() if resumed is None else resumed.state
+
+    def new_state(self) -> TrainState:
+        """Before the first step."""
         return TrainState(
             step=0, samples=0, config=self.run_settings, config_hash=self.config_hash, seed=self.train.seed
         )
@@ -183,7 +185,7 @@ class TrainingRun:
         heads before it, to be reported. Raises StoppedError on every rank if it was stopped before its end.
         """
         loaded()
-        self._record(state)
+        self.record(state)
         if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
             print(f"note: {note}", file=sys.stderr)
         state = self._run_loop(
@@ -206,7 +208,7 @@ class TrainingRun:
                 queue=queue,
             )
         )
-        self._record(state)
+        self.record(state)
         if state.step < self.total_steps:
             raise StoppedError(f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}")
         if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
@@ -244,8 +246,8 @@ class TrainingRun:
                 f"{self.checkpoints.folder}; rerun the same command to write the result"
             ) from error
 
-    def _record(self, state: TrainState) -> None:
-        """Write run.json, on rank 0."""
+    def record(self, state: TrainState) -> None:
+        """Write run.json, on rank 0. Every rank must call this."""
         record = RunRecord(
             config=dataclasses.asdict(self.config),
             config_hash=self.config_hash,

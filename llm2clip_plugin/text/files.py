@@ -34,8 +34,6 @@ def local_folder(llm: str, revision: str = "") -> Path:
         if not (Path(llm) / "config.json").is_file():
             raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
         return Path(llm)
-    if can_only_be_a_path(llm):
-        raise FileNotFoundError(f"no LLM at {llm}; expected a Hugging Face model folder, or a Hub id (owner/name)")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -89,8 +87,6 @@ def adapter_sha256(folder: Path) -> str:
 
     Raises FileNotFoundError for a folder without an adapter.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter at {folder}; expected the folder of a PEFT adapter, or a Hub id")
     config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     for path in (config, weights):
         if not path.is_file():

@@ -49,7 +49,7 @@ from llm2clip_plugin.train.engine_states import EngineStates
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.train.timing import timed
 
-MISSING_SECONDS = 10.0  # until a rank that waits for the others says so
+MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a warning
 
 
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:

@@ -82,12 +82,13 @@ class Checkpoints:
         """Names of the complete checkpoints, oldest first."""
         return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
 
-    def find(self, resume: str, *, moments: bool = True) -> Path | None:
+    def find(self, resume: str, *, moments: bool = True, option: str = "--resume") -> Path | None:
         """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
 
         It is verified; ``auto``, and the path of a run, fall back to an older one with a warning on stderr. Raises
-        FileNotFoundError for a path without a checkpoint and for a run that has lost its checkpoints, ContractError
-        if all are damaged or the named one is, FileExistsError for ``never`` if any exist.
+        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, and for a run that has
+        lost its checkpoints, ContractError if all are damaged or the named one is, FileExistsError for ``never`` if
+        any exist.
         """
         if resume == RESUME_AUTO:
             found = self._newest_intact(moments)
@@ -104,7 +105,7 @@ class Checkpoints:
             newest = Checkpoints(path, keep=0)._newest_intact(moments) if path.is_dir() else None
             if newest is None:
                 raise FileNotFoundError(
-                    f"--resume {resume}: no checkpoint found (no {TrainState.FILE}){self._others(path)}"
+                    f"{option} {resume}: no checkpoint found (no {TrainState.FILE}){self._others(path)}"
                 )
             return newest
         try:

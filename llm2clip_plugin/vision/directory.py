@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.timeouts import can_only_be_a_path, hub_snapshot
 
@@ -23,12 +22,8 @@ def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = No
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         return path
-    if path.exists():
-        raise FileNotFoundError(
-            f"{path} is a file, not a tower directory; convert it with `{command('import', path, '--output', 'DIR')}`"
-        )
-    if can_only_be_a_path(name) or "/" not in name:
-        raise FileNotFoundError(f"{name} is not a file, a directory or a Hub id (owner/name)")
+    if path.exists() or can_only_be_a_path(name) or "/" not in name:
+        raise FileNotFoundError(f"{name} is not a directory or a Hub id (owner/name)")
     try:
         directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.safetensors"])
         if not any(directory.glob("*.safetensors")):

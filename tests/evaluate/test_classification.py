@@ -98,7 +98,7 @@ def test_names_by_class_or_in_order_or_as_json(tmp_path):
 
 
 def test_data_without_labels_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no labeled images at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         open_labeled_images(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no class folders and no tars with \.cls members"):

@@ -50,12 +50,10 @@ TRAIN = "train-tower {w}/data --tower {w}/tower --output {w}/new"
     ),
     Fault("flag with no-", TRAIN + " --loss.no-mask-same-imgae", "...did you mean --loss.no-mask-same-image? ..."),
     Fault("recipe's option", TRAIN + " --recpie base", "unknown option --recpie; did you mean --recipe? ..."),
-    Fault("tower of evaluate", "evaluate retreival {w}/data", "retreival is not a file, a directory or a Hub id ..."),
+    Fault("tower of evaluate", "evaluate retreival {w}/data", "retreival is not a directory or a Hub id ..."),
     Fault("data of evaluate", "evaluate {w}/tower", "DATA is missing; usage: llm2clip evaluate TOWER DATA [options]"),
     Fault("run", "status nowhere", "no folder nowhere"),
-    Fault(
-        "tower of search", "search nowhere --data {w}/data bird", "nowhere is not a file, a directory or a Hub id ..."
-    ),
+    Fault("tower of search", "search nowhere --data {w}/data bird", "nowhere is not a directory or a Hub id ..."),
     Fault("text of search", "search {w}/tower {w}/data", "no text to search for; usage: ..."),
     Fault(
         "search with a tower without heads",

@@ -40,7 +40,7 @@ FLOORS = (
 FLOOR_OF = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LLAVA = "llava_integration"
 LLAVA_MAY_IMPORT = {f"{PACKAGE}.vision", *(f"{PACKAGE}.{room}" for room in FLOORS[0] + FLOORS[1])}
-MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor"}  # asks about LLaVA where LLaVA is installed
+MAY_IMPORT_LLAVA = {f"{PACKAGE}.doctor", f"{PACKAGE}.pipeline"}  # ask about LLaVA where LLaVA is installed
 
 HOMES = {  # heavy package -> the only places that may import it
     "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.sources.open import Source, open_source
-from llm2clip_plugin.pipeline.command import Record, perform
+from llm2clip_plugin.interrupt import attend
+from llm2clip_plugin.pipeline.command import complete
+from llm2clip_plugin.pipeline.estimate import survey
 from llm2clip_plugin.pipeline.options import PipelineConfig
-from llm2clip_plugin.pipeline.stages import Stage, plan, survey
+from llm2clip_plugin.pipeline.stages import Stage, plan
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def opened(folder: Path, **more: object) -> tuple[PipelineConfig, Source]:
 
 
 def names(stages: list[Stage]) -> list[str]:
-    return [" ".join(stage.words[:2] if stage.words[0] == "data" else stage.words[:1]) for stage in stages]
+    return [" ".join(stage.words[1 : 3 if stage.words[1] in ("data", "llava") else 2]) for stage in stages]
 
 
 ALL = [
@@ -62,7 +65,10 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     assert names(own) == [*ALL[:2], *ALL[3:]] and "mine" in own[2].words
     hub = plan(dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found)
     assert names(hub)[2] == "import" and str(tiny / "out" / "start") in hub[6].words
-    assert all(0 < stage.seconds < 600 for stage in stages if stage.apart)
+    assert all(0 < stage.seconds < 600 for stage in stages)
+    two = plan(dataclasses.replace(config, num_gpus=2), source, found)
+    assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert "--nproc_per_node=2" in two[2].argv and "torch.distributed.run" not in two[1].argv
 
 
 @pytest.mark.parametrize(
@@ -78,7 +84,7 @@ def test_captions_that_teach_nothing_leave_stage_1_out(tmp_path: Path, fields: d
     assert found.pairs == "" and told in found.note
     stages = plan(config, source, found)
     assert "finetune-llm" not in names(stages)
-    reading = [stage for stage in stages if stage.words[0] in ("data", "embed", "train-tower", "evaluate")]
+    reading = [stage for stage in stages if stage.words[1] in ("data", "embed", "train-tower", "evaluate")]
     assert all(str(tmp_path / "photos") in stage.words for stage in reading)
 
 
@@ -91,19 +97,20 @@ def test_dry_run_prints_the_time_and_writes_nothing(tiny: Path, capsys: pytest.C
 
 
 def test_a_stage_counts_while_it_and_all_before_it_are_as_they_were(tmp_path: Path):
-    first, second, third = (Stage(name=name, words=("x", name), result=tmp_path / name) for name in "abc")
-    record = Record(tmp_path / "pipeline.json", [first, second, third])
-    with pytest.raises(FileNotFoundError):
-        record.add(first, 1.0)
-    for stage in (first, second, third):
+    first, second, third = stages = [
+        Stage(name=name, words=("x", name), result=tmp_path / name, seconds=1) for name in "abc"
+    ]
+    path = tmp_path / "pipeline.json"
+    assert complete(stages, path) == {}
+    path.write_text(json.dumps({stage.name: {"words": list(stage.words), "seconds": 1.0} for stage in stages}))
+    assert complete(stages, path) == {}  # without their results
+    for stage in stages:
         stage.result.touch()
-        record.add(stage, 1.0)
-    again = Record(tmp_path / "pipeline.json", [first, second, third])
-    assert again.has(third) and again.seconds() == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert list(complete(stages, path)) == ["a", "b", "c"]
     changed = [first, dataclasses.replace(second, words=("y",)), third]
-    assert [Record(tmp_path / "pipeline.json", changed).has(stage) for stage in changed] == [True, False, False]
+    assert list(complete(changed, path)) == ["a"]
     first.result.unlink()
-    assert not Record(tmp_path / "pipeline.json", [first]).has(first)
+    assert complete(stages, path) == {}
 
 
 def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
@@ -119,4 +126,4 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # it waits for the stage
 
     threading.Thread(target=kill, daemon=True).start()
-    assert perform([str(tmp_path / "sleeper.py")]) == 128 + signal.SIGTERM
+    assert attend([sys.executable, str(tmp_path / "sleeper.py")]) == 128 + signal.SIGTERM

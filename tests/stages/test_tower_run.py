@@ -27,7 +27,9 @@ from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord, TowerCard
-from llm2clip_plugin.stages.tower.run import UNFINISHED_HEADS
+from llm2clip_plugin.run_files import UNFINISHED_HEADS
+from llm2clip_plugin.stages.status.command import read_status
+from llm2clip_plugin.stages.status.run_folder import RunStatus
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.errors import StoppedError
@@ -174,6 +176,9 @@ def test_a_signal_while_the_heads_are_fitted(
     assert early.wait(timeout=300) == StoppedError.status, early.output
     assert "Traceback" not in early.output and (run / UNFINISHED_HEADS).is_file() is saved
     assert not list(run.glob("checkpoints/*"))
+    status = read_status(run)
+    assert isinstance(status, RunStatus) and "train-tower" in status.go_on
+    assert (status.state, "heads" in status.reason) == (("stopped", True) if saved else ("killed", False))
     (rest,) = start(options(tiny, run), 1)
     assert rest.wait(timeout=300) == 0 and ("continuing the heads' fit at step 2 of 3" in rest.output) is saved
     assert losses(run) == pytest.approx(straight, abs=1e-6) and not (run / UNFINISHED_HEADS).exists()

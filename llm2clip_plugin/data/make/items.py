@@ -40,7 +40,7 @@ class Item:
 def list_items(config: MakeConfig) -> list[Item]:
     """Every picture of ``config.path``, in order of name or row.
 
-    Raises FileNotFoundError if there is no such path, ValueError if it is neither, or has no pictures or captions.
+    Raises ValueError if it is neither a folder nor a table, or has no pictures or captions.
     """
     path = Path(config.path)
     if path.is_dir():
@@ -51,8 +51,6 @@ def list_items(config: MakeConfig) -> list[Item]:
             raise ValueError(f"no pictures in {path}; {hint}")
     elif path.suffix.lower() in TABLES and path.is_file():
         items = _in_table(path, config)
-    elif not path.exists():
-        raise FileNotFoundError(f"no folder or table at {path}")
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
     for item in items:

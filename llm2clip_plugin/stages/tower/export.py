@@ -114,7 +114,7 @@ def export_run(
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
     inside = run / CHECKPOINTS / checkpoint
     named = str(inside) if checkpoint and inside.is_dir() else checkpoint or RESUME_AUTO
-    path = Checkpoints(run, keep=0).find(named, moments=False)
+    path = Checkpoints(run, keep=0).find(named, moments=False, option="--checkpoint")
     if path is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet")
     loaded = load(path, moments=False)

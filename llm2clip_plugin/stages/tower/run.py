@@ -13,6 +13,7 @@ from llm2clip_plugin.data.shared_memory import check_shared_memory
 from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
 from llm2clip_plugin.interrupt import loaded
 from llm2clip_plugin.phases import phase
+from llm2clip_plugin.run_files import UNFINISHED_HEADS
 from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.tower.checks import check_data, check_patch_layers, check_weights
 from llm2clip_plugin.stages.tower.config import RunConfig
@@ -38,7 +39,6 @@ from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import use_fastest_attention
 
 TOWER, TOWER_EMA = "tower", "tower-ema"
-UNFINISHED_HEADS = "heads.pt"  # state of a fit of the heads that was stopped
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
 
 
@@ -80,6 +80,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     run.check_space(dual, trained, twin=config.loss.needs_reference)
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
+        run.record(run.new_state())
         with phase("heads"):
             curve = fit(dual, data, images, config, config.heads, device, stop, run.folder / UNFINISHED_HEADS)
     # before the engine, which partitions the weights under ZeRO-3

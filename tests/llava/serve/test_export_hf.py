@@ -269,7 +269,7 @@ def test_another_base_model_is_refused(tmp_path, home, capsys):
         "scales": "features of several scales",
         "tower": "'/nowhere/tower' is not a directory",
         "new tower": "DINOv3 requires transformers 5 or newer; 4.37.2 is installed",
-        "own tower": "/nowhere/clip is not a file, a directory or a Hub id",
+        "own tower": "/nowhere/clip is not a directory or a Hub id",
     }.items(),
 )
 def test_damaged_and_foreign_checkpoints(tmp_path, home, capsys, name, said):

@@ -1,0 +1,95 @@
+"""Own questions: a JSONL with ``image`` (relative to the file), ``question`` and ``answer``, a text or a list of texts.
+
+DATA is the file itself, or a folder with a questions.jsonl.
+
+An answer is right if one of the true ones occurs in it as whole words, in the VQA evaluation's normal form (case,
+punctuation, articles and number words don't matter), so "a red circle" is right for "circle"; yes and no must be its
+first word. ``id`` and ``category`` are optional.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
+from llava_integration.benchmarks.base import Item, Question, flatten, item_of, mean_of, percents, text_of
+from llava_integration.benchmarks.benchmark import SHORT_ANSWER, Benchmark, question_row
+from llava_integration.benchmarks.vqa_text import m4c
+from llm2clip_plugin.contracts import ContractError, sha256_file
+
+
+class Questions(Benchmark):
+    """Accuracy over the questions."""
+
+    def load(self, folder: Path) -> list[Question]:
+        """The questions, in the file's order. Raises ContractError for a row without one of the three fields."""
+        path = self.file(folder)
+        questions: list[Question] = []
+        for number, row in enumerate(read_jsonl(path), 1):
+            truths = row.get("answer") if isinstance(row.get("answer"), list) else [row.get("answer")]
+            texts = [row.get("image"), row.get("question"), *truths]
+            if not truths or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ContractError(
+                    f"{path}, question {number}: expected texts in image, question and answer, got {row}"
+                )
+            questions.append(
+                Question(
+                    id=row.get("id", number),
+                    text=row["question"],
+                    cluster=row["image"],
+                    truth=truths,
+                    image=row["image"],
+                    category=str(row.get("category", "")),
+                )
+            )
+        if len({str(one.id) for one in questions}) < len(questions):
+            raise ContractError(f"{path} has an id twice; give each question its own, or none")
+        return questions
+
+    def file(self, folder: Path) -> Path:
+        """``folder`` itself, or the file in it."""
+        where = "each line needs image, question and answer"
+        return folder if folder.is_file() else self.require(folder, *self.annotations, where=where)
+
+    def data_digest(self, folder: Path) -> str:
+        """The SHA-256 of the file."""
+        return sha256_file(folder) if folder.is_file() else super().data_digest(folder)
+
+    def image_bytes(self, folder: Path, item: Item) -> bytes | None:
+        """Images are relative to the file."""
+        return super().image_bytes(self.file(folder).parent, item)
+
+    def question_rows(self, folder: Path) -> list[Row]:
+        """LLaVA's question file, with its request for a short answer."""
+        return [question_row(one.id, one.image, f"{one.text}\n{SHORT_ANSWER}") for one in self.questions(folder)]
+
+    def score_item(self, question: Question, answer: Answer | None) -> Item:
+        """Right or wrong; a missing answer is wrong."""
+        text = text_of(answer)
+        return item_of(question, answer, score=int(any(is_right(text, truth) for truth in question.truth)))
+
+    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+        """Percent right, of all and of each category."""
+        parts = percents([item for item in items if item["category"]], "category")
+        return flatten({"accuracy_percent": 100 * mean_of(items), "categories": parts})
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """Whether the answer contains the truth.
+
+    >>> is_right("A red circle.", "circle"), is_right("circles", "circle"), is_right("I see no cat", "no")
+    (True, False, False)
+    """
+    said, true = m4c(answer), m4c(truth)
+    if true in ("yes", "no"):
+        return said.split()[:1] == [true]
+    return f" {true} " in f" {said} "
+
+
+BENCHMARK = Questions(
+    name="questions",
+    title="own questions",
+    folders=("questions",),
+    annotations=("questions.jsonl",),
+    question_files=(),
+    scored_question_files=("llava_questions.jsonl",),
+)
