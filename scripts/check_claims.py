@@ -41,7 +41,7 @@ BEGIN, BEGIN_LLAVA, END = (
     "<!-- scripts/claims.sh --record: LLaVA -->",
     "<!-- end -->",
 )
-SIDES = {"raw": "LLM as it is", "tuned": "LLM fine-tuned"}
+SIDES = {"raw": "raw LLM, read well", "tuned": "fine-tuned LLM"}
 LLAVA_SIDES = {"before": "tower before stage 2", "after": "after"}
 RAW_TUNED, BEFORE_AFTER = ("raw", "tuned"), ("before", "after")
 LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}  # folder -> language model
@@ -196,7 +196,7 @@ def lines_of(checked: Sequence[Checked], shown: Callable[[float], str]) -> list[
 def table(claims: Mapping[str, Any]) -> list[str]:
     """README's table: a row per claim, the headline's first."""
     lines = [
-        "| mean reciprocal rank, test families | LLM as it is | LLM fine-tuned | difference | alone | chance |",
+        "| mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | alone | chance |",
         "|---|---|---|---|---|---|",
     ]
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
@@ -214,8 +214,8 @@ def full_table(claims: Mapping[str, Any]) -> list[str]:
     """The table of docs/benchmarks.md: as README's, with p."""
     count = max(len(claim["tuned"]) for claim in claims.values())
     lines = [
-        f"| mean reciprocal rank | LLM as it is | LLM fine-tuned | chance | difference, {count} trainings | p (Holm) "
-        "| significant alone |",
+        f"| mean reciprocal rank | raw LLM, read well | fine-tuned LLM | chance | difference, {count} trainings "
+        "| p (Holm) | significant alone |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):

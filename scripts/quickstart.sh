@@ -11,8 +11,8 @@
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
 #   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
 #                                           languages (81 MB to download); adds them to a finished run, too
-#   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM read with a prompt and against random
-#                                           embeddings of the same captions, and LLaVA with each of them to compare with ours
+#   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM as it comes (mean pooling, no prompt) and
+#                                           against random embeddings of the same captions; LLaVA with the tower of random, and of raw
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
 #   scripts/quickstart.sh --llava-llm smollm2   LLaVA with SmolLM2-135M-Instruct, which also answers in words, in place of a language
 #                                           model of 2.5 million weights (tiny): a quarter of an hour more on two cores; the
@@ -101,7 +101,8 @@ if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     [ "$TEACHER" = raw ] || [ "$PRESET" = smoke ] || PAIR=yes
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
-[ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; } # the tiny tower has two blocks
+LAYER=16 # that the raw LLM is read at
+[ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; LAYER=-1; } # the tiny models have two blocks
 OUT=$WORK/$PRESET$REAL
 DATA=$WORK/data$REAL
 [ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
@@ -214,13 +215,13 @@ if [ "$LLAVA" = yes ]; then
         echo "Comparison of the two: $OUT/$2/compare/compare.html" >&2
     }
     miniature "$TOWER" "$llava"
-    for control in ${CONTROLS:+random prompt}; do
+    for control in ${CONTROLS:+random raw}; do
         say "LLaVA with the tower of a control ($control), compared with ours"
         miniature "$OUT/towers/$control-seed{seed}" "$llava-$control" --names "$control" "$BEST"
     done
 fi
 say "headline"
 python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["sentences"], sep="\n")' "$OUT/headline.json"
-[ -n "$CONTROLS" ] || echo "The raw LLM read with a prompt reaches most of this, and LLaVA gains as much from random embeddings (README.md); --controls measures both."
+[ -n "$CONTROLS" ] || echo "LLaVA may gain as much from random embeddings (README.md); --controls measures that."
 say "done: page $OUT/index.html, tower $OUT/towers/$BEST-seed0"
 echo "In Python: llm2clip_plugin.load_tower(\"$OUT/towers/$BEST-seed0\")" >&2

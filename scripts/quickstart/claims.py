@@ -1,4 +1,4 @@
-"""What the quickstart claims: the fine-tuned teacher against the LLM as it is, query by query.
+"""What the quickstart claims: the fine-tuned teacher against the raw LLM read well, query by query.
 
 The measure is the mean reciprocal rank (MRR): every query counts by the rank of its right answer, also those that are
 not first. The same queries are compared in pairs; families of emoji are drawn as a whole, because their members are
@@ -191,7 +191,7 @@ def headline(one: Claim) -> str:
     p = f"p {p_value(one.p)}" if one.p < 0.001 else f"p = {p_value(one.p)}"
     said = (
         f"{one.name}: mean reciprocal rank {fraction(change.new)} with the fine-tuned LLM, {fraction(change.base)} "
-        f"with the LLM as it is, {fraction(one.chance)} by chance; difference {interval(change)}, {p}; better for "
+        f"with the raw LLM, read well, {fraction(one.chance)} by chance; difference {interval(change)}, {p}; better for "
         f"{one.better:.0%} of {one.queries:,} queries, worse for {one.worse:.0%}"
     )
     if len(one.by_seed) > 1:

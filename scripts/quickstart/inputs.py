@@ -22,8 +22,6 @@ def check_caches(data: Path, caches: Mapping[str, EmbeddingCache]) -> None:
         used, expected, adapter = cache.manifest.teacher["adapter_sha256"], "", "no adapter"
         if (cache.manifest.teacher["llm"] == RANDOM) != (name == "random"):
             raise ContractError(f"{cache.directory} holds embeddings of {cache.manifest.teacher['llm']}; {AGAIN}")
-        if (cache.manifest.teacher["pooling"] == "last") != (name == "prompt"):
-            raise ContractError(f"{cache.directory} pools {cache.manifest.teacher['pooling']}; {AGAIN}")
         if name.startswith("tuned-"):
             run = data / "llm" / name.removeprefix("tuned-")
             adapter, expected = str(run / "adapter"), adapter_sha256(run / "adapter")
@@ -35,6 +33,9 @@ def check_caches(data: Path, caches: Mapping[str, EmbeddingCache]) -> None:
                 f"{cache.directory} was embedded with adapter {used[:12] or 'none'}, expected {adapter} "
                 f"({expected[:12] or 'none'}); {AGAIN}"
             )
+        read = (cache.manifest.teacher["pooling"], bool(cache.manifest.teacher["post"]))
+        if name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
+            raise ContractError(f"{cache.directory} pools {read[0]}, {'with' if read[1] else 'no'} post file; {AGAIN}")
 
 
 def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:

@@ -46,7 +46,7 @@ class Duel:
     text: str
     language: str  # BCP 47 tag
     meaning: str
-    raw: float  # place with the LLM as it is; 1: first
+    raw: float  # place with the raw LLM; 1: first
     tuned: float
     pool: int  # drawings that are ranked
 

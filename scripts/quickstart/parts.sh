@@ -1,17 +1,21 @@
 # The quickstart's parts, sourced by quickstart.sh: which shards, cache and adapter each of them reads. What a part read is in
 # the run's records (run.json, the cache's manifest), and report.py refuses towers that were trained on anything else.
 
-# How the control "prompt" reads the raw LLM: PromptEOL (arXiv 2307.16645), nothing fitted
-PROMPT='This sentence: "{caption}" means in one word: "'
+# How the LLM is read, in stage 1 and without it: the last token of PromptEOL (arXiv 2307.16645)
+READ=(--attention causal --pooling last --chat-template 'This sentence: "{caption}" means in one word: "')
+# The LLM without stage 1 is the strongest control, so it is read as well as `llm2clip evaluate captions --search` can on
+# validation captions (docs/benchmarks.md): block 16 of 18, without the largest component of training captions
 
 embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar (or of SHARDS, a file), with the adapter of the cache's seed
     local reading=() shards=$2
     [ -f "$shards" ] || shards="$DATA/all/$2-*.tar"
     case "$1" in
-        raw) ;;
-        prompt) reading=(--attention causal --pooling last --chat-template "$PROMPT") ;;
+        raw) reading=("${READ[@]}" --layer "$LAYER" --post-file "$DATA/reading/llm2clip_post.safetensors") ;;
+        plain) ;; # the control "plain": as the LLM comes, the mean over its last hidden state
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
+    [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/components.py llm2clip_plugin/data/emoji/train-noto.tar \
+        --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --folder "$DATA/reading"
     say "captions through the LLM: $1, $2"
     llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
 }
@@ -31,7 +35,7 @@ tune() { # tune SEED: train an adapter
     launch scripts/finetune_llm.py llm2clip_plugin/data/emoji/train-noto.tar --llm "$LLM" --output "$tuning" --seed "$1" \
         --deepspeed scripts/zero1.json --languages en --group family \
         --pair-kinds short:long=0.2 short:keywords=0.8 --lists keywords=2:6 \
-        --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
+        "${READ[@]}" --r 16 --alpha 32 --dropout 0 --scale 20 --compute-dtype "$DTYPE" \
         --global-batch "$TUNE_BATCH" --max-steps "$TUNE_STEPS" --lr 1e-3 --warmup-steps 0 --warmup-ratio 0.1 \
         ${validation[@]+"${validation[@]}"}
 }
@@ -69,10 +73,10 @@ towers() { # towers SEED: of both teachers
     [[ $teachers != *raw* ]] || ${raw[@]+"${raw[@]}"} watched raw "$1" raw
     [[ $teachers != *tuned* ]] || watched tuned "$1" "tuned-seed$1"
 }
-controls() { # controls SEED: towers against the raw LLM read with a prompt, and against random embeddings of the same captions
+controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
         python scripts/quickstart/control_cache.py "$DATA/all" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/cache/random" --random 0
-    [ -d "$OUT/towers/prompt-seed$1" ] || embed prompt "{test,train,validation}"
-    watched prompt "$1" prompt
+    [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
+    watched plain "$1" plain
     watched random "$1" random
 }

@@ -137,17 +137,17 @@ def make_report(
     captions = open_captions(data / "all")
     teachers = read_teachers(captions, caches)
     tests = {**tower_claims(towers), **teacher_claims(captions, teachers)}
-    over = tower_claims(towers, "prompt")
-    over |= teacher_claims(captions, teachers, base="prompt") if over else {}
-    plain = [path for path in ordered if path.name.split("-")[0] not in ("prompt", "random")]
+    over = tower_claims(towers, "plain")
+    over |= teacher_claims(captions, teachers, base="plain") if over else {}
+    paired = [path for path in ordered if path.name.split("-")[0] not in ("plain", "random")]
     report = Report(
         towers=towers,
         teachers=top_1(teachers),
         claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
-        over_prompt=in_order(make_claims(over)),
+        over_plain=in_order(make_claims(over)),
         notes=[*notes],
         inputs=inputs,
-        domain=on_domain(domain, start, plain, caches) if domain else None,
+        domain=on_domain(domain, start, paired, caches) if domain else None,
     )
     write(output / "headline.json", as_headline(report))
     write(output / "report.json", as_json(report))

@@ -27,7 +27,7 @@ class Report:
     towers: list[Tower]
     teachers: dict[str, list[dict[str, float]]]  # raw | tuned -> test -> score, of each adapter
     claims: list[Claim]  # the headline's first; [] without both teachers
-    over_prompt: list[Claim]  # the fine-tuned LLM against the raw one with a prompt; [] without that control
+    over_plain: list[Claim]  # the fine-tuned LLM against the raw one as it comes; [] without that control
     notes: list[str]
     inputs: dict[str, dict[str, Any]]  # tower -> what its training read
     domain: DomainReport | None = None
@@ -48,9 +48,9 @@ class Report:
         tables = [claims_table(self.claims, TEACHERS)] if self.claims else []
         if self.claims and len(self.claims[0].by_seed) > 1:
             tables.append(seeds_table(self.claims))
-        if self.over_prompt:
-            names = {**TEACHERS, "raw": TEACHERS["prompt"]}
-            tables.append(claims_table(self.over_prompt, names, "And better than the raw LLM, read with a prompt?"))
+        if self.over_plain:
+            names = {**TEACHERS, "raw": TEACHERS["plain"]}
+            tables.append(claims_table(self.over_plain, names, "And against the raw LLM as it comes?"))
         return [*tables, retrieval_table(self.towers), teacher_table(self.teachers), language_table(self.towers)]
 
 
@@ -85,7 +85,7 @@ def as_headline(report: Report) -> str:
     for one in report.claims:
         split["headline" if one.name in HEADLINE else "others"].append(one)
     body = {"sentences": report.sentences, **{name: [as_record(one) for one in part] for name, part in split.items()}}
-    body |= {"over_prompt": [as_record(one) for one in report.over_prompt]}
+    body |= {"over_plain": [as_record(one) for one in report.over_plain]}
     if report.domain:
         body |= {"domain": report.domain.as_record()}
     return json.dumps({**body, "notes": report.notes}, indent=2, ensure_ascii=False) + "\n"

@@ -7,9 +7,9 @@ from page import Table, cell
 from scores import SIDES, TowerScores
 
 TEACHERS = {  # part of a folder's name -> what the table calls it
-    "raw": "LLM as it is",
-    "tuned": "LLM fine-tuned",
-    "prompt": "LLM as it is, with a prompt",
+    "raw": "raw LLM, read well",
+    "tuned": "fine-tuned LLM",
+    "plain": "raw LLM, as it comes",
     "random": "random embeddings",
     "shuffled": "control: wrong pictures",
 }

@@ -178,10 +178,10 @@ PLANTED = (
         "tests/vision/test_adapter.py::test_input_scale_and_noise",
     ),
     Bug(
-        "the prompted control read without its prompt",
+        "the raw LLM read without its prompt",
         f"{SCRIPTS}/parts.sh",
-        'prompt) reading=(--attention causal --pooling last --chat-template "$PROMPT") ;;',
-        "prompt) ;;",
+        'raw) reading=("${READ[@]}" --layer',
+        "raw) reading=(--layer",
         f"{QUICKSTART}/test_quickstart_parts.py::test_the_stronger_controls_are_the_same_training_against_other_embeddings",
     ),
     Bug(

@@ -22,12 +22,13 @@ IDENTITY = TeacherIdentity(
     weights_sha256="0",
     adapter_sha256="",
     attention="causal",
-    pooling="mean",
+    pooling="last",
     layer=-1,
     prompt="",
     chat_template="",
     max_tokens=8,
     width=WIDTH,
+    post="0",
 )
 
 
@@ -54,7 +55,7 @@ def write_adapter(data: Path, seed: int = 0, *, shard: str = "train-noto.tar") -
     save_file({"lora": torch.full((1,), float(seed))}, run / "adapter" / ADAPTER_WEIGHTS)
     (run / "adapter" / ADAPTER_CONFIG).write_text("{}")
     RunRecord(config={"pairs": {"data": [f"emoji/{shard}"]}}, config_hash="").write(run / RunRecord.FILE)
-    return dataclasses.replace(IDENTITY, adapter_sha256=adapter_sha256(run / "adapter"))
+    return dataclasses.replace(IDENTITY, post="", adapter_sha256=adapter_sha256(run / "adapter"))
 
 
 def write_run(output: Path, name: str, **data: object) -> None:

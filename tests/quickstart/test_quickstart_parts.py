@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 set -euo pipefail
 DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50
-HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned" BEST=tuned BEST_CACHE=tuned-seed0
+HEAD_STEPS=9 LAYER=16 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned" BEST=tuned BEST_CACHE=tuned-seed0
 . "$PARTS"
 say() { :; }
 shown() { printf '%s\\n' "$*"; }
@@ -63,7 +63,7 @@ def test_stage_1_reads_training_captions_and_is_validated_on_validation(tmp_path
 
 
 def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
-    raw, tuned = started(tmp_path, "embed raw test; embed tuned-seed3 '{test,train}'")
+    _, raw, tuned = started(tmp_path, "embed raw test; embed tuned-seed3 '{test,train}'")
     assert raw[1:3] == ["embed", "data/all/test-*.tar"] and "--adapter" not in raw
     assert tuned[1:3] == ["embed", "data/all/{test,train}-*.tar"]
     assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
@@ -98,12 +98,22 @@ def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
 
 
 def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tmp_path) -> None:
-    made, embed, prompt, random = started(tmp_path, "controls 3")
+    made, embed, plain, random = started(tmp_path, "controls 3")
     assert made[1:3] == ["scripts/quickstart/control_cache.py", "data/all"] and value(made, "--random") == "0"
-    assert (value(embed, "--attention"), value(embed, "--pooling")) == ("causal", "last")
-    assert "--adapter" not in embed and "one word" in " ".join(embed)
+    assert not {"--attention", "--pooling", "--adapter", "--post-file"} & set(embed)
+    fit, read = started(tmp_path, "embed raw train")
+    assert fit[1] == "scripts/quickstart/components.py" and "--adapter" not in read
+    for command in (
+        fit,
+        read,
+        started(tmp_path, "tune 3")[0],
+    ):  # stage 1 fine-tunes the reading that it is compared with
+        assert (value(command, "--attention"), value(command, "--pooling")) == ("causal", "last")
+        assert "one word" in " ".join(command)
+    assert value(read, "--layer") == value(fit, "--layer") == "16"
+    assert value(read, "--post-file") == f"{value(fit, '--folder')}/llm2clip_post.safetensors"
     raw = " ".join(started(tmp_path, "watched raw 3 raw")[0])
-    for command, name in ((prompt, "prompt"), (random, "random")):
+    for command, name in ((plain, "plain"), (random, "random")):
         own = " ".join(command).replace(f"{name}-seed3", "raw-seed3").replace(f"cache/{name}", "cache/raw")
         assert own == raw and f"cache/{name}" in " ".join(command)
 
@@ -129,8 +139,8 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     with pytest.raises(ContractError, match="holds embeddings of random"):
         inputs.check_caches(data, {"raw": caches[0]})
     inputs.check_caches(data, {"random": caches[0]})
-    with pytest.raises(ContractError, match="pools mean"):
-        inputs.check_caches(data, {"prompt": EmbeddingCache.open(data / "cache" / "raw")})
+    with pytest.raises(ContractError, match="pools last"):
+        inputs.check_caches(data, {"plain": EmbeddingCache.open(data / "cache" / "raw")})
 
 
 @pytest.fixture(scope="module")

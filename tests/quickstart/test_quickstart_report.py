@@ -68,7 +68,12 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
     assert page.count('<div class="query">') == 13  # a long caption, a name, a name in eleven languages
     assert page.count("data:image/png;base64,") == 13 * pictures.PICTURES
     assert "a &lt;note&gt;" in page
-    assert found.tables[0].head == ["retrieval", "LLM as it is (2 seeds)", "control: wrong pictures (1 seed)", "chance"]
+    assert found.tables[0].head == [
+        "retrieval",
+        "raw LLM, read well (2 seeds)",
+        "control: wrong pictures (1 seed)",
+        "chance",
+    ]
     assert " ± " in found.tables[0].rows[0][1] and " ± " not in found.tables[0].rows[0][2]
 
 
@@ -78,7 +83,7 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
         (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
         write_run(tmp_path, f"{name}-seed1")
     (line,) = results.failures(report.make_report(folder / "data", tmp_path, []))
-    assert line.startswith("R@10 of 'LLM as it is' is")
+    assert line.startswith("R@10 of 'raw LLM, read well' is")
 
 
 def test_page_pictures_are_the_best_and_the_right_ones_are_marked(folder) -> None:
@@ -139,12 +144,12 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(folder) -> None:
     assert not first.significant and "NOT significant" in claims.headline(first)
     assert claims.claims_table(made, report.TEACHERS).rows[0][-1].endswith("not significant")
     assert first.better + first.worse <= 1 and first.better == pytest.approx(first.worse)
-    prompt = [dataclasses.replace(tower, name="prompt") for tower in raw]
-    over = claims.make_claims(report.tower_claims([*raw, *tuned, *prompt], "prompt"))  # the same towers under its name
+    plain = [dataclasses.replace(tower, name="plain") for tower in raw]
+    over = claims.make_claims(report.tower_claims([*raw, *tuned, *plain], "plain"))  # the same towers under its name
     assert [one.difference for one in over] == [
         one.difference for one in claims.make_claims(report.tower_claims([*raw, *tuned]))
     ]
-    assert report.tower_claims([*raw, *tuned], "prompt") == {}
+    assert report.tower_claims([*raw, *tuned], "plain") == {}
     duels = pictures.page_duels([*raw, *tuned], sets["test"])
     assert len(duels) == pictures.DUELS and duels == pictures.page_duels([*raw, *tuned], sets["test"])
     places = {(one.caption.text, one.place) for one in raw[0].scores.places(test)}
