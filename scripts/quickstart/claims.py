@@ -191,8 +191,8 @@ def headline(one: Claim) -> str:
     p = f"p {p_value(one.p)}" if one.p < 0.001 else f"p = {p_value(one.p)}"
     said = (
         f"{one.name}: mean reciprocal rank {fraction(change.new)} with the fine-tuned LLM, {fraction(change.base)} "
-        f"with the raw LLM, read well, {fraction(one.chance)} by chance; difference {interval(change)}, {p}; better for "
-        f"{one.better:.0%} of {one.queries:,} queries, worse for {one.worse:.0%}"
+        f"with the raw LLM, read well, {fraction(one.chance)} by chance; difference {interval(change)}, {p}; better "
+        f"for {one.better:.0%} of {one.queries:,} queries, worse for {one.worse:.0%}"
     )
     if len(one.by_seed) > 1:
         said += f"; significant in {one.seeds_significant} of {len(one.by_seed)} seeds"
