@@ -21,8 +21,8 @@ from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 set -euo pipefail
-DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50
-HEAD_STEPS=9 LAYER=16 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned" BEST=tuned BEST_CACHE=tuned-seed0
+DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50 LAYER=16
+HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 PAIR= HALF=1 teachers="raw tuned" BEST=tuned BEST_CACHE=tuned-seed0
 . "$PARTS"
 say() { :; }
 shown() { printf '%s\\n' "$*"; }
