@@ -45,17 +45,18 @@ def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
 
 
 def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The reported values of a few steps of each way, and the moments and the twin afterwards."""
+    """The reported values of a few steps of each way, and the moments afterwards."""
     results = {}
     for name, way in ways.items():
         way = dict(way)
+        terms = way.pop("terms", TERMS)
         dual = tiny_dual(way.pop("family", "clip"), way.pop("pool", "pooled"))
         if way.pop("checkpointing", False):
             enable_gradient_checkpointing(dual.tower)
         twin = Twin(dual, decay=None)
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
         twin.attach(engine, {})
-        step = tiny_step(engine, terms=way.pop("terms", TERMS), twin=twin)
+        step = tiny_step(engine, terms=terms, twin=twin)
         values = [step(tiny_batch(i, rank=rank, world=world))[1] for i in range(STEPS)]
         results[name] = {"values": values, "moments": engine.moments(HostCopies())}
     return results
