@@ -45,7 +45,7 @@ def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
 
 
 def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The reported values of a few steps of each way, and the moments and the twin afterwards."""
+    """The reported values of a few steps of each way, and the moments afterwards."""
     results = {}
     for name, way in ways.items():
         way = dict(way)
@@ -55,7 +55,7 @@ def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, d
         twin = Twin(dual, decay=None)
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
         twin.attach(engine, {})
-        step = tiny_step(engine, terms=way.pop("terms", TERMS), twin=twin)
+        step = tiny_step(engine, terms=TERMS, twin=twin)
         values = [step(tiny_batch(i, rank=rank, world=world))[1] for i in range(STEPS)]
         results[name] = {"values": values, "moments": engine.moments(HostCopies())}
     return results
@@ -118,14 +118,6 @@ def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], fam
     first, *_, last = one[family]["values"]
     assert abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
     assert last["loss_patch_captions"] < first["loss_patch_captions"]
-
-
-def test_a_heavier_weight_holds_the_patches():
-    """The blocks before the last are held, the last one is free."""
-    ways = {f"{weight}": {"stage": 0, "terms": ("infonce", f"patch_reference={weight}")} for weight in (1e-9, 100)}
-    runs = run_ranks(train, 1, ways)[0]
-    free, held = (runs[name]["values"][-1]["loss_patch_reference"] / float(name) for name in ways)
-    assert held < free / 3
 
 
 @pytest.mark.parametrize("layer", [-5, 4])
