@@ -77,6 +77,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "measure a tower's zero-shot classification"),
     "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "measure a tower's features by kNN and linear probe"),
+    "forecast": (
+        "llm2clip_plugin.evaluate.forecast",
+        "main",
+        "how well towers are likely to serve an LLM in LLaVA, before one is trained",
+    ),
     "search": (
         "llm2clip_plugin.evaluate.search",
         "main",
@@ -148,6 +153,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
     "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
+    "forecast": ("llm2clip_plugin.evaluate.options.forecast", "COMMAND"),
     "search": ("llm2clip_plugin.evaluate.options.search", "COMMAND"),
     "export": ("llm2clip_plugin.stages.tower.export_options", "parser"),
     "import": ("llm2clip_plugin.vision.convert.options", "parser"),

@@ -56,7 +56,7 @@ ROLES = {
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), "adapter"),
     **dict.fromkeys(("cache", "data.cache", "data.validation_cache"), "cache"),
     **dict.fromkeys(("data.clip_cache", "data.validation_clip_cache"), "cache"),
-    **dict.fromkeys(("tower", "start"), "tower"),
+    **dict.fromkeys(("tower", "towers", "start"), "tower"),
     **dict.fromkeys(("model_path", "checkpoint", "checkpoints"), "llava"),
     "tokenizer": "tokenizer",
     "tower.path": "start",

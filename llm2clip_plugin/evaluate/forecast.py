@@ -1,0 +1,213 @@
+"""``llm2clip forecast``: how well a tower is likely to serve an LLM in LLaVA, measured before any LLaVA is trained.
+
+The patches that LLaVA would read are compared with the LLM's embeddings of the images' captions.
+
+Shapes: B and N images, P patches, H width of the tower, W width of the LLM.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
+from llm2clip_plugin.contracts import ScoreFile, canonical_json, sha256_text
+from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.downloads import default_download_folder
+from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.records import BrokenSample, select_captions
+from llm2clip_plugin.evaluate.command_line import dataset_name, provenance, wide_console, write_scores
+from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.forecast_measures import cka_by_image, explained, folds, neighbors
+from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
+from llm2clip_plugin.evaluate.options.forecast import COMMAND, DRAWINGS, ForecastConfig
+from llm2clip_plugin.evaluate.preconditions import check_measurable
+from llm2clip_plugin.evaluate.probe import weights_hash
+from llm2clip_plugin.evaluate.reading import has_card
+from llm2clip_plugin.progress import track
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.train.distributed import choose_device
+from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.families import family_of
+from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.towers import load_tower
+
+GRID = 8  # patches a side that are compared, at most: the cost of neighbors grows with the square of the patches
+GROUNDS = (
+    "neighbors: after RAVEL (Yang et al. 2026, arXiv 2610.05413), whose score ranked 70 towers as the LLaVAs trained "
+    "on them did with a Spearman correlation of .82 to .90 for three LLMs of 1.5 to 1.7 billion weights, one training "
+    "each. Intervals draw images; trainings of one recipe differ, too."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioned:
+    """The images that are compared, and the mean embedding of each one's captions."""
+
+    numbers: list[int]  # in the source
+    text_NW: Tensor  # float32, on the CPU
+    keys: list[str]
+    clusters: list[str]  # resampled and held out together
+    llm: dict[str, Any]  # TeacherIdentity
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip forecast TOWER [TOWER ...] --llm LLM``."""
+    config = COMMAND.parse(argv)
+    source = open_source(config.data)
+    check_fields(source)
+    selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
+    check_measurable(source, selected)
+    captioned = read_captions(config, source)
+    records = [forecast(tower, config, source, captioned) for tower in config.towers]
+    console = wide_console()
+    console.print(table(config, records))
+    console.print(GROUNDS, markup=False, soft_wrap=True)
+    for number, record in enumerate(records if config.json else [], 1):
+        path = Path(config.json)
+        write_scores(record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path))
+    return 0
+
+
+def read_captions(config: ForecastConfig, source: Source) -> Captioned:
+    """Up to ``limit`` images, evenly spaced, whose captions are embedded by the LLM, unless they are cached.
+
+    Raises ContractError if the folder is another LLM's cache; what loading the LLM raises.
+    """
+    count = min(config.limit, len(source))
+    rows: dict[int, Row] = {}
+    for number in (place * len(source) // count for place in range(count)):
+        with suppress(BrokenSample):
+            sample = source[number]
+            if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
+                rows[number] = Row(sample.key, None, used, sample.meta)
+    clusters = [str(row.meta.get(config.cluster, row.key)) for row in rows.values()]
+    folds(clusters)  # enough of them, before the work
+    encoding = config.encoder
+    if has_card(encoding):  # a fine-tuned LLM is read as its card says
+        own = {name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")}
+        encoding = dataclasses.replace(encoding, **own)
+    encoder = CaptionEncoder(encoding, choose_device(config.device))
+    identity = encoder.identity()
+    folder = default_cache_folder(source.path, identity.fingerprint) if not config.cache else Path(config.cache)
+    if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
+        folder = default_download_folder().parent / folder.name
+    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
+    name = f"forecast-{sha256_text(canonical_json(texts))[:12]}"
+    captions = InMemorySource(name, folder, list(rows.values()))
+    embed_source(captions, encoder, folder)
+    cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
+    embedded = (cache.rows(name, place, row.captions, key=row.key) for place, row in enumerate(rows.values()))
+    return Captioned(
+        numbers=list(rows),
+        text_NW=torch.stack([text_mW.mean(0) for text_mW in embedded]),
+        keys=[row.key for row in rows.values()],
+        clusters=clusters,
+        llm=dataclasses.asdict(identity),
+    )
+
+
+@torch.no_grad()
+def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Captioned) -> ScoreFile:
+    """The measures of one tower, and every readable image's values.
+
+    Raises ValueError for a layer that the tower doesn't have, and for features that are constant or not finite.
+    """
+    directory, device = fetch_directory(tower), choose_device(config.device)
+    model: Any = load_tower(directory).to(device).eval()
+    states = model.config.num_hidden_layers + 1
+    if not -states <= config.select_layer < states:
+        raise ValueError(f"--select-layer {config.select_layer}: {tower} has hidden states {-states} to {states - 1}")
+    images = ImageConfig.from_preprocessor(preprocessor_config(directory))
+    normalize, patches, found = Normalize(images, device), [], []
+    batches = eval_pairs(source, None, images, batch=config.batch, indices=captioned.numbers)
+    for batch in track(batches, total=len(batches), label=dataset_name(tower), unit="batches"):
+        pixels = normalize(batch["pixels"]).to(model.dtype)
+        state_BPH = model(pixel_values=pixels, output_hidden_states=True).hidden_states[config.select_layer]
+        patches.append(on_grid(state_BPH[:, int(family_of(model).has_cls) :].float()).cpu())
+        found += [captioned.numbers.index(number) for number in batch["image_ids"].tolist()]
+    clusters = [captioned.clusters[place] for place in found]
+    try:
+        values = measure(torch.cat(patches).to(device), captioned.text_NW[found].to(device), clusters)
+    except ValueError as error:
+        raise ValueError(f"{tower}: {error}") from error
+    items = [
+        {"id": captioned.keys[place], "score": float(values["neighbors"][row]), "cluster": clusters[row]}
+        | {name: float(value_N[row]) for name, value_N in values.items()}
+        for row, place in enumerate(found)
+    ]
+    return ScoreFile(
+        benchmark=f"forecast:{dataset_name(config.data.path)}",
+        metrics={name: float(value_N.mean()) for name, value_N in values.items()},
+        items=items,
+        counts={"images": len(found), "left_out": len(batches.broken)},
+        model=tower,
+        provenance=provenance(
+            weights_sha256=weights_hash(directory), llm=captioned.llm, select_layer=config.select_layer
+        ),
+        notes=[f"left out: {error}" for error in batches.broken],
+    )
+
+
+def on_grid(patch_BPH: Tensor) -> Tensor:
+    """Patches averaged to at most GRID x GRID an image."""
+    side = math.isqrt(patch_BPH.shape[1])
+    if side <= GRID:
+        return patch_BPH
+    grid_BHSS = patch_BPH.transpose(1, 2).unflatten(2, (side, side))
+    return F.adaptive_avg_pool2d(grid_BHSS, GRID).flatten(2).transpose(1, 2)
+
+
+def measure(patch_NPH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> dict[str, Tensor]:
+    """Measure -> (N,) values of the images, whose mean is the measure."""
+    mean_NH, text_cpu_NW = patch_NPH.mean(1).cpu(), text_NW.cpu()
+    return {
+        "neighbors": neighbors(patch_NPH, text_NW).cpu(),
+        "CKA": cka_by_image(mean_NH, text_cpu_NW),
+        "probe": explained(mean_NH, text_cpu_NW, clusters),
+    }
+
+
+def table(config: ForecastConfig, records: Sequence[ScoreFile]) -> Table:
+    """Each tower's measures with intervals, and of all but the first the paired differences to it."""
+    count, llm = records[0].counts["images"], dataset_name(config.encoder.llm)
+    table = Table(
+        title=f"forecast for {llm} on {count} images of {dataset_name(config.data.path)}",
+        caption="95 % intervals, bootstrap over images or --cluster; chance: neighbors .1, CKA and probe 0",
+    )
+    table.add_column("tower")
+    for name in records[0].metrics:
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(record.model, *(str(interval(record, name)) for name in record.metrics))
+        if record is not records[0]:
+            cells = (verdict(interval(record, name, records[0])) for name in record.metrics)
+            table.add_row("  less the first", *cells)
+    return table
+
+
+def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Interval:
+    """Of a measure, or of its paired difference to ``base``, which has the same images."""
+    values = [item[name] for item in record.items]
+    if base is not None:
+        values = [value - item[name] for value, item in zip(values, base.items, strict=True)]
+    return bootstrap_mean(values, [item["cluster"] for item in record.items])
+
+
+def verdict(difference: Interval) -> str:
+    """A difference in words: ``+0.021 [+0.010, +0.032] higher``."""
+    word = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "cannot tell"
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {word}"

@@ -1,0 +1,154 @@
+"""Forecast: its measures against scikit-learn, loops and closed forms; the command on tiny towers and a tiny LLM."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from evaluate_world import tiny_dual, write_data, write_llm
+from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from llm2clip_plugin import cli
+from llm2clip_plugin.bootstrap import bootstrap_mean
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.evaluate import forecast_measures as measures
+from llm2clip_plugin.evaluate.forecast import measure, on_grid, verdict
+from llm2clip_plugin.vision.export import export_tower
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(width: int) -> Tensor:
+    return torch.linalg.qr(normal(width, width, seed=9))[0]
+
+
+@pytest.mark.parametrize("rows", [12, 200])  # fewer than columns, and more
+def test_whitening_is_by_the_covariance_of_ledoit_and_wolf(rows: int):
+    feature_MF = normal(rows, 30) @ normal(30, 30, seed=1) + 5
+    fitted = LedoitWolf().fit(feature_MF.double().numpy())
+    centered_MF = feature_MF.double().numpy() - fitted.location_
+    white_MF = measures.whitened(feature_MF).double().numpy()
+    expected = centered_MF @ np.linalg.inv(fitted.covariance_) @ centered_MF.T
+    np.testing.assert_allclose(white_MF @ white_MF.T, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(9, 4), torch.full((9, 4), torch.nan)])
+def test_constant_and_broken_features_are_refused(bad: Tensor):
+    with pytest.raises(ValueError, match="equal for all images"):
+        measures.whitened(bad)
+
+
+def test_best_match_similarity_by_loops():
+    patch_NPH = F.normalize(normal(5, 3, 4), dim=2)
+    similarity_NN = measures.best_match_similarity(patch_NPH)
+    for one in range(5):
+        for other in range(5):
+            cosine = [[float(a @ b) for b in patch_NPH[other]] for a in patch_NPH[one]]
+            forward = sum(map(max, cosine)) / 3
+            backward = sum(map(max, zip(*cosine, strict=True))) / 3
+            assert float(similarity_NN[one, other]) == pytest.approx((forward + backward) / 2, abs=1e-6)
+
+
+def test_neighbor_overlap_by_sets():
+    one_NN, other_NN = normal(20, 20), normal(20, 20, seed=1)
+    for image, value in enumerate(measures.neighbor_overlap(one_NN, other_NN, 4).tolist()):
+        others = [number for number in range(20) if number != image]
+        near = [set(sorted(others, key=lambda n, row=s[image]: -float(row[n]))[:4]) for s in (one_NN, other_NN)]
+        assert value == pytest.approx(len(near[0] & near[1]) / 4)
+
+
+def test_neighbors_of_the_same_and_of_unrelated_features():
+    text_NW = normal(200, 12)
+    turned_NPH = (3 * text_NW @ rotation(12) + 1)[:, None]
+    assert measures.neighbors(turned_NPH, text_NW).tolist() == [1.0] * 200
+    unrelated_N = measures.neighbors(normal(200, 5, 12, seed=1), text_NW)
+    assert float(unrelated_N.mean()) == pytest.approx(20 / 199, abs=0.02)
+
+
+def test_cka_by_image_is_the_jackknife():
+    one_ND, other_NE = normal(40, 8), normal(40, 8) + normal(40, 8, seed=1)
+    without = [
+        measures.linear_cka(*(torch.cat([x[:image], x[image + 1 :]]) for x in (one_ND, other_NE)))
+        for image in range(40)
+    ]
+    expected = measures.linear_cka(one_ND, other_NE) + 39 * (np.mean(without) - np.array(without))
+    np.testing.assert_allclose(measures.cka_by_image(one_ND, other_NE), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(measures.cka_by_image(one_ND, 2 * one_ND @ rotation(8)), 1, atol=1e-4)
+    assert abs(float(measures.cka_by_image(normal(300, 8, seed=2), normal(300, 8, seed=3)).mean())) < 0.03
+
+
+def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
+    feature_NH, clusters = normal(100, 10), [f"family {number // 2}" for number in range(100)]
+    text_NW = feature_NH @ normal(10, 6, seed=1) + 3 * normal(100, 6, seed=2)
+    fold_N = measures.folds(clusters).numpy()
+    assert sorted(np.bincount(fold_N)) == [20] * 5 and all(fold_N[::2] == fold_N[1::2])
+    x, y, error, total = feature_NH.double().numpy(), text_NW.double().numpy(), 0.0, 0.0
+    for fold in range(5):
+        test, choose = fold_N == fold, fold_N == (fold + 1) % 5
+
+        def predict(fit: np.ndarray, at: np.ndarray, penalty: float) -> np.ndarray:
+            scale = np.square(x[fit] - x[fit].mean(0)).sum() / 10  # mean of the squared singular values
+            return Ridge(alpha=penalty * scale).fit(x[fit], y[fit]).predict(x[at])
+
+        errors = [np.square(predict(~test & ~choose, choose, p) - y[choose]).sum() for p in measures.PENALTIES]
+        best = measures.PENALTIES[int(np.argmin(errors))]
+        error += np.square(predict(~test, test, best) - y[test]).sum()
+        total += np.square(y[test] - y[~test].mean(0)).sum()
+    value = float(measures.explained(feature_NH, text_NW, clusters).mean())
+    assert value == pytest.approx(1 - error / total, abs=1e-4) and 0.2 < value < 0.8
+    assert float(measures.explained(feature_NH, feature_NH @ normal(10, 6), clusters).mean()) > 0.99
+    assert abs(float(measures.explained(feature_NH, normal(100, 6, seed=5), clusters).mean())) < 0.1
+
+
+def test_a_tower_that_sees_more_is_higher_and_a_copy_cannot_be_told():
+    text_NW = normal(150, 8)
+    sees_NPH, blind_NPH = (text_NW[:, None] + noise * normal(150, 4, 8, seed=1) for noise in (0.5, 4.0))
+    clusters = [str(number) for number in range(150)]
+    good, copy, bad = (measure(patch, text_NW, clusters) for patch in (sees_NPH, 2 * sees_NPH, blind_NPH))
+    assert list(good) == ["neighbors", "CKA", "probe"]
+    for name, value_N in good.items():
+        assert verdict(bootstrap_mean((value_N - bad[name]).numpy())).endswith("higher"), name
+        assert verdict(bootstrap_mean((bad[name] - value_N).numpy())).endswith("lower"), name
+        assert verdict(bootstrap_mean((value_N - copy[name]).numpy().round(3))).endswith("cannot tell"), name
+
+
+def test_large_grids_are_averaged():
+    row_S = torch.arange(16.0)
+    patch_BPH = torch.stack([row_S.repeat_interleave(16), row_S.repeat(16)], dim=1)[None]
+    assert on_grid(patch_BPH)[0, :9].tolist() == [[0.5, 0.5 + 2 * x] for x in range(8)] + [[2.5, 0.5]]
+    assert on_grid(patch_BPH[:, :49]).shape == (1, 49, 2)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = write_data(tmp_path / "data", shades=tuple(range(0, 42, 7)))  # 24 images
+    llm = write_llm(tmp_path / "llm")
+    for name, noise in (("one", 0.0), ("other", 0.1)):
+        dual = tiny_dual()
+        with torch.no_grad():
+            for parameter in dual.tower.parameters():
+                parameter += noise * torch.randn_like(parameter)
+        export_tower(dual, tmp_path / name, origin="tiny")
+    towers, output = [str(tmp_path / name) for name in ("one", "other")], tmp_path / "scores.json"
+    words = ["forecast", *towers, "--llm", str(llm), "--data", str(data), "--device", "cpu"]
+    assert cli.main([*words, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "less the first" in printed and "arXiv 2610.05413" in printed
+    scores = [ScoreFile.read(tmp_path / f"scores-{number}.json") for number in (1, 2)]
+    assert [record.model for record in scores] == towers and len(scores[0].items) == 24
+    assert scores[0].metrics != scores[1].metrics
+    for name, value in scores[0].metrics.items():
+        assert value == pytest.approx(np.mean([item[name] for item in scores[0].items]))
+    (manifest,) = (tmp_path / "data").glob("embeddings-*/manifest.json")
+    teacher = json.loads(manifest.read_text())["teacher"]
+    assert [teacher[name] for name in ("attention", "layer", "include_bos")] == ["causal", -2, False]
+    (shard,) = manifest.parent.glob("forecast-*.safetensors")
+    written = shard.stat().st_mtime_ns
+    assert cli.main([*words, "--cluster", "image"]) == 0 and shard.stat().st_mtime_ns == written
+    assert cli.main([*words, "--cluster", "colour"]) == 2  # four clusters
+    assert cli.main([*words, "--select-layer", "7"]) == 2 and "hidden states -3 to 2" in capsys.readouterr().err
