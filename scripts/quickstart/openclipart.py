@@ -6,8 +6,8 @@
 The drawings are Debian's package ``openclipart-svg`` (public domain by the files' own tags, 25 MB). They are taken from
 ``--drawings``, else from /usr/share/openclipart/svg, else downloaded from the mirror that apt is configured with; root
 is not needed. resvg draws them on white. Left out, and counted: drawings without a title or with fewer than two
-keywords, titles of whole collections, blank ones, and those named as a validation or test emoji is. A family, which one
-split has whole, is drawings with one title, or that look alike in gray.
+keywords, titles of whole collections, blank ones, and those whose title or a keyword is the name of a validation or
+test emoji. A family, which one split has whole, is drawings with one title, or that look alike in gray.
 """
 
 import argparse
@@ -72,6 +72,11 @@ def _texts(root: ET.Element, tag: str) -> Iterator[str]:
     return (" ".join("".join(element.itertext()).split()) for element in root.iter(f"{DUBLIN}{tag}"))
 
 
+def keywords_of(about: Description) -> list[str]:
+    """The keywords of a description."""
+    return next(c["text"].split(", ") for c in about["captions"] if c["kind"] == "keywords")
+
+
 def draw(path: Path, size: int) -> Image.Image | None:
     """The drawing in the middle of a white square of ``size`` pixels; None if it cannot be drawn or is blank."""
     try:
@@ -128,7 +133,7 @@ def read_drawings(drawings: Path, size: int, left_out: Counter[str]) -> list[Sam
         picture = None
         if titles[about["concept"]] > COLLECTION:
             left_out["of collections"] += 1
-        elif about["concept"] in names:
+        elif names & {about["concept"], *keywords_of(about)}:
             left_out["named as a validation or test emoji"] += 1
         elif (picture := draw(path, size)) is None:
             left_out["blank, or not drawable"] += 1

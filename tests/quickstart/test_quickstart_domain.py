@@ -211,7 +211,8 @@ def test_shards_are_made_of_clip_art(tmp_path) -> None:
     add_drawing(root, "tools/blank", "Nothing", "")
     add_drawing(root, "tools/few", "Rake", LADDER.format(x=9, fill="red"), ("hash", "rake"))
     add_drawing(root, "flags/flag", "Flag", LADDER.format(x=9, fill="red"))
-    add_drawing(root, "animals/owl", "Person walking", LADDER.format(x=9, fill="red"))  # an emoji held out
+    add_drawing(root, "animals/owl", "Panda", LADDER.format(x=9, fill="red"))  # an emoji held out
+    add_drawing(root, "animals/crow", "Old crow", LADDER.format(x=20, fill="red"), ("Toothbrush", "black"))
     for number in range(openclipart.COLLECTION + 1):
         add_drawing(root, f"set/{number}", "Nice icon theme", LADDER.format(x=number, fill="red"))
     openclipart.prepare(tmp_path / "out", root, 32)
