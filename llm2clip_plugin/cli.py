@@ -104,7 +104,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "list known towers: location, hash, sizes",
     ),
     "llava data": (
-        "llm2clip_plugin.data.llava_files",
+        "llm2clip_plugin.data.llava_files.command",
         "main",
         "write a data set as LLaVA's pretraining reads it",
     ),
@@ -143,7 +143,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
-    "llava data": ("llm2clip_plugin.data.llava_files", "COMMAND"),
+    "llava data": ("llm2clip_plugin.data.llava_files.command", "COMMAND"),
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),

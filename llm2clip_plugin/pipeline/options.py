@@ -31,9 +31,7 @@ class PipelineConfig(SourceConfig):
     precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp32 without
     tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
     num_gpus: int = 1  # processes of the training stages
-    questions: str = (
-        ""  # .jsonl of image, question and answer, to ask a LLaVA of the tower before and after; see docs/mllm.md
-    )
+    questions: str = ""  # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
     llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
     llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
     queries: int = 24  # validation captions that the page shows, drawn at random
@@ -59,9 +57,7 @@ class PipelineConfig(SourceConfig):
         if not self.questions or not self.llava_llm:
             raise ValueError("--questions and --llava-llm need each other: the questions, and LLaVA's language model")
         if not PRETRAIN.is_file():
-            raise ValueError(
-                f"--questions trains LLaVA with scripts/llava, and {PRETRAIN} is missing; run in a checkout"
-            )
+            raise ValueError(f"--questions needs a checkout of this project: {PRETRAIN} is missing")
         if find_spec("llava") is None:
             raise ValueError("--questions needs LLaVA: pip install --no-deps llava-torch==1.2.2.post1")
         benchmark("questions").questions(Path(self.questions))
@@ -89,8 +85,6 @@ COMMAND = Command(
         "adapter",
         "stage1",
         "num_train_epochs",
-        "global_batch",
-        "precision",
         "questions",
         "llava_llm",
         "num_gpus",

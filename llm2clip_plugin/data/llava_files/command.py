@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.data.decode import BrokenImage, open_header
-from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.llava_files.options import COMMAND
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.records import BrokenSample, select_captions
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES
 from llm2clip_plugin.progress import track
 
 FILE, IMAGES = "captions.json", "images"  # in the output
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlavaDataConfig(SourceConfig):
-    """Captions for LLaVA's first stage, one an image."""
-
-    output: str  # folder to write: captions.json and images; it appears when it is complete
-    overwrite: bool = False  # replace what this command wrote there
-
-
-COMMAND = Command(
-    name="llava data",
-    example="llm2clip llava data photos-tars --output photos-llava",
-    about="Write captions.json and images for scripts/llava/pretrain.sh: each image with its first caption. Samples "
-    "that can't be read are left out.",
-    settings=LlavaDataConfig,
-    arguments=("path",),
-    everyday=("output", "images", "fields", "kinds", "languages", "overwrite"),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window"),
-)
 
 
 def main(argv: list[str]) -> int:
