@@ -122,7 +122,7 @@ class Saver:
         tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
         tensors |= {name: average.values(copies[name]) for name, average in self.averages.items()}
         state = dataclasses.replace(
-            state, **self.engine.scaler_state(), world_size=world_size(), evaluated=state.evaluated or 0
+            state, **self.engine.scaler_state(), world_size=world_size(), evaluated=state.evaluated
         )
         self.waited, self._retry_at = time.perf_counter() - started, None
         if first:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from train_helpers import Averages, Engineless, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.contracts import ContractError
@@ -144,20 +144,6 @@ def test_masters_keep_the_digits_that_bf16_loses(saved: tuple[Path, dict[str, li
     weights = load_file(path / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())
     assert any((value != value.bfloat16().float()).any() for value in weights.values())
-
-
-def test_checkpoints_of_version_0_1_resume_bit_for_bit(saved: tuple[Path, dict[str, list[float]]]):
-    """Their tensors were named ``dual.NAME``."""
-    folder, losses = saved
-    path = Checkpoints(folder / "zero2", keep=1).latest()
-    assert path is not None
-    old = folder / "old" / "checkpoints" / path.name
-    shutil.copytree(path, old)
-    (old.parent / "latest").write_text(path.name)
-    for name in ("model", "optimizer"):
-        tensors = load_file(old / f"{name}.safetensors")
-        save_file({f"dual.{key}": value for key, value in tensors.items()}, old / f"{name}.safetensors")
-    assert run_ranks(go_on, 2, str(folder), [("old", "zero2")])[0]["old > zero2"] == losses["zero2"]
 
 
 def test_weights_are_read_without_the_moments(saved: tuple[Path, dict[str, list[float]]], tmp_path: Path):

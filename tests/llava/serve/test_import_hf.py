@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serve_checkpoints import TODAY, V0_1, full, tower_directory
+from serve_checkpoints import TODAY, full, tower_directory
 
 from llava_integration.serve import parity
 from llava_integration.serve.export import Export, export
@@ -24,7 +24,7 @@ def same(ours, theirs):
 @pytest.mark.both_stacks
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2", "eva02", *TODAY])
 def test_there_and_back(tmp_path, home, capsys, tower):
-    source = tower_directory(tower, tmp_path)
+    source = tower_directory(tower)
     checkpoint = full(tmp_path / "llava-tiny", source, llm2clip_conversation="v1")
     export(Export.of(checkpoint, dtype="keep"), tmp_path / "hf")
     back = tmp_path / "llava-back"
@@ -41,7 +41,7 @@ def test_there_and_back(tmp_path, home, capsys, tower):
 
 def test_llava_runs_what_was_imported(tmp_path, home):
     """Its own code finds the tower inside, and computes what transformers does."""
-    export(Export.of(full(tmp_path / "llava-tiny", V0_1 / "towers" / "siglip"), dtype="fp32"), tmp_path / "hf")
+    export(Export.of(full(tmp_path / "llava-tiny", tower_directory("siglip")), dtype="fp32"), tmp_path / "hf")
     back = tmp_path / "llava-back"
     assert llm2clip(["llava", "import", str(tmp_path / "hf"), "--output", str(back)]) == 0
     assert parity.compare(Export.of(back, dtype="fp32"), tmp_path / "hf").logits <= 1e-4
@@ -51,7 +51,7 @@ def test_llava_runs_what_was_imported(tmp_path, home):
 def hub(tmp_path_factory):
     """A model as llava-hf's: two tokens beyond LLaVA's, rows up to a multiple of 64, no word of this package."""
     root = tmp_path_factory.mktemp("hub")
-    checkpoint = full(root / "llava-tiny", V0_1 / "towers" / "clip")
+    checkpoint = full(root / "llava-tiny", tower_directory("clip"))
     export(Export.of(checkpoint, dtype="keep"), root / "hf")
     (root / "hf" / "llm2clip_tower.json").unlink()
     config = json.loads((root / "hf" / "config.json").read_text())
