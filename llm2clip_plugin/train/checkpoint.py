@@ -7,8 +7,9 @@
       twin.safetensors       the frozen twin, if a loss term needs one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
-The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
-random draw is a function of the run's seed and a position in its order of samples (step.py).
+The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
+optimizer ``by_rank`` (optimizers/base.py). No generator state is saved: every random draw is a function of the run's
+seed and a position in its order of samples (step.py).
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class TrainState(VersionedRecord):
     seed: int
     updates: int = 0  # optimizer updates; fewer than steps if fp16 overflowed
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
-    world_size: int = 1  # ranks that wrote it; any number can resume
+    world_size: int = 1  # ranks that wrote it
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
     evaluated: int = 0  # step of that evaluation
