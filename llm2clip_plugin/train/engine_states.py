@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm2clip_plugin.train.distributed import rank, world_size
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

@@ -22,8 +22,8 @@ from llm2clip_plugin.phases import CHECKPOINT, phase
 from llm2clip_plugin.run_files import SAVE_FAILED, SAVED
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 RETRY_SECONDS = 300.0  # after a save that failed
 PATIENCE = 10.0  # seconds of waiting for a write before a line is printed

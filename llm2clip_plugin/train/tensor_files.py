@@ -55,6 +55,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class HostCopies:
+    """Copies tensors to the CPU, into the memory of the copies that it made under the same names before."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of ``value``, valid until the next call with this name."""
+        buffer, dtype = self._buffers.get(name), dtype or value.dtype
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(value.shape, dtype=dtype)
+        return buffer.copy_(value.detach())
+
+
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name, each read when it is looked up; no descriptor stays open in between."""
 
