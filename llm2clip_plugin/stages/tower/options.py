@@ -46,7 +46,6 @@ COMMAND = Command(
         "dual": "dual.",
         "data.augment": "augment.",
         "plan.images": "assumed-samples",
-        "plan.captions": "assumed-captions",
     },
     extras={
         "recipe": Extra(
