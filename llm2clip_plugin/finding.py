@@ -14,8 +14,8 @@ class Finding:
     fix: str = ""  # command or step that fixes it; "" when ok
 
     def as_json(self) -> dict[str, str]:
-        """The entry of ``llm2clip doctor --json``, with the keys that version 0.1 wrote."""
-        return {"subject": self.subject, "state": self.state, "found": self.found, "mend": self.fix}
+        """The entry of ``llm2clip doctor --json``."""
+        return {"subject": self.subject, "state": self.state, "found": self.found, "fix": self.fix}
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -55,7 +55,6 @@ def checks(tiny: bool, llm: Path) -> list[Check]:
     def script(name: str, *words: object) -> list[str]:
         return [python, str(SCRIPTS / f"{name}.py"), *map(str, words)]
 
-    rows = 8 if tiny else 256
     pairs = (8, 4) if tiny else (256, 64)
     step = ("--towers", "tiny", "--batch", 4, "--rounds", 2) if tiny else ("--batch", 128, "--rounds", 10)
     return [
@@ -78,15 +77,6 @@ def checks(tiny: bool, llm: Path) -> list[Check]:
             read=loss,
         ),
         Check(
-            title="loader to device",
-            command=script(
-                "bench_loader",
-                *("--images", min(rows, 64), "--rows", rows, "--micro-batch", rows // 4, "--repeats", 1),
-                *("--size", 56 if tiny else 336, "--workers", 2 if tiny else min(16, os.cpu_count() or 1)),
-            ),
-            read=table_rows,
-        ),
-        Check(
             title="embed captions",
             command=script("bench_embed", "--llm", llm, "--captions", 16 if tiny else 2048, "--compute-dtype", half),
             read=lambda out: pick(out, "ours_captions_per_s", "times_faster"),
@@ -103,11 +93,6 @@ def checks(tiny: bool, llm: Path) -> list[Check]:
             title="training against open_clip",
             command=script("bench_open_clip", *(("--tower", "tiny", "--batch", 4, "--steps", 2) if tiny else ())),
             read=lambda out: pick(out, "images_per_s", "times_faster"),
-        ),
-        Check(
-            title="checkpoint: seconds that training waits",
-            command=script("bench_checkpoint", *(("--tower", "tiny", "--rounds", 2) if tiny else ())),
-            read=lambda out: pick(out, "gigabytes", "waited_0_1", "waited_now"),
         ),
         Check(
             title="LLaVA's encode_images",
@@ -194,12 +179,6 @@ def loss(output: str) -> str:
         f"{values['pairs']} pairs: {blocked['seconds'] * 1e3:,.1f} ms ({values['seconds_ratio']:.2f}x), "
         f"{blocked['peak_bytes'] / 2**20:,.0f} MiB ({values['peak_bytes_ratio']:.3f}x)"
     )
-
-
-def table_rows(output: str) -> str:
-    """The cells of a Markdown table's last row, with its header."""
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in output.splitlines() if "|" in line]
-    return "; ".join(f"{name} {value}" for name, value in zip(rows[0][1:], rows[-1][1:], strict=True))
 
 
 def markdown(results: list[Result]) -> str:

@@ -94,7 +94,7 @@ class AnswersFile:
                 try:
                     entry = json.loads(line)
                     index, answer = entry["index"], entry["answer"]
-                    if entry.get("crc", _crc(index, answer)) == _crc(index, answer):  # version 0.1 wrote none
+                    if entry["crc"] == _crc(index, answer):
                         answers[index] = answer
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue

@@ -12,7 +12,7 @@ def parser() -> Parser:
         "score",
         "llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
         "Score one answers file against a benchmark's annotations, by the official rule.",
-        also={"json": "output", "allow-faults": "allow-missing"},
+        also={"json": "output"},
     )
     parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmark_names()))
     add_data(parse, "LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions", type=Path)

@@ -74,9 +74,9 @@ def _row_dict(row: Row) -> dict[str, Any]:
     result = body.pop("result")
     return {
         **body,
-        **result,  # "base" and "new" are scores in the file, as in version 0.1
-        "base_score": result["base"],
-        "new_score": result["new"],
+        "base_score": result.pop("base"),
+        "new_score": result.pop("new"),
+        **result,
         "interval": [row.result.low, row.result.high],
         "verdict": row.verdict,
         "power": row.power_line(),

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_integration.towers import names, registry
-from llm2clip_plugin.contracts import ContractError, rename_keys
+from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.options.parser import Parser
 
 
@@ -56,5 +56,4 @@ def listing(name: str, entry: dict[str, str], *, chosen: bool) -> dict[str, obje
         location = names.locate_spec(entry["spec"], how=name)
     except (FileNotFoundError, ContractError) as error:
         return {**row, "found": f"not usable: {error}"}
-    card = rename_keys(asdict(location.card), location.card.KEYS)  # the keys of llm2clip.json
-    return {**row, "found": location.describe(), "card": card}
+    return {**row, "found": location.describe(), "card": asdict(location.card)}

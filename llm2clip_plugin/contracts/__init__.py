@@ -16,7 +16,7 @@ and by ``llm2clip --help``.
 from llm2clip_plugin.contracts.cards import PROJECTED, EncoderCard, TeacherIdentity, TowerCard
 from llm2clip_plugin.contracts.full_disk import DiskFullError, naming_full_disk, size_text
 from llm2clip_plugin.contracts.hashes import canonical_json, sha256_file, sha256_text, sha256_weights
-from llm2clip_plugin.contracts.record import VersionedRecord, rename_keys
+from llm2clip_plugin.contracts.record import VersionedRecord
 from llm2clip_plugin.contracts.results import CacheManifest, EmbedRecord, RunRecord, ScoreFile
 from llm2clip_plugin.contracts.writing import atomic_directory, atomic_file
 from llm2clip_plugin.outside.values import ContractError
@@ -37,7 +37,6 @@ __all__ = [
     "atomic_file",
     "canonical_json",
     "naming_full_disk",
-    "rename_keys",
     "sha256_file",
     "sha256_text",
     "sha256_weights",

@@ -18,8 +18,6 @@ class TowerCard(VersionedRecord):
     """``llm2clip.json`` of a tower directory: what the tower is, how it was made, the hashes of its weights."""
 
     KIND: ClassVar[str] = "llm2clip-tower"
-    # version 0.1 calls it joint_width: kept in the file, so that a LLaVA environment with 0.1 opens new towers
-    KEYS: ClassVar[dict[str, str]] = {"projection_dim": "joint_width", "dual.projection_dim": "dual.joint_width"}
 
     family: str  # name of a vision.families member: clip, siglip, dinov2, eva02 ...
     origin: str  # path or Hub id of the weights that training or import started from
@@ -49,7 +47,7 @@ class TowerCard(VersionedRecord):
         }
         for name, high in limits.items():
             check_whole(getattr(self, name), 1, high, name=name, where=where)
-        check_whole(self.projection_dim, 0, MAX_WIDTH, name=self.KEYS["projection_dim"], where=where)
+        check_whole(self.projection_dim, 0, MAX_WIDTH, name="projection_dim", where=where)
         if self.patch_size > self.image_size:
             raise ContractError(f"{where}: patch_size {self.patch_size} exceeds image_size {self.image_size}")
         if not IDENTIFIER.fullmatch(self.family):
@@ -101,7 +99,6 @@ class EncoderCard(VersionedRecord):
     """``llm2clip_encoder.json`` next to an adapter or merged LLM: how to embed captions with it."""
 
     KIND: ClassVar[str] = "llm2clip-encoder"
-    SEALED_IN: ClassVar[str] = "versions"
     FILE: ClassVar[str] = "llm2clip_encoder.json"
 
     base: str  # path or Hub id of the LLM that was fine-tuned, for display

@@ -54,7 +54,6 @@ class RunRecord(VersionedRecord):
     """``run.json`` of a training run: its configuration and progress."""
 
     KIND: ClassVar[str] = "llm2clip-run"
-    SEALED_IN: ClassVar[str] = "versions"
     FILE: ClassVar[str] = "run.json"
 
     config: dict[str, Any]
@@ -76,7 +75,6 @@ class ScoreFile(VersionedRecord):
     """Scores of one model on one benchmark: headline metrics, and every item for paired statistics."""
 
     KIND: ClassVar[str] = "llm2clip-scores"
-    SEALED_IN: ClassVar[str] = "provenance"
 
     benchmark: str
     metrics: dict[str, float]

@@ -13,15 +13,11 @@ from typing import Any
 
 from llm2clip_plugin.data.file_system import MOUNTS, file_system, is_network
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample
-from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.data.sources.webdataset import OPEN_FILES, TarSource
 
 NETWORK_WINDOW = 16  # shards; of 10,000 samples each: 160,000, dozens of global batches
-USUAL_BYTES = 100_000  # of a sample that can't be looked at without a download
 CHECKED_RATE = 1000.0  # images a second and ...
 CHECKED_PROCESSES = 64  # loader processes that `data check` assumes: a node of eight GPUs
-LOOKED_AT = 8  # samples of a source whose sizes are read
 
 
 def shuffle_window(configured: int, paths: Sequence[str], mounts: str = MOUNTS) -> int:
@@ -73,28 +69,10 @@ def read_rate(
     return ReadRate(images=images, opens=opens * (1 - loose) + images * loose, bytes=images * mean_bytes)
 
 
-def sample_bytes(sources: Sequence[Source]) -> float:
-    """Mean bytes of an image, weighted by the sources' sizes, from a few samples of each; assumed for URLs."""
-    total = 0.0
-    for source in sources:
-        numbers = range(0, 0 if is_url(source.path) else len(source), max(1, len(source) // LOOKED_AT))
-        sizes = [size for size in (_image_bytes(source, number) for number in numbers) if size]
-        total += len(source) * (sum(sizes) / len(sizes) if sizes else USUAL_BYTES)
-    return total / max(1, sum(map(len, sources)))
-
-
 def loose_images(sources: Sequence[Source]) -> float:
     """Fraction of the samples whose image is a file of its own, not a member of a tar."""
     loose = sum(len(source) for source in sources if not isinstance(source, TarSource))
     return loose / max(1, sum(map(len, sources)))
-
-
-def _image_bytes(source: Source, number: int) -> int:
-    """Bytes of a sample's image; 0 if it is broken."""
-    try:
-        return len(source.with_image(number).read_image())
-    except BrokenSample:
-        return 0
 
 
 def reading_report(source: Source, mean_bytes: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What options are called: one name for one thing in all commands, and the names of earlier versions.
+"""What options are called: one name for one thing in all commands, and what other programs call it.
 
 A setting is a field of nested dataclasses, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of
 the command ends in it; else the dotted name, or the one that the command chooses. Every option is also understood by
@@ -10,26 +10,17 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-# Names of earlier versions, of Hugging Face's Trainer and of LLaVA's scripts -> the name now; not shown in --help.
+# Names of Hugging Face's Trainer and of LLaVA's scripts -> the name now; not shown in --help.
 ALSO = {
     "data-path": "data",
-    "root": "data",
-    "images": "image-folder",
     "output-dir": "output",
-    "out": "output",
-    "batch": "batch-size",
-    "layout": "format",
     "learning-rate": "lr",
     "lr-scheduler-type": "schedule",
     "per-device-train-batch-size": "micro-batch",
-    "per-device": "micro-batch",
     "dataloader-num-workers": "workers",
-    "epochs": "num-train-epochs",
     "resume-from-checkpoint": "resume",
     "vision-tower": "tower",
     "model-name-or-path": "llm",
-    "weights": "data-weights",
-    "assumed-pairs": "assumed-samples",
 }
 
 HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")

@@ -9,7 +9,7 @@ from llm2clip_plugin.options.names import ALSO, HELP, HELP_ALL, joined, nearest,
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser. Underscores are understood as dashes, earlier names of options as the names now."""
+    """A command's parser. Underscores are understood as dashes, other programs' names of options as ours."""
 
     def __init__(
         self,

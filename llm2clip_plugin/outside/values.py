@@ -76,17 +76,15 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
         raise ContractError(f"{path} cannot be used ({reason}){fix and '; '}{fix}") from error
 
 
-def check_fields(
-    record: type, values: Mapping[str, Any], *, where: str, renamed: Mapping[str, str] | None = None
-) -> None:
-    """Compare values from a file with the annotations of a dataclass; ``renamed``: field -> its key in the file.
+def check_fields(record: type, values: Mapping[str, Any], *, where: str) -> None:
+    """Compare values from a file with the annotations of a dataclass.
 
     Raises ContractError with the file, the key and the value.
     """
     hints = typing.get_type_hints(record)
     for item in fields(record):
         if item.name in values and (problem := type_problem(values[item.name], hints[item.name])):
-            raise ContractError(f"{where}: {(renamed or {}).get(item.name, item.name)}{problem}")
+            raise ContractError(f"{where}: {item.name}{problem}")
 
 
 def type_problem(value: Any, expected: Any) -> str:

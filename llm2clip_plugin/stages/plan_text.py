@@ -1,14 +1,10 @@
-"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage, commands, DeepSpeed's configuration."""
+"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage, DeepSpeed's configuration."""
 
 import json
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
-from llm2clip_plugin.options.names import normal
 from llm2clip_plugin.stages.run_state import warmup_note
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.loop import TrainConfig
@@ -17,7 +13,6 @@ from llm2clip_plugin.train.optim import OptimConfig, Trained
 
 GIB = 1 << 30
 WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
-NODE = 8  # GPUs of a node in the commands
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 
 
@@ -25,7 +20,6 @@ ZERO_NOTE = (
     "  ZeRO-1 divides the optimizer's states among the GPUs, 2 the gradients too, 3 the weights too; all three add",
     "  DeepSpeed's buckets (up to a few GiB), so that with one GPU, or a small model, ZeRO-0 needs the least",
 )
-PLAN_OPTIONS = ("assumed-samples", "assumed-pairs", "assumed-captions", "images-per-second", "gpu-gib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,26 +70,14 @@ def describe_run(plan: EnginePlan, config: dict[str, Any], *, samples: int, worl
     )
 
 
-def describe_time(pairs: int, per_second: float) -> str:
-    """How long training takes on each number of GPUs at a rate per GPU, which is an assumption."""
-    times = [f"{world} {tqdm.format_interval(pairs / per_second / world)}" for world in WORLDS]
-    return (
-        f"training time at {per_second:g} images/s a GPU, by GPUs: {', '.join(times)} (--images-per-second: the rate "
-        "that a run's bar shows, divided by its GPUs; excludes heads, evaluation and checkpoints)"
-    )
-
-
-def describe_parameters(trained: list[Trained], optim: OptimConfig, save_total_limit: int) -> str:
-    """How many parameters train, with and without weight decay, at which peak learning rates; size of a checkpoint."""
+def describe_parameters(trained: list[Trained], optim: OptimConfig) -> str:
+    """How many parameters train, with and without weight decay, at which peak learning rates."""
     sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
     rates = sorted({item.lr for item in trained})
     course = f"{rates[0]:.3g} to {rates[-1]:.3g} in {len(rates)} groups" if len(rates) > 1 else f"{rates[0]:.3g}"
-    total = sum(sizes.values())
-    checkpoint = total * (4 + optim.optimizer().state_bytes) / 1e9  # fp32 weights and the optimizer's states
     return (
-        f"trainable parameters: {total:,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, none on "
-        f"{sizes[False]:,}; peak learning rates {course}\n"
-        f"checkpoint: {checkpoint:.2f} GB; {save_total_limit or 'all'} kept"
+        f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
+        f"none on {sizes[False]:,}; peak learning rates {course}"
     )
 
 
@@ -121,43 +103,6 @@ def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, abo
         lines.append(f"{column.world:6} {row if column.micro_batch else none}")
     files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
     return "\n".join([f"expected memory per GPU in GiB with {files}{about}:", *lines, *ZERO_NOTE])
-
-
-def describe_commands(
-    script: str,
-    words: Sequence[str],
-    table: list[Column],
-    train: TrainConfig,
-    *,
-    deepspeed: str = "",
-    before: Sequence[str] = (),
-) -> list[str]:
-    """The commands that come before a run, and the run on each number of GPUs.
-
-    words: the options of the dry run; deepspeed: file to add, "" if the words name one.
-    """
-    words = list(_without_plan(words))
-    words += ["--deepspeed", deepspeed] if deepspeed else []
-    lines = ["commands:", *(f"  {command}" for command in before)]
-    for column in table:
-        if column.micro_batch:
-            default = column.micro_batch in (train.micro_batch, train.global_batch // column.world)
-            more = [] if default else ["--micro-batch", str(column.micro_batch)]
-            launcher = ["--num_gpus", str(column.world)] if column.world <= NODE else ["--hostfile", "hosts"]
-            lines.append("  " + shlex.join(["deepspeed", *launcher, script, *words, *more]))
-    nodes = WORLDS[-1] // NODE
-    return [*lines, f"  (hosts: {nodes} lines like `node-1 slots={NODE}`; Slurm: scripts/slurm/torchrun.sbatch)"]
-
-
-def _without_plan(words: Sequence[str]) -> Iterator[str]:
-    """The words without --dry-run and its assumptions, which a run refuses."""
-    skip = False
-    for word in words:
-        name = normal(word.partition("=")[0]) if word.startswith("--") else ""
-        assumption = name in PLAN_OPTIONS or name.startswith("plan.")
-        if not skip and not assumption and name != "dry-run":
-            yield word
-        skip = assumption and "=" not in word
 
 
 def describe_deepspeed(config: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llm2clip_plugin.contracts import rename_keys
 from llm2clip_plugin.options.names import joined, nearest
 
 Settings = TypeVar("Settings")
@@ -60,38 +59,6 @@ IGNORED_ON_RESUME = (
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
 
-# Names of earlier releases in configuration files, run.json, state.json and on the command line -> names now.
-RENAMED = {"dual.joint_width": "dual.projection_dim", "loss.kind": "loss.terms"}
-# Settings that checkpoints of earlier releases lack, and the values that they stand for.
-ADDED: dict[str, Any] = {
-    "data.caption_weights": [],
-    "data.captions_per_image": 1.0,
-    "tower.from_scratch": False,
-    "loss.args": [],
-    "distill.reference": "ema",
-    "distill.decay": 0.999,
-    "data.one_source_per_batch": False,
-    "pairs.mix_kinds": False,
-    "pairs.instructions": [],
-    "pairs.random_negatives": False,
-    "pairs.instruction_field": "instruction",
-    "contrast.symmetric": True,
-    "optim.full_lr": [],
-    "start_adapters": [],
-    "encoder.post_file": "",
-    "optim.name": "adamw",
-    "optim.args": [],
-}
-
-
-def upgraded(body: dict[str, Any]) -> dict[str, Any]:
-    """Settings of earlier releases under their names now, with the one loss that they had as a list."""
-    body = rename_keys(body, RENAMED)
-    loss = body.get("loss")
-    if isinstance(loss, dict) and isinstance(loss.get("terms"), str):
-        body = {**body, "loss": {**loss, "terms": [loss["terms"]]}}
-    return body
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -134,13 +101,11 @@ def flat_essentials(config: dict[str, Any], allowed: tuple[str, ...] = ()) -> di
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
     """Raise ValueError naming every field that decides what is learned and differs from the checkpoint's."""
-    saved, allowed = upgraded(saved), tuple(RENAMED.get(name, name) for name in allowed)
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
         if not any(path == name or path.startswith(f"{name}.") for path in known):
             raise ValueError(f"unknown field {name!r} in --allow-changed{nearest(name, sorted(known))}")
     old, new = (flat_essentials(settings, (*allowed, *INITIAL)) for settings in (saved, now))
-    old = {name: value for name, value in ADDED.items() if name in new} | old
     changed = {
         name: f"{old.get(name, 'absent')!r} in the checkpoint, {new.get(name, 'absent')!r} in this run"
         for name in sorted(old.keys() | new.keys())
@@ -163,7 +128,6 @@ def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") ->
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(body, dict):
         raise ValueError(f"{where}: {path or 'the file'} is {body!r}; expected an object with the fields {known}")
-    body = body if path else upgraded(body)
     for name in body:
         if name not in known:
             unknown = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"

@@ -7,8 +7,9 @@
       twin.safetensors       the frozen twin, if a loss term needs one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
-The format is independent of the number of ranks, the ZeRO stage and the precision. No generator state is saved: every
-random draw is a function of the run's seed and a position in its order of samples (step.py).
+The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
+optimizer ``by_rank`` (optimizers/base.py). No generator state is saved: every random draw is a function of the run's
+seed and a position in its order of samples (step.py).
 """
 
 import dataclasses
@@ -26,7 +27,6 @@ from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_dir
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.train.tensor_files import BLOCK, TensorFile, write_tensors
 
-PREFIX_V01 = "dual."  # of tensor names in version 0.1's checkpoints of towers
 MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 TWIN = "twin.safetensors"
 
@@ -45,13 +45,13 @@ class TrainState(VersionedRecord):
     seed: int
     updates: int = 0  # optimizer updates; fewer than steps if fp16 overflowed
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
-    world_size: int = 1  # ranks that wrote it; any number can resume
+    world_size: int = 1  # ranks that wrote it
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
-    evaluated: int | None = None  # step of that evaluation; None in version 0.1, which saved after it
+    evaluated: int = 0  # step of that evaluation
     bad_batches: list[dict[str, Any]] = field(default_factory=list)  # left out: step, samples (position), reason
     seconds: float = 0.0  # training time so far
-    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256; {} in version 0.1
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
     checksum: str = ""  # of the fields above
 
     def sealed(self) -> "TrainState":
@@ -60,15 +60,11 @@ class TrainState(VersionedRecord):
 
     def check(self, where: Path) -> None:
         """Raises ContractError if a field was changed after it was written."""
-        if (self.checksum or self.files) and self.checksum != self._digest():
+        if self.checksum != self._digest():
             raise ContractError(f"{where} is damaged: its fields do not have the checksum {self.checksum!r}")
 
     def _digest(self) -> str:
-        body = {**dataclasses.asdict(self), "checksum": ""}
-        for name in ("before", "bad_batches"):  # earlier releases have none
-            if not body[name]:
-                del body[name]
-        return sha256_text(canonical_json(body))
+        return sha256_text(canonical_json({**dataclasses.asdict(self), "checksum": ""}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +96,13 @@ def record_metrics(path: Path, state: TrainState) -> None:
 def verify(path: Path, *, moments: bool = True) -> None:
     """Read a checkpoint once and compare its hashes; without ``moments``, not the optimizer's file.
 
-    Raises FileNotFoundError or ContractError naming the file that is missing or damaged. Version 0.1 recorded no
-    hashes: then sizes are compared.
+    Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
     """
     state = TrainState.read(path / TrainState.FILE)
     state.check(path / TrainState.FILE)
-    names = [name for name in state.files or (MODEL, OPTIMIZER) if moments or name != OPTIMIZER]
+    names = [name for name in state.files if moments or name != OPTIMIZER]
     for name in names:
         _open(path, name)
-    if not state.files:
-        return
     total = sum((path / name).stat().st_size for name in names)
     bar = progress_bar(total=total >> 20, label=f"checking {path.name}", unit="MiB")
     with bar, ThreadPoolExecutor(len(names)) as pool:
@@ -137,13 +130,12 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
     Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
     """
     state = TrainState.read(path / TrainState.FILE)
-    averages = AVERAGES in state.files if state.files else (path / AVERAGES).is_file()
     return Loaded(
         path=path,
         state=state,
         weights=_open(path, MODEL),
         moments=_open(path, OPTIMIZER) if moments else {},
-        averages=_open(path, AVERAGES) if averages else {},
+        averages=_open(path, AVERAGES) if AVERAGES in state.files else {},
         twin=_open(path, TWIN) if TWIN in state.files else {},
     )
 
@@ -151,7 +143,7 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
 def _open(path: Path, name: str) -> TensorFile:
     if not (path / name).is_file():
         raise FileNotFoundError(f"{name} is missing from the checkpoint {path}; resume from another one")
-    return TensorFile(path / name, prefix=PREFIX_V01)
+    return TensorFile(path / name)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 
 class MovingAverage:

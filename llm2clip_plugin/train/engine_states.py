@@ -2,7 +2,8 @@
 
 They are read and written one parameter at a time, in fp32, whatever the ZeRO stage, the precision and the number of
 ranks. So a checkpoint written by 8 ranks under ZeRO-3 resumes on 2 under ZeRO-1, and DeepSpeed's universal checkpoints
-(whose ZeRO-3 load gives every parameter group the settings of the first) are not needed.
+(whose ZeRO-3 load gives every parameter group the settings of the first) are not needed. Optimizers ``by_rank`` are the
+exception.
 """
 
 from abc import ABC, abstractmethod
@@ -11,10 +12,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -90,40 +93,82 @@ class EngineStates(ABC):
         moments: dict[str, Tensor] = {}
         if self.updates == 0:
             return moments
-        for moment in self.optimizer.moments:
-            with self._exposed(moment):
-                for name, parameter in self.trained:
-                    values: dict[str, Tensor] = {}
-                    for key in self.optimizer.keys(moment):
-                        value = self._read(parameter, key)
-                        if copy and value is not None:
-                            values[key] = value.detach()
-                    packed = self.optimizer.pack(moment, values) if values else {}
-                    if copy:
-                        moments |= {f"{name}.{key}": copy(f"{name}.{key}", value) for key, value in packed.items()}
+        for name, value in self._moments_by_rank() if self.optimizer.by_rank else self._moments_by_name():
+            if copy:
+                moments[name] = copy(name, value)
         return moments
+
+    def _moments_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        self._link()
+        for moment in self.optimizer.moments:
+            for name, parameter in self.trained:
+                if (value := self._read(parameter, moment)) is not None:
+                    yield f"{name}.{moment}", value
+
+    def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
+        """``zero2-of-4.0.1.state1``: of rank 0's second master. Masters have the same shapes on all ranks."""
+        for number, master in enumerate(self.masters()):
+            for moment in self._held(master):
+                own = self._base.state[master][moment]
+                for source in range(world_size() if self.stage else 1):
+                    value = own if source == rank() or not self.stage else torch.empty_like(own)
+                    if self.stage and world_size() > 1:
+                        dist.broadcast(value, source)
+                    yield f"{self._layout}.{source}.{number}.{moment}", value
+
+    def _held(self, master: Tensor) -> list[str]:
+        """The moments of a master; one that is too small for 8 bits has fewer."""
+        return [moment for moment in self.optimizer.moments if moment in self._base.state.get(master, {})]
+
+    @property
+    def _layout(self) -> str:
+        """What decides which values a rank's masters hold."""
+        return f"zero{self.stage}-of-{world_size() if self.stage else 1}"
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
         engine was made; here the fp32 masters get the digits that a half-precision module lost.
 
-        Raises ValueError if another kind of optimizer wrote the moments.
+        Raises ValueError if another kind of optimizer wrote the moments, or one ``by_rank`` on other ranks.
         """
         self.write_trained(weights)
         if moments:
             for master in self.masters():
                 empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
                 self._base.state[master] = empty
-            for moment in self.optimizer.moments:
-                with self._exposed(moment, absorb=True):
-                    for name, parameter in self.trained:
-                        values = self.optimizer.unpack(moment, lambda key, name=name: moments.get(f"{name}.{key}"))
-                        for key, value in values.items():
-                            self._write(parameter, key, value.to(self.device))
+            (self._restore_by_rank if self.optimizer.by_rank else self._restore_by_name)(moments)
         scaler = self._scaler
         for field, value in state["scaler"].items():
             if scaler is not None and field in vars(scaler):
                 setattr(scaler, field, value)
+
+    def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
+        names = {
+            f"{name}.{moment}": (parameter, moment)
+            for moment in self.optimizer.moments
+            for name, parameter in self.trained
+        }
+        if not names.keys() & moments.keys():
+            raise ValueError(
+                f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
+                "with the --optimizer that wrote it"
+            )
+        self._link()
+        for name, (parameter, moment) in names.items():
+            if name in moments:
+                self._write(parameter, moment, moments[name].to(self.device))
+
+    def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
+        for number, master in enumerate(self.masters()):
+            for moment in self._held(master):
+                own = self._base.state[master][moment]
+                saved = moments.get(f"{self._layout}.{rank() if self.stage else 0}.{number}.{moment}")
+                if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                    raise ValueError(
+                        f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
+                        f"{self._layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
+                    )
+                own.copy_(saved)
 
     @property
     def updates(self) -> int:
@@ -156,21 +201,6 @@ class EngineStates(ABC):
         if self.stage > 0:
             return optimizer.single_partition_of_fp32_groups
         return [p for group in self._base.param_groups for p in group["params"]]
-
-    @contextmanager
-    def _exposed(self, moment: str, *, absorb: bool = False) -> Iterator[None]:
-        """Inside the block, every state has the elementwise tensors of a moment; ``absorb``: they are written to."""
-        exposed = [(state, self.optimizer.expose(state, moment)) for state in self._base.state.values() if state]
-        for state, tensors in exposed:
-            state.update(tensors)
-        self._link()
-        yield
-        for state, tensors in exposed:
-            for key in tensors:
-                del state[key]
-            if absorb:
-                self.optimizer.absorb(state, moment, tensors)
-        self._link()
 
     def _link(self) -> None:
         """Make ZeRO-1 and 2 look up the states' tensors anew. DeepSpeed does it once, after the first group's first

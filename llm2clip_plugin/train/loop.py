@@ -101,7 +101,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
                 saver.save(state, last=True)
         if stop:
             return state, True
-    if state.evaluated is not None and state.evaluated < state.step and _evaluation_due(parts, state):
+    if state.evaluated < state.step and _evaluation_due(parts, state):
         state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
     while state.step < parts.total_steps:
         started = time.perf_counter()

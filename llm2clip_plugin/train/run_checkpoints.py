@@ -126,9 +126,6 @@ class Checkpoints:
         damaged = []
         if named is not None and named not in paths:
             damaged.append(f"{pointer} refers to {named}, which does not exist")
-        elif named is not None and _of_version_0_1(named):
-            # it did not move aside what a run went back before: newer ones may be of an abandoned attempt
-            paths = paths[paths.index(named) :]
         for path in paths:
             try:
                 verify(path, moments=moments)
@@ -180,13 +177,6 @@ class Checkpoints:
             with atomic_file(self.folder / LATEST) as temporary:
                 temporary.write_text(resumed.name + "\n", encoding="utf-8")
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
-
-
-def _of_version_0_1(path: Path) -> bool:
-    try:
-        return not TrainState.read(path / TrainState.FILE).files
-    except (ContractError, OSError):
-        return False
 
 
 def _saved_step(line: str) -> int:

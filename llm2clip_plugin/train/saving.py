@@ -22,8 +22,8 @@ from llm2clip_plugin.phases import CHECKPOINT, phase
 from llm2clip_plugin.run_files import SAVE_FAILED, SAVED
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 RETRY_SECONDS = 300.0  # after a save that failed
 PATIENCE = 10.0  # seconds of waiting for a write before a line is printed
@@ -122,7 +122,7 @@ class Saver:
         tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
         tensors |= {name: average.values(copies[name]) for name, average in self.averages.items()}
         state = dataclasses.replace(
-            state, **self.engine.scaler_state(), world_size=world_size(), evaluated=state.evaluated or 0
+            state, **self.engine.scaler_state(), world_size=world_size(), evaluated=state.evaluated
         )
         self.waited, self._retry_at = time.perf_counter() - started, None
         if first:

@@ -55,17 +55,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class HostCopies:
+    """Copies tensors to the CPU, into the memory of the copies that it made under the same names before."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of ``value``, valid until the next call with this name."""
+        buffer, dtype = self._buffers.get(name), dtype or value.dtype
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(value.shape, dtype=dtype)
+        return buffer.copy_(value.detach())
+
+
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name, each read when it is looked up; no descriptor stays open in between."""
 
-    def __init__(self, path: Path, *, prefix: str = "") -> None:
-        """Read the header; ``prefix`` is dropped from the names. Raises ContractError if it doesn't fit the file."""
+    def __init__(self, path: Path) -> None:
+        """Read the header. Raises ContractError if it doesn't fit the file."""
         self.path = path
         header = read_header(path, fix="resume from another checkpoint")
         if unknown := {entry.dtype for entry in header.entries.values()} - {*DTYPES}:
             raise ContractError(f"{path} has tensors of type {', '.join(sorted(unknown))}; known: {', '.join(DTYPES)}")
         self._start = header.data_start
-        self._entries = {name.removeprefix(prefix): entry for name, entry in header.entries.items()}
+        self._entries = header.entries
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]

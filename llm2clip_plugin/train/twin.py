@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm2clip_plugin.train.distributed import rank
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 
 class Twin:

@@ -70,7 +70,7 @@ class DualEncoder(nn.Module):
         log_scale = LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
         check_dual_config(config, has_cls=self.family.has_cls)
         self.tower = tower
-        # the card's, which version 0.1 reads: it has no initial deviation, and the scale is a number there
+        # as the card records it: the scale as a number, and no initial deviation
         self.config = dataclasses.replace(config, logit_scale_init=log_scale, projection_init_std=None)
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
         if config.projection == "none" and width != config.projection_dim:

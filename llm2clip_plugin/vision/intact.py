@@ -64,7 +64,7 @@ def check_description(directory: Path, family: str, config: Mapping[str, Any], *
 
 
 def check_json_files(directory: Path) -> None:
-    """Compare the JSON files of a tower directory with ``checksums.json``, which version 0.1 did not write.
+    """Compare the JSON files of a tower directory with ``checksums.json``, if it has one.
 
     Raises ContractError for a file that was changed.
     """

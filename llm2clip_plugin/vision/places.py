@@ -63,8 +63,7 @@ def _relative(place: str, folder: Path) -> str:
 
 
 def _absolute(place: str, folder: Path) -> str:
-    """``place``, from the folder if it is relative to it; a card of version 0.1 has paths as they were typed."""
+    """``place``, from the folder if it is relative to it."""
     if not place.startswith(("./", "../")):
         return place
-    path = os.path.normpath(folder.expanduser().absolute() / place)
-    return path if os.path.exists(path) or not os.path.exists(place) else place
+    return os.path.normpath(folder.expanduser().absolute() / place)

@@ -11,10 +11,9 @@ read_options() {
             --) shift; EXTRA=("$@"); break ;;
             -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
             --dry-run) DRY_RUN=1 ;;
-            --model | --data | --image-folder | --tower | --projector | --output | --hostfile | --gpus | --port | --deepspeed | --global-batch | --micro-batch | --python | --images | --per-device)
+            --model | --data | --image-folder | --tower | --projector | --output | --hostfile | --gpus | --port | --deepspeed | --global-batch | --micro-batch | --python)
                 [ $# -gt 1 ] || fail "$1 needs a value"
                 local name=${1#--}
-                case "$name" in images) name=image-folder ;; per-device) name=micro-batch ;; esac # earlier names
                 name=${name//-/_}
                 printf -v "${name^^}" '%s' "$2"
                 shift ;;
@@ -24,7 +23,6 @@ read_options() {
         shift
     done
     DATA=${GIVEN:-${DATA:-}}
-    IMAGE_FOLDER=${IMAGE_FOLDER:-${IMAGES:-}} MICRO_BATCH=${MICRO_BATCH:-${PER_DEVICE:-}} # the names before
     TOWER=${TOWER:-llm2clip}
     choose_python
 }

@@ -37,7 +37,7 @@ def simulated(folder, name, scores, clusters=None, benchmark="gqa", model="", **
 
 def test_golden_models(scored, tmp_path, capsys):
     """B is better on nearly every number; every output is written and says the same."""
-    main([str(scored / "model-a"), str(scored / "model-b"), "--out", str(tmp_path), "--resamples", "1000"])
+    main([str(scored / "model-a"), str(scored / "model-b"), "--output", str(tmp_path), "--resamples", "1000"])
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     rows = {row["benchmark"]: row for row in data["rows"]}
@@ -223,7 +223,7 @@ def test_three_sides(scored, tmp_path):
     other.mkdir()
     for path in (scored / "model-b").iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    main([str(scored / "model-a"), str(scored / "model-b"), str(other), "--out", str(tmp_path / "out"),
+    main([str(scored / "model-a"), str(scored / "model-b"), str(other), "--output", str(tmp_path / "out"),
           "--resamples", "200"])  # fmt: skip
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert len(data["rows"]) == 18 and len(set(data["names"])) == 3

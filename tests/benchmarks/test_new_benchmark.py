@@ -62,7 +62,7 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
     assert "Shapes of new: 85.00 %" in capsys.readouterr().out
     record = ScoreFile.read(tmp_path / "new" / "shapes.scores.json")
     assert record.metrics == {"accuracy_percent": 85.0} and record.counts["missing"] == 0
-    compare.main([str(tmp_path / "base"), str(tmp_path / "new"), "--out", str(tmp_path / "report")])
+    compare.main([str(tmp_path / "base"), str(tmp_path / "new"), "--output", str(tmp_path / "report")])
     comparison = json.loads((tmp_path / "report" / "compare.json").read_text())
     (row,) = comparison["rows"]
     assert (row["title"], row["base_score"], row["new_score"], row["images"]) == ("Shapes", 40.0, 85.0, 10)

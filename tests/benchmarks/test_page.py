@@ -41,7 +41,7 @@ def report(tmp_path_factory):
         for name in ("pope", "mme"):
             score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
                    "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
-    compare([str(folder / "model-a"), str(folder / "model-b"), "--out", str(folder / "out"), "--resamples", "300"])
+    compare([str(folder / "model-a"), str(folder / "model-b"), "--output", str(folder / "out"), "--resamples", "300"])
     return folder / "out" / "compare.html"
 
 
@@ -247,7 +247,7 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     assert all(question["image"] for question in embedded(tmp_path / "x.html")["questions"])
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
     with pytest.raises(FileNotFoundError, match="for --image-folder"):
-        compare([*arguments, "--images", str(tmp_path / "nowhere")])
+        compare([*arguments, "--image-folder", str(tmp_path / "nowhere")])
 
 
 def test_the_browser_begins_with_wins_and_losses_mixed(tmp_path):

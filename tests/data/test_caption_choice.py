@@ -29,7 +29,7 @@ def test_a_kind_has_its_weight_whatever_the_number_of_its_captions() -> None:
     assert abs(drawn["d"] - 3000) < 160 and all(abs(drawn[text] - 1000) < 120 for text in "abc")
 
 
-def test_without_weights_captions_are_drawn_as_in_version_0_1() -> None:
+def test_without_weights_a_caption_is_one_draw_of_all() -> None:
     ours, theirs = random.Random(5), random.Random(5)
     assert all(choose_caption(MANY, {}, ours) == MANY[theirs.randrange(4)] for _ in range(100))
 

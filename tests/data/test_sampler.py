@@ -38,8 +38,8 @@ def test_the_order_is_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize(("windows", "expected"), [((), "3343ccb28f0c4e20"), ((2, 0, 0), "817fa95b2f340731")])
-def test_runs_of_version_0_1_go_on_in_their_order(windows: tuple[int, ...], expected: str) -> None:
-    """Three epochs of three sources, noted from version 0.1, which stored an epoch's sources."""
+def test_the_order_of_several_epochs_is_the_same_everywhere(windows: tuple[int, ...], expected: str) -> None:
+    """Three epochs of three sources, noted once."""
     draws = Mixture([(5000,) * 3, (7000,), (11,)], (1, 0.5, 2), 3, windows).batch_indices(0, 60_000)
     assert hashlib.sha256(np.array(draws, dtype=np.int64).tobytes()).hexdigest()[:16] == expected
 

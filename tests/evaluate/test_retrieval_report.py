@@ -219,7 +219,7 @@ def test_options_reach_their_fields():
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):
     data, cache, tower = world
-    words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch", "5", "--json"]
+    words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch-size", "5", "--json"]
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
     ranks = [Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT) for place in places(2)]
     assert finish(ranks) == [0, 0], ranks[0].output

@@ -187,7 +187,7 @@ def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, caps
         lines = suite.missing(tmp_path)
         assert len(lines) == len(suite.requires)
         assert all(str(tmp_path / name) in line and ("http" in line or "get it from" in line) for line in lines)
-    assert cli(["evaluate", str(tower), "--suite", "docci", "--root", str(tmp_path)]) == 2
+    assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
     with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; did you mean 'coco'\?.*known: paper, all, flickr30k"):
@@ -209,7 +209,7 @@ def test_a_file_with_another_layout_is_named(tmp_path):
 
 def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, capsys):
     root, tower, llm = setting
-    words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--root", str(root), "--resamples", "50"]
+    words = ["evaluate", str(tower), "--suite", "paper,sugarcrepe", "--data", str(root), "--resamples", "50"]
     assert cli([*words, "--teacher.llm", str(llm)]) == 0
     printed = capsys.readouterr().out
     assert "91.2 / 82.1" in printed and "paper, review" in printed and "measured" in printed
@@ -237,7 +237,7 @@ def test_an_llm_other_than_the_teacher_is_refused(setting, tmp_path, capsys):
     _, tower, _ = setting
     write_suites(tmp_path / "root")
     other = write_llm(tmp_path / "other", seed=1)
-    words = ["evaluate", str(tower), "--suite", "docci", "--root", str(tmp_path / "root"), "--teacher.llm", str(other)]
+    words = ["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path / "root"), "--teacher.llm", str(other)]
     assert cli(words) == 2
     assert "is not the tower's teacher" in capsys.readouterr().err
     assert not list((tmp_path / "root" / "docci").rglob(CacheManifest.FILE))
@@ -295,7 +295,7 @@ def test_one_file_adds_a_suite_that_is_listed_read_measured_and_shown(setting, t
     monkeypatch.setattr(suites_package, "__path__", [*suites_package.__path__, str(tmp_path / "plugins")])
     monkeypatch.delitem(sys.modules, f"{suites_package.__name__}.photos_100", raising=False)
 
-    words = ["evaluate", str(tower), "--suite", "photos-100", "--root", str(tmp_path), "--teacher.llm", str(llm)]
+    words = ["evaluate", str(tower), "--suite", "photos-100", "--data", str(tmp_path), "--teacher.llm", str(llm)]
     assert list(suites())[-1] == "photos-100" and "photos-100" in [suite.name for suite in select_suites("paper")]
     with pytest.raises(SystemExit):
         cli([*words, "--help"])

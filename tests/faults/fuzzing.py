@@ -52,7 +52,7 @@ class Format:
     load: Callable[[Path], Any]  # reads them as a command does; returns what can be compared
     files: tuple[str, ...] = ("**/*",)  # patterns of the files that are damaged
     without: tuple[str, ...] = ()  # names that are not: for people
-    free_text: bool = False  # texts of other programs, whose changes nobody can notice: only errors are judged
+    free_text: bool = False  # without a checksum: only errors are judged
 
 
 def run_cases(form: Format, folder: Path, *, cases: int) -> None:

@@ -219,7 +219,7 @@ def load_answers(folder: Path) -> Any:
 
 FORMATS = [
     (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*",)), 60),
-    (Format("run.json", make_run, load_record, files=("run.json",)), 25),
+    (Format("run.json", make_run, load_record, files=("run.json",), free_text=True), 25),
     (
         Format(
             "tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*", "data/.*index*")
@@ -229,7 +229,7 @@ FORMATS = [
     (Format("JSONL index", make_rows, lambda folder: read_source(folder / "pairs.jsonl"), files=(".*/*",)), 40),
     (Format("cache", make_cached, load_cache, files=("data/embeddings-*/**/*",)), 50),
     (Format("proof", make_cached, load_cache, files=("data/.llm2clip/*",)), 25),
-    (Format("scores", make_scores, load_scores), 40),
+    (Format("scores", make_scores, load_scores, free_text=True), 40),
     (Format("partial answers", make_partial_answers, load_partial_answers), 30),
     (Format("answers", make_answers, load_answers), 30),
 ]

@@ -87,7 +87,7 @@ REQUIRED = Command(
         ("--steps=5 a --lr 1e-2 b", Outer(path=("a", "b"), steps=5, inner=Inner(lr=0.01))),
         ("--data a b --inner.lr 2", Outer(path=("a", "b"), inner=Inner(lr=2))),
         ("--data_path a --output-dir x --old-lr 3", Outer(path=("a",), output_dir="x", inner=Inner(lr=3))),
-        ("--out x --learning_rate 3", Outer(output_dir="x", inner=Inner(lr=3))),
+        ("--output_dir x --learning_rate 3", Outer(output_dir="x", inner=Inner(lr=3))),
         ("--steps -1 --name x --inner.name y", Outer(steps=-1, name="x", inner=Inner(name="y"))),
         ("--no-flip --save", Outer(save=True, inner=Inner(flip=False))),
         ("--inner.no-flip --save False", Outer(inner=Inner(flip=False))),
@@ -202,7 +202,11 @@ def small_parser() -> Parser:
 
 
 def test_parsers_of_llava_s_commands_know_the_same_names(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ("k d --output o --images i", "k --json=o --image_folder i --data d", "k --out o d --image-folder i"):
+    for line in (
+        "k d --output o --image-folder i",
+        "k --json=o --image_folder i --data d",
+        "k --output_dir o d --image-folder i",
+    ):
         assert parsed(line) == ("k", "d", "o", "i")
     for line, message in (
         ("k d --outputt x", "unknown option --outputt; did you mean --output?"),

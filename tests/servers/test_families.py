@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("families"), {}
     one_head = {"num_attention_heads": 1, "num_key_value_heads": 1}  # vLLM's attention on a CPU needs 32 or wider
     for family in FAMILIES:
-        checkpoint = full(root / f"llava-{family}", tower_directory(family, root), **one_head)
+        checkpoint = full(root / f"llava-{family}", tower_directory(family), **one_head)
         made[family] = root / f"hf-{family}"
         export(Export.of(checkpoint, dtype="fp32"), made[family])
     Image.effect_noise((30, 20), 80).convert("RGB").save(root / "noise.png")

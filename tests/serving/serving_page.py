@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from PIL import Image
-from serve_checkpoints import V0_1, full
+from serve_checkpoints import full, tower_directory
 
 from llava_integration.serve.export import Export, export
 
@@ -24,7 +24,7 @@ def block_with(text: str) -> str:
 
 def make_folder(folder: Path) -> None:
     """An exported model, images and a JSON of LLaVA's."""
-    checkpoint = full(folder / "llava-tiny", V0_1 / "towers" / "clip", llm2clip_conversation="v1")
+    checkpoint = full(folder / "llava-tiny", tower_directory("clip"), llm2clip_conversation="v1")
     export(Export.of(checkpoint, dtype="fp32"), folder / "hf" / "llava-7b")
     images = folder / "playground" / "data"
     images.mkdir(parents=True)

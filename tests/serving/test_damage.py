@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serve_checkpoints import V0_1, base_model, full, lora
+from serve_checkpoints import base_model, full, lora, tower_directory
 from torch import Tensor
 
 from llm2clip_plugin.cli import main as llm2clip
@@ -124,7 +124,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each kind that nothing is wrong with."""
-    root, clip = tmp_path_factory.mktemp("whole"), V0_1 / "towers" / "clip"
+    root, clip = tmp_path_factory.mktemp("whole"), tower_directory("clip")
     checkpoint = full(root / "llava-full", clip)
     return {"full": checkpoint, "lora": lora(root / "llava-lora", clip, base_model(root / "vicuna"))}
 

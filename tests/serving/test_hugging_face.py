@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
-from serve_checkpoints import V0_1, full
+from serve_checkpoints import full, tower_directory
 from serving_page import block_with, make_folder
 
 from llava_integration.serve.export import Export, export
@@ -45,7 +45,7 @@ def test_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "spaces"])
 def test_the_template_begins_as_llavas_prompt(tmp_path: Path, legacy: bool) -> None:
     """Servers tokenize the rendered template without special tokens, transformers with: both begin with one <s>."""
-    checkpoint = full(tmp_path / "llava-tiny", V0_1 / "towers" / "clip", legacy=legacy, llm2clip_conversation="v1")
+    checkpoint = full(tmp_path / "llava-tiny", tower_directory("clip"), legacy=legacy, llm2clip_conversation="v1")
     export(Export.of(checkpoint, dtype="fp32"), tmp_path / "hf")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from serve_checkpoints import V0_1, full
+from serve_checkpoints import full, tower_directory
 from tiny_hub import TinyHub, tiny_hub
 
 from llm2clip_plugin.cli import main as llm2clip
@@ -21,7 +21,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TinyHub]]:
 
 def pushed(folder: Path, *options: str) -> int:
     """Export a tiny model to folder/hf, and push it."""
-    checkpoint = full(folder / "llava-tiny", V0_1 / "towers" / "eva02", llm2clip_conversation="v1")
+    checkpoint = full(folder / "llava-tiny", tower_directory("eva02"), llm2clip_conversation="v1")
     words = ["llava", "export", str(checkpoint), "--output", str(folder / "hf"), "--no-compare"]
     return llm2clip([*words, "--push", "me/llava-tiny", *options])
 

@@ -65,8 +65,6 @@ def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
         assert zero0 > PARAMETERS[llm] * 2 / 2**30 and zero2 <= zero1
         assert share == 512 or zero3 < zero1
     assert all(usual[2] >= longest[2] for usual, longest in zip(rows[:3], rows[3:], strict=True))
-    assert f"deepspeed --num_gpus 8 scripts/finetune_llm.py DATA --recipe {name} --deepspeed scripts/zero2.json" in told
-    assert "--hostfile hosts" in told and "--dry-run" not in told
 
 
 def test_checkpointing_four_bits_and_smaller_gpus(no_network):

@@ -8,7 +8,7 @@ from pathlib import Path
 from tiny_data import SAMPLES, WIDTH, make_cache, make_shards
 
 from llm2clip_plugin.data.cache.shard_file import shard_bytes
-from llm2clip_plugin.stages.plan_text import GIB, Column, columns, describe_time
+from llm2clip_plugin.stages.plan_text import GIB, Column, columns
 from llm2clip_plugin.stages.run_state import warmup_note
 from llm2clip_plugin.train.loop import TrainConfig
 from llm2clip_plugin.train.memory import StepMemory
@@ -55,8 +55,3 @@ def test_a_warmup_that_never_ends_is_said():
     assert warmup_note(optim, 30).startswith(
         "all 30 steps are warm-up (300 steps): the learning rate ends at 2e-05, below"
     )
-
-
-def test_training_time_is_that_of_the_stated_rate():
-    told = describe_time(36_000 * 250, 250.0)
-    assert told.startswith("training time at 250 images/s a GPU, by GPUs: 1 10:00:00, 8 1:15:00, 64 09:22 (")

@@ -1,4 +1,4 @@
-"""Settings from JSON: misspelt and mistyped fields, hashes, what may change on resume, names of version 0.1."""
+"""Settings from JSON: misspelt and mistyped fields, hashes, what may change on resume."""
 
 from __future__ import annotations
 
@@ -56,18 +56,3 @@ def test_changed_settings_are_named_and_can_be_allowed():
     refuse_changes(saved, now, ("optim",), where="run")
     with pytest.raises(ValueError, match=r"unknown field 'optim.lrr' in --allow-changed; did you mean 'optim.lr'"):
         refuse_changes(saved, now, ("optim.lrr",), where="run")
-
-
-def test_settings_of_version_0_1_keep_their_meaning():
-    saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
-    saved["dual"]["joint_width"] = saved["dual"].pop("projection_dim")
-    del saved["loss"]["args"]
-    saved["dual"]["logit_scale_init"] = 1.5  # a resumed run has its checkpoint's scale, whatever the recipe starts with
-    assert from_plain(RunConfig, saved, where="run.json").dual.projection_dim == 384
-    now = dataclasses.asdict(recipes.quickstart())
-    refuse_changes(saved, now, (), where="run")
-    now["dual"]["projection_dim"] = 8
-    with pytest.raises(ValueError, match=r"dual.projection_dim: 384.0 in the checkpoint, 8.0 in this run"):
-        refuse_changes(saved, now, (), where="run")
-    refuse_changes(saved, now, ("dual.joint_width",), where="run")
-    assert read_command(["--recipe", "quickstart", "--dual.joint-width", "8"]).dual.projection_dim == 8

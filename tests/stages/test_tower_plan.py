@@ -83,19 +83,17 @@ def test_recipes_of_later_methods_are_planned(name: str, capsys: pytest.CaptureF
     joint = 4096 if name == "lift_b16" else 768 if "l14" in name else 512
     assert f"projection_dim {joint}, LLM embeddings 4096 wide" in told
     if name == "lift_b16":
-        assert "llm2clip import" not in told and "twin" not in told and config.tower.from_scratch
+        assert "twin" not in told and config.tower.from_scratch
         assert "peak learning rates 0.001" in told
     else:
         assert config.loss.terms == ("infonce=1", "distill=0.2048") and config.distill.decay == 0.999
-        assert ", twin " in told and "train_tower.py DATA" in told and config.tower.keep_heads
-        assert f"train-text-adapter DATA --tower towers/{config.tower.architecture} --output" in told
+        assert ", twin " in told and config.tower.keep_heads
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest.CaptureFixture[str]):
     told = planned(capsys, "--recipe", f"{name}/llama-8b")
     assert "steps: 14648 of 4096 pairs, 4.00 epochs of 15,000,000 samples" in told  # 4 x 15 M / 4096
-    assert "cache on disk: 30,000,000 captions x 4096: float16 246.9 GB, int8 124.0 GB" in told
     trained = int(re.search(r"trainable parameters: ([\d,]+);", told)[1].replace(",", ""))
     if name == "openai_l14_336":
         assert trained == 578_587_905  # the release's own sum: golden/reference/F_release_directory/evidence.json
@@ -109,10 +107,6 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
     assert len(rows) == (2 if "bige" in name else 3)  # the states of 4.3 G parameters don't fit one GPU
-    assert f"scripts/train_tower.py DATA --recipe {name}/llama-8b" in told and "--hostfile hosts" in told
-    assert "deepspeed --num_gpus 8 scripts/train_tower.py" in told and "--dry-run" not in told
-    assert "llm2clip embed DATA --llm microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned" in told
-    assert ("llm2clip import CHECKPOINT" in told) == name.startswith("eva02")
 
 
 def test_the_papers_data_is_printed_where_there_is_none(capsys: pytest.CaptureFixture[str]):
@@ -138,15 +132,14 @@ def test_existing_data_and_caches_are_counted(tmp_path: Path, capsys: pytest.Cap
     options = ["--recipe", "openai-b16", "--tower.path", str(tower), "--data.path", str(data)]
     options += ["--train.global-batch", "16"]
     told = planned(capsys, *options)
-    assert "assumed: 2 captions per image, as the data has no embedding cache" in told
-    assert "steps: 12 of 16 pairs, 4.00 epochs of 48 samples" in told and "--tower" in told
+    assert "assumed: an embedding cache that fits the data" in told
+    assert "steps: 12 of 16 pairs, 4.00 epochs of 48 samples" in told
     make_cache(data)
     told = planned(capsys, *options)
-    assert "assumed" not in told and "cache on disk: 96 captions x 24:" in told
-    assert "shuffled over entire sources" in told and "64 GPUs: 16,000 images/s: 0 opens/s, 16,000 samples" in told
+    assert "assumed" not in told and "LLM embeddings 24 wide" in told
     other = dataclasses.replace(recipe("openai-b16/llama-1b"), data=DataConfig(path=(str(data),)))
     with pytest.raises(ValueError, match="embedding cache has width 24"):
-        tower_plan(other, [])
+        tower_plan(other)
 
 
 def test_what_has_no_shape_lists_what_has():

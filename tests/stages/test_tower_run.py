@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
     "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm has "),
     "output_dir that is a file": (["--output_dir", "BAD_JSON"], "bad.json is a file, or below one; choose a folder"),
-    "sigmoid without a bias": (["--loss.kind", "sigmoid"], "set --dual.logit-bias-init"),
+    "sigmoid without a bias": (["--loss.terms", "sigmoid"], "set --dual.logit-bias-init"),
 }
 
 

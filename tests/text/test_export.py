@@ -107,7 +107,7 @@ def test_centering_and_whitening_are_stored_with_the_card(llama: Path, tmp_path:
     _, adapter = write_moved(llama, tmp_path / "adapter")
     data = write_captions(tmp_path / "c.jsonl", 100)
     command = ["export-llm", "--llm", str(llama), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
-    assert main([*command, "--layout", layout, "--post", post, "--post-data", str(data)]) == 0
+    assert main([*command, "--format", layout, "--post", post, "--post-data", str(data)]) == 0
     plain = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
     where = (
         {"llm": str(llama), "adapter": str(tmp_path / "out")} if layout == "adapter" else {"llm": str(tmp_path / "out")}
@@ -133,7 +133,7 @@ def test_post_needs_data(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for more, said in (
         ([], "set both or neither"),
         (["--post-data", few], "whiten needs at least 64 distinct captions, but the data has 8"),
-        (["--post-data", few, "--layout", "adapter"], "--format adapter needs an adapter"),
+        (["--post-data", few, "--format", "adapter"], "--format adapter needs an adapter"),
     ):
         assert main([*command, *more]) == 2
         assert said in capsys.readouterr().err

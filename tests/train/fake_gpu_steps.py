@@ -35,12 +35,12 @@ from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.loss_config import LossConfig
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import TowerConfig, shape_dual
 from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.train.tensor_files import HostCopies
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 
 GPU = torch.device("cuda", 0)

@@ -16,8 +16,8 @@ from llm2clip_plugin.run_files import LEFT_OUT
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 STEPS, BAD = 8, 7  # the seventh batch has a NaN on the last rank
 WAYS: dict[str, dict[str, Any]] = {

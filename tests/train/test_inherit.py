@@ -165,11 +165,10 @@ def test_the_plan_says_what_the_run_does(trained: Path, tmp_path: Path, capsys: 
     parameters = sum(p.numel() for p in dual.text_adapter.parameters())
     assert f"trainable parameters: {parameters:,};" in told and f"steps: {STEPS_1} of 16 pairs" in told
     assert "assumed" not in told and "to a CLIP's 24" in told and "ZeRO-1" in told
-    assert "deepspeed --num_gpus 1 scripts/train_text_adapter.py" in told and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
     assert cli.main(["train-text-adapter", "--dry-run", "--plan.clip-width", "512"]) == 0
     told = capsys.readouterr().out
     assert "assumed: 30,000,000 captioned images" in told and "from an LLM's 4096 to a CLIP's 512" in told
-    assert "llm2clip embed DATA --llm CLIP" in told and "DATA --dry-run" not in told
 
 
 def test_wrong_input_is_one_error(clip: Path, tmp_path: Path):

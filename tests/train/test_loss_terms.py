@@ -1,4 +1,4 @@
-"""Each term of the loss against its naive form over ranks, the weights of a sum, and settings of earlier releases."""
+"""Each term of the loss against its naive form over ranks, and the weights of a sum."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from test_loss import naive
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
-from llm2clip_plugin.stages.settings import from_plain, refuse_changes
 from llm2clip_plugin.stages.tower.command import read_command
-from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.text.contrast import pair_loss
 from llm2clip_plugin.train.loss_config import LossConfig, parse_terms
 from llm2clip_plugin.train.losses.base import Features
@@ -241,17 +239,7 @@ def test_weights_over_the_run():
     assert list(heads_terms(LossConfig(terms=terms))) == ["infonce", "cosine"]
 
 
-def test_settings_of_one_loss_still_load():
-    """Of run.json, of state.json, and of a command line."""
-    old = {"kind": "sigmoid", "weight": 2.0, "block": 0, "mask_same_caption": True, "mask_same_image": True}
-    config = from_plain(RunConfig, {"loss": old}, where="run.json")
-    assert config.loss == LossConfig(terms=("sigmoid",), weight=2.0)
-    now = dataclasses.asdict(config)
-    refuse_changes({**now, "loss": old}, now, (), where="state.json")
-    with pytest.raises(ValueError, match=r"loss.terms: \['infonce'\] in the checkpoint, \['sigmoid'\] in this run"):
-        refuse_changes({**now, "loss": {**old, "kind": "infonce"}}, now, (), where="state.json")
-    typed = read_command(["data", "--loss.kind", "sigmoid", "--dual.logit-bias-init", "-10"])
-    assert typed.loss == LossConfig(terms=("sigmoid",))
+def test_terms_of_a_command_line():
     several = read_command("data --loss.terms infonce=1 cosine=0:1@0.5 --loss.terms infonce=1 cosine=0.5".split())
     assert several.loss.terms == ("infonce=1", "cosine=0.5")
     with pytest.raises(ValueError, match=r"captions-per-image 2 has no effect: loss.terms infonce uses one caption"):

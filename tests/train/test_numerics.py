@@ -13,9 +13,9 @@ from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engi
 
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState, load
 from llm2clip_plugin.train.ema import MovingAverage
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.saving import Saver
+from llm2clip_plugin.train.tensor_files import HostCopies
 from llm2clip_plugin.train.twin import Twin
 
 HALF = {

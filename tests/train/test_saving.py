@@ -30,9 +30,9 @@ from train_helpers import (
 
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 from llm2clip_plugin.train.checkpoint import TrainState, load
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.saving import Saver
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 STEPS = 8
 

@@ -10,7 +10,7 @@ import torch
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.host_copies import HostCopies
+from llm2clip_plugin.train.tensor_files import HostCopies
 
 STEPS = 4
 

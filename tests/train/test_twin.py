@@ -14,9 +14,9 @@ from tower_runs import ROOT, lines, losses, options
 from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import TWIN, TrainState, load
-from llm2clip_plugin.train.host_copies import HostCopies
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.saving import Saver
+from llm2clip_plugin.train.tensor_files import HostCopies
 from llm2clip_plugin.train.twin import Twin
 
 STEPS, SAVED_AT, DECAY = 4, 2, 0.8

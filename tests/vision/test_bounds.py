@@ -153,10 +153,13 @@ def test_llavas_crop_is_the_towers_image(dual: Path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"joint_width": 10**9}, "joint_width is 1000000000, expected a whole number from 0 to 131072"),
-        ({"dual": {"joint_width": 10**9}}, "projection_dim is 8, in dual 1000000000"),
-        ({"joint_width": 10**5, "dual": {"joint_width": 10**5}}, f"{ADAPTER_FILE} does not match {TowerCard.FILE}"),
-        ({"dual": {"llm_width": 10**5}}, f"{ADAPTER_FILE} does not match {TowerCard.FILE}"),
+        ({"projection_dim": 10**9}, "projection_dim is 1000000000, expected a whole number from 0 to 131072"),
+        ({"dual": {"projection_dim": 10**9}}, "projection_dim is 8, in dual 1000000000"),
+        (
+            {"projection_dim": 10**5, "dual": {"projection_dim": 10**5}},
+            f"{ADAPTER_FILE} does not match {TowerCard.FILE}",
+        ),
+        ({"dual": {"llm_width": 10**5}}, f"{ADAPTER_FILE} does not match"),
         ({"dual": {"adapter_blocks": "../../x"}}, "dual: adapter_blocks is '../../x', expected int"),
         ({"dual": {"adapter_expansion": 0}}, "adapter_expansion is 0, expected a whole number from 1 to 64"),
         ({"dual": {"logit_scale_init": float("nan")}}, "logit_scale_init is nan, expected a number"),

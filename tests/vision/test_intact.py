@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import read_json, write_json
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
@@ -17,7 +18,8 @@ from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TRANSFORMERS_TOWERS
 
-OLD_TOWERS = Path(__file__).parents[1] / "fixtures" / "v0_1" / "towers"  # without checksums.json
+FAMILIES = ["clip", "siglip", "dinov2", "eva02"]
+EVA02 = "../A_vision_towers/eva02_l14/weights.safetensors"
 FILES = ["model.safetensors", "text_adapter.safetensors", "llm2clip.json", "config.json", "preprocessor_config.json"]
 
 
@@ -88,16 +90,23 @@ def test_a_card_with_another_hash(tower: Path, field: str, value: str) -> None:
         load_dual(tower)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "eva02"])
+@pytest.fixture(scope="module", params=["clip_vision", "siglip_vision", "dinov2", EVA02], ids=FAMILIES)
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A golden tower of each family, without checksums.json."""
+    folder, path = tmp_path_factory.mktemp("imported") / "tower", TRANSFORMERS_TOWERS / request.param
+    import_tower(path, folder, config=path.with_name("config.json") if request.param == EVA02 else None)
+    (folder / "checksums.json").unlink()
+    return folder
+
+
 @pytest.mark.parametrize("field", ["num_layers", "patch_size", "hidden_size", "image_size", "has_cls", "family"])
-def test_a_card_of_another_architecture(tmp_path: Path, name: str, field: str) -> None:
+def test_a_card_of_another_architecture(imported: Path, tmp_path: Path, field: str) -> None:
     """In every family, before the weights are read."""
-    folder = Path(shutil.copytree(OLD_TOWERS / name, tmp_path / name))
+    folder = Path(shutil.copytree(imported, tmp_path / "tower", ignore=shutil.ignore_patterns("model.safetensors")))
     card = TowerCard.read(folder / TowerCard.FILE)
-    others = {"has_cls": not card.has_cls, "family": "clip" if name == "dinov2" else "dinov2"}
+    others = {"has_cls": not card.has_cls, "family": "clip" if card.family == "dinov2" else "dinov2"}
     value = others[field] if field in others else getattr(card, field) + 1
     change(folder / "llm2clip.json", **{field: value})
-    (folder / "model.safetensors").unlink()
     with pytest.raises(ContractError, match=rf"does not describe the tower.*{field} is {value!r}, not .*; the direct"):
         load_tower(folder)
 
@@ -113,7 +122,7 @@ def test_a_configuration_without_its_card_field_in_checksums(tower: Path) -> Non
 
 def test_a_card_that_contradicts_itself(tower: Path) -> None:
     (tower / "checksums.json").unlink()
-    change(tower / "llm2clip.json", joint_width=9)
+    change(tower / "llm2clip.json", projection_dim=9)
     with pytest.raises(ContractError, match="contradicts itself: projection_dim is 9, in dual 8"):
         load_dual(tower)
 
@@ -125,11 +134,11 @@ def test_fields_of_another_type(tower: Path) -> None:
         load_tower(tower)
 
 
-def test_a_configuration_that_is_none(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(OLD_TOWERS / "clip", tmp_path / "clip"))
-    change(folder / "config.json", torch_dtype="fmoat32", dtype="fmoat32", num_hidden_layers="many")
+def test_a_configuration_that_is_none(tower: Path) -> None:
+    (tower / "checksums.json").unlink()
+    change(tower / "config.json", torch_dtype="fmoat32", dtype="fmoat32", num_hidden_layers="many")
     with pytest.raises(ContractError, match=r"config\.json"):
-        load_tower(folder)
+        load_tower(tower)
 
 
 def test_a_missing_adapter(tower: Path) -> None:

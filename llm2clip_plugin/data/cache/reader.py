@@ -18,13 +18,12 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 | row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
 | image_checks   | (N,)   | int64        | size and CRC-32 of the image file; 0: not recorded           |
 
-The last two are absent in caches of version 0.1, image_checks also where images were not read.
+image_checks is absent where images were not read.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +88,6 @@ class EmbeddingCache:
             )
         cache = cls(directory, manifest)
         cache._check_files()
-        cache._note_missing_checks()
         return cache
 
     @property
@@ -110,16 +108,6 @@ class EmbeddingCache:
     def __getstate__(self) -> dict[str, object]:
         # a worker opens the files itself
         return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
-
-    def _note_missing_checks(self) -> None:
-        """Say of a cache of version 0.1 that damage of its rows is not noticed while they are read."""
-        first = next(iter(self.manifest.shards), None)
-        if first is not None and not self.shard(first).has_checks and os.environ.get("RANK", "0") == "0":
-            print(
-                f"note: {self.directory} has no checksums of rows and images (version 0.1): damage of it is found by "
-                "`llm2clip embed` with --verify alone",
-                file=sys.stderr,
-            )
 
     def _check_files(self) -> None:
         """Compare the files with the manifest: their headers, or, of files seen before, size and time."""

@@ -19,8 +19,8 @@ from llm2clip_plugin.data.retry import SteadyFile
 from llm2clip_plugin.outside.safetensors_header import parse_header
 
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
-CHECKS = ("image_checks", "row_checks")  # tensors that version 0.1 did not write
-METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "truncated")
+CHECKS = ("image_checks", "row_checks")
+METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
 META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
 DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
 
@@ -58,8 +58,6 @@ class ShardFile:
             self.meta: dict[str, str] = json.loads(metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
-            if self.has_checks != ("checks_sha256" in self.meta):
-                raise ValueError("its checksums, or the SHA-256 of them, are missing")
             self.captions, self.width = self._layouts["embeddings"].shape
             self.samples = self._layouts["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -91,11 +89,6 @@ class ShardFile:
         start, stop = self._read("row_starts", index, index + 2).tolist()
         return {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
 
-    @property
-    def has_checks(self) -> bool:
-        """Whether rows have checksums; those of version 0.1 have none."""
-        return "row_checks" in self._layouts
-
     def image_check(self, index: int) -> int:
         """Checksum of a sample's image when its captions were embedded; 0 if it was not recorded."""
         return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._layouts else 0
@@ -109,18 +102,15 @@ class ShardFile:
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
         """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
 
-        Raises ContractError for a row that is not finite or, except in files of version 0.1, has another checksum.
+        Raises ContractError for a row that is not finite or has another checksum.
         """
         first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
         chosen = np.array(rows, dtype=np.int64) - first
         stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
-        if self.has_checks:
-            checks = self._read("row_checks", first, stop)[chosen].tolist()
-            for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
-                if row_check(row_W, scale, number) != check:
-                    raise ContractError(
-                        f"{self.path} is damaged: row {number} has another checksum; {repair(self.path)}"
-                    )
+        checks = self._read("row_checks", first, stop)[chosen].tolist()
+        for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
+            if row_check(row_W, scale, number) != check:
+                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {repair(self.path)}")
         value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
         if not (finite_n := np.isfinite(value_nW).all(axis=1)).all():
             number = rows[int(np.flatnonzero(~finite_n)[0])]
@@ -131,7 +121,7 @@ class ShardFile:
         """What is wrong with the file's contents, "" if nothing is; reads every byte."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
             digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._layouts})
-            if digest != self.meta.get(name, digest):
+            if digest != self.meta[name]:
                 return f"SHA-256 {digest}, expected {self.meta[name]}"
         return ""
 
@@ -149,7 +139,7 @@ def _read_layouts(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
     header = parse_header(file.size(), file.read)
     if unknown := header.entries.keys() - {*TENSORS, *CHECKS}:
         raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
-    if missing := {*TENSORS} - header.entries.keys():
+    if missing := {*TENSORS, "row_checks"} - header.entries.keys():
         raise ValueError(f"no tensors {', '.join(sorted(missing))}")
     layouts = {
         name: Layout(np.dtype(DTYPES[entry.dtype]), entry.shape, header.data_start + entry.start)

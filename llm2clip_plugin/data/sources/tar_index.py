@@ -138,7 +138,7 @@ def _load(path: Path, stamp: dict[str, int]) -> TarIndex | None:
         table_bytes = head["samples"] * COLUMNS * 8
         if len(body) != table_bytes + head["key_bytes"]:
             raise ValueError("truncated")
-        if "sha256" in head and hashlib.sha256(body).hexdigest() != head["sha256"]:  # version 0.1 wrote none
+        if hashlib.sha256(body).hexdigest() != head["sha256"]:
             raise ValueError("another SHA-256")
         table = np.frombuffer(body[:table_bytes], dtype="<i8").reshape(-1, COLUMNS)
         return TarIndex(table, body[table_bytes:], (head["tar_size"], head["tar_mtime_ns"]))

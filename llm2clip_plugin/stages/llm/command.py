@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     config = parse(argv)
     return plan_or_train(
         config.dry_run,
-        lambda: llm_plan(config, argv),
+        lambda: llm_plan(config),
         lambda: finetune_llm(config, started_by("finetune-llm", argv)),
         "adapter: {}",
     )

@@ -48,8 +48,8 @@ class DataSize:
         return sum(self.lengths) / len(self.lengths)
 
 
-def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
-    """The plan as text. ``words``: the command line's options, repeated in the commands that it proposes.
+def llm_plan(config: FinetuneConfig) -> str:
+    """The plan as text.
 
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself; memory is left out for an
     LLM without a config.json.
@@ -85,13 +85,6 @@ def llm_plan(config: FinetuneConfig, words: Sequence[str]) -> str:
                 tables[0], train.global_batch, gpu_gib, f"; texts of {size.tokens:.4g} tokens (the mean)"
             ),
             plans.describe_columns(tables[1], train.global_batch, gpu_gib, f"; texts of {longest} tokens (max_tokens)"),
-            *plans.describe_commands(
-                "scripts/finetune_llm.py",
-                words if config.pairs.data else ["DATA", *words],
-                tables[0],
-                train,
-                deepspeed="" if config.deepspeed else "scripts/zero2.json",
-            ),
         ]
     return "\n".join([*parts, plans.describe_deepspeed(deepspeed)])
 
@@ -201,5 +194,5 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
         f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
         f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}\n"
         f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}\n"
-        + plans.describe_parameters(trained, config.optim, config.train.save_total_limit)
+        + plans.describe_parameters(trained, config.optim)
     )

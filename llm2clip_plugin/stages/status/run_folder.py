@@ -160,7 +160,7 @@ def _card_problem(card: Path) -> str:
 def _go_on(folder: Path, record: RunRecord) -> str:
     if command := again(record.command):
         return command
-    if "tower" in record.config:  # called from Python, or recorded by an earlier release
+    if "tower" in record.config:  # called from Python
         return f"llm2clip train-tower --config {shlex.quote(str(folder / RunRecord.FILE))}"
     return ""
 

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     config.validate(needs_data=not config.dry_run)
     return plan_or_train(
         config.dry_run,
-        lambda: adapter_plan(config, argv),
+        lambda: adapter_plan(config),
         lambda: train_text_adapter(config, command=started_by("train-text-adapter", argv)),
         "tower: {0}\nstage 2: llm2clip train-tower ... --tower {0} --keep-heads",
     )

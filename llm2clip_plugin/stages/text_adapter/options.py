@@ -2,7 +2,6 @@
 
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
-from llm2clip_plugin.stages.settings import RENAMED
 from llm2clip_plugin.stages.text_adapter.config import EXAMPLE, AdapterConfig
 
 COMMAND = Command(
@@ -41,7 +40,7 @@ COMMAND = Command(
         "plan.samples": "assumed-samples",
         "adapter": "adapter.",
     },
-    also={"loss.kind": RENAMED["loss.kind"], "tower.path": "start"},
+    also={"tower.path": "start"},
     hidden=(
         "optim.head_lr",
         "optim.layer_decay",

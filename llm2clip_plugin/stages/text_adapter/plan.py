@@ -1,6 +1,5 @@
 """``llm2clip train-text-adapter ... --dry-run``: what a run does and costs, from shapes alone; no weights are read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +32,8 @@ class Size:
     assumed: tuple[str, ...]
 
 
-def adapter_plan(config: AdapterConfig, words: Sequence[str]) -> str:
-    """The plan as text. ``words``: the command line's options, repeated in the commands that it proposes.
+def adapter_plan(config: AdapterConfig) -> str:
+    """The plan as text.
 
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
     """
@@ -45,11 +44,8 @@ def adapter_plan(config: AdapterConfig, words: Sequence[str]) -> str:
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=size.llm_width
     )
-    parameters = plans.describe_parameters(
-        adapter_parameters(module, config.optim), config.optim, train.save_total_limit
-    )
+    parameters = plans.describe_parameters(adapter_parameters(module, config.optim), config.optim)
     memory = step_memory(config, module, size)
-    table = plans.columns(memory, train, gpu_gib)
     shape = config.adapter
     blocks = f", {shape.blocks} blocks" if shape.kind == "mlp" else ""
     parts = [
@@ -59,8 +55,7 @@ def adapter_plan(config: AdapterConfig, words: Sequence[str]) -> str:
         parameters,
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         f"activations of a caption: {memory.pair_bytes / 1e6:.2f} MB",
-        plans.describe_columns(table, train.global_batch, gpu_gib),
-        *describe_commands(config, words, table),
+        plans.describe_columns(plans.columns(memory, train, gpu_gib), train.global_batch, gpu_gib),
         plans.describe_deepspeed(deepspeed),
     ]
     return "\n".join(parts)
@@ -141,22 +136,4 @@ def step_memory(config: AdapterConfig, module: InheritedSpace, size: Size) -> St
         pair_bytes=pass_bytes / CAPTIONS,
         width=size.clip_width,
         state_bytes=config.optim.optimizer().state_bytes,
-    )
-
-
-def describe_commands(config: AdapterConfig, words: Sequence[str], table: list[plans.Column]) -> list[str]:
-    """What must come before the run, and the run on 1, 8 and 64 GPUs."""
-    before, words = [], list(words)
-    data = " ".join(config.data.path) or "DATA"
-    if not config.start:
-        before.append("llm2clip import CLIP --output towers/clip")
-        words += ["--tower", "towers/clip"]
-    if not config.data.path:
-        words.insert(0, "DATA")
-    if not config.data.path or not _has_caches(config):
-        before.append(f"llm2clip embed {data} --llm LLM")
-        before.append(f"llm2clip embed {data} --llm CLIP")
-    deepspeed = "" if config.deepspeed else "scripts/zero1.json"
-    return plans.describe_commands(
-        "scripts/train_text_adapter.py", words, table, config.train, deepspeed=deepspeed, before=before
     )

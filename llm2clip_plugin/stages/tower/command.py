@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
     return plan_or_train(
         config.dry_run,
-        lambda: tower_plan(config, argv),
+        lambda: tower_plan(config),
         lambda: train_tower(config, command=started_by("train-tower", argv)),
         "tower: {}",
     )

@@ -1,23 +1,14 @@
-"""How a run loads: what its loader processes need, in which order it reads, and what that requires of the disk."""
+"""How a run loads: what its loader processes need, and in which order it reads."""
 
 import dataclasses
-from collections.abc import Sequence
 
-from llm2clip_plugin.data.file_system import file_system, is_network
-from llm2clip_plugin.data.read_rate import (
-    loose_images,
-    read_rate,
-    sample_bytes,
-    shuffle_window,
-)
+from llm2clip_plugin.data.read_rate import shuffle_window
 from llm2clip_plugin.data.shared_memory import (
     LoadPlan,
     lacks_shared_memory,
     plan_loading,
     row_bytes,
 )
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.stages.plan_text import WORLDS
 from llm2clip_plugin.stages.tower.config import RunConfig
 
 EVALUATION_PREFETCH = 2  # torch's default
@@ -69,33 +60,3 @@ def with_order(config: RunConfig) -> RunConfig:
     window = shuffle_window(config.data.read.shuffle_window, config.data.path)
     read = dataclasses.replace(config.data.read, shuffle_window=window)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, read=read))
-
-
-def describe_reading(config: RunConfig, sources: Sequence[Source]) -> str:
-    """Order of the samples, and opens, reads and bytes a second on 1, 8 and 64 GPUs; without sources a hint."""
-    if not sources:
-        return "reading: pass DATA to see what the run requires of the disk"
-    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
-    places = sorted({file_system(path) or "an unknown file system" for path in config.data.path})
-    order = f"shuffled by windows of {window} shards" if window else "shuffled over entire sources"
-    rate, workers = config.plan.images_per_second, max(1, config.train.dataloader_num_workers)
-    shards, samples = sum(len(source.shards) for source in sources), sum(map(len, sources))
-    size = sample_bytes(sources)
-    lines = [
-        f"reading from {', '.join(places)}: {samples:,} samples in {shards:,} shards, {order} "
-        f"(--shuffle-window); at {rate:g} images/s a GPU (--images-per-second):"
-    ]
-    for world in WORLDS:
-        reading = read_rate(
-            images=rate * world,
-            mean_bytes=size,
-            shards=shards,
-            samples=samples,
-            window=window,
-            processes=world * workers,
-            loose=loose_images(sources),
-        )
-        lines.append(f"{world:6} GPUs: {reading}")
-    if not window and any(map(is_network, config.data.path)):
-        lines.append("  network file systems rarely sustain this many opens: leave --shuffle-window at -1")
-    return "\n".join(lines)

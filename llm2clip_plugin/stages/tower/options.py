@@ -3,7 +3,6 @@
 from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.options.declared import Extra
 from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
-from llm2clip_plugin.stages.settings import RENAMED
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.recipes import DEFAULT, RECIPES
 
@@ -47,9 +46,7 @@ COMMAND = Command(
         "dual": "dual.",
         "data.augment": "augment.",
         "plan.images": "assumed-samples",
-        "plan.captions": "assumed-captions",
     },
-    also=RENAMED,
     extras={
         "recipe": Extra(
             metavar="NAME",

@@ -5,14 +5,11 @@ No weights are read and nothing is downloaded; without data or a cache, the plan
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.data.cache.shard_file import shard_bytes
-from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.caches import find_cache
@@ -21,7 +18,7 @@ from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
 from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.checks import check_data, check_patch_layers
 from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.loading import describe_loading, describe_reading, load_plans
+from llm2clip_plugin.stages.tower.loading import describe_loading, load_plans
 from llm2clip_plugin.stages.tower.opening import open_data
 from llm2clip_plugin.train.distributed import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
@@ -30,7 +27,6 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.dual_config import LOG_SCALE
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
-KEY_BYTES = 9  # of a sample's key, as img2dataset makes them
 IMAGES = 16  # of the pass that measures activations
 
 
@@ -39,14 +35,12 @@ class DataSize:
     """Size of the data and width of the teacher's embeddings."""
 
     samples: int
-    captions: int
     width: int
     assumed: tuple[str, ...]
-    sources: tuple[Source, ...] = ()  # opened; () without data
 
 
-def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
-    """The plan as text. ``words``: the command line's options, repeated in the commands that it proposes.
+def tower_plan(config: RunConfig) -> str:
+    """The plan as text.
 
     Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
     """
@@ -59,24 +53,19 @@ def tower_plan(config: RunConfig, words: Sequence[str]) -> str:
     plan, deepspeed = plan_engine(
         config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
     )
-    parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim, train.save_total_limit)
+    parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
     memory = step_memory(config, dual)
-    table = plans.columns(memory, train, gpu_gib)
     parts = [
         *(f"assumed: {line}" for line in size.assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
         f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide, {describe_scale(config)}",
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
-        plans.describe_time(plan.total_steps * plan.global_batch, config.plan.images_per_second),
         parameters,
-        describe_cache(size),
         describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
-        describe_reading(config, size.sources),
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
         f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
-        plans.describe_columns(table, train.global_batch, gpu_gib),
-        *describe_commands(config, words, table),
+        plans.describe_columns(plans.columns(memory, train, gpu_gib), train.global_batch, gpu_gib),
         plans.describe_deepspeed(deepspeed),
     ]
     return "\n".join(parts)
@@ -88,23 +77,18 @@ def measure_data(config: RunConfig) -> DataSize:
     if config.data.path and _has_caches(config):
         data = open_data(config)
         check_data(config, data)
-        captions = sum(cache.manifest.captions for cache in data.caches)
-        return DataSize(
-            samples=data.samples, captions=captions, width=data.caches[0].width, assumed=(), sources=tuple(data.sources)
-        )
-    samples, captions = config.plan.images, config.plan.captions
-    sources = tuple(open_source(source) for source in config.data.sources)
-    if sources:
-        samples = sum(map(len, sources))
-        assumed = [f"{captions} captions per image, as the data has no embedding cache"]
+        return DataSize(samples=data.samples, width=data.caches[0].width, assumed=())
+    samples, assumed = config.plan.images, ["an embedding cache that fits the data"]
+    if config.data.path:
+        samples = sum(len(open_source(source)) for source in config.data.sources)
     else:
-        assumed = [f"{samples:,} images x {captions} captions (--assumed-samples, or DATA)"]
+        assumed = [f"{samples:,} images (--assumed-samples, or DATA)"]
         assumed += [f"data like the paper's, {mixture}" for mixture in TOWER_MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
         assumed.append(f"LLM embeddings of width {width} (--dual.llm-width: {known})")
-    return DataSize(samples=samples, captions=samples * captions, width=width, assumed=tuple(assumed), sources=sources)
+    return DataSize(samples=samples, width=width, assumed=tuple(assumed))
 
 
 def _has_caches(config: RunConfig) -> bool:
@@ -156,34 +140,3 @@ def describe_scale(config: RunConfig) -> str:
     if config.dual.logit_scale_init is not None or config.tower.from_scratch:
         return f"logit scale {math.exp(config.dual.logit_scale_init or LOG_SCALE):.4g}"
     return f"the tower's logit scale ({math.exp(LOG_SCALE):.4g} if it has none)"
-
-
-def describe_cache(size: DataSize) -> str:
-    """Size of the embedding cache on disk, in both of its formats."""
-    half, int8 = (
-        shard_bytes(size.samples, size.captions, size.width, dtype, key_bytes=KEY_BYTES) / 1e9
-        for dtype in ("float16", "int8")
-    )
-    return f"cache on disk: {size.captions:,} captions x {size.width}: float16 {half:,.1f} GB, int8 {int8:,.1f} GB"
-
-
-def describe_commands(config: RunConfig, words: Sequence[str], table: list[plans.Column]) -> list[str]:
-    """What must come before the run, and the run on 1, 8 and 64 GPUs."""
-    before, words = [], list(words)
-    tower = f"towers/{config.tower.architecture}"
-    if not config.tower.path and not config.tower.from_scratch:
-        before.append(f"llm2clip import CHECKPOINT --output {tower}")
-        words += ["--tower", f"{tower}-text/tower" if config.tower.keep_heads else tower]
-    if not config.data.path:
-        teacher = next((t for t in TEACHERS.values() if t.width == config.dual.llm_width), None)
-        llm = f"{teacher.released} --preset {teacher.preset}" if teacher else "PATH_OR_HUB_ID"
-        before.append(f"llm2clip embed DATA --llm {llm}")
-        words.insert(0, "DATA")
-    if not config.tower.path and config.tower.keep_heads:
-        data = " ".join(config.data.path) or "DATA"
-        before.append(f"llm2clip embed {data} --llm CHECKPOINT")
-        before.append(f"llm2clip train-text-adapter {data} --tower {tower} --output {tower}-text")
-    deepspeed = "" if config.deepspeed else "scripts/zero1.json"
-    return plans.describe_commands(
-        "scripts/train_tower.py", words, table, config.train, deepspeed=deepspeed, before=before
-    )

@@ -11,13 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, EmbedRecord, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest
-from llm2clip_plugin.data.cache.shard_file import META, TENSORS
 from llm2clip_plugin.data.cache.writer import CacheWriter, shard_file
 from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 from llm2clip_plugin.data.sources.records import Caption
@@ -358,30 +355,6 @@ def test_a_damaged_shard_is_not_complete(source, tmp_path: Path, caplog: pytest.
     damage(tmp_path / "cache" / "pairs.safetensors", tensor, 0)
     assert not writer.is_complete("pairs", digest)
     assert "is damaged: SHA-256" in caplog.text and "its captions are embedded again" in caplog.text
-
-
-def strip_checks(folder: Path) -> None:
-    """Make the one shard of a cache a file of version 0.1."""
-    path = folder / "pairs.safetensors"
-    with safe_open(path, "np") as file:
-        tensors = {name: file.get_tensor(name) for name in TENSORS}
-        meta = json.loads(file.metadata()[META])
-    del meta["checks_sha256"]
-    save_file(tensors, path, metadata={META: json.dumps(meta)})
-
-
-def test_a_cache_of_version_0_1_is_noted(source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fill(tmp_path / "cache", source)
-    EmbeddingCache.open(tmp_path / "cache")
-    assert capsys.readouterr().err == ""
-    strip_checks(tmp_path / "cache")
-    cache = EmbeddingCache.open(tmp_path / "cache")
-    assert "has no checksums of rows and images" in capsys.readouterr().err
-    cache.verify()
-    assert len(cache.rows("pairs", 0, source.captions(0)[1])) == 2
-    damage(tmp_path / "cache" / "pairs.safetensors", "embeddings", 1, 0x7E)  # float16: not a number
-    with pytest.raises(ContractError, match=r"pairs\.safetensors is damaged: row 0 is not finite; rerun"):
-        EmbeddingCache.open(tmp_path / "cache").rows("pairs", 0, source.captions(0)[1])
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
     assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"
 
     scores, report = output / "scores", tmp_path / "report"
-    world.forked("-m", "llava_integration.compare.command", scores, scores, "--out", report, "--resamples", "100")
+    world.forked("-m", "llava_integration.compare.command", scores, scores, "--output", report, "--resamples", "100")
     assert (report / "compare.html").stat().st_size > 20_000
 
 

@@ -33,7 +33,7 @@ def script(world, name, *words, fails=False, **environment):
 def given(world, tmp_path, stage):
     """The options that every stage needs."""
     data = world.pretrain_data if stage == "pretrain" else world.finetune_data
-    words = ["--model", world.llm, "--data", data, "--images", world.images, "--output", tmp_path / "llava-lora"]
+    words = ["--model", world.llm, "--data", data, "--image-folder", world.images, "--output", tmp_path / "llava-lora"]
     return words if stage == "pretrain" else [*words, "--projector", world.projector()]
 
 

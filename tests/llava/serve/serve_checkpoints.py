@@ -1,7 +1,9 @@
 """Tiny LLaVA 1.5 checkpoints as LLaVA writes them, made in a second: full, LoRA and projector, with any tower."""
 
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,8 +13,15 @@ from safetensors.torch import save_file
 from llm2clip_plugin.finding import numbers
 
 TESTS = Path(__file__).parents[2]
-V0_1 = TESTS / "fixtures" / "v0_1"
-GOLDEN = TESTS / "golden" / "towers_of_today"
+GOLDEN = TESTS / "golden"
+REFERENCE = GOLDEN / "reference"
+SOURCES = {  # of towers, elsewhere than in golden/towers_of_today
+    "clip": REFERENCE / "G_transformers_towers" / "clip_vision",
+    "siglip": REFERENCE / "G_transformers_towers" / "siglip_vision",
+    "dinov2": REFERENCE / "G_transformers_towers" / "dinov2",
+    "eva02": REFERENCE / "A_vision_towers" / "eva02_l14" / "weights.safetensors",
+}
+IMPORTED = tempfile.TemporaryDirectory(prefix="towers-")  # removed when the process ends
 IS_NEW = numbers(transformers.__version__) >= (5,)
 TODAY = ("metaclip2", "openvision", *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()))  # that run here
 WIDTH, MLP, LAYERS, TOKENS = 32, 64, 2, 600
@@ -36,6 +45,16 @@ LLM = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "vocab_size": TOKENS,
+}
+
+TOKENIZER = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<unk>",
+    "tokenizer_class": "LlamaTokenizer",
+    "unk_token": "<unk>",
 }
 
 
@@ -78,15 +97,14 @@ def language_weights() -> dict[str, torch.Tensor]:
     return weights | {name: 1 + drawn(WIDTH, seed=99) for name in (*norms, "model.norm.weight")}
 
 
-def tower_directory(name: str, root: Path) -> Path:
-    """A tower of tests/fixtures, or of tests/golden/towers_of_today, imported below ``root``."""
-    if (V0_1 / "towers" / name).is_dir():
-        return V0_1 / "towers" / name
+@functools.cache
+def tower_directory(name: str) -> Path:
+    """A golden tower, imported once in this process."""
     from llm2clip_plugin.vision.convert.importing import import_tower
 
-    if not (root / name).is_dir():
-        import_tower(GOLDEN / name, root / name)
-    return root / name
+    source, folder = SOURCES.get(name, GOLDEN / "towers_of_today" / name), Path(IMPORTED.name) / name
+    import_tower(source, folder, config=source.with_name("config.json") if source.is_file() else None)
+    return folder
 
 
 def width_of(tower: Path | str) -> int:
@@ -102,10 +120,8 @@ def projector_weights(width: int = 32) -> dict[str, torch.Tensor]:
 
 def write_tokenizer_files(folder: Path, *, legacy: bool) -> None:
     """As LLaVA saves its tokenizer."""
-    vicuna = V0_1 / "llava" / "tiny-vicuna"
-    shutil.copy(vicuna / "tokenizer.model", folder)
-    config = json.loads((vicuna / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy, "pad_token": "<unk>"}))
+    shutil.copy(Path(__file__).with_name("tokenizer.model"), folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**TOKENIZER, "legacy": legacy}))
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -13,7 +13,6 @@ from serve_checkpoints import (
     GOLDEN,
     IS_NEW,
     TODAY,
-    V0_1,
     base_model,
     full,
     language_weights,
@@ -30,7 +29,7 @@ from llava_integration.serve.export import Export, export
 from llava_integration.serve.tower_code import register
 from llm2clip_plugin.cli import main as llm2clip
 
-CLIP = V0_1 / "towers" / "clip"
+CLIP = tower_directory("clip")
 CODED = ("openvision", "dinov3", "radio", "pe_core")  # towers of today whose code is saved with the model
 
 
@@ -45,7 +44,7 @@ def exported(tmp_path_factory):
 
 def made(kind, tower, root, **changes):
     """A checkpoint of a kind."""
-    folder, tower = root / f"llava-{kind}", tower_directory(tower, root)
+    folder, tower = root / f"llava-{kind}", tower_directory(tower)
     if kind == "full":
         return full(folder, tower, **changes)
     return {"lora": lora, "projector": projector}[kind](folder, tower, base_model(root / "vicuna"), **changes)
@@ -152,12 +151,12 @@ def test_names_and_rows(exported):
 def test_config(exported):
     config = json.loads((exported[1] / "config.json").read_text())
     assert config["image_token_index"] == 600 and config["text_config"]["vocab_size"] == 601
-    assert (config["image_seq_length"], config["vision_feature_layer"]) == (4, -2)
+    assert (config["image_seq_length"], config["vision_feature_layer"]) == (16, -2)
     assert config["vision_config"]["model_type"] == "clip_vision_model"
     assert config["llm2clip_export"]["conversation"] == "v1"
     assert config["llm2clip_tower"]["weights_sha256"] == config["llm2clip_export"]["tower_sha256"]
     processor = json.loads((exported[1] / "processor_config.json").read_text())
-    assert (processor["patch_size"], processor["num_additional_image_tokens"]) == (8, 1)
+    assert (processor["patch_size"], processor["num_additional_image_tokens"]) == (7, 1)
     for path in exported[1].glob("*.*"):
         assert b"/tmp" not in path.read_bytes() and str(CLIP.parent).encode() not in path.read_bytes(), path
 
