@@ -143,7 +143,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
-    "llava data": ("llm2clip_plugin.data.llava_files.command", "COMMAND"),
+    "llava data": ("llm2clip_plugin.data.llava_files.options", "COMMAND"),
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),

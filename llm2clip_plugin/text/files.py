@@ -87,6 +87,8 @@ def adapter_sha256(folder: Path) -> str:
 
     Raises FileNotFoundError for a folder without an adapter.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no adapter at {folder}; expected the folder of a PEFT adapter, or a Hub id")
     config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     for path in (config, weights):
         if not path.is_file():
