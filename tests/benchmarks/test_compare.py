@@ -10,6 +10,7 @@ from llava_integration.benchmarks.score import main as score
 from llava_integration.compare.build import build
 from llava_integration.compare.command import main
 from llava_integration.compare.sides import load_side, load_sides
+from llava_integration.compare.statistics import holm
 from llm2clip_plugin.contracts import ContractError, ScoreFile
 
 NAMES = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench")
@@ -227,6 +228,8 @@ def test_three_sides(scored, tmp_path):
           "--resamples", "200"])  # fmt: skip
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert len(data["rows"]) == 18 and len(set(data["names"])) == 3
+    for rows in (data["rows"][:9], data["rows"][9:]):
+        assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows])
     assert "new side" in (tmp_path / "out" / "compare.html").read_text()
 
 

@@ -145,6 +145,10 @@ def test_permutation_keeps_its_level():
         paired = pair([mean_statistic(base)], [mean_statistic(new)], names)
         found += compare(paired, resamples=300, seed=number).p < 0.05
     assert 0.025 <= found / 400 <= 0.075
+    base, new, names = simulate(rng, 40, 4, 0.2, gain=0.1)
+    sides = [mean_statistic(base)], [mean_statistic(new)]
+    there, back = (compare(pair(*both, names), resamples=2000).p for both in (sides, sides[::-1]))
+    assert there == pytest.approx(back, abs=0.02)  # two-sided
 
 
 def test_detectable_difference_is_found_four_times_in_five():

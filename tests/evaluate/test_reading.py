@@ -19,7 +19,7 @@ from llm2clip_plugin.evaluate.config import CaptionSetConfig, ReadingConfig
 from llm2clip_plugin.evaluate.options.captions import EvaluateCaptionsConfig
 from llm2clip_plugin.evaluate.reading import READINGS, search
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.post import POST_FILE, remove_components
+from llm2clip_plugin.text.post import POST_FILE, first_captions, remove_components
 from llm2clip_plugin.text.settings import EncoderConfig
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
@@ -62,9 +62,12 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
     assert len(found) == 2 * 2 * 3 * 2 * 3  # templates, attentions, hidden states, poolings, post-processing
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert len({one.score for one in found}) > 3
+    training = first_captions(str(folder / "train.jsonl"), config(folder).reading.fit_captions)
     for number, one in enumerate([*found[:2], *[one for one in found if (one.layer, one.components) == (1, 2)][:2]]):
         settings = {name: vars(one)[name] for name in ("attention", "pooling", "layer", "chat_template")}
         if one.post is not None:
+            plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
+            assert torch.allclose(one.post.mean_W, plain.encode(training).mean(0), atol=1e-5)
             (tmp_path / str(number)).mkdir()
             one.post.save(tmp_path / str(number))
             settings["post_file"] = str(tmp_path / str(number) / POST_FILE)

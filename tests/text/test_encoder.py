@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,8 @@ def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: 
     prints |= {base.fingerprint, encoder(make_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint}
     prints.add(encoder(make_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint)
     assert len(prints) == len(changes) + 3
+    for name in ("adapter_sha256", "quantization", "post"):
+        assert dataclasses.replace(base, **{name: "another"}).fingerprint != base.fingerprint, name
     moved = make_llm(tmp_path / "moved", "llama")
     assert encoder(moved).identity().fingerprint == base.fingerprint  # the same LLM in another folder
 

@@ -134,6 +134,14 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
     alone = PairsConfig(data=(str(write_captions(tmp_path, 4)),), group="family", random_negatives=True)
     with pytest.raises(ValueError, match=r"caps\.jsonl.* leave out --random-negatives"):
         batches(alone, size=4).batch(0)
+    rows = [
+        {"id": f"k{i}", "image": "x.png", "captions": [{"text": f"{i} {n}", "kind": "long"} for n in range(4)]}
+        for i in range(3)
+    ]
+    (tmp_path / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))  # of which two are no pair's own texts
+    four = PairsConfig(data=(str(tmp_path / "four.jsonl"),), pair_kinds=("long:same",), random_negatives=True)
+    pairs = [pair for step in range(20) for pair in batches(four, size=3).batch(3 * step)["pairs"]]
+    assert all(pair.negative.split()[0] != pair.key[1:] for pair in pairs)
 
 
 def test_lists_give_some_of_their_items(tmp_path: Path) -> None:

@@ -90,10 +90,13 @@ def test_freezing_is_visible(tiny: Path):
         with_llm_width(DUAL, 32)
 
 
-def fit(rank: int, world: int, folder: str, steps: int, *, decay: float = 0.05, **more: Any) -> dict[str, Any]:
+def fit(
+    rank: int, world: int, folder: str, steps: int, *, decay: float = 0.05, scale: float | None = None, **more: Any
+) -> dict[str, Any]:
     """The first phase on a tiny set."""
     tiny = Path(folder)
-    dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), DUAL, seed=0)
+    dual_config = dataclasses.replace(DUAL, logit_scale_init=scale)
+    dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), dual_config, seed=0)
     source = open_source(SourceConfig(path=str(tiny / "data")))
     cache = EmbeddingCache.open(next((tiny / "data").glob("embeddings-*")))
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
@@ -115,6 +118,7 @@ def test_heads_learn_on_frozen_features_and_leave_nothing_behind(tiny: Path):
     assert long["loss"] < 0.7 * short["loss"] and math.isfinite(long["loss"])
     assert short["steps"] == [1] and fit(0, 1, str(tiny), 5, logging_steps=2)["steps"] == [2, 4, 5]
     assert long["tower untouched"] and long["gradients"] == [] and long["training"]
+    assert float(fit(0, 1, str(tiny), 1, scale=9.0)["heads"]["logit_scale"]) == pytest.approx(math.log(100))
 
 
 def test_heads_decay_matrices_and_no_vectors(tiny: Path):
