@@ -21,10 +21,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import networkx
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 from resvg_py import svg_to_bytes
-from scipy.cluster.hierarchy import DisjointSet
 from shards import EMOJI, Description, Sample, read_tar, write_tar
 from tuxpaint import download
 
@@ -103,16 +103,15 @@ def signature(picture: Image.Image) -> np.ndarray:
 
 def families(samples: list[tuple[str, Image.Image]]) -> list[str]:
     """The family of each (title, drawing): those with one title, or that look alike (also mirrored), share it."""
-    groups = DisjointSet(range(len(samples)))
+    alike = networkx.Graph()
+    alike.add_nodes_from(range(len(samples)))
     first: dict[str, int] = {}
-    for number, (title, _) in enumerate(samples):
-        groups.merge(number, first.setdefault(title, number))
+    alike.add_edges_from((number, first.setdefault(title, number)) for number, (title, _) in enumerate(samples))
     look_ND = np.stack([signature(picture) for _, picture in samples])
     mirrored_ND = look_ND.reshape(-1, 16, 16)[:, :, ::-1].reshape(-1, 256)
-    alike_NN = np.maximum(look_ND @ look_ND.T, look_ND @ mirrored_ND.T) >= ALIKE
-    for number, other in zip(*np.nonzero(np.triu(alike_NN, 1)), strict=True):
-        groups.merge(int(number), int(other))
-    return [samples[groups[number]][0] for number in range(len(samples))]
+    alike.add_edges_from(np.argwhere(np.maximum(look_ND @ look_ND.T, look_ND @ mirrored_ND.T) >= ALIKE).tolist())
+    family = {number: samples[min(group)][0] for group in networkx.connected_components(alike) for number in group}
+    return [family[number] for number in range(len(samples))]
 
 
 def reserved() -> set[str]:

@@ -25,7 +25,8 @@ class Questions(Benchmark):
         path = self.file(folder)
         questions: list[Question] = []
         for number, row in enumerate(read_jsonl(path), 1):
-            truths = row.get("answer") if isinstance(row.get("answer"), list) else [row.get("answer")]
+            answer = row.get("answer")
+            truths = answer if isinstance(answer, list) else [answer]
             texts = [row.get("image"), row.get("question"), *truths]
             if not truths or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ContractError(
