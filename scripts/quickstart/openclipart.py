@@ -109,7 +109,9 @@ def families(samples: list[tuple[str, Image.Image]]) -> list[str]:
     alike.add_edges_from((number, first.setdefault(title, number)) for number, (title, _) in enumerate(samples))
     look_ND = np.stack([signature(picture) for _, picture in samples])
     mirrored_ND = look_ND.reshape(-1, 16, 16)[:, :, ::-1].reshape(-1, 256)
-    alike.add_edges_from(np.argwhere(np.maximum(look_ND @ look_ND.T, look_ND @ mirrored_ND.T) >= ALIKE).tolist())
+    alike.add_edges_from(
+        zip(*np.nonzero(np.maximum(look_ND @ look_ND.T, look_ND @ mirrored_ND.T) >= ALIKE), strict=True)
+    )
     family = {number: samples[min(group)][0] for group in networkx.connected_components(alike) for number in group}
     return [family[number] for number in range(len(samples))]
 
