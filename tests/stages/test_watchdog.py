@@ -35,10 +35,10 @@ def slow(batches):
             time.sleep(6)
         yield batch
 
-def loss(self, encoded, batch, reference):
+def loss(self, encoded, batch, *references):
     if os.environ["RANK"] == "1" and batch["position"] == 16 * fail_at and first_life:
         raise RuntimeError(f"broken at {time.time()}")
-    return make_loss(self, encoded, batch, reference)
+    return make_loss(self, encoded, batch, *references)
 
 TowerStep._loss = loss
 TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=slow(batches), **o)
