@@ -50,8 +50,17 @@ class DualFeatures(NamedTuple):
     text_ND: Tensor  # L2-normalized
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
-    patches_BTH: Tensor | None = None  # of the hidden state ``patches``, as an MLLM reads them
-    patch_features_BTD: Tensor | None = None  # of the hidden state ``patch_features``, L2-normalized
+
+
+class PatchFeatures(NamedTuple):
+    """``DualFeatures`` of a forward pass that was asked for patches, too; None for those that it was not asked for."""
+
+    image_BD: Tensor
+    text_ND: Tensor
+    log_scale: Tensor
+    bias: Tensor
+    patches_BTH: Tensor | None  # of the hidden state ``patches``, as an MLLM reads them
+    patch_features_BTD: Tensor | None  # of the hidden state ``patch_features``, L2-normalized
 
 
 class DualEncoder(nn.Module):
@@ -158,16 +167,17 @@ class DualEncoder(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None, **patch_layers: int
-    ) -> DualFeatures:
+    ) -> DualFeatures | PatchFeatures:
         """Pixels (B, 3, S, S), LLM embeddings (N, W) and ``noise`` (see encode_text) -> what a loss needs of them.
 
-        ``patch_layers``: those of ``encode_with_patches``.
+        ``patch_layers``: those of ``encode_with_patches``; with any of them, ``PatchFeatures``.
         """
         image_BD, *patches = self.encode_with_patches(pixel_values, **patch_layers)
         text_ND = self.encode_text(embeddings, noise)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
-        return DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches)
+        features = DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1)
+        return PatchFeatures(*features, *patches) if patch_layers else features
 
 
 class LoadedDualEncoder(nn.Module):

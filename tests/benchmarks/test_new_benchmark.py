@@ -74,5 +74,5 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
 
 
 def test_unknown_benchmarks_are_named(data):
-    with pytest.raises(ValueError, match=r"unknown benchmark 'shape'; .*known: vqav2, gqa.*mmvet, shapes"):
+    with pytest.raises(ValueError, match=r"unknown benchmark 'shape'; .*known: vqav2, gqa.*mmvet, questions, shapes"):
         rules.benchmark("shape")

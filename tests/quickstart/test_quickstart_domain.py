@@ -135,7 +135,7 @@ def test_the_report_has_a_part_on_the_domain(folder) -> None:
     # untrained copies of the start tower: the same neighbors
     assert [claim["difference"] for claim in body["domain"]["same_kind"]] == [0, 0]
     said = " ".join(body["domain"]["sentences"])
-    assert "differences shown (p < .05): none" in said and "LLM fine-tuned against before training: +.000" in said
+    assert "differences shown (p < .05): none" in said and "fine-tuned LLM against before training: +.000" in said
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     assert "12 photographs and 12 drawings" in page and "Ding" in page and "GPL-2" in page
     assert made.domain is not None and [len(table.rows) for table in made.domain.tables] == [9, 8, 4, 2]
