@@ -19,7 +19,7 @@ pytestmark = [
 ]
 PAGE = ROOT / "docs" / "first-day.md"
 POPE = ROOT / "tests" / "golden" / "mllm" / "pope"
-SMALL = {"GPUS": "1", "MICRO_BATCH": "6", "PER_DEVICE": "6", "GLOBAL_BATCH": "12"}  # options of the scripts, in little
+SMALL = {"GPUS": "1", "MICRO_BATCH": "6", "GLOBAL_BATCH": "12"}  # options of the scripts, in little
 
 
 @pytest.fixture

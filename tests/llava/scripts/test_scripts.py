@@ -56,7 +56,7 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
     named = [*words, "--tower", f"llm2clip:{world.towers['clip']}"]
-    several = script(world, "llava/pretrain.sh", *named, "--hostfile", hosts, PER_DEVICE="8", LLM2CLIP_TOWER="")
+    several = script(world, "llava/pretrain.sh", *named, "--hostfile", hosts, MICRO_BATCH="8", LLM2CLIP_TOWER="")
     assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several  # 16 x 8 x 2
     told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
     assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in told

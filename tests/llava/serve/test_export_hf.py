@@ -221,7 +221,7 @@ def damage(folder, name):
             "scales": ("s2", True),
             "tower": ("mm_vision_tower", "llm2clip:/nowhere/tower"),
             "own tower": ("mm_vision_tower", "/nowhere/clip"),
-            "new tower": ("mm_vision_tower", str(GOLDEN / "dinov3")),
+            "new tower": ("mm_vision_tower", str(GOLDEN / "towers_of_today" / "dinov3")),
         }[name]
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
 
