@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, and a small LLaVA is trained
-# with the tower. About ten minutes on two cores; the first result (what fine-tuning taught the LLM) is printed after two.
+# with the tower. Ten minutes and more on two cores; the first result is what fine-tuning taught the LLM.
 #
 #   scripts/quickstart.sh                   one seed per teacher; table, page and towers in quickstart-output/default
 #                                           headline.json there: what was shown, with interval and chance, and what was not
