@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from llava_integration import boot
+from llava_integration import towers as names
 from llava_integration.compat import runner, versions
 from llava_integration.compat.completion import installed_version
-from llava_integration.towers import names
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.finding import Finding, numbers
+from llm2clip_plugin.console import Finding, numbers
+from llm2clip_plugin.files import ContractError
 
 OLDEST, NEWEST = (4, 36, 2), (4, 37, 99)  # transformers versions with which LLaVA 1.5 runs as it is
 PINNED = "pip install transformers==4.37.2"

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_integration.towers import checkpoint_name, names, provenance
-from llava_integration.towers.selection import check_selection, option_value
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import errors_about
+from llava_integration import towers as checkpoint_name
+from llava_integration import towers as names
+from llava_integration import towers as provenance
+from llava_integration.towers import check_selection, option_value
+from llm2clip_plugin.files import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
 OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
@@ -71,8 +72,7 @@ def build(name: str, config: Any, delay_load: bool = False) -> Any:
 
     Raises TowerNotFoundError, or ContractError for a tower other than the one that the checkpoint was trained with.
     """
-    from llava_integration.towers.multiscale import MultiscaleVisionTower
-    from llava_integration.towers.tower import LLM2CLIPVisionTower
+    from llava_integration.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
 
     settings_from_environment(config)
     location = provenance.find_tower(name, config)

@@ -11,8 +11,8 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would be a quarter of the time of `--help`
 if TYPE_CHECKING:
-    from llm2clip_plugin.text.teacher import load_dual_encoder as load_dual_encoder
-    from llm2clip_plugin.vision.towers import load_tower as load_tower
+    from llm2clip_plugin.text.teacher import load_dual_encoder
+    from llm2clip_plugin.vision.towers import load_tower
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_dual_encoder", "load_tower"]

@@ -11,8 +11,7 @@ import importlib
 import os
 import sys
 
-from llm2clip_plugin.interrupt import Interrupted, end_children, interrupts_end_loading
-from llm2clip_plugin.quiet import quiet_libraries
+from llm2clip_plugin.console import Interrupted, end_children, interrupts_end_loading, quiet_libraries
 from llm2clip_plugin.train.errors import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
 
 TYPE_CHECKING = False  # see llm2clip_plugin
@@ -25,17 +24,17 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("llm2clip_plugin.doctor", "main", "check this environment and show how to fix problems"),
     "run": ("llm2clip_plugin.pipeline.command", "main", "all stages in order, from checked data to a tower and a page"),
     "data make": (
-        "llm2clip_plugin.data.make.command",
+        "llm2clip_plugin.data.make",
         "main",
         "write WebDataset tars from a folder of pictures or a table",
     ),
     "data check": (
-        "llm2clip_plugin.data.check.command",
+        "llm2clip_plugin.data.check",
         "main",
         "read a data set once; report its contents and problems",
     ),
     "data split": (
-        "llm2clip_plugin.data.split.command",
+        "llm2clip_plugin.data.split",
         "main",
         "hold out a part of a data set for validation",
     ),
@@ -65,18 +64,26 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "stage 2: train a vision tower against the cache",
     ),
     "status": (
-        "llm2clip_plugin.stages.status.command",
+        "llm2clip_plugin.status",
         "main",
         "where a run or cache stands: progress, scores, checkpoints, disk, how to resume",
     ),
-    "evaluate": ("llm2clip_plugin.evaluate.command", "main", "measure a tower's image-text retrieval recall"),
+    "evaluate": ("llm2clip_plugin.evaluate.commands", "main", "measure a tower's image-text retrieval recall"),
     "evaluate captions": (
-        "llm2clip_plugin.evaluate.reading",
+        "llm2clip_plugin.evaluate.captions",
         "main",
         "measure an LLM's caption-to-caption retrieval",
     ),
-    "evaluate zeroshot": ("llm2clip_plugin.evaluate.zeroshot", "main", "measure a tower's zero-shot classification"),
-    "evaluate probe": ("llm2clip_plugin.evaluate.probe", "main", "measure a tower's features by kNN and linear probe"),
+    "evaluate zeroshot": (
+        "llm2clip_plugin.evaluate.classification",
+        "main_zeroshot",
+        "measure a tower's zero-shot classification",
+    ),
+    "evaluate probe": (
+        "llm2clip_plugin.evaluate.classification",
+        "main_probe",
+        "measure a tower's features by kNN and linear probe",
+    ),
     "forecast": (
         "llm2clip_plugin.evaluate.forecast",
         "main",
@@ -93,18 +100,18 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "export a training run as a tower directory or in another format",
     ),
     "import": (
-        "llm2clip_plugin.vision.convert.command",
+        "llm2clip_plugin.vision.convert.importing",
         "main",
         "convert a vision checkpoint into a tower directory",
     ),
-    "use": ("llava_integration.towers.commands", "main_use", "choose the tower for --vision_tower llm2clip"),
+    "use": ("llava_integration.towers", "main_use", "choose the tower for --vision_tower llm2clip"),
     "towers": (
-        "llava_integration.towers.commands",
+        "llava_integration.towers",
         "main_towers",
         "list known towers: location, hash, sizes",
     ),
     "llava data": (
-        "llm2clip_plugin.data.llava_files.command",
+        "llm2clip_plugin.data.llava_files",
         "main",
         "write a data set as LLaVA's pretraining reads it",
     ),
@@ -125,7 +132,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "score": ("llava_integration.benchmarks.score", "main", "score answers with a benchmark's official rule"),
     "llava bundle": (
-        "llava_integration.towers.bundle",
+        "llava_integration.towers",
         "main",
         "copy the tower into a LLaVA checkpoint",
     ),
@@ -139,27 +146,27 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 # Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:
 # --help and a misspelt option need no more.
 OPTIONS: dict[str, tuple[str, str]] = {
-    "run": ("llm2clip_plugin.pipeline.options", "COMMAND"),
-    "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
-    "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
-    "data split": ("llm2clip_plugin.data.split.options", "COMMAND"),
-    "llava data": ("llm2clip_plugin.data.llava_files.options", "COMMAND"),
-    "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
-    "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
-    "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),
+    "run": ("llm2clip_plugin.pipeline.config", "COMMAND"),
+    "data make": ("llm2clip_plugin.data.make", "COMMAND"),
+    "data check": ("llm2clip_plugin.data.check", "COMMAND"),
+    "data split": ("llm2clip_plugin.data.split", "COMMAND"),
+    "llava data": ("llm2clip_plugin.data.llava_files", "COMMAND"),
+    "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE"),
+    "export-llm": ("llm2clip_plugin.text.config", "COMMAND"),
+    "embed": ("llm2clip_plugin.stages.embed.config", "COMMAND"),
     "train-text-adapter": ("llm2clip_plugin.stages.text_adapter.options", "COMMAND"),
-    "train-tower": ("llm2clip_plugin.stages.tower.options", "COMMAND"),
-    "evaluate": ("llm2clip_plugin.evaluate.options.retrieval", "COMMAND"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
-    "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
-    "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
-    "forecast": ("llm2clip_plugin.evaluate.options.forecast", "COMMAND"),
-    "search": ("llm2clip_plugin.evaluate.options.search", "COMMAND"),
-    "export": ("llm2clip_plugin.stages.tower.export_options", "parser"),
+    "train-tower": ("llm2clip_plugin.stages.tower.config", "COMMAND"),
+    "evaluate": ("llm2clip_plugin.evaluate.config", "RETRIEVAL_COMMAND"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.config", "CAPTIONS_COMMAND"),
+    "evaluate zeroshot": ("llm2clip_plugin.evaluate.config", "ZEROSHOT_COMMAND"),
+    "evaluate probe": ("llm2clip_plugin.evaluate.config", "PROBE_COMMAND"),
+    "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST_COMMAND"),
+    "search": ("llm2clip_plugin.evaluate.config", "SEARCH_COMMAND"),
+    "export": ("llm2clip_plugin.stages.tower.config", "parser"),
     "import": ("llm2clip_plugin.vision.convert.options", "parser"),
-    "compare": ("llava_integration.compare.options", "parser"),
-    "bench-mllm": ("llava_integration.benchmarks.bench_options", "parser"),
-    "score": ("llava_integration.benchmarks.score_options", "parser"),
+    "compare": ("llava_integration.compare.command", "parser"),
+    "bench-mllm": ("llava_integration.benchmarks.bench", "parser"),
+    "score": ("llava_integration.benchmarks.score", "parser"),
 }
 
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
@@ -191,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _misspelled_sibling(name: str, words: list[str]) -> bool:
     """Whether a word behind ``evaluate`` is nearly that of another command, `evaluate zeroshot`, and not a path."""
-    from llm2clip_plugin.options.names import closest
+    from llm2clip_plugin.options import closest
 
     siblings = [other.split()[1] for other in COMMANDS if other.startswith(f"{words[0]} ")]
     word = words[1] if name == words[0] and len(words) > 1 else ""
@@ -200,7 +207,7 @@ def _misspelled_sibling(name: str, words: list[str]) -> bool:
 
 def unknown_command(words: list[str]) -> str:
     """``unknown command 'trian-tower'; did you mean 'train-tower'? known: ...``"""
-    from llm2clip_plugin.options.names import closest, joined
+    from llm2clip_plugin.options import closest, joined
 
     siblings = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]  # `data check` for `data chekc`
     given = " ".join(words[:2]) if siblings else words[0]
@@ -249,7 +256,7 @@ def run(name: str, argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
             raise
-        from llm2clip_plugin.contracts.full_disk import remedy_of
+        from llm2clip_plugin.contracts import remedy_of
 
         _report(f"error: {error}{remedy_of(error)}")
         return _final(2) if isinstance(error, ValueError) else 2  # an OSError may pass
@@ -282,7 +289,7 @@ def run(name: str, argv: list[str]) -> int:
 
 def _final(status: int) -> int:
     """The exit status of an error that a rerun would meet again, left for the job script, too."""
-    from llm2clip_plugin.run_files import FINAL, tell_job
+    from llm2clip_plugin.files import FINAL, tell_job
 
     tell_job(FINAL, str(status))
     return status
@@ -290,7 +297,7 @@ def _final(status: int) -> int:
 
 def _report(text: str) -> None:
     """Print an error; names in it come from files and servers, so control characters are shown as escapes."""
-    from llm2clip_plugin.outside.values import printable_lines
+    from llm2clip_plugin.files import printable_lines
 
     print(printable_lines(text), file=sys.stderr)
 
@@ -307,7 +314,7 @@ def _unexpected(error: Exception) -> int:
 
 def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
-    from llm2clip_plugin.paths import checked
+    from llm2clip_plugin.options import checked
 
     suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
     if name in OPTIONS and not suites:
@@ -330,7 +337,7 @@ def limit_threads() -> None:
 
 def allow_open_files() -> None:
     """Raise the limit of open files as far as the machine allows, and say so where that is little."""
-    from llm2clip_plugin.limits import raise_open_files, remedy_open_files
+    from llm2clip_plugin.console import raise_open_files, remedy_open_files
 
     limit = raise_open_files()
     if (fix := remedy_open_files(limit)) and os.environ.get("LOCAL_RANK", "0") == "0":

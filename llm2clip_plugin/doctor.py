@@ -15,10 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from llm2clip_plugin.data.shared_memory import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
-from llm2clip_plugin.finding import Finding, numbers
-from llm2clip_plugin.limits import raise_open_files, remedy_open_files
-from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.console import Finding, numbers, raise_open_files, remedy_open_files
+from llm2clip_plugin.data.workers import PREFETCH_MB, SHARED_MEMORY, free_shared_memory, remedy
+from llm2clip_plugin.options import Parser
 
 GIB = 1024**3
 # first version with C++17, which DeepSpeed's extensions need, and with -std=c++20, which current torch builds with

@@ -27,11 +27,13 @@ from bench import Run, alternate, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
-from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.loader import PairDataset, make_loader
+from llm2clip_plugin.data.images import ImageConfig, Normalize, TrainTransform
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sampler import sample_rng
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.samples import AugmentConfig
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import random
 import torch
 from bench import alternate, argument_parser, speedups
 
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 WORDS = (
     "a red bicycle leans against the old brick wall of house near two sleeping dogs while people walk along quiet "

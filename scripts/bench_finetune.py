@@ -22,15 +22,13 @@ from bench import alternate, argument_parser, in_new_process, peak_growth
 
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import trained_module
-from llm2clip_plugin.text.adapter import LoraSettings
-from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, PairModule, caption_terms
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
+from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pair_batches import PairBatches
-from llm2clip_plugin.text.pairs import Pair, PairsConfig, open_pairs
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.text.pairs import Pair, PairBatches, open_pairs
 from llm2clip_plugin.text.tokens import collate
+from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.optim import OptimConfig
 
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the rain".split()
 OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)

@@ -32,7 +32,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
 from llava_integration.answer import command as evaluate
-from llava_integration.answer.answerer import Answerer
+from llava_integration.answer.model import Answerer
 from llava_integration.hook import build
 from llm2clip_plugin.vision.export import export_tower
 

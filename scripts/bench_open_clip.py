@@ -22,7 +22,7 @@ from bench import alternate, argument_parser, median_seconds, speedups
 from bench_step import OPTIM, TOWERS, jpeg_batches, make_dual, our_step, write_jpegs
 from torch import Tensor, nn
 
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train.engine import start_ranks

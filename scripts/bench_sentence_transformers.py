@@ -21,9 +21,8 @@ import torch
 from bench import alternate, argument_parser, in_new_process, median_seconds, peak_growth, speedups
 from bench_finetune import OPTIM, Ours, batches, write_pairs
 
-from llm2clip_plugin.text.contrast import ContrastConfig
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig
 from llm2clip_plugin.text.pairs import Pair
-from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.engine import start_ranks
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}  # LoraSettings' defaults

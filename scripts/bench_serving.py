@@ -34,7 +34,7 @@ from bench_llava import SHAPES, make_llava, make_tower
 from PIL import Image
 
 from llava_integration.answer import command as evaluate
-from llava_integration.answer.answerer import Answerer
+from llava_integration.answer.model import Answerer
 from llava_integration.serve import parity
 from llava_integration.serve.export import Export, export
 

@@ -21,17 +21,17 @@ from bench_step import OPTIM, TOWERS, WIDTH
 from torch import Tensor
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.train.losses.base import Features
-from llm2clip_plugin.train.losses.config import weighted_terms
+from llm2clip_plugin.train.losses.base import Features, weighted_terms
 from llm2clip_plugin.train.memory import LiveBytes
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import parameter_groups
+from llm2clip_plugin.train.reference import Twin
 from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.train.twin import Twin
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 
 CAPTIONS = 2  # of an image: for multi_positive, and in the features of every way
 WAYS = {

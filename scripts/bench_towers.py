@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from llm2clip_plugin.vision.convert.layouts.eva_clip import eva_state
 from llm2clip_plugin.vision.convert.layouts.open_clip import NAMES
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
-from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
+from llm2clip_plugin.vision.towers import use_quick_gelu
 
 EVA = {"rope_pretrained_grid": 16}
 CLIP = {"hidden_act": "quick_gelu"}

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
-from llm2clip_plugin.stages.tower.recipes import RECIPES
+from llm2clip_plugin.stages.llm.config import LLM_RECIPES
+from llm2clip_plugin.stages.tower.config import RECIPES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
 NAMES = re.compile(r"<!-- recipes: (.+) -->")

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip_plugin.stages.llm.plan import ASSUMED_TOKENS, DataSize, llm_config
-from llm2clip_plugin.stages.llm.plan import step_memory as llm_memory
-from llm2clip_plugin.stages.llm.recipes import llm_recipe
-from llm2clip_plugin.stages.plan_text import FILLED, GIB
-from llm2clip_plugin.stages.tower.plan import step_memory as tower_memory
-from llm2clip_plugin.stages.tower.recipes import recipe
-from llm2clip_plugin.text.settings import apply_preset
+from llm2clip_plugin.stages.llm.command import ASSUMED_TOKENS, DataSize
+from llm2clip_plugin.stages.llm.command import step_memory as llm_memory
+from llm2clip_plugin.stages.llm.config import llm_recipe
+from llm2clip_plugin.stages.plan import FILLED, GIB
+from llm2clip_plugin.stages.tower.command import step_memory as tower_memory
+from llm2clip_plugin.stages.tower.config import recipe
+from llm2clip_plugin.text.config import apply_preset
+from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.train.memory import StepMemory, rank_bytes
 from llm2clip_plugin.train.model import shape_dual
 

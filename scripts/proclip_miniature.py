@@ -127,10 +127,9 @@ def make_parts(everything: Path, folder: Path, shown: tuple[str, ...]) -> None:
 def measure(folder: Path, tower: Path, cache: Path) -> dict[str, dict[str, float]]:
     """Metric -> item -> hit of one arm. Zero-shot is the retrieval of an emoji's name among those of its half."""
     from llm2clip_plugin.data.sources.base import SourceConfig
-    from llm2clip_plugin.evaluate import command, probe
-    from llm2clip_plugin.evaluate.config import RetrievalConfig
-    from llm2clip_plugin.evaluate.options.probe import ProbeConfig
-    from llm2clip_plugin.evaluate.options.retrieval import EvaluateConfig
+    from llm2clip_plugin.evaluate import classification as probe
+    from llm2clip_plugin.evaluate import commands as command
+    from llm2clip_plugin.evaluate.config import EvaluateConfig, ProbeConfig, RetrievalConfig
 
     hits: dict[str, dict[str, float]] = {}
     for part, kinds in (("kept", "short"), ("shown", "short"), ("shown", "long")):
@@ -140,7 +139,7 @@ def measure(folder: Path, tower: Path, cache: Path) -> dict[str, dict[str, float
             cache=str(cache),
             retrieval=RetrievalConfig(parts=False, group="concept", kinds=(kinds,), ks=(1,)),
         )
-        items = command.score_file(retrieval, *command.measure(retrieval)).items
+        items = command.score_file(retrieval, *command.measure_retrieval(retrieval)).items
         sides = {side: {item["id"]: item["score"] for item in items if item["side"] == side} for side in ("i2t", "t2i")}
         if kinds == "short":
             hits[f"{part} zero-shot"] = sides["i2t"]
@@ -154,7 +153,7 @@ def measure(folder: Path, tower: Path, cache: Path) -> dict[str, dict[str, float
         k=1,
         linear=False,
     )
-    hits["kept kNN"] = {item["id"]: item["score"] for item in probe.measure(features).items}
+    hits["kept kNN"] = {item["id"]: item["score"] for item in probe.measure_probe(features).items}
     return {name: hits[name] for name in METRICS}
 
 

@@ -45,7 +45,7 @@ def train_clip(shards: list[Path], folder: Path, seed: int, *, steps: int) -> No
 
     from llm2clip_plugin.data.images import EvalTransform, ImageConfig
     from llm2clip_plugin.train.losses.infonce import contrastive_loss
-    from llm2clip_plugin.vision.preprocessor import preprocessor_config
+    from llm2clip_plugin.vision.checkpoint import preprocessor_config
 
     torch.manual_seed(seed)
     samples = [sample for path in shards for sample in read_tar(path)]
@@ -136,8 +136,8 @@ def augmented(pixels_B3SS: Any) -> Any:
 
 def own_text_tower(clip: Path, tower: Path, output: Path) -> None:
     """The imported CLIP as a tower whose teacher is its own text tower: no adapter in between."""
-    from llm2clip_plugin.text.clip_text import ClipTextEncoder
-    from llm2clip_plugin.text.settings import EncoderConfig
+    from llm2clip_plugin.text.config import EncoderConfig
+    from llm2clip_plugin.text.teacher import ClipTextEncoder
     from llm2clip_plugin.vision.dual import DualEncoder, load_dual
     from llm2clip_plugin.vision.export import export_tower
 

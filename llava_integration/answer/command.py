@@ -11,17 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_integration.answer.answerer import Answerer
-from llava_integration.answer.answers_file import AnswersFile, entry
-from llava_integration.answer.endpoint import KEY, Endpoint, EndpointError, ServedModel
-from llava_integration.answer.questions import Question, read_questions
-from llava_integration.answer.served import Asking, answer_served
-from llava_integration.towers.checkpoint_files import check_checkpoint
-from llava_integration.towers.checkpoint_name import refuse_name
+from llava_integration.answer.model import Answerer
+from llava_integration.answer.questions import AnswersFile, Question, entry, read_questions
+from llava_integration.answer.served import KEY, Asking, Endpoint, EndpointError, ServedModel, answer_served
+from llava_integration.towers import check_checkpoint, refuse_name
 from llm2clip_plugin.contracts import sha256_file
-from llm2clip_plugin.options.parser import Parser
-from llm2clip_plugin.outside.pauses import Retry
-from llm2clip_plugin.paths import checked
+from llm2clip_plugin.hub import Retry
+from llm2clip_plugin.options import Parser, checked
 
 ABOUT = f"""\
 Answer a question file with a LLaVA model, on any device. The options of LLaVA's model_vqa_loader,

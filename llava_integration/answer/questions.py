@@ -7,25 +7,33 @@
 | ``.tsv``  | MMBench (base64 images, rotated options)    | ``model_vqa_mmbench``   |
 """
 
+from __future__ import annotations
+
 import base64
 import csv
 import io
 import json
 import os
+import shutil
 import struct
 import sys
+import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.options.names import unknown
-from llm2clip_plugin.outside.images import check_image_size
-from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.contracts import atomic_file, canonical_json, naming_full_disk, sha256_file, sha256_text
+from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
+from llm2clip_plugin.options import unknown
+
+if TYPE_CHECKING:
+    import torch
+
 
 BAD_IMAGE = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)  # Pillow's
 LETTERS = ("A", "B", "C", "D")
@@ -176,3 +184,230 @@ def table_question(row: dict[str, str], options: list[str], letters: list[str], 
 def is_none(cell: str | None) -> bool:
     """Whether a cell of MMBench's table is empty."""
     return cell is None or cell.strip().lower() in ("", "nan", "none")
+
+
+# From a question to token ids and pixels, as LLaVA's own evaluation prepares them.
+
+# LLaVA may be in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
+
+
+# index in the question file, token ids (T,), pixels or None without image, (width, height) of the image
+Prepared = tuple[int, "torch.Tensor", "torch.Tensor | None", "tuple[int, int]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Questions as a dataset for torch's DataLoader; contains no weights, so that its worker processes stay small."""
+
+    questions: list[tuple[int, Question]]  # index in the question file, question
+    folder: str  # of images
+    conversation: Any  # LLaVA's conversation template
+    tokenizer: Any
+    image_processor: Any
+    model_config: Any
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self.questions)
+
+    def __getitem__(self, item: int) -> Prepared:
+        """One question; pixels are (3, S, S), or (tiles, 3, S, S) for anyres."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+        from llava.mm_utils import process_images, tokenizer_image_token
+
+        index, question = self.questions[item]
+        pixels, size = None, (0, 0)
+        if question.image:
+            image = question.open_image(self.folder)
+            pixels, size = process_images([image], self.image_processor, self.model_config)[0], image.size
+        words = self.prompt(question)
+        tokens: Any = tokenizer_image_token(words, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        return index, tokens, pixels, size
+
+    def prompt(self, question: Question) -> str:
+        """The text that the model reads: template, image token, question."""
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+
+        text = question.text
+        if question.image:
+            token = DEFAULT_IMAGE_TOKEN
+            if getattr(self.model_config, "mm_use_im_start_end", False):
+                token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+            text = f"{token}\n{text}"
+        conversation = self.conversation.copy()
+        conversation.append_message(conversation.roles[0], text)
+        conversation.append_message(conversation.roles[1], None)
+        return conversation.get_prompt()
+
+
+def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rows -> ids and attention mask, both (B, T), padded on the left with 0."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = tokens
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
+
+
+def conversation_of(model_name: str, mode: str) -> Any:
+    """LLaVA's template of that name; its ``_mmtag`` form for models pretrained on plain captions, as in LLaVA.
+
+    Raises ValueError with the known names for an unknown one.
+    """
+    from llava.conversation import conv_templates
+
+    if "plain" in model_name and "finetune" not in model_name.lower() and "mmtag" not in mode:
+        mode = f"{mode}_mmtag"
+    if mode not in conv_templates:
+        raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
+    return conv_templates[mode]
+
+
+# ``ANSWERS.sha256`` next to a complete answers file, in the format of ``sha256sum``: shows a later change.
+
+
+def checksum_file(answers: Path) -> Path:
+    """Path of the checksum; the file need not exist."""
+    return answers.with_name(answers.name + ".sha256")
+
+
+def write_checksum(answers: Path, text: str) -> None:
+    """Write the checksum of the ``text`` that ``answers`` will have."""
+    with atomic_file(checksum_file(answers)) as temporary:
+        temporary.write_text(f"{sha256_text(text)}  {answers.name}\n", encoding="utf-8")
+
+
+def check_unchanged(answers: Path) -> None:
+    """Compare answers with their checksum, if both exist; raises ContractError with both hashes."""
+    path = checksum_file(answers)
+    if not path.is_file() or not answers.is_file():
+        return
+    expected, actual = path.read_text(encoding="utf-8", errors="replace").split(" ")[0].strip(), sha256_file(answers)
+    if actual != expected:
+        raise ContractError(
+            f"{answers} was changed after it was written: its SHA-256 is {actual[:12]}..., {path.name} says "
+            f"{expected[:12]!r}...; answer the questions again (--overwrite), or, if the change is intended, delete "
+            f"{path}"
+        )
+
+
+# An answers file that several ranks write and a killed run resumes.
+
+OTHER_FILE = "choose another --answers-file or pass --overwrite"
+IGNORED_ON_RESUME = ("endpoint",)  # a server that is started again has another port; each answer names its own
+
+
+def entry(question: Question, text: str, model: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A line of LLaVA's answers file."""
+    return {
+        "question_id": question.id,
+        "prompt": question.shown,
+        "text": text,
+        **question.extra,
+        "answer_id": uuid.uuid4().hex[:22],
+        "model_id": model,
+        "metadata": metadata or {},
+    }
+
+
+def settings_file(answers: Path) -> Path:
+    """Where an answers file's settings are: the model and what its answers depend on."""
+    return answers.with_name(answers.name + ".settings.json")
+
+
+class AnswersFile:
+    """The answers of one run, by index in the question file."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False):
+        """``settings``: every setting that an answer depends on, saved as ``ANSWERS.settings.json``.
+
+        Raises ContractError if answers with other settings exist, unless ``overwrite``; ValueError for a folder.
+        """
+        self.path, self.settings, self.total = path, settings, total
+        self.partial = path.with_name(path.name + ".partial")
+        self.settings_file = settings_file(path)
+        if path.is_dir() or any(above.is_file() for above in path.parents):
+            raise ValueError(f"--answers-file {path} is a folder, or below a file; choose a file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            path.unlink(missing_ok=True)
+            self.settings_file.unlink(missing_ok=True)
+            checksum_file(path).unlink(missing_ok=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if self.settings_file.is_file():
+            self.compare_settings()
+            check_unchanged(path)
+        elif path.exists() or self.partial.exists():
+            raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
+        else:
+            with atomic_file(self.settings_file) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
+
+    def compare_settings(self) -> None:
+        """Raise ContractError if a previous run saved other settings."""
+        try:
+            before = read_json_value(self.settings_file)
+        except ContractError as error:
+            raise ContractError(f"{error}; {OTHER_FILE}") from error
+        if not isinstance(before, dict):
+            raise ContractError(f"{self.settings_file} contains a {type(before).__name__}, not settings; {OTHER_FILE}")
+        compared = {*before, *self.settings} - {*IGNORED_ON_RESUME}
+        names = sorted(name for name in compared if before.get(name) != self.settings.get(name))
+        if names:
+            differ = ", ".join(f"{name} {before.get(name)!r} -> {self.settings.get(name)!r}" for name in names)
+            raise ContractError(f"{self.path} was started with other settings ({differ}); {OTHER_FILE}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answers file is written."""
+        return self.path.is_file()
+
+    def done(self) -> dict[int, dict[str, Any]]:
+        """The answers of all ranks and earlier runs; a line cut short by a kill, or damaged, is ignored."""
+        answers: dict[int, dict[str, Any]] = {}
+        for file in sorted(self.partial.glob("*.jsonl")):
+            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    entry = json.loads(line)
+                    index, answer = entry["index"], entry["answer"]
+                    if entry["crc"] == _crc(index, answer):
+                        answers[index] = answer
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
+        return answers
+
+    def write(self, answers: dict[int, dict[str, Any]]) -> None:
+        """Append answers to this process's file; raises DiskFullError, and what was written before is resumed."""
+        self.partial.mkdir(exist_ok=True)
+        with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
+            for index, answer in answers.items():
+                entry = {"index": index, "answer": answer, "crc": _crc(index, answer)}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def finish(self) -> int:
+        """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
+        try:
+            answers = self.done()
+        except FileNotFoundError:  # another rank has merged and deleted them
+            answers = {}
+        if self.complete:
+            return 0
+        if len(answers) < self.total:
+            return self.total - len(answers)
+        text = "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
+        write_checksum(self.path, text)
+        with atomic_file(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return 0
+
+
+def _crc(index: Any, answer: Any) -> int:
+    """A checksum of one answer."""
+    return zlib.crc32(canonical_json([index, answer]).encode("utf-8", "surrogatepass"))

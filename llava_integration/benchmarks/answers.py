@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava_integration.answer.checksum import check_unchanged
-from llm2clip_plugin.outside.values import refuse_encoding
+from llava_integration.answer.questions import check_unchanged
+from llm2clip_plugin.files import refuse_encoding
 
 Row = dict[str, Any]
 

@@ -2,26 +2,313 @@
 
 import argparse
 import json
+import os
+import platform
+import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.base import Options
-from llava_integration.benchmarks.bench_options import parser
-from llava_integration.benchmarks.engine import make_answers
-from llava_integration.benchmarks.plan import Missing, Task, plans
-from llava_integration.benchmarks.provenance import run_provenance
+from llava_integration.benchmarks.answers import read_answers, read_json
+from llava_integration.benchmarks.benchmark import Benchmark, Options, first_file
+from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
 from llava_integration.benchmarks.score import score_answers
-from llava_integration.compare import tables
-from llava_integration.towers.checkpoint_files import check_checkpoint
-from llava_integration.towers.checkpoint_name import refuse_name
-from llm2clip_plugin.commands import command
-from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.options.parser import Parser, data_of
+from llava_integration.compare import report as tables
+from llava_integration.towers import check_checkpoint, refuse_name
+from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
+from llm2clip_plugin.files import errors_about
+from llm2clip_plugin.options import Parser, add_data, command, data_of
+
+# The options of ``llm2clip bench-mllm``.
+
+ABOUT = """\
+Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found. Answers, scores and logs are
+written to --output; completed ones are skipped on a rerun, and a benchmark that fails does not stop the
+others. Options after -- are passed to the engine (llava_integration.evaluate, or lmms_eval)."""
+
+
+def parser() -> Parser:
+    """The command line."""
+    parse = Parser(
+        "bench-mllm",
+        "llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
+        ABOUT,
+        rare=("model-base", "served-model-name", "conv-mode", "device", "dtype", "name"),
+    )
+    add_data(parse, "LLaVA's playground/data/eval, or a .jsonl with own questions", type=Path)
+    parse.add_argument("--model-path", default="", help="LLaVA checkpoint: full, LoRA or projector")
+    parse.add_argument("--model-base", default="", help="base model of a LoRA or projector checkpoint")
+    parse.add_argument(
+        "--endpoint", default="", metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"
+    )
+    parse.add_argument(
+        "--served-model-name", default="", metavar="NAME", help="with --endpoint (default: the only one)"
+    )
+    parse.add_argument("--output", required=True, type=Path, help="folder for answers, scores and logs")
+    parse.add_argument(
+        "--benchmarks", nargs="+", default=[], metavar="NAME", help=f"default: all of {', '.join(benchmark_names())}"
+    )
+    parse.add_argument(
+        "--engine", choices=("llava", "lmms-eval"), default="llava", help="program that generates the answers"
+    )
+    parse.add_argument("--gpus", type=int, default=1, help="number of processes, one GPU each")
+    parse.add_argument("--batch-size", type=int, default=1, help="questions per batch")
+    parse.add_argument("--conv-mode", default="vicuna_v1", help="conversation template")
+    parse.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="device of the model")
+    parse.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the weights")
+    parse.add_argument(
+        "--name",
+        default="",
+        help="model name in score files (default: the checkpoint's folder, or its name on the server)",
+    )
+    parse.add_argument("--overwrite", action="store_true", help="generate existing answers again")
+    parse.add_argument("--plan", action="store_true", help="only list the benchmarks whose files are found")
+    return parse
+
+
+# Which benchmarks have their files in LLaVA's evaluation folder, and which files those are.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark whose files were found."""
+
+    benchmark: Benchmark
+    folder: Path
+    question_file: Path
+    image_folder: Path | None  # None: the pictures are in the question file
+    unscored: str = ""  # why it can't be scored here (its server has the truth); "": it can
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A benchmark whose files were not found."""
+
+    benchmark: Benchmark
+    reason: str
+
+
+def plans(names: list[str], root: Path, generated: Path) -> list[Task | Missing]:
+    """The plan of every named benchmark, or of all; ``generated``: folder for generated question files.
+
+    A file ``root`` holds own questions.
+    """
+    if root.is_file():
+        return [plan_folder(benchmark("questions"), root, generated)]
+    for name in names:
+        benchmark(name)  # raises for an unknown one
+    return [plan(member, root, generated) for name, member in benchmarks().items() if not names or name in names]
+
+
+def plan(member: Benchmark, root: Path, generated: Path) -> Task | Missing:
+    """Look for a benchmark's files below LLaVA's evaluation folder."""
+    folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
+    if not folders:
+        return Missing(benchmark=member, reason=f"no folder {' or '.join(member.folders)} in {root}")
+    plans_of_folders = [plan_folder(member, folder, generated) for folder in folders]
+    tasks = [task for task in plans_of_folders if isinstance(task, Task)]
+    reasons = [task.reason for task in plans_of_folders if isinstance(task, Missing)]
+    return tasks[0] if tasks else Missing(benchmark=member, reason="; ".join(reasons))
+
+
+def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Missing:
+    """Look for a benchmark's files in one folder."""
+    unscored = ""
+    try:
+        member.questions(folder)
+    except (FileNotFoundError, ValueError) as error:
+        unscored = str(error)
+    questions = question_file(member, folder, generated, scored=not unscored)
+    if questions is None:
+        reason = unscored or f"{folder} has no question file {' or '.join(member.question_files)}"
+        return Missing(benchmark=member, reason=reason)
+    if unscored and not member.submission_format:
+        return Missing(benchmark=member, reason=unscored)
+    images = None
+    if questions.suffix != ".tsv":  # tables hold their pictures
+        images = image_folder(member, folder, questions)
+        if images is None:
+            places = " or ".join(str(folder / below) for below in member.image_folders)
+            return Missing(benchmark=member, reason=f"the pictures of {questions.name} are not in {places}")
+    return Task(benchmark=member, folder=folder, question_file=questions, image_folder=images, unscored=unscored)
+
+
+def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: bool) -> Path | None:
+    """LLaVA's question file; for a split with annotations but without one, a file generated from the annotations."""
+    if not scored or not member.scored_question_files:
+        return first_file(folder, *member.question_files)
+    path = first_file(folder, *member.scored_question_files)
+    if path is None and (rows := member.question_rows(folder)):
+        path = generated / f"{member.name}_val.jsonl"
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def image_folder(member: Benchmark, folder: Path, questions: Path) -> Path | None:
+    """The first of a benchmark's image folders that has the first pictures of a question file."""
+    names, folder = first_images(questions), folder.parent if folder.is_file() else folder
+    for below in member.image_folders:
+        if names and all((folder / below / name).is_file() for name in names):
+            return folder / below
+    return None
+
+
+def first_images(questions: Path, most: int = 3) -> list[str]:
+    """Image names of the first questions that have one."""
+    if questions.suffix == ".json":
+        with errors_about(questions, fix="download it again"):
+            return [row["image"] for row in read_json(questions) if row.get("image")][:most]
+    names: list[str] = []
+    with errors_about(questions, fix="download it again"), questions.open(encoding="utf-8") as file:
+        for line in file:
+            name = json.loads(line).get("image") if line.strip() else None
+            if name:
+                names.append(name)
+            if len(names) == most:
+                break
+    return names
+
+
+# The programs that generate a benchmark's answers, run in a subprocess: llava_integration.evaluate and lmms-eval.
+
+
+class EngineError(RuntimeError):
+    """The engine failed to generate the answers."""
+
+
+def make_answers(task: Task, args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str]]:
+    """Run the engine in a subprocess; returns the path of the answers and the command."""
+    if args.engine == "lmms-eval":
+        output = args.output / "lmms_eval" / task.benchmark.name
+        command = lmms_eval_command(task, args, extra, output)
+        logs = [path for known in task.benchmark.lmms_eval_tasks for path in output.glob(f"**/*_samples_{known}.jsonl")]
+        if logs and not args.overwrite:  # written at the very end of its run
+            return output, command
+    else:
+        output = args.output / "answers" / f"{task.benchmark.name}.jsonl"
+        command = evaluate_command(task, args, extra, output)
+    print(" ".join(command), flush=True)
+    log = args.output / "logs" / f"{task.benchmark.name}.log"
+    status, last = run_logged(command, log)
+    if status or not output.exists():  # lmms-eval ends with status 0 after an error
+        raise EngineError(f"{args.engine} exited with status {status} without answers; last line: {last!r}; log: {log}")
+    return output, command
+
+
+def run_logged(command: list[str], log: Path) -> tuple[int, str]:
+    """Run a command, copy its output to stderr and a file; returns its exit status and last line."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail = b""
+    # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
+    environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        while chunk := os.read(process.stdout.fileno(), 1 << 16):
+            os.write(2, chunk)
+            file.write(chunk)
+            tail = (tail + chunk)[-4000:]
+    lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+    return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+
+
+def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
+    """The command line of llava_integration.evaluate, under torchrun with several GPUs."""
+    start = [sys.executable, "-m"]
+    if args.gpus > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), "-m"]
+    words = [*start, "llava_integration.evaluate", *model_options(args), "--answers-file", str(output)]
+    words += ["--question-file", str(task.question_file), *task.benchmark.evaluate_options]
+    if task.image_folder is not None:
+        words += ["--image-folder", str(task.image_folder)]
+    return [*words, *(["--overwrite"] if args.overwrite else []), *extra]
+
+
+def model_options(args: argparse.Namespace) -> list[str]:
+    """The options of llava_integration.evaluate that name the model and how it runs."""
+    if args.endpoint:
+        named = ["--served-model-name", args.served_model_name] if args.served_model_name else []
+        return ["--endpoint", args.endpoint, *named]
+    words = [
+        "--model-path", args.model_path, "--conv-mode", args.conv_mode, "--device", args.device,
+        "--batch-size", str(args.batch_size), "--dtype", args.dtype,
+    ]  # fmt: skip
+    return [*words, "--model-base", args.model_base] if args.model_base else words
+
+
+def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
+    """The command line of lmms-eval, which downloads its own questions and pictures."""
+    model = f"pretrained={args.model_path},conv_template={args.conv_mode}"
+    if args.device != "auto":
+        model += f",device={args.device}" + ",device_map=auto" * (args.device == "cpu")
+    start = [sys.executable, "-m"]
+    if args.gpus > 1:
+        start += ["accelerate.commands.launch", "--num_processes", str(args.gpus), "-m"]
+    return [
+        *start, "lmms_eval", "--model", "llava", "--model_args", model, "--tasks", task.benchmark.lmms_eval_tasks[0],
+        "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
+        "--output_path", str(output), *extra,
+    ]  # fmt: skip
+
+
+# What a score file of ``llm2clip bench-mllm`` records about the model and the run that its answers come from.
+
+LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
+
+
+def run_provenance(model_path: str, question_file: Path, command: list[str]) -> dict[str, Any]:
+    """What the answers were generated from: checkpoint, tower, LLM, questions, versions, command.
+
+    ``model_path`` is "" for a served model, which the answers' settings name (``score.provenance``).
+    """
+    record: dict[str, Any] = {
+        **({"checkpoint": model_path} if model_path else {}),
+        "question_file": str(question_file),
+        "question_file_sha256": sha256_file(question_file),
+        "command": command,
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+    config = Path(model_path) / "config.json"
+    if model_path and config.is_file():
+        body = json.loads(config.read_text(encoding="utf-8"))
+        tower = body.get("llm2clip_tower") or {}
+        record |= {
+            "checkpoint_config_sha256": sha256_file(config),
+            "checkpoint_weights": weights_digest(Path(model_path)),
+            "llm": body.get("_name_or_path", ""),
+            "tower": body.get("mm_vision_tower", ""),
+            "tower_sha256": tower.get("weights_sha256", ""),
+        }
+    return record
+
+
+def weights_digest(folder: Path) -> str:
+    """A hash of a checkpoint's weights that does not read gigabytes: names, sizes and first MiB of the files."""
+    parts = []
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            head = file.read(1 << 20)
+        parts.append(f"{path.name} {path.stat().st_size} {sha256_text(head.hex())}")
+    return sha256_text("\n".join(parts))
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that answers depend on."""
+    installed = {}
+    for name in LIBRARIES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,24 +4,376 @@ Each must define ``load`` and ``score_item``; everything else has a default.
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_answers
-from llava_integration.benchmarks.base import (
-    Item,
-    Options,
-    Question,
-    Scored,
-    Statistic,
-    mean_of,
-    mean_statistic,
-)
-from llava_integration.benchmarks.match import Matched, match
 from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
-from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.files import errors_about
+
+# What scoring passes around (questions, items, options) and the arithmetic that the benchmarks share.
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question of a benchmark, from its annotation files."""
+
+    id: int | str  # the item's id in the score file, typed as in the annotations
+    text: str  # without the suffix that LLaVA appends
+    cluster: str  # its image: questions about one image are resampled together
+    truth: Any  # label, letter, or list of human answers
+    image: str = ""  # path below one of the benchmark's image folders
+    category: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user can choose about scoring."""
+
+    allow: float = 0.10  # largest fraction of missing, duplicate, unreadable or unknown answers; below one chunk of 8
+    corrected: bool = False  # also report the rule without the official script's quirks
+    reviews: Path | None = None  # the judge's file, for benchmarks that need one
+
+
+@dataclass(kw_only=True)
+class Scored:
+    """A benchmark's result for one answers file."""
+
+    metrics: dict[str, float]
+    items: list[Item]  # id, score, cluster, answer, truth, question, category, image ...
+    counts: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A headline number as a function of sums over questions. Shapes: N questions, K sums.
+
+    A resample is a weight for each question, its totals are ``weight_N @ sums_NK``, and ``value`` maps totals (..., K)
+    to numbers (...) in the published unit.
+    """
+
+    sums: np.ndarray  # (N, K)
+    value: Callable[[np.ndarray], np.ndarray]
+    strata: np.ndarray | None = None  # (N,) integers: images are drawn within their part, whose size is fixed
+    counted: np.ndarray | None = None  # (N,) booleans: the questions that the number is about; None: all
+
+    def full(self) -> float:
+        """The number on all questions, each once."""
+        return float(self.value(self.sums.sum(axis=0)))
+
+
+def text_of(answer: Answer | None) -> str:
+    """The answer's text; "" for a missing answer."""
+    return answer.text or "" if answer else ""
+
+
+def item_of(question: Question, answer: Answer | None, /, **fields: Any) -> Item:
+    """An item: what every benchmark records about a question, and ``fields`` (``score`` at least)."""
+    return {
+        "id": question.id,
+        "cluster": question.cluster,
+        "answer": text_of(answer),
+        "missing": answer is None,
+        "truth": question.truth,
+        "question": question.text,
+        "category": question.category,
+        "image": question.image,
+        **fields,
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Plain mean, added in the order given as the official scripts do; 0.0 for no values."""
+    return float(sum(values)) / len(values) if values else 0.0
+
+
+def mean_of(items: Sequence[Item], field: str = "score") -> float:
+    """Mean of a field over items."""
+    return mean([item[field] for item in items])
+
+
+def by_group(items: Sequence[Item], group: str, field: str = "score") -> dict[str, list[float]]:
+    """Values of a field, listed by another field, groups in order of first appearance."""
+    groups: dict[str, list[float]] = {}
+    for item in items:
+        groups.setdefault(str(item[group]), []).append(float(item[field]))
+    return groups
+
+
+def percents(items: Sequence[Item], group: str, field: str = "score") -> dict[str, float]:
+    """Mean of a field in each group, percent, rounded to 2 places as the official scripts print it."""
+    return {key: round(100 * mean(values), 2) for key, values in by_group(items, group, field).items()}
+
+
+def precision_recall_f1(true_yes: int, false_yes: int, false_no: int) -> tuple[float, float, float]:
+    """Precision, recall and F1 of "yes"; 0 where the divisor is 0."""
+    precision = true_yes / (true_yes + false_yes) if true_yes + false_yes else 0.0
+    recall = true_yes / (true_yes + false_no) if true_yes + false_no else 0.0
+    return precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested dictionaries under dotted names: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1.0}``."""
+    flat: dict[str, float] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = None, scale: float = 100.0) -> Statistic:
+    """The statistic ``scale x mean`` over the questions that count."""
+    weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
+    sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
+    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
+
+
+def answered_statistic(items: Sequence[Item]) -> Statistic:
+    """Mean score of the answered questions, percent."""
+    return mean_statistic([item["score"] for item in items], [not item.get("missing") for item in items])
+
+
+def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
+    """The statistic ``scale x mean over parts of the part's mean score``."""
+    names = sorted(set(parts))
+    sums = np.zeros((len(scores), 2 * len(names)))
+    for row, (part, score) in enumerate(zip(parts, scores, strict=True)):
+        column = 2 * names.index(part)
+        sums[row, column : column + 2] = score, 1
+    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1))
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Elementwise quotient, 0 where the divisor is 0."""
+    above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0)
+
+
+# Joining answers to questions by key, never by order; missing, duplicate, unknown and unreadable answers are counted.
+
+SUFFIXES = (" answer the question using", " answer with the option", " please answer")  # lmms-eval's, behind a question
+
+
+class OtherBenchmarkError(ValueError):
+    """The answers are to other questions than the benchmark's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """The answer to each question, in the questions' order (None: no answer), with counts and notes of the problems."""
+
+    answers: tuple[Answer | None, ...]
+    counts: dict[str, int]
+    notes: list[str]
+
+
+class Places:
+    """Questions by key: of several questions with one key, the k-th answer is the k-th's, later ones the last's."""
+
+    def __init__(self, questions: Sequence[Question], question_keys: Callable[[Question], Sequence[Hashable]]):
+        self._places: dict[Hashable, list[int]] = {}
+        self._seen: Counter[Hashable] = Counter()
+        for place, question in enumerate(questions):
+            for key in question_keys(question):
+                self._places.setdefault(key, []).append(place)
+
+    def next(self, key: Hashable | None) -> int | None:
+        """The place of the question that an answer with this key belongs to; None for an unknown key."""
+        places = self._places.get(key)
+        if key is None or places is None:
+            return None
+        self._seen[key] += 1
+        return places[min(self._seen[key], len(places)) - 1]
+
+
+def squeeze(text: str) -> str:
+    """Lower case, each run of white space as one space: how questions are compared."""
+    return " ".join(text.lower().split())
+
+
+def match(
+    questions: Sequence[Question],
+    answers: Answers,
+    options: Options,
+    *,
+    name: str,
+    question_keys: Callable[[Question], Sequence[Hashable]],
+    answer_key: Callable[[Answer], Hashable | None],
+    logged_key: Callable[[Answer], Hashable | None],
+    joined_by_prompt: bool,
+) -> Matched:
+    """Join ``answers`` to ``questions``.
+
+    ``answer_key`` gives the key of the question that a row of LLaVA's or a submission answers, ``logged_key`` the same
+    for lmms-eval's rows; those without a key are joined by doc_id, then by the question's text. Raises
+    OtherBenchmarkError for answers to another benchmark, ValueError if too many are missing, duplicate or unreadable.
+    """
+    places = Places(questions, question_keys)
+    ambiguous: list[Answer] = []
+    if answers.layout == "lmms_eval":
+        targets = _match_log(questions, answers, places, logged_key, ambiguous)
+    else:
+        targets = [places.next(answer_key(answer)) for answer in answers.rows]
+    joined, unknown, counts = _collect(len(questions), answers, targets)
+    if len(ambiguous) > options.allow * len(answers.rows):
+        raise ValueError(
+            f"{len(ambiguous)} rows of {answers.path} name no question, and several questions of {name} have their "
+            f"text (line {ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log is in another order than --data; "
+            "score with the annotations that lmms-eval used, or evaluate with LLaVA's questions"
+        )
+    _refuse_other_benchmark(questions, answers, joined, unknown, options, name, joined_by_prompt)
+    _refuse_faults(counts, answers, options, name)
+    return Matched(answers=tuple(joined), counts=counts, notes=_notes(counts, answers, name))
+
+
+def _collect(
+    questions: int, answers: Answers, targets: Sequence[int | None]
+) -> tuple[list[Answer | None], list[Answer], dict[str, int]]:
+    """The last answer to each question, the answers to no known question, and the score file's counts."""
+    joined: list[Answer | None] = [None] * questions
+    duplicate, textless, unknown = 0, 0, []
+    for answer, place in zip(answers.rows, targets, strict=True):
+        if place is None:
+            unknown.append(answer)
+        elif answer.text is None:
+            textless += 1
+        else:
+            duplicate += joined[place] is not None
+            joined[place] = answer
+    given = [answer for answer in joined if answer is not None]
+    counts = {
+        "questions": questions,
+        "answered": len(given),
+        "missing": questions - len(given),
+        "doubled": duplicate,
+        "foreign": len(unknown),
+        "unparsable": answers.unparsable + textless,
+        "empty": sum(not (answer.text or "").strip() for answer in given),
+    }
+    return joined, unknown, counts
+
+
+def _match_log(
+    questions: Sequence[Question],
+    answers: Answers,
+    places: Places,
+    logged_key: Callable[[Answer], Hashable | None],
+    ambiguous: list[Answer],
+) -> list[int | None]:
+    """Places of lmms-eval's rows: by the key in the row, by doc_id, by the question's text.
+
+    Rows whose text several questions share and whose doc_id is none of theirs are appended to ``ambiguous``.
+    """
+    texts = [squeeze(question.text) for question in questions]
+    by_text: dict[str, list[int]] = {}
+    for place, text in enumerate(texts):
+        by_text.setdefault(text, []).append(place)
+    targets: list[int | None] = []
+    taken: set[int] = set()
+    for answer in answers.rows:
+        prompt = squeeze(answer.prompt)
+        place = places.next(logged_key(answer))
+        number = answer.row.get("doc_id")
+        if place is None and isinstance(number, int) and 0 <= number < len(questions) and texts[number] in prompt:
+            place = number
+        if place is None:
+            known = next((text for text in _without_suffix(prompt) if text in by_text), "")
+            free = [p for p in by_text.get(known, []) if p not in taken]
+            same_truth = [p for p in free if questions[p].truth == answer.row.get("target")] or free
+            place = same_truth[0] if same_truth else None
+            if len(same_truth) > 1:
+                ambiguous.append(answer)
+        if place is not None:
+            taken.add(place)
+        targets.append(place)
+    return targets
+
+
+def _without_suffix(prompt: str) -> list[str]:
+    """Beginnings of a squeezed prompt that may be the question."""
+    ends = [prompt.find(suffix) for suffix in SUFFIXES]
+    return [prompt, *(prompt[:end] for end in ends if end > 0)]
+
+
+def _refuse_other_benchmark(
+    questions: Sequence[Question],
+    answers: Answers,
+    joined: Sequence[Answer | None],
+    unknown: Sequence[Answer],
+    options: Options,
+    name: str,
+    joined_by_prompt: bool,
+) -> None:
+    """OtherBenchmarkError if the ids are not this benchmark's, or the prompts ask other questions."""
+    answered = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
+    if not answered or len(unknown) > max(options.allow, 1 / len(answers.rows)) * len(answers.rows):
+        example = unknown[0] if unknown else answers.rows[0]
+        shown = f"id {example.id!r}" if example.id is not None else f"doc_id {example.row.get('doc_id')!r}"
+        no_prompt = joined_by_prompt and answers.layout == "llava" and not answers.rows[0].prompt
+        raise OtherBenchmarkError(
+            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} "
+            f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, "
+            f"prompt {example.prompt[:80]!r})."
+            + f" The rows have no prompt, which joins answers to {name}." * no_prompt
+            + " Check BENCHMARK, --data and --answers; if --data is a subset of what was answered, pass --allow-missing"
+        )
+    prompted = [(question, answer) for question, answer in answered if answer.prompt]
+    wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
+    if len(wrong) > 0.5 * len(prompted):
+        question, answer = wrong[0]
+        raise OtherBenchmarkError(
+            f"{answers.path} has ids of {name}, but other questions: line {answer.line}, id {question.id!r}, has the "
+            f"prompt {answer.prompt[:80]!r}, and the question is {question.text[:80]!r}. "
+            "Check BENCHMARK, --data and --answers"
+        )
+
+
+def _refuse_faults(counts: dict[str, int], answers: Answers, options: Options, name: str) -> None:
+    """ValueError if more than the allowed fraction is missing, duplicate or unreadable."""
+    for fault, total, meaning in (
+        ("missing", counts["questions"], f"of {counts['questions']} questions of {name} have no answer"),
+        ("doubled", counts["questions"], "answers are to a question that an earlier line answered"),
+        ("unparsable", len(answers.rows) + answers.unparsable, "lines have no answer"),
+    ):
+        if counts[fault] > options.allow * total:
+            where = f"; first: {answers.first_unparsable}" if fault == "unparsable" and answers.first_unparsable else ""
+            raise ValueError(
+                f"{counts[fault]} {meaning} in {answers.path}{where}: more than the allowed {options.allow:.0%}. "
+                "Finish the evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
+            )
+
+
+def _notes(counts: dict[str, int], answers: Answers, name: str) -> list[str]:
+    """One sentence per kind of fault, for the terminal and the report."""
+    notes = list(answers.notes)
+    if counts["missing"]:
+        notes.append(f"{counts['missing']} of {counts['questions']} questions of {name} have no answer")
+    if counts["doubled"]:
+        notes.append(f"{counts['doubled']} duplicate answers; the last one to a question counts")
+    if counts["foreign"]:
+        notes.append(f"{counts['foreign']} answers match no question; ignored")
+    if counts["unparsable"]:
+        first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
+        notes.append(f"{counts['unparsable']} lines have no answer{first}")
+    if counts["empty"]:
+        most = 2 * counts["empty"] > counts["answered"]
+        notes.append(f"{counts['empty']} answers are empty" + (": did the evaluation fail?" if most else ""))
+    return notes
+
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix
 LONG_ANSWERS = ("--max-new-tokens", "1024")  # default of LLaVA's model_vqa*; evaluate's is model_vqa_loader's 128
@@ -240,3 +592,112 @@ def find_image(image_folders: Sequence[str], folder: Path, name: str) -> Path | 
             if path.is_file() and inside in path.resolve().parents:
                 return path
     return None
+
+
+# Normalizing short answers as the VQA evaluation does, and its accuracy against ten human answers.
+
+NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+)}}  # fmt: skip
+ARTICLES = frozenset({"a", "an", "the"})
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# The authors meant a look-behind and wrote a look-ahead for the characters '<=' and a digit, which always holds
+# before a full stop: so a full stop goes unless a digit follows ('3.' -> '3', '.5' stays).
+FULL_STOP = re.compile(r"\.(?!\d)")
+FULL_STOPS_AT_MOST = 32  # re.UNICODE, passed where the count belongs
+DIGIT_COMMA = re.compile(r"\d,\d")
+DIGIT_COMMAS = re.compile(r"(?<=\d),+(?=\d)")  # M4C's: one or more commas
+
+CACHED = 1 << 16  # texts: human answers are few words, ten times over
+
+# The contraction table maps each word below without one of its apostrophes to the word.
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
+somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
+we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've
+you'll you're you've
+""".split()
+
+
+def _contractions() -> dict[str, str]:
+    table = {
+        word[:place] + word[place + 1 :]: word
+        for word in _CONTRACTED
+        for place, letter in enumerate(word)
+        if letter == "'"
+    }
+    table["somebody'd"] = "somebodyd"  # the wrong way round in the original
+    return table
+
+
+CONTRACTIONS = _contractions()
+
+
+def strip_punctuation(text: str, *, digit_commas: re.Pattern[str] = DIGIT_COMMA) -> str:
+    """Delete a punctuation mark that touches a space anywhere, else make it a space; then full stops.
+
+    A comma between digits anywhere makes every mark go without a space.
+    """
+    out = text
+    delete_all = digit_commas.search(text) is not None
+    for mark in PUNCTUATION:
+        out = out.replace(mark, "" if delete_all or mark + " " in text or " " + mark in text else " ")
+    return FULL_STOP.sub("", out, count=FULL_STOPS_AT_MOST)
+
+
+def digits_and_articles(text: str) -> str:
+    """Lower case, number words as digits, articles dropped, apostrophes of contractions put back."""
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def one_line(text: str) -> str:
+    """Newlines and tabs as spaces, ends stripped."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=CACHED)
+def vqa_api(text: str) -> str:
+    """The VQA API's normal form, of a text that went through ``one_line``."""
+    return digits_and_articles(strip_punctuation(text))
+
+
+@lru_cache(maxsize=CACHED)
+def m4c(text: str) -> str:
+    """The M4C normal form: commas and question marks go first, and ``'s`` becomes a word."""
+    split = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return digits_and_articles(strip_punctuation(one_line(split), digit_commas=DIGIT_COMMAS))
+
+
+def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
+    """Mean over the humans of min(1, matches among the others / 3): 0, .3, .6, .9 or 1 with ten humans."""
+    if not humans:
+        return 0.0
+    matches = sum(answer == prediction for answer in humans)
+    scores = [min(1, (matches - (answer == prediction)) / 3) for answer in humans]
+    return float(sum(scores)) / len(scores)
+
+
+def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
+    """Accuracy of the VQA API: texts are normalized only where the humans disagree.
+
+    So 'Yes' against ten times 'yes' is 0; ``corrected_accuracy`` is without that.
+    """
+    prediction, humans = one_line(prediction), [one_line(answer) for answer in humans]
+    if len(set(humans)) > 1:
+        prediction, humans = vqa_api(prediction), [vqa_api(answer) for answer in humans]
+    return leave_one_out(prediction, humans)
+
+
+def corrected_accuracy(prediction: str, humans: Sequence[str]) -> float:
+    """The same normal form on both sides, always: what lmms-eval's vqav2 computes."""
+    return leave_one_out(vqa_api(one_line(prediction)), [vqa_api(one_line(answer)) for answer in humans])
+
+
+def m4c_accuracy(prediction: str, humans: Sequence[str]) -> float:
+    """The M4C normal form on both sides, always: TextVQA's rule, and lmms-eval's of VizWiz."""
+    return leave_one_out(m4c(prediction), [m4c(answer) for answer in humans])

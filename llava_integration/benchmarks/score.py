@@ -6,16 +6,50 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_integration.answer.answers_file import settings_file
+from llava_integration.answer.questions import settings_file
 from llava_integration.benchmarks.answers import Answers, read_answers, read_json
-from llava_integration.benchmarks.base import Options
-from llava_integration.benchmarks.benchmark import Benchmark
-from llava_integration.benchmarks.match import OtherBenchmarkError
-from llava_integration.benchmarks.rules import benchmark, benchmarks
-from llava_integration.benchmarks.score_options import parser
+from llava_integration.benchmarks.benchmark import Benchmark, Options, OtherBenchmarkError
+from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
-from llm2clip_plugin.options.parser import data_of
-from llm2clip_plugin.outside.values import printable_lines
+from llm2clip_plugin.files import printable_lines
+from llm2clip_plugin.options import Parser, add_data, data_of
+
+# The options of ``llm2clip score``.
+
+
+def parser() -> Parser:
+    """The command line."""
+    parse = Parser(
+        "score",
+        "llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
+        "Score one answers file against a benchmark's annotations, by the official rule.",
+        also={"json": "output"},
+    )
+    parse.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(benchmark_names()))
+    add_data(parse, "LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions", type=Path)
+    parse.add_argument(
+        "--answers",
+        required=True,
+        type=Path,
+        help="answers of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)",
+    )
+    parse.add_argument("--output", type=Path, help="score file to write")
+    parse.add_argument("--submission", type=Path, help="file to write for the benchmark's server")
+    parse.add_argument("--reviews", type=Path, help="the judge's file, of a benchmark that has a judge")
+    parse.add_argument("--model", default="", help="the model's name in reports (default: from the answers file)")
+    parse.add_argument("--corrected", action="store_true", help="also score without the official script's quirks")
+    parse.add_argument(
+        "--allow-missing",
+        dest="allow",
+        nargs="?",
+        const=1.0,
+        default=0.10,
+        type=float,
+        metavar="FRACTION",
+        help="largest fraction of missing, duplicate, unreadable or unknown answers (default: 0.10; "
+        "without a value: 1.0)",
+    )
+    return parse
 
 
 def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:

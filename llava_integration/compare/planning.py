@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_integration.benchmarks.base import Statistic
-from llava_integration.compare.build import ordered, questions_in_common, statistic_of
-from llava_integration.compare.sides import Side
+from llava_integration.benchmarks.benchmark import Statistic
+from llava_integration.compare.comparison import Side
+from llava_integration.compare.report import ordered, questions_in_common, statistic_of
 from llava_integration.compare.statistics import Paired, combine, pair, resampled_values
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 

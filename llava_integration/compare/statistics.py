@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_integration.benchmarks.base import Statistic
+from llava_integration.benchmarks.benchmark import Statistic
 from llm2clip_plugin.bootstrap import (
     BLOCK,
     NORMAL,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from llava_integration.compat import versions
 from llava_integration.compat.completion import Completion, installed_version
-from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.files import discover
 
 done: set[str] = set()  # names of completions that have run
 

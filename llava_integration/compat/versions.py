@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from inspect import signature
 
 from llava_integration.compat.completion import installed_version
-from llm2clip_plugin.quiet import quiet_peft
+from llm2clip_plugin.console import quiet_peft
 
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"

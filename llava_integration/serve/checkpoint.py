@@ -1,15 +1,243 @@
 """A LLaVA 1.5 checkpoint on disk, full, LoRA or projector alone: what it is, and its tensors under LLaVA's names."""
 
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_integration.serve import lora
-from llava_integration.serve.tensors import FIX, LazyTensor, LazyTensors, open_file, open_tensors
-from llm2clip_plugin.commands import command
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import read_json_value
+import torch
+from torch import Tensor
+
+from llava_integration.compat.versions import adapters_stay_fp32
+from llm2clip_plugin.files import DTYPE_BYTES, ContractError, errors_about, read_header, read_json_value
+from llm2clip_plugin.options import command
+from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
+
+# Tensors of checkpoints, read one by one when they are needed, and written in shards.
+
+SHARD_BYTES = 2 << 30
+INDEX = "model.safetensors.index.json"
+FIX = "copy the checkpoint again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is read from its file when ``read`` is called."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    where: str  # the file, for messages
+
+    @classmethod
+    def of(cls, tensor: Tensor, where: object) -> "LazyTensor":
+        """A tensor that is in memory already."""
+        return cls(shape=tuple(tensor.shape), read=lambda: tensor, where=str(where))
+
+
+LazyTensors = dict[str, LazyTensor]
+
+
+def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
+    """Every tensor of a folder's checkpoint: .safetensors or .bin, one file or the shards of an index.
+
+    ``files`` keeps the files open. Raises FileNotFoundError for a folder without weights or a missing shard,
+    ContractError for a file that is not complete, or tensors that are not where the index says.
+    """
+    tensors: LazyTensors = {}
+    for path in weight_files(directory):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name} in {directory}, which its index lists; {FIX}")
+        tensors |= open_file(path, files)
+    for index in sorted(directory.glob("*.index.json")):
+        body = read_json_value(index)
+        listed = body.get("weight_map") if isinstance(body, dict) else None
+        if lost := sorted(set(listed or ()) - set(tensors)):
+            raise ContractError(f"{index} lists {len(lost)} tensors that no file has, such as {lost[0]}; {FIX}")
+    return tensors
+
+
+def open_file(path: Path, files: ExitStack) -> LazyTensors:
+    """The tensors of one file. Raises ContractError if it is not complete."""
+    if path.suffix != ".safetensors":
+        tensors = read_tensors(path)
+        _refuse_quantized({name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.itemsize == 1}, path)
+        return {name: LazyTensor.of(tensor, path) for name, tensor in tensors.items()}
+    from safetensors import safe_open
+
+    header = read_header(path, fix=FIX)
+    _refuse_quantized({n: e.dtype for n, e in header.entries.items() if DTYPE_BYTES[e.dtype] == 1}, path)
+    with errors_about(path, fix=FIX):
+        handle: Any = files.enter_context(safe_open(path, framework="pt"))
+    return {
+        name: LazyTensor(shape=entry.shape, read=lambda name=name: handle.get_tensor(name), where=str(path))
+        for name, entry in header.entries.items()
+    }
+
+
+def _refuse_quantized(dtypes: dict[str, str], path: Path) -> None:
+    """``dtypes``: of the tensors that have one byte a number."""
+    for name, dtype in dtypes.items():
+        raise ContractError(
+            f"{path}: {name} has dtype {dtype}, expected float weights; quantized checkpoints are not read, use the "
+            "one that this was made from"
+        )
+
+
+def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype | None) -> int:
+    """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; their bytes.
+
+    ``dtype`` None keeps each tensor's own.
+    Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back differently.
+    """
+    shards = list(_shards(tensors, dtype))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        state = {name: _converted(name, tensors[name], dtype) for name in names}
+        _write(state, directory / file)
+        weight_map |= dict.fromkeys(state, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if len(shards) > 1:
+        body = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return total
+
+
+def _shards(tensors: LazyTensors, dtype: torch.dtype | None) -> Iterator[list[str]]:
+    """Names in order, as many as fit into a shard."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        more = torch.Size(tensor.shape).numel() * (dtype or torch.float32).itemsize
+        if names and size + more > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Tensor:
+    with errors_about(tensor.where, fix=FIX):
+        value = tensor.read()
+    # contiguous and of its own memory: safetensors refuses tensors that share it
+    out = value.to(dtype or value.dtype, copy=True).contiguous()
+    if not torch.isfinite(out).all():
+        large = (
+            "has values that fp16 cannot hold; pass --dtype bf16" if torch.isfinite(value).all() else f"is nan; {FIX}"
+        )
+        raise ContractError(f"{tensor.where}: {name} {large}")
+    return out
+
+
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={"format": "pt"})
+    with safe_open(path, framework="pt") as written:
+        for name, tensor in state.items():
+            if not torch.equal(written.get_tensor(name), tensor):  # pyright: ignore[reportAttributeAccessIssue]
+                raise ContractError(
+                    f"{path}: {name} differs after reloading; check the disk and rerun the same command"
+                )
+
+
+def refuse_rest(names: Iterable[str], where: object) -> None:
+    """Raise ContractError for tensors that nothing knows, by name."""
+    if rest := sorted(names):
+        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
+        raise ContractError(f"{where}: unknown tensors {', '.join(rest[:5])}{more}; this is not a LLaVA 1.5 checkpoint")
+
+
+# LoRA weights merged into the tensors that they belong to, when these are read.
+
+LORA_CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
+# settings of peft under which a merge is another sum, or more than one scale
+PLAIN = {"use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+
+
+def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTensors:
+    """``tensors`` with the adapter of ``directory`` merged into them.
+
+    Computed in fp16, as by LLaVA's loader with this environment's peft. Raises ContractError for an adapter
+    of another kind, a half that is missing, or a module that the model doesn't have.
+    """
+    config = read_json_value(directory / LORA_CONFIG)
+    scale = _scale(config, directory / LORA_CONFIG)
+    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no {' or '.join(WEIGHTS)} in {directory}; {FIX}")
+    halves: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in open_file(path, files).items():
+        match = NAME.match(name)
+        target = f"{match['module']}.weight" if match else name
+        if match is None or target not in tensors:
+            raise ContractError(
+                f"{path}: {name} belongs to no weight of the base model; is --model-base the right one?"
+            )
+        halves.setdefault(target, {})[match["half"]] = tensor
+    _refuse_missing(halves, tensors, config.get("target_modules"), path)
+    out = dict(tensors)
+    for name, pair in halves.items():
+        if len(pair) != 2:
+            raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
+        a, b, rank = pair["A"].shape, pair["B"].shape, config["r"]
+        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+            raise ContractError(
+                f"{path}: the LoRA of {name} has shapes {a} and {b}, {LORA_CONFIG} says r {rank}; {FIX}"
+            )
+        shape = (b[0], a[1])
+        if shape != tensors[name].shape:
+            raise ContractError(
+                f"{path}: the LoRA of {name} has shape {shape}, the base model's weight {tensors[name].shape}; "
+                "check --model-base"
+            )
+        out[name] = LazyTensor(
+            shape=shape,
+            read=lambda weight=tensors[name], pair=pair: _sum(weight.read(), pair["A"].read(), pair["B"].read(), scale),
+            where=str(path),
+        )
+    return out
+
+
+def _refuse_missing(found: Iterable[str], tensors: LazyTensors, targets: Any, path: Path) -> None:
+    """``targets``: names of the modules that have a LoRA in every block."""
+    kinds = {str(target).split(".")[-1] for target in targets} if isinstance(targets, list) else set()
+    wanted = {name for name in tensors if name.startswith("model.layers.") and name.split(".")[-2] in kinds}
+    wanted = {name for name in wanted if name.endswith(".weight")}
+    if lost := sorted(wanted - {*found}):
+        raise ContractError(
+            f"{path}: {len(lost)} of {len(wanted)} target_modules of {LORA_CONFIG} have no LoRA, such as {lost[0]}; {FIX}"
+        )
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if adapters_stay_fp32():
+        return weight.half().add_((b.float() @ a.float()) * scale)
+    delta = (b.half().float() @ a.half().float()) * scale
+    return weight.half() + delta.half()
+
+
+def _scale(config: Any, where: Path) -> float:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ContractError(f"{where} is not a LoRA's configuration; {FIX}")
+    for name, plain in PLAIN.items():
+        if (value := config.get(name)) and value != plain:
+            raise ContractError(f"{where}: {name} is {value!r}, which LLaVA's training does not set")
+    if config.get("bias", "none") != "none":
+        raise ContractError(f"{where}: bias is {config['bias']!r}; LLaVA's loader merges LoRA without biases")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise ContractError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, expected positive numbers; {FIX}")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
 
 CONFIG, PROJECTOR, ADAPTER = "config.json", "mm_projector.bin", "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
@@ -120,7 +348,7 @@ def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTen
     tensors = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
     if checkpoint.kind == "projector":
         return tensors | open_file(checkpoint.directory / PROJECTOR, files)
-    return lora.merged(tensors | _trained_beside_lora(checkpoint.directory, files), checkpoint.directory, files)
+    return merged(tensors | _trained_beside_lora(checkpoint.directory, files), checkpoint.directory, files)
 
 
 def _trained_beside_lora(directory: Path, files: ExitStack) -> LazyTensors:

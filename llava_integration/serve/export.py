@@ -22,14 +22,15 @@ import torch
 
 import llm2clip_plugin
 from llava_integration.hook import CONVERSATION
-from llava_integration.serve import conversation, language, vision
-from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint
-from llava_integration.serve.model_card import model_card
-from llava_integration.serve.tensors import write_shards
-from llava_integration.serve.tokenizer import read_tokenizer, write_tokenizer
-from llava_integration.serve.tower_code import write_code
-from llava_integration.towers.provenance import KEY as TOWER_KEY
-from llava_integration.towers.provenance import tower_record
+from llava_integration.serve import build as language
+from llava_integration.serve import build as vision
+from llava_integration.serve import prompt as conversation
+from llava_integration.serve.build import write_code
+from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint, write_shards
+from llava_integration.serve.command import model_card
+from llava_integration.serve.prompt import read_tokenizer, write_tokenizer
+from llava_integration.towers import KEY as TOWER_KEY
+from llava_integration.towers import tower_record
 from llm2clip_plugin.contracts import atomic_directory
 from llm2clip_plugin.vision.directory import write_json
 

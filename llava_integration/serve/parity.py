@@ -6,9 +6,6 @@ and so LLaVA's greedy answer is the same.
 Shapes: T positions of the prompt with its image's patches, V tokens of LLaVA's vocabulary, S image size in pixels.
 """
 
-# LLaVA may be in an environment of its own, not where types are checked.
-# pyright: reportMissingImports=false
-
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llava_integration.serve.conversation import conversation_named
+from llava_integration.serve.build import register
 from llava_integration.serve.export import DTYPES, TEMPLATE, Export
-from llava_integration.serve.tower_code import register
-from llava_integration.towers.provenance import loading
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.quiet import quiet_llava_loading, quiet_transformers
+from llava_integration.serve.prompt import conversation_named
+from llava_integration.towers import loading
+from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
+from llm2clip_plugin.files import ContractError
+
+# LLaVA may be in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
+
 
 QUESTION = "What is in this picture?"
 NEW_TOKENS = 16

@@ -7,9 +7,6 @@ tensor parallelism too) and unquantized.
 Shape letters: B images, T tokens of a tower, N image tokens, H width, S image size in pixels.
 """
 
-# vLLM is installed in an environment of its own, not where types are checked.
-# pyright: reportMissingImports=false
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,9 +16,13 @@ from vllm.model_executor.models import llava
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
-from llava_integration.serve.tower_code import family_of_vision, of_tower_directories
-from llava_integration.towers.selection import blocks_below
+from llava_integration.serve.build import family_of_vision, of_tower_directories
+from llava_integration.towers import blocks_below
 from llm2clip_plugin.vision.towers import tower_blocks
+
+# vLLM is installed in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
+
 
 __all__ = ["LlavaForConditionalGeneration"]
 

@@ -14,7 +14,7 @@ def register() -> None:
     """Let vLLM load LLaVA through ``vllm_model``, and transformers read the configurations of our towers."""
     from vllm import ModelRegistry
 
-    from llava_integration.serve import tower_code
+    from llava_integration.serve import build as tower_code
 
     tower_code.register()
     ModelRegistry.register_model(ARCHITECTURE, MODEL)

@@ -11,24 +11,228 @@ can't be used is reported, counted and replaced by another, which is a function 
 
 import logging
 import os
+import queue
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llm2clip_plugin.data.pair_dataset import PairDataset, collate
-from llm2clip_plugin.data.parts import Ahead, PartDraws, join_parts
-from llm2clip_plugin.data.shards_ahead import ShardsAhead
-from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading
-from llm2clip_plugin.data.sources.records import BrokenSample
-from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
+from llm2clip_plugin.data.pairs import Guarded, GuardedCollate, PairDataset, collate, raised
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.sampler import Draw, Mixture, rank_rows
+from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.workers import PREFETCH_MB, LoadPlan, plan_loading
+
+# Parts of a batch: drawn, handed over by loader processes, joined; the next batch while one is in use.
+
+Batch = dict[str, Any]  # tensors and lists, one entry a row
+
+SHUTDOWN = 10  # seconds that closing waits for the thread
+
+
+class PartDraws:
+    """Endless draws of one rank from ``position`` on, in parts of a batch: each belongs to one batch."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        position: int,
+        rank: int,
+        world: int,
+        local_batch: int,
+        part: int,
+        before: Callable[[int], None] = lambda position: None,
+    ) -> None:
+        """before: called with the position of each global batch."""
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}, expected 0 .. {world - 1}")
+        if local_batch < 1 or position < 0 or part < 1:
+            raise ValueError(
+                f"local_batch is {local_batch}, position {position}, part {part}; expected at least 1, 0 and 1"
+            )
+        self.mixture, self.position = mixture, position
+        self.rank, self.world, self.local_batch, self.part = rank, world, local_batch, part
+        self.before = before
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        position = self.position
+        while True:
+            self.before(position)
+            draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.local_batch))
+            for start in range(0, self.local_batch, self.part):
+                yield draws[start : start + self.part]
+            position += self.local_batch * self.world
+
+
+def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Iterator[Batch]:
+    """Batches of ``rows`` rows in memory of this process, so that the parts' shared memory is free at once.
+
+    A batch has one part or more, in order. Raises ValueError if a part belongs to two batches.
+    """
+    batch: Batch = {}
+    filled = 0
+    for part in parts:
+        size = len(part["keys"])
+        if filled + size > rows:
+            raise ValueError(f"a part of {size} rows does not fit into a batch of {rows} that has {filled}")
+        for name, value in part.items():
+            if isinstance(value, Tensor):
+                if not filled:
+                    batch[name] = torch.empty((rows, *value.shape[1:]), dtype=value.dtype, pin_memory=pin_memory)
+                batch[name][filled : filled + size] = value
+            else:
+                batch[name] = [*batch.get(name, ()), *value]
+        filled += size
+        if filled == rows:
+            yield batch
+            batch, filled = {}, 0
+
+
+class Ahead:
+    """Items of an iterator, the next one made in a thread while the caller uses the last one.
+
+    An exception of the iterator is raised in its place.
+    """
+
+    def __init__(self, items: Iterator[Any], closed: threading.Event, *, device: int | None = None) -> None:
+        """closed: set by ``close``; ``items`` should end soon after. device: the GPU that memory is pinned for."""
+        self._items = items
+        self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._wanted = threading.Semaphore(1)
+        self._closed = closed
+        self._thread = threading.Thread(target=self._run, args=(device,), name="llm2clip-ahead", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self._ready.get()
+        if error is not None:
+            self._ready.put((None, error))  # raised again by the next call
+            raise error
+        self._wanted.release()
+        return item
+
+    @property
+    def ready(self) -> int:
+        """Items that can be taken without waiting: 0 or 1."""
+        return self._ready.qsize()
+
+    def close(self) -> None:
+        """Stop; waits for the thread, unless it hangs in a read."""
+        self._closed.set()
+        self._wanted.release()
+        if threading.current_thread() is not self._thread:  # a garbage collection may run there
+            self._thread.join(SHUTDOWN)
+
+    def _run(self, device: int | None) -> None:
+        try:
+            torch.set_num_threads(1)  # of this thread: copies must not take the training step's cores
+            if device is not None:
+                torch.cuda.set_device(device)  # of this thread: pinning would open a context on GPU 0 otherwise
+            while self._wanted.acquire() and not self._closed.is_set():
+                self._ready.put((next(self._items), None))
+        except BaseException as error:  # StopIteration, too: the caller waits for one or the other
+            self._ready.put((None, error))
+        self._items = iter(())  # frees the loader processes
+
+
+# Shards at URLs and on network file systems are brought near before the order reaches them.
 
 log = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.5  # of the available memory, for two windows in the page cache
+
+
+class ShardsAhead:
+    """Fetches the next window of each source's shards in a thread, while the current one is read.
+
+    Only for sources that are read in windows. Shards at a URL are downloaded. Those on a network file system are read
+    once from beginning to end with ``whole``: if this machine reads all samples, and for its other ranks, too.
+    Nothing is fetched if two windows don't fit into ``cache_gb`` or memory, because that would evict what is being
+    read; a warning is logged.
+    """
+
+    def __init__(self, mixture: Mixture, sources: Sequence[Source], *, whole: bool = False) -> None:
+        self._mixture = mixture
+        self._sources = list(sources)
+        self._whole = whole
+        self._current: dict[int, tuple[int, int]] = {}  # source -> pass and window that are being read
+        self._jobs: queue.SimpleQueue[tuple[Source, int] | None] = queue.SimpleQueue()  # None: no more
+        self._thread: threading.Thread | None = None
+        self._warned: set[int] = set()
+
+    def __del__(self) -> None:
+        self._jobs.put(None)
+
+    def __call__(self, position: int) -> None:
+        """The run is about to read the batch at ``position``."""
+        for number, source in enumerate(self._sources):
+            if not self._mixture.windows[number] or not source.bytes_to_fetch(range(1)):
+                continue
+            if not (is_url(source.path) or self._whole):
+                continue
+            window = self._mixture.window(number, position)
+            if self._current.get(number) == window:
+                continue
+            self._current[number] = window
+            shards, following = (self._mixture.window_shards(number, window[0], window[1] + later) for later in (0, 1))
+            need = source.bytes_to_fetch({*shards, *following})
+            limit, *words = _limit(source)
+            if need > limit:
+                self._warn(number, need, *words)
+            else:
+                self._begin(source, following)
+
+    def _warn(self, number: int, need: int, limit: str, remedy: str) -> None:
+        """Once for a source."""
+        if number in self._warned:
+            return
+        self._warned.add(number)
+        log.warning(
+            "%s: two windows of shards have %.1f GB, more than %s, so training waits for its disk or server at the end "
+            "of each window; %s or lower shuffle_window",
+            self._sources[number].path,
+            need / 1e9,
+            limit,
+            remedy,
+        )
+
+    def _begin(self, source: Source, shards: Sequence[int]) -> None:
+        for shard in shards:
+            self._jobs.put((source, shard))
+        if self._thread is None:
+            self._thread = threading.Thread(target=_fetch, args=(self._jobs,), name="shards-ahead", daemon=True)
+            self._thread.start()
+
+
+def _limit(source: Source) -> tuple[float, str, str]:
+    """Bytes that two windows may have, whose limit that is, and how to raise it."""
+    if is_url(source.path):
+        gigabytes = source.config.cache_gb
+        return gigabytes * 1e9 or float("inf"), f"cache_gb {gigabytes:g}", "raise cache_gb"
+    import psutil  # comes with DeepSpeed
+
+    free = psutil.virtual_memory().available
+    return MEMORY_SHARE * free, f"half of the available memory ({free / 1e9:.1f} GB)", "free memory"
+
+
+def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:
+    while (job := jobs.get()) is not None:
+        source, shard = job
+        try:
+            source.fetch(shard)
+        except (OSError, ValueError) as error:  # whoever reads the shard meets it again, and stops the run
+            log.warning("shard %r could not be fetched ahead: %s", source.shards[shard].name, error)
+
 
 GRACE = 60  # seconds that a loader process outlives SIGTERM
 

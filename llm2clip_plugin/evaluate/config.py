@@ -1,7 +1,13 @@
 """How retrieval is measured, of images and of captions; read without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+import llm2clip_plugin
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.options import EVALUATION_NAMES, READ_NAMES, SELECTION, Command, Extra, in_section
+from llm2clip_plugin.text.config import EncoderConfig
 
 TieRule = Literal["half", "optimistic", "pessimistic", "lowest_index_first"]
 KS = (1, 5, 10)
@@ -68,3 +74,275 @@ class ReadingConfig:
                 f"components are {self.components} and fit_captions {self.fit_captions}; expected one or more numbers "
                 "from 0, and at least 2 captions"
             )
+
+
+# The options of ``llm2clip evaluate captions``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCaptionsConfig:
+    """Caption retrieval accuracy of an LLM."""
+
+    measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    search: bool = False  # try ways of reading the LLM on DATA, validation captions, and print the best
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
+
+
+CAPTIONS_COMMAND = Command(
+    name="evaluate captions",
+    example="llm2clip evaluate captions /data/flickr30k --llm meta-llama/Llama-3.2-1B --adapter runs/llm/adapter",
+    about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
+    "another, within and across languages. Images are not read.",
+    settings=EvaluateCaptionsConfig,
+    arguments=("measure.captions",),
+    everyday=(
+        "encoder.llm",
+        "encoder.adapter",
+        "encoder.preset",
+        "measure.retrieve",
+        "measure.home",
+        "measure.across",
+        "measure.across_kind",
+        "measure.limit",
+        "search",
+        "reading.fit_on",
+        "reading.folder",
+        "json",
+    ),
+    shown={**EVALUATION_NAMES, "measure.captions": "data"},
+)
+
+
+# The options of ``llm2clip forecast``.
+
+DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastConfig:
+    """How well towers are likely to serve an LLM in LLaVA."""
+
+    towers: tuple[str, ...]  # tower directories, Hugging Face directories or Hub ids; differences are to the first
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(path=str(DRAWINGS)))
+    encoder: EncoderConfig = field(  # as LLaVA runs it; the state of <s> would drown the captions
+        default_factory=lambda: EncoderConfig(attention="causal", layer=-2, include_bos=False)
+    )
+    cache: str = ""  # folder of the captions' embeddings; "": embeddings-<fingerprint> in the data's folder
+    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
+    select_layer: int = -2  # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
+    limit: int = 1000  # images, evenly spaced, at most
+    batch: int = 64  # images in one call of a tower
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    json: str = ""  # write each tower's measures and every image's values here (score files, for llm2clip compare)
+
+    def __post_init__(self) -> None:
+        if not self.towers:
+            raise ValueError(f"no tower given; for example: {EXAMPLE}")
+        if not self.encoder.llm:
+            raise ValueError(f"no LLM given; for example: {EXAMPLE}")
+
+
+EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"
+
+FORECAST_COMMAND = Command(
+    name="forecast",
+    example=EXAMPLE,
+    about="Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes of the images' "
+    "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
+    "differences to the first. Without --data: the package's 200 validation drawings.",
+    settings=ForecastConfig,
+    arguments=("towers",),
+    everyday=(
+        "encoder.llm",
+        "data.path",
+        "data.images",
+        "data.kinds",
+        "data.languages",
+        "cache",
+        "cluster",
+        "select_layer",
+        "limit",
+        "json",
+        "device",
+    ),
+    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
+    hidden=("data.weight", "data.shuffle_window"),
+)
+
+
+# The options of ``llm2clip evaluate probe``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """kNN and linear probe on a tower's features."""
+
+    tower: str  # tower directory, Hugging Face directory or Hub id
+    train: str  # labeled images that the probes are fitted on
+    test: str  # labeled images to classify
+    label: str = ""  # field of the samples' JSON that is the class, for captioned data
+    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
+    # feature: the tower's own pooling, the CLS token, the mean of the patches, or the last two concatenated
+    pool: Literal["pooled", "cls", "mean", "cls_mean"] = "pooled"
+    k: int = 20  # neighbors that vote
+    temperature: float = 0.07  # a neighbor's vote is exp(cosine similarity / temperature)
+    linear: bool = True  # also fit the linear probe
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    json: str = ""  # write the metrics and every test image's hits here (a score file)
+
+
+PROBE_COMMAND = Command(
+    name="evaluate probe",
+    example="llm2clip evaluate probe towers/l14-336 /data/imagenet/train /data/imagenet/val",
+    about="Measure a tower's features by kNN and a linear probe. TOWER is anything that load_tower opens, so a tower "
+    "can be compared with the one that it was trained from. TRAIN and TEST have one folder per class, or tars with "
+    ".cls members; with --label FIELD they are captioned data, and the field is the class.",
+    settings=ProbeConfig,
+    arguments=("tower", "train", "test"),
+    shown=EVALUATION_NAMES,
+)
+
+
+# The options of ``llm2clip evaluate``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Retrieval recall of a tower."""
+
+    tower: str  # tower directory or Hub id, with a text adapter
+    data: SourceConfig
+    cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    any_teacher: bool = False  # accept a cache from a different teacher than the tower's
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
+    json: str = ""  # file to write: the metrics and every query's hits, for llm2clip compare
+
+
+RETRIEVAL_COMMAND = Command(
+    name="evaluate",
+    example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
+    about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
+    "deepspeed launcher the ranks split the work. With --suite NAMES: benchmarks by name (flickr30k, coco, docci, "
+    "sugarcrepe ...), see llm2clip evaluate --suite all --help.",
+    settings=EvaluateConfig,
+    arguments=("tower", "data.path"),
+    everyday=(
+        "cache",
+        "data.images",
+        "data.fields",
+        "retrieval.kinds",
+        "retrieval.languages",
+        "retrieval.group",
+        "retrieval.limit",
+        "retrieval.batch",
+        "json",
+        "device",
+    ),
+    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
+    hidden=tuple(f"data.{name}" for name in SELECTION),
+    extras={"suite": Extra(metavar="NAMES", help="benchmarks by name; see `llm2clip evaluate --suite all --help`")},
+)
+
+
+# The options of ``llm2clip search``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Images by text."""
+
+    tower: str  # tower directory or Hub id, with a text adapter
+    data: SourceConfig  # images, with or without captions; also a folder of image files
+    text: tuple[str, ...] = ()  # texts to search for, in any language
+    top_k: int = 10  # images of each text
+    output: str = "search.html"  # the page to write; "": none
+    json: str = ""  # write keys and scores here
+    cache: str = ""  # folder of the embedded images and texts; "": TOWER-search, next to the tower
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError('no text to search for; usage: llm2clip search TOWER DATA "a bird on a wire"')
+        if blank := [number for number, text in enumerate(self.text, 1) if not text.strip()]:
+            raise ValueError(f"text {blank[0]} of {len(self.text)} is blank")
+        if self.top_k < 1 or self.batch < 1:
+            raise ValueError(f"top-k is {self.top_k} and batch-size {self.batch}, expected at least 1")
+
+
+SEARCH_COMMAND = Command(
+    name="search",
+    example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
+    about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
+    "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
+    "same command to resume.",
+    settings=SearchConfig,
+    arguments=("tower", "data.path", "text"),
+    everyday=(
+        "top_k",
+        "output",
+        "json",
+        "cache",
+        "data.images",
+        "teacher.llm",
+        "teacher.adapter",
+        "batch",
+        "workers",
+        "device",
+    ),
+    shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
+    hidden=tuple(f"data.{name}" for name in SELECTION),
+)
+
+
+# The options of ``llm2clip evaluate zeroshot``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig:
+    """Zero-shot classification."""
+
+    tower: str  # tower directory or Hub id, with a text adapter
+    data: str  # labeled images: a folder per class, tars with .cls members, or captioned data with --label
+    label: str = ""  # field of the samples' JSON that is the class, for captioned data
+    classes: str = ""  # file of class names: one per line, CLASS<TAB>NAME, or JSON; "": classnames.txt, or the folders
+    templates: str = ""  # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
+    cache: str = ""  # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for prompts not cached yet
+    batch: int = 64  # images in one call of the tower
+    workers: int = 0  # processes that decode images
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    json: str = ""  # write the metrics and every image's hit here (a score file)
+    clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
+
+
+ZEROSHOT_COMMAND = Command(
+    name="evaluate zeroshot",
+    example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
+    about="Measure a tower's zero-shot classification. DATA has one folder per class (ImageNet), or WebDataset tars "
+    "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
+    "it is captioned data, with --label.",
+    settings=ZeroShotConfig,
+    arguments=("tower", "data"),
+    everyday=(
+        "label",
+        "classes",
+        "templates",
+        "cache",
+        "teacher.llm",
+        "teacher.adapter",
+        "batch",
+        "workers",
+        "json",
+        "device",
+    ),
+    shown=EVALUATION_NAMES,
+)

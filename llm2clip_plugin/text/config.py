@@ -1,11 +1,16 @@
 """The settings of stage 1: pairs, adapter, loss; read without torch."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.options.names import unknown
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.options import Command, unknown
 
 PostKind = Literal["none", "centre", "whiten"]
 PAIR_FORMATS = ("auto", "captions", "pairs", "text")
@@ -138,3 +143,264 @@ def parse_instructions(specifications: Sequence[str]) -> dict[str, str]:
     if len(parsed) != len(specifications):
         raise ValueError(f"instructions {list(specifications)} must be KIND=TEXT, one for each kind of query")
     return parsed
+
+
+# The settings that determine a caption's embedding, and where they come from: options, presets, the encoder card.
+
+ATTENTIONS = ("bidirectional", "causal")
+POOLINGS = ("mean", "last")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+CAPTION = "{caption}"  # placeholder in a chat template
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and ...-Llama-3.2-1B-..., which embed as LLM2Vec does with a
+    # Llama 3 Instruct: one user turn, mean over the caption's tokens and the end of the turn, without an instruction
+    "llm2clip-llama3": {
+        "attention": "bidirectional",
+        "pooling": "mean",
+        "chat_template": "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>",
+        "include_bos": False,
+    },
+    # LLM2Vec's adapters and checkpoints of base models
+    "llm2vec": {"attention": "bidirectional", "pooling": "mean", "include_bos": False},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one, takes precedence."""
+
+    llm: str = ""  # path or Hub id of a decoder LLM
+    preset: str = ""  # settings of known checkpoints without a card: llm2clip-llama3, llm2vec; "" for none
+    revision: str = ""  # commit, tag or branch on the Hub; "" for the default
+    adapter: str = ""  # folder of a PEFT adapter; "" for none
+    attention: str = "bidirectional"  # bidirectional | causal
+    pooling: str = "mean"  # mean over the tokens | last: the last token
+    layer: int = -1  # hidden state to pool: 0 token embeddings, 1 after the first block, ..., -1 after the final norm
+    prompt: str = ""  # text before every caption; not pooled
+    query_prompt: str = ""  # text before a query, in training and caption retrieval; not pooled
+    chat_template: str = ""  # "" for none; "user": one user turn of the tokenizer's template; or a text with {caption}
+    include_bos: bool = True  # include the BOS token, if the tokenizer adds one, in mean pooling
+    post_file: str = ""  # post-processing that `evaluate captions --search` wrote: centering, removed components
+    max_tokens: int = 512  # tokens of an input, template and prompt included; longer captions are truncated
+    compute_dtype: str = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs
+    load_in_4bit: bool = False  # NF4 with double quantization (bitsandbytes)
+
+    def __post_init__(self) -> None:
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(unknown("preset", self.preset, PRESETS))
+        for name, known in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("compute_dtype", COMPUTE_DTYPES)):
+            if (value := vars(self)[name]) not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        if self.max_tokens < 4:
+            raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
+        if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
+            raise ValueError(
+                f'chat_template {self.chat_template!r} must be "", "user", or a text with {CAPTION} exactly once'
+            )
+
+
+CARD_SETTINGS = (
+    "attention",
+    "pooling",
+    "layer",
+    "prompt",
+    "query_prompt",
+    "chat_template",
+    "include_bos",
+    "max_tokens",
+)
+
+
+def find_card(folder: str) -> EncoderCard | None:
+    """The encoder card in the folder of an adapter or LLM; None without one."""
+    path = Path(folder) / EncoderCard.FILE
+    return EncoderCard.read(path) if folder and path.is_file() else None
+
+
+def apply_card(config: EncoderConfig, card: EncoderCard | None, where: str) -> EncoderConfig:
+    """The configuration with the card's settings; raises ContractError for a setting that contradicts it."""
+    if card is None:
+        return config
+    return apply_settings(config, {name: vars(card)[name] for name in CARD_SETTINGS}, f"{where} was trained with")
+
+
+def apply_preset(config: EncoderConfig) -> EncoderConfig:
+    """The configuration with its preset's settings; raises ContractError for a setting that contradicts it."""
+    if not config.preset:
+        return config
+    settings = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
+    return dataclasses.replace(settings, preset="")
+
+
+def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
+    """The configuration with ``settings``, which an LLM was trained with.
+
+    Raises ContractError, with both values and ``reason``, for an option that differs from its default and from them.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(EncoderConfig)}
+    for name, value in settings.items():
+        if (given := vars(config)[name]) not in (defaults[name], value):
+            raise ContractError(f"{name} is {given!r}, but {reason} {value!r}; omit {name}")
+    return dataclasses.replace(config, **settings)
+
+
+# The options of ``llm2clip export-llm``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Export a fine-tuned LLM."""
+
+    output: str  # folder to write
+    layout: Literal["merged", "adapter", "sentence-transformers"] = "merged"  # merged: model folder and encoder card
+    post: PostKind = "none"  # center or whiten the embeddings, fitted on --post-data
+    post_data: str = ""  # captioned images whose captions are used to fit it
+    post_captions: int = 20000  # maximum number of distinct captions for it
+    overwrite: bool = False  # replace an existing folder
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+COMMAND = Command(
+    name="export-llm",
+    example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
+    about="Export a fine-tuned LLM: merged weights, an adapter with its card, or a sentence-transformers folder. It is "
+    "reloaded, and its embeddings are compared, before it counts.",
+    settings=ExportConfig,
+    everyday=(
+        "encoder.llm",
+        "encoder.adapter",
+        "encoder.preset",
+        "output",
+        "layout",
+        "post",
+        "post_data",
+        "overwrite",
+    ),
+    shown={"layout": "format"},
+)
+
+
+# sentence-transformers directories: their pooling and prompts read as encoder settings, and the files of an export.
+
+MODULES = "modules.json"
+KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # Normalize changes no direction
+POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}  # their flag -> our pooling
+POOLING_NAMES = {"mean": "mean", "lasttoken": "last"}  # of the newer form, "pooling_mode"
+
+
+def is_sentence_transformers(folder: Path) -> bool:
+    """Whether the folder is a sentence-transformers model."""
+    return (folder / MODULES).is_file()
+
+
+def apply_sentence_transformers(config: EncoderConfig, folder: Path) -> EncoderConfig:
+    """The configuration with the pooling, prompts, length and attention given in the folder's files.
+
+    Raises ContractError for unsupported modules or pooling, or settings that contradict the files.
+    """
+    pooling = _read(_pooling_folder(folder) / "config.json")
+    lengths = _read(folder / "sentence_bert_config.json").get("max_seq_length")
+    prompts = _read(folder / "config_sentence_transformers.json").get("prompts", {})
+    settings: dict[str, Any] = {
+        "pooling": _pooling(pooling, folder),
+        "attention": _attention(_read(folder / "config.json")),
+        "prompt": prompts.get("document") or prompts.get("passage") or "",
+        "query_prompt": prompts.get("query") or "",
+        "include_bos": pooling.get("include_prompt", True) or not any(prompts.values()),
+    }
+    if isinstance(lengths, int):
+        settings["max_tokens"] = lengths
+    return apply_settings(config, settings, f"the files of {folder.name} specify")
+
+
+def _pooling_folder(folder: Path) -> Path:
+    """Folder of the pooling module; raises ContractError for unsupported modules."""
+    modules = _read(folder / MODULES)
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if unknown := [kind for kind in kinds if kind not in KNOWN_MODULES]:
+        raise ContractError(f"{folder} has unsupported modules {unknown}; supported: {', '.join(KNOWN_MODULES)}")
+    if "Pooling" not in kinds:
+        raise ContractError(f"{folder} has no pooling module; its modules are {kinds}")
+    return folder / modules[kinds.index("Pooling")]["path"]
+
+
+def _pooling(settings: dict[str, Any], folder: Path) -> str:
+    """mean or last, from either form of the pooling module's configuration."""
+    modes = {name for name, on in settings.items() if name.startswith("pooling_mode_") and on}
+    kinds = [POOLING_FLAGS.get(name) for name in modes]
+    if settings.get("pooling_mode") in POOLING_NAMES and modes <= set(POOLING_FLAGS):
+        kinds = [POOLING_NAMES[settings["pooling_mode"]]]
+    if len(kinds) != 1 or kinds[0] is None:
+        raise ContractError(f"{folder} has unsupported pooling {settings}; supported: mean, last token")
+    return kinds[0]
+
+
+def _attention(settings: dict[str, Any]) -> str:
+    """Decoders are causal unless their configuration has is_causal false; encoders never are."""
+    causal = (
+        any("ForCausalLM" in name for name in settings.get("architectures") or []) or "num_key_value_heads" in settings
+    )
+    return "causal" if settings.get("is_causal", causal) else "bidirectional"
+
+
+def _read(path: Path) -> Any:
+    """A JSON file; {} if it is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path} is not valid JSON ({error})") from error
+
+
+def refuse_unsupported(config: EncoderConfig, *, has_bos: bool, post: bool) -> None:
+    """Raise ValueError for settings that sentence-transformers does not support.
+
+    It pools the last layer, over all tokens or all but prompt and BOS, without a template. has_bos: the tokenizer
+    puts a BOS first; post: embeddings are centered or whitened.
+    """
+    reasons = ["centering or whitening"] if post else []
+    if config.chat_template:
+        reasons.append("a chat template")
+    if config.layer != -1:
+        reasons.append(f"layer {config.layer}")
+    prompts = [prompt for prompt in (config.prompt, config.query_prompt) if prompt]
+    if config.pooling == "mean" and has_bos and (config.include_bos is bool(prompts)):
+        reasons.append("pooling BOS but not the prompt" if prompts else "leaving BOS out without a prompt")
+    if config.pooling == "mean" and has_bos and len(prompts) == 1:
+        reasons.append("a prompt for queries or captions only (BOS would be pooled for the others)")
+    if any(prompt.endswith(" ") for prompt in prompts):
+        reasons.append("a prompt that ends in a space (it counts the caption's first token as the prompt's)")
+    if reasons:
+        raise ValueError(f"sentence-transformers does not support {' and '.join(reasons)}; use --format merged")
+
+
+def write_sentence_transformers(config: EncoderConfig, width: int, folder: Path) -> None:
+    """Add the files of sentence-transformers to a folder of merged weights; ``width``: of an embedding."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    pooling = {
+        "word_embedding_dimension": width,
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+        "pooling_mode_lasttoken": config.pooling == "last",
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": False,
+        "include_prompt": False,
+    }
+    files = {
+        MODULES: modules,
+        "sentence_bert_config.json": {"max_seq_length": config.max_tokens, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": config.query_prompt, "document": config.prompt},
+            "default_prompt_name": "document" if config.prompt else None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": pooling,
+    }
+    for name, body in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.text.config import ContrastConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.model import CaptionModel
-from llm2clip_plugin.text.pair_loader import PairTokenizer
+from llm2clip_plugin.text.llm import CaptionModel
+from llm2clip_plugin.text.pairs import PairTokenizer
 from llm2clip_plugin.text.tokens import Batch as TokenBatch
 from llm2clip_plugin.text.tokens import collate
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.losses.base import Features
-from llm2clip_plugin.train.losses.blocks import EXCLUDED, stack_ids
-from llm2clip_plugin.train.losses.config import Terms
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.step import Batch, ContrastiveStep, Encoded
 

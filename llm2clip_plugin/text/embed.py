@@ -17,18 +17,26 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache.proof import keep_digests, kept_digests
-from llm2clip_plugin.data.cache.reader import EmbeddingCache, differences
-from llm2clip_plugin.data.cache.rows import caption_rows, has_text, rows_digest, shard_contents
-from llm2clip_plugin.data.cache.writer import CacheWriter
-from llm2clip_plugin.data.pool import map_in_order
-from llm2clip_plugin.data.sources.open import Shard, Source
-from llm2clip_plugin.data.sources.records import caption_hash
-from llm2clip_plugin.data.sources.shards import data_folder
-from llm2clip_plugin.data.sources.urls import is_url
-from llm2clip_plugin.progress import progress_bar
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.console import progress_bar
+from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
+from llm2clip_plugin.data.cache import (
+    CacheWriter,
+    EmbeddingCache,
+    caption_rows,
+    differences,
+    has_text,
+    keep_digests,
+    kept_digests,
+    rows_digest,
+    shard_contents,
+)
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.samples import caption_hash
+from llm2clip_plugin.data.sources.base import Shard, Source
+from llm2clip_plugin.data.sources.tars import data_folder
+from llm2clip_plugin.data.workers import map_in_order
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
 
 MEMORY_BYTES = 256 << 20  # of embeddings kept in memory for captions that occur again in another shard
 VERIFY_SAMPLES = 64  # captions that --verify embeds again

@@ -8,16 +8,20 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
-from llm2clip_plugin.progress import progress_bar
-from llm2clip_plugin.text.adapter import attach_adapter, merge
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.export_options import COMMAND, ExportConfig
-from llm2clip_plugin.text.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llm2clip_plugin.text.model import keep_layers, load_backbone
-from llm2clip_plugin.text.post import first_captions, fit_post
-from llm2clip_plugin.text.sentence_transformers import refuse_unsupported, write_sentence_transformers
-from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
+from llm2clip_plugin.console import progress_bar
+from llm2clip_plugin.contracts import EncoderCard, atomic_directory
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter, merge
+from llm2clip_plugin.text.config import (
+    CARD_SETTINGS,
+    COMMAND,
+    EncoderConfig,
+    ExportConfig,
+    refuse_unsupported,
+    write_sentence_transformers,
+)
+from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, fit_post
+from llm2clip_plugin.text.llm import keep_layers, load_backbone
 
 SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
 # of an embedding's norm: the same float32 weights, summed in another order once

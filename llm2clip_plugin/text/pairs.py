@@ -6,6 +6,7 @@ negatives are alike. The order is a function of (seed, samples consumed), as in 
 
 import dataclasses
 import json
+import os
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.data.sampler import sample_rng
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from llm2clip_plugin.data.loader import leave_signals_to_the_run
+from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
-from llm2clip_plugin.outside.values import refuse_encoding
+from llm2clip_plugin.files import refuse_encoding
 from llm2clip_plugin.text.config import PairKind, PairsConfig, parse_instructions, parse_kinds, parse_lists
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.tokens import Frame, query_frames, tokenize
 
 SURVEYED = 5000  # samples read before training, to detect a wrong configuration
 NEGATIVES_TRIED = 100  # random images in which a negative is searched
@@ -272,3 +279,156 @@ def _nothing_usable(source: PairSource, kind: PairKind, samples: int) -> str:
         f"(samples with them): {seen}. Set --fields to the fields that are captions and --pair-kinds to the kinds that "
         "form a pair"
     )
+
+
+# Global batches of pairs, a function of (seed, samples consumed), and each rank's rows of them.
+
+SUBSTITUTES = 100  # samples tried in place of one without a pair of the batch's kind
+
+
+class PairBatches:
+    """``batch(position)`` gives this rank's rows of the global batch that starts there."""
+
+    def __init__(
+        self,
+        sources: Sequence[PairSource],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        mix_kinds: bool = False,
+    ) -> None:
+        """weights: how often a sample of each source is drawn; () for all equal.
+
+        mix_kinds: each pair has a kind of its own, instead of one of the batch.
+        """
+        self.sources = list(sources)
+        self.seed = seed
+        self.global_batch = global_batch
+        self.rank, self.world = rank, world
+        self.mix_kinds = mix_kinds
+        sizes = [source.sizes() for source in sources]
+        self.mixture = Mixture(sizes, weights or [1.0] * len(sources), hash_words("pairs", seed, 0), batch=global_batch)
+        small = [f"{source.path} ({len(source)})" for source in sources if len(source) < global_batch]
+        if small:
+            raise ValueError(
+                f"global_batch {global_batch} is larger than {', '.join(small)}; lower it, a batch has one source"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.start(0)
+
+    def start(self, position: int) -> Iterator[dict[str, Any]]:
+        """This rank's endless batches from ``position`` (samples consumed) on."""
+        while True:
+            yield self.batch(position)
+            position += self.global_batch
+
+    def batch(self, position: int) -> dict[str, Any]:
+        """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
+        step, rest = divmod(position, self.global_batch)
+        assert rest == 0, f"position {position} is not at a batch's start"
+        draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.global_batch // self.world))
+        number = draws[0].source
+        kinds = self.sources[number].kinds
+        kind_of_batch = choose_kind(kinds, self.seed, step)
+        pairs = [
+            self._pair(draw, choose_kind(kinds, self.seed, *draw) if self.mix_kinds else kind_of_batch)
+            for draw in draws
+        ]
+        images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
+        texts = [[caption_hash(pair.positive) for pair in pairs], [caption_hash(pair.query) for pair in pairs]]
+        return {
+            "pairs": pairs,
+            "keys": [pair.key for pair in pairs],
+            "caption_hashes": torch.tensor(texts, dtype=torch.int64),
+            "image_ids": torch.tensor(images, dtype=torch.int64),
+            "position": position + self.global_batch,
+        }
+
+    def _pair(self, draw: Draw, kind: PairKind) -> Pair:
+        """The pair of a draw; a sample without one is replaced by the next sample with one."""
+        source = self.sources[draw.source]
+        for offset in range(min(SUBSTITUTES, len(source))):
+            chosen = (draw.index + offset) % len(source)
+            rng = sample_rng(self.seed, draw.epoch, draw.source, chosen)
+            pair = source.pair(chosen, kind, rng)
+            if pair is not None:
+                return source.with_negative(pair, kind, rng)
+        raise ValueError(f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {draw.index} on")
+
+
+def choose_kind(kinds: Sequence[PairKind], *words: int) -> PairKind:
+    """A kind drawn by weight, a function of ``words``."""
+    rng = random.Random(hash_words("kind", *words))
+    return rng.choices(list(kinds), [kind.weight for kind in kinds])[0]
+
+
+# Stage 1's batches read and tokenized in processes of their own, in the same order as without them.
+
+PREFETCH = 2  # batches that each process reads ahead
+
+
+class PairTokenizer:
+    """What tokenizing needs of an encoder, without its LLM."""
+
+    def __init__(self, encoder: CaptionEncoder) -> None:
+        self.tokenizer = encoder.tokenizer
+        self.frame, self.template = encoder.frame, encoder.config.chat_template
+        self.query_prompt, self.max_tokens = encoder.config.query_prompt, encoder.config.max_tokens
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, list[Any]]:
+        """Token ids of the queries, the positives and, if the pairs have them, the hard negatives; queries' frames."""
+        query_frames, frames = self.query_frames(pairs), [self.frame] * len(pairs)
+        rows: dict[str, list[Any]] = {
+            "query": self._rows([pair.query for pair in pairs], query_frames),
+            "query_frame": query_frames,
+            "positive": self._rows([pair.positive for pair in pairs], frames),
+        }
+        if pairs[0].negative:
+            rows["negative"] = self._rows([pair.negative for pair in pairs], frames)
+        return rows
+
+    def query_frames(self, pairs: Sequence[Pair]) -> list[Frame]:
+        """What surrounds each query: its pair's instruction, or the encoder's query prompt."""
+        prompts = [self.query_prompt if pair.instruction is None else pair.instruction for pair in pairs]
+        return query_frames(self.tokenizer, self.template, prompts)
+
+    def _rows(self, texts: Sequence[str], frames: Sequence[Frame]) -> list[list[int]]:
+        return tokenize(self.tokenizer, frames, texts, self.max_tokens)[0]
+
+
+class TokenizedPairs(IterableDataset):
+    """Endless batches of one rank from ``position`` on, with their ``tokens``; processes take turns."""
+
+    def __init__(self, batches: PairBatches, tokenizer: PairTokenizer, position: int) -> None:
+        self.batches, self.tokenizer, self.position = batches, tokenizer, position
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        position = self.position + number * self.batches.global_batch
+        while True:
+            batch = self.batches.batch(position)
+            yield {**batch, "tokens": self.tokenizer(batch["pairs"])}
+            position += count * self.batches.global_batch
+
+
+def tokenized_batches(batches: PairBatches, encoder: CaptionEncoder, *, position: int, workers: int) -> Iterator[Any]:
+    """This rank's batches from ``position`` (samples consumed) on; the same for any number of ``workers``."""
+    loader = DataLoader(
+        TokenizedPairs(batches, PairTokenizer(encoder), position),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
+    )
+    return iter(loader)
+
+
+def _start_worker(number: int) -> None:
+    """The tokenizer's own threads would deadlock in a forked process, and each process is one of several already."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    leave_signals_to_the_run(number)

@@ -6,24 +6,49 @@ Importable in LLaVA's environment, where texts cannot be embedded, but cached em
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
 
-from llm2clip_plugin.commands import changed_options, command
-from llm2clip_plugin.contracts import PROJECTED, ContractError, TeacherIdentity, TowerCard
-from llm2clip_plugin.data.cache.reader import differences
+from llm2clip_plugin.console import quiet_transformers
+from llm2clip_plugin.contracts import (
+    PROJECTED,
+    TeacherIdentity,
+    TowerCard,
+    canonical_json,
+    sha256_file,
+    sha256_text,
+    sha256_weights,
+)
+from llm2clip_plugin.data.cache import differences
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.text.settings import CARD_SETTINGS, PRESETS, EncoderConfig, find_card
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual, make_adapter
-from llm2clip_plugin.vision.places import is_local
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.options import changed_options, command
+from llm2clip_plugin.text.adapter import local_folder
+from llm2clip_plugin.text.config import CARD_SETTINGS, PRESETS, EncoderConfig, find_card
+from llm2clip_plugin.text.encoder import CPU_TOKENS, GPU_TOKENS, CaptionEncoder
+from llm2clip_plugin.text.llm import default_device, fastest_dtype
+from llm2clip_plugin.text.tokens import PROBE_TEXT, length_batches
+from llm2clip_plugin.train.step import Batch, ContrastiveStep, Encoded
+from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
+from llm2clip_plugin.vision.convert.common import TensorNames, depth, require
+from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual, make_adapter
+from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.publish import is_local
 
 if TYPE_CHECKING:
     from llm2clip_plugin.text.embed import Encoder
+
 
 IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
 READING = ("format", "images", "fields", "language", "image_field", "key_field", "cache_folder")  # of captions
@@ -103,7 +128,6 @@ class TeacherLLM:
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
-        from llm2clip_plugin.text.clip_text import open_encoder
 
         try:
             encoder = open_encoder(config, self.device)
@@ -193,3 +217,331 @@ def _settings(identity: TeacherIdentity) -> list[str]:
             rest = [key for key in IDENTITY_SETTINGS if key not in settings]
             return ["--preset", name, *changed_options(config, rest)]
     return changed_options(config, IDENTITY_SETTINGS)
+
+
+# The text tower of an OpenCLIP checkpoint, as Hugging Face's CLIP text model.
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# settings of text_cfg that make it another tower, and the values with which it is the one below
+PLAIN = {
+    "pool_type": "argmax",
+    "no_causal_mask": False,
+    "embed_cls": False,
+    "hf_model_name": None,
+    "proj_type": "linear",
+}
+
+
+class TextFeatures(nn.Module):
+    """Hugging Face's text model under the name by which its image-text model offers it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_text_features(self, **inputs: Tensor) -> Tensor:
+        """(B, T) token ids and mask -> (B, D)."""
+        return self.model(**inputs).text_embeds
+
+
+def load_open_clip_text(folder: Path) -> tuple[nn.Module, int, bool, int]:
+    """The text tower of a folder with open_clip_config.json; tokens of a context, False, width of the features.
+
+    Raises ValueError for a text tower that is not CLIP's, ContractError for missing or misshapen tensors.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = lift_model_cfg(read_json(folder / OPEN_CLIP_CONFIG))
+    text = section(config, "text_cfg", where=OPEN_CLIP_CONFIG)
+    if other := [f"{name} {text[name]!r}" for name, value in PLAIN.items() if text.get(name, value) != value]:
+        raise ValueError(
+            f"{folder}: the text tower has {', '.join(other)}; supported is CLIP's own. If this model is on the Hub "
+            "for transformers too, use that"
+        )
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        state |= read_tensors(file)
+    prefix = "text." if "text.token_embedding.weight" in state else ""
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    require(tensors, "token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight")
+    vocabulary, width = tensors["token_embedding.weight"].shape
+    context = len(tensors["positional_embedding"])
+    first = "transformer.resblocks.0.mlp.c_fc.weight"
+    require(tensors, first)
+    model = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=len(tensors[first]),
+            num_hidden_layers=depth(tensors, "transformer.resblocks."),
+            num_attention_heads=int(text.get("heads", width // 64)),
+            max_position_embeddings=context,
+            hidden_act="quick_gelu" if config.get("quick_gelu") else "gelu",
+            projection_dim=tensors["text_projection"].shape[1],
+            eos_token_id=2,  # the feature is read at the largest id, as OpenCLIP does
+        )
+    )
+    theirs, _ = _names(model).to_ours(tensors)
+    theirs["text_projection.weight"] = tensors["text_projection"].T
+    own = model.state_dict()
+    shapes, expected = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (theirs, own))
+    wrong = {name for name, _ in shapes.items() ^ expected.items()}
+    if wrong := sorted(name for name in wrong if not name.endswith("position_ids")):
+        raise ContractError(f"{folder}: tensors of the text tower are missing or misshapen: {', '.join(wrong[:5])}")
+    model.load_state_dict(theirs, strict=False)
+    return TextFeatures(model), context, False, tensors["text_projection"].shape[1]
+
+
+def _names(model: nn.Module) -> TensorNames:
+    """OpenCLIP's names and the model's, which begin with text_model. in every version of transformers but not all."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
+    return TensorNames(
+        prefixes=("", prefix),
+        outside={
+            "token_embedding.weight": "embeddings.token_embedding.weight",
+            "positional_embedding": "embeddings.position_embedding.weight",
+            "ln_final.": "final_layer_norm.",
+        },
+        blocks=("transformer.resblocks.", "encoder.layers."),
+        inside={
+            "ln_1.": "layer_norm1.",
+            "ln_2.": "layer_norm2.",
+            "attn.out_proj.": "self_attn.out_proj.",
+            "mlp.c_fc.": "mlp.fc1.",
+            "mlp.c_proj.": "mlp.fc2.",
+        },
+        fused=("attn.in_proj_", "self_attn.{}_proj."),
+    )
+
+
+class OpenClipTokenizer:
+    """CLIP's byte-pair encoding from the open_clip package, for a folder without a tokenizer of its own."""
+
+    pad_token_id = 0
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from open_clip.tokenizer import SimpleTokenizer  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(
+                f"{folder} has no tokenizer: copy tokenizer.json of openai/clip-vit-base-patch32 into it, or "
+                "`pip install open_clip_torch`, which contains CLIP's"
+            ) from error
+        self._tokenizer = SimpleTokenizer()
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        """Token ids with those of begin and end, as Hugging Face's tokenizers return them."""
+        ours = self._tokenizer
+        return {"input_ids": [[ours.sot_token_id, *ours.encode(text), ours.eot_token_id] for text in texts]}
+
+
+# The text tower of a CLIP as a caption encoder: the space that ``llm2clip train-text-adapter`` lets an LLM inherit.
+
+MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
+
+
+def clip_folder(llm: str, revision: str = "") -> Path | None:
+    """The folder of an image-text model that has its own text tower; None for anything else.
+
+    Raises ValueError or FileNotFoundError as ``local_folder``.
+    """
+    if llm and (Path(llm) / OPEN_CLIP_CONFIG).is_file():
+        return Path(llm)
+    folder = local_folder(llm, revision)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return folder
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # the reader of LLMs says what is wrong
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    known = {name for family in families().values() if family.image_text_class for name in family.model_types}
+    return folder if kind in known and isinstance(config.get("text_config"), dict) else None
+
+
+class ClipTextEncoder:
+    """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
+
+    ``width``: D; ``count_truncated``: captions truncated so far. Hugging Face's CLIP, SigLIP and other families with
+    an image-text model, and folders in OpenCLIP's format (open_clip_config.json).
+    Raises ValueError for a setting of LLMs, which a CLIP does not have.
+    """
+
+    def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
+        default = EncoderConfig()
+        for item in dataclasses.fields(config):
+            if item.name not in MAY_DIFFER and getattr(config, item.name) != getattr(default, item.name):
+                raise ValueError(
+                    f"--{item.name.replace('_', '-')} {getattr(config, item.name)} has no effect: {config.llm} is a "
+                    "CLIP, whose text tower embeds captions as it was trained to; remove it"
+                )
+        self.device = torch.device(device) if device is not None else default_device()
+        auto = config.compute_dtype == "auto"
+        self.dtype = fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
+        is_hugging_face = "model_type" in _read(folder / "config.json")
+        loaded = _hugging_face(folder) if is_hugging_face else load_open_clip_text(folder)
+        self.model: nn.Module = loaded[0].requires_grad_(False).eval().to(self.device, self.dtype)
+        self.tokenizer: Any = _tokenizer(folder)
+        self.context, self.pads_to_context, self.width = loaded[1:]
+        self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
+        self.folder = folder
+        self.count_truncated = 0
+
+    def identity(self) -> TeacherIdentity:
+        """Everything that determines a feature; the cache records it."""
+        files = weight_files(self.folder)
+        hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in files]
+        probe = hashlib.sha256(json.dumps(self._tokens([PROBE_TEXT])).encode()).hexdigest()
+        return TeacherIdentity(
+            llm=str(Path(self.config.llm).absolute()) if Path(self.config.llm).is_dir() else self.config.llm,
+            revision=self.config.revision,
+            weights_sha256=hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes)),
+            adapter_sha256="",
+            attention="own",
+            pooling=PROJECTED,
+            layer=-1,
+            prompt="",
+            chat_template="",
+            max_tokens=self.config.max_tokens,
+            width=self.width,
+            tokenizer=probe,
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        captions: Sequence[str],
+        *,
+        tokens_per_batch: int = 0,
+        on_batch: Callable[[int, int], object] | None = None,
+    ) -> Tensor:
+        """(N, D) float32 on the CPU: the features of ``captions``, in their order; arguments as CaptionEncoder's."""
+        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+        features_UD = torch.empty(len(distinct), self.width)
+        rows = self._tokens(list(distinct))
+        self.count_truncated += sum(len(ids) > self.config.max_tokens for ids in rows)
+        # the last token marks the end, and is where a CLIP reads its feature
+        rows = [
+            ids if len(ids) <= self.config.max_tokens else [*ids[: self.config.max_tokens - 1], ids[-1]] for ids in rows
+        ]
+        sizes = [self.context if self.pads_to_context else len(ids) for ids in rows]
+        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        done = 0
+        for indices in length_batches(sizes, budget):
+            features_UD[indices] = self._features([rows[index] for index in indices])
+            done += len(indices)
+            if on_batch is not None:
+                on_batch(done, len(distinct))
+        return features_UD[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+
+    def _tokens(self, captions: list[str]) -> list[list[int]]:
+        """Token ids with those of begin and end, not truncated."""
+        return [list(ids) for ids in self.tokenizer(captions, verbose=False)["input_ids"]] if captions else []
+
+    def _features(self, rows: list[list[int]]) -> Tensor:
+        """(B, D) float32 on the CPU."""
+        length = self.context if self.pads_to_context else max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
+        options = {}
+        if not self.pads_to_context:  # SigLIP was trained to see its padding
+            options["attention_mask"] = torch.tensor(
+                [[1] * len(ids) + [0] * (length - len(ids)) for ids in rows], device=self.device
+            )
+        output = self.model.get_text_features(input_ids=ids_BT, **options)  # type: ignore[operator]
+        return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
+
+
+def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> CaptionEncoder | ClipTextEncoder:
+    """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
+    folder = clip_folder(config.llm, config.revision)
+    return CaptionEncoder(config, device) if folder is None else ClipTextEncoder(folder, config, device)
+
+
+def _hugging_face(folder: Path) -> tuple[nn.Module, int, bool, int]:
+    """Model, tokens of a context, whether every text is padded to it, width of the features."""
+    settings = AutoConfig.from_pretrained(folder)
+    family = next(family for family in families().values() if settings.model_type in family.model_types)
+    assert family.image_text_class is not None
+    with quiet_transformers():
+        model, report = family.image_text_class().from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ValueError(f"{folder} is not a complete {type(model).__name__}: {', '.join(missing[:5])} are missing")
+    text = settings.text_config
+    siglip = settings.model_type.startswith("siglip")
+    width = getattr(text, "projection_size", text.hidden_size) if siglip else settings.projection_dim
+    return model, text.max_position_embeddings, siglip, width
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's own tokenizer, or that of the open_clip package.
+
+    Raises ValueError without either.
+    """
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")):
+        return AutoTokenizer.from_pretrained(folder)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return OpenClipTokenizer(folder)
+    raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# The text adapter learns a CLIP's own text space from captions alone: an LLM's embeddings in, the CLIP's features
+# out.
+
+LOG_SCALE = 4.6052  # ln 100, CLIP's; for terms that compare captions with each other
+
+
+class InheritedSpace(nn.Module):
+    """A text adapter whose output is normalized."""
+
+    def __init__(self, text_adapter: TextAdapter) -> None:
+        super().__init__()
+        self.text_adapter = text_adapter
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(m, W) -> (m, D), L2-normalized, float32."""
+        return F.normalize(self.text_adapter(embeddings).float(), dim=-1)
+
+
+class InheritStep(ContrastiveStep):
+    """A step over captions: ``batch["embeddings"]`` (b, W) of the LLM, ``batch["targets"]`` (b, D) of the CLIP.
+
+    The terms of the loss see the adapter's output as anchors, and the CLIP's features as their captions and as their
+    reference.
+    """
+
+    def _on_device(self, batch: Batch) -> Batch:
+        device = self.engine.device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _rows(self, batch: Batch, rows: slice) -> Batch:
+        return {name: batch[name][rows] for name in ("embeddings", "targets")}
+
+    def _forward(self, micro: Batch) -> Encoded:
+        feature_mD = self.engine(micro["embeddings"])
+        constant = torch.full((1,), LOG_SCALE, device=feature_mD.device)
+        return Encoded(feature_mD, self._reference(micro)[0][:, None], constant, torch.zeros_like(constant))
+
+    def _reference(self, micro: Batch) -> tuple[Tensor, None]:
+        return F.normalize(micro["targets"].float(), dim=-1), None
+
+
+def scores(feature_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
+    """How near two spaces are, of N distinct captions, L2-normalized in both.
+
+    ``cosine``: mean cosine of a caption's two features. ``structure``: correlation of the cosines between captions in
+    one space with those in the other. ``caption_r1``: fraction of captions whose nearest target is their own.
+    """
+    i, j = torch.triu_indices(len(feature_ND), len(feature_ND), 1, device=feature_ND.device)
+    own, theirs = (x_ND @ x_ND.T for x_ND in (feature_ND, target_ND))
+    correlation = torch.corrcoef(torch.stack([own[i, j], theirs[i, j]]))[0, 1]
+    nearest_N = (feature_ND @ target_ND.T).argmax(1)
+    return {
+        "cosine": float((feature_ND * target_ND).sum(1).mean()),
+        "structure": float(correlation),
+        "caption_r1": float((nearest_N == torch.arange(len(nearest_N), device=nearest_N.device)).float().mean()),
+    }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm2clip_plugin.text.settings import CAPTION
+from llm2clip_plugin.text.config import CAPTION
 
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3's template contains the date; an embedding must not depend on the day

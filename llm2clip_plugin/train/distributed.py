@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from llm2clip_plugin.train.choices import DDP_TIMEOUT
+from llm2clip_plugin.train.config import DDP_TIMEOUT, Tf32, local_world_size
 from llm2clip_plugin.train.errors import FirstRankError
-from llm2clip_plugin.train.launcher import local_world_size
 from llm2clip_plugin.train.timing import timed
 
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
@@ -301,3 +300,30 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier()
+
+
+# How a device computes: TF32 in products of fp32 tensors, deterministic kernels.
+
+
+def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
+    """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors on a GPU.
+
+    auto: where the features come from half precision anyway, whose 7 or 10 bits round as much. torch's own defaults
+    are no rule: they allow it in convolutions alone.
+    """
+    if device.type == "cuda":
+        allowed = tf32 == "on" or (tf32 == "auto" and precision != "fp32")
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def set_full_determinism() -> None:
+    """Use deterministic kernels alone, before CUDA is initialized; an operation that has none raises RuntimeError.
+
+    What Hugging Face's ``enable_full_determinism`` sets, without its seeds: every random draw here is a function of the
+    run's seed anyway.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

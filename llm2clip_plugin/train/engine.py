@@ -7,21 +7,17 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -31,13 +27,15 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
+from llm2clip_plugin.console import quiet_deepspeed
 from llm2clip_plugin.lazy_compile import MUON, import_without_compiler
-from llm2clip_plugin.quiet import quiet_deepspeed
-from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
-from llm2clip_plugin.train.deepspeed_keys import check_keys
+from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
+from llm2clip_plugin.train.deepspeed_config import check_keys, offloads_optimizer, zero_stage
 from llm2clip_plugin.train.distributed import (
-    DDP_TIMEOUT,
     choose_device,
     port_in_use,
     rank,
@@ -45,9 +43,204 @@ from llm2clip_plugin.train.distributed import (
     set_single_process_environment,
     world_size,
 )
-from llm2clip_plugin.train.engine_states import EngineStates
-from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.optimizers.base import OptimizerSpec
 from llm2clip_plugin.train.timing import timed
+
+# Weights and optimizer states of an engine, complete and under the module's own names.
+
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class EngineStates(ABC):
+    """The part of an engine that checkpoints use. Every rank calls each method."""
+
+    device_engine: Any  # DeepSpeed's; its optimizer is one of a dozen classes
+    stage: int  # of ZeRO
+    device: torch.device
+    module: nn.Module
+    optimizer: OptimizerSpec
+    trained: list[tuple[str, nn.Parameter]]
+    frozen: list[tuple[str, nn.Parameter]]
+    keep_frozen: bool  # weights() includes what is frozen
+
+    @abstractmethod
+    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
+        """Full values of parameters that ZeRO-3 has partitioned."""
+
+    @abstractmethod
+    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
+        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
+
+    @abstractmethod
+    def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """The inverse of ``_read``: each rank writes its part of ``value``."""
+
+    def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
+        values = self.read_trained(copy)
+        for name, parameter in self.frozen:
+            with self.gathered([parameter]):
+                if copy:
+                    values[name] = copy(name, parameter, torch.float32)
+        if copy and self.keep_frozen:
+            persistent = self.module.state_dict(keep_vars=True).keys()
+            values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
+        return values
+
+    def read_trained(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """The masters of all trained parameters, as made by ``copy``; {} on ranks without one."""
+        values: dict[str, Tensor] = {}
+        for name, parameter in self.trained:
+            master = self._read(parameter, None)
+            if copy and master is not None:
+                values[name] = copy(name, master)
+        return values
+
+    def write_trained(self, values: Mapping[str, Tensor]) -> None:
+        """The inverse of ``read_trained``: each rank writes its part of the masters."""
+        for name, parameter in self.trained:
+            self._write(parameter, None, values[name].to(self.device))
+
+    @contextmanager
+    def exchanged(self, others: list[Tensor]) -> Iterator[None]:
+        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs. For reading and writing
+        alone: the module's weights stay as they are."""
+        self._exchange(others)
+        yield
+        self._exchange(others)
+
+    @torch.no_grad()
+    def _exchange(self, others: list[Tensor]) -> None:
+        for master, other in zip(self.masters(), others, strict=True):
+            value = master.clone()
+            master.copy_(other)
+            other.copy_(value)
+
+    def moments(self, copy: HostCopies | None) -> dict[str, Tensor]:
+        """The optimizer's moments, ``NAME.exp_avg`` and so on, as made by ``copy``; {} before the first update and on
+        ranks without one."""
+        moments: dict[str, Tensor] = {}
+        if self.updates == 0:
+            return moments
+        for name, value in self._moments_by_rank() if self.optimizer.by_rank else self._moments_by_name():
+            if copy:
+                moments[name] = copy(name, value)
+        return moments
+
+    def _moments_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        self._link()
+        for moment in self.optimizer.moments:
+            for name, parameter in self.trained:
+                if (value := self._read(parameter, moment)) is not None:
+                    yield f"{name}.{moment}", value
+
+    def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
+        """``zero2-of-4.0.1.state1``: of rank 0's second master. Masters have the same shapes on all ranks."""
+        for number, master in enumerate(self.masters()):
+            for moment in self._held(master):
+                own = self._base.state[master][moment]
+                for source in range(world_size() if self.stage else 1):
+                    value = own if source == rank() or not self.stage else torch.empty_like(own)
+                    if self.stage and world_size() > 1:
+                        dist.broadcast(value, source)
+                    yield f"{self._layout}.{source}.{number}.{moment}", value
+
+    def _held(self, master: Tensor) -> list[str]:
+        """The moments of a master; one that is too small for 8 bits has fewer."""
+        return [moment for moment in self.optimizer.moments if moment in self._base.state.get(master, {})]
+
+    @property
+    def _layout(self) -> str:
+        """What decides which values a rank's masters hold."""
+        return f"zero{self.stage}-of-{world_size() if self.stage else 1}"
+
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
+        engine was made; here the fp32 masters get the digits that a half-precision module lost.
+
+        Raises ValueError if another kind of optimizer wrote the moments, or one ``by_rank`` on other ranks.
+        """
+        self.write_trained(weights)
+        if moments:
+            for master in self.masters():
+                empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
+                self._base.state[master] = empty
+            (self._restore_by_rank if self.optimizer.by_rank else self._restore_by_name)(moments)
+        scaler = self._scaler
+        for field, value in state["scaler"].items():
+            if scaler is not None and field in vars(scaler):
+                setattr(scaler, field, value)
+
+    def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
+        names = {
+            f"{name}.{moment}": (parameter, moment)
+            for moment in self.optimizer.moments
+            for name, parameter in self.trained
+        }
+        if not names.keys() & moments.keys():
+            raise ValueError(
+                f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
+                "with the --optimizer that wrote it"
+            )
+        self._link()
+        for name, (parameter, moment) in names.items():
+            if name in moments:
+                self._write(parameter, moment, moments[name].to(self.device))
+
+    def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
+        for number, master in enumerate(self.masters()):
+            for moment in self._held(master):
+                own = self._base.state[master][moment]
+                saved = moments.get(f"{self._layout}.{rank() if self.stage else 0}.{number}.{moment}")
+                if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                    raise ValueError(
+                        f"the checkpoint's moments ({next(iter(moments))}, ...) do not fit {self.optimizer.name} in "
+                        f"{self._layout}: resume on as many ranks, with the ZeRO stage and --optimizer that wrote it"
+                    )
+                own.copy_(saved)
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made; fp16 steps that overflowed don't count."""
+        return next((int(state["step"]) for state in self._base.state.values() if "step" in state), 0)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Updates, and the fields of the fp16 loss scale."""
+        fields = vars(self._scaler) if self._scaler is not None else {}
+        return {"updates": self.updates, "scaler": {key: fields[key] for key in SCALER_FIELDS if key in fields}}
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        """The optimizer itself, inside whatever DeepSpeed wrapped around it."""
+        optimizer = self.device_engine.optimizer
+        return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+    @property
+    def _scaler(self) -> Any:
+        """The object that holds the dynamic loss scale; None if nothing is scaled."""
+        return self.device_engine.optimizer.loss_scaler if self.device_engine.fp16_enabled() else None
+
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer updates on this rank: the parameters, or flat partitions of them."""
+        optimizer = self.device_engine.optimizer
+        if self.stage == 3:
+            return optimizer.fp32_partitioned_groups_flat
+        if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+            return optimizer.fp32_groups_flat_partition
+        if self.stage > 0:
+            return optimizer.single_partition_of_fp32_groups
+        return [p for group in self._base.param_groups for p in group["params"]]
+
+    def _link(self) -> None:
+        """Make ZeRO-1 and 2 look up the states' tensors anew. DeepSpeed does it once, after the first group's first
+        step, when the other groups have none yet."""
+        if self.stage in (1, 2):
+            self.device_engine.optimizer._hp_optimizer_states_linked = False
+            self.device_engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
 
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a warning
 

@@ -26,31 +26,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_plugin.console import progress_bar, track
 from llm2clip_plugin.contracts import atomic_file, canonical_json
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.caption_choice import caption_shares
-from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import BrokenSample, caption_hash
-from llm2clip_plugin.progress import progress_bar, track
-from llm2clip_plugin.train.config import HeadsConfig
-from llm2clip_plugin.train.distributed import (
-    ALONE,
-    gather_objects,
-    gather_to_first,
-    local_world_size,
-    on_first_rank,
-    rank,
-    world_size,
-)
-from llm2clip_plugin.train.errors import StoppedError
-from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.train.losses.base import Features
-from llm2clip_plugin.train.losses.config import heads_terms
+from llm2clip_plugin.data.pairs import eval_pairs
+from llm2clip_plugin.data.samples import BrokenSample, caption_hash
+from llm2clip_plugin.data.sources.base import Source, caption_shares
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
+from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
+from llm2clip_plugin.train.errors import StoppedError, StopRequest
+from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.optim import is_vector
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
-from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.vision.dual import DualEncoder
 
 log = logging.getLogger(__name__)

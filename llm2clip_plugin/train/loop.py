@@ -8,22 +8,17 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.phases import phase
-from llm2clip_plugin.train.checkpoint import TrainState
-from llm2clip_plugin.train.config import TrainConfig
+from llm2clip_plugin.console import phase
+from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_ranks, world_size
-from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.optim import OptimConfig, lr_factor, set_lr
-from llm2clip_plugin.train.progress import peak_memory
-from llm2clip_plugin.train.reports import Queue, Reports
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.saving import Saver
+from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
+from llm2clip_plugin.train.optim import lr_factor, set_lr
+from llm2clip_plugin.train.reference import MovingAverage, Twin
+from llm2clip_plugin.train.reports import Queue, Reports, peak_memory
 from llm2clip_plugin.train.step import Batch, first_samples
-from llm2clip_plugin.train.stopping import StopRequest
 from llm2clip_plugin.train.timing import timed
-from llm2clip_plugin.train.twin import Twin
 
 StepFunction = Callable[[Batch], tuple[float, dict[str, float]]]
 Evaluate = Callable[[], dict[str, float]]

@@ -6,19 +6,21 @@ import warnings
 import torch
 from torch import nn
 
-from llm2clip_plugin.train.config import TowerConfig
-from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_heads
-from llm2clip_plugin.vision.lora import add_lora
-from llm2clip_plugin.vision.meta_tower import meta_tower, new_tower
-from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
+from llm2clip_plugin.train.config import OptimConfig, TowerConfig
+from llm2clip_plugin.train.optim import Trained, is_vector
+from llm2clip_plugin.vision.dual import DualEncoder, load_heads
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import (
+    add_lora,
     freeze_tower,
     load_tower,
+    meta_tower,
+    new_tower,
     parameters_in,
     pretrained_log_scale,
     tower_blocks,
     tower_embeddings_parameters,
+    use_quick_gelu,
 )
 
 

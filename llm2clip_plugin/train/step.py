@@ -26,11 +26,10 @@ from torch import Tensor
 from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.flops import repeated
-from llm2clip_plugin.train.losses.base import Features
-from llm2clip_plugin.train.losses.config import Terms
+from llm2clip_plugin.train.losses.base import Features, Terms
+from llm2clip_plugin.train.reference import Twin
+from llm2clip_plugin.train.reports import repeated
 from llm2clip_plugin.train.timing import timed
-from llm2clip_plugin.train.twin import Twin
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
 NAMED_KEYS = 8  # keys per rank that an error lists

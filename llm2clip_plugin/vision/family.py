@@ -1,9 +1,23 @@
 """What the package needs to know about a family of vision towers, as plain data."""
 
 import importlib
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
+
+from llm2clip_plugin.files import (
+    MAX_LAYERS,
+    MAX_SIDE,
+    MAX_WIDTH,
+    ContractError,
+    Header,
+    check_range,
+    check_whole,
+    read_header,
+)
 
 Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
 
@@ -85,3 +99,127 @@ def remove_tokens(output: Any, start: int, stop: int) -> Any:
     if output.hidden_states is not None:
         output.hidden_states = tuple(kept(state) for state in output.hidden_states)
     return output
+
+
+# Bounds of what a tower directory states, checked before a model of these sizes is allocated.
+
+CONFIG_LIMITS = {  # field of config.json -> largest value; the smallest is 1
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": 8 * MAX_WIDTH,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_WIDTH,
+    "image_size": MAX_SIDE,
+    "patch_size": MAX_SIDE,
+    "num_channels": MAX_WIDTH,
+    "projection_dim": MAX_WIDTH,
+    "rope_pretrained_grid": MAX_SIDE,
+    "num_register_tokens": MAX_WIDTH,
+    "num_registers": MAX_WIDTH,
+    "num_cls_tokens": MAX_WIDTH,
+    "max_img_size": MAX_SIDE,
+}
+MAY_BE_ZERO = ("projection_dim", "num_register_tokens", "num_registers")
+BOUNDS_RESAMPLE = 5  # PIL's filters are 0 to 5
+
+
+def check_config(config: Mapping[str, Any], *, where: str) -> None:
+    """Compare the sizes in a parsed config.json, its ``vision_config`` included, with what towers can have.
+
+    Raises ContractError with the file, the field and the value.
+    """
+    nested = config.get("vision_config")
+    if isinstance(nested, Mapping):
+        check_config(nested, where=f"{where}: vision_config")
+    for name, high in CONFIG_LIMITS.items():
+        if config.get(name) is not None:
+            check_whole(config[name], 0 if name in MAY_BE_ZERO else 1, high, name=name, where=where)
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if width and heads and width % heads:
+        raise ContractError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}")
+    if (config.get("patch_size") or 1) > (config.get("image_size") or MAX_SIDE):
+        raise ContractError(f"{where}: patch_size {config['patch_size']} exceeds image_size {config['image_size']}")
+
+
+def check_weights(directory: Path, family: Family, config: Mapping[str, Any]) -> None:
+    """Compare the headers of a directory's safetensors files with its config.json, before the model is built.
+
+    Raises ContractError, naming the file, for a damaged header, another number of blocks than the configuration's, or
+    a file that is too small for its widths. Files of other formats are not read.
+    """
+    files = sorted(directory.glob("model*.safetensors"))
+    headers: dict[Path, Header] = {path: read_header(path) for path in files}
+    if not headers:
+        return
+    names = [name for header in headers.values() for name in header.entries]
+    block = re.compile(rf"(?:^|\.){re.escape(family.blocks)}\.(\d+)\.")
+    tower_names = [name for name in names if not name.startswith(family.not_tower)]
+    numbers = {int(match[1]) for name in tower_names if (match := block.search(name))}
+    nested = config.get("vision_config")
+    config = nested if isinstance(nested, Mapping) else config
+    layers, width = config.get("num_hidden_layers"), config.get("hidden_size")  # absent: the library's default
+    if numbers and layers is not None and max(numbers) + 1 != layers:
+        raise ContractError(
+            f"{directory / 'config.json'}: num_hidden_layers is {layers}, but the weights in {directory} have "
+            f"{max(numbers) + 1} blocks"
+        )
+    total = sum(path.stat().st_size for path in files)
+    if (layers or 1) * (width or 1) * max(width or 1, config.get("intermediate_size") or 1) > total:  # bytes of weights
+        raise ContractError(
+            f"{directory / 'config.json'}: {layers} blocks of width {width} do not fit into the {total} bytes of "
+            f"{', '.join(path.name for path in files)}"
+        )
+
+
+def check_preprocessor(body: Mapping[str, Any], *, where: str) -> None:
+    """Compare a parsed preprocessor_config.json with what an image processor can use.
+
+    Raises ContractError with the file, the field and the value.
+    """
+    for name, low in (("image_mean", -10.0), ("image_std", 1e-3)):
+        values = body.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != 3:
+            raise ContractError(f"{where}: {name} is {values!r}, expected a list of 3 numbers")
+        for value in values:
+            check_range(value, low, 10.0, name=name, where=where)
+    if body.get("resample") is not None:
+        check_whole(body["resample"], 0, BOUNDS_RESAMPLE, name="resample", where=where)
+    if body.get("rescale_factor") is not None:
+        check_range(body["rescale_factor"], 1e-6, 1.0, name="rescale_factor", where=where)
+    for name in ("size", "crop_size"):
+        sizes = body.get(name)
+        if sizes is None:
+            continue
+        for key, value in sizes.items() if isinstance(sizes, Mapping) else [("", sizes)]:
+            check_whole(value, 1, MAX_SIDE, name=f"{name}.{key}".rstrip("."), where=where)
+    for name, value in body.items():
+        if name.startswith("do_") and value is not None and not isinstance(value, bool):
+            raise ContractError(f"{where}: {name} is {value!r}, expected true or false")
+
+
+# The settings of a dual encoder; read without torch.
+
+LOG_SCALE = math.log(1 / 0.07)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualConfig:
+    """How image features and LLM embeddings are mapped to one space."""
+
+    projection_dim: int = 1280  # width of the space that images and captions share
+    llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
+    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
+    # linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature; projection_dim is its width)
+    projection: str = "linear"
+    projection_norm: bool = False  # a LayerNorm before the projection
+    projection_bias: bool = False  # a bias in the linear projection, initially 0
+    projection_init_std: float | None = None  # std of the projection's initial weights; None: width ** -0.5
+    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)
+    adapter_blocks: int = 4  # residual MLP blocks
+    adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
+    normalise_input: bool = True  # L2-normalize LLM embeddings first
+    input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
+    input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
+    logit_scale_init: float | None = None  # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
+    logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm2clip_plugin.outside.values import MAX_SIDE, MAX_WIDTH, check_range, check_whole
+from llm2clip_plugin.files import MAX_SIDE, MAX_WIDTH, check_range, check_whole
 from llm2clip_plugin.vision.family import RESAMPLE
 from llm2clip_plugin.vision.standalone.timm_vit import OTHERS, RATIOS, SIZES, SWITCHES, TimmVit, TimmVitConfig
 

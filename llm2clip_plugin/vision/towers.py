@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import check_range, errors_about
-from llm2clip_plugin.quiet import quiet_transformers
-from llm2clip_plugin.vision.convert.checkpoint_files import check_pickles, read_tensor, weight_files
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, fetch_directory
-from llm2clip_plugin.vision.families import family_of, read_config
+from llm2clip_plugin.console import quiet_transformers
+from llm2clip_plugin.files import ContractError, check_range, errors_about
+from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
+from llm2clip_plugin.vision.checkpoint import check_pickles, own_preprocessor, read_tensor, weight_files
+from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, checked_while_read, fetch_directory
+from llm2clip_plugin.vision.families import families, family_of, read_config
 from llm2clip_plugin.vision.family import Tower
-from llm2clip_plugin.vision.intact import checked_while_read
 from llm2clip_plugin.vision.positions import check_pixels, resize_positions
-from llm2clip_plugin.vision.preprocessor import own_preprocessor
 
 TIMM_PREFIX = "timm:"
 
@@ -211,3 +209,126 @@ def freeze_tower(tower: Tower, *, first_blocks: int | None = None) -> None:
         parameter.requires_grad_(False)
     for block in blocks[:first_blocks]:
         block.requires_grad_(False)
+
+
+# QuickGELU for training: bit-equal to transformers', with less memory and a faster backward pass.
+
+FACTOR = 1.702
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(FACTOR * x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, FACTOR * x)
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _QuickGELU.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def use_quick_gelu(tower: nn.Module) -> int:
+    """Replace every QuickGELUActivation of transformers in ``tower``, in place; returns their number."""
+    from transformers.activations import QuickGELUActivation
+
+    places = [
+        (module, name)
+        for module in tower.modules()
+        for name, child in module.named_children()
+        if isinstance(child, QuickGELUActivation)
+    ]
+    for module, name in places:
+        setattr(module, name, QuickGELU())
+    return len(places)
+
+
+# A tower of a known architecture without a checkpoint: on torch's meta device for plans, or with random weights.
+
+
+def meta_tower(source: str, *, image_size: int | None = None) -> Tower:
+    """A tower's modules on the meta device, nothing downloaded; arguments and errors as ``new_tower``'s."""
+    return new_tower(source, image_size=image_size, device="meta")
+
+
+def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu") -> Tower:
+    """A tower with the random weights that its library gives it, from torch's generator, in float32.
+
+    ``source``: a tower directory (its config.json), one of the families' ``shapes``, or ``timm:NAME``. Raises
+    ValueError for anything else, FileNotFoundError for a directory without config.json.
+    """
+    if source.startswith(TIMM_PREFIX):
+        from llm2clip_plugin.vision.timm_tower import timm_tower
+
+        # built in memory first: timm reads the rates of stochastic depth from tensors while it builds a model
+        tower = timm_tower(source.removeprefix(TIMM_PREFIX), pretrained=False)
+        if image_size and image_size != tower.config.image_size:
+            tower = resize_tower(tower, image_size)
+        return tower.to(device)
+    shapes = {name: (family, shape) for family in families().values() for name, shape in family.shapes.items()}
+    if (directory := Path(source).expanduser()).is_dir():
+        family, config = read_config(directory)
+    elif source in shapes:
+        family, shape = shapes[source]
+        config = family.vision_class().config_class(**shape)
+    else:
+        raise ValueError(
+            f"{source!r} is neither a tower directory nor a known architecture; known: {', '.join(shapes)}, timm:NAME"
+        )
+    if image_size:
+        check_size(config, image_size)
+        config.image_size = image_size
+    with torch.device(device):
+        return family.vision_class()(config)
+
+
+# LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are frozen.
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether a model carries LoRA layers; doesn't need PEFT."""
+    return any(".lora_A." in name for name, _ in model.named_parameters())
+
+
+def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> None:
+    """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are frozen.
+
+    The update of a weight is ``alpha / rank * B @ A``; B starts at zero, so the outputs don't change at first.
+    Raises ValueError for a rank below 1, a tower that already has LoRA layers, or if PEFT is not installed.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank {rank} must be at least 1")
+    if has_lora(tower):
+        raise ValueError("the tower already has LoRA layers")
+    import_without_compiler(BITSANDBYTES)
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
+    blocks = {id(module) for module in tower_blocks(tower).modules()}
+    linears = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linears, bias="none")
+    inject_adapter_in_model(config, tower)
+    tower.train(tower.training)  # PEFT creates its layers in training mode
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy with all LoRA updates merged into the weights; the model itself if it has none."""
+    if not has_lora(model):
+        return model
+    from peft.tuners.lora import LoraLayer
+
+    model = copy.deepcopy(model)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in layers:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model

@@ -56,7 +56,7 @@ inspect() {
     [ -z "$DEEPSPEED" ] || need_file "$DEEPSPEED"
     has_llava "$PYTHON" ||
         fail "$PYTHON has no torch, LLaVA or llm2clip-plugin; choose another with PYTHON; to install them: pip install \"llm2clip-plugin[train]\" && pip install --no-deps llava-torch==1.2.2.post1"
-    inspected=$("$PYTHON" -m llava_integration.stage_check "${words[@]}" -- "${EXTRA[@]}") || exit 2
+    inspected=$("$PYTHON" -m llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
     { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r LOGGER; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.curves import Chart, line_of, read_metrics
+from llm2clip_plugin.pages import Chart, line_of, read_metrics
 
 
 def training_charts(data: Path, output: Path) -> list[Chart]:

@@ -25,10 +25,11 @@ from scores import SEEN_STYLES, SIDES, TESTS, caption_rows, teacher_queries, tow
 from shards import EMOJI, UNSEEN
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 
 Scores = dict[str, Measured]  # row of a table -> every query
 ROLES = (

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from page import Table, fraction
 
-from llava_integration.benchmarks.base import Statistic
+from llava_integration.benchmarks.benchmark import Statistic
 from llava_integration.compare.statistics import Difference, compare, holm, pair
-from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
+from llm2clip_plugin.evaluate.retrieval import QueryRanks
 
 LEVEL = 0.05  # of the test, after Holm's adjustment
 MRR = "mean reciprocal rank"

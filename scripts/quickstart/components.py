@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 from llm2clip_plugin.contracts import atomic_directory
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.post import first_captions, remove_components
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
 
 CAPTIONS = 500  # distinct ones; their largest component hardly moves with more
 

@@ -18,12 +18,10 @@ import torch
 from inputs import RANDOM
 from torch import Tensor
 
-from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text
-from llm2clip_plugin.data.cache.names import shard_file
-from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest, shard_contents
-from llm2clip_plugin.data.cache.shard_file import ShardFile
-from llm2clip_plugin.data.cache.writer import CacheWriter
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text, shard_file
+from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_contents
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 
 
 def write_control(data: Path, cache: Path, output: Path, seed: int | None = None) -> None:

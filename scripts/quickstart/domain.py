@@ -25,17 +25,16 @@ from scores import RETRIEVAL, SIDES, of_style, query_scores, read_teachers, teac
 from tables import TEACHERS, heads, recalls
 from tuxpaint import SHARD
 
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.evaluate.classification import ImageFeatures, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
-from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, report_retrieval
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, LoadedDualEncoder
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, RetrievalReport, embed_pairs, report_retrieval
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 NAME = "Tux Paint"

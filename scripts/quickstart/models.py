@@ -180,8 +180,8 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     """Write the rebuilt DINOv2 with positions for the grid of ``image_size`` pixels."""
     from safetensors.torch import save_file
 
+    from llm2clip_plugin.vision.checkpoint import preprocessor_config
     from llm2clip_plugin.vision.positions import resize_positions
-    from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
     state = read_dinov2(onnx_file())
     state["embeddings.position_embeddings"] = resize_positions(
@@ -201,7 +201,7 @@ def build_tiny_tower(directory: Path, image_size: int) -> None:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from llm2clip_plugin.vision.preprocessor import preprocessor_config
+    from llm2clip_plugin.vision.checkpoint import preprocessor_config
 
     torch.manual_seed(0)
     config = Dinov2Config(**dinov2_config(image_size, width=64, blocks=2, heads=2))
@@ -269,7 +269,7 @@ def machine(written: Path) -> dict[str, Any]:
     """The number of GPUs and the fastest dtype, which is measured only once, since caches depend on it."""
     import torch
 
-    from llm2clip_plugin.text.device import fastest_dtype
+    from llm2clip_plugin.text.llm import fastest_dtype
 
     known = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,8 +28,8 @@ from resvg_py import svg_to_bytes
 from shards import EMOJI, Description, Sample, read_tar, write_tar
 from tuxpaint import download
 
+from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import atomic_directory
-from llm2clip_plugin.progress import track
 
 PACKAGE = "openclipart-svg"
 INSTALLED = Path("/usr/share/openclipart/svg")

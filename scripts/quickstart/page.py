@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from llm2clip_plugin.templates import render
+from llm2clip_plugin.pages import render
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from shards import in_random_order
 from tables import TEACHERS, Tower, by_name
 
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 
 PICTURES = 8  # per caption and tower
 DUELS = 20

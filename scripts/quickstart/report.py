@@ -37,12 +37,13 @@ from scores import (
 from tables import TEACHERS, Tower, by_name, teacher_table
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import CacheManifest, ContractError, atomic_file
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.contracts import CacheManifest, atomic_file
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
 
 TEACHER_MAPS = {"raw": TEACHERS["raw"], "tuned-seed0": TEACHERS["tuned"]}  # caches whose names are drawn as a map
 

@@ -18,17 +18,21 @@ import torch
 from claims import Measured, Seeds, chance_of, reciprocal_ranks
 from torch import Tensor
 
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval import Retrieval
-from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
-from llm2clip_plugin.evaluate.retrieval_report import RetrievalReport, report_retrieval
+from llm2clip_plugin.evaluate.retrieval import (
+    EmbeddedPairs,
+    QueryRanks,
+    Retrieval,
+    RetrievalReport,
+    embed_pairs,
+    report_retrieval,
+)
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 SEEN_STYLES = "{noto,twemoji,fluent}"

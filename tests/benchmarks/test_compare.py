@@ -7,11 +7,12 @@ import pytest
 from golden_mllm import MODELS, ROOT, answers
 
 from llava_integration.benchmarks.score import main as score
-from llava_integration.compare.build import build
 from llava_integration.compare.command import main
-from llava_integration.compare.sides import load_side, load_sides
+from llava_integration.compare.comparison import load_side, load_sides
+from llava_integration.compare.report import build
 from llava_integration.compare.statistics import holm
-from llm2clip_plugin.contracts import ContractError, ScoreFile
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import ContractError
 
 NAMES = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench")
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from llava_integration.benchmarks.base import mean_statistic
+from llava_integration.benchmarks.benchmark import mean_statistic
 from llava_integration.compare.command import main
+from llava_integration.compare.comparison import load_side
 from llava_integration.compare.planning import plan
-from llava_integration.compare.sides import load_side
 from llava_integration.compare.statistics import compare, pair
-from llm2clip_plugin.contracts import ContractError, ScoreFile
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.files import ContractError
 
 SIMULATIONS = 100  # standard error of a power of 80 %: 4 %
 SPREAD = 1.5  # points, over trainings

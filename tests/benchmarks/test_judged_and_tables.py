@@ -6,7 +6,7 @@ import pytest
 from golden_mllm import ROOT, answers
 
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import main, score_answers
 

@@ -7,7 +7,7 @@ import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers, expected
 
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.rules import benchmark
 from llava_integration.benchmarks.score import score_answers
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_integration.benchmarks import bench, engine, rules, score
-from llava_integration.benchmarks.plan import Task, plans
+from llava_integration.benchmarks import bench, rules, score
+from llava_integration.benchmarks import bench as engine
+from llava_integration.benchmarks.bench import Task, plans
 from llava_integration.compare import command as compare
 from llm2clip_plugin.contracts import ScoreFile
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_integration.benchmarks.plan import Task, plans
+from llava_integration.benchmarks.bench import Task, plans
 from llm2clip_plugin.cli import main
 
 ROWS = [

@@ -5,14 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from llava_integration.benchmarks.base import Statistic, mean_statistic, ratio
-from llava_integration.compare.statistics import (
-    Paired,
-    compare,
-    holm,
-    mcnemar_p,
-    pair,
-)
+from llava_integration.benchmarks.benchmark import Statistic, mean_statistic, ratio
+from llava_integration.compare.statistics import Paired, compare, holm, mcnemar_p, pair
 from llm2clip_plugin.bootstrap import bootstrap_mean, resample, t_cdf, t_quantile
 
 SIMULATIONS = 1000  # standard error of a coverage of 95 %: 0.7 %

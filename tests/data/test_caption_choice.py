@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 from data_world import jpeg, write_tar
 
-from llm2clip_plugin.data.caption_choice import caption_shares, check_kinds, choose_caption, parse_weights
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import Caption
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources.base import (
+    Source,
+    SourceConfig,
+    caption_shares,
+    check_kinds,
+    choose_caption,
+    parse_weights,
+)
+from llm2clip_plugin.data.sources.open import open_source
 
 MANY = (Caption("a", "short"), Caption("b", "short"), Caption("c", "short"), Caption("d", "long"))
 EVENLY = parse_weights(("short=1", "long=1"))

@@ -7,9 +7,8 @@ import torch
 from data_world import encoded, jpeg, picture
 from PIL import Image
 
-from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform, random_crop, resize_box
-from llm2clip_plugin.data.decode import BrokenImage, decode, shrink_factor
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize, TrainTransform, random_crop, resize_box
+from llm2clip_plugin.data.samples import AugmentConfig, BrokenImage, decode, shrink_factor
 
 
 def hf_processors() -> dict[str, type]:

@@ -12,17 +12,15 @@ import pytest
 import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
 
-from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.augment import AugmentConfig
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.rows import caption_rows
-from llm2clip_plugin.data.cache.writer import CacheWriter
-from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.pair_dataset import SOURCE_BITS
-from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import caption_hash
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset, eval_pairs
+from llm2clip_plugin.data.samples import AugmentConfig, caption_hash
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.files import ContractError
 
 IMAGES = ImageConfig(size=16)
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)

@@ -12,7 +12,7 @@ from data_world import jpeg, picture
 from PIL import Image
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.make.items import _from_name
+from llm2clip_plugin.data.make import _from_name
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 

@@ -20,20 +20,25 @@ import pytest
 import torch
 from data_world import TEACHER, DroppingServer, jpeg, serving, write_tar
 
-from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data import kept
-from llm2clip_plugin.data.cache import proof, reader
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.check.command import check_data
-from llm2clip_plugin.data.check.reading import CheckConfig
+from llm2clip_plugin.console import raise_open_files, remedy_open_files
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data import cache as proof
+from llm2clip_plugin.data import cache as reader
+from llm2clip_plugin.data import index as tar_index
+from llm2clip_plugin.data import remote as kept
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources import shards, tar_index, webdataset
-from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.limits import raise_open_files, remedy_open_files
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.sources import tars as shards
+from llm2clip_plugin.data.sources import tars as webdataset
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import PairsConfig
 from llm2clip_plugin.text.embed import embed_source
-from llm2clip_plugin.text.pairs import PairsConfig, open_pairs, survey
+from llm2clip_plugin.text.pairs import open_pairs, survey
 
 PIXELS = jpeg(0, (16, 16))
 
@@ -310,7 +315,7 @@ def test_a_waiting_process_says_for_whom(
 def test_the_processes_of_a_killed_reader_end(tmp_path: Path) -> None:
     program = """
 import os, sys, time
-from llm2clip_plugin.data.pool import process_pool
+from llm2clip_plugin.data.workers import process_pool
 
 def work(number):
     with open(f"{sys.argv[1]}/{os.getpid()}", "w"):
@@ -390,7 +395,7 @@ def test_what_was_compared_is_kept_when_a_later_shard_differs(tmp_path: Path, mo
         (tmp_path / "other" / name).replace(folder / name)
     for path in (folder / ".llm2clip").glob("captions-*.json"):
         path.unlink()
-    monkeypatch.setattr(proof, "FEW", 1)
+    monkeypatch.setattr(proof, "PROOF_FEW", 1)
     source = open_source(SourceConfig(path=str(folder)))
     with pytest.raises(ContractError, match=r"00003\.safetensors: sample '000030000'"):
         EmbeddingCache.open(tmp_path / "cache").check(source)

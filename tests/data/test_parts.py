@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_plugin.data.parts import Ahead, join_parts
+from llm2clip_plugin.data.loader import Ahead, join_parts
 
 
 def part(first: int, size: int) -> dict[str, Any]:

@@ -3,10 +3,12 @@ from pathlib import Path
 import pytest
 from data_world import jpeg, write_shards, write_tar
 
-from llm2clip_plugin.data.file_system import file_system, is_network
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset
-from llm2clip_plugin.data.read_rate import (
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.remote import file_system, is_network
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import (
     NETWORK_WINDOW,
     describe_report,
     loose_images,
@@ -14,7 +16,6 @@ from llm2clip_plugin.data.read_rate import (
     reading_report,
     shuffle_window,
 )
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
 
 MOUNTS = """\
 overlay / overlay rw 0 0
@@ -68,7 +69,7 @@ def test_a_data_set_on_the_network_is_read_in_windows(tmp_path: Path, monkeypatc
     write_shards(tmp_path, [2] * 40)
     dataset = PairDataset([open_source(SourceConfig(path=str(tmp_path)))], [None], ImageConfig(size=8), seed=0)
     assert dataset.mixture().windows == [0]
-    monkeypatch.setattr("llm2clip_plugin.data.file_system.file_system", lambda path, mounts: "nfs4")
+    monkeypatch.setattr("llm2clip_plugin.data.remote.file_system", lambda path, mounts: "nfs4")
     draws = dataset.mixture().batch_indices(0, 2 * NETWORK_WINDOW)
     assert len({draw.index // 2 for draw in draws}) == NETWORK_WINDOW
 

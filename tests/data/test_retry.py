@@ -11,16 +11,18 @@ import pytest
 import torch
 from data_world import TEACHER, img2dataset_members, jpeg, write_shards, write_tar
 
-from llm2clip_plugin.data import retry as retry_module
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.writer import CacheWriter
+from llm2clip_plugin.data import remote as retry_module
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.retry import Retry, SteadyFile, read_file, take_retries
-from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import BrokenSample
-from llm2clip_plugin.data.sources.tar_scan import scan_tar
-from llm2clip_plugin.data.sources.webdataset import GAP, join_parts
+from llm2clip_plugin.data.index import scan_tar
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.remote import SteadyFile, read_file, take_retries
+from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import GAP, join_parts
+from llm2clip_plugin.hub import Retry
 
 pread = os.pread
 

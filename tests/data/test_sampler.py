@@ -4,9 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llm2clip_plugin.data import source_order
-from llm2clip_plugin.data.permutation import Permutation, hash_words
-from llm2clip_plugin.data.sampler import Mixture, PassOrder, rank_rows, sample_rng
+from llm2clip_plugin.data import sampler as source_order
+from llm2clip_plugin.data.sampler import Mixture, PassOrder, Permutation, hash_words, rank_rows, sample_rng
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 4095, 4096, 4097, 70_000])

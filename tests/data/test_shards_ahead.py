@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from data_world import DroppingServer, serving, write_shards
 
-from llm2clip_plugin.data import shards_ahead
+from llm2clip_plugin.data import loader as shards_ahead
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources import webdataset
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.sources import tars as webdataset
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 
 WAIT = 120  # seconds that a few kB may take on a busy machine
 

@@ -11,10 +11,10 @@ import pytest
 from tiny_data import make_shards
 
 from llm2clip_plugin.cli import run
+from llm2clip_plugin.data import split as writing
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.split import writing
-from llm2clip_plugin.data.split.sides import decide, is_held_out
+from llm2clip_plugin.data.split import decide, is_held_out
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from evaluate_world import write_llm
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.captions import CaptionSetConfig, find_pairs, measure_captions
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate.captions import find_pairs, measure_captions
+from llm2clip_plugin.evaluate.config import CaptionSetConfig
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake"]
 GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]

@@ -17,14 +17,23 @@ from transformers import AutoTokenizer
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig
-from llm2clip_plugin.evaluate.class_prompts import class_vectors, prompt_source, read_class_names, read_templates
-from llm2clip_plugin.evaluate.image_features import ImageFeatures, image_features
-from llm2clip_plugin.evaluate.labeled_images import open_labeled_images
-from llm2clip_plugin.evaluate.probe import fit_logistic, knn, linear_probe, predict
-from llm2clip_plugin.evaluate.zeroshot import classification_scores
+from llm2clip_plugin.evaluate.classification import (
+    ImageFeatures,
+    class_vectors,
+    classification_scores,
+    fit_logistic,
+    image_features,
+    knn,
+    linear_probe,
+    open_labeled_images,
+    predict,
+    prompt_source,
+    read_class_names,
+    read_templates,
+)
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 
 IMAGES = ImageConfig(size=32)
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch import Tensor
 from llm2clip_plugin import cli
 from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.evaluate import forecast_measures as measures
+from llm2clip_plugin.evaluate import forecast as measures
 from llm2clip_plugin.evaluate.forecast import measure, on_grid, verdict
 from llm2clip_plugin.vision.export import export_tower
 

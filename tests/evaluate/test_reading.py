@@ -13,14 +13,12 @@ from evaluate_world import write_llm
 from text_helpers import write_moved
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.contracts import CacheManifest, ContractError
-from llm2clip_plugin.evaluate.captions import measure_captions
-from llm2clip_plugin.evaluate.config import CaptionSetConfig, ReadingConfig
-from llm2clip_plugin.evaluate.options.captions import EvaluateCaptionsConfig
-from llm2clip_plugin.evaluate.reading import READINGS, search
-from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.post import POST_FILE, first_captions, remove_components
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.contracts import CacheManifest
+from llm2clip_plugin.evaluate.captions import READINGS, measure_captions, search
+from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
 

@@ -13,8 +13,7 @@ from forked import context
 from safetensors.torch import load_file
 
 from llm2clip_plugin.evaluate.captions import caption_ranks
-from llm2clip_plugin.evaluate.rank_counting import _Grid, rank_both
-from llm2clip_plugin.evaluate.retrieval import recall, retrieve, shuffled, unit_rows
+from llm2clip_plugin.evaluate.retrieval import _Grid, rank_both, recall, retrieve, shuffled, unit_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference" / "E_retrieval"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]

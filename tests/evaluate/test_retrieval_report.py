@@ -12,14 +12,12 @@ from tower_runs import ROOT, finish, places, start
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.evaluate.command import COMMAND
-from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.embedded_pairs import embed_pairs
-from llm2clip_plugin.evaluate.retrieval import recall
-from llm2clip_plugin.evaluate.retrieval_report import evaluate_retrieval
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import embed_pairs, evaluate_retrieval, recall
 
 IMAGES = ImageConfig(size=32)
 
@@ -212,7 +210,7 @@ def test_the_command_refuses_another_teachers_cache_and_other_captions(world, tm
 def test_options_reach_their_fields():
     words = ["--kinds", "long", "short", "--ties", "optimistic"]
     for data in (["--data=x.jsonl", "--data.language", "de"], ["x.jsonl", "--language", "de"]):
-        config = COMMAND.parse(["tower", *data, *words])
+        config = RETRIEVAL_COMMAND.parse(["tower", *data, *words])
         assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
         assert config.retrieval.kinds == ("long", "short") and config.retrieval.ties == "optimistic"
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
-from llm2clip_plugin.evaluate import image_index
+from llm2clip_plugin.evaluate import search as image_index
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 TEXTS = ["a bird on a wire", 'ein <b>Vogel</b> & "zwei"']
 

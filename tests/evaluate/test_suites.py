@@ -11,17 +11,18 @@ from evaluate_world import COLOURS, WIDTH, square, write_cache, write_data, writ
 
 import llm2clip_plugin.evaluate.suites as suites_package
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.contracts import CacheManifest, ContractError, ScoreFile, TowerCard
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
+from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
-from llm2clip_plugin.evaluate.suite_measures import hard_negative_scores
+from llm2clip_plugin.evaluate.opening import Teacher
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.evaluate.suites import select_suites, suites
+from llm2clip_plugin.evaluate.suites.base import hard_negative_scores
 from llm2clip_plugin.evaluate.suites.sharegpt4v_1k import first_items
-from llm2clip_plugin.evaluate.teacher import Teacher
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 NAMES = list(COLOURS)
 
@@ -265,9 +266,9 @@ def test_hard_negatives_count_a_tie_as_half():
 PHOTOS_100 = '''
 """Photos-100: a hundred photos, one caption each."""
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import read_json, to_captions
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import Suite
+from llm2clip_plugin.evaluate.suites.base import read_json, to_captions
 
 
 def read(folder):

@@ -11,9 +11,10 @@ from tiny_llm import tiny_tokenizer
 
 from llava_integration.answer.questions import Question
 from llava_integration.compare.command import main as compare
-from llava_integration.stage_check import check_language
-from llava_integration.towers.bundle import tower_files
-from llm2clip_plugin.contracts import ContractError, ScoreFile, sha256_text
+from llava_integration.preflight import check_language
+from llava_integration.towers import tower_files
+from llm2clip_plugin.contracts import ScoreFile, sha256_text
+from llm2clip_plugin.files import ContractError
 
 HOSTILE = 'x"/><meta http-equiv="refresh" content="0;url=//elsewhere">\x1b[2Jx'
 

@@ -19,20 +19,20 @@ from fuzzing import Format, run_cases
 from PIL import Image
 from tiny_data import make_cache, make_shards
 
-from llava_integration.answer.answers_file import AnswersFile
-from llava_integration.answer.questions import read_questions
+from llava_integration import towers as names
+from llava_integration import towers as provenance
+from llava_integration import towers as registry
+from llava_integration.answer.questions import AnswersFile, read_questions
 from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.base import Options
+from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.score import score_answers
-from llava_integration.compare.build import build
-from llava_integration.compare.sides import load_sides
-from llava_integration.towers import names, provenance, registry
+from llava_integration.compare.comparison import load_sides
+from llava_integration.compare.report import build
 from llm2clip_plugin.contracts import RunRecord, ScoreFile, TowerCard
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
+from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, TrainState, load
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mllm"
 

@@ -13,16 +13,17 @@ from fuzzing import Format, run_cases
 from tiny_llm import save_tiny_llm
 from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from llava_integration.towers.location import TowerLocation
-from llava_integration.towers.tower import LLM2CLIPVisionTower
-from llm2clip_plugin.contracts import ContractError, EncoderCard
-from llm2clip_plugin.text.adapter import LoraSettings, add_lora, save_adapter
+from llava_integration.tower import LLM2CLIPVisionTower
+from llava_integration.towers import TowerLocation
+from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.adapter import add_lora, save_adapter, weights_sha256
+from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.files import weights_sha256
-from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.family import DualConfig
 
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 

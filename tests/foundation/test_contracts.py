@@ -7,7 +7,6 @@ import pytest
 
 from llm2clip_plugin.contracts import (
     CacheManifest,
-    ContractError,
     ScoreFile,
     TeacherIdentity,
     TowerCard,
@@ -15,6 +14,7 @@ from llm2clip_plugin.contracts import (
     atomic_file,
     sha256_weights,
 )
+from llm2clip_plugin.files import ContractError
 
 
 def card() -> TowerCard:

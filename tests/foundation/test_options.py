@@ -10,11 +10,7 @@ from typing import Literal
 import pytest
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.declared import Extra
-from llm2clip_plugin.options.help import help_text
-from llm2clip_plugin.options.names import ALSO, Names
-from llm2clip_plugin.options.parser import Parser, add_data, data_of
+from llm2clip_plugin.options import ALSO, Command, Extra, Names, Parser, add_data, data_of, help_text
 from llm2clip_plugin.stages.tower.command import read_command
 
 

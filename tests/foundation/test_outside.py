@@ -10,9 +10,17 @@ from typing import Any, Literal
 import pytest
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.contracts import ContractError, ScoreFile, TowerCard, sha256_weights
-from llm2clip_plugin.outside.safetensors_header import MAX_HEADER, read_header
-from llm2clip_plugin.outside.values import check_fields, check_range, errors_about, printable, read_json_value
+from llm2clip_plugin.contracts import ScoreFile, TowerCard, sha256_weights
+from llm2clip_plugin.files import (
+    MAX_HEADER,
+    ContractError,
+    check_fields,
+    check_range,
+    errors_about,
+    printable,
+    read_header,
+    read_json_value,
+)
 
 CARD = TowerCard(
     family="clip",

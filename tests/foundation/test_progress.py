@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from llm2clip_plugin import progress
-from llm2clip_plugin.progress import progress_bar, track
+from llm2clip_plugin import console as progress
+from llm2clip_plugin.console import progress_bar, track
 
 
 def test_a_job_off_a_terminal_prints_lines_with_rate_and_time_left(capsys, monkeypatch):

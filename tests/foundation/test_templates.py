@@ -4,7 +4,7 @@ import jinja2
 import pytest
 from markupsafe import Markup
 
-from llm2clip_plugin.templates import render
+from llm2clip_plugin.pages import render
 
 
 def test_values_are_escaped_and_markup_is_not(tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 ASK = """
 import json, sys
 from llava_integration.towers import names
-from llava_integration.towers.provenance import locate_bundled
-from llm2clip_plugin.text.files import adapter_folder, local_folder
+from llava_integration.towers import locate_bundled
+from llm2clip_plugin.text.adapter import adapter_folder, local_folder
 from llm2clip_plugin.vision.directory import fetch_directory
 
 said = {}

@@ -31,7 +31,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llm2clip_plugin.finding import numbers
+from llm2clip_plugin.console import numbers
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
 

@@ -16,12 +16,11 @@ from tiny_data import make_shards, make_tower
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.sources.open import Source, open_source
-from llm2clip_plugin.interrupt import attend
-from llm2clip_plugin.pipeline.command import complete
-from llm2clip_plugin.pipeline.estimate import survey
-from llm2clip_plugin.pipeline.options import PipelineConfig
-from llm2clip_plugin.pipeline.stages import Stage, plan
+from llm2clip_plugin.console import attend
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.pipeline.command import Stage, complete, plan, survey
+from llm2clip_plugin.pipeline.config import PipelineConfig
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,11 @@ import tuxpaint
 from PIL import Image
 from quickstart_folders import IDENTITY, WIDTH, write_adapter, write_cache, write_run
 
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 OWL = "An owl.\nde.utf8=Eine Eule.\nzh_CN.utf8=猫头鹰。\npt.utf8=Uma coruja.\nfr.utf8=An owl.\n"

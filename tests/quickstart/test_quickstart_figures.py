@@ -12,7 +12,7 @@ import pytest
 import torch
 from page import Section, Table, page_html
 
-from llm2clip_plugin import curves
+from llm2clip_plugin import pages as curves
 
 
 def write_run(folder, lines) -> None:

@@ -17,11 +17,12 @@ import shards
 import torch
 from quickstart_folders import IDENTITY, WIDTH, write_adapter, write_cache, write_run
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.data.cache.writer import CacheWriter
-from llm2clip_plugin.evaluate.rank_counting import rank_both
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.data.cache import CacheWriter
+from llm2clip_plugin.evaluate.retrieval import rank_both
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 CONCEPTS = 9

@@ -10,7 +10,8 @@ from collections import defaultdict
 import pytest
 import shards
 
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from PIL import Image
 from serve_checkpoints import full, tower_directory
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
-from llava_integration.serve.tower_code import register
 
 STOCK = ("metaclip2",)  # vLLM opens it without our plugin
 FAMILIES = ("openvision", "aimv2", "aimv2_native", "dinov3", "radio", "pe_core", *STOCK)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tiny_data import make_all
 from tower_runs import ROOT, finish, options, start
 
-from llm2clip_plugin.train.agreement import disagreement
+from llm2clip_plugin.train.guard import disagreement
 
 # every rank in a folder of its own, as with an output_dir on a node's own disk; rank 1 also has other settings
 APART = """

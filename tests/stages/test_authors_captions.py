@@ -12,11 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tower_runs import ROOT, finish, lines, start
 
-from llm2clip_plugin.data.permutation import hash_words
-from llm2clip_plugin.data.sampler import Mixture
-from llm2clip_plugin.stages.llm.recipes import llm_recipe
-from llm2clip_plugin.text.pair_batches import PairBatches
-from llm2clip_plugin.text.pairs import open_pairs
+from llm2clip_plugin.data.sampler import Mixture, hash_words
+from llm2clip_plugin.stages.llm.config import llm_recipe
+from llm2clip_plugin.text.pairs import PairBatches, open_pairs
 
 AUTHORS = ROOT / "tests" / "golden" / "authors_captions"
 SEPARATOR = "!@#$%^&*()"  # in the authors' texts; what follows it is pooled

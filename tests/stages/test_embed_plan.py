@@ -5,11 +5,12 @@ import re
 
 import torch
 
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.embed import command as embed
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 
 def test_the_size_is_that_of_the_tensors_written(llama, tmp_path, capsys):

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.options.settings import field_types
+from llm2clip_plugin.options import field_types
 from llm2clip_plugin.stages.llm.command import parse
+from llm2clip_plugin.stages.llm.config import UNUSED as LLM_UNUSED
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.stages.llm.unused import UNUSED as LLM_UNUSED
 from llm2clip_plugin.stages.tower.command import read_command
-from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.unused import UNUSED
+from llm2clip_plugin.stages.tower.config import UNUSED, RunConfig
 
 
 def test_an_explicit_length_wins_over_the_recipes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from llm2clip_plugin import load_tower
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.dual import load_dual
-from llm2clip_plugin.vision.meta_tower import new_tower
+from llm2clip_plugin.vision.towers import new_tower
 
 STEPS = 12
 

@@ -14,7 +14,7 @@ from forked import Script
 from tiny_data import make_all
 from tower_runs import ROOT, environment, options
 
-from llm2clip_plugin.interrupt import interrupts_end_loading, loaded
+from llm2clip_plugin.console import interrupts_end_loading, loaded
 from llm2clip_plugin.train.distributed import free_port
 
 

@@ -18,15 +18,14 @@ from tensor_memory import peak_bytes
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.stages.llm.plan import DataSize, step_memory
-from llm2clip_plugin.stages.llm.recipes import LLM_RECIPES
+from llm2clip_plugin.stages.llm.command import DataSize, step_memory
+from llm2clip_plugin.stages.llm.config import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.stages.llm.run import trained_module
-from llm2clip_plugin.text.adapter import LoraSettings, add_lora
-from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts
+from llm2clip_plugin.text.adapter import add_lora
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
+from llm2clip_plugin.text.contrast import equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.text.shape import NF4_BYTES, SHAPES, llm_config, shape_llm
+from llm2clip_plugin.text.llm import NF4_BYTES, SHAPES, llm_config, shape_llm
 
 PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
     "llama-1b": 1_235_814_400,

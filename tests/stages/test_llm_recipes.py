@@ -9,12 +9,11 @@ import torch.nn.functional as F
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.stages.llm.command import parse
-from llm2clip_plugin.stages.llm.opening import open_data
-from llm2clip_plugin.stages.llm.recipes import INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
-from llm2clip_plugin.stages.llm.run import finetune_llm
-from llm2clip_plugin.stages.paper import TEACHERS
+from llm2clip_plugin.stages.llm.config import INSTRUCTION, LLM_RECIPES, OF_LONG, OF_SHORT, llm_recipe
+from llm2clip_plugin.stages.llm.run import finetune_llm, open_data
+from llm2clip_plugin.stages.settings import TEACHERS
+from llm2clip_plugin.text.config import PRESETS
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import PRESETS
 
 
 @pytest.mark.parametrize("name", LLM_RECIPES)

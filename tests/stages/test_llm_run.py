@@ -19,14 +19,14 @@ from text_helpers import moved, write_moved
 from tower_runs import ROOT, environment
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord
+from llm2clip_plugin.contracts import EncoderCard, RunRecord
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import finetune_llm
-from llm2clip_plugin.text.adapter import LoraSettings
-from llm2clip_plugin.text.contrast import ContrastConfig, equal_parts
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
+from llm2clip_plugin.text.contrast import equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import free_port
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from tiny_data import SAMPLES, WIDTH, make_cache, make_shards
 
-from llm2clip_plugin.data.cache.shard_file import shard_bytes
-from llm2clip_plugin.stages.plan_text import GIB, Column, columns
-from llm2clip_plugin.stages.run_state import warmup_note
-from llm2clip_plugin.train.loop import TrainConfig
+from llm2clip_plugin.data.cache import shard_bytes
+from llm2clip_plugin.stages.plan import GIB, Column, columns
+from llm2clip_plugin.stages.run import warmup_note
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.memory import StepMemory
-from llm2clip_plugin.train.optim import OptimConfig
 
 
 def planned(global_batch: int, gpu_gib: float, micro_batch: int = 0) -> list[Column]:

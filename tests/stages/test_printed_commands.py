@@ -22,11 +22,12 @@ from tiny_llm import save_tiny_llm
 from llm2clip_plugin.cli import COMMANDS
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.stages.tower.command import read_command
-from llm2clip_plugin.stages.tower.opening import open_data
+from llm2clip_plugin.stages.tower.run import open_data
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 ROOT = Path(__file__).parents[2]

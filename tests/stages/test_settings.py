@@ -8,10 +8,9 @@ import json
 import pytest
 
 from llm2clip_plugin.stages.settings import from_plain, refuse_changes
-from llm2clip_plugin.stages.tower import recipes
+from llm2clip_plugin.stages.tower import config as recipes
 from llm2clip_plugin.stages.tower.command import read_command
-from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
+from llm2clip_plugin.stages.tower.config import RECIPES, RunConfig, recipe
 
 
 def test_a_misspelled_option_is_refused():

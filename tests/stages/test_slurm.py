@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_data import make_all
 from tower_runs import ROOT, environment, options
 
-from llm2clip_plugin.run_files import FINAL, PROGRESS
+from llm2clip_plugin.files import FINAL, PROGRESS
 from llm2clip_plugin.train.distributed import free_port
 
 JOB = ROOT / "scripts/slurm/torchrun.sbatch"

@@ -20,10 +20,9 @@ from tower_runs import ROOT
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, RunRecord
-from llm2clip_plugin.run_files import again, started_by
-from llm2clip_plugin.stages.status.cache_folder import cache_status
-from llm2clip_plugin.stages.status.run_folder import run_status
+from llm2clip_plugin.files import again, started_by
 from llm2clip_plugin.stages.tower import run as tower_run
+from llm2clip_plugin.status import cache_status, run_status
 from llm2clip_plugin.train.errors import StoppedError
 
 

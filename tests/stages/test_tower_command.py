@@ -10,10 +10,10 @@ from tiny_data import make_tower
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.stages.tower import recipes
+from llm2clip_plugin.stages.tower import config as recipes
 from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.stages.tower.config import DataConfig
-from llm2clip_plugin.train.model import TowerConfig
+from llm2clip_plugin.train.config import TowerConfig
 
 
 def test_the_command_line_overrides_a_recipe():

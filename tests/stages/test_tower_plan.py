@@ -10,16 +10,15 @@ import pytest
 import torch
 from tiny_data import make_cache, make_shards, make_tower
 
-from llm2clip_plugin.stages.paper import TEACHERS
+from llm2clip_plugin.stages.settings import TEACHERS
 from llm2clip_plugin.stages.tower import command as tower_command
-from llm2clip_plugin.stages.tower.config import DataConfig
-from llm2clip_plugin.stages.tower.plan import tower_plan
-from llm2clip_plugin.stages.tower.recipes import RECIPES, recipe
-from llm2clip_plugin.train.model import TowerConfig, build_dual, shape_dual, trained_parameters
-from llm2clip_plugin.train.optim import OptimConfig
-from llm2clip_plugin.vision.dual import DualConfig
+from llm2clip_plugin.stages.tower.command import tower_plan
+from llm2clip_plugin.stages.tower.config import RECIPES, DataConfig, recipe
+from llm2clip_plugin.train.config import OptimConfig, TowerConfig
+from llm2clip_plugin.train.model import build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.meta_tower import meta_tower
+from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision.towers import meta_tower
 
 AFTER = [name for name in RECIPES if name.startswith(("proclip", "lift"))]  # methods that came after the paper's
 PAPER = [name for name in RECIPES if name not in ("base", "quickstart", *AFTER)]

@@ -27,9 +27,8 @@ from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord, TowerCard
-from llm2clip_plugin.run_files import UNFINISHED_HEADS
-from llm2clip_plugin.stages.status.command import read_status
-from llm2clip_plugin.stages.status.run_folder import RunStatus
+from llm2clip_plugin.files import UNFINISHED_HEADS
+from llm2clip_plugin.status import RunStatus, read_status
 from llm2clip_plugin.train.checkpoint import load
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.errors import StoppedError

@@ -23,7 +23,7 @@ OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarted ranks 
 FAULTS = """
 import os, sys, time
 from llm2clip_plugin.cli import leave, run
-from llm2clip_plugin.stages.run_state import TrainingRun
+from llm2clip_plugin.stages.run import TrainingRun
 from llm2clip_plugin.train.step import TowerStep
 train_to_end, make_loss = TrainingRun.train_to_end, TowerStep._loss
 slow_at, fail_at = int(os.environ["SLOW_AT"]), int(os.environ["FAIL_AT"])

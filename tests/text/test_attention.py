@@ -9,9 +9,9 @@ import torch
 from tiny_llm import HYBRIDS
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
 
 def load(folder: Path, *, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -8,9 +8,8 @@ import torch
 from text_helpers import moved
 
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.text.adapter import LoraSettings
+from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.text.tokens import collate
 
 CAPTIONS = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tiny_clip import save_tiny_clip
 from tiny_llm import save_tiny_llm, tiny_tokenizer
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.teacher import ClipTextEncoder, clip_folder
 
 TEXTS = ["a red bird", "seven grey stones in the rain, and a very long sentence that goes on", "blue", "a red bird"]
 

@@ -12,15 +12,17 @@ from forked import Command, run_command
 from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.contracts import CacheManifest, ContractError
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.sources import row_index as row_sources
-from llm2clip_plugin.data.sources.open import Shard, SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.stages.embed.command import COMMAND
+from llm2clip_plugin.contracts import CacheManifest
+from llm2clip_plugin.data import index as row_sources
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources.base import Shard, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.stages.embed.config import COMMAND
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import embed_source, shards_of_rank
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
 

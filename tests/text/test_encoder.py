@@ -10,10 +10,11 @@ import torch
 from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
-from llm2clip_plugin.contracts import ContractError, EncoderCard
+from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.adapter import weights_sha256
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.files import weights_sha256
-from llm2clip_plugin.text.settings import EncoderConfig
 
 CAPTIONS = [
     "a red bicycle",

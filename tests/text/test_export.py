@@ -12,10 +12,10 @@ from text_helpers import write_moved
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.export import ExportConfig, export_llm
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.text.export import export_llm
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
 

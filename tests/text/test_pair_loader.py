@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm2clip_plugin.text.config import EncoderConfig, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pair_batches import PairBatches
-from llm2clip_plugin.text.pair_loader import PairTokenizer, tokenized_batches
-from llm2clip_plugin.text.pairs import Pair, PairsConfig, open_pairs
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, open_pairs, tokenized_batches
 from llm2clip_plugin.text.tokens import collate
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llm2clip_plugin.data.sampler import sample_rng
-from llm2clip_plugin.text.pair_batches import PairBatches
-from llm2clip_plugin.text.pairs import PairsConfig, open_pairs, parse_kinds, parse_lists, survey
+from llm2clip_plugin.text.config import PairsConfig, parse_kinds, parse_lists
+from llm2clip_plugin.text.pairs import PairBatches, open_pairs, survey
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
 

@@ -12,9 +12,10 @@ from text_helpers import write_moved
 from tokenizers import processors
 from transformers import AutoModel, BertConfig, BertModel
 
-from llm2clip_plugin.contracts import ContractError, EncoderCard
+from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 
 TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
 

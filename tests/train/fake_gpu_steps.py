@@ -22,26 +22,25 @@ from torch._subclasses import FakeTensorMode
 from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate import rank_counting
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate import retrieval as rank_counting
 from llm2clip_plugin.evaluate.retrieval import retrieve
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import trained_module
-from llm2clip_plugin.text.adapter import LoraSettings
-from llm2clip_plugin.text.contrast import CaptionStep, ContrastConfig, caption_terms
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
+from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pairs import Pair
-from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train import heads
-from llm2clip_plugin.train.ema import MovingAverage
+from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, TowerConfig
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.train.losses.config import weighted_terms
-from llm2clip_plugin.train.model import TowerConfig, shape_dual
-from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.model import shape_dual
+from llm2clip_plugin.train.reference import MovingAverage
 from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.train.tensor_files import HostCopies
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 
 GPU = torch.device("cuda", 0)
 WIDTH, ROWS = 24, 8

@@ -14,11 +14,12 @@ from tiny_llm import save_tiny_llm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 
 pytestmark = pytest.mark.gpu
 

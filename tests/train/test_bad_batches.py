@@ -12,12 +12,10 @@ import pytest
 import torch
 from train_helpers import allow_fp16, new_state, parts_of, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.run_files import LEFT_OUT
-from llm2clip_plugin.train.checkpoint import load
-from llm2clip_plugin.train.ema import MovingAverage
+from llm2clip_plugin.files import LEFT_OUT
+from llm2clip_plugin.train.checkpoint import Checkpoints, HostCopies, load
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.tensor_files import HostCopies
+from llm2clip_plugin.train.reference import MovingAverage
 
 STEPS, BAD = 8, 7  # the seventh batch has a NaN on the last rank
 WAYS: dict[str, dict[str, Any]] = {

@@ -12,11 +12,9 @@ import torch
 from safetensors.torch import load_file
 from train_helpers import Averages, Engineless, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.train.checkpoint import TrainState, load
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState, load
 from llm2clip_plugin.train.optim import set_lr
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.saving import Saver
 
 SMALL_8BIT = ("min_8bit_size=1",)
 WAYS: dict[str, dict[str, Any]] = {

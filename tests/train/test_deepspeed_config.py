@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
-from llm2clip_plugin.train.device import set_tf32
-from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.train.model import TowerConfig
-from llm2clip_plugin.train.optim import OptimConfig, lr_factor
-from llm2clip_plugin.vision.dual import DualConfig
+from llm2clip_plugin.train.distributed import set_tf32
+from llm2clip_plugin.train.optim import lr_factor
+from llm2clip_plugin.vision.family import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

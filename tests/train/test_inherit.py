@@ -19,7 +19,7 @@ from llm2clip_plugin import cli
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.stages.text_adapter.command import read_command
 from llm2clip_plugin.stages.text_adapter.opening import open_data
-from llm2clip_plugin.text.inherit import scores
+from llm2clip_plugin.text.teacher import scores
 from llm2clip_plugin.train.checkpoint import TWIN
 from llm2clip_plugin.vision.dual import load_dual
 

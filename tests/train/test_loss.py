@@ -16,7 +16,7 @@ from tower_runs import STEPS, losses, options
 from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 

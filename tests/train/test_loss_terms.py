@@ -15,9 +15,8 @@ from train_helpers import GOLDEN, run_ranks
 
 from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.text.contrast import pair_loss
-from llm2clip_plugin.train.loss_config import LossConfig, parse_terms
-from llm2clip_plugin.train.losses.base import Features
-from llm2clip_plugin.train.losses.config import heads_terms, weighted_terms
+from llm2clip_plugin.train.config import LossConfig, parse_terms
+from llm2clip_plugin.train.losses.base import Features, heads_terms, weighted_terms
 from llm2clip_plugin.train.losses.distill import structure_loss
 
 PAIRS, CAPTIONS, WIDTH, SCALE, PATCHES = 24, 3, 8, 20.0, 5

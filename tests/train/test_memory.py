@@ -14,13 +14,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.memory import StepMemory, activation_bytes, rank_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
-from llm2clip_plugin.train.optim import OptimConfig
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
-from llm2clip_plugin.vision.lora import add_lora
-from llm2clip_plugin.vision.quick_gelu import use_quick_gelu
-from llm2clip_plugin.vision.towers import freeze_tower
+from llm2clip_plugin.vision.towers import add_lora, freeze_tower, use_quick_gelu
 
 FAMILIES = ["clip", "clip as transformers has it", "clip gelu", "siglip", "dinov2", "eva02", "eva02 bigE"]
 TOKENS = dict.fromkeys(FAMILIES, 17) | {"siglip": 16}  # 4 x 4 patches, and a class token

@@ -18,22 +18,21 @@ import torch
 from tiny_data import WIDTH, make_all
 from train_helpers import run_ranks, trainable_names
 
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
-from llm2clip_plugin.stages.tower.opening import open_data
+from llm2clip_plugin.stages.tower.run import open_data
 from llm2clip_plugin.train import heads
-from llm2clip_plugin.train.heads import FrozenFeatures, HeadsConfig, fit_heads, head_parameters
-from llm2clip_plugin.train.loop import TrainConfig
-from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.train.model import TowerConfig, build_dual, trained_parameters, with_llm_width
-from llm2clip_plugin.train.optim import OptimConfig, parameter_groups, set_lr
-from llm2clip_plugin.train.progress import MetricsFile, Progress
-from llm2clip_plugin.vision.dual import DualConfig
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
+from llm2clip_plugin.train.model import build_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.train.optim import parameter_groups, set_lr
+from llm2clip_plugin.train.reports import MetricsFile, Progress
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.family import DualConfig
 
 DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
 

@@ -11,12 +11,17 @@ import torch
 from tiny_data import make_all
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TrainState, load
-from llm2clip_plugin.train.ema import MovingAverage
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.saving import Saver
-from llm2clip_plugin.train.tensor_files import HostCopies
-from llm2clip_plugin.train.twin import Twin
+from llm2clip_plugin.train.checkpoint import (
+    AVERAGES,
+    MODEL,
+    OPTIMIZER,
+    Checkpoints,
+    HostCopies,
+    Saver,
+    TrainState,
+    load,
+)
+from llm2clip_plugin.train.reference import MovingAverage, Twin
 
 HALF = {
     "bf16 zero1": {"stage": 1, "precision": "bf16", "micro": 16},

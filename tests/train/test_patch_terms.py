@@ -9,14 +9,14 @@ import torch
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
-from llm2clip_plugin.stages.tower.checks import check_patch_layers
-from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.stages.tower.run import check_patch_layers
+from llm2clip_plugin.train.checkpoint import HostCopies
+from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
-from llm2clip_plugin.train.tensor_files import HostCopies
-from llm2clip_plugin.train.twin import Twin
+from llm2clip_plugin.train.reference import Twin
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.dual_config import DualConfig
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
+from llm2clip_plugin.vision.family import DualConfig
 
 STEPS = 4
 TERMS = ("infonce", "patch_reference=2", "patch_captions=0.5")

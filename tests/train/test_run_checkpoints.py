@@ -19,12 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from train_helpers import Averages, Engineless
 
-from llm2clip_plugin.contracts import ContractError, RunRecord
-from llm2clip_plugin.train import run_lock
-from llm2clip_plugin.train.checkpoint import TrainState, load, load_weights, verify
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.saving import Saver
-from llm2clip_plugin.train.tensor_files import TensorFile, write_tensors
+from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.train import guard as run_lock
+from llm2clip_plugin.train.checkpoint import (
+    Checkpoints,
+    Saver,
+    TensorFile,
+    TrainState,
+    load,
+    load_weights,
+    verify,
+    write_tensors,
+)
 
 
 def saved(run: Path, *steps: int, keep: int = 0) -> Checkpoints:
@@ -142,7 +149,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from llm2clip_plugin.train.run_lock import locked
+from llm2clip_plugin.train.guard import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -29,10 +29,7 @@ from train_helpers import (
 )
 
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
-from llm2clip_plugin.train.checkpoint import TrainState, load
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.saving import Saver
-from llm2clip_plugin.train.tensor_files import HostCopies
+from llm2clip_plugin.train.checkpoint import Checkpoints, HostCopies, Saver, TrainState, load
 
 STEPS = 8
 
@@ -47,8 +44,8 @@ def wait_until(ready: Callable[[], bool]) -> None:
 def train(rank: int, world: int, folder: str, stages: list[int], *, slow: bool = False) -> None:
     """Start or resume a run for each ZeRO stage. slow: steps and files that take their time."""
     from llm2clip_plugin.train import checkpoint
-    from llm2clip_plugin.train.ema import MovingAverage
     from llm2clip_plugin.train.loop import run_loop
+    from llm2clip_plugin.train.reference import MovingAverage
 
     write = checkpoint.write_tensors
 

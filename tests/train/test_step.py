@@ -9,8 +9,8 @@ import pytest
 import torch
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
+from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.tensor_files import HostCopies
 
 STEPS = 4
 

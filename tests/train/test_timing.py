@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from tower_runs import lines
 from train_helpers import new_state, parts_of, run_ranks, tiny_batch, tiny_engine
 
-from llm2clip_plugin.train.flops import count_model_flops, peak_of, repeated
-from llm2clip_plugin.train.loop import TrainConfig, run_loop
-from llm2clip_plugin.train.progress import Progress, label
+from llm2clip_plugin.train.config import TrainConfig
+from llm2clip_plugin.train.loop import run_loop
+from llm2clip_plugin.train.reports import Progress, count_model_flops, label, peak_of, repeated
 from llm2clip_plugin.train.timing import PHASES, Clock, StepTimer, compare_ranks, timed
 
 

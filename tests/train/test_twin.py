@@ -13,11 +13,8 @@ from tiny_data import make_all
 from tower_runs import ROOT, lines, losses, options
 from train_helpers import TinyDual, run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.train.checkpoint import TWIN, TrainState, load
-from llm2clip_plugin.train.run_checkpoints import Checkpoints
-from llm2clip_plugin.train.saving import Saver
-from llm2clip_plugin.train.tensor_files import HostCopies
-from llm2clip_plugin.train.twin import Twin
+from llm2clip_plugin.train.checkpoint import TWIN, Checkpoints, HostCopies, Saver, TrainState, load
+from llm2clip_plugin.train.reference import Twin
 
 STEPS, SAVED_AT, DECAY = 4, 2, 0.8
 TERMS = ("infonce", "distill=0.5")

@@ -122,9 +122,10 @@ def tiny_engine(
     args: tuple[str, ...] = (),
 ) -> Any:
     """An engine over a TinyDual with two learning rates, made as stages.py makes one."""
+    from llm2clip_plugin.train.config import OptimConfig
     from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
     from llm2clip_plugin.train.engine import Engine
-    from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector, parameter_groups
+    from llm2clip_plugin.train.optim import Trained, is_vector, parameter_groups
 
     torch.manual_seed(0)
     module = dual or TinyDual()
@@ -158,8 +159,8 @@ def tiny_engine(
 
 def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, twin: Any = None) -> Any:
     """The step over a tiny engine."""
-    from llm2clip_plugin.train.loss_config import LossConfig
-    from llm2clip_plugin.train.losses.config import weighted_terms
+    from llm2clip_plugin.train.config import LossConfig
+    from llm2clip_plugin.train.losses.base import weighted_terms
     from llm2clip_plugin.train.step import TowerStep
 
     config = LossConfig(terms=terms)
@@ -170,10 +171,10 @@ def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool
 
 def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:
     """What run_loop needs for 8 steps, with a save after each of them."""
-    from llm2clip_plugin.train.loop import LoopParts, TrainConfig
-    from llm2clip_plugin.train.optim import OptimConfig
-    from llm2clip_plugin.train.run_checkpoints import Checkpoints
-    from llm2clip_plugin.train.stopping import StopRequest
+    from llm2clip_plugin.train.checkpoint import Checkpoints
+    from llm2clip_plugin.train.config import OptimConfig, TrainConfig
+    from llm2clip_plugin.train.errors import StopRequest
+    from llm2clip_plugin.train.loop import LoopParts
 
     defaults = {
         "step": tiny_step(engine),

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import check_crop, preprocessor_config
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import read_config
-from llm2clip_plugin.vision.preprocessor import check_crop, preprocessor_config
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS

@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
+from llm2clip_plugin.contracts import TowerCard, sha256_weights
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision import export
-from llm2clip_plugin.vision.convert import command
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
-from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.convert import importing as command
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
+from llm2clip_plugin.vision.export import compare_features, export_tower, probe_features
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
-from llm2clip_plugin.vision.verify import compare_features, probe_features
 
 from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read, train_twenty_steps
 

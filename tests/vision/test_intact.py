@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.directory import read_json, write_json
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.directory import TowerChecksums, check_card, read_json, write_json
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import read_config
-from llm2clip_plugin.vision.intact import TowerChecksums, check_card
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TRANSFORMERS_TOWERS

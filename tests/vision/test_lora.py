@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02VisionModel
-from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.lora import add_lora, has_lora, merged
-from llm2clip_plugin.vision.towers import load_tower, tower_blocks
-from llm2clip_plugin.vision.verify import probe_features
+from llm2clip_plugin.vision.export import export_tower, probe_features
+from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision.towers import add_lora, has_lora, load_tower, merged, tower_blocks
 
 from .conftest import TRANSFORMERS_TOWERS
 from .test_eva02 import tiny_config

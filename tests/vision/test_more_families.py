@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.contracts import ContractError, TowerCard, sha256_weights
+from llm2clip_plugin.contracts import TowerCard, sha256_weights
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.directory import write_checksums
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import family_of, family_of_type
-from llm2clip_plugin.vision.intact import write_checksums
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import resize_tower, tower_blocks, tower_embeddings_parameters
 
 from .conftest import largest_difference, train_twenty_steps

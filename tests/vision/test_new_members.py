@@ -11,12 +11,13 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision import families
-from llm2clip_plugin.vision.convert import command, formats
+from llm2clip_plugin.vision.convert import formats
+from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.meta_tower import meta_tower
-from llm2clip_plugin.vision.towers import freeze_tower, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision.towers import freeze_tower, meta_tower, tower_blocks, tower_embeddings_parameters
 
 from .conftest import largest_difference, train_twenty_steps
 
@@ -69,8 +70,8 @@ def test_states_training_export_and_reload_of_a_new_family(released, tmp_path):
 
 def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):
     assert meta_tower("OFA-Sys/chinese-clip-vit-base-patch16", image_size=336).config.image_size == 336
-    from llava_integration.towers.names import locate
-    from llava_integration.towers.tower import LLM2CLIPVisionTower
+    from llava_integration.tower import LLM2CLIPVisionTower
+    from llava_integration.towers import locate
 
     card, _ = import_tower(released, tmp_path / "tower")
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")

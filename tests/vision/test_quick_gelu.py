@@ -5,7 +5,7 @@ import torch
 from transformers.activations import QuickGELUActivation
 
 from llm2clip_plugin import load_tower
-from llm2clip_plugin.vision.quick_gelu import QuickGELU, use_quick_gelu
+from llm2clip_plugin.vision.towers import QuickGELU, use_quick_gelu
 
 from .conftest import TRANSFORMERS_TOWERS, read
 

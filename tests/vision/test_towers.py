@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.families import families, family_named, family_of
 from llm2clip_plugin.vision.positions import resize_positions
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
 from llm2clip_plugin.vision.towers import (
     freeze_tower,
     load_tower,

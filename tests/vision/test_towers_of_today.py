@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.contracts import ContractError, TowerCard
-from llm2clip_plugin.vision.convert.converting import convert
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.convert.exporting import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.preprocessor import preprocessor_config
+from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.timm_tower import timm_module
 from llm2clip_plugin.vision.towers import tower_blocks, tower_embeddings_parameters
 
@@ -147,8 +149,8 @@ def test_another_size_gives_its_patches(name, directory):
 
 
 def test_it_is_llavas_eye(name, directory):
-    from llava_integration.towers.names import locate
-    from llava_integration.towers.tower import LLM2CLIPVisionTower
+    from llava_integration.tower import LLM2CLIPVisionTower
+    from llava_integration.towers import locate
 
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
     eye = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True)

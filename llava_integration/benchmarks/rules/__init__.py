@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm2clip_plugin.discovery import discover, literals
-from llm2clip_plugin.options.names import unknown
+from llm2clip_plugin.files import discover, literals
+from llm2clip_plugin.options import unknown
 
 if TYPE_CHECKING:
     from llava_integration.benchmarks.benchmark import Benchmark

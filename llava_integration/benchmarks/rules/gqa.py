@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
-from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean, mean_of, text_of
-from llava_integration.benchmarks.benchmark import Benchmark, published_scores
+from llava_integration.benchmarks.benchmark import (
+    Benchmark,
+    Item,
+    Question,
+    by_group,
+    flatten,
+    item_of,
+    mean,
+    mean_of,
+    published_scores,
+    text_of,
+)
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

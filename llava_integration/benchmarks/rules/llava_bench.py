@@ -12,8 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, read_jsonl
-from llava_integration.benchmarks.base import Item, Options, Question, Scored, Statistic, item_of, ratio, text_of
-from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
+from llava_integration.benchmarks.benchmark import (
+    LONG_ANSWERS,
+    Benchmark,
+    Item,
+    Options,
+    Question,
+    Scored,
+    Statistic,
+    item_of,
+    published_scores,
+    ratio,
+    text_of,
+)
 
 
 class LLaVABench(Benchmark):

@@ -15,18 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, read_jsonl, read_text
-from llava_integration.benchmarks.base import (
+from llava_integration.benchmarks.benchmark import (
+    Benchmark,
     Item,
     Question,
     Statistic,
+    first_file,
     flatten,
     item_of,
+    logged_field,
     precision_recall_f1,
+    published_scores,
     ratio,
+    squeeze,
     text_of,
 )
-from llava_integration.benchmarks.benchmark import Benchmark, first_file, logged_field, published_scores
-from llava_integration.benchmarks.match import squeeze
 
 RELEASE = "MME_Benchmark_release_version"
 PERCEPTION = (

@@ -12,8 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, read_json
-from llava_integration.benchmarks.base import Item, Question, Statistic, answered_statistic, item_of, mean, mean_of
-from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
+from llava_integration.benchmarks.benchmark import (
+    LONG_ANSWERS,
+    Benchmark,
+    Item,
+    Question,
+    Statistic,
+    answered_statistic,
+    item_of,
+    mean,
+    mean_of,
+    published_scores,
+)
 
 
 class MMVet(Benchmark):

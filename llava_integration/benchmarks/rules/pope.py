@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_jsonl
-from llava_integration.benchmarks.base import (
+from llava_integration.benchmarks.benchmark import (
+    Benchmark,
     Item,
     Options,
     Question,
@@ -26,11 +27,11 @@ from llava_integration.benchmarks.base import (
     item_of,
     mean,
     precision_recall_f1,
+    published_scores,
     ratio,
+    squeeze,
     text_of,
 )
-from llava_integration.benchmarks.benchmark import Benchmark, published_scores
-from llava_integration.benchmarks.match import squeeze
 
 WORD = re.compile(r"\b(yes|yeah|yep|no|not|nope|none|cannot|can't|isn't|aren't)\b", re.IGNORECASE)
 YES = ("yes", "yeah", "yep")

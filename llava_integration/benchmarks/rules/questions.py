@@ -11,10 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
-from llava_integration.benchmarks.base import Item, Question, flatten, item_of, mean_of, percents, text_of
-from llava_integration.benchmarks.benchmark import SHORT_ANSWER, Benchmark, question_row
-from llava_integration.benchmarks.vqa_text import m4c
-from llm2clip_plugin.contracts import ContractError, sha256_file
+from llava_integration.benchmarks.benchmark import (
+    SHORT_ANSWER,
+    Benchmark,
+    Item,
+    Question,
+    flatten,
+    item_of,
+    m4c,
+    mean_of,
+    percents,
+    question_row,
+    text_of,
+)
+from llm2clip_plugin.contracts import sha256_file
+from llm2clip_plugin.files import ContractError
 
 
 class Questions(Benchmark):

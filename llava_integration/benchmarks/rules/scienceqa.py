@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, read_json
-from llava_integration.benchmarks.base import (
+from llava_integration.benchmarks.benchmark import (
+    LONG_ANSWERS,
+    Benchmark,
     Item,
     Options,
     Question,
@@ -21,8 +23,8 @@ from llava_integration.benchmarks.base import (
     item_of,
     mean_of,
     mean_statistic,
+    published_scores,
 )
-from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
 
 LETTERS = ("A", "B", "C", "D", "E")
 ANSWER_IS = re.compile(r"The answer is ([A-Z]).")

@@ -10,8 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json
-from llava_integration.benchmarks.base import Item, Question, by_group, flatten, item_of, mean_of, percents, text_of
-from llava_integration.benchmarks.benchmark import Benchmark, published_scores, texts_by_id
+from llava_integration.benchmarks.benchmark import (
+    Benchmark,
+    Item,
+    Question,
+    by_group,
+    flatten,
+    item_of,
+    mean_of,
+    percents,
+    published_scores,
+    text_of,
+    texts_by_id,
+)
 
 LETTER = re.compile(r"\s*\(?([A-Da-d])\)?(?:[.):,]|\s|$)|.*\b[Aa]nswer is:?\s*\(?([A-D])\b", re.DOTALL)
 PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's

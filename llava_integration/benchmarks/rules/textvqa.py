@@ -10,9 +10,19 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, read_json
-from llava_integration.benchmarks.base import Item, Question, Statistic, answered_statistic, item_of, mean_of, text_of
-from llava_integration.benchmarks.benchmark import Benchmark, published_scores
-from llava_integration.benchmarks.vqa_text import m4c, m4c_accuracy
+from llava_integration.benchmarks.benchmark import (
+    Benchmark,
+    Item,
+    Question,
+    Statistic,
+    answered_statistic,
+    item_of,
+    m4c,
+    m4c_accuracy,
+    mean_of,
+    published_scores,
+    text_of,
+)
 
 TOKENS_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 

@@ -8,17 +8,27 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
-from llava_integration.benchmarks.base import Item, Question, flatten, item_of, mean, mean_of, percents, text_of
 from llava_integration.benchmarks.benchmark import (
     SHORT_ANSWER,
     Benchmark,
+    Item,
+    Question,
+    corrected_accuracy,
     first_file,
+    flatten,
+    item_of,
     logged_field,
+    m4c,
+    m4c_accuracy,
+    mean,
+    mean_of,
+    percents,
     published_scores,
     question_row,
+    text_of,
     texts_by_id,
+    vqa_api_accuracy,
 )
-from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, m4c_accuracy, vqa_api_accuracy
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 

@@ -10,9 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_json, read_jsonl
-from llava_integration.benchmarks.base import Item, Question, flatten, item_of, mean_of, percents, text_of
-from llava_integration.benchmarks.benchmark import SHORT_ANSWER, Benchmark, first_file, published_scores, question_row
-from llava_integration.benchmarks.vqa_text import corrected_accuracy, m4c, vqa_api_accuracy
+from llava_integration.benchmarks.benchmark import (
+    SHORT_ANSWER,
+    Benchmark,
+    Item,
+    Question,
+    corrected_accuracy,
+    first_file,
+    flatten,
+    item_of,
+    m4c,
+    mean_of,
+    percents,
+    published_scores,
+    question_row,
+    text_of,
+    vqa_api_accuracy,
+)
 
 VAL_QUESTIONS = ("*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.json")
 

@@ -3,13 +3,13 @@
 Ids and decoded texts equal those of 4.37 (``tests/llava/parity``), for ``legacy`` true and false.
 """
 
-# transformers 5 alone has the base class.
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-
 from typing import Any, cast
 
 from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, SentencePieceBackend
+
+# transformers 5 alone has the base class.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 
 class LlamaTokenizer(SentencePieceBackend):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2clip_plugin.data.index import Rows
+from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.sources.base import SourceFormat
-from llm2clip_plugin.data.sources.rows import Rows, RowSource
-from llm2clip_plugin.data.sources.urls import has_suffix
-from llm2clip_plugin.outside.values import refuse_encoding
+from llm2clip_plugin.data.sources.rows import RowSource
+from llm2clip_plugin.files import refuse_encoding
 
 PEEK = 1 << 20  # bytes at its start by which another format is recognized
 

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Iterator
 
+from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Record
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats
-from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS
-from llm2clip_plugin.data.sources.records import BrokenSample, Record
-from llm2clip_plugin.data.sources.shards import instead_of_tars
-from llm2clip_plugin.options.names import joined, nearest
+from llm2clip_plugin.data.sources.tars import instead_of_tars
+from llm2clip_plugin.options import joined, nearest
 
 __all__ = ["Shard", "Source", "SourceConfig", "check_fields", "detect_format", "open_source"]
 

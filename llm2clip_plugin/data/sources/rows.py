@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.data.retry import read_file
+from llm2clip_plugin.data.index import KeptRows, Rows, RowsInMemory, open_kept_rows
+from llm2clip_plugin.data.remote import is_url, read_file
+from llm2clip_plugin.data.samples import BrokenSample, Record, well_formed
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.captions import well_formed
-from llm2clip_plugin.data.sources.records import BrokenSample, Record
-from llm2clip_plugin.data.sources.row_index import KeptRows, Rows, RowsInMemory, open_kept_rows
-from llm2clip_plugin.data.sources.urls import is_url
 
 NO_IMAGE = "no image "  # how the reason begins if there is no such file
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)

@@ -1,11 +1,11 @@
 """The retrieval benchmarks by name, one file each, read from files that users download themselves.
 
-A file defines ``SUITE``; a new file in this folder is a new suite (`llm2clip_plugin.discovery`).
+A file defines ``SUITE``; a new file in this folder is a new suite (`llm2clip_plugin.files`).
 """
 
-from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.options.names import unknown
+from llm2clip_plugin.evaluate.suites.base import Suite
+from llm2clip_plugin.files import discover
+from llm2clip_plugin.options import unknown
 
 
 def suites() -> dict[str, Suite]:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import COCO_VAL2014, KARPATHY, karpathy_test
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import COCO_VAL2014, KARPATHY, Suite, karpathy_test
 
 
 def read(folder: Path) -> list[Row]:

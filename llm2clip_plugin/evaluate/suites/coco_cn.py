@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import COCO_VAL2014, first_existing, to_captions
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import COCO_VAL2014, Suite, first_existing, to_captions
 
 NAMES, CAPTIONS = "coco-cn_test.txt", "imageid.human-written-caption.txt"
 HOME = "https://github.com/li-xirong/coco-cn (on request)"

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import expected_layout, read_json_lines, to_captions
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, read_json_lines, to_captions
 
 DOWNLOADS = "https://storage.googleapis.com/docci/data"
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import FLICKR30K_IMAGES, KARPATHY, karpathy_test
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import FLICKR30K_IMAGES, KARPATHY, Suite, karpathy_test
 
 
 def read(folder: Path) -> list[Row]:

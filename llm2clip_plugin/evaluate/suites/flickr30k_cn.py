@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import FLICKR30K_IMAGES, first_existing, to_captions
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import FLICKR30K_IMAGES, Suite, first_existing, to_captions
 
 FILES = ("flickr30k_cn_test.txt", "flickr30k_cna_test.txt")
 LINE = re.compile(r"(\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*)")

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suite_measures import hard_negatives
-from llm2clip_plugin.evaluate.suites.readers import expected_layout, first_existing, read_json
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, first_existing, hard_negatives, read_json
 
 HOME = "https://github.com/RAIVNLab/sugar-crepe (folder data)"
 COCO_VAL2017 = "http://images.cocodataset.org/zips/val2017.zip"

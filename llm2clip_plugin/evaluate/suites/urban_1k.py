@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suites.readers import to_captions
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import Suite, to_captions
 
 HUB = "https://huggingface.co/datasets/BeichenZhang/Urban1k"
 

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.evaluate.in_memory_source import Row
-from llm2clip_plugin.evaluate.suite import Suite
-from llm2clip_plugin.evaluate.suite_measures import recall_by_language
-from llm2clip_plugin.evaluate.suites.readers import expected_layout, read_json_lines
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.suites.base import Suite, expected_layout, read_json_lines, recall_by_language
 
 
 def read(folder: Path) -> list[Row]:

@@ -1,10 +1,151 @@
 """The command line of stage 1.5: ``llm2clip embed``, in one process or under a launcher."""
 
-from llm2clip_plugin.run_files import started_by
-from llm2clip_plugin.stages.command_line import rank_and_world
-from llm2clip_plugin.stages.embed.options import COMMAND
-from llm2clip_plugin.stages.embed.plan import cache_plan
-from llm2clip_plugin.stages.embed.run import embed_captions, verify_cache
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip_plugin.console import phase, track
+from llm2clip_plugin.contracts import CACHE_DTYPES, EmbedRecord
+from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
+from llm2clip_plugin.data.sources.base import Source
+from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.files import started_by
+from llm2clip_plugin.stages.embed.config import COMMAND, EmbedConfig
+from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.embed import Encoder, default_cache_folder, embed_source, verify
+from llm2clip_plugin.text.teacher import open_encoder
+from llm2clip_plugin.train.distributed import leaving_together
+from llm2clip_plugin.train.guard import watched_group
+
+# ``llm2clip embed ... --dry-run``: the cache's size, from the captions and the LLM's config.json alone.
+
+
+def cache_plan(config: EmbedConfig) -> str:
+    """The number of captions and the cache's size in both formats; reads every caption, but no weights.
+
+    Raises ValueError for data at a URL without ``cache``.
+    """
+    if not config.cache:
+        default_cache_folder(config.source.path, "")  # raises for a URL, before anything is downloaded
+    source = open_source(config.source)
+    check_fields(source, needed=True)
+    rows = key_bytes = 0
+    for number in track(range(len(source)), total=len(source), label="captions", unit="samples"):
+        key, captions = source.captions(number)
+        key_bytes += len(key.encode())
+        rows += len(caption_rows([captions]))
+    width = width_of(config.encoder)
+    lines = [f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"]
+    if not width:
+        lines.append(f"no local config.json for {config.encoder.llm}; sizes for the paper's LLMs:")
+    for size in (width,) if width else [teacher.width for teacher in TEACHERS.values()]:
+        listed = (
+            f"{dtype} {readable(shard_bytes(len(source), rows, size, dtype, key_bytes=0) + key_bytes)}"
+            for dtype in CACHE_DTYPES
+        )
+        lines.append(f"cache on disk: {rows:,} captions x {size}: {', '.join(listed)}")
+    return "\n".join(lines)
+
+
+def readable(size: float) -> str:
+    """A number of bytes in the unit that gives 1 to 999."""
+    units = ("kB", "MB", "GB", "TB")
+    step = next((n for n in range(len(units)) if size < 1000 ** (n + 2)), len(units) - 1)
+    return f"{size / 1000 ** (step + 1):.1f} {units[step]}"
+
+
+def width_of(config: EncoderConfig) -> int:
+    """Width of the LLM's states, from the config.json in its folder or in the local Hub cache; 0 if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig
+
+    folder = Path(config.llm)
+    if not folder.is_dir():
+        if config.llm.count("/") != 1:
+            return 0
+        found = try_to_load_from_cache(config.llm, "config.json", revision=config.revision or None)
+        folder = Path(found).parent if isinstance(found, str) else folder
+    if not (folder / "config.json").is_file():
+        return 0
+    settings = AutoConfig.from_pretrained(folder)
+    if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
+        return int(settings.projection_dim)  # a CLIP
+    return int(settings.get_text_config().hidden_size)
+
+
+# Stage 1.5 assembled: captions and a frozen LLM in, a cache of embeddings out.
+
+
+def embed_captions(config: EmbedConfig, command: dict[str, Any] | None = None) -> list[str]:
+    """Embed this rank's shards; returns the report as lines. ``command``: run_files.started_by, to be recorded."""
+    with _ranks() as (rank, world):
+        source, encoder, directory = open_all(config)
+        if rank == 0:
+            names = [shard.name for shard in source.shards]
+            record = EmbedRecord(data=source.path, shards=names, command=command or {})
+            if not CacheWriter(directory, encoder.identity(), config.dtype).manifest().complete:
+                record.write(directory / EmbedRecord.FILE)
+        manifest, summary = embed_source(
+            source,
+            encoder,
+            directory,
+            config.dtype,
+            rank,
+            world,
+            tokens_per_batch=config.tokens_per_batch,
+            quiet=rank != 0,
+            overwrite=config.overwrite,
+        )
+        if rank == 0:
+            record.write(directory / EmbedRecord.FILE)  # a complete cache's, only now that nothing was refused
+        if world > 1 and manifest is None:
+            print(f"rank {rank}: its shards are complete; other ranks are still embedding", file=sys.stderr)
+    prefix = f"rank {rank}: " if world > 1 else ""
+    lines = [prefix + line for line in summary.lines(encoder.config.max_tokens)]
+    if manifest is not None:
+        lines.append(
+            f"{directory}: {manifest.captions} captions in {len(manifest.shards)} shards, {manifest.dtype}, complete"
+        )
+    return lines
+
+
+@contextmanager
+def _ranks() -> Iterator[tuple[int, int]]:
+    """This rank and their number. They share work by files alone, and watch each other under a launcher.
+
+    Without MASTER_ADDR (processes started by hand with RANK and WORLD_SIZE) they need not run at the same time.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        yield rank_and_world()
+        return
+    with watched_group() as ranks, phase("embedding"), leaving_together():
+        yield ranks
+
+
+def verify_cache(config: EmbedConfig) -> str:
+    """Compare the cache with the data and the LLM; ContractError at the first difference."""
+    return verify(*open_all(config))
+
+
+def open_all(config: EmbedConfig) -> tuple[Source, Encoder, Path]:
+    """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
+    if not config.cache:  # before anything is downloaded or loaded
+        place = default_cache_folder(config.source.path, "").parent
+        if place.is_dir() and not config.verify and not os.access(place, os.W_OK):
+            raise PermissionError(f"{place} is read-only, so the cache cannot be next to the data; set --cache DIR")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    source = open_source(config.source)
+    check_fields(source, needed=True)
+    encoder = open_encoder(config.encoder)
+    folder = Path(config.cache) if config.cache else default_cache_folder(source.path, encoder.identity().fingerprint)
+    return source, encoder, folder
 
 
 def main(argv: list[str]) -> int:

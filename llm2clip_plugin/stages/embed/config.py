@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
+from llm2clip_plugin.contracts import CACHE_DTYPES
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options.names import unknown
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.options import READ_NAMES, SELECTION, Command, in_section, unknown
+from llm2clip_plugin.text.config import EncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +26,31 @@ class EmbedConfig:
             raise ValueError(unknown("cache dtype", self.dtype, CACHE_DTYPES))
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch {self.tokens_per_batch} must not be negative")
+
+
+# The options of ``llm2clip embed``.
+
+COMMAND = Command(
+    name="embed",
+    example="llm2clip embed /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter",
+    about="Stage 1.5: embed the captions of DATA with a frozen LLM and cache the embeddings. Rerun the same command to "
+    "resume; shards that are complete are skipped.",
+    settings=EmbedConfig,
+    arguments=("source.path",),
+    everyday=(
+        "encoder.llm",
+        "encoder.adapter",
+        "encoder.preset",
+        "cache",
+        "source.fields",
+        "source.images",
+        "dtype",
+        "encoder.load_in_4bit",
+        "overwrite",
+        "verify",
+        "dry_run",
+    ),
+    shown={"source.path": "data", **in_section("source", READ_NAMES)},
+    also={"path": "source.path"},
+    hidden=tuple(f"source.{name}" for name in SELECTION),
+)

@@ -1,14 +1,15 @@
 """FinetuneConfig: everything that decides an LLM's training. The sections are declared where they are read."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
-from llm2clip_plugin.stages.plan_config import PlanConfig
-from llm2clip_plugin.stages.settings import TrainingConfig
-from llm2clip_plugin.text.config import ContrastConfig, LoraSettings, PairsConfig
-from llm2clip_plugin.text.settings import EncoderConfig
+from llm2clip_plugin.options import READ_NAMES, TRAINING_NAMES, Command, Extra, in_section, unknown
+from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, Unused
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
 
@@ -52,3 +53,207 @@ class FinetuneConfig(TrainingConfig):
     def hash(self) -> str:
         """SHA-256 over all fields."""
         return sha256_text(canonical_json(dataclasses.asdict(self)))
+
+
+# Stage 1's named runs, ``llm2clip finetune-llm --recipe NAME``: the authors' settings, and ours.
+
+INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
+# E5_cc3m.py:31-34, joined to the query with "; " as in its line 131
+OF_SHORT = "Given a sentence, retrieve a detailed relevant sentence; "
+OF_LONG = "Given a detailed sentence, retrieve a short relevant sentence; "
+# The authors merge a third one, of their own masked next-token prediction on captions, which they did not publish.
+LLM2VEC_8B = (
+    "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp",
+    "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp-supervised",
+)
+
+
+def paper() -> FinetuneConfig:
+    """The authors' settings for any instruct LLM (set --llm); a text is one user turn of its chat template."""
+    return _paper("paper", EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT))
+
+
+def paper_llama_8b() -> FinetuneConfig:
+    """The authors' settings and LLM: Llama 3 8B Instruct with LLM2Vec's two adapters merged."""
+    return dataclasses.replace(_paper("paper-llama-8b", _llama("llama-8b", OF_SHORT)), start_adapters=LLM2VEC_8B)
+
+
+def paper_llama_1b() -> FinetuneConfig:
+    """The authors' settings on Llama 3.2 1B Instruct, for which LLM2Vec has no adapters."""
+    return _paper("paper-llama-1b", _llama("llama-1b", OF_SHORT))
+
+
+def llama_1b() -> FinetuneConfig:
+    """Ours on Llama 3.2 1B Instruct: embeddings 2048 wide."""
+    return _common("llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False)
+
+
+def llama_8b() -> FinetuneConfig:
+    """Ours on Llama 3 8B Instruct: embeddings 4096 wide."""
+    return _common("llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True)
+
+
+def _llama(teacher: str, query_prompt: str) -> EncoderConfig:
+    known = TEACHERS[teacher]
+    return EncoderConfig(llm=known.base, preset=known.preset, query_prompt=query_prompt)
+
+
+def _paper(name: str, encoder: EncoderConfig) -> FinetuneConfig:
+    """The authors' settings; captions (the paper's: LLM_MIXTURE) are the user's."""
+    common = _common(name, encoder, gradient_checkpointing=True)
+    return dataclasses.replace(
+        common,
+        pairs=PairsConfig(
+            pair_kinds=("short:long", "long:short"),
+            mix_kinds=True,  # E5_cc3m.py:72-81, a coin for each pair
+            instructions=(f"short={OF_SHORT}", f"long={OF_LONG}"),
+            random_negatives=True,  # E5_cc3m.py:83-88
+            cut_queries=True,  # their tokenizer truncates
+        ),
+        # HardNegativeNLLLoss of llm2vec: queries retrieve positives, and nothing is masked
+        contrast=dataclasses.replace(common.contrast, symmetric=False, mask_same=False),
+        optim=dataclasses.replace(common.optim, schedule="linear"),  # Trainer's default
+    )
+
+
+def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) -> FinetuneConfig:
+    """What both sides have in common. Betas, clipping and no weight decay are defaults of Hugging Face's Trainer."""
+    return FinetuneConfig(
+        output_dir=f"runs/{name}",
+        encoder=dataclasses.replace(encoder, max_tokens=512, compute_dtype="bfloat16"),
+        lora=LoraSettings(r=16, alpha=32, dropout=0.05),
+        contrast=ContrastConfig(scale=50.0),
+        optim=OptimConfig(
+            lr=2e-4, weight_decay=0.0, layer_decay=1.0, betas=(0.9, 0.999), max_grad_norm=1.0, warmup_steps=300
+        ),
+        train=TrainConfig(
+            global_batch=512,
+            num_train_epochs=1.0,
+            gradient_checkpointing=gradient_checkpointing,
+            save_steps=500,
+            dataloader_num_workers=2,
+        ),
+    )
+
+
+LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    "paper": paper,
+    "paper-llama-8b": paper_llama_8b,
+    "paper-llama-1b": paper_llama_1b,
+    "llama-8b": llama_8b,
+    "llama-1b": llama_1b,
+}
+PAPERS = [name for name in LLM_RECIPES if name.startswith("paper")]
+
+
+def llm_recipe(name: str) -> FinetuneConfig:
+    """The recipe of that name; ValueError lists the known ones."""
+    if name not in LLM_RECIPES:
+        raise ValueError(unknown("recipe", name, LLM_RECIPES))
+    return LLM_RECIPES[name]()
+
+
+# The options of ``llm2clip finetune-llm``.
+
+NAMES = {
+    **TRAINING_NAMES,
+    **in_section("pairs.read", READ_NAMES),
+    "pairs.data": "data",
+    "pairs.weights": "data-weights",
+    "evaluation.captions": "validation",
+    "lora": "lora-",
+    "lora.r": "lora-rank",
+    "plan.assumed_pairs": "assumed-samples",
+}
+FINETUNE = Command(
+    name="finetune-llm",
+    example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
+    about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
+    "to resume.",
+    settings=FinetuneConfig,
+    arguments=("pairs.data",),
+    everyday=(
+        "recipe",
+        "encoder.llm",
+        "pairs.pair_kinds",
+        "pairs.read.fields",
+        "output_dir",
+        "train.global_batch",
+        "train.micro_batch",
+        "optim.lr",
+        "train.num_train_epochs",
+        "train.max_steps",
+        "encoder.load_in_4bit",
+        "deepspeed",
+        "dry_run",
+    ),
+    shown=NAMES,
+    also={"plan.images": "plan.assumed_pairs"},  # train-tower's name
+    extras={
+        "recipe": Extra(
+            metavar="NAME",
+            help=f"the authors' settings: {', '.join(PAPERS)}; ours on the paper's LLMs: "
+            f"{', '.join(name for name in LLM_RECIPES if name not in PAPERS)}",
+        )
+    },
+    hidden=("pairs.read.shuffle_window",),  # only the tower's training reads it
+)
+
+
+# Options of ``finetune-llm`` that have no effect in some configurations.
+
+
+def _adapter(config: FinetuneConfig) -> str:
+    adapter = config.encoder.adapter
+    return f"training continues from the adapter {adapter}, which has its own" if adapter else ""
+
+
+def _no_pair_files(config: FinetuneConfig) -> str:
+    files = any(path.endswith(".jsonl") for path in config.pairs.data) or config.pairs.pair_format == "pairs"
+    return "" if files or not config.pairs.data else "no data set is a .jsonl file of text pairs"
+
+
+def _no_caption_sets(config: FinetuneConfig) -> str:
+    kind, paths = config.pairs.pair_format, config.pairs.data
+    if kind in ("pairs", "text"):
+        return f"pair_format is {kind}: no data set has captions"
+    texts = bool(paths) and all(path.endswith(".txt") for path in paths)
+    return "" if kind == "captions" or not texts else "every data set is a .txt file, whose texts have no kinds"
+
+
+def _no_urls(config: FinetuneConfig) -> str:
+    paths = config.pairs.data
+    return "every data set is local, nothing is downloaded" if paths and not any(map(is_url, paths)) else ""
+
+
+UNUSED: list[Unused[FinetuneConfig]] = [
+    Unused(
+        ("optim.layer_decay", "optim.full_lr", "optim.head_lr"),
+        lambda c: "an adapter has one learning rate, lr",
+        off=1.0,
+    ),
+    Unused(
+        ("train.max_broken", "train.torch_compile", "train.dataloader_prefetch_mb"),
+        lambda c: "it belongs to the training of towers",
+    ),
+    Unused(
+        ("train.eval_steps", "train.eval_on_start", "evaluation"),
+        lambda c: "" if c.evaluation.captions else "validation is not set, so nothing is evaluated",
+    ),
+    Unused(("lora",), _adapter, except_for=("lora.dropout",)),
+    Unused(
+        ("pairs.query_field", "pairs.positive_field", "pairs.negative_field", "pairs.instruction_field"), _no_pair_files
+    ),
+    Unused(
+        (
+            "pairs.pair_kinds",
+            "pairs.mix_kinds",
+            "pairs.instructions",
+            "pairs.random_negatives",
+            "pairs.lists",
+            "pairs.group",
+        ),
+        _no_caption_sets,
+    ),
+    Unused(("pairs.read.cache_gb",), _no_urls),
+]

@@ -4,33 +4,105 @@ The loop, engine, checkpoints and loss are those of stage 2; what belongs to the
 """
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.data.cache import short_digest
+from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.evaluate.captions import caption_sets, measure_captions
-from llm2clip_plugin.phases import phase
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
-from llm2clip_plugin.stages.llm.opening import Data, count_truncated, open_data
-from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
-from llm2clip_plugin.text.adapter import add_lora, autocast_adapter, merge_adapters, save_adapter
+from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
+from llm2clip_plugin.text.adapter import (
+    adapter_folder,
+    adapter_sha256,
+    add_lora,
+    autocast_adapter,
+    merge_adapters,
+    save_adapter,
+)
+from llm2clip_plugin.text.config import CARD_SETTINGS
 from llm2clip_plugin.text.contrast import CaptionStep, PairModule, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.files import adapter_folder, adapter_sha256
-from llm2clip_plugin.text.pair_loader import tokenized_batches
-from llm2clip_plugin.text.settings import CARD_SETTINGS
+from llm2clip_plugin.text.pairs import PairBatches, PairTokenizer, Survey, open_pairs, survey, tokenized_batches
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, zero_stage
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.finite import check_finite
+from llm2clip_plugin.train.errors import stop_requests
+from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import Trained, is_vector
-from llm2clip_plugin.train.run_lock import locked
-from llm2clip_plugin.train.stopping import stop_requests
 from llm2clip_plugin.vision.export import library_versions
+
+# Stage 1's input: pairs of captions, surveyed before the LLM is loaded.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The pairs of a run."""
+
+    surveys: tuple[Survey, ...]  # one for each source
+    samples: int  # pairs of an epoch
+    batches: PairBatches  # of one rank
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is compared between ranks: the number of samples, and the texts of the first ones."""
+        return {
+            str(number): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
+            for number, (source, result) in enumerate(zip(self.batches.sources, self.surveys, strict=True), 1)
+        }
+
+    def lines(self) -> list[str]:
+        """The surveys' findings."""
+        return [line for result in self.surveys for line in result.lines()]
+
+
+def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
+    """Open and survey every data set. Raises FileNotFoundError or ValueError for one that is missing or too small."""
+    sources = open_pairs(config.pairs)
+    batches = PairBatches(
+        sources,
+        config.pairs.weights,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch,
+        rank=rank,
+        world=world,
+        mix_kinds=config.pairs.mix_kinds,
+    )
+    samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
+    return Data(surveys=tuple(survey(source, config.pairs) for source in sources), samples=samples, batches=batches)
+
+
+def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> str:
+    """How many of a survey's texts will be truncated to max_tokens, as a line; "" if none.
+
+    Raises ValueError for a truncated query unless ``cut_queries``: a query's end is its caption, which would be lost.
+    """
+    limit = encoder.config.max_tokens
+    frames = PairTokenizer(encoder).query_frames(result.pairs)
+    queries = encoder.lengths([pair.query for pair in result.pairs], frames)
+    long = [(length, pair.key) for length, pair in zip(queries, result.pairs, strict=True) if length > limit]
+    if long and not cut_queries:
+        length, key = max(long)
+        raise ValueError(
+            f"{result.path}: {len(long)} of the first {len(queries)} queries are longer than max_tokens {limit}, the "
+            f"longest {length} (sample {key!r}); raise --max-tokens, or truncate them with --cut-queries"
+        )
+    texts = [pair.positive for pair in result.pairs]
+    positives = sum(length > limit for length in encoder.lengths(texts, [encoder.frame] * len(texts)))
+    if not long and not positives:
+        return ""
+    return (
+        f"{result.path}: of the first {len(queries)} pairs {len(long)} queries and {positives} positives are "
+        f"truncated to {limit} tokens"
+    )
+
 
 ADAPTER = "adapter"
 

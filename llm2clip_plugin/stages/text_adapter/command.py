@@ -1,7 +1,7 @@
 """The command line of ``llm2clip train-text-adapter``; under a launcher, scripts/train_text_adapter.py."""
 
-from llm2clip_plugin.run_files import started_by
-from llm2clip_plugin.stages.command_line import plan_or_train, read_settings
+from llm2clip_plugin.files import started_by
+from llm2clip_plugin.stages.settings import plan_or_train, read_settings
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 from llm2clip_plugin.stages.text_adapter.options import COMMAND
 from llm2clip_plugin.stages.text_adapter.plan import adapter_plan

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
-from llm2clip_plugin.stages.plan_config import PlanConfig
-from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
-from llm2clip_plugin.train.config import OptimConfig, TrainConfig
-from llm2clip_plugin.train.loss_config import INHERIT, LossConfig
+from llm2clip_plugin.stages.settings import PlanConfig, TrainingConfig, flat_essentials
+from llm2clip_plugin.train.config import INHERIT, LossConfig, OptimConfig, TrainConfig
 
 EXAMPLE = "llm2clip train-text-adapter /data/photos --tower towers/clip-l14 --output runs/clip-l14-text"
 

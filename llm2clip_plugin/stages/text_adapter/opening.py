@@ -7,17 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.digest import cache_digest, source_digest
+from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
+from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.samples import select_captions
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.data.sources.records import select_captions
-from llm2clip_plugin.data.sources.shards import data_folder
-from llm2clip_plugin.data.sources.urls import is_url
-from llm2clip_plugin.stages.caches import caches_next_to, find_cache
+from llm2clip_plugin.data.sources.tars import data_folder
+from llm2clip_plugin.options import command
+from llm2clip_plugin.stages.run import caches_next_to, find_cache
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 
 SCORED = 4000  # captions of the held-out split that scores are of

@@ -1,7 +1,6 @@
 """The options of ``llm2clip train-text-adapter``."""
 
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES, TRAINING_NAMES, in_section
+from llm2clip_plugin.options import READ_NAMES, TRAINING_NAMES, Command, in_section
 from llm2clip_plugin.stages.text_adapter.config import EXAMPLE, AdapterConfig
 
 COMMAND = Command(

@@ -8,16 +8,15 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.stages import plan_text as plans
-from llm2clip_plugin.stages.caches import find_cache
-from llm2clip_plugin.stages.command_line import rank_and_world
-from llm2clip_plugin.stages.run_state import plan_engine
+from llm2clip_plugin.stages import plan as plans
+from llm2clip_plugin.stages.run import find_cache, plan_engine
+from llm2clip_plugin.stages.settings import rank_and_world
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 from llm2clip_plugin.stages.text_adapter.opening import find_clip_cache, open_data
 from llm2clip_plugin.stages.text_adapter.run import adapter_parameters
-from llm2clip_plugin.text.inherit import InheritedSpace
+from llm2clip_plugin.text.teacher import InheritedSpace
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
-from llm2clip_plugin.vision.adapter import TextAdapter
+from llm2clip_plugin.vision.dual import TextAdapter
 
 CAPTIONS = 16  # of the pass that measures activations
 

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.data.loader import PairDataset, PairLoader, make_loader
-from llm2clip_plugin.phases import phase
-from llm2clip_plugin.stages.run_state import TrainingRun, plan_engine, training_ranks
+from llm2clip_plugin.console import phase
+from llm2clip_plugin.data.loader import PairLoader, make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 from llm2clip_plugin.stages.text_adapter.opening import Data, held_out_rows, open_data
-from llm2clip_plugin.text.inherit import InheritedSpace, InheritStep, scores
+from llm2clip_plugin.text.teacher import InheritedSpace, InheritStep, scores
 from llm2clip_plugin.train.checkpoint import TrainState, load, load_weights, verify
+from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.finite import check_finite
+from llm2clip_plugin.train.errors import StopRequest, stop_requests
+from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
-from llm2clip_plugin.train.losses.config import weighted_terms
-from llm2clip_plugin.train.optim import OptimConfig, Trained, is_vector
-from llm2clip_plugin.train.run_lock import locked
-from llm2clip_plugin.train.stopping import StopRequest, stop_requests
+from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.optim import Trained, is_vector
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 

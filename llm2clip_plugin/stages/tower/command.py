@@ -4,18 +4,158 @@ A recipe or a file gives the full configuration, options override fields. Option
 LLaVA's scripts keep their names.
 """
 
+import dataclasses
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip_plugin.run_files import started_by
-from llm2clip_plugin.stages.command_line import plan_or_train, rank_and_world, read_settings
-from llm2clip_plugin.stages.settings import from_plain
-from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.options import COMMAND
-from llm2clip_plugin.stages.tower.plan import tower_plan
-from llm2clip_plugin.stages.tower.recipes import DEFAULT, recipe
-from llm2clip_plugin.stages.tower.run import train_tower
-from llm2clip_plugin.stages.tower.unused import UNUSED
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.files import started_by
+from llm2clip_plugin.stages import plan as plans
+from llm2clip_plugin.stages.run import find_cache, plan_engine
+from llm2clip_plugin.stages.settings import (
+    TEACHERS,
+    TOWER_MIXTURES,
+    from_plain,
+    plan_or_train,
+    rank_and_world,
+    read_settings,
+)
+from llm2clip_plugin.stages.tower.config import COMMAND, DEFAULT, UNUSED, RunConfig, recipe
+from llm2clip_plugin.stages.tower.run import (
+    check_data,
+    check_patch_layers,
+    describe_loading,
+    load_plans,
+    open_data,
+    train_tower,
+)
+from llm2clip_plugin.train.config import local_world_size
+from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
+from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import LOG_SCALE
+
+# ``llm2clip train-tower ... --dry-run``: what a run does and costs, from shapes alone.
+
+ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
+IMAGES = 16  # of the pass that measures activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Size of the data and width of the teacher's embeddings."""
+
+    samples: int
+    width: int
+    assumed: tuple[str, ...]
+
+
+def tower_plan(config: RunConfig) -> str:
+    """The plan as text.
+
+    Raises ValueError, FileNotFoundError or ContractError for what would stop the run itself.
+    """
+    _, world = rank_and_world()
+    size = measure_data(config)
+    config = dataclasses.replace(config, dual=with_llm_width(config.dual, size.width))
+    dual = shape_dual(config.tower, config.dual)
+    check_patch_layers(dual, config.loss)
+    train, gpu_gib, tower = config.train, config.plan.gpu_gib, dual.tower.config
+    plan, deepspeed = plan_engine(
+        config, train, config.optim, samples=size.samples, world=world, hidden_size=tower.hidden_size
+    )
+    parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
+    memory = step_memory(config, dual)
+    parts = [
+        *(f"assumed: {line}" for line in size.assumed),
+        f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
+        f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
+        f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide, {describe_scale(config)}",
+        plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
+        parameters,
+        describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
+        plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
+        f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
+        plans.describe_columns(plans.columns(memory, train, gpu_gib), train.global_batch, gpu_gib),
+        plans.describe_deepspeed(deepspeed),
+    ]
+    return "\n".join(parts)
+
+
+def measure_data(config: RunConfig) -> DataSize:
+    """Size of the data and its caches; what is missing is assumed."""
+    config.validate(needs_data=False)
+    if config.data.path and _has_caches(config):
+        data = open_data(config)
+        check_data(config, data)
+        return DataSize(samples=data.samples, width=data.caches[0].width, assumed=())
+    samples, assumed = config.plan.images, ["an embedding cache that fits the data"]
+    if config.data.path:
+        samples = sum(len(open_source(source)) for source in config.data.sources)
+    else:
+        assumed = [f"{samples:,} images (--assumed-samples, or DATA)"]
+        assumed += [f"data like the paper's, {mixture}" for mixture in TOWER_MIXTURES]
+    width = config.dual.llm_width or ASSUMED_WIDTH
+    if not config.dual.llm_width:
+        known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
+        assumed.append(f"LLM embeddings of width {width} (--dual.llm-width: {known})")
+    return DataSize(samples=samples, width=width, assumed=tuple(assumed))
+
+
+def _has_caches(config: RunConfig) -> bool:
+    """Whether the configuration names the caches, or there is one next to each path."""
+    try:
+        return bool(config.data.cache) or all(map(find_cache, config.data.sources))
+    except FileNotFoundError:
+        return False
+
+
+def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
+    """Measured on fake tensors; ``dual``, on the meta device, is left with those."""
+    precision, train = config.train.precision, config.train
+    counts = {flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag) for flag in (True, False)}
+    tower_parameters = sum(p.numel() for p in dual.tower.parameters())
+    dtype, pixels = DTYPES[precision], (3, dual.tower.config.image_size, dual.tower.config.image_size)
+    if train.gradient_checkpointing:
+        enable_gradient_checkpointing(dual.tower)
+
+    def make_inputs() -> tuple[Tensor, Tensor]:
+        captions = (IMAGES, config.data.captions_per_image, config.dual.llm_width)
+        return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(captions)
+
+    layers = config.loss.patch_layers
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
+
+    of_patch = {"patches": 3 * dual.tower.config.hidden_size, "patch_features": 2 * config.dual.projection_dim}
+    grid = dual.tower.config.image_size // dual.tower.config.patch_size
+    return StepMemory(
+        precision=precision,
+        trained=counts[True],
+        frozen_bytes=counts[False] * dtype.itemsize,
+        parameters=sum(counts.values()),
+        pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
+        width=config.dual.projection_dim,
+        state_bytes=config.optim.optimizer().state_bytes,
+        pixels=3 * dual.tower.config.image_size**2,
+        twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
+        patches=grid**2 * sum(of_patch[reads] for reads in layers),
+    )
+
+
+def describe_scale(config: RunConfig) -> str:
+    """Where the logit scale starts; a tower's own is not read."""
+    if config.tower.keep_heads:
+        return "the tower directory's logit scale"
+    if config.dual.logit_scale_init is not None or config.tower.from_scratch:
+        return f"logit scale {math.exp(config.dual.logit_scale_init or LOG_SCALE):.4g}"
+    return f"the tower's logit scale ({math.exp(LOG_SCALE):.4g} if it has none)"
 
 
 def main(argv: list[str]) -> int:

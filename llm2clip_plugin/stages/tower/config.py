@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import llm2clip_plugin
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.augment_config import AugmentConfig
-from llm2clip_plugin.data.caption_choice import parse_weights
-from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.samples import AugmentConfig
+from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig, parse_weights
+from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.stages.plan_config import PlanConfig
-from llm2clip_plugin.stages.settings import TrainingConfig, flat_essentials
-from llm2clip_plugin.train.config import DistillConfig, HeadsConfig, OptimConfig, TowerConfig, TrainConfig
-from llm2clip_plugin.train.loss_config import LossConfig
-from llm2clip_plugin.vision.dual_config import DualConfig
+from llm2clip_plugin.options import (
+    READ_NAMES,
+    TRAINING_NAMES,
+    Command,
+    Extra,
+    Parser,
+    in_section,
+    joined,
+    nearest,
+    unknown,
+)
+from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, Unused, flat_essentials
+from llm2clip_plugin.train.config import (
+    DistillConfig,
+    HeadsConfig,
+    LossConfig,
+    OptimConfig,
+    TowerConfig,
+    TrainConfig,
+    local_world_size,
+)
+from llm2clip_plugin.vision.convert.formats import format_helps
+from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 EXAMPLE = (
     "llm2clip train-tower /data/photos --tower facebook/dinov2-base --validation /data/held-out --output runs/photos"
@@ -115,3 +137,436 @@ class RunConfig(TrainingConfig):
             made = f" ({self.tower.architecture}, as llm2clip import writes it)" if self.tower.architecture else ""
             missing.append(f"no tower to train{made}: add --tower with a directory or Hub id")
         return missing
+
+
+# Stage 2's named runs, each a function that returns a full configuration; the command line overrides single fields.
+
+DEFAULT = "base"
+EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"
+EMOJI_FIELD = "concept"  # of its samples: the same for one emoji in several styles
+
+
+def base() -> RunConfig:
+    """Own data with any tower: the paper's settings, with a batch that one GPU holds and heads fitted first.
+
+    Set --tower and --data. Thousands of images to millions: the length is counted in epochs.
+    """
+    return RunConfig(
+        # ours: heads with random weights are fitted much better at a low scale, whatever the tower's old head had
+        # (docs/benchmarks.md, "Initial logit scale"); --tower.keep-heads has the scale of the heads that are kept
+        dual=DualConfig(logit_scale_init=LOG_SCALE),
+        optim=OptimConfig(
+            lr=1e-5,
+            head_lr=1e-4,  # ours: 1/16 of the paper's batch makes 16 times as many, noisier steps of fitted heads
+            weight_decay=0.05,
+            layer_decay=0.85,
+            max_grad_norm=5.0,
+            eps=1e-6,  # ours, as the betas: CLIP's own (arXiv 2103.00020)
+            warmup_ratio=0.05,  # ours: the first steps of a small batch are the noisiest
+        ),
+        # Ours: heads with random weights distort a pretrained tower, and a tower that never saw captions (DINOv2) has
+        # none. 300 x 256 pairs see 15,000 images five times; the frozen tower encodes each once.
+        heads=HeadsConfig(steps=300, batch=256, lr=1e-3),
+        train=TrainConfig(
+            global_batch=256,  # ours: by --dry-run, a ViT-L/14 at 336 px fits a GPU of 24 GiB; the paper's is 4096 on 8
+            num_train_epochs=4.0,
+            precision="bf16",
+            gradient_checkpointing=True,
+            dataloader_num_workers=min(8, max(0, cores() // local_world_size() - 1)),  # 8 as in the paper's runs
+            eval_steps=500,  # ours; the paper's runs have 1000 for 16 times as many pairs a step
+        ),
+    )
+
+
+def quickstart() -> RunConfig:
+    """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two CPU cores.
+
+    For the emoji alone: it mirrors and rotates images, and evaluates by the field ``concept``. Set --tower (the
+    quickstart makes a tower) and --cache.
+    """
+    return RunConfig(
+        output_dir="runs/quickstart",
+        data=DataConfig(
+            path=(str(EMOJI / "train-*.tar"),),
+            read=ReadConfig(kinds=("short", "long"), languages=("en",)),
+            augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
+        ),
+        tower=TowerConfig(architecture="facebook/dinov2-small", image_size=56),  # 4 x 4 patches
+        dual=DualConfig(
+            projection_dim=384,
+            pool="cls_mean",
+            projection_norm=True,
+            input_scale="sqrt_width",
+            input_noise=0.5,
+            logit_scale_init=LOG_SCALE,
+        ),
+        optim=OptimConfig(
+            lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0, warmup_ratio=0.15
+        ),
+        heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
+        train=TrainConfig(global_batch=128, max_steps=100, save_minutes=2.0),
+        evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group=EMOJI_FIELD),
+    )
+
+
+def openai_l14_336() -> RunConfig:
+    """OpenAI's CLIP ViT-L/14 at 336 px, LLaVA 1.5's own tower, with the paper's settings."""
+    return _openai("openai-l14-336", "openai/clip-vit-large-patch14-336")
+
+
+def openai_l14_224() -> RunConfig:
+    """OpenAI's CLIP ViT-L/14 at 224 px."""
+    return _openai("openai-l14-224", "openai/clip-vit-large-patch14")
+
+
+def openai_b16() -> RunConfig:
+    """OpenAI's CLIP ViT-B/16."""
+    return _openai("openai-b16", "openai/clip-vit-base-patch16")
+
+
+def _openai(name: str, hub_id: str) -> RunConfig:
+    """The authors' layer-wise decay misses two of an OpenAI tower's names, class_embedding and ln_pre (optim.py:15-46).
+
+    Its projection is new, 1280 wide, as in their code (model.py:459, 480; transformer.py:565).
+    """
+    paper = _paper(name, TowerConfig(path=hub_id))
+    full_lr = ("embeddings.class_embedding", "pre_layrnorm")  # sic, on the Hub
+    return dataclasses.replace(paper, optim=dataclasses.replace(paper.optim, full_lr=full_lr))
+
+
+def eva02_l14_336() -> RunConfig:
+    """EVA02-CLIP L/14 at 336 px: `llm2clip import` its .pt, then --tower the result."""
+    return _eva02("eva02-l14-336")
+
+
+def eva02_l14_224() -> RunConfig:
+    """EVA02-CLIP L/14 at 224 px: `llm2clip import` its .pt, then --tower the result."""
+    return _eva02("eva02-l14-224")
+
+
+def eva02_b16() -> RunConfig:
+    """EVA02-CLIP B/16: `llm2clip import` its .pt, then --tower the result."""
+    return _eva02("eva02-b16")
+
+
+def eva02_bige14() -> RunConfig:
+    """EVA02-CLIP bigE/14 (4.3 G parameters) with the settings of the smaller ones; the paper did not train it."""
+    return _eva02("eva02-bige14")
+
+
+def _eva02(name: str) -> RunConfig:
+    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449)."""
+    heads = DualConfig(projection_dim=1280, projection_bias=True, projection_init_std=2e-5)
+    return dataclasses.replace(_paper(name, TowerConfig(architecture=name)), dual=heads)
+
+
+def siglip2_so400m_224() -> RunConfig:
+    """SigLIP 2 so400m/14 at 224 px; its own pooled output is the image's embedding, without a projection.
+
+    The authors' code cannot decay the learning rate of this tower by depth (timm_model.py has no ``get_num_layers``),
+    starts at CLIP's scale (timm's weights have none), and does not normalize the LLM's embedding (llm_model.py:31).
+    """
+    paper = _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"))
+    heads = DualConfig(projection_dim=1152, projection="none", normalise_input=False, logit_scale_init=LOG_SCALE)
+    return dataclasses.replace(paper, dual=heads, optim=dataclasses.replace(paper.optim, layer_decay=1.0))
+
+
+def lift_b16() -> RunConfig:
+    """LIFT (arXiv 2506.04209): a ViT-B/16 from random weights, its MLP head trained to meet the LLM's own embeddings.
+
+    Settings of its 512 M samples: 2 epochs of 256 M images of Recap-DataComp-1B (Jingfeng0705/LIFT, commit b76da7b,
+    configs/lift_vit_b16_512m.yaml; clipping: training/train.py:145). Not run here.
+    """
+    return RunConfig(
+        output_dir="runs/lift-b16",
+        tower=TowerConfig(architecture="openai/clip-vit-base-patch16", from_scratch=True),
+        dual=DualConfig(pool="mean", projection="mlp", adapter="none"),
+        optim=OptimConfig(
+            lr=1e-3,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.2,
+            layer_decay=1.0,
+            max_grad_norm=1.0,
+            warmup_steps=500,
+        ),
+        train=TrainConfig(
+            global_batch=16384,
+            num_train_epochs=2.0,
+            precision="bf16",
+            gradient_checkpointing=True,
+            dataloader_num_workers=8,
+            save_steps=1000,
+            eval_steps=1000,
+            eval_on_start=False,
+        ),
+    )
+
+
+def proclip_l14_224() -> RunConfig:
+    """ProCLIP's second stage over CLIP ViT-L/14; `llm2clip train-text-adapter` first, then --tower its result."""
+    return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
+
+
+def proclip_l14_336() -> RunConfig:
+    """ProCLIP's second stage over CLIP ViT-L/14 at 336 px."""
+    tower = TowerConfig(architecture="openai/clip-vit-large-patch14-336")
+    return _proclip("proclip-l14-336", tower, projection_dim=768)
+
+
+def proclip_b16() -> RunConfig:
+    """ProCLIP's second stage over CLIP ViT-B/16."""
+    return _proclip("proclip-b16", TowerConfig(architecture="openai/clip-vit-base-patch16"), projection_dim=512)
+
+
+def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig:
+    """ProCLIP's published settings (arXiv 2510.18795): InfoNCE and the distance to an EMA of the tower.
+
+    Its lambda 4e-4 over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is
+    .2 in the text and .05 in the table, which is taken. The heads are those of `llm2clip train-text-adapter`.
+    """
+    paper = _paper(name, dataclasses.replace(tower, keep_heads=True), projection_dim=projection_dim)
+    return dataclasses.replace(
+        paper,
+        loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
+        distill=DistillConfig(reference="ema", decay=0.999),
+        optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0),
+    )
+
+
+def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
+    """The published stage-2 settings over a tower; data (the paper's: TOWER_MIXTURES) and caches are the user's."""
+    return RunConfig(
+        output_dir=f"runs/{name}",
+        tower=tower,
+        data=DataConfig(one_source_per_batch=True),
+        dual=DualConfig(projection_dim=projection_dim),
+        # params.py:4-10 has CLIP's moments for names with "vit", which none of the authors' models has
+        optim=OptimConfig(
+            lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0
+        ),
+        train=TrainConfig(
+            global_batch=4096,
+            num_train_epochs=4.0,
+            precision="bf16",
+            gradient_checkpointing=True,
+            dataloader_num_workers=8,
+            save_steps=1000,
+            eval_steps=1000,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function
+    for function in (
+        base,
+        quickstart,
+        openai_l14_336,
+        openai_l14_224,
+        openai_b16,
+        eva02_l14_336,
+        eva02_l14_224,
+        eva02_b16,
+        eva02_bige14,
+        siglip2_so400m_224,
+        proclip_l14_224,
+        proclip_l14_336,
+        proclip_b16,
+        lift_b16,
+    )
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The recipe of that name; ``TOWER/TEACHER`` accepts only caches as wide as that LLM's embeddings.
+
+    Raises ValueError listing the known names.
+    """
+    tower, slash, llm = name.replace("-", "_").partition("/")
+    llm = llm.replace("_", "-")
+    if tower not in RECIPES:
+        raise ValueError(unknown("recipe", name, RECIPES, also=", each also as NAME/TEACHER"))
+    config = RECIPES[tower]()
+    if not slash:
+        return config
+    if llm not in TEACHERS:
+        problem = f"unknown teacher {llm!r} in recipe {name!r}{nearest(llm, TEACHERS)}"
+        raise ValueError(joined(problem, f"known: {', '.join(TEACHERS)}"))
+    return dataclasses.replace(
+        config,
+        output_dir=f"{config.output_dir}-{llm}",
+        dual=dataclasses.replace(config.dual, llm_width=TEACHERS[llm].width),
+    )
+
+
+# The options of ``llm2clip train-tower``.
+
+COMMAND = Command(
+    name="train-tower",
+    example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
+    about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
+    "configuration, options override single settings. Rerun the same command to resume.",
+    settings=RunConfig,
+    default=RECIPES[DEFAULT],
+    arguments=("data.path",),
+    everyday=(
+        "recipe",
+        "tower.path",
+        "data.cache",
+        "data.read.images",
+        "data.validation",
+        "output_dir",
+        "train.global_batch",
+        "train.micro_batch",
+        "optim.lr",
+        "train.num_train_epochs",
+        "train.max_steps",
+        "train.precision",
+        "deepspeed",
+        "dry_run",
+    ),
+    shown={
+        **TRAINING_NAMES,
+        "data.path": "data",
+        "data.cache": "cache",
+        "data.weight": "data-weights",
+        **in_section("data.read", READ_NAMES),
+        "tower.path": "tower",
+        "optim.lr": "lr",
+        "optim.weight_decay": "weight-decay",
+        "heads.batch": "heads.batch-size",
+        "heads": "heads.",
+        "loss": "loss.",
+        "distill": "distill.",
+        "dual": "dual.",
+        "data.augment": "augment.",
+        "plan.images": "assumed-samples",
+    },
+    extras={
+        "recipe": Extra(
+            metavar="NAME",
+            help=f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
+            f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
+            "NAME/TEACHER for caches of one of the paper's LLMs",
+        ),
+        "config": Extra(metavar="FILE", help="a configuration in JSON, for example the run.json of an earlier run"),
+    },
+)
+
+
+# Options of ``train-tower`` that have no effect in some configurations.
+
+ROW_FILES = (".jsonl", ".json")
+
+
+def _frozen(config: RunConfig) -> str:
+    return "tower.freeze trains the heads alone" if config.tower.freeze else ""
+
+
+def _lr_of_heads_alone(config: RunConfig) -> str:
+    head_lr = config.optim.head_lr
+    return f"tower.freeze trains the heads alone, at optim.head_lr {head_lr}" if config.tower.freeze and head_lr else ""
+
+
+def _paths(config: RunConfig) -> tuple[str, ...]:
+    return (*config.data.path, *([config.data.validation] if config.data.validation else []))
+
+
+def _no_row_files(config: RunConfig) -> str:
+    rows = config.data.read.format != "auto" or any(path.endswith(ROW_FILES) for path in _paths(config))
+    return "" if rows or not _paths(config) else "data.path names no .jsonl or .json file"
+
+
+def _no_urls(config: RunConfig) -> str:
+    return (
+        "data.path is local, nothing is downloaded" if _paths(config) and not any(map(is_url, _paths(config))) else ""
+    )
+
+
+def _first_caption_alone(config: RunConfig) -> str:
+    several = config.data.captions_per_image > 1 and any(term.uses_all_captions for _, term in config.loss.weighted())
+    return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
+
+
+def _no_reference(config: RunConfig) -> str:
+    return "" if config.loss.needs_reference else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
+
+
+UNUSED: list[Unused[RunConfig]] = [
+    Unused(("data.captions_per_image",), _first_caption_alone, off=1),
+    Unused(
+        ("distill",),
+        _no_reference,
+    ),
+    Unused(("distill.decay",), lambda c: "" if c.distill.reference == "ema" else "distill.reference is not ema"),
+    Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
+    Unused(
+        ("train.eval_steps", "train.eval_on_start", "evaluation", "data.validation_cache"),
+        lambda c: "" if c.data.validation else "data.validation is not set, so nothing is evaluated",
+    ),
+    Unused(("tower.lora_alpha",), lambda c: "" if c.tower.lora_rank else "tower.lora_rank is 0, so there is no LoRA"),
+    Unused(
+        ("tower.architecture",),
+        lambda c: f"tower.path is {c.tower.path!r}, which has an architecture" if c.tower.path else "",
+    ),
+    Unused(("optim.layer_decay",), _frozen, off=1.0),
+    Unused(("optim.full_lr",), lambda c: "optim.layer_decay is 1" if c.optim.layer_decay == 1 else _frozen(c)),
+    Unused(("train.gradient_checkpointing",), _frozen),
+    Unused(
+        ("train.dataloader_prefetch_mb",),
+        lambda c: "" if c.train.dataloader_num_workers else "train.dataloader_num_workers is 0",
+    ),
+    Unused(("optim.lr",), _lr_of_heads_alone),
+    Unused(
+        ("dual.adapter_blocks", "dual.adapter_expansion"),
+        lambda c: f"dual.adapter is {c.dual.adapter}, which has no blocks" if c.dual.adapter != "mlp" else "",
+    ),
+    Unused(
+        ("dual.projection_dim",),
+        lambda c: "dual.adapter is none: images go to the LLM's own space" if c.dual.adapter == "none" else "",
+    ),
+    Unused(
+        ("dual.projection_bias", "dual.projection_init_std"),
+        lambda c: "" if c.dual.projection == "linear" else f"dual.projection is {c.dual.projection}",
+    ),
+    Unused(
+        ("dual.logit_scale_init", "dual.logit_bias_init", "dual.projection_init_std"),
+        lambda c: "tower.keep_heads starts from the tower directory's" if c.tower.keep_heads else "",
+    ),
+    Unused(("data.read.images", "data.read.image_field", "data.read.key_field"), _no_row_files),
+    Unused(("data.read.cache_gb",), _no_urls),
+]
+
+
+# The options of ``llm2clip export``.
+
+
+def parser() -> Parser:
+    """The command line."""
+    made = Parser(
+        "export",
+        "llm2clip export runs/l14-336 --output towers/l14-336",
+        "Write a run as a tower directory, or a tower directory in another format.",
+    )
+    made.add_argument("source", metavar="SOURCE", help="folder of a training run, tower directory, or Hub id")
+    made.add_argument("--output", metavar="DIR", required=True, help="directory to write")
+    made.add_argument(
+        "--format",
+        default="tower",
+        choices=["tower", *format_helps()],
+        help="; ".join(
+            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in format_helps().items())]
+        ),
+    )
+    made.add_argument(
+        "--with-adapter",
+        action="store_true",
+        help="copy the adapter of the teacher LLM into the directory, which then embeds texts with the base LLM alone",
+    )
+    made.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
+    made.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
+    made.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")
+    made.add_argument("--public", action="store_true", help="make the uploaded repository public")
+    made.add_argument("--overwrite", action="store_true", help="replace an existing directory")
+    return made

@@ -9,22 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.commands import command
-from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard
-from llm2clip_plugin.run_files import CHECKPOINTS
+from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.files import CHECKPOINTS, ContractError
+from llm2clip_plugin.options import command
 from llm2clip_plugin.stages.settings import from_plain
-from llm2clip_plugin.stages.tower.export_options import parser
-from llm2clip_plugin.stages.tower.recipes import DEFAULT
-from llm2clip_plugin.text.files import adapter_folder, adapter_sha256
-from llm2clip_plugin.train.checkpoint import load
+from llm2clip_plugin.stages.tower.config import DEFAULT, parser
+from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
+from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
-from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
-from llm2clip_plugin.vision.convert.converting import convert
+from llm2clip_plugin.vision.convert.exporting import convert
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import export_tower, reexport
-from llm2clip_plugin.vision.model_card import BEFORE, summary
-from llm2clip_plugin.vision.places import located
-from llm2clip_plugin.vision.push import check_repository, push_to_hub
+from llm2clip_plugin.vision.publish import BEFORE, check_repository, located, push_to_hub, summary
 
 
 def main(argv: list[str]) -> int:

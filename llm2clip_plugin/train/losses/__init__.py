@@ -1,6 +1,6 @@
 """Loss terms, one per file: a file that defines ``TERM`` is the term of ``--loss.terms NAME=WEIGHT``."""
 
-from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.files import discover
 from llm2clip_plugin.train.losses.base import LossTerm
 
 

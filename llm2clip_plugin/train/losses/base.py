@@ -4,13 +4,18 @@ Shape letters: b this rank's pairs, k texts that belong to an anchor, D width of
 width of the tower.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from llm2clip_plugin.train.distributed import Group
+from llm2clip_plugin.train.config import LossConfig, TermWeight
+from llm2clip_plugin.train.distributed import Group, gather_rows, rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +65,105 @@ class LossTerm(ABC):
 
         Its gradient with respect to the features is that of the sum over ranks; the engine averages over ranks.
         """
+
+
+# What the losses over all pairs of a batch share: the logits in blocks of rows, so that no N x N matrix is ever held.
+
+EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
+BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
+BLOCK_LOGITS_GPU = 1 << 27  # 512 MiB
+
+
+def stack_ids(*ids: Tensor | None) -> Tensor | None:
+    """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None."""
+    given = [item.reshape(-1, item.shape[-1]) for item in ids if item is not None]
+    return torch.cat(given) if given else None
+
+
+class PairBlocks:
+    """The rows of this rank against the columns of all ranks, and which pairs are excluded."""
+
+    def __init__(self, anchor_bD: Tensor, positive_bD: Tensor, ids_jb: Tensor | None, block: int, group: Group) -> None:
+        if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
+            raise ValueError(
+                f"anchors {tuple(anchor_bD.shape)} and positives {tuple(positive_bD.shape)} must have one shape (b, D)"
+            )
+        self.anchor_bD = anchor_bD.detach()
+        self.positive_ND = gather_rows(positive_bD, group)
+        self.group = group
+        self.rows = len(anchor_bD)
+        self.columns = len(self.positive_ND)
+        self.first = rank(group) * self.rows  # column of row 0's own positive
+        self.ids_jb = ids_jb
+        self.ids_jN = None if ids_jb is None else gather_rows(ids_jb.T.contiguous(), group).T.contiguous()
+        budget = BLOCK_LOGITS_CPU if anchor_bD.device.type == "cpu" else BLOCK_LOGITS_GPU
+        self.block = block or max(16, budget // self.columns)
+
+    def __iter__(self) -> Iterator[slice]:
+        """The rows, a block at a time."""
+        for start in range(0, self.rows, self.block):
+            yield slice(start, min(start + self.block, self.rows))
+
+    @property
+    def own_columns(self) -> slice:
+        """The columns of this rank's positives."""
+        return slice(self.first, self.first + self.rows)
+
+    def cosines(self, rows: slice) -> Tensor:
+        """(R, N) fp32 x_i.y_j."""
+        return (self.anchor_bD[rows] @ self.positive_ND.T).float()
+
+    def diagonal(self, rows: slice, matrix_RN: Tensor) -> Tensor:
+        """(R,) view of the block's own pairs: row i, column first + i."""
+        return matrix_RN.diagonal(self.first + rows.start)[: rows.stop - rows.start]
+
+    def excluded(self, rows: slice) -> Tensor | None:
+        """(R, N) bool: off-diagonal pairs that share an id; None without ids."""
+        if self.ids_jb is None or self.ids_jN is None:
+            return None
+        same_RN = self.ids_jb[0, rows, None] == self.ids_jN[0]
+        for ids_b, ids_N in zip(self.ids_jb[1:], self.ids_jN[1:], strict=True):
+            same_RN |= ids_b[rows, None] == ids_N
+        self.diagonal(rows, same_RN).fill_(False)
+        return same_RN
+
+
+def gradients_as(grads: tuple[Tensor, ...], *inputs: Tensor) -> list[Tensor]:
+    """Each gradient in the dtype and shape of its input."""
+    return [grad.to(given.dtype).reshape(given.shape) for grad, given in zip(grads, inputs, strict=True)]
+
+
+# The terms of a configuration as functions of a batch's features.
+
+Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step minimizes their sum
+
+
+def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
+    """The terms of a configuration, over the batch of a group of ranks."""
+    return {term.name: partial(_weighted, config, weight, term, group) for weight, term in config.weighted()}
+
+
+def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
+    """The terms that fit heads on a frozen tower, at the peak of their weights: those between images and captions.
+
+    Raises ValueError if there are none.
+    """
+    constant = {
+        term.name: partial(_weighted, config, TermWeight(term.name, weight.peak, weight.peak), term, group)
+        for weight, term in config.weighted()
+        if not term.needs_reference and not term.reads
+    }
+    if not constant:
+        raise ValueError(f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1")
+    return constant
+
+
+def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features) -> Tensor:
+    factor = config.weight * weight.at(features.progress)
+    if not factor:
+        return features.anchor_bD.new_zeros(())
+    hashes = features.caption_hashes if config.mask_same_caption else None
+    image_ids = features.image_ids if config.mask_same_image else None
+    return factor * term(
+        dataclasses.replace(features, caption_hashes=hashes, image_ids=image_ids, block=config.block, group=group)
+    )

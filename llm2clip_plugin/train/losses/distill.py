@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group
-from llm2clip_plugin.train.losses.base import Features, LossTerm
-from llm2clip_plugin.train.losses.blocks import PairBlocks, gradients_as
+from llm2clip_plugin.train.losses.base import Features, LossTerm, PairBlocks, gradients_as
 
 LEAST = 1e-12  # of a squared distance that is divided by: equal features have no direction
 

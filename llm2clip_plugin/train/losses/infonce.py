@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group, gather_rows, sum_own_rows, world_size
-from llm2clip_plugin.train.losses.base import Features, LossTerm
-from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
 
 
 def contrastive_loss(

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import gather_rows, sum_own_rows
-from llm2clip_plugin.train.losses.base import Features, LossTerm
-from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group, sum_own_rows
-from llm2clip_plugin.train.losses.base import Features, LossTerm
-from llm2clip_plugin.train.losses.blocks import EXCLUDED, PairBlocks, gradients_as, stack_ids
+from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, gradients_as, stack_ids
 
 
 def sigmoid_loss(

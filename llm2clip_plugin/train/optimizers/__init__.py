@@ -1,6 +1,6 @@
 """Optimizers, one per file: a file that defines ``OPTIMIZER`` is the one of ``--optimizer NAME``."""
 
-from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.files import discover
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec
 
 

@@ -1,6 +1,6 @@
 """The options of ``llm2clip import``."""
 
-from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.options import Parser
 
 
 def parser() -> Parser:

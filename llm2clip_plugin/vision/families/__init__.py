@@ -3,14 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.commands import command
-from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.options.names import unknown
-from llm2clip_plugin.outside.values import errors_about
-from llm2clip_plugin.vision.bounds import check_config, check_weights
-from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json
-from llm2clip_plugin.vision.family import Family, Tower
-from llm2clip_plugin.vision.intact import check_description, check_json_files
+from llm2clip_plugin.files import discover, errors_about
+from llm2clip_plugin.options import command, unknown
+from llm2clip_plugin.vision.directory import CONFIG_FILE, check_description, check_json_files, read_json
+from llm2clip_plugin.vision.family import Family, Tower, check_config, check_weights
 
 
 def families() -> dict[str, Family]:

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip_plugin.contracts import CacheManifest, ContractError, EmbedRecord, TeacherIdentity
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest
-from llm2clip_plugin.data.cache.writer import CacheWriter, shard_file
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import Caption
-from llm2clip_plugin.run_files import started_by
+from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, TeacherIdentity, shard_file
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest
+from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.files import ContractError, started_by
 
 WIDTH = 640
 TEACHER = TeacherIdentity(

@@ -12,15 +12,14 @@ import torch
 from data_world import img2dataset_members, jpeg, write_shards, write_tar
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.contracts import ContractError, TeacherIdentity
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
-from llm2clip_plugin.data.cache.rows import caption_rows, rows_digest, shard_contents
-from llm2clip_plugin.data.cache.writer import CacheWriter
-from llm2clip_plugin.data.evaluation import eval_pairs
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest, shard_contents
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources.open import Source, SourceConfig, open_source
-from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import Guarded, GuardedCollate, PairDataset, eval_pairs, raised
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.files import ContractError
 
 WIDTH = 4
 TEACHER = TeacherIdentity(

@@ -9,10 +9,11 @@ from data_world import encoded, img2dataset_members, jpeg, picture, write_tar
 from PIL import Image
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data.evaluation import eval_pairs
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
 
 
 @pytest.fixture

@@ -2,8 +2,16 @@ import hashlib
 
 import pytest
 
-from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields, read_captions
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption, caption_hash, hash_hex, select_captions
+from llm2clip_plugin.data.samples import (
+    DEFAULT_FIELDS,
+    BrokenSample,
+    Caption,
+    caption_hash,
+    hash_hex,
+    parse_fields,
+    read_captions,
+    select_captions,
+)
 
 
 def test_fields_give_kind_and_language() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from data_world import DroppingServer, jpeg, serving, write_shards
 
-from llm2clip_plugin.data import retry as retry_module
-from llm2clip_plugin.data.retry import Retry
-from llm2clip_plugin.data.sources import downloads as downloads_module
-from llm2clip_plugin.data.sources.downloads import Downloads
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.urls import expand_braces
+from llm2clip_plugin.data import remote as downloads_module
+from llm2clip_plugin.data import remote as retry_module
+from llm2clip_plugin.data.remote import Downloads, expand_braces
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.hub import Retry
 
 BODY = os.urandom(300_000)
 
@@ -204,7 +204,8 @@ def test_a_table_with_images_over_http(tmp_path: Path) -> None:
 def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
     """Shards are downloaded, evicted and downloaded again in the loader's processes; their indexes stay."""
     from llm2clip_plugin.data.images import ImageConfig
-    from llm2clip_plugin.data.loader import PairDataset, make_loader
+    from llm2clip_plugin.data.loader import make_loader
+    from llm2clip_plugin.data.pairs import PairDataset
 
     folder = write_shards(tmp_path / "data", [4] * 4)
     files = {f"/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}

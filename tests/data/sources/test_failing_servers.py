@@ -10,12 +10,11 @@ import pytest
 from data_world import DroppingServer, jpeg, serving, write_shards
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.data import retry as retry_module
-from llm2clip_plugin.data.retry import Retry, retry_after, take_retries
-from llm2clip_plugin.data.sources.downloads import Downloads
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.outside.pauses import LONGEST_RETRY_AFTER
-from llm2clip_plugin.outside.timeouts import timeout
+from llm2clip_plugin.data import remote as retry_module
+from llm2clip_plugin.data.remote import Downloads, retry_after, take_retries
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.hub import LONGEST_RETRY_AFTER, Retry, timeout
 
 BODY = bytes(range(256)) * 400
 

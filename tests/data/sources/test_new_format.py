@@ -14,10 +14,12 @@ from data_world import TEACHER, jpeg
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data import sources
-from llm2clip_plugin.data.cache.reader import EmbeddingCache
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.loader import PairDataset, make_loader
-from llm2clip_plugin.data.sources.open import SourceConfig, detect_format, open_source
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import detect_format, open_source
 from llm2clip_plugin.text.embed import embed_source
 
 CSV = '''"""CSV with a header row: its columns are the fields of a sample."""
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from llm2clip_plugin.data.sources.base import SourceFormat
 from llm2clip_plugin.data.sources.rows import Rows, RowSource, pack_rows
-from llm2clip_plugin.data.sources.urls import has_suffix
+from llm2clip_plugin.data.remote import has_suffix
 
 
 class CsvSource(RowSource):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from data_world import encoded, img2dataset_members, jpeg, picture, write_shards, write_tar
 
-from llm2clip_plugin.data.sources.open import SourceConfig, open_source
-from llm2clip_plugin.data.sources.records import BrokenSample, Caption
-from llm2clip_plugin.data.sources.shards import data_folder
+from llm2clip_plugin.data.samples import BrokenSample, Caption
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import data_folder
 
 
 def config(path: object, **settings: object) -> SourceConfig:
@@ -150,7 +151,7 @@ def test_text_that_is_not_utf8_is_read_with_replacement_characters(tmp_path: Pat
 
 
 def test_many_shards_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip_plugin.data.sources.webdataset.OPEN_FILES", 2)
+    monkeypatch.setattr("llm2clip_plugin.data.sources.tars.OPEN_FILES", 2)
     source = open_source(config(write_shards(tmp_path, [1] * 20)))
     for _ in range(2):
         assert [source[i].read_image() for i in range(20)] == [jpeg(i) for i in range(20)]

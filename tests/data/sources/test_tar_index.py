@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from data_world import write_tar
 
-from llm2clip_plugin.data.sources import tar_index
-from llm2clip_plugin.data.sources.tar_index import open_index
-from llm2clip_plugin.data.sources.tar_scan import ABSENT, BrokenShard, group_samples, scan_tar
+from llm2clip_plugin.data import index as tar_index
+from llm2clip_plugin.data.index import ABSENT, BrokenShard, group_samples, open_index, scan_tar
 
 LONG = "folder/" * 20 + "a" * 120  # past ustar's 100 and 155 characters
 NAMES = ["a.txt", "folder/b.jpg", "ünïcode.json", "folder/" * 14 + "in-the-prefix.txt", LONG + ".txt"]

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from llava_integration.answer import answers_file as answers
 from llava_integration.answer import command as evaluate
 from llava_integration.answer import questions
-from llm2clip_plugin.contracts import ContractError
+from llava_integration.answer import questions as answers
+from llm2clip_plugin.files import ContractError
 
 
 def read(path):

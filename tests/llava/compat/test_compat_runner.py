@@ -10,7 +10,7 @@ import pytest
 from llava_integration import boot, compat
 from llava_integration.compat import runner, versions
 from llava_integration.compat.completion import Completion, installed_version
-from llm2clip_plugin.finding import numbers
+from llm2clip_plugin.console import numbers
 
 pytestmark = pytest.mark.both_stacks
 TODAY = numbers(installed_version("transformers")) >= (5,)

@@ -9,7 +9,7 @@ import pytest
 from faults import Fault, World, copied, flip, meet, rows
 
 from llava_integration.hook import refuse_selection
-from llava_integration.stage_check import check_tower
+from llava_integration.preflight import check_tower
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import TowerCard
 

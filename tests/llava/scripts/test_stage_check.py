@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llava_integration.stage_check import main
+from llava_integration.preflight import main
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red picture"}
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from llm2clip_plugin.finding import numbers
+from llm2clip_plugin.console import numbers
 
 TESTS = Path(__file__).parents[2]
 GOLDEN = TESTS / "golden"

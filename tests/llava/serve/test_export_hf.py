@@ -24,9 +24,9 @@ from serve_checkpoints import (
 from transformers import LlavaForConditionalGeneration
 
 from llava_integration.serve import parity
-from llava_integration.serve.conversation import CONVERSATIONS, IMAGE
+from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
-from llava_integration.serve.tower_code import register
+from llava_integration.serve.prompt import CONVERSATIONS, IMAGE
 from llm2clip_plugin.cli import main as llm2clip
 
 CLIP = tower_directory("clip")
@@ -288,7 +288,7 @@ def test_another_conversation_is_refused(exported, tmp_path, capsys):
 
 def test_a_family_that_nothing_opens_is_refused(tmp_path, home, monkeypatch, capsys):
     """MetaCLIP 2 under its own type, which AutoModel does not have and for which no code is saved."""
-    monkeypatch.setattr("llava_integration.serve.tower_code.SAME_AS", {})
+    monkeypatch.setattr("llava_integration.serve.build.SAME_AS", {})
     said = refused(capsys, made("full", "metaclip2", tmp_path), "--output", tmp_path / "hf")
     assert "does not open model_type 'metaclip_2_vision_model', and no code is known to save with the model" in said
 
@@ -297,7 +297,7 @@ def test_a_difference_is_refused(exported, tmp_path, home, monkeypatch, capsys):
     """A model that computes something else never gets its name."""
     checkpoint = shutil.copytree(exported[0], tmp_path / "llava-tiny")
     monkeypatch.setattr(
-        "llava_integration.serve.language.PROJECTOR",
+        "llava_integration.serve.build.PROJECTOR",
         {"mm_projector.0": "multi_modal_projector.linear_2", "mm_projector.2": "multi_modal_projector.linear_1"},
     )
     assert "differs from LLaVA's own code" in refused(capsys, checkpoint, "--output", tmp_path / "hf")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_integration import hook
-from llava_integration.towers import checkpoint_name
-from llava_integration.towers.selection import option_value
+from llava_integration import towers as checkpoint_name
+from llava_integration.towers import option_value
 from llm2clip_plugin import cli
 
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from llava_integration.towers import commands, names, registry
-from llava_integration.towers.location import TowerNotFoundError
-from llm2clip_plugin.contracts import ContractError
+from llava_integration import towers as commands
+from llava_integration import towers as names
+from llava_integration import towers as registry
+from llava_integration.towers import TowerNotFoundError
+from llm2clip_plugin.files import ContractError
 
 
 def test_exact_match(world, tmp_path, monkeypatch):

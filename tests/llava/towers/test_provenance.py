@@ -8,11 +8,14 @@ import pytest
 import torch
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
+from llava_integration import towers as bundle
+from llava_integration import towers as commands
+from llava_integration import towers as provenance
 from llava_integration.hook import build
-from llava_integration.towers import bundle, commands, provenance
-from llava_integration.towers.location import TowerNotFoundError
+from llava_integration.towers import TowerNotFoundError
 from llm2clip_plugin.cli import main as llm2clip
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.files import ContractError
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from llava_world import HALF_ON_CPU
 
-from llava_integration.towers.tower import LLM2CLIPVisionTower
+from llava_integration.tower import LLM2CLIPVisionTower
 
 pytestmark = [
     pytest.mark.both_stacks,

@@ -8,10 +8,12 @@ from pathlib import Path
 import filelock
 import pytest
 
-from llava_integration.towers import commands, names, registry
-from llava_integration.towers.location import TowerNotFoundError
+from llava_integration import towers as commands
+from llava_integration import towers as names
+from llava_integration import towers as registry
+from llava_integration.towers import TowerNotFoundError
 from llm2clip_plugin import cli
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.files import ContractError
 
 SELECT = """
 import sys

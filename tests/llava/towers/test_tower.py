@@ -12,8 +12,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_world import HALF_ON_CPU
 from PIL import Image
 
-from llava_integration.towers.multiscale import MultiscaleVisionTower
-from llava_integration.towers.tower import device_of_map
+from llava_integration.tower import MultiscaleVisionTower, device_of_map
 from llm2clip_plugin.vision.towers import load_tower
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.vision.convert.adapter_match import candidate_prefixes, match_adapter
+from llm2clip_plugin.vision.convert.common import candidate_prefixes, match_adapter
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import largest_difference, read

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.convert import checkpoint_files
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision import checkpoint as checkpoint_files
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import REFERENCE, read

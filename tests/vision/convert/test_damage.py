@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from .checkpoints import RELEASE, SOURCES, damaged, open_clip_vision, whole_state

@@ -9,15 +9,17 @@ import pytest
 import torch
 from tiny_hub import tiny_hub
 
-from llm2clip_plugin.contracts import ContractError, TowerCard
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision.convert.converting import convert
+from llm2clip_plugin.vision.convert.exporting import convert
 from llm2clip_plugin.vision.convert.formats import onnx
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.dual import DualConfig, DualEncoder, load_dual
+from llm2clip_plugin.vision.directory import check_card, write_checksums
+from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.intact import check_card, write_checksums
-from llm2clip_plugin.vision.push import push_to_hub
+from llm2clip_plugin.vision.family import DualConfig
+from llm2clip_plugin.vision.publish import push_to_hub
 from llm2clip_plugin.vision.towers import load_tower
 
 from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read

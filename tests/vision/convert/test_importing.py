@@ -8,7 +8,7 @@ import torch
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.vision.convert import command
+from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from .checkpoints import RELEASE, SOURCES

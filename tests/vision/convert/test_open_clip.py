@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.contracts import ContractError
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import largest_difference

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm2clip_plugin.discovery import discover, literals
+from llm2clip_plugin.files import discover, literals
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.vision.convert.output_format import Format
+    from llm2clip_plugin.vision.convert.exporting import Format
 
 
 def formats() -> dict[str, Format]:

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm2clip_plugin.quiet import quiet_transformers
-from llm2clip_plugin.vision.convert.output_format import Format, projected_dual
+from llm2clip_plugin.console import quiet_transformers
+from llm2clip_plugin.vision.convert.exporting import Format, projected_dual
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, read_json, write_json
-from llm2clip_plugin.vision.export import save_tower
-from llm2clip_plugin.vision.verify import compare_features, probe_images
+from llm2clip_plugin.vision.export import compare_features, probe_images, save_tower
 
 
 def write(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip_plugin.quiet import quiet_onnx
-from llm2clip_plugin.vision.convert.output_format import Format
+from llm2clip_plugin.console import quiet_onnx
+from llm2clip_plugin.vision.convert.exporting import Format
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, write_json
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.export import compare_features, probe_images
 from llm2clip_plugin.vision.family import tower_in
-from llm2clip_plugin.vision.verify import compare_features, probe_images
 
 FILE = "image_encoder.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

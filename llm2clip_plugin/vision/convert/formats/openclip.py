@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm2clip_plugin.vision.convert.importing import build_model
+from llm2clip_plugin.vision.convert.exporting import Format, projected_dual
+from llm2clip_plugin.vision.convert.importing import build_model, parse_checkpoint
 from llm2clip_plugin.vision.convert.layouts import layouts
-from llm2clip_plugin.vision.convert.output_format import Format, projected_dual
-from llm2clip_plugin.vision.convert.parse import parse_checkpoint
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, write_json
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.export import save_tower
+from llm2clip_plugin.vision.export import compare_features, probe_features, save_tower
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.verify import compare_features, probe_features
 
 IN_ADAPTER_BLOCK = {"norm": "ln", "up": "fn.0", "down": "fn.3"}  # ours -> LLM2CLIP's trainer
 

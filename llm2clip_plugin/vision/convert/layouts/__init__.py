@@ -1,7 +1,7 @@
 """One file per layout of checkpoints, each defining ``LAYOUT``; ``hub.py`` reads what none of them recognizes."""
 
-from llm2clip_plugin.discovery import discover
-from llm2clip_plugin.vision.convert.layout import Layout
+from llm2clip_plugin.files import discover
+from llm2clip_plugin.vision.convert.common import Layout
 
 
 def layouts() -> dict[str, Layout]:

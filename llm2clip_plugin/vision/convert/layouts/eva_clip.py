@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.convert.layout import Layout
-from llm2clip_plugin.vision.convert.parsed import COMPUTED, NESTED_TEXT, ParsedCheckpoint
-from llm2clip_plugin.vision.convert.source_config import section, vision_fields
-from llm2clip_plugin.vision.convert.tensor_names import TensorNames, depth, patch_shape, require
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import section, vision_fields
+from llm2clip_plugin.vision.convert.common import (
+    COMPUTED,
+    NESTED_TEXT,
+    Layout,
+    ParsedCheckpoint,
+    TensorNames,
+    depth,
+    patch_shape,
+    require,
+)
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 

@@ -5,10 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.vision.convert.layout import Layout
-from llm2clip_plugin.vision.convert.parsed import NESTED_TEXT, OPEN_CLIP_TEXT, ParsedCheckpoint
-from llm2clip_plugin.vision.convert.source_config import section
-from llm2clip_plugin.vision.convert.tensor_names import TensorNames, depth, patch_shape, require
+from llm2clip_plugin.vision.checkpoint import section
+from llm2clip_plugin.vision.convert.common import (
+    NESTED_TEXT,
+    OPEN_CLIP_TEXT,
+    Layout,
+    ParsedCheckpoint,
+    TensorNames,
+    depth,
+    patch_shape,
+    require,
+)
 from llm2clip_plugin.vision.dual import DualEncoder
 
 TRUNK = "visual.trunk."

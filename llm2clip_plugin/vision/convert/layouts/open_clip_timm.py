@@ -4,11 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_plugin.vision.convert.layout import Layout
+from llm2clip_plugin.vision.checkpoint import section
+from llm2clip_plugin.vision.convert.common import NESTED_TEXT, OPEN_CLIP_TEXT, Layout, ParsedCheckpoint
+from llm2clip_plugin.vision.convert.importing import side_of, tower_config
 from llm2clip_plugin.vision.convert.layouts import eva_clip, open_clip_siglip
-from llm2clip_plugin.vision.convert.layouts.timm_hub import side_of, tower_config
-from llm2clip_plugin.vision.convert.parsed import NESTED_TEXT, OPEN_CLIP_TEXT, ParsedCheckpoint
-from llm2clip_plugin.vision.convert.source_config import section
 
 TRUNK = "visual.trunk."
 

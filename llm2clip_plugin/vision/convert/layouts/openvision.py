@@ -4,11 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.vision.convert.layout import Layout
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.vision.checkpoint import section
+from llm2clip_plugin.vision.convert.common import Layout, ParsedCheckpoint
 from llm2clip_plugin.vision.convert.layouts import open_clip
-from llm2clip_plugin.vision.convert.parsed import ParsedCheckpoint
-from llm2clip_plugin.vision.convert.source_config import section
 from llm2clip_plugin.vision.dual import DualEncoder
 
 SETTINGS = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}  # of vision_cfg, in every release

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llm2clip_plugin.vision.convert.output_format import Format, projected_dual
+from llm2clip_plugin.vision.convert.exporting import Format, projected_dual
 
 
 def write(model, directory, preprocessor):

@@ -1,0 +1,721 @@
+"""Which tower a LLaVA checkpoint was trained with: recorded in its config.json and enforced on load.
+
+LLaVA records only the name of the tower, and a name can come to mean another tower.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, atomic_file
+from llm2clip_plugin.files import ContractError, read_header, read_json_value
+from llm2clip_plugin.hub import hub_snapshot
+from llm2clip_plugin.options import Parser, checked, command, unknown
+from llm2clip_plugin.vision.directory import check_card
+from llm2clip_plugin.vision.families import families
+
+# A tower directory with its card: what every name of a tower resolves to.
+
+
+class TowerNotFoundError(FileNotFoundError):
+    """No tower under a name; the message lists where it was searched for and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerLocation:
+    """A tower directory on this machine."""
+
+    directory: Path
+    card: TowerCard
+    origin: str  # absolute path, or Hub id with revision: where another machine would look
+    how: str  # how the tower was named, for messages: "LLM2CLIP_TOWER=...", "bundled in ..."
+
+    @classmethod
+    def of(cls, directory: Path, *, how: str, origin: str = "") -> TowerLocation:
+        """Read the card of ``directory``; ``origin`` defaults to its absolute path.
+
+        Raises ContractError if ``directory`` is not a tower directory.
+        """
+        if not (directory / TowerCard.FILE).is_file():
+            raise ContractError(
+                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); "
+                "create one with `llm2clip export RUN --output DIR` or "
+                f"`{command('import', directory, '--output', 'DIR')}`"
+            )
+        card = TowerCard.read(directory / TowerCard.FILE)
+        if card.family not in families():
+            raise ContractError(
+                f"{directory / TowerCard.FILE}: unknown tower family {card.family!r}; known: {', '.join(families())}; "
+                "a newer version of this package may know it"
+            )
+        return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights, from the card."""
+        return self.card.weights_sha256
+
+    def check_weights(self) -> None:
+        """Compare the tower's files with their hashes; raises ContractError with both if one was changed."""
+        check_card(self.directory, adapter=False)
+
+    def describe(self) -> str:
+        """One line: origin, hash, family, width, blocks, patches."""
+        card = self.card
+        grid = card.image_size // card.patch_size
+        return (
+            f"{self.origin}, sha256 {card.weights_sha256[:12]}, {card.family}, width {card.hidden_size}, "
+            f"{card.num_layers} blocks, {card.image_size} px, {grid} x {grid} = {card.num_patches} patches"
+        )
+
+
+# The towers that the user registered by name, and the selected one.
+
+LOCK_SECONDS = 30.0  # to wait for another process that changes the registry, which takes milliseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registry(VersionedRecord):
+    """The contents of ``towers.json``."""
+
+    KIND: ClassVar[str] = "llm2clip-towers"
+    FILE: ClassVar[str] = "towers.json"
+
+    chosen: str = ""  # key of towers; "" before the first `llm2clip use`
+    towers: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> {"spec", "weights_sha256"}
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for an entry without its two fields, or a selected tower that is not registered."""
+        for name, entry in self.towers.items():
+            if missing := [key for key in ("spec", "weights_sha256") if not entry.get(key)]:
+                raise ContractError(f"{where}: tower {name!r} has no {' and no '.join(missing)}")
+        if self.chosen and self.chosen not in self.towers:
+            raise ContractError(f"{where}: chosen is {self.chosen!r}, which is not one of {sorted(self.towers)}")
+
+    def summary(self) -> str:
+        """The registered towers in one line, for error messages."""
+        if not self.towers:
+            return f"no towers are registered in {registry_file()}"
+        return "registered towers: " + ", ".join(
+            f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
+        )
+
+
+def registry_file() -> Path:
+    """Path of the registry; the file need not exist."""
+    home = os.environ.get("LLM2CLIP_HOME")
+    if home:
+        return Path(home).expanduser() / Registry.FILE
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(config).expanduser() / "llm2clip" / Registry.FILE
+
+
+def read() -> Registry:
+    """The registry, empty if there is no file. Raises ContractError for a damaged file."""
+    path = registry_file()
+    if not path.is_file():
+        return Registry()
+    try:
+        return Registry.read(path)
+    except ContractError as error:
+        raise ContractError(
+            f"{error}; correct the file, or delete it and register your towers again with `llm2clip use`"
+        ) from error
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Hold the registry's lock, so that what is read inside the block is still true when it is written.
+
+    Raises TimeoutError if another process holds it for 30 seconds. On a file system without locks nobody waits.
+    """
+    import filelock  # comes with huggingface_hub
+
+    path = registry_file().with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise TimeoutError(
+            f"another process has changed {registry_file()} for {LOCK_SECONDS:.0f} s (it holds {path}); "
+            "wait for its end or stop it, then try again"
+        ) from error
+    except NotImplementedError:  # filelock's error for ENOSYS
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name.
+
+    Raises ValueError for a name that cannot be given to ``--vision_tower``, ContractError for a damaged registry.
+    """
+    if name and (name != name.strip() or not name.isprintable()):
+        raise ValueError(f"--name {name!r} contains control characters, or spaces at an end; choose a plain word")
+    with locked():
+        known = read()
+        name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
+        name = name or free_name(spec, known)
+        towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
+        replace(known, chosen=name, towers=towers).write(registry_file())
+    return name
+
+
+def free_name(spec: str, known: Registry) -> str:
+    """The last part of ``spec``, with a number appended if the name is in use."""
+    stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
+    return next(
+        name
+        for number in range(1, len(known.towers) + 2)
+        if (name := stem if number == 1 else f"{stem}-{number}") not in known.towers
+    )
+
+
+def forget(name: str) -> None:
+    """Remove an entry; raises ValueError with the registered names if there is none called ``name``."""
+    with locked():
+        known = read()
+        if name not in known.towers:
+            raise ValueError(f"unknown tower {name!r}; {known.summary()}")
+        towers = {key: entry for key, entry in known.towers.items() if key != name}
+        replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())
+
+
+# From the name given to ``--vision_tower`` to a tower directory.
+
+NAME = "llm2clip"
+HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
+
+
+def is_ours(name: object) -> bool:
+    """Whether ``--vision_tower name`` is a tower of this package: ``llm2clip``, ``llm2clip:...`` or a tower directory.
+
+    Never matches a substring: ``my-llm2clip`` is left to LLaVA.
+    """
+    if not isinstance(name, str):
+        return False
+    return name == NAME or name.startswith(f"{NAME}:") or os.path.isfile(os.path.join(name, TowerCard.FILE))
+
+
+def locate(name: str) -> TowerLocation:
+    """The tower that ``name`` (see the table above) means now.
+
+    Raises TowerNotFoundError if there is none, ContractError if what it names is not a tower directory.
+    """
+    if name == NAME:
+        return locate_default()
+    if name.startswith(f"{NAME}:"):
+        return locate_spec(name[len(NAME) + 1 :], how=f"--vision_tower {name}")
+    return TowerLocation.of(Path(name), how=f"--vision_tower {name}")
+
+
+def locate_default() -> TowerLocation:
+    """The tower of the bare name: ``LLM2CLIP_TOWER``, else the one selected with ``llm2clip use``."""
+    if spec := os.environ.get("LLM2CLIP_TOWER"):
+        return locate_spec(spec, how=f"LLM2CLIP_TOWER={spec}")
+    known = read()
+    if known.chosen:
+        return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
+    raise TowerNotFoundError(
+        f"--vision_tower {NAME}: no tower is selected; run `llm2clip use PATH_OR_HUB_ID`, set "
+        f"LLM2CLIP_TOWER=PATH_OR_HUB_ID, or pass --vision_tower {NAME}:PATH_OR_HUB_ID; {known.summary()}"
+    )
+
+
+def locate_spec(spec: str, *, how: str) -> TowerLocation:
+    """The tower of a path, a registered name or a Hub id, tried in this order."""
+    if not spec.strip():
+        raise TowerNotFoundError(
+            f"{how}: no tower is named; expected a tower directory, a name listed by `llm2clip towers`, or a Hub id, "
+            f"such as {NAME}:PATH"
+        )
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return TowerLocation.of(path, how=how)
+    known = read()
+    if spec in known.towers and known.towers[spec]["spec"] != spec:
+        return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
+    if HUB_ID.match(spec):
+        return locate_on_hub(spec, how=how)
+    raise TowerNotFoundError(f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}")
+
+
+def locate_on_hub(spec: str, *, how: str) -> TowerLocation:
+    """The tower directory of a Hub repository, downloaded once; raises TowerNotFoundError if the download fails."""
+    repository, _, revision = spec.partition("@")
+    try:
+        directory = hub_snapshot(repository, revision=revision or None, patterns=HUB_FILES)
+    except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise TowerNotFoundError(
+            f"{how}: no directory {repository!r}, and downloading it from the Hub failed "
+            f"({type(error).__name__}: {reason}); download it on a machine with network access and pass "
+            f"{NAME}:PATH; {read().summary()}"
+        ) from error
+    return TowerLocation.of(directory, how=how, origin=spec)
+
+
+# Which hidden state and which features of a tower LLaVA takes, checked before anything is loaded; no torch.
+
+FEATURES = ("patch", "cls_patch")
+
+
+def option_value(words: Sequence[str], name: str) -> str:
+    """The value of an option of LLaVA on a command line, "" without one; as argparse reads it, the last counts.
+
+    >>> option_value(["--mm_vision_select_layer", "-2", "--mm-vision-select-layer=-1"], "--mm_vision_select_layer")
+    '-1'
+    """
+    value = ""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        given, equals, own = word.partition("=")
+        if given.replace("-", "_") == name.replace("-", "_"):
+            value = own if equals else following
+    return value
+
+
+def check_selection(words: Sequence[str], num_layers: int) -> None:
+    """Raise ValueError if LLaVA's options select a hidden state that a tower does not have, or unknown features."""
+    layer, feature = (option_value(words, f"--mm_vision_select_{name}") for name in ("layer", "feature"))
+    if re.fullmatch(r"[+-]?\d+", layer):
+        blocks_below(int(layer), num_layers)
+    if feature:
+        check_feature(feature)
+
+
+def check_feature(feature: str) -> None:
+    """Raise ValueError for an unknown ``mm_vision_select_feature``."""
+    if feature not in FEATURES:
+        raise ValueError(unknown("mm_vision_select_feature", feature, FEATURES))
+
+
+def blocks_below(select_layer: int, num_layers: int) -> int:
+    """Blocks below the selected hidden state: 24 blocks have 25 states, so layer -2 is the state after block 23.
+
+    Raises ValueError if there is no such state.
+    """
+    states = num_layers + 1
+    if not -states <= select_layer < states:
+        raise ValueError(
+            f"mm_vision_select_layer {select_layer} is out of range: "
+            f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
+        )
+    return select_layer % states
+
+
+KEY = "llm2clip_tower"  # in the checkpoint's config.json
+BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
+
+# The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the configuration that
+# reaches the tower has the base model's path.
+checkpoint_being_loaded: ContextVar[str] = ContextVar("checkpoint_being_loaded", default="")
+
+
+@contextmanager
+def loading(checkpoint: str) -> Iterator[None]:
+    """Also search the ``vision_tower`` folder of ``checkpoint`` within the block."""
+    token = checkpoint_being_loaded.set(str(checkpoint))
+    try:
+        yield
+    finally:
+        checkpoint_being_loaded.reset(token)
+
+
+def checkpoint_of(config: Any) -> str:
+    """Path or Hub id of the checkpoint that is being loaded; "" for a new model."""
+    return checkpoint_being_loaded.get() or getattr(config, "_name_or_path", "")
+
+
+def tower_record(location: TowerLocation, name: str, hidden_size: int) -> dict[str, Any]:
+    """What config.json records of the tower, under KEY; ``name`` is LLaVA's ``--vision_tower``."""
+    return {
+        "weights_sha256": location.sha256,
+        "origin": location.origin,
+        "name": name,
+        "family": location.card.family,
+        "image_size": location.card.image_size,
+        "mm_hidden_size": hidden_size,
+    }
+
+
+def find_tower(name: str, config: Any) -> TowerLocation:
+    """The tower of a model, by the hash recorded in ``config`` (LLaVA's configuration or model arguments).
+
+    Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin and the registry, in this order.
+    Without a record the name decides. Raises ContractError with both hashes if only other towers are found,
+    TowerNotFoundError if none is.
+    """
+    record = getattr(config, KEY, None)
+    if not record:
+        return find_unrecorded(name, config)
+    check_record(record, where=f"{KEY} in config.json of {checkpoint_of(config) or 'the checkpoint'}")
+    failures: list[str] = []
+    other_tower = False
+    for where, locate in candidates(name, record, config):
+        try:
+            location = locate()
+        except (FileNotFoundError, ContractError) as error:
+            failures.append(f"{where}: {error}")
+            continue
+        if location.sha256 == record["weights_sha256"]:
+            if failures:
+                print(f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})")
+            return location
+        other_tower = True
+        failures.append(f"{where}: {location.directory} has sha256 {location.sha256}")
+    message = not_found_message(checkpoint_of(config) or "the checkpoint", record, failures, other_tower=other_tower)
+    raise ContractError(message) if other_tower else TowerNotFoundError(message)
+
+
+def check_record(record: Any, *, where: str) -> None:
+    """Raise ContractError unless a tower's record has the fields that finding it needs."""
+    if not isinstance(record, dict):
+        raise ContractError(f"{where} is {record!r}, expected an object; copy the checkpoint again")
+    for name, kind in (("weights_sha256", str), ("origin", str), ("family", str), ("image_size", int)):
+        if not isinstance(record.get(name), kind):
+            raise ContractError(
+                f"{where}: {name} is {record.get(name)!r}, expected {kind.__name__}; copy the checkpoint again"
+            )
+
+
+def not_found_message(checkpoint: str, record: dict[str, Any], failures: list[str], *, other_tower: bool) -> str:
+    """The recorded tower, the result of every place searched, and the two ways to get the tower back."""
+    refusal = "refusing to load a different tower" if other_tower else "which is not on this machine"
+    searched = "".join(f"\n  - {failure}" for failure in failures)
+    return (
+        f"{checkpoint} was trained with the tower sha256 {record['weights_sha256']} (origin {record['origin']}, "
+        f"{record['family']}, {record['image_size']} px); {refusal}. Searched:{searched}\n"
+        "Copy that tower to this machine and run `llm2clip use PATH`, or run "
+        f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
+    )
+
+
+def find_unrecorded(name: str, config: Any) -> TowerLocation:
+    """The tower by its name, or else the one bundled in the checkpoint."""
+    try:
+        return locate(name)
+    except FileNotFoundError:
+        checkpoint = checkpoint_of(config)
+        if not checkpoint or not (Path(checkpoint) / BUNDLE / TowerCard.FILE).is_file():
+            raise
+        return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
+
+
+def candidates(name: str, record: dict[str, Any], config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
+    """(label for messages, function that returns a location or raises), in the order of the search."""
+    yield f"by name, {name!r}", lambda: locate(name)
+    if checkpoint := checkpoint_of(config):
+        yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, record["origin"])
+    if record["origin"] != name.partition(":")[2]:
+        yield f"at its origin, {record['origin']}", lambda: locate_spec(record["origin"], how="origin")
+    for known, entry in sorted(read().towers.items()):
+        if entry["weights_sha256"] == record["weights_sha256"]:
+            spec = entry["spec"]
+            yield f"registered as {known!r}", lambda spec=spec: locate_spec(spec, how="registry")
+
+
+def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
+    """The tower in a checkpoint's ``vision_tower`` folder, on this machine or on the Hub."""
+    directory = Path(checkpoint)
+    if not directory.is_dir() and HUB_ID.match(checkpoint):
+        try:
+            directory = hub_snapshot(checkpoint, patterns=[f"{BUNDLE}/*"])
+        except (OSError, ValueError) as error:
+            reason = str(error) if isinstance(error, TimeoutError) else type(error).__name__
+            raise TowerNotFoundError(f"downloading {checkpoint} from the Hub failed ({reason})") from error
+    if not (directory / BUNDLE).is_dir():
+        raise TowerNotFoundError("no such folder")
+    return TowerLocation.of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
+
+
+# Whether a LLaVA checkpoint is complete, found out before a model is loaded: seconds instead of minutes, one error.
+
+CONFIG = "config.json"
+WEIGHTS = ("*.safetensors", "*.bin")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
+FIX = "copy the checkpoint again"
+
+
+def check_checkpoint(path: str, base: str | None = None) -> None:
+    """Compare a checkpoint's folder with what LLaVA will read of it; ids of the Hub are left to LLaVA.
+
+    ``base``: the base model that is given with it. Raises FileNotFoundError or ContractError with the file.
+    """
+    for option, name in (("--model-path", path), ("--model-base", base)):
+        if name and not Path(name).expanduser().is_dir() and not HUB_ID.match(name):
+            raise FileNotFoundError(f"{option} {name} is neither a folder nor a Hub id; expected a LLaVA checkpoint")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is not a LLaVA checkpoint: no {CONFIG} in it")
+    _check_config(folder / CONFIG)
+    _check_weights(folder)
+    if not base and not any((folder / name).is_file() for name in TOKENIZERS):
+        raise FileNotFoundError(f"{path} has no tokenizer ({' or '.join(TOKENIZERS[:2])}); {FIX}")
+
+
+def _check_config(path: Path) -> None:
+    config = read_json_value(path)
+    if not isinstance(config, dict):
+        raise ContractError(f"{path} contains a {type(config).__name__}, expected an object; {FIX}")
+    fields: dict[str, type] = {"mm_vision_tower": str, "mm_vision_select_layer": int}
+    for name, kind in fields.items():
+        value: Any = config.get(name)
+        if name in config and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ContractError(f"{path}: {name} is {value!r}, expected {kind.__name__}; {FIX}")
+
+
+def _check_weights(folder: Path) -> None:
+    """Every file that an index lists is there, and the headers of safetensors files fit their sizes."""
+    files = {path.name: path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))}
+    for index in sorted(folder.glob("*.index.json")):
+        listed = read_json_value(index)
+        names = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(names, dict):
+            raise ContractError(f"{index}: weight_map is {json.dumps(names)[:60]}, expected an object; {FIX}")
+        if missing := sorted({str(name) for name in names.values()} - files.keys()):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights ({' or '.join(WEIGHTS)}); {FIX}")
+    for path in files.values():
+        if path.suffix == ".safetensors":
+            read_header(path, fix=FIX)
+
+
+# LLaVA decides by words in a checkpoint's folder name how to load it; checked before anything is loaded.
+
+WORD, LORA, OTHERS = "llava", "lora", ("mpt", "mistral")
+
+
+def model_name(path: str) -> str:
+    """The name that LLaVA's get_model_name_from_path derives from a path: its last part, with that above checkpoint-N.
+
+    >>> model_name("runs/llava-7b/checkpoint-100/")
+    'llava-7b_checkpoint-100'
+    """
+    parts = path.strip("/").split("/")
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+def refuse_name(path: str, *, base: str | None = None, name: str | None = None) -> None:
+    """Raise ValueError if LLaVA would load the checkpoint at ``path`` as another kind of model than it is.
+
+    ``base``: the base model that is given with it; ``name``: in place of the folder's. Paths without a LLaVA
+    checkpoint's config.json are left to LLaVA.
+    """
+    config = config_of(path)
+    if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
+        return
+    given = model_name(str(path)) if name is None else name
+    has_lora = (Path(path).expanduser() / "adapter_config.json").is_file()
+    what = ""
+    if WORD not in given.lower():
+        what = f'without "{WORD}" in its name as a language model that sees no images'
+    elif has_lora and base and LORA not in given.lower():
+        what = f'without "{LORA}" in its name, given a base model, as a projector'
+    elif config.get("model_type") == "llava_llama":
+        what = next((f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given.lower()), "")
+    if what:
+        raise ValueError(
+            f"LLaVA loads a folder {what}, but {path} ({given!r}) is a LLaVA checkpoint; rename it, for example to "
+            f"{_better(given, has_lora)}"
+        )
+
+
+def warn_about(output: str) -> None:
+    """Print a line if LLaVA would not load the checkpoint that a training will write to ``output``."""
+    if output and WORD not in model_name(output).lower():
+        print(
+            f"llm2clip: warning: --output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load "
+            f"a checkpoint; choose another, for example {WORD}-{model_name(output)}, or rename it before evaluating",
+            file=sys.stderr,
+        )
+
+
+def _better(given: str, has_lora: bool) -> str:
+    for word in OTHERS:
+        given = given.replace(word, "")
+    words = [word for word in (WORD, LORA if has_lora else "") if word and word not in given.lower()]
+    return "-".join([*words, given.strip("-_")])
+
+
+def config_of(path: str) -> dict[str, Any]:
+    """A checkpoint's config.json; {} without one, for a Hub id and for a damaged file, which loading will refuse."""
+    try:
+        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+# ``llm2clip use`` and ``llm2clip towers``: the towers registered for ``--vision_tower llm2clip``.
+
+
+def main_use(argv: list[str]) -> int:
+    """Register a tower and make it the one that --vision_tower llm2clip loads."""
+    parser = Parser("use", "llm2clip use towers/l14-336", main_use.__doc__ or "")
+    parser.add_argument("tower", metavar="PATH|HUB_ID|NAME", help="tower directory, Hub id, or a registered name")
+    parser.add_argument("--name", default="", help="register it under this name (default: last part of the path or id)")
+    options = parser.parse_args(argv)
+    location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
+    location.check_weights()
+    name = select(location.origin, location.sha256, name=options.name)
+    print(f"--vision_tower llm2clip is now {name}: {location.describe()}")
+    if spec := os.environ.get("LLM2CLIP_TOWER"):
+        print(f"note: LLM2CLIP_TOWER={spec} is set and takes precedence")
+    return 0
+
+
+def main_towers(argv: list[str]) -> int:
+    """List the registered towers: location, hash, width, patches. An asterisk marks the selected one."""
+    parser = Parser("towers", "llm2clip towers", main_towers.__doc__ or "")
+    parser.add_argument("--forget", metavar="NAME", help="remove a tower from the list; its files are kept")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if options.forget:
+        forget(options.forget)
+    known = read()
+    rows = [listing(name, entry, chosen=name == known.chosen) for name, entry in sorted(known.towers.items())]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        print(f"{'*' if row['chosen'] else ' '} {row['name']}: {row['found']}")
+    if spec := os.environ.get("LLM2CLIP_TOWER"):
+        print(f"LLM2CLIP_TOWER={spec} takes precedence over the selected tower (*)")
+    if not rows:
+        print(f"{known.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
+    return 0
+
+
+def listing(name: str, entry: dict[str, str], *, chosen: bool) -> dict[str, object]:
+    """One row of ``llm2clip towers``, its description under "found"; Hub towers are not downloaded for it."""
+    row: dict[str, object] = {"name": name, "chosen": chosen, **entry}
+    if HUB_ID.match(entry["spec"]) and not Path(entry["spec"]).is_dir():
+        return {**row, "found": f"on the Hub as {entry['spec']}, sha256 {entry['weights_sha256'][:12]}"}
+    try:
+        location = locate_spec(entry["spec"], how=name)
+    except (FileNotFoundError, ContractError) as error:
+        return {**row, "found": f"not usable: {error}"}
+    return {**row, "found": location.describe(), "card": asdict(location.card)}
+
+
+# ``llm2clip llava bundle CHECKPOINT``: copy the tower into a LLaVA checkpoint, so that they move together.
+
+FILES = (  # of a tower directory, as patterns
+    CONFIG,
+    TowerCard.FILE,
+    "checksums.json",
+    "model*.safetensors",
+    "text_adapter.safetensors",
+    "preprocessor_config.json",
+    "README.md",
+    "*.py",
+)
+
+
+def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Path:
+    """Copy the checkpoint's tower to ``CHECKPOINT/vision_tower`` and return that folder.
+
+    The tower is the one that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id). A checkpoint
+    without a record of its tower gets one. Raises ContractError if that is not the tower that the checkpoint was
+    trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
+    """
+    if not (checkpoint / CONFIG).is_file():
+        raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
+    config = read_json_value(checkpoint / CONFIG)
+    if not isinstance(config, dict):
+        raise ContractError(f"{checkpoint / CONFIG} contains a {type(config).__name__}, expected an object")
+    name = str(config.get("mm_vision_tower"))
+    if not is_ours(name):
+        raise ContractError(
+            f"{checkpoint} was trained with the vision tower {name!r}, which is not a tower of this package and "
+            "cannot be bundled"
+        )
+    location = locate_tower(checkpoint, name, config, tower)
+    target = checkpoint / BUNDLE
+    if already_bundled(target, location):
+        return target
+    with atomic_directory(target, replace=overwrite) as temporary:
+        for source in tower_files(location.directory):
+            shutil.copyfile(source, temporary / source.name)
+        replace(location, directory=temporary).check_weights()
+    if KEY not in config:
+        config[KEY] = tower_record(location, name, config["mm_hidden_size"])
+        with atomic_file(checkpoint / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return target
+
+
+def tower_files(directory: Path) -> list[Path]:
+    """The files of a tower directory, of those that are there.
+
+    Raises ContractError for a link that leads out of it, other than to a blob of the Hub's cache (snapshots/REVISION).
+    """
+    files = [path for name in FILES for path in sorted(directory.glob(name)) if path.is_file()]
+    inside = (directory.resolve(), directory.resolve().parents[1] / "blobs")
+    for path in files:
+        if path.resolve().parent not in inside:
+            raise ContractError(f"{path} is a link to {path.resolve()}, outside the tower's folder; copy the file")
+    return files
+
+
+def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
+    """The tower at ``tower``, or else the one that loading the checkpoint finds.
+
+    Raises ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
+    """
+    if not tower:
+        return find_tower(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
+    location = locate_spec(tower, how=f"--tower {tower}")
+    recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
+    if location.sha256 != recorded:
+        raise ContractError(
+            f"{checkpoint} was trained with the tower sha256 {recorded}, "
+            f"but {location.directory} has sha256 {location.sha256}; pass the original with --tower"
+        )
+    return location
+
+
+def already_bundled(target: Path, location: TowerLocation) -> bool:
+    """Whether ``target`` is that tower already; raises ContractError if so but its weights are damaged."""
+    if not (target / TowerCard.FILE).is_file():
+        return False
+    bundled = TowerLocation.of(target, how="bundled")
+    if bundled.sha256 != location.sha256:
+        return False
+    bundled.check_weights()
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
+    parser = Parser("llava bundle", "llm2clip llava bundle checkpoints/llava-7b-llm2clip", main.__doc__ or "")
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="folder with config.json")
+    parser.add_argument(
+        "--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a different tower that is already bundled")
+    options = checked(parser, argv)
+    for checkpoint in options.checkpoints:
+        target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)
+        print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")
+    return 0

@@ -1,0 +1,384 @@
+"""What other libraries print on a normal run, silenced by name and reason. Their errors are never silenced.
+
+Everything here is called where it applies, not at import: no library is imported for its silence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+# What this rank is doing: the phase that messages name when it is late. Standard library only.
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+CHECKPOINT = "checkpoint"  # the phase in which a rank that is to end gets more time
+
+
+class Phase(NamedTuple):
+    """What a rank does since when."""
+
+    name: str
+    step: int  # optimizer step, counted from 1; 0 before training
+    number: int  # of phases begun: ranks that wait for each other are in phases of about the same number
+    since: float  # time.monotonic() of its begin, or of its last progress
+
+
+_counter = itertools.count()
+_now = Phase("start", 0, next(_counter), time.monotonic())
+
+
+def current() -> Phase:
+    """The phase that this process is in."""
+    return _now
+
+
+@contextmanager
+def phase(name: str, *, step: int | None = None) -> Iterator[None]:
+    """Name what the block does; every rank must begin the same phases in the same order.
+
+    An exception leaves the phase as it is: messages say where it was raised.
+    """
+    global _now
+    before = _now
+    _now = Phase(name, before.step if step is None else step, next(_counter), time.monotonic())
+    yield
+    _now = Phase(before.name, _now.step, next(_counter), time.monotonic())
+
+
+def progressed() -> None:
+    """The phase goes on: something of it is done."""
+    global _now
+    _now = _now._replace(since=time.monotonic())
+
+
+def in_phase(name: str, function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """The function, whose calls are a phase."""
+
+    def named(*args: Arguments.args, **options: Arguments.kwargs) -> Value:
+        with phase(name):
+            return function(*args, **options)
+
+    return named
+
+
+def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iterator[Value]:
+    """The items, one a step; waiting for each is a phase."""
+    for step in itertools.count(first_step):
+        with phase(name, step=step):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+# Progress bars: tqdm on stderr with rate and time left; where stderr is not a terminal, a line every ten seconds.
+
+Item = TypeVar("Item")
+
+LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
+
+
+class _Lines:
+    """A file for tqdm that turns every redrawn bar into a line of stderr."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():  # tqdm starts a redraw with \r, and pads it with spaces
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(
+    *, total: int | None, label: str, unit: str, initial: int = 0, show: bool = True, delay: float = LINE_EVERY
+) -> tqdm:
+    """A tqdm bar to be moved by ``update(count)`` and closed; it is a context manager. An update is a sign of progress.
+
+    total: units of the whole job, None if unknown. initial: units done before. show: False for a silent bar, as on
+    every rank but one. delay: seconds before the first line where stderr is not a terminal; a job that ends earlier
+    prints none. With 0 the first and the last state are always printed.
+    """
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            progressed()
+            return super().update(n)
+
+    terminal = sys.stderr.isatty()
+    return Bar(
+        total=total,
+        desc=label,
+        unit=f" {unit}",
+        initial=initial,
+        disable=not show,
+        bar_format=BAR if terminal else LINE,
+        file=sys.stderr if terminal else _Lines(),
+        mininterval=0.1 if terminal else LINE_EVERY,
+        miniters=1,
+        delay=0 if terminal else delay,
+        dynamic_ncols=terminal,
+    )
+
+
+def track(iterable: Iterable[Item], *, total: int | None, label: str, unit: str, show: bool = True) -> Iterator[Item]:
+    """Yield from ``iterable`` under a bar that counts each item as one ``unit``; arguments as of ``progress_bar``."""
+    with progress_bar(total=total, label=label, unit=unit, show=show) as bar:
+        for item in iterable:
+            yield item
+            bar.update()
+
+
+TOWER = "model.vision_tower."  # names of its weights in a LLaVA checkpoint
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars ("Loading weights", "Writing model shards") and warnings.
+
+    For loading and saving: we compare what was loaded with the file ourselves, and the bars last milliseconds.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def quiet_peft() -> None:
+    """Silence peft about an attribute that transformers renamed."""
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def quiet_deepspeed() -> None:
+    """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it calls.
+
+    ``LLM2CLIP_DEEPSPEED_LOG=1`` keeps them.
+    """
+    if os.environ.get("LLM2CLIP_DEEPSPEED_LOG") != "1":
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def quiet_libraries() -> None:
+    """Silence what nobody can act on: DeepSpeed about a machine without a GPU, bitsandbytes about a kernel of the Hub,
+    torch's DataLoader about more ``--workers`` than cores."""
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_cpu)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+
+
+def _is_not_about_the_cpu(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """Silence torch's ONNX exporter about a renamed class of torch's own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
+
+
+def quiet_llava_loading() -> None:
+    """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the tower's own folder.
+
+    Other weights that are not used, or not there, are still warned of. Bars are for terminals.
+    """
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_the_tower)
+
+
+def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
+    first, _, table = record.getMessage().partition("\n")
+    if "LOAD REPORT" in first:  # of transformers 5: a row per name, or per pattern of names
+        rows = [row.split("|") for row in table.splitlines() if row.count("|") > 1][1:]  # below the head
+        return not all(name.startswith(TOWER) and "UNEXPECTED" in status for name, status, *_ in rows)
+    if "were not used when initializing Llava" not in first:
+        return True
+    names = re.findall(r"'([^']+)'", first.partition("[")[2])
+    return not all(name.startswith(TOWER) for name in names)
+
+
+def quiet_llava() -> None:
+    """Silence what LLaVA's training makes other libraries warn about: old names that LLaVA and the trainer of its
+    transformers use, memory that a machine without a GPU cannot pin, the type of the language model it extends, a
+    config that peft asks the Hub for when LoRA weights are saved, which have no vocabulary, and gradient accumulation,
+    which is DeepSpeed's own there."""
+    quiet_deepspeed()
+    warnings.filterwarnings("ignore", r".*gradient_checkpointing(_enable)?` is deprecated", FutureWarning)
+    logging.getLogger("accelerate.accelerator").addFilter(
+        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning)
+    warnings.filterwarnings("ignore", r"Could not find a config file in .* vocabulary was not modified", UserWarning)
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: not re.search("to instantiate a model of type `?llava", record.getMessage())
+    )
+
+
+# A signal while a run loads ends it at once, as there is nothing to save. Standard library only.
+
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+_loading = False
+_waiting: threading.Thread | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM, SIGHUP or Ctrl-C."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.status = 128 + number  # as a shell says it
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.status - 128).name
+        return "interrupted" if name == "SIGINT" else f"{name}: ended before there was anything to save"
+
+
+@contextmanager
+def interrupts_end_loading() -> Iterator[None]:
+    """A signal of ENDING ends this process, until `loaded` is called or the block is left."""
+    global _waiting, _loading
+    _loading = True
+    if _waiting is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        _waiting = threading.Thread(target=_wait, daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # threads that start from here on block them, too
+        _waiting.start()
+    try:
+        yield
+    finally:
+        loaded()
+
+
+def is_loading() -> bool:
+    """Whether there is nothing to save yet."""
+    return _loading
+
+
+def loaded() -> None:
+    """From now on a signal is left to the handlers of Python: there is something to save. Called by the main thread."""
+    global _waiting, _loading
+    _loading = False
+    thread, _waiting = _waiting, None
+    if thread is not None and thread.ident is not None:
+        signal.pthread_kill(thread.ident, signal.SIGINT)
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def attend(words: list[str]) -> int:
+    """Run a program, with the signals that this process gets; its exit status, 128 + N after signal N."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number != signal.SIGINT:  # Ctrl-C reaches the whole group
+            process.send_signal(number)
+
+    process = subprocess.Popen(words)
+    before = {one: signal.signal(one, forward) for one in ENDING}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received else status
+
+
+def end_children() -> None:
+    """Kill the processes that this one has started with multiprocessing; those of a loader ignore SIGTERM."""
+    if "multiprocessing" in sys.modules:
+        import multiprocessing
+
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def _wait() -> None:
+    number = signal.sigwait(ENDING)
+    if _waiting is threading.current_thread():
+        ended = Interrupted(number)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"{chr(10) * os.isatty(2)}{ended}\n".encode())
+        end_children()
+        os._exit(ended.status)
+
+
+# What the machine allows a process: open files. Standard library only.
+
+# of a rank, whatever the number of shards: 64 tars, some files of libraries, and a few for each batch that a loader
+# process has sent and the rank has not taken yet
+OPEN_FILES_NEEDED = 1024
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files to the hard one; processes started from here inherit it. Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):  # macOS has a lower limit of its own
+            return soft
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
+
+
+def remedy_open_files(limit: int) -> str:
+    """What to do about a limit of open files; "" if it is high enough."""
+    if limit >= OPEN_FILES_NEEDED:
+        return ""
+    return f"raise the hard limit to at least {OPEN_FILES_NEEDED} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
+
+
+# The lines that ``llm2clip doctor`` prints; standard library only.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    state: str  # ok, warn or fail
+    found: str  # version, path or state of the subject
+    fix: str = ""  # command or step that fixes it; "" when ok
+
+    def as_json(self) -> dict[str, str]:
+        """The entry of ``llm2clip doctor --json``."""
+        return {"subject": self.subject, "state": self.state, "found": self.found, "fix": self.fix}
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])

@@ -1,0 +1,513 @@
+"""The files that stages exchange: versioned JSON records, hashes, and atomic writes.
+
+Standard library only: this module is imported by the training environment, by LLaVA's environment
+and by ``llm2clip --help``.
+
+| record        | file                | written by             | read by                          |
+|---------------|---------------------|------------------------|----------------------------------|
+| TowerCard     | ``llm2clip.json``   | export, import         | load_tower, LLaVA integration    |
+| EncoderCard   | ``llm2clip_encoder.json`` | finetune-llm     | embed, evaluate captions         |
+| CacheManifest | ``manifest.json``   | embed                  | tower training, evaluation       |
+| EmbedRecord   | ``embed.json``      | embed                  | status                           |
+| RunRecord     | ``run.json``        | tower and LLM training | export, resume, status           |
+| ScoreFile     | ``*.scores.json``   | score, bench-mllm      | compare                          |
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from llm2clip_plugin.files import (
+    MAX_LAYERS,
+    MAX_SIDE,
+    MAX_WIDTH,
+    ContractError,
+    check_fields,
+    check_whole,
+    read_header,
+    read_json_value,
+    type_problem,
+)
+
+# A full disk as one error that names the file, the disk and its free space, whichever library met it.
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFullError(OSError):
+    """No space is left, or a quota is used up, where a file is written."""
+
+    def __init__(self, target: str | os.PathLike[str], number: int = errno.ENOSPC) -> None:
+        super().__init__(number, os.strerror(number), os.fspath(target))
+        disk = mount_point(Path(target))
+        self.reason = f"{self.strerror} (the disk at {disk} has {size_text(shutil.disk_usage(disk).free)} free)"
+
+    def __str__(self) -> str:
+        return (
+            f"cannot write {self.filename}: {self.reason}; free space there, or choose a path on another disk, and "
+            "rerun the same command"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:  # processes send it to each other
+        return type(self), (self.filename, self.errno)
+
+
+@contextmanager
+def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise DiskFullError for ``target`` if the block fails because its disk is full.
+
+    safetensors has an error of its own for that; any other of its errors becomes an OSError that names ``target``.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or any(os.strerror(full) in str(error) for full in FULL):
+            raise DiskFullError(target, number if number in FULL else errno.ENOSPC) from error
+        if type(error).__name__ == "SafetensorError":  # this file imports the standard library alone
+            raise OSError(f"cannot write {target}: {error}") from error
+        raise
+
+
+def remedy_of(error: Exception) -> str:
+    """What to do if a disk is full, or descriptors are used up, and the error does not say so itself; else ""."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "; raise the limit of open files, as in `ulimit -n 4096`, and rerun the same command"
+    if isinstance(error, DiskFullError) or not (isinstance(error, OSError) and error.errno in FULL):
+        return ""
+    return "; free space on the disks of the output and of temporary files (TMPDIR), and rerun the same command"
+
+
+def mount_point(path: Path) -> Path:
+    """Where the disk that holds, or would hold, ``path`` is mounted."""
+    path = Path(os.path.abspath(path))
+    while not os.path.ismount(path):
+        path = path.parent
+    return path
+
+
+def size_text(number: float) -> str:
+    """Bytes for people: ``1.50 GB``, ``0.21 MB``."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.2f} MB"
+
+
+# Files and folders that appear complete or not at all.
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk and rename it.
+
+    Raises DiskFullError, which names ``path``, whatever a library raises on a full disk.
+    """
+    target = Path(path)
+    with naming_full_disk(target), _temporary_file(target) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _temporary_file(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
+        fsync(temporary)
+        os.replace(temporary, target)
+        fsync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling directory; if the block ends without an error, flush its files to disk and rename it.
+
+    Raises FileExistsError before any work if ``path`` is not empty and ``replace`` is false; DiskFullError as
+    ``atomic_file``.
+    """
+    target = Path(path)
+    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
+    with naming_full_disk(target), _temporary_directory(target) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _temporary_directory(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    old = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        for inside in (*temporary.rglob("*"), temporary):
+            if not inside.is_symlink():
+                fsync(inside)
+        if target.exists():
+            os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on disk.
+
+    Raises OSError for what the file system reports only now: NFS and quotas do so when a disk is full.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir():  # several network file systems refuse it for directories
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+# Hashes of texts, files and weights, and the JSON text that is hashed.
+
+
+def canonical_json(value: Any) -> str:
+    """The same text for equal values (sorted keys, no spaces), to be hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sha256_text(text: str) -> str:
+    """Hexadecimal SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_weights(path: str | os.PathLike[str]) -> str:
+    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name.
+
+    It does not depend on the order of tensors in the file or on its metadata, so saving the same weights again with
+    another version of a library keeps the hash.
+
+    Raises ContractError if the file is not safetensors or is truncated.
+    """
+    header = read_header(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for name, entry in sorted(header.entries.items()):
+            digest.update(canonical_json([name, entry.dtype, list(entry.shape)]).encode())
+            file.seek(header.data_start + entry.start)
+            remaining = entry.stop - entry.start
+            while remaining:
+                block = file.read(min(remaining, 1 << 22))
+                if not block:
+                    raise ContractError(f"{path} ends inside {name}; copy or export it again")
+                digest.update(block)
+                remaining -= len(block)
+    return digest.hexdigest()
+
+
+# Versioned JSON records: written atomically, and checked field by field when they are read.
+
+Record = TypeVar("Record", bound="VersionedRecord")
+HEAD = ("kind", "format_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionedRecord:
+    """A dataclass stored as JSON with its kind and format version; reading rejects any other."""
+
+    KIND: ClassVar[str] = ""
+    VERSION: ClassVar[int] = 1
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        body = {"kind": self.KIND, "format_version": self.VERSION, **dataclasses.asdict(self)}
+        return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record atomically to ``path`` and return the path."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def read(cls: type[Record], path: str | os.PathLike[str]) -> Record:
+        """Read a record; raises FileNotFoundError, or ContractError naming the file and the field."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no {cls.KIND} at {path}")
+        return cls.from_dict(read_json_value(path), where=str(path))
+
+    @classmethod
+    def from_dict(cls: type[Record], body: Any, *, where: str) -> Record:
+        """Build a record from parsed JSON; ``where`` is named in errors."""
+        if not isinstance(body, dict) or body.get("kind") != cls.KIND:
+            kind = body.get("kind") if isinstance(body, dict) else type(body).__name__
+            raise ContractError(f"{where} contains a {kind!r}, expected a {cls.KIND!r}")
+        if body.get("format_version") != cls.VERSION:
+            raise ContractError(
+                f"{where} has format version {body.get('format_version')}, but this release reads {cls.VERSION}; "
+                "create the file again with this release, or install the release that wrote it"
+            )
+        values = {name: value for name, value in body.items() if name not in HEAD}
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise ContractError(f"{where} has unknown fields {unknown}; known: {sorted(known)}")
+        required = {name for name, item in known.items() if item.default is item.default_factory is dataclasses.MISSING}
+        if missing := sorted(required - set(values)):
+            raise ContractError(f"{where} is missing the required fields {missing}")
+        check_fields(cls, values, where=where)
+        record = cls(**values)
+        record.check_values(where=where)
+        return record
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for a value that no reader can use; the types of all fields are right already."""
+
+
+# Cards: what a tower and a fine-tuned LLM are, and what determines the embedding of a caption.
+
+SHA256 = re.compile("[0-9a-f]{64}")
+IDENTIFIER = re.compile(r"\w{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerCard(VersionedRecord):
+    """``llm2clip.json`` of a tower directory: what the tower is, how it was made, the hashes of its weights."""
+
+    KIND: ClassVar[str] = "llm2clip-tower"
+
+    family: str  # name of a vision.families member: clip, siglip, dinov2, eva02 ...
+    origin: str  # path or Hub id of the weights that training or import started from
+    hidden_size: int  # width of a patch state
+    num_layers: int  # transformer blocks
+    patch_size: int  # pixels
+    image_size: int  # pixels; the position table has exactly this grid
+    has_cls: bool
+    weights_sha256: str  # sha256_weights(model.safetensors)
+    projection_dim: int = 0  # 0: no projection, the directory contains a tower alone
+    adapter_sha256: str = ""  # sha256_weights(text_adapter.safetensors); "" without one
+    dual: dict[str, Any] = field(default_factory=dict)  # DualConfig: pooling, adapter kind, LLM width ...
+    teacher: dict[str, Any] = field(default_factory=dict)  # TeacherIdentity as a dict; {} if never trained
+    training: dict[str, Any] = field(default_factory=dict)  # steps, samples, data, config hash, resized_from
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+
+    FILE: ClassVar[str] = "llm2clip.json"
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for widths, depths and image sizes that no tower has, and for hashes that are none."""
+        limits = {
+            "hidden_size": MAX_WIDTH,
+            "num_layers": MAX_LAYERS,
+            "patch_size": MAX_SIDE,
+            "image_size": MAX_SIDE,
+        }
+        for name, high in limits.items():
+            check_whole(getattr(self, name), 1, high, name=name, where=where)
+        check_whole(self.projection_dim, 0, MAX_WIDTH, name="projection_dim", where=where)
+        if self.patch_size > self.image_size:
+            raise ContractError(f"{where}: patch_size {self.patch_size} exceeds image_size {self.image_size}")
+        if not IDENTIFIER.fullmatch(self.family):
+            raise ContractError(f"{where}: family is {self.family!r}, expected the name of a tower family")
+        for name in ("weights_sha256", "adapter_sha256"):
+            if not SHA256.fullmatch(value := getattr(self, name)) and (value or name == "weights_sha256"):
+                raise ContractError(f"{where}: {name} is {value!r}, expected 64 hexadecimal digits")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+PROJECTED = "projected"  # pooling of a CLIP's own text tower: the features that it compares with its images'
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherIdentity:
+    """Everything that determines the embedding of a caption; caches and towers record its fingerprint."""
+
+    llm: str  # path or Hub id, for display; not part of the fingerprint
+    revision: str  # Hub commit, or "" for a local folder; not part of the fingerprint
+    weights_sha256: str  # over the LLM's weight files
+    adapter_sha256: str  # over the PEFT adapter's weights; "" without one
+    attention: str  # bidirectional | causal | own (a CLIP's text tower)
+    pooling: str  # mean | last | projected
+    layer: int  # hidden state that is pooled; -1 is the last
+    prompt: str  # precedes every caption; not pooled
+    chat_template: str  # "" for none
+    max_tokens: int
+    width: int  # of an embedding
+    include_bos: bool = True  # pool the beginning-of-text token too
+    tokenizer: str = ""  # hash of the tokens of a fixed text
+    quantization: str = ""  # "" | nf4
+    post: str = ""  # sha256 of the centering or whitening parameters; "" for none
+    adapter: str = ""  # path or Hub id of the adapter, to find it again; not part of the fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that changes an embedding, so not over where the weights are."""
+        body = dataclasses.asdict(self)
+        del body["llm"], body["revision"], body["adapter"]
+        return sha256_text(canonical_json(body))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCard(VersionedRecord):
+    """``llm2clip_encoder.json`` next to an adapter or merged LLM: how to embed captions with it."""
+
+    KIND: ClassVar[str] = "llm2clip-encoder"
+    FILE: ClassVar[str] = "llm2clip_encoder.json"
+
+    base: str  # path or Hub id of the LLM that was fine-tuned, for display
+    base_sha256: str  # over its weight files; "" for a merged LLM
+    attention: str  # bidirectional | causal
+    pooling: str  # mean | last
+    layer: int  # hidden state that is pooled; -1 is the last
+    prompt: str  # precedes every caption that is embedded for the cache; not pooled
+    query_prompt: str  # precedes queries in training and in caption retrieval; not pooled
+    chat_template: str  # literal text around "{caption}"; "" for none
+    include_bos: bool
+    max_tokens: int
+    post_sha256: str = ""  # sha256_weights of the centering or whitening parameters; "" for none
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+# Records of what ran: embedding caches, training runs, scores.
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheManifest(VersionedRecord):
+    """``manifest.json`` of an embedding cache: its teacher, shards and storage."""
+
+    KIND: ClassVar[str] = "llm2clip-cache"
+    FILE: ClassVar[str] = "manifest.json"
+
+    teacher: dict[str, Any]  # TeacherIdentity as a dict
+    fingerprint: str  # TeacherIdentity.fingerprint
+    dtype: str  # float16 | int8
+    width: int
+    shards: dict[str, dict[str, Any]]  # shard name -> {"file", "samples", "captions", "truncated"}
+    complete: bool = True
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for a value of a shard's entry of another type; the reader checks which are missing."""
+        kinds = {"file": str, "samples": int, "captions": int, "truncated": int, "rows_sha256": str, "sha256": str}
+        for name, entry in self.shards.items():
+            for key, kind in kinds.items():
+                if key in entry and (problem := type_problem(entry[key], kind)):
+                    raise ContractError(f"{where}: shards.{name}.{key}{problem}")
+
+    @property
+    def captions(self) -> int:
+        """Captions over all shards."""
+        return sum(shard["captions"] for shard in self.shards.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRecord(VersionedRecord):
+    """``embed.json`` of an embedding cache: what the last ``llm2clip embed`` was to embed, for ``llm2clip status``."""
+
+    KIND: ClassVar[str] = "llm2clip-embed"
+    FILE: ClassVar[str] = "embed.json"
+
+    data: str  # path or URL of the data
+    shards: list[str]  # names of its shards
+    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(VersionedRecord):
+    """``run.json`` of a training run: its configuration and progress."""
+
+    KIND: ClassVar[str] = "llm2clip-run"
+    FILE: ClassVar[str] = "run.json"
+
+    config: dict[str, Any]
+    config_hash: str
+    teacher: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    samples: int = 0  # image-caption pairs consumed by all ranks together
+    finished: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
+    total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
+    epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
+    command: dict[str, Any] = field(default_factory=dict)  # how it was started last: run_files.started_by
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFile(VersionedRecord):
+    """Scores of one model on one benchmark: headline metrics, and every item for paired statistics."""
+
+    KIND: ClassVar[str] = "llm2clip-scores"
+
+    benchmark: str
+    metrics: dict[str, float]
+    items: list[dict[str, Any]]  # {"id", "score", "cluster", ...} per question; cluster = its image
+    counts: dict[str, int] = field(default_factory=dict)  # missing, duplicate, unparsable ...
+    model: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the scores; FileExistsError if ``path`` is another kind of file, or scores of more items or of another
+        benchmark."""
+        if os.path.exists(path):
+            try:
+                before = ScoreFile.read(path)
+            except (ContractError, OSError) as error:
+                raise FileExistsError(f"{path} exists and is not a score file; choose another path") from error
+            if before.benchmark != self.benchmark or len(before.items) > len(self.items):
+                raise FileExistsError(
+                    f"{path} has scores of {before.benchmark} ({len(before.items)} items), which those of "
+                    f"{self.benchmark} ({len(self.items)} items) would replace; choose another path, or delete it"
+                )
+        return super().write(path)
+
+
+# How the rows of an embedding cache are stored.
+
+VALUE_BYTES = {"float16": 2, "int8": 1}  # of one number of a stored row
+CACHE_DTYPES = tuple(VALUE_BYTES)
+
+
+# Where a shard's embeddings lie in a cache. Standard library only.
+
+
+def shard_file(shard: str) -> str:
+    """File name of a shard, relative to the cache; a hash for a shard name that would lead out of the folder."""
+    parts = Path(shard).parts
+    if not parts or Path(shard).is_absolute() or ".." in parts:
+        return f"shard-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"
+    return f"{shard}.safetensors"

@@ -1,0 +1,895 @@
+"""The embedding cache: one safetensors file per shard, and a manifest that names the teacher.
+
+```
+<directory>/manifest.json             CacheManifest; complete = false until embedding has finished
+<directory>/<shard name>.safetensors  the rows of one shard
+```
+
+Tensors of a shard with N samples and R captions (blank captions have no row, equal captions of one sample share one):
+
+| name           | shape  | dtype        | meaning                                                      |
+|----------------|--------|--------------|--------------------------------------------------------------|
+| embeddings     | (R, W) | float16/int8 | embedding = row x scale                                      |
+| scales         | (R,)   | float32      | 1 for float16 rows that fit, else a power of two; int8: max/127 |
+| row_starts     | (N+1,) | int64        | sample i owns the rows row_starts[i] .. row_starts[i+1]      |
+| caption_hashes | (R,)   | int64        | first 64 bits of the caption's SHA-256                       |
+| keys           | (K,)   | uint8        | the sample keys, UTF-8, one after the other                  |
+| key_starts     | (N+1,) | int64        | where each key starts                                        |
+| row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
+| image_checks   | (N,)   | int64        | size and CRC-32 of the image file; 0: not recorded           |
+
+image_checks is absent where images were not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import struct
+import sys
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from llm2clip_plugin.console import progress_bar, track
+from llm2clip_plugin.contracts import (
+    CACHE_DTYPES,
+    VALUE_BYTES,
+    CacheManifest,
+    EmbedRecord,
+    TeacherIdentity,
+    atomic_file,
+    canonical_json,
+    sha256_text,
+    shard_file,
+)
+from llm2clip_plugin.data.index import stamps_of
+from llm2clip_plugin.data.remote import KeptFolder, Ledger, SteadyFile, default_download_folder
+from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, hash_hex
+from llm2clip_plugin.data.sources.base import Shard, Source
+from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.files import PROGRESS, ContractError, again, parse_header, tell_job
+from llm2clip_plugin.options import unknown
+
+# What to do about a cache's file that is damaged or missing: the command that made the cache, as it was typed.
+
+
+def embed_command(path: Path) -> str:
+    """The ``llm2clip embed`` command that made the cache that holds ``path``; without arguments if none is recorded."""
+    for folder in (path, *path.parents):
+        if (folder / EmbedRecord.FILE).is_file():
+            try:
+                return again(EmbedRecord.read(folder / EmbedRecord.FILE).command) or "llm2clip embed"
+            except (ContractError, OSError):
+                break
+    return "llm2clip embed"
+
+
+def redo(path: Path) -> str:
+    """``rerun `...`; complete shards are skipped``, for the cache that holds ``path``."""
+    return f"rerun `{embed_command(path)}`; complete shards are skipped"
+
+
+def repair(path: Path) -> str:
+    """``rerun `...`, which embeds damaged shards again``, for the cache that holds ``path``."""
+    return f"rerun `{embed_command(path)}`, which embeds damaged shards again"
+
+
+# One shard of an embedding cache as a file; ``reader`` lists its tensors.
+
+TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
+CHECKS = ("image_checks", "row_checks")
+METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
+META = "llm2clip"  # the metadata entry of a shard's file that holds METADATA as JSON
+DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
+
+
+def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
+    """Bytes of a cache's tensors.
+
+    A caption has a row, its scale (4), its hash and its checksum (8 each); a sample has a key of ``key_bytes``, the
+    starts of its key and of its rows, and the checksum of its image (8 each).
+    """
+    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 24)
+
+
+def row_check(row_W: np.ndarray, scale: float, number: int) -> int:
+    """Checksum of a stored row with its scale and its number in the shard."""
+    return zlib.crc32(row_W.data, zlib.crc32(struct.pack("<fq", scale, number)))
+
+
+def image_check(data: bytes) -> int:
+    """Checksum of an image file: its size and CRC-32, as an integer below 2^63."""
+    return min(len(data), (1 << 31) - 1) << 32 | zlib.crc32(data)
+
+
+class ShardFile:
+    """One shard's file, read by position: one open file, and errors that pass are retried (see data.retry).
+
+    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = SteadyFile(path)
+        try:
+            self._layouts, metadata = _read_layouts(self._file)
+            self.meta: dict[str, str] = json.loads(metadata[META])
+            if missing := {*METADATA} - {*self.meta}:
+                raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
+            self.captions, self.width = self._layouts["embeddings"].shape
+            self.samples = self._layouts["row_starts"].shape[0] - 1
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ContractError(
+                f"{path} is truncated or not a shard of an embedding cache ({error}); {redo(path)}"
+            ) from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An entire tensor of the file."""
+        return self._read(name, 0, self._layouts[name].shape[0])
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A tensor from one index of its first axis to another."""
+        layout = self._layouts[name]
+        one = math.prod(layout.shape[1:]) * layout.dtype.itemsize
+        size = (stop - start) * one
+        data = self._file.read(size, layout.start + start * one)
+        if len(data) != size:
+            raise ContractError(f"{self.path} was truncated while it was read; {redo(self.path)}")
+        return np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:])
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        start, stop = self._read("key_starts", index, index + 2).tolist()
+        return self._read("keys", start, stop).tobytes().decode()
+
+    def row_numbers(self, index: int) -> dict[int, int]:
+        """Caption hash -> row number, for the captions of a sample."""
+        start, stop = self._read("row_starts", index, index + 2).tolist()
+        return {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
+
+    def image_check(self, index: int) -> int:
+        """Checksum of a sample's image when its captions were embedded; 0 if it was not recorded."""
+        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._layouts else 0
+
+    def changed_images(self, checks: Sequence[int]) -> list[int]:
+        """Samples whose image has another checksum than the recorded one; none if either was not recorded."""
+        if not len(checks) or "image_checks" not in self._layouts:
+            return []
+        return np.flatnonzero(self["image_checks"] != np.asarray(checks, dtype=np.int64)).tolist()
+
+    def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
+        """(n, W) float32 of these rows, which should be near each other, as those of one sample are.
+
+        Raises ContractError for a row that is not finite or has another checksum.
+        """
+        first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
+        chosen = np.array(rows, dtype=np.int64) - first
+        stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
+        checks = self._read("row_checks", first, stop)[chosen].tolist()
+        for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
+            if row_check(row_W, scale, number) != check:
+                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {repair(self.path)}")
+        value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
+        if not (finite_n := np.isfinite(value_nW).all(axis=1)).all():
+            number = rows[int(np.flatnonzero(~finite_n)[0])]
+            raise ContractError(f"{self.path} is damaged: row {number} is not finite; {repair(self.path)}")
+        return torch.from_numpy(value_nW)
+
+    def damage(self) -> str:
+        """What is wrong with the file's contents, "" if nothing is; reads every byte."""
+        for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
+            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._layouts})
+            if digest != self.meta[name]:
+                return f"SHA-256 {digest}, expected {self.meta[name]}"
+        return ""
+
+
+class Layout(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+
+
+def _read_layouts(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
+    """Layouts and metadata; ValueError or KeyError for a file that is not a whole shard."""
+    header = parse_header(file.size(), file.read)
+    if unknown := header.entries.keys() - {*TENSORS, *CHECKS}:
+        raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
+    if missing := {*TENSORS, "row_checks"} - header.entries.keys():
+        raise ValueError(f"no tensors {', '.join(sorted(missing))}")
+    layouts = {
+        name: Layout(np.dtype(DTYPES[entry.dtype]), entry.shape, header.data_start + entry.start)
+        for name, entry in header.entries.items()
+    }
+    return layouts, header.metadata
+
+
+def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the tensors' bytes in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+# The rows of a shard: which captions have one, the digest of them all, and where a caption's row is.
+
+
+def has_text(caption: Caption) -> bool:
+    """Whether a caption gets an embedding: blank ones don't."""
+    return bool(caption.text.strip())
+
+
+def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
+    """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
+    samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
+    return [key for key, _ in samples], [captions for _, captions in samples]
+
+
+def shard_contents(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
+    """As ``shard_captions``, and the checksum of each sample's image: 0 for one that can't be read.
+
+    None instead of the checksums where images are at a URL: they would all be downloaded.
+    """
+    if not source.images_at_hand:
+        return *shard_captions(source, shard), None
+    keys, captions, checks = [], [], []
+    for number in range(shard.start, shard.start + shard.size):
+        try:
+            sample = source.with_image(number)
+        except BrokenSample as error:
+            keys.append(error.key)
+            captions.append(())
+            checks.append(0)
+            continue
+        keys.append(sample.key)
+        captions.append(sample.captions)
+        try:
+            checks.append(image_check(sample.read_image()))
+        except BrokenSample:
+            checks.append(0)
+    return keys, captions, checks
+
+
+def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
+    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
+    rows: list[tuple[int, int]] = []
+    for index, of_sample in enumerate(captions):
+        distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
+        rows.extend((index, value) for value in distinct)
+    return rows
+
+
+def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
+    """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
+    return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
+
+
+UNCOMPARED = "the data"  # what ``row_numbers`` calls a sample whose shard was proven by its size and time alone
+
+
+def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Caption], key: str, data: str) -> list[int]:
+    """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
+    if not 0 <= index < file.samples:
+        raise ContractError(
+            f"{file.path} has no sample {index}: shard {shard!r} had {file.samples} samples when it was embedded; "
+            f"{redo(file.path)}"
+        )
+    if key and file.key(index) != key:
+        raise ContractError(
+            f"{file.path}: sample {index} of shard {shard!r} has key {key!r} in {data}, {file.key(index)!r} in the "
+            f"cache; {redo(file.path)}"
+        )
+    row_of = file.row_numbers(index)
+    hashes = [caption_hash(caption.text) for caption in captions]
+    for value, caption in zip(hashes, captions, strict=True):
+        if value not in row_of:
+            known = ", ".join(map(hash_hex, row_of)) or "none"
+            text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
+            reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
+            if data == UNCOMPARED:
+                reason += f"; if shard {shard!r} was changed and its time kept, `touch` its file first"
+            raise ContractError(
+                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
+                f"{redo(file.path)}"
+            )
+    return [row_of[value] for value in hashes]
+
+
+# That a cache holds the captions of a source: compared in full once, then by digests.
+
+KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
+PROOF_NAMED = 5  # samples and shards that a message names
+PROOF_FEW = 16384  # samples that this process compares alone, without a pool
+
+OpenShard = Callable[[str], ShardFile]
+
+
+def check_captions(
+    source: Source, entries: Mapping[str, Mapping[str, Any]], open_shard: OpenShard, *, full: bool = False
+) -> None:
+    """Compare a source with a cache's manifest entries: shard names, counts, and the digests of keys and captions.
+
+    Every caption is read where no digest is kept, or everywhere, and every image, with ``full``. Raises ContractError
+    at the first difference, with both values; warns of embedded shards that a folder has no longer.
+    """
+    _warn_of_lost_shards(source, entries)
+    for shard in source.shards:
+        entry = entries.get(shard.name)
+        if entry is None or entry["samples"] != shard.size:
+            file = open_shard(shard.name)  # raises for an unknown shard
+            raise ContractError(
+                f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
+                f"when it was embedded; {redo(file.path)}"
+            )
+    if source.kept is None:
+        _compare_all(source, source.shards, open_shard, full=full)
+        return
+    if not full and not _unproven(source, entries):
+        return
+    with source.kept.lock(f"compare {source.path} with its embeddings"):
+        shards = source.shards if full else _unproven(source, entries)
+        _compare_all(source, shards, open_shard, full=full)
+
+
+def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Only of a folder, which means all of its shards; a pattern or file may be a part of what was embedded."""
+    here = {shard.name for shard in source.shards}
+    lost = [name for name in entries if name not in here]
+    if lost and os.path.isdir(source.path) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {source.path} has {len(here)} shards, {len(entries)} were embedded; not there: "
+            f"{', '.join(lost[:PROOF_NAMED])}{', ...' if len(lost) > PROOF_NAMED else ''}; restore them unless they were removed "
+            "on purpose",
+            file=sys.stderr,
+        )
+
+
+def kept_digests(source: Source) -> dict[str, str]:
+    """Digest of each shard of a source whose file is still the one that was read."""
+    kept = source.digests.read() if source.digests else {}
+    return {
+        shard.name: kept[shard.name]["sha256"]
+        for shard, stamp in zip(source.shards, source.stamps, strict=bool(kept))
+        if shard.name in kept and kept[shard.name]["stamp"] == list(stamp)
+    }
+
+
+def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
+    """Keep the digests of some shards for the next start."""
+    if source.kept is None or not digests:
+        return
+    with source.kept.lock(f"keep the digests of {source.path}"):
+        _add(source, {name: (digest, digest) for name, digest in digests.items()})
+
+
+def _add(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
+    """Add (digest, digest of a cache that has these captions) of some shards to the ledger; the lock is held."""
+    if source.digests is None or not results:
+        return
+    kept, entries = source.digests.read(), {}
+    for shard, stamp in zip(source.shards, source.stamps, strict=True):
+        if shard.name not in results:
+            continue
+        digest, in_cache = results[shard.name]
+        before = kept.get(shard.name, {})
+        also = set(before["also"]) if before.get("sha256") == digest else set()
+        entries[shard.name] = {"stamp": list(stamp), "sha256": digest, "also": sorted((also | {in_cache}) - {digest})}
+    source.digests.add(entries)
+
+
+def _unproven(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> Sequence[Shard]:
+    """The shards without a kept digest that says that the cache has their captions."""
+    kept = source.digests.read() if source.digests else {}
+
+    def proven(shard: Shard, stamp: tuple[int, int]) -> bool:
+        entry = kept.get(shard.name)
+        if entry is None or entry["stamp"] != list(stamp):
+            return False
+        return entries[shard.name]["rows_sha256"] in (entry["sha256"], *entry["also"])
+
+    return [shard for shard, stamp in zip(source.shards, source.stamps, strict=True) if not proven(shard, stamp)]
+
+
+def _compare_all(source: Source, shards: Sequence[Shard], open_shard: OpenShard, *, full: bool) -> None:
+    """Compare the captions of these shards with the cache and keep the digests."""
+    results: dict[str, tuple[str, str]] = {}
+    written = time.monotonic()
+    total = sum(shard.size for shard in shards)
+    try:
+        with progress_bar(total=total, label="compare captions", unit="samples") as bar:
+            for shard, result in zip(shards, _compared(source, shards, open_shard, full), strict=True):
+                results[shard.name] = result
+                bar.update(shard.size)
+                if time.monotonic() > written + KEEP_EVERY:
+                    _add(source, results)
+                    results, written = {}, time.monotonic()
+    finally:
+        _add(source, results)
+
+
+def _compared(source: Source, shards: Sequence[Shard], open_shard: OpenShard, full: bool) -> Iterator[tuple[str, str]]:
+    """Results of ``_compare`` in order, from all cores if there is much to read."""
+    workers = min(cores(), len(shards))
+    if workers <= 1 or sum(shard.size for shard in shards) <= PROOF_FEW:
+        yield from map(partial(_compare, source, open_shard, full), shards)
+        return
+    with process_pool(workers, _begin_worker, (source, open_shard, full)) as pool:
+        yield from map_in_order(pool, _compare_in_worker, shards, ahead=4 * workers)
+
+
+_worker: Callable[[Shard], tuple[str, str]]  # _compare with the arguments that don't change; set in each process
+
+
+def _begin_worker(source: Source, open_shard: OpenShard, full: bool) -> None:
+    global _worker
+    _worker = partial(_compare, source, open_shard, full)
+
+
+def _compare_in_worker(shard: Shard) -> tuple[str, str]:
+    return _worker(shard)
+
+
+def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) -> tuple[str, str]:
+    """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
+    checks: list[int] | None = None
+    if full:
+        keys, captions, checks = shard_contents(source, shard)
+    else:
+        keys, captions = shard_captions(source, shard)
+    file = open_shard(shard.name)
+    digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
+    if full or digest != in_cache:
+        for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
+            row_numbers(file, shard.name, index, list(filter(has_text, texts)), key, source.path)
+    if changed := file.changed_images(checks or ()):
+        raise ContractError(
+            f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
+            f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:PROOF_NAMED])))}"
+            f"{', ...' if len(changed) > PROOF_NAMED else ''}; restore them, or delete {file.path} and rerun "
+            f"`{embed_command(file.path)}`"
+        )
+    return digest, in_cache
+
+
+OPEN_SHARDS = 64  # files that one process keeps open
+READER_FEW = 16  # shards whose headers are read at every start
+ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256")  # of a shard in the manifest
+
+
+class EmbeddingCache:
+    """A complete cache, opened for reading. The files of the last shards used stay open."""
+
+    def __init__(self, directory: Path, manifest: CacheManifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._files: OrderedDict[str, ShardFile] = OrderedDict()  # last used last
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        expect_fingerprint: str | None = None,
+        expect_width: int | None = None,
+    ) -> EmbeddingCache:
+        """Open a cache.
+
+        Raises FileNotFoundError if there is none, ContractError if its teacher or width differs, it is incomplete,
+        or a shard is missing or truncated; the message has both values.
+        """
+        directory = Path(directory)
+        path = directory / CacheManifest.FILE
+        manifest = CacheManifest.read(path)
+        if not manifest.complete:
+            raise ContractError(f"{path} is incomplete: embedding has not finished; {redo(path)}")
+        _refuse_damaged(manifest, path)
+        if expect_fingerprint is not None and manifest.fingerprint != expect_fingerprint:
+            raise ContractError(
+                f"{directory} contains embeddings of {manifest.teacher['llm']} with fingerprint "
+                f"{manifest.fingerprint}, expected fingerprint {expect_fingerprint}; "
+                "embed with the expected LLM, or use its cache"
+            )
+        if expect_width is not None and manifest.width != expect_width:
+            raise ContractError(
+                f"{directory} contains embeddings of width {manifest.width} ({manifest.teacher['llm']}), expected "
+                f"{expect_width}; use the cache of the LLM that the text adapter was made for"
+            )
+        cache = cls(directory, manifest)
+        cache._check_files()
+        return cache
+
+    @property
+    def width(self) -> int:
+        """Width W of an embedding."""
+        return self.manifest.width
+
+    @property
+    def teacher(self) -> TeacherIdentity:
+        """The teacher that the embeddings come from."""
+        return TeacherIdentity(**self.manifest.teacher)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the teacher."""
+        return self.manifest.fingerprint
+
+    def __getstate__(self) -> dict[str, object]:
+        # a worker opens the files itself
+        return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
+
+    def _check_files(self) -> None:
+        """Compare the files with the manifest: their headers, or, of files seen before, size and time."""
+        kept = KeptFolder.of(self.directory, default_download_folder())
+        ledger = Ledger(kept, "files.json")
+        stamps = self._file_stamps()
+        known = ledger.read() if len(stamps) > READER_FEW else {}
+        if all(known.get(name) == stamp for name, stamp in stamps.items()):
+            return
+        if len(stamps) <= READER_FEW:
+            for name in stamps:
+                self.shard(name)
+            return
+        with kept.lock(f"check the shards of {self.directory}"):
+            known = ledger.read()
+            names = [name for name, stamp in stamps.items() if known.get(name) != stamp]
+            for name in track(names, total=len(names), label="check the cache", unit="shards"):
+                self.shard(name)
+            ledger.add(stamps)
+
+    def _file_stamps(self) -> dict[str, str]:
+        """For each shard, a text that changes with its file and its entry; ContractError for a missing file."""
+        files = [str(self.directory / entry["file"]) for entry in self.manifest.shards.values()]
+        stamps: dict[str, str] = {}
+        for (name, entry), path, stamp in zip(self.manifest.shards.items(), files, stamps_of(files), strict=True):
+            if stamp is None:
+                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(self.directory)}")
+            expected = canonical_json([self.fingerprint, self.width, entry])
+            stamps[name] = f"{stamp[0]}-{stamp[1]}-{sha256_text(expected)[:16]}"
+        return stamps
+
+    def shard(self, name: str) -> ShardFile:
+        """A shard's file; raises ContractError if it is missing or differs from the manifest."""
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        entry = self.manifest.shards.get(name)
+        if entry is None:
+            known = ", ".join(list(self.manifest.shards)[:5])
+            raise ContractError(
+                f"{self.directory} has no shard {name!r}; known: {known}"
+                + (f" ... ({len(self.manifest.shards)} shards)" if len(self.manifest.shards) > 5 else "")
+                + f"; {redo(self.directory)}"
+            )
+        path = self.directory / entry["file"]
+        if not path.is_file():
+            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
+        file = ShardFile(path)
+        actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
+        expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
+        expected |= {"truncated": str(entry["truncated"])}
+        if wrong := [name for name in expected if name != "file" and actual[name] != expected[name]]:
+            both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
+            raise ContractError(f"{path} differs from the manifest: {both}; {redo(path)}")
+        self._files[name] = file
+        if len(self._files) > OPEN_SHARDS:
+            self._files.popitem(last=False)
+        return file
+
+    def rows(self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = "") -> torch.Tensor:
+        """(len(captions), W) float32: the embeddings of a sample's captions, in the captions' order.
+
+        key: the sample's key, compared with the cache's unless "". Raises ContractError if the key or a caption is not
+        the one that was embedded.
+        """
+        file = self.shard(shard_name)
+        return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, UNCOMPARED))
+
+    def check_image(self, shard_name: str, index_in_shard: int, key: str, data: bytes) -> None:
+        """Raises BrokenSample if a sample's image is not the one that it had when its captions were embedded."""
+        file = self.shard(shard_name)
+        recorded = file.image_check(index_in_shard)
+        if recorded and image_check(data) != recorded:
+            raise BrokenSample(
+                shard_name,
+                key,
+                f"its image was changed or exchanged after its captions were embedded ({len(data)} bytes, "
+                f"{recorded >> 32} then); restore it, or delete {file.path} and rerun `{embed_command(file.path)}`",
+            )
+
+    def check(self, source: Source, *, full: bool = False) -> None:
+        """Compare the cache with a source: shard names, counts, keys and the hash of every caption.
+
+        The captions are read where digests don't show that they are the cache's, or everywhere with ``full``. Raises
+        ContractError at the first difference, with both values.
+        """
+        check_captions(source, self.manifest.shards, self.shard, full=full)
+
+    def verify(self) -> None:
+        """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
+        for name in self.manifest.shards:
+            file = self.shard(name)
+            if damage := file.damage():
+                raise ContractError(f"{file.path} is damaged: {damage}; {repair(file.path)}")
+
+
+def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
+    """The settings that differ between two teachers, with both values."""
+    settings = [
+        f"{name} {stored.get(name)!r} != {value!r}"
+        for name, value in vars(yours).items()
+        if stored.get(name) != value and name != "adapter"  # adapter_sha256 says which one it is
+    ]
+    return "; ".join(settings) or "the same settings"
+
+
+def _refuse_damaged(manifest: CacheManifest, path: Path) -> None:
+    """ContractError unless a manifest agrees with itself: dtype, entries, and its teacher's fingerprint and width."""
+    for name, entry in manifest.shards.items():
+        file = str(entry.get("file", ""))
+        if os.path.isabs(file) or os.path.normpath(file).startswith(".."):
+            raise ContractError(f"{path.parent}: the file of shard {name!r}, {file!r}, is outside the cache")
+        if missing := [value for value in ENTRY if value not in entry]:
+            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {redo(path)}")
+    if manifest.dtype not in CACHE_DTYPES:
+        raise ContractError(f"{path} has unknown dtype {manifest.dtype!r}; known: {', '.join(CACHE_DTYPES)}")
+    try:
+        teacher = TeacherIdentity(**manifest.teacher)
+    except TypeError as error:
+        raise ContractError(f"{path}: its teacher has unknown or missing settings ({error}); {redo(path)}") from error
+    if teacher.fingerprint != manifest.fingerprint or teacher.width != manifest.width:
+        raise ContractError(
+            f"{path} was edited: it has fingerprint {manifest.fingerprint} and width {manifest.width}, its teacher's "
+            f"settings give {teacher.fingerprint} and {teacher.width}; {redo(path)}"
+        )
+
+
+# What ranks compare of their data and caches: counts, and digests over what indexes and manifests say.
+
+
+def source_digest(source: Source) -> str:
+    """``3318333 samples in 332 shards (1f0c...)``: over the shards' names and numbers of samples."""
+    shards = [(shard.name, shard.size) for shard in source.shards]
+    return f"{len(source)} samples in {len(shards)} shards ({short_digest(shards)})"
+
+
+def cache_digest(cache: EmbeddingCache) -> str:
+    """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
+    manifest = cache.manifest
+    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, manifest.shards])})"
+
+
+def short_digest(value: object) -> str:
+    """The first digits of a JSON value's SHA-256."""
+    return sha256_text(canonical_json(value))[:12]
+
+
+# Write an embedding cache, from any number of ranks; ``reader`` lists what its files hold.
+
+log = logging.getLogger(__name__)
+
+WRITER_NAMED = 3  # samples whose image has changed that are named
+INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
+FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
+
+
+def quantize(embeddings: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding."""
+    largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    if dtype == "int8":
+        scales = largest / 127.0
+        return (embeddings / scales[:, None]).round_().to(torch.int8), scales
+    scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
+    return (embeddings / scales[:, None]).to(torch.float16), scales
+
+
+class CacheWriter:
+    """Writes the shards of one cache; any number of ranks may write different shards of one directory.
+
+    Raises ContractError if the directory holds another teacher's, or another dtype's, embeddings.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16") -> None:
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(unknown("cache dtype", dtype, CACHE_DTYPES))
+        self.directory = Path(directory)
+        self.identity = identity
+        self.dtype = dtype
+        self._written: list[str] = []
+        path = self.directory / CacheManifest.FILE
+        if path.is_file():
+            self._refuse_another(self.manifest(), path)
+        else:
+            self._manifest({}, complete=False).write(path)
+
+    def manifest(self) -> CacheManifest:
+        """The directory's, as it is now."""
+        return CacheManifest.read(self.directory / CacheManifest.FILE)
+
+    def _refuse_another(self, existing: CacheManifest, path: Path) -> None:
+        """ContractError if the directory has another teacher or dtype."""
+        if existing.fingerprint != self.identity.fingerprint:
+            raise ContractError(
+                f"{path} belongs to another teacher ({differences(existing.teacher, self.identity)}; fingerprint "
+                f"{existing.fingerprint[:12]}, not {self.identity.fingerprint[:12]}); choose another --cache"
+            )
+        if existing.dtype != self.dtype:
+            raise ContractError(
+                f"{path} has dtype {existing.dtype}, not {self.dtype}; choose another --cache, or use "
+                f"--dtype {existing.dtype}"
+            )
+
+    def _manifest(self, shards: dict[str, dict[str, object]], *, complete: bool) -> CacheManifest:
+        return CacheManifest(
+            teacher=dict(vars(self.identity)),
+            fingerprint=self.identity.fingerprint,
+            dtype=self.dtype,
+            width=self.identity.width,
+            shards=shards,
+            complete=complete,
+        )
+
+    def path(self, shard: str) -> Path:
+        """The file of a shard."""
+        return self.directory / shard_file(shard)
+
+    def is_complete(self, shard: str, digest: str, image_checks: Sequence[int] | None = None) -> bool:
+        """Whether the shard's file exists, is intact, and has this teacher and the rows of this digest.
+
+        image_checks: of the samples' images now; None: they are not compared. Reads every byte, and logs a warning if
+        the file is damaged or an image has changed.
+        """
+        path = self.path(shard)
+        try:
+            file = ShardFile(path)
+        except FileNotFoundError:
+            return False
+        except ContractError as error:
+            log.warning("%s", error)
+            return False
+        meta = file.meta
+        expected = (self.identity.fingerprint, self.dtype, digest)
+        if (meta["fingerprint"], meta["dtype"], meta["rows_sha256"]) != expected:
+            return False
+        if damage := file.damage():
+            log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
+            return False
+        changed = file.changed_images(image_checks or ())
+        if changed:
+            names = ", ".join(map(file.key, changed[:WRITER_NAMED])) + (", ..." if len(changed) > WRITER_NAMED else "")
+            log.warning(
+                "%d images of shard %r were changed after its captions were embedded (%s); they are embedded again",
+                len(changed),
+                shard,
+                names,
+            )
+        return not changed
+
+    def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
+        """ContractError if the shard's file has more captions than ``rows``, or none of them; ``read``: from where.
+
+        A damaged file may be replaced by anything.
+        """
+        try:
+            file = ShardFile(self.path(shard))
+            cached = set(file["caption_hashes"].tolist())
+        except (FileNotFoundError, ContractError):
+            return
+        kept = len(cached.intersection(value for _, value in rows))
+        if len(rows) >= file.captions and (kept or not cached):
+            return
+        raise ContractError(
+            f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {kept} of them "
+            "the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
+        )
+
+    def write_shard(
+        self,
+        shard: str,
+        keys: Sequence[str],
+        rows: Sequence[tuple[int, int]],
+        embeddings: torch.Tensor,
+        *,
+        truncated: int = 0,
+        image_checks: Sequence[int] | None = None,
+    ) -> None:
+        """Write one shard; its file appears only when complete.
+
+        shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index, caption hash) in order
+        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum;
+        image_checks: of the samples' images (shard_file.image_check), 0 for one that can't be read.
+        Raises ValueError for a wrong shape or a non-finite row, ContractError if int8 loses too much.
+        """
+        embeddings = embeddings.float()
+        shape, expected = tuple(embeddings.shape), (len(rows), self.identity.width)
+        if shape != expected:
+            raise ValueError(f"shard {shard}: embeddings of shape {shape}, expected {expected}")
+        indices = [index for index, _ in rows]
+        if indices != sorted(indices) or (indices and not 0 <= indices[0] <= indices[-1] < len(keys)):
+            raise ValueError(f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}")
+        finite = torch.isfinite(embeddings).all(dim=1)
+        if not bool(finite.all()):
+            worst = int((~finite).nonzero()[0])
+            raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
+        stored, scales = quantize(embeddings, self.dtype)
+        self._refuse_inaccurate(shard, embeddings, stored)
+        encoded = [key.encode() for key in keys]
+        tensors = {
+            "embeddings": stored,
+            "scales": scales,
+            "row_starts": torch.tensor(np.searchsorted(indices, np.arange(len(keys) + 1)), dtype=torch.int64),
+            "caption_hashes": torch.tensor([value for _, value in rows], dtype=torch.int64),
+            "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
+            "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
+        }
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        scaled_rows = enumerate(zip(arrays["embeddings"], scales.tolist(), strict=True))
+        checks = {"row_checks": [row_check(row, scale, number) for number, (row, scale) in scaled_rows]}
+        if image_checks is not None:
+            checks["image_checks"] = list(image_checks)
+        checks = {name: torch.tensor(values, dtype=torch.int64) for name, values in checks.items()}
+        metadata = {  # kept as one entry: safetensors writes entries in random order
+            "shard": shard,
+            "fingerprint": self.identity.fingerprint,
+            "dtype": self.dtype,
+            "rows_sha256": rows_digest(keys, rows),
+            "sha256": tensors_digest(arrays),
+            "checks_sha256": tensors_digest({name: tensor.numpy() for name, tensor in checks.items()}),
+            "truncated": str(truncated),
+        }
+        with atomic_file(self.path(shard)) as temporary:
+            save_file(tensors | checks, str(temporary), metadata={META: canonical_json(metadata)})
+        self._written.append(shard)
+        tell_job(PROGRESS)
+
+    def _refuse_inaccurate(self, shard: str, embeddings: torch.Tensor, stored: torch.Tensor) -> None:
+        """ContractError for int8 where a few huge dimensions would round the others away."""
+        if self.dtype != "int8" or not len(embeddings):
+            return
+        cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)
+        cosine = cosine[embeddings.abs().amax(dim=1) > 0]
+        if len(cosine) and float(cosine.min()) < INT8_COSINE:
+            raise ContractError(
+                f"shard {shard}: the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}, "
+                f"lower than {INT8_COSINE}; use --dtype float16"
+            )
+
+    def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
+        """Write and return the complete manifest if every shard exists; None while other ranks still write.
+
+        shards: the names that must exist; by default those that this writer wrote. Shards that the manifest listed
+        before stay in it, so the splits of a data set can share a directory.
+        """
+        path = self.directory / CacheManifest.FILE
+        entries: dict[str, dict[str, object]] = {
+            name: entry for name, entry in self.manifest().shards.items() if self.path(name).is_file()
+        }
+        for shard in self._written if shards is None else shards:
+            if not self.path(shard).is_file():
+                return None
+            file = ShardFile(self.path(shard))
+            entries[shard] = {
+                "file": shard_file(shard),
+                "samples": file.samples,
+                "captions": file.captions,
+                "truncated": int(file.meta["truncated"]),
+                "rows_sha256": file.meta["rows_sha256"],
+                "sha256": file.meta["sha256"],
+            }
+        manifest = self._manifest(entries, complete=True)
+        manifest.write(path)
+        return manifest

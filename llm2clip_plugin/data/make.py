@@ -1,0 +1,399 @@
+"""``llm2clip data make FOLDER|TABLE --output DIR``: WebDataset tars of pictures and captions, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from llm2clip_plugin.console import track
+from llm2clip_plugin.contracts import atomic_directory, size_text
+from llm2clip_plugin.data.remote import is_url
+from llm2clip_plugin.data.samples import (
+    DEFAULT_FIELDS,
+    BrokenImage,
+    has_transparency,
+    load,
+    open_header,
+    parse_fields,
+    read_captions,
+)
+from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.files import printable
+from llm2clip_plugin.options import READ_NAMES, Command, command, nearest
+
+# The options of ``llm2clip data make``.
+
+COLORS = ("", "white", "gray", "black")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeConfig:
+    """What WebDataset tars are made of."""
+
+    path: str  # folder of pictures with a .txt or .json of the same name, or a .csv, .tsv, .jsonl or .parquet
+    output: str  # folder to write; it appears when it is complete
+    images: str = ""  # folder that a table's image paths start from; "": the table's own
+    image_field: str = ""  # column of the image's path; "": image, file_name, path and the like
+    # columns, or fields of a picture's .json, that are captions: NAME=KIND or NAME=KIND:LANGUAGE; txt is the .txt
+    fields: tuple[str, ...] = (*DEFAULT_FIELDS, "text=short", "title=short")
+    language: str = "en"  # of captions without a language
+    file_names: bool = False  # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
+    background: str = ""  # white | gray | black: put transparent pictures on it; "": left as they are
+    shard_mb: int = 256  # size of a tar, 10^6 bytes
+    show: int = 5  # how many of the pictures that are left out to print for each reason; left-out.jsonl has all
+    workers: int = 0  # processes; 0: one per core
+    overwrite: bool = False  # replace the output folder
+
+    def __post_init__(self) -> None:
+        parse_fields(self.fields, self.language)
+        if self.background not in COLORS:
+            raise ValueError(f"background is {self.background!r}, expected white, gray or black")
+        if self.shard_mb < 1:
+            raise ValueError(f"shard_mb is {self.shard_mb}, expected at least 1")
+        inside = Path(self.output).resolve()
+        if Path(self.path).resolve().is_relative_to(inside) or (
+            self.images and Path(self.images).resolve().is_relative_to(inside)
+        ):
+            raise ValueError(f"--output {self.output} contains the pictures; choose another folder")
+
+
+COMMAND = Command(
+    name="data make",
+    example="llm2clip data make photos --output photos-tars",
+    about="Write WebDataset tars, which all commands read, from a folder of pictures or a table. Rows with the same "
+    "image are joined to one sample with several captions. Unreadable pictures, those without a caption and exact "
+    "copies are left out and listed.",
+    settings=MakeConfig,
+    arguments=("path",),
+    everyday=("output", "images", "image_field", "fields", "file_names", "background", "workers", "overwrite"),
+    shown={**READ_NAMES, "path": "data"},
+)
+
+
+# The pictures of a folder or a table, with their captions; nothing of a picture is read yet.
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
+
+
+@dataclass
+class Item:
+    """A picture that may become a sample."""
+
+    name: str  # path as the table has it, or relative to the folder
+    path: Path
+    captions: list[dict[str, str]] = field(default_factory=list)  # {"text", "kind", "language"}
+    meta: dict[str, Any] = field(default_factory=dict)  # other columns
+    problem: str = ""  # why it is left out
+
+    @property
+    def key(self) -> str:
+        """Name in a tar: WebDataset splits it at the first dot."""
+        parts = [part for part in PurePosixPath(self.name).with_suffix("").parts if part not in ("/", "..")]
+        return "/".join(parts).replace(".", "_")
+
+
+def list_items(config: MakeConfig) -> list[Item]:
+    """Every picture of ``config.path``, in order of name or row.
+
+    Raises ValueError if it is neither a folder nor a table, or has no pictures or captions.
+    """
+    path = Path(config.path)
+    if path.is_dir():
+        items = list(_in_folder(path, config))
+        if not any(not item.problem for item in items):
+            tars = any(path.rglob("*.tar"))
+            hint = "it holds .tar files, which all commands read as they are" if tars else f"read: {' '.join(PICTURES)}"
+            raise ValueError(f"no pictures in {path}; {hint}")
+    elif path.suffix.lower() in TABLES and path.is_file():
+        items = _in_table(path, config)
+    else:
+        raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
+    for item in items:
+        if not item.problem and not item.captions:
+            if config.file_names:
+                text = _from_name(item.name)
+                item.captions = [{"text": text, "kind": "short", "language": config.language}] if text else []
+            item.problem = "" if item.captions else "no caption"
+    return items
+
+
+def _in_folder(folder: Path, config: MakeConfig) -> Iterator[Item]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.suffix.lower() in (".txt", ".json") or re.search(r"(^|/)(\.|__MACOSX/)", name):
+            continue
+        item = Item(name, path)
+        if path.suffix.lower() not in PICTURES:
+            item.problem = "not a picture"
+        else:
+            _read_neighbors(item, config)
+        yield item
+
+
+def _read_neighbors(item: Item, config: MakeConfig) -> None:
+    """The captions and fields in the .json and .txt of the same name."""
+    values: dict[str, Any] = {}
+    text, fields = item.path.with_suffix(".txt"), item.path.with_suffix(".json")
+    try:
+        if fields.is_file():
+            values = json.loads(fields.read_text(encoding="utf-8-sig"))
+        if text.is_file():
+            values = {**values, "txt": text.read_text(encoding="utf-8-sig")}
+        _add_captions(item, values, config)
+    except (ValueError, TypeError) as error:
+        item.problem = f"unreadable caption: {error}"
+
+
+def _add_captions(item: Item, values: dict[str, Any], config: MakeConfig) -> None:
+    fields = parse_fields(config.fields, config.language)
+    captions, _ = read_captions(values, fields)
+    item.captions += [new for caption in captions if (new := vars(caption)) not in item.captions]
+    used = {"captions", *(one.name for one in fields)}
+    item.meta = {name: value for name, value in values.items() if name not in used} | item.meta
+
+
+def _in_table(path: Path, config: MakeConfig) -> list[Item]:
+    """The items of a table; rows of the same image are one."""
+    items: dict[str, Item] = {}
+    column = config.image_field
+    folder = Path(config.images or path.parent)
+    captions = {one.name for one in parse_fields(config.fields, config.language)}
+    for number, row in enumerate(_rows(path)):
+        if number == 0:
+            column = column or next((name for name in COLUMNS if name in row), "")
+            if column not in row:
+                near = nearest(column, row)
+                raise ValueError(f"{path} has no image column {column!r}{near}; set --image-field; {_columns(row)}")
+            if not captions & row.keys() and not config.file_names:
+                raise ValueError(f"{path} has no caption column; set --fields NAME=short; {_columns(row)}")
+            if is_url(str(row[column])):
+                raise ValueError(f"{column!r} of {path} holds URLs; img2dataset downloads them as tars")
+        name = str(row.pop(column, None) or "").replace("\\", "/")
+        item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
+        try:
+            _add_captions(item, row, config)
+        except ValueError as error:
+            item.problem = f"unreadable caption: {error}"
+    if not items:
+        raise ValueError(f"{path} has no rows")
+    return list(items.values())
+
+
+def _columns(row: dict[str, Any]) -> str:
+    return f"columns: {', '.join(map(repr, row))}"
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports]
+
+        for batch in ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+        return
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if kind == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _json_row(line, f"line {number} of {path}")
+                return
+            head = file.readline()
+            file.seek(0)
+            for row in csv.DictReader(file, delimiter=max(",;\t", key=head.count)):
+                row.pop(None, None)  # cells beyond the last column
+                yield row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}; save it as CSV UTF-8") from error
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} contains a {type(row).__name__}, expected an object")
+    return row
+
+
+def _from_name(name: str) -> str:
+    """Words of a file's name without numbers, or of its folder's if none are left.
+
+    >>> _from_name("animals/red-fox_2.jpg"), _from_name("red fox/0017.jpg")
+    ('red fox', 'red fox')
+    """
+    path = PurePosixPath(name)
+    for text in (path.stem, path.parent.name):
+        if words := " ".join(re.sub(r"[\W_]+|(?<![^\W_])\d+(?![^\W_])", " ", text).split()):
+            return words
+    return ""
+
+
+STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
+LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each picture that is in no tar
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it goes into a tar."""
+
+    data: bytes
+    extension: str
+    sha256: str  # of the file
+    transparent: bool
+
+
+@dataclass
+class Made:
+    """What was written."""
+
+    samples: int = 0
+    captions: int = 0
+    size: int = 0  # bytes of pictures
+    transparent: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (image, reason)
+    keys: set[str] = field(default_factory=set)
+    copies: dict[str, str] = field(default_factory=dict)  # SHA-256 of a picture -> its name
+
+
+def main(argv: list[str]) -> int:
+    """Write the tars and print what is in them; exit status 0."""
+    config = COMMAND.parse(argv)
+    made = make_data(config)
+    print("\n".join(_report(config, made)), flush=True)
+    return 0
+
+
+def make_data(config: MakeConfig) -> Made:
+    """Write ``config.output``: tars, and a list of what was left out.
+
+    Raises FileExistsError if it exists, FileNotFoundError without data, ValueError if nothing can be used.
+    """
+    output = Path(config.output)
+    if not config.overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty; choose another --output or pass --overwrite")
+    items = list_items(config)
+    with atomic_directory(output, replace=config.overwrite) as folder:
+        made = _write(config, items, folder)
+        if not made.samples:
+            first, reason = made.left_out[0]
+            fix = "; write captions to .txt files of the same names, or add --file-names"
+            reason += fix * (reason == "no caption")
+            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {first}: {reason}")
+        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in made.left_out]
+        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+    return made
+
+
+def _write(config: MakeConfig, items: list[Item], folder: Path) -> Made:
+    made, tar, shard = Made(), None, 0
+    try:
+        for item, picture in zip(items, _pictures(config, items), strict=True):
+            if isinstance(picture, Picture) and picture.sha256 in made.copies:
+                picture = f"copy: of {made.copies[picture.sha256]}"
+            if isinstance(picture, str):
+                made.left_out.append((item.name, picture))
+                continue
+            if tar is None or tar.offset > config.shard_mb * 1_000_000:
+                if tar is not None:
+                    tar.close()
+                tar, shard = tarfile.open(folder / f"{shard:05d}.tar", "w"), shard + 1
+            made.copies[picture.sha256] = item.name
+            _add(tar, _unique(item.key, made.keys), picture, item)
+            made.samples += 1
+            made.captions += len(item.captions)
+            made.size += len(picture.data)
+            made.transparent += picture.transparent
+    finally:
+        if tar is not None:
+            tar.close()
+    return made
+
+
+def _pictures(config: MakeConfig, items: list[Item]) -> Iterator[Picture | str]:
+    """Each item's picture, or why it has none."""
+    job = partial(read_picture, config.background)
+    processes = min(config.workers or cores(), len(items) // 64)
+    label = {"total": len(items), "label": "data make", "unit": "pictures"}
+    if processes <= 1:
+        yield from track(map(job, items), **label)
+        return
+    with process_pool(processes) as pool:
+        yield from track(map_in_order(pool, job, items, ahead=8 * processes), **label)
+
+
+def read_picture(background: str, item: Item) -> Picture | str:
+    """The picture of an item, decoded once; on ``background`` if it is transparent. A text says why there is none."""
+    if item.problem:
+        return item.problem
+    try:
+        data = item.path.read_bytes()
+        image = open_header(data)
+        transparent, kind = has_transparency(image), STORED.get(image.format or "")
+        flat = load(image)
+    except BrokenImage as error:
+        return f"unreadable: {error}"
+    except OSError as error:
+        return f"no file: {item.path}" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+    sha256 = hashlib.sha256(data).hexdigest()
+    if transparent and background:
+        flat = Image.new("RGBA", image.size, background)
+        flat.alpha_composite(image.convert("RGBA"))
+        flat, kind = flat.convert("RGB"), None
+    if kind is None:
+        buffer = io.BytesIO()
+        (image.convert("RGBA") if transparent and not background else flat).save(buffer, "PNG")
+        data = buffer.getvalue()
+    return Picture(data, kind or "png", sha256, transparent and not background)
+
+
+def _unique(key: str, keys: set[str]) -> str:
+    """The key, or with a number if there is one: a.jpg and a.png are two samples."""
+    number, new = 2, key
+    while new in keys:
+        number, new = number + 1, f"{key}-{number}"
+    keys.add(new)
+    return new
+
+
+def _add(tar: tarfile.TarFile, key: str, picture: Picture, item: Item) -> None:
+    fields = {**item.meta, "captions": item.captions}
+    body = json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    for extension, data in ((picture.extension, picture.data), ("json", body)):
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def _report(config: MakeConfig, made: Made) -> list[str]:
+    lines = [f"{config.output}: {made.samples:,} samples, {made.captions:,} captions, {size_text(made.size)}"]
+    reasons: dict[str, list[str]] = {}
+    for image, reason in made.left_out:
+        kind, _, detail = reason.partition(": ")
+        reasons.setdefault(kind, []).append(f"{image} ({detail})" if detail else image)
+    if made.left_out:
+        lines.append(f"left out: {len(made.left_out):,}, all in {os.path.join(config.output, LEFT_OUT)}")
+    for reason, images in reasons.items():
+        more = f" and {len(images) - config.show:,} more" if len(images) > config.show else ""
+        lines.append(f"  {reason}: {len(images):,}: {printable(', '.join(images[: config.show]))}{more}")
+    if made.transparent:
+        lines.append(
+            f"note: {made.transparent:,} pictures are transparent, which training shows on black; --background white "
+            "puts them on white"
+        )
+    return [*lines, command("data", "check", config.output)]

@@ -1,0 +1,356 @@
+"""The rows of a batch: an image with the teacher's embeddings of its captions, or captions alone.
+
+Shapes: S pixels a side, k captions of an image, W width of a teacher embedding, V of a second one.
+
+A row is a function of (seed, pass, sample). A sample that can't be used is replaced by another, which is a function of
+them too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.images import EvalTransform, ImageConfig, TrainTransform
+from llm2clip_plugin.data.remote import take_retries
+from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
+from llm2clip_plugin.data.samples import (
+    AugmentConfig,
+    BrokenImage,
+    BrokenSample,
+    Caption,
+    caption_hash,
+    select_captions,
+)
+from llm2clip_plugin.data.sources.base import Source, choose_captions
+from llm2clip_plugin.data.sources.tars import shuffle_window
+from llm2clip_plugin.data.workers import row_bytes
+
+SUBSTITUTES = 20  # samples tried in place of a broken one
+SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a batch with k of its captions."""
+
+    pixels: np.ndarray | None  # (S, S, 3) uint8; None for captions alone
+    captions: tuple[Caption, ...]
+    embeddings: torch.Tensor | None  # (k, W) float32; None without a cache
+    targets: torch.Tensor | None  # (k, V) float32 from a second cache, None without one
+    image_id: int
+    shard: str
+    key: str
+    broken: tuple[BrokenSample, ...]  # the samples that this row replaces
+
+
+class PairDataset(Dataset):
+    """The row of a draw: augmented image and one of its selected captions, a function of (seed, pass, sample)."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        caches: Sequence[EmbeddingCache | None],
+        images: ImageConfig | None,
+        augment: AugmentConfig | None = None,
+        *,
+        seed: int,
+        caption_weights: Mapping[str, float] | None = None,
+        captions_per_image: int = 1,
+        targets: Sequence[EmbeddingCache] = (),
+        one_source_batch: int = 0,
+    ) -> None:
+        """caption_weights: how often each kind of caption is drawn; without, captions are drawn evenly.
+
+        captions_per_image: captions k of a row; an image that has fewer repeats them. images: None for captions alone,
+        whose images are not read. targets: a second cache per source, of the same captions by another teacher.
+        one_source_batch: size of the global batches, each of one source; 0: a batch mixes the sources.
+        """
+        if len(sources) != len(caches):
+            raise ValueError(f"{len(sources)} sources but {len(caches)} embedding caches; pass one per source")
+        if len({cache.width for cache in caches if cache is not None}) > 1:
+            widths = {source.path: cache.width for source, cache in zip(sources, caches, strict=True) if cache}
+            raise ValueError(f"embedding caches differ in width: {widths}; embed all sources with the same teacher")
+        self.sources = list(sources)
+        self.caches = list(caches)
+        self.seed = seed
+        self.caption_weights = dict(caption_weights or {})
+        self.captions_per_image = captions_per_image
+        self.targets = list(targets)
+        self.one_source_batch = one_source_batch
+        self.transform = None if images is None else TrainTransform(images, augment)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's image and embeddings."""
+        widths = [next((c.width for c in caches if c is not None), 0) for caches in (self.caches, self.targets)]
+        side = 0 if self.transform is None else self.transform.config.size
+        return row_bytes(side, sum(widths) * self.captions_per_image)
+
+    def mixture(self) -> Mixture:
+        """The order in which samples of these sources are drawn."""
+        paths = [source.path for source in self.sources]
+        return Mixture(
+            [[shard.size for shard in source.shards] for source in self.sources],
+            [source.config.weight for source in self.sources],
+            self.seed,
+            [shuffle_window(source.config.shuffle_window, paths) for source in self.sources],
+            batch=self.one_source_batch,
+        )
+
+    def __getitem__(self, draw: Draw) -> Row:
+        """Raises ValueError if a sample and all of its substitutes are broken."""
+        broken: list[BrokenSample] = []
+        length = len(self.sources[draw.source])
+        for attempt in range(SUBSTITUTES + 1):
+            index = draw.index
+            if attempt:
+                index = hash_words("substitute", self.seed, draw.epoch, draw.source, draw.index, attempt) % length
+            try:
+                return self._row(Draw(draw.source, index, draw.epoch), tuple(broken))
+            except BrokenSample as error:
+                broken.append(error)
+        listed = "\n".join(f"  {error}" for error in broken)
+        raise ValueError(f"{len(broken)} consecutive samples of {self.sources[draw.source].path} are broken:\n{listed}")
+
+    def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
+        source, cache = self.sources[draw.source], self.caches[draw.source]
+        shard, within = source.locate(draw.index)
+        sample = None if self.transform is None else source.with_image(draw.index)
+        key, all_captions = source.captions(draw.index) if sample is None else (sample.key, sample.captions)
+        kinds = source.config.kinds or tuple(self.caption_weights)
+        captions = select_captions(all_captions, kinds, source.config.languages)
+        if not captions:
+            raise BrokenSample(shard, key, _no_caption(source, all_captions, kinds))
+        rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
+        chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
+        pixels = None
+        if sample is not None and self.transform is not None:
+            try:
+                image = sample.read_image()
+                if cache is not None:
+                    cache.check_image(shard, within, key, image)
+                pixels = self.transform.pixels(image, rng)
+            except BrokenImage as error:
+                raise BrokenSample(shard, key, str(error)) from error
+        embeddings, targets = (
+            None if rows is None else rows.rows(shard, within, chosen, key=key)
+            for rows in (cache, self.targets[draw.source] if self.targets else None)
+        )
+        image_id = (draw.source << SOURCE_BITS) + draw.index
+        return Row(pixels, chosen, embeddings, targets, image_id, shard, key, broken)
+
+
+def _no_caption(source: Source, captions: tuple[Caption, ...], kinds: Sequence[str]) -> str:
+    if not captions:
+        return f"no caption in the fields {', '.join(field.name for field in source.fields)}"
+    known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
+    return f"no caption of kinds {tuple(kinds)} and languages {source.config.languages}; available: {known}"
+
+
+def collate(rows: list[Row]) -> dict[str, Any]:
+    """Rows to tensors and lists; with one caption an image, its hash and embedding have no axis for it."""
+    hashes_bk = torch.tensor([[caption_hash(caption.text) for caption in row.captions] for row in rows])
+    one = hashes_bk.shape[1] == 1
+    batch: dict[str, Any] = {
+        "caption_hashes": hashes_bk[:, 0] if one else hashes_bk,
+        "image_ids": torch.tensor([row.image_id for row in rows]),
+        "captions": [row.captions[0].text for row in rows],
+        "keys": [row.key for row in rows],
+        "shards": [row.shard for row in rows],
+        "broken": [row.broken for row in rows if row.broken],
+        "retries": [take_retries()],  # of the process that loaded these rows
+    }
+    if rows[0].pixels is not None:
+        batch["pixels"] = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
+    for name in ("embeddings", "targets"):
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        if values:
+            batch[name] = torch.stack(values)[:, 0] if one else torch.stack(values)
+    return batch
+
+
+# Errors of loader processes as they were raised: torch would put the process's traceback in front of the message.
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error in place of an item, or of a batch with such an item."""
+
+    error: Exception
+
+
+class Guarded(Dataset):
+    """A dataset whose ValueError and OSError are items; LLM2CLIP_TRACEBACK=1 leaves them to torch."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            if os.environ.get("LLM2CLIP_TRACEBACK") == "1":
+                raise
+            return Failure(error)
+
+
+@dataclass(frozen=True)
+class GuardedCollate:
+    """``collate``, or the first failure among the items."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, items: list[Any]) -> Any:
+        failure = next((item for item in items if isinstance(item, Failure)), None)
+        return self.collate(items) if failure is None else failure
+
+
+def raised(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; a failure among them is raised."""
+    for batch in batches:
+        if isinstance(batch, Failure):
+            raise batch.error
+        yield batch
+
+
+# Every image of a source once, in order, with all of its captions, for retrieval.
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One image with its captions, or the reason why it can't be used."""
+
+    index: int  # in the source
+    key: str
+    pixels: np.ndarray | None  # (S, S, 3) uint8; None if broken
+    captions: tuple[Caption, ...]
+    embeddings: torch.Tensor | None  # (captions, W) float32; None without a cache
+    meta: dict[str, Any]
+    broken: BrokenSample | None
+
+
+class EvalDataset(Dataset):
+    """Images of a source in order, prepared as by the tower's own preprocessor, with the selected captions."""
+
+    def __init__(
+        self,
+        source: Source,
+        cache: EmbeddingCache | None,
+        images: ImageConfig,
+        indices: Sequence[int],
+        kinds: Sequence[str],
+        languages: Sequence[str],
+    ) -> None:
+        self.source, self.cache, self.indices = source, cache, list(indices)
+        self.kinds, self.languages = tuple(kinds), tuple(languages)
+        self.transform = EvalTransform(images)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> EvalItem:
+        index = self.indices[number]
+        shard, within = self.source.locate(index)
+        key = ""
+        try:
+            sample = self.source.with_image(index)
+            key = sample.key
+            captions = select_captions(sample.captions, self.kinds, self.languages)
+            if not captions:
+                selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
+                raise BrokenSample(shard, key, f"no caption{selected}")
+            image = sample.read_image()
+            if self.cache is not None:
+                self.cache.check_image(shard, within, key, image)
+            pixels = self.transform.pixels(image)
+        except BrokenImage as error:
+            return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))
+        except BrokenSample as error:
+            return EvalItem(index, error.key, None, (), None, {}, error)
+        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=key)
+        return EvalItem(index, key, pixels, captions, embeddings, sample.meta, None)
+
+
+class EvalCollate:
+    """Items to tensors; broken ones are listed under ``broken``."""
+
+    def __init__(self, images: ImageConfig) -> None:
+        self.size = images.size
+
+    def __call__(self, items: list[EvalItem]) -> dict[str, Any]:
+        good = [item for item in items if item.pixels is not None]
+        pixels = [item.pixels for item in good if item.pixels is not None]
+        stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+        batch: dict[str, Any] = {
+            "pixels": torch.from_numpy(stacked),
+            "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
+            "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
+            "captions": [caption for item in good for caption in item.captions],
+            "keys": [item.key for item in good],
+            "meta": [item.meta for item in good],
+            "broken": [item.broken for item in items if item.broken is not None],
+        }
+        embeddings = [item.embeddings for item in good if item.embeddings is not None]
+        if embeddings:
+            batch["embeddings"] = torch.cat(embeddings)
+        return batch
+
+
+class EvalPairs:
+    """Batches over a source, once. After iterating, ``broken`` lists the samples that were left out."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+        self.broken: list[BrokenSample] = []
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.broken = []
+        for batch in raised(self._loader):
+            self.broken += batch.pop("broken")
+            if batch["keys"]:
+                yield batch
+
+
+def eval_pairs(
+    source: Source,
+    cache: EmbeddingCache | None,
+    images: ImageConfig,
+    *,
+    batch: int,  # images
+    kinds: Sequence[str] = (),  # only captions of these kinds; empty: all
+    languages: Sequence[str] = (),  # only captions in these languages; empty: all
+    indices: Sequence[int] | None = None,  # samples of the source; None: all
+    rank: int = 0,
+    world: int = 1,  # each rank gets consecutive samples of its own
+    workers: int = 0,
+) -> EvalPairs:
+    """Batches of this rank's samples, in order.
+
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; image_ids (b,) int64 (number in the source), embeddings
+    (m, W) float32 (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m
+    Caption), keys and meta (b). A sample that is broken or has no selected caption is left out and listed in
+    ``.broken``.
+    """
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    mine = np.array_split(chosen, world)[rank].tolist()
+    dataset = EvalDataset(source, cache, images, mine, kinds, languages)
+    return EvalPairs(
+        DataLoader(Guarded(dataset), batch, collate_fn=GuardedCollate(EvalCollate(images)), num_workers=workers)
+    )

@@ -1,0 +1,276 @@
+"""Which fields of a sample are captions: ``caption=short``, ``long_caption=long``, ``de=short:de``."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from llm2clip_plugin.files import check_image_size
+
+# What a sample is: a key, an image, and captions that each have a kind and a language.
+
+WORDS = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One text about an image."""
+
+    text: str
+    kind: str = "short"  # short | long | keywords, or any word that the configuration names
+    language: str = "en"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample as its source stores it: JSON parsed, captions not interpreted, image not read."""
+
+    key: str  # name within its shard; a label, never a path
+    values: dict[str, Any]  # what captions are read from, by the names that ReadConfig.fields uses
+    meta: dict[str, Any]  # the sample's own JSON
+    read_image: Callable[[], bytes]  # the image file's bytes; raises BrokenSample if it is missing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its captions. The image is read when ``read_image`` is called, the rest is in memory."""
+
+    key: str
+    captions: tuple[Caption, ...]
+    meta: dict[str, Any]
+    read_image: Callable[[], bytes] = field(compare=False)  # JPEG, PNG or WebP; raises BrokenSample if it is missing
+    blank_captions: int = 0  # captions without text, which ``captions`` leaves out
+
+
+class BrokenSample(ValueError):  # noqa: N818 - an event of the data, as StopIteration is of a loop
+    """A sample that can't be used: which shard, which key, and why."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(f"sample {key!r} of shard {shard!r}: {reason}")
+        self.shard = shard
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BrokenSample], tuple[str, str, str]]:
+        return BrokenSample, (self.shard, self.key, self.reason)  # an exception pickles its message alone
+
+
+def select_captions(
+    captions: Iterable[Caption], kinds: Sequence[str] = (), languages: Sequence[str] = ()
+) -> tuple[Caption, ...]:
+    """The captions of these kinds and languages, in order; an empty sequence allows all."""
+    return tuple(
+        caption
+        for caption in captions
+        if (not kinds or caption.kind in kinds) and (not languages or caption.language in languages)
+    )
+
+
+def caption_hash(text: str) -> int:
+    """The first 64 bits of the text's SHA-256, as a signed integer that fits a torch.int64 tensor."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+def words_of(text: str) -> str:
+    """The words of a text, so that texts are compared without case and punctuation."""
+    return " ".join(WORDS.findall(text.casefold()))
+
+
+def hash_hex(value: int) -> str:
+    """A caption hash as the 16 hexadecimal characters that manifests and messages show."""
+    return value.to_bytes(8, "big", signed=True).hex()
+
+
+# "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the sample's JSON.
+DEFAULT_FIELDS = (
+    "txt=short",
+    "caption=short",
+    "short_caption=short",
+    "long_caption=long",
+    "captions=short",
+    "gpt=short",
+)
+
+
+@dataclass(frozen=True)
+class CaptionField:
+    """A field that holds captions, with their kind and language."""
+
+    name: str
+    kind: str
+    language: str
+
+
+def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionField, ...]:
+    """Parse ``NAME=KIND`` (in ``language``) or ``NAME=KIND:LANGUAGE``.
+
+    Raises ValueError for another form, no fields at all, or a duplicate name.
+    """
+    fields: dict[str, CaptionField] = {}
+    for text in specifications:
+        name, equals, rest = text.partition("=")
+        kind, _, own_language = rest.partition(":")
+        if not (name and equals and kind):
+            raise ValueError(
+                f"invalid caption field {text!r}; expected NAME=KIND or NAME=KIND:LANGUAGE, such as long_caption=long"
+            )
+        if name in fields:
+            raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
+        fields[name] = CaptionField(name, kind, own_language or language)
+    if not fields:
+        raise ValueError("no caption fields configured; set at least one with --fields, such as caption=short")
+    return tuple(fields.values())
+
+
+def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tuple[tuple[Caption, ...], int]:
+    """The captions among a sample's ``values`` in the order of ``fields``, and how many more are blank.
+
+    A value is a text, a list of texts, an object {language: text}, or a list of objects
+    ``{"text": ..., "kind": ..., "language": ...}``, whose kind and language take precedence over the field's. Texts are
+    stripped, repetitions within the sample dropped. Raises ValueError for another shape.
+    """
+    captions = [caption for field in fields for caption in _expand(values.get(field.name), field)]
+    distinct = dict.fromkeys(caption for caption in captions if caption.text)
+    return tuple(distinct), sum(not caption.text for caption in captions)
+
+
+def _expand(value: Any, field: CaptionField) -> Iterator[Caption]:
+    """Captions of one field's value, blank ones included."""
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield Caption(_clean(value), field.kind, field.language)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _expand(item, field)
+    elif isinstance(value, dict) and "text" in value:
+        if not isinstance(value["text"], str):
+            raise ValueError(f"caption field {field.name!r} has text of type {type(value['text']).__name__}")
+        kind, language = value.get("kind") or field.kind, value.get("language") or field.language
+        yield Caption(_clean(value["text"]), well_formed(str(kind)), well_formed(str(language)))
+    elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+        for language, text in value.items():
+            yield Caption(_clean(text), field.kind, well_formed(language))
+    else:
+        raise ValueError(
+            f"caption field {field.name!r} has type {type(value).__name__}; expected a text, a list of "
+            "texts, {language: text}, or objects with a text"
+        )
+
+
+def _clean(text: str) -> str:
+    return well_formed(text.strip())
+
+
+def well_formed(text: str) -> str:
+    """The text with surrogates, which JSON allows and UTF-8 does not: pairs joined, lone ones replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# The settings of augmentation; read without torch.
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentation of training images."""
+
+    scale: tuple[float, float] = (
+        0.9,
+        1.0,
+    )  # smallest and largest area of the crop, a fraction of the image's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of the crop
+    flip: bool = False  # mirror half of the images; text in them is mirrored too
+    rotate: float = 0.0  # degrees; the angle is uniform in -rotate .. rotate
+    decode_margin: float = 1.0  # a JPEG is decoded to at least this many times the pixels a side that the crop needs
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"crop scale is {self.scale}, expected two numbers within 0 .. 1, the smaller first")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"crop ratio is {self.ratio}, expected two numbers above 0, the smaller first")
+        if not 0 <= self.rotate <= 180:
+            raise ValueError(f"rotate is {self.rotate}, expected degrees within 0 .. 180")
+
+
+# Decode image files with PIL, JPEGs at a fraction of their size where that is enough.
+
+# Palette images with partial transparency are read as they should be; PIL advises RGBA once a process.
+warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+
+
+class BrokenImage(ValueError):  # noqa: N818
+    """Bytes that are not an image, or a damaged one."""
+
+
+# What PIL raises for damaged files: its own errors, and those that its decoders let through.
+DAMAGE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+)
+
+
+def decode(data: bytes, min_side: int = 0) -> Image.Image:
+    """The image as RGB; a JPEG at 1/2, 1/4 or 1/8 if both sides stay at least ``min_side`` pixels (0: full size).
+
+    EXIF orientation is ignored, as in the towers' own preprocessors. Raises BrokenImage.
+    """
+    image = open_header(data)
+    return load(image, shrink_factor(image.size, (min_side, min_side)) if min_side else 1)
+
+
+def open_header(data: bytes) -> Image.Image:
+    """The image, its pixels not yet decoded. Raises BrokenImage, also for more than MAX_PIXELS or MAX_ASPECT."""
+    if not data:
+        raise BrokenImage("the image is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise BrokenImage(f"unknown image format ({len(data)} bytes, starting with {data[:8]!r})") from error
+    except DAMAGE as error:
+        raise BrokenImage(f"cannot read the image header: {error}") from error
+    try:
+        check_image_size(*image.size)
+    except ValueError as error:
+        raise BrokenImage(str(error)) from error
+    return image
+
+
+def shrink_factor(size: tuple[float, float], needed: tuple[float, float]) -> int:
+    """The largest of 1, 2, 4, 8 that divides ``size`` (width, height) into no less than ``needed``."""
+    ratio = min(size[0] / needed[0], size[1] / needed[1])
+    return next((factor for factor in (8, 4, 2) if ratio >= factor), 1)
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether a pixel is not opaque; RGB then shows what is stored below it, mostly black. Raises BrokenImage."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return False
+    try:
+        return image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
+    except DAMAGE as error:
+        raise BrokenImage(f"cannot decode the image: {error}") from error
+
+
+def load(image: Image.Image, factor: int = 1) -> Image.Image:
+    """Decode to RGB, a JPEG at 1/``factor`` of its size by its own transform. Raises BrokenImage."""
+    try:
+        if factor > 1 and image.format in ("JPEG", "MPO"):
+            image.draft("RGB", (image.width // factor, image.height // factor))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except DAMAGE as error:
+        raise BrokenImage(f"cannot decode the image: {error}") from error

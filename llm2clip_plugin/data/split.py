@@ -1,0 +1,418 @@
+"""``llm2clip data split DATA --output DIR``: hold out a part of a data set, the same one wherever it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from llm2clip_plugin.console import track
+from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text, size_text
+from llm2clip_plugin.data.index import split_name
+from llm2clip_plugin.data.remote import has_suffix
+from llm2clip_plugin.data.samples import BrokenSample, caption_hash, words_of
+from llm2clip_plugin.data.sources.base import Source, SourceConfig
+from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.data.sources.rows import RowSource
+from llm2clip_plugin.data.sources.tars import TarSource
+from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.options import READ_NAMES, SELECTION, Command, command
+
+# The options of ``llm2clip data split``.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig(SourceConfig):
+    """A split of one data set."""
+
+    output: str  # folder to write: train and validation, tars copied or lists that refer to the same images
+    validation: float = 0.02  # fraction of the keys, or of the field's values, that is held out
+    by: str = ""  # field of the samples' JSON: samples with one value are on one side; "": each sample by its key
+    workers: int = 0  # processes; 0: one per core
+    dry_run: bool = False  # print the counts and write nothing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.02")
+        if not self.output:
+            raise ValueError("no output folder is set; add --output DIR")
+
+
+COMMAND = Command(
+    name="data split",
+    example="llm2clip data split /data/photos --output /data/photos-split --validation 0.02",
+    about="Hold out a part of a data set for validation. A sample's side follows from its key, or from a field (--by), "
+    "alone: the same in any order of shards. Rerun the same command to resume.",
+    settings=SplitConfig,
+    arguments=("path",),
+    everyday=("output", "validation", "by", "images", "fields", "workers", "dry_run"),
+    shown={**READ_NAMES, "path": "data"},
+    hidden=SELECTION,
+)
+
+
+# On which side of a split a sample is: a function of its key, or of one field of its JSON, and of nothing else.
+
+SALT = "llm2clip data split\0"  # of the hash, so that it is independent of other uses of the same keys
+FEW = 4  # shards that are read in this process
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSides:
+    """The sides of one shard's samples, and what is compared across the split."""
+
+    held_out_N: np.ndarray  # bool, one a sample
+    group_N: np.ndarray  # int64, hash of the value that decided
+    caption_M: np.ndarray  # int64, hash of a caption's words
+    owner_M: np.ndarray  # int64, number in the source of a caption's sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """The sides of all samples, by shard."""
+
+    shards: list[np.ndarray]  # bool, one a sample: True for validation
+    samples: dict[str, int] = field(default_factory=dict)  # side -> samples
+    groups: dict[str, int] = field(default_factory=dict)  # side -> distinct values that decided
+    captions: dict[str, int] = field(default_factory=dict)  # side -> captions
+    shared: int = 0  # captions of validation whose words are those of one in training
+    shared_owners: tuple[int, ...] = ()  # some of their samples
+
+
+def is_held_out(value: str, validation: float) -> bool:
+    """Whether a value belongs to validation, a fraction of all values."""
+    digest = hashlib.sha256((SALT + value).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < validation * 2.0**64
+
+
+def decide(source: Source, validation: float, by: str, workers: int = 0) -> Sides:
+    """Read every sample's JSON once and decide its side.
+
+    by: field of a sample's JSON, all samples with one value being on one side; "": by key. Raises ValueError for a
+    sample without that field, and if one side would be empty.
+    """
+    processes = min(workers or cores(), len(source.shards))
+    job: Callable[[int], ShardSides] = partial(_read_shard, source, validation, by)
+    numbers = range(len(source.shards))
+    if processes <= 1 or len(numbers) <= FEW:
+        parts = list(track(map(job, numbers), total=len(numbers), label="data split: reading", unit="shards"))
+    else:
+        with process_pool(processes) as pool:
+            results = map_in_order(pool, job, numbers, ahead=2 * processes)
+            parts = list(track(results, total=len(numbers), label="data split: reading", unit="shards"))
+    return _join(parts, validation, by)
+
+
+def _read_shard(source: Source, validation: float, by: str, number: int) -> ShardSides:
+    shard = source.shards[number]
+    values, captions, owners = [], [], []
+    for sample in range(shard.start, shard.start + shard.size):
+        value = _field(source, sample, by) if by else source.key(sample)
+        values.append((is_held_out(value, validation), caption_hash(value)))
+        for caption in source.captions(sample)[1]:
+            if words := words_of(caption.text):
+                captions.append(caption_hash(words))
+                owners.append(sample)
+    return ShardSides(
+        held_out_N=np.array([side for side, _ in values], dtype=bool),
+        group_N=np.array([group for _, group in values], dtype=np.int64),
+        caption_M=np.array(captions, dtype=np.int64),
+        owner_M=np.array(owners, dtype=np.int64),
+    )
+
+
+def _field(source: Source, sample: int, by: str) -> str:
+    try:
+        record = source.record(sample)
+    except BrokenSample as error:
+        raise ValueError(f"cannot read the field {by!r} of {error}; llm2clip data check lists all of these") from error
+    if record.meta.get(by) in (None, ""):
+        known = ", ".join(sorted(record.meta)) or "none"
+        raise ValueError(
+            f"sample {record.key!r} of shard {source.locate(sample)[0]!r} has no field {by!r} (--by); its fields: "
+            f"{known}"
+        )
+    return canonical_json(record.meta[by])
+
+
+def _join(parts: list[ShardSides], validation: float, by: str) -> Sides:
+    held_out_N = np.concatenate([part.held_out_N for part in parts])
+    group_N = np.concatenate([part.group_N for part in parts])
+    caption_M = np.concatenate([part.caption_M for part in parts])
+    owner_M = np.concatenate([part.owner_M for part in parts])
+    samples = {"train": int((~held_out_N).sum()), "validation": int(held_out_N.sum())}
+    if empty := [side for side, count in samples.items() if not count]:
+        what = f"values of {by!r}" if by else "keys"
+        raise ValueError(
+            f"--validation {validation:g} of {len(np.unique(group_N))} distinct {what} leaves nothing for {empty[0]}; "
+            f"choose a {'larger' if empty[0] == 'validation' else 'smaller'} fraction{' or another field' * bool(by)}"
+        )
+    held_out_M = held_out_N[owner_M] if len(owner_M) else np.zeros(0, dtype=bool)
+    shared_M = held_out_M & np.isin(caption_M, caption_M[~held_out_M])
+    return Sides(
+        shards=[part.held_out_N for part in parts],
+        samples=samples,
+        groups={
+            "train": len(np.unique(group_N[~held_out_N])),
+            "validation": len(np.unique(group_N[held_out_N])),
+        },
+        captions={"train": int((~held_out_M).sum()), "validation": int(held_out_M.sum())},
+        shared=int(shared_M.sum()),
+        shared_owners=tuple(owner_M[shared_M][:3].tolist()),
+    )
+
+
+# Write the two sides of a split: tars are copied member by member, lists of rows refer to the same images.
+
+SIDES = ("train", "validation")
+DONE = ".done"  # folder of marks: one for each tar of the source whose copies are complete
+
+
+def outputs(source: Source, folder: Path) -> dict[str, Path]:
+    """Side -> the folder of tars, or the list, that it is written to."""
+    if isinstance(source, TarSource):
+        return {side: folder / side for side in SIDES}
+    suffix = ".json" if has_suffix(source.path, ".json") else ".jsonl"
+    return {side: folder / f"{side}{suffix}" for side in SIDES}
+
+
+def write_sides(source: Source, sides: Sides, folder: Path, workers: int = 0) -> None:
+    """Write both sides below ``folder``; what an earlier call completed there is kept.
+
+    Raises OSError if the disk has too little space for copies of the tars, ValueError for another kind of source.
+    """
+    if isinstance(source, TarSource):
+        _write_tars(source, sides, folder, workers)
+    elif isinstance(source, RowSource):
+        _write_rows(source, sides, outputs(source, folder))
+    else:
+        raise ValueError(
+            f"{source.path} is read by {type(source).__name__}, which cannot be split; use tars or a .jsonl"
+        )
+
+
+def _write_tars(source: TarSource, sides: Sides, folder: Path, workers: int) -> None:
+    todo = [n for n, shard in enumerate(source.shards) if not _mark(folder, shard.name).exists()]
+    needed, free = sum(source.stamps[n][0] for n in todo), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the copies of {len(todo)} tars need {size_text(needed)}, but {folder.parent} has {size_text(free)} "
+            "free; free space, or choose an --output on another disk"
+        )
+    job = partial(_copy_shard, source, folder)
+    jobs = [(n, sides.shards[n]) for n in todo]
+    label = {"total": len(source.shards), "label": "data split: writing", "unit": "shards"}
+    processes = min(workers or cores(), len(todo))
+    done = iter(range(len(source.shards) - len(todo)))  # by an earlier call
+    if processes <= 1:
+        _exhaust(track(_chain(done, map(job, jobs)), **label))
+        return
+    with process_pool(processes) as pool:
+        _exhaust(track(_chain(done, map_in_order(pool, job, jobs, ahead=2 * processes)), **label))
+
+
+def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
+    """Copy the members of one tar to its two sides; the mark comes last."""
+    number, held_out_N = job
+    shard = source.shards[number]
+    side_of: dict[str, bool] = {}
+    for within, held_out in enumerate(held_out_N.tolist()):
+        key = source.key(shard.start + within)
+        if side_of.setdefault(key, held_out) is not held_out:
+            raise ValueError(
+                f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; rename one of them"
+            )
+    for side, held_out in zip(SIDES, (False, True), strict=True):
+        if held_out in side_of.values():
+            with atomic_file(folder / side / f"{shard.name}.tar") as temporary:
+                wanted = {key for key, value in side_of.items() if value is held_out}
+                source.use_shard(number, partial(_copy_members, wanted=wanted, target=temporary))
+    mark = _mark(folder, shard.name)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _copy_members(path: Path, *, wanted: set[str], target: Path) -> None:
+    with tarfile.open(path, "r:") as old, tarfile.open(target, "w") as new:
+        for member in old:
+            if member.isreg() and split_name(member.name)[0] in wanted:
+                new.addfile(member, old.extractfile(member))
+
+
+def _mark(folder: Path, name: str) -> Path:
+    return folder / DONE / f"{name}.done"
+
+
+def _write_rows(source: RowSource, sides: Sides, targets: dict[str, Path]) -> None:
+    """Each row as it is stored, in its order; a .json stays one list."""
+    held_out_N = np.concatenate(sides.shards)
+    for side, held_out in zip(SIDES, (False, True), strict=True):
+        numbers = np.flatnonzero(held_out_N == held_out).tolist()
+        is_list = targets[side].suffix.lower() == ".json"
+        with atomic_file(targets[side]) as temporary, temporary.open("wb") as file:
+            file.write(b"[\n" if is_list else b"")
+            for place, number in enumerate(
+                track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
+            ):
+                file.write((b",\n" if is_list and place else b"") + source.row(number).strip())
+                file.write(b"" if is_list else b"\n")
+            file.write(b"\n]\n" if is_list else b"")
+
+
+def clear_marks(folder: Path) -> None:
+    """Remove the marks once everything is written."""
+    shutil.rmtree(folder / DONE, ignore_errors=True)
+
+
+def write_summary(path: Path, body: dict[str, object]) -> None:
+    """What the split is, for a rerun of the same command and for its reader."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _chain(*parts: Iterator[object]) -> Iterator[object]:
+    for part in parts:
+        yield from part
+
+
+def _exhaust(items: Iterator[object]) -> None:
+    for _ in items:
+        pass
+
+
+SUMMARY = "split.json"  # in the output: settings and counts
+
+
+def main(argv: list[str]) -> int:
+    """Print the counts and write the split; exit status 0."""
+    config = COMMAND.parse(argv)
+    print("\n".join(split_data(config)), flush=True)
+    return 0
+
+
+def split_data(config: SplitConfig) -> list[str]:
+    """Split ``config.path`` and return the report.
+
+    The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
+    call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
+    the field, a side without samples or a source that cannot be split, OSError for too little space.
+    """
+    output = Path(config.output)
+    source = open_source(config)
+    check_fields(source)
+    settings = _settings(config, source)
+    if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
+        raise ValueError(
+            f"--output {output} is inside the data at {source.path}, whose subfolders are read too: validation would "
+            "be trained on; choose a folder elsewhere"
+        )
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        return [*_already(output, settings), *_how_to_read(source, output)]
+    sides = decide(source, config.validation, config.by, config.workers)
+    lines = _report(source, sides, config)
+    if config.dry_run:
+        return lines
+    partial = output.with_name(f".{output.name}.partial")
+    _begin(partial, settings)
+    write_sides(source, sides, partial, config.workers)
+    _verify(config, source, sides, partial)
+    clear_marks(partial)
+    write_summary(partial / SUMMARY, settings | {"samples": sides.samples, "captions": sides.captions})
+    if output.is_dir():
+        output.rmdir()  # it is empty
+    os.replace(partial, output)
+    return [*lines, *_how_to_read(source, output)]
+
+
+def _settings(config: SplitConfig, source: Source) -> dict[str, object]:
+    """What makes it the same split: the data and how its sides are decided."""
+    shards, sizes = [(shard.name, shard.size) for shard in source.shards], [size for size, *_ in source.stamps]
+    data = sha256_text(canonical_json([shards, sizes, config.key_field, config.image_field]))
+    return {"data": source.path, "data_sha256": data, "validation": config.validation, "by": config.by}
+
+
+def _same(path: Path, settings: dict[str, object]) -> bool:
+    try:
+        saved = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        return all(saved.get(name) == settings[name] for name in ("data_sha256", "validation", "by"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _already(output: Path, settings: dict[str, object]) -> list[str]:
+    if not _same(output, settings):
+        raise FileExistsError(
+            f"{output} exists and is not this split of {settings['data']}; choose another --output, or delete it"
+        )
+    return [f"{output} is complete already"]
+
+
+def _begin(partial: Path, settings: dict[str, object]) -> None:
+    """Make the hidden folder, or go on in one of the same split."""
+    if partial.exists() and any(partial.iterdir()) and not _same(partial, settings):
+        raise FileExistsError(
+            f"{partial} holds an unfinished split of other data or settings; rerun that command, or delete it"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    write_summary(partial / SUMMARY, settings)
+
+
+def _verify(config: SplitConfig, source: Source, sides: Sides, folder: Path) -> None:
+    """Open both sides and compare their numbers of samples."""
+    for side, path in outputs(source, folder).items():
+        written = open_source(_reading(config, source, path))
+        if len(written) != sides.samples[side]:
+            raise ContractError(
+                f"{path} has {len(written)} samples, expected {sides.samples[side]}: the data changed while it was "
+                f"read, or the disk is damaged; delete {folder} and rerun"
+            )
+
+
+def _reading(config: SplitConfig, source: Source, path: Path) -> SourceConfig:
+    fields = {item.name for item in dataclasses.fields(SourceConfig)}
+    values = {name: value for name, value in vars(config).items() if name in fields}
+    return SourceConfig(**{**values, "path": str(path), "images": _images(source)})
+
+
+def _images(source: Source) -> str:
+    return source.images_folder if isinstance(source, RowSource) else ""
+
+
+def _report(source: Source, sides: Sides, config: SplitConfig) -> list[str]:
+    total, lines = sum(sides.samples.values()), []
+    for side in SIDES:
+        share = f" ({100 * sides.samples[side] / total:.2f} %)" if side == "validation" else ""
+        groups = f", {sides.groups[side]:,} values of {config.by!r}" if config.by else ""
+        lines.append(f"{side}: {sides.samples[side]:,} samples{share}, {sides.captions[side]:,} captions{groups}")
+    if not config.by and sum(sides.groups.values()) < total:
+        repeated = total - sum(sides.groups.values())
+        lines.append(f"note: {repeated:,} samples share their key with another sample and are on the same side")
+    if sides.shared:
+        examples = [source.captions(owner) for owner in sides.shared_owners]
+        shown = "; ".join(f"{key}: {captions[0].text[:60]!r}" for key, captions in examples)
+        lines.append(
+            f"warning: {sides.shared:,} of the {sides.captions['validation']:,} validation captions also occur in "
+            f"training (compared without case and punctuation), in samples such as {shown}. To keep "
+            "samples that share a field on one side, add --by FIELD"
+        )
+    return lines
+
+
+def _how_to_read(source: Source, output: Path) -> list[str]:
+    """The paths, and the images' folder where these are not copied."""
+    paths = outputs(source, output)
+    images = ("--image-folder", _images(source)) if _images(source) else ()
+    return [command("embed", path, *images, "--llm", "LLM") for path in paths.values()] + [
+        command("train-tower", paths["train"], "--validation", paths["validation"], *images, "--tower", "TOWER")
+    ]

@@ -1,0 +1,303 @@
+"""The tables of ``llm2clip evaluate``: one dataset's retrieval, and the suites next to the paper's results."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.sources.open import check_fields, open_source
+from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, EvaluateConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.opening import (
+    NOTES_SHOWN,
+    OpenedTower,
+    Teacher,
+    check_measurable,
+    dataset_name,
+    on_all_ranks,
+    open_teacher_cache,
+    open_tower,
+    tower_provenance,
+    wide_console,
+    write_scores,
+)
+from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.evaluate.suites import select_suites, suites
+from llm2clip_plugin.evaluate.suites.base import Suite
+from llm2clip_plugin.options import EVALUATION_NAMES, Command
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
+
+SIDES = ("i2t", "t2i")
+TIES = {
+    "half": "ties split the credit",
+    "optimistic": "ties count as hits",
+    "pessimistic": "ties count as misses",
+    "lowest_index_first": "ties in the order of the items",
+}
+
+
+def print_retrieval(report: RetrievalReport, intervals: Mapping[str, Interval], *, title: str) -> None:
+    """Recall of every part in percent, in both directions, with the interval of the first k; and of the control."""
+    config, metrics = report.config, report.metrics()
+    columns = [(side, k) for side in SIDES for k in config.ks]
+    table = Table(title=title, caption=table_caption(report, bool(intervals)))
+    table.add_column("captions")
+    for side, k in columns:
+        table.add_column(f"{side} R@{k}", justify="right")
+    rows = [("" if name == "all" else f"{name}/", name) for name in report.parts]
+    rows += [("shuffled/", "shuffled"), ("chance/", "chance")] if report.control is not None else []
+    for prefix, name in rows:
+        cells = (cell(metrics, intervals if k == config.ks[0] else {}, f"{prefix}{side}_r{k}") for side, k in columns)
+        table.add_row(name, *cells)
+    console = wide_console()
+    console.print(table)
+    for error in report.pairs.broken[:NOTES_SHOWN]:
+        console.print(f"left out: {error}", markup=False)
+
+
+def cell(metrics: Mapping[str, float], intervals: Mapping[str, Interval], name: str) -> str:
+    """One metric in percent, with its interval if there is one: ``45.1 [43.0, 47.2]``."""
+    value = f"{100 * metrics[name]:.1f}"
+    interval = intervals.get(name)
+    return value if interval is None else f"{value} \\[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def table_caption(report: RetrievalReport, with_intervals: bool) -> str:
+    """What was counted and how, below the table."""
+    counts, config = report.counts, report.config
+    parts = [
+        f"percent; i2t: image to text; {counts['images']} images, {counts['captions']} captions; {TIES[config.ties]}"
+    ]
+    if counts["left_out"]:
+        parts.append(f"{counts['left_out']} samples left out")
+    if config.group:
+        parts.append(f"correct: same {config.group}")
+    if with_intervals:
+        cluster = config.cluster or config.group or "image"
+        parts.append(f"\\[95 % interval], bootstrap over {len(set(report.cluster_N))} clusters by {cluster}")
+    return "; ".join(parts)
+
+
+def print_suites(model: str, results: Mapping[str, ScoreFile], resamples: int) -> None:
+    """The paper's tables with a row for ``model``, then every metric of each suite with its notes."""
+    console, known = wide_console(), suites()
+    for title in dict.fromkeys(suite.table for suite in known.values() if suite.table):
+        columns = [suite for suite in known.values() if suite.table == title]
+        if any(suite.name in results for suite in columns):
+            console.print(paper_table(title, columns, model, results, resamples))
+    for name, scores in results.items():
+        console.print(suite_table(known[name].title, scores))
+        for note in scores.notes:
+            console.print(f"{name}: {note}", markup=False, soft_wrap=True)
+
+
+def paper_table(
+    title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile], resamples: int
+) -> Table:
+    """R@1 image->text / text->image in percent; the paper's rows first, ours last with 95 % intervals."""
+    table = Table(title=title, caption="R@1 image->text / text->image, percent; the paper's rows are single runs")
+    table.add_column("tower")
+    table.add_column("source")
+    for suite in columns:
+        table.add_column(suite.name, justify="right")
+    sources = {row: suite.paper_source for suite in columns for row in suite.paper}
+    base = ""
+    for row, source in sources.items():
+        if not row.startswith(f"{base} + "):
+            base = row
+        shown = row if row == base else row.removeprefix(f"{base} ")  # "+ LLM2CLIP", below the tower it starts from
+        table.add_row(shown, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
+    ours = [_ours(results[suite.name], resamples) if suite.name in results else "not measured" for suite in columns]
+    table.add_section()
+    table.add_row(model.rstrip("/").rpartition("/")[2], "measured", *ours, style="bold")
+    return table
+
+
+def _pair(scores: tuple[float, float] | None) -> str:
+    return "" if scores is None else f"{scores[0]:.1f} / {scores[1]:.1f}"
+
+
+def _ours(scores: ScoreFile, resamples: int) -> str:
+    """The headline, and below it the half-widths of its intervals."""
+    first = _pair((100 * scores.metrics["i2t_r1"], 100 * scores.metrics["t2i_r1"]))
+    is_mean = f"{ALL}/i2t_r1" in scores.metrics  # a mean over languages has no interval
+    if not resamples or is_mean:
+        return first
+    widths = []
+    for side in SIDES:
+        items = [item for item in scores.items if item["part"] == ALL and item["side"] == side]
+        hits, clusters = [item["score"] for item in items], [item["cluster"] for item in items]
+        interval = bootstrap_mean(hits, clusters, resamples=resamples)
+        widths.append(f"±{50 * (interval.high - interval.low):.1f}")
+    return f"{first}\n{' / '.join(widths)}"
+
+
+def suite_table(title: str, scores: ScoreFile) -> Table:
+    """Every metric of a suite in percent: one row per part, one column per metric."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in scores.metrics.items():
+        part, slash, metric = key.rpartition("/")
+        rows.setdefault(part if slash else "", {})[metric] = value
+    columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
+    table = Table(title=title, caption=f"percent; {counts}")
+    table.add_column("captions")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for part, row in rows.items():
+        cells = (f"{100 * row[column]:.1f}" if column in row else "" for column in columns)
+        table.add_row(part or "headline", *cells)
+    return table
+
+
+# ``llm2clip evaluate``: retrieval recall of a tower directory on a dataset whose captions are cached.
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip evaluate TOWER DATA``; with ``--suite`` the benchmarks by name."""
+    if any(word == "--suite" or word.startswith("--suite=") for word in argv):
+        return main_suites(argv)
+    config = RETRIEVAL_COMMAND.parse(argv)
+
+    def report(measured: tuple[OpenedTower, RetrievalReport]) -> None:
+        tower, retrieval = measured
+        intervals = retrieval.intervals(config.resamples) if config.resamples else {}
+        print_retrieval(retrieval, intervals, title=f"{config.tower} on {config.data.path}")
+        write_scores(score_file(config, tower, retrieval), config.json)
+
+    return on_all_ranks(lambda all_ranks: measure_retrieval(config, all_ranks=all_ranks), report)
+
+
+def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
+    """Open the tower, the data and the cache, check that they belong together, and measure.
+
+    Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
+    """
+    source = open_source(config.data)
+    check_fields(source)
+    on_first_rank(lambda: check_measurable(source, config.retrieval))
+    tower = open_tower(config.tower, config.device)
+    cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
+    cache.check(source)
+    report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
+    return tower, report
+
+
+def score_file(config: EvaluateConfig, tower: OpenedTower, report: RetrievalReport) -> ScoreFile:
+    """The report as the record that `llm2clip compare` reads."""
+    return dataclasses.replace(
+        report.scores(),
+        benchmark=f"retrieval:{dataset_name(config.data.path)}",
+        model=config.tower,
+        provenance=tower_provenance(
+            tower.dual,
+            teacher=tower.dual.card.teacher,
+            data=config.data.path,
+            ties=config.retrieval.ties,
+            group=config.retrieval.group,
+        ),
+    )
+
+
+# ``llm2clip evaluate TOWER DATA --suite NAMES``: benchmarks by name, and the paper's tables next to ours.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuitesConfig:
+    """Benchmarks by name."""
+
+    tower: str  # tower directory or Hub id, with a text adapter
+    suite: str  # names, separated by commas; paper: those that the paper reports; all: every one
+    root: str  # folder with one folder per suite
+    output: str = ""  # folder of the score files, one per suite; "": <root>/scores-<hash of the tower>
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
+    overwrite: bool = False  # measure again even where a score file exists
+
+
+def command() -> Command[SuitesConfig]:
+    """The command with the names of the suites that there are."""
+    return Command(
+        name="evaluate",
+        example="llm2clip evaluate towers/l14-336 /data/benchmarks --suite paper",
+        about=f"Measure benchmarks by name: {', '.join(suites())}. DATA has one folder for each; those with missing "
+        "files are skipped, with a line that says where to get them. Captions are embedded once, into a cache in the "
+        "suite's folder.",
+        settings=SuitesConfig,
+        arguments=("tower", "root"),
+        everyday=(
+            "suite",
+            "output",
+            "teacher.llm",
+            "teacher.adapter",
+            "retrieval.batch",
+            "retrieval.workers",
+            "retrieval.limit",
+            "resamples",
+            "overwrite",
+            "device",
+        ),
+        shown={**EVALUATION_NAMES, "root": "data"},
+    )
+
+
+def main_suites(argv: list[str]) -> int:
+    """Measure the suites whose files exist; 0 unless there is none."""
+    config = command().parse(argv)
+    selected, root = select_suites(config.suite), Path(config.root)
+    missing = {suite.name: lines for suite in selected if (lines := suite.missing(root))}
+    missing_lines = [line for lines in missing.values() for line in lines]
+    ready = [suite for suite in selected if suite.name not in missing]
+    if not ready:
+        raise FileNotFoundError("\n".join(missing_lines))
+
+    def report(results: dict[str, ScoreFile]) -> None:
+        print_suites(config.tower, results, config.resamples)
+        for line in missing_lines:
+            Console(stderr=True).print(f"skipped {line}", markup=False, soft_wrap=True)
+
+    return on_all_ranks(lambda all_ranks: measure_suites(config, ready, all_ranks=all_ranks), report)
+
+
+def measure_suites(config: SuitesConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
+    """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
+    tower, root = open_tower(config.tower, config.device), Path(config.root)
+    card = tower.dual.card
+    teacher = Teacher(card, config.teacher, tower.device)
+    output = Path(config.output) if config.output else root / f"scores-{card.weights_sha256[:12]}"
+    results = {}
+    for suite in ready:
+        source = suite.open(root)
+        cache = teacher.cache(source, all_ranks=all_ranks)
+        provenance = suite_provenance(tower, cache, config.retrieval, suite.name)
+        path = output / f"{suite.name}.scores.json"
+        if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == provenance:
+            results[suite.name] = before
+            continue
+        scores = suite.measure(tower, source, cache, config.retrieval, all_ranks)
+        notes = list(scores.notes)
+        if suite.images and scores.counts["images"] != suite.images:
+            notes.append(f"{scores.counts['images']} images, the published test set has {suite.images}")
+        results[suite.name] = dataclasses.replace(
+            scores, benchmark=f"retrieval:{suite.name}", model=config.tower, provenance=provenance, notes=notes
+        )
+        if rank(group_of(all_ranks)) == 0:
+            results[suite.name].write(path)
+    return results
+
+
+def suite_provenance(tower: OpenedTower, cache: EmbeddingCache, config: RetrievalConfig, shard: str) -> dict[str, Any]:
+    """Everything that decides the scores, except the image files."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config) | {"batch": 0, "workers": 0}))  # as read back
+    captions = cache.manifest.shards[shard]["rows_sha256"]
+    return tower_provenance(tower.dual, teacher=cache.fingerprint, captions_sha256=captions, settings=settings)

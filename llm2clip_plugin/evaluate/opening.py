@@ -1,0 +1,333 @@
+"""What retrieval needs of its data, checked on samples before a tower is loaded or a run begins.
+
+Images are not embedded and not every sample is read: a field that one sample in a thousand lacks is found later.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import torch
+from rich.console import Console
+
+from llm2clip_plugin import __version__
+from llm2clip_plugin.bootstrap import bootstrap_mean
+from llm2clip_plugin.console import phase
+from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
+from llm2clip_plugin.data.cache import EmbeddingCache, differences
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import (
+    BrokenImage,
+    BrokenSample,
+    Caption,
+    Record,
+    Sample,
+    open_header,
+    select_captions,
+)
+from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
+from llm2clip_plugin.text.teacher import TeacherLLM, embed_command, load_dual_encoder, teacher_of
+from llm2clip_plugin.train.distributed import barrier, choose_device, gather_objects, group_of, rank, world_size
+from llm2clip_plugin.train.guard import watched_group
+from llm2clip_plugin.vision.checkpoint import preprocessor_config
+from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.dual import LoadedDualEncoder
+
+# What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output.
+
+Result = TypeVar("Result")
+
+NOTES_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedTower:
+    """A dual encoder on its device, and how its images are preprocessed."""
+
+    dual: LoadedDualEncoder
+    images: ImageConfig
+    device: torch.device
+
+
+def open_tower(tower: str, device: str) -> OpenedTower:
+    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
+
+    Raises ValueError with the commands for a baseline if it has none.
+    """
+    directory, chosen = fetch_directory(tower), choose_device(device)
+    if not _has_heads(directory):
+        raise ValueError(
+            f"{tower} is a vision tower without the projection and text adapter that are needed to compare images with "
+            "captions. Embed TRAINING_DATA, fit them on the frozen tower (no epochs: heads alone), then evaluate:\n"
+            f"  llm2clip train-tower TRAINING_DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output "
+            "runs/baseline\n"
+            "  llm2clip evaluate runs/baseline/tower DATA"
+        )
+    images = ImageConfig.from_preprocessor(preprocessor_config(directory))
+    return OpenedTower(dual=load_dual_encoder(directory).to(chosen), images=images, device=chosen)
+
+
+def _has_heads(directory: Path) -> bool:
+    """Whether a folder is a tower directory with heads, or no vision tower at all, which loading it tells better."""
+    if not (directory / TowerCard.FILE).is_file():
+        return not (directory / "config.json").is_file()
+    return TowerCard.read(directory / TowerCard.FILE).projection_dim > 0
+
+
+def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
+    """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit status."""
+    with watched_group() as (rank, world), phase("evaluation"):
+        result = measure(world > 1)
+        if rank == 0:
+            report(result)
+    return 0
+
+
+def provenance(**values: Any) -> dict[str, Any]:
+    """``values`` and the versions of what measured."""
+    return values | {"versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}}
+
+
+def tower_provenance(dual: LoadedDualEncoder, **values: Any) -> dict[str, Any]:
+    """`provenance` with the hashes of a dual encoder's weights."""
+    card = dual.card
+    precision = {"precision": card.training["precision"]} if "precision" in card.training else {}
+    return provenance(weights_sha256=card.weights_sha256, adapter_sha256=card.adapter_sha256, **precision, **values)
+
+
+def dataset_name(path: str) -> str:
+    """The last part of a path or URL."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def print_scores(scores: ScoreFile, intervals: dict[str, str]) -> None:
+    """Each metric in percent, with the interval of those in ``intervals`` (metric -> field of the items)."""
+    clusters = [item["cluster"] for item in scores.items]
+    for name, value in scores.metrics.items():
+        shown = ""
+        if name in intervals:
+            interval = bootstrap_mean([item[intervals[name]] for item in scores.items], clusters)
+            shown = f"  [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+        print(f"{name:22} {100 * value:6.2f} %{shown}")
+    for note in scores.notes[:NOTES_SHOWN]:
+        print(note)
+
+
+def write_scores(scores: ScoreFile, path: str, *, file: TextIO | None = None) -> None:
+    """Write a score file and print its path to ``file`` (stdout by default); nothing for path ""."""
+    if path:
+        print(f"wrote {scores.write(path)}", file=file)
+
+
+def wide_console() -> Console:
+    """Standard output; in a log or a pipe with lines that are long enough for any table."""
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+# The tower's teacher: the cache of its embeddings, and the LLM itself for captions that are not cached yet.
+
+
+def open_teacher_cache(
+    card: TowerCard, directory: str, data: SourceConfig, *, any_teacher: bool = False
+) -> EmbeddingCache:
+    """The existing cache of the tower's teacher; ``directory`` "" is the default folder for ``data``.
+
+    Raises FileNotFoundError without a cache, ValueError if the tower's card names no teacher and no directory is
+    given, ContractError for a cache of another width or of another teacher (allowed with ``any_teacher``).
+    """
+    teacher = teacher_of(card)
+    if not directory and teacher is None:
+        raise ValueError("the tower's card names no teacher, so there is no default cache; pass --cache DIR")
+    folder = Path(directory) if directory or teacher is None else default_cache_folder(data.path, teacher.fingerprint)
+    create = embed_command(data.path, data, teacher, cache=directory)
+    if not (folder / CacheManifest.FILE).is_file():
+        raise FileNotFoundError(f"no embedding cache at {folder}; create it: {create}")
+    cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
+    if teacher is not None and cache.fingerprint != teacher.fingerprint and not any_teacher:
+        raise ContractError(
+            f"the cache {folder} was not created with the tower's teacher: "
+            f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
+            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: "
+            f"{embed_command(data.path, data, teacher)}"
+        )
+    return cache
+
+
+class Teacher(TeacherLLM):
+    """Opens or creates the embedding cache of any data source, with the LLM that the tower's card names."""
+
+    def __init__(self, card: TowerCard, config: EncoderConfig, device: torch.device, dtype: str = "float16") -> None:
+        super().__init__(card, config, device)
+        self.dtype = dtype
+
+    def cache(self, source: Source, directory: Path | None = None, *, all_ranks: bool = False) -> EmbeddingCache:
+        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
+
+        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. Raises ContractError if the LLM
+        is not the tower's teacher or the directory belongs to another one; FileNotFoundError without the LLM.
+        """
+        if directory is None:
+            directory = default_cache_folder(source.path, self.fingerprint)
+        group = group_of(all_ranks)
+        cache = self._open_complete(source, directory)
+        # decided together: a fast rank may have finished its part
+        if any(gather_objects(cache is None, group)) or cache is None:
+            number, ranks = rank(group), world_size(group)
+            embed_source(source, self.encoder, directory, self.dtype, number, ranks, quiet=number != 0)
+            if all_ranks:
+                barrier()
+            cache = self._open(source, directory)
+        if self.llm_width and cache.width != self.llm_width:
+            raise ContractError(
+                f"{directory} has width {cache.width}, but the tower's text adapter expects {self.llm_width}"
+            )
+        return cache
+
+    def _open(self, source: Source, directory: Path) -> EmbeddingCache:
+        cache = EmbeddingCache.open(directory, expect_fingerprint=self.fingerprint)
+        cache.check(source)
+        return cache
+
+    def _open_complete(self, source: Source, directory: Path) -> EmbeddingCache | None:
+        """The cache if it has every caption of ``source``, else None."""
+        if not (directory / CacheManifest.FILE).is_file():
+            return None
+        try:
+            return self._open(source, directory)
+        except ContractError:
+            return None  # embedding redoes incomplete shards, and refuses another teacher's directory
+
+
+LOOKED_AT = 2048  # samples whose JSON is read, evenly spaced
+IMAGES = 8  # of these, whose headers are read until one can be opened
+
+
+def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> list[str]:
+    """Raise ValueError if retrieval on ``source`` cannot work with these settings; lines about what is unusual.
+
+    That is for a field that a sample lacks, kinds and languages that select no caption, images that cannot be opened.
+    option: the prefix of the settings' options.
+    """
+    images = min(config.limit or len(source), len(source))
+    samples, broken = _look_at(source, images)
+    if not samples:
+        raise ValueError(f"{source.path} contains no usable images: {broken[0] if broken else 'it is empty'}")
+    absent = _check_captions(samples, source, config, option)
+    used = [sample for sample in samples if select_captions(sample.captions, config.kinds, config.languages)]
+    _check_fields(used, source, config, option)
+    _check_images(samples, source)
+    return [line for line in (_too_large_k(source, config, option), *absent) if line]
+
+
+def _too_large_k(source: Source, config: RetrievalConfig, option: str) -> str:
+    """A line about a recall@k over fewer than k images, which is 1 whatever the tower; "" if there is none."""
+    images, k = min(config.limit or len(source), len(source)), max(config.ks)
+    if k <= images:
+        return ""
+    return (
+        f"{option}ks {' '.join(map(str, config.ks))}: {source.path} has {images} images, so recall@{k} is 1 for any "
+        f"tower; set {option}ks to numbers up to {images}"
+    )
+
+
+def _look_at(source: Source, images: int) -> tuple[list[Sample], list[BrokenSample]]:
+    """Up to LOOKED_AT evenly spaced samples of the first ``images``, and those that cannot be read."""
+    samples, broken = [], []
+    for number in range(0, images, max(1, images // LOOKED_AT)):
+        try:
+            samples.append(source[number])
+        except BrokenSample as error:
+            broken.append(error)
+    return samples, broken
+
+
+def _check_fields(samples: Sequence[Sample], source: Source, config: RetrievalConfig, option: str) -> None:
+    for setting, field in (("group", config.group), ("cluster", config.cluster)):
+        lacking = next((sample for sample in samples if field and field not in sample.meta), None)
+        if lacking is not None:
+            known = ", ".join(sorted(lacking.meta)) or "none"
+            raise ValueError(
+                f"{option}{setting} {field}: sample {lacking.key!r} of {source.path} has no field {field!r} in its "
+                f"JSON; known: {known}. Choose one of these, or none with {option}{setting} ''"
+            )
+
+
+def _check_captions(samples: Sequence[Sample], source: Source, config: RetrievalConfig, option: str) -> list[str]:
+    """Lines about kinds and languages of which none of the samples has a caption; ValueError if nothing is selected."""
+    captions = [caption for sample in samples for caption in sample.captions]
+    kinds, languages = {caption.kind for caption in captions}, {caption.language for caption in captions}
+    lines = []
+    for setting, wanted, present in (("kinds", config.kinds, kinds), ("languages", config.languages, languages)):
+        if absent := [name for name in wanted if name not in present]:
+            lines.append(
+                f"{option}{setting} {' '.join(wanted)}: no caption of {source.path} has {setting} {', '.join(absent)}; "
+                f"known: {', '.join(sorted(present)) or 'none'}"
+            )
+    if not select_captions(captions, config.kinds, config.languages):
+        known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions})) or "none"
+        raise ValueError(
+            lines[0]
+            if lines
+            else f"no caption of {source.path} has both the kinds {' '.join(config.kinds) or 'of any'} "
+            f"and the languages {' '.join(config.languages) or 'of any'}; known: {known}"
+        )
+    return lines
+
+
+def _check_images(samples: Sequence[Sample], source: Source) -> None:
+    reason: Exception | None = None
+    for sample in samples[:: max(1, len(samples) // IMAGES)][:IMAGES]:
+        try:
+            open_header(sample.read_image())
+            return
+        except (BrokenSample, BrokenImage) as error:
+            reason = error if isinstance(error, BrokenSample) else ValueError(f"sample {sample.key!r}: {error}")
+    raise ValueError(f"{source.path} contains no usable images: {reason}")
+
+
+# A data source whose rows are in memory: a benchmark's images and captions, or the prompts of zero-shot classes.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image and its captions."""
+
+    key: str
+    image: Path | None  # None: captions only
+    captions: tuple[Caption, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class InMemorySource(Source):
+    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a duplicate twice."""
+
+    def __init__(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
+        if not rows:
+            raise ValueError(f"{name}: no images found in {folder}")
+        self.rows = list(rows)
+        super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
+        self.name = name
+
+    def record(self, number: int) -> Record:
+        self.place(number)
+        row = self.rows[number]
+        return Record(row.key, {}, row.meta, partial(self._read_image, row))
+
+    def __getitem__(self, number: int) -> Sample:
+        return replace(super().__getitem__(number), captions=self.rows[number].captions)
+
+    def _read_image(self, row: Row) -> bytes:
+        if row.image is None:
+            raise BrokenSample(self.name, row.key, "the row has no image")
+        try:
+            return row.image.read_bytes()
+        except OSError as error:
+            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error

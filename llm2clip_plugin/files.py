@@ -1,0 +1,368 @@
+"""What comes from outside is checked before it is used: JSON files, the types and bounds of their fields, names.
+
+Standard library only, as ``contracts``, which re-exports ContractError.
+"""
+
+import ast
+import codecs
+import importlib
+import json
+import math
+import os
+import pkgutil
+import shlex
+import struct
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAX_WIDTH = 1 << 17  # of a hidden state, an embedding or an MLP; the largest LLMs of today have 1 << 14
+MAX_LAYERS = 1 << 10
+MAX_SIDE = 1 << 14  # along a side of a tower's image
+
+
+class ContractError(ValueError):
+    """A file is damaged or does not match what its reader expects; the message names the file and the fix."""
+
+
+def printable(text: str) -> str:
+    """A text from outside with control characters, which a terminal would obey, as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """As ``printable``, but line breaks stay."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def read_json_value(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. Raises ContractError naming the file, OSError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path} is not valid JSON ({error})") from error
+
+
+def refuse_encoding(path: str | os.PathLike[str], start: bytes) -> None:
+    """Raise ValueError unless the beginning of a text file is UTF-8; it may end within a character."""
+    fix = f"iconv -f %s -t UTF-8 {path} > NEW{Path(path).suffix}"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16, expected UTF-8; convert it: {fix % 'UTF-16'}")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError as error:
+        line = start[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} is not UTF-8: byte {start[error.start]:#04x} at offset {error.start}, line {line}; if it is "
+            f"Latin-1, convert it: {fix % 'LATIN1'}"
+        ) from error
+
+
+@contextmanager
+def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
+    """What a library raises about a file of ours, of any type, as a ContractError that names the file.
+
+    OSError, ContractError and a lack of memory pass: they name the file already, or a cause outside it.
+    """
+    try:
+        yield
+    except (OSError, ContractError):
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        kind = "" if isinstance(error, ValueError) and reason else type(error).__name__
+        reason = ": ".join(part for part in (kind, reason) if part)
+        raise ContractError(f"{path} cannot be used ({reason}){fix and '; '}{fix}") from error
+
+
+def check_fields(record: type, values: Mapping[str, Any], *, where: str) -> None:
+    """Compare values from a file with the annotations of a dataclass.
+
+    Raises ContractError with the file, the key and the value.
+    """
+    hints = typing.get_type_hints(record)
+    for item in fields(record):
+        if item.name in values and (problem := type_problem(values[item.name], hints[item.name])):
+            raise ContractError(f"{where}: {item.name}{problem}")
+
+
+def type_problem(value: Any, expected: Any) -> str:
+    """What is wrong with a JSON value for an annotation, "" if nothing.
+
+    >>> type_problem({"a": "b"}, dict[str, int])
+    ".a is 'b', expected int"
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return ""
+    if origin in (typing.Union, types.UnionType):
+        problems = [type_problem(value, one) for one in arguments]
+        return "" if "" in problems else problems[0]
+    if origin is typing.Literal:
+        return "" if value in arguments else f" is {_short(value)}, expected one of {', '.join(map(repr, arguments))}"
+    kind = origin or expected
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = is_number if kind is float else isinstance(value, kind) and (kind is not int or is_number)
+    if not fits:
+        return f" is {_short(value)}, expected {getattr(kind, '__name__', kind)}"
+    if isinstance(value, dict) and arguments:
+        parts = [(f".{key}", part, arguments[1]) for key, part in value.items()]
+    elif isinstance(value, list) and arguments:
+        parts = [(f"[{number}]", part, arguments[0]) for number, part in enumerate(value)]
+    else:
+        return ""
+    return next((f"{name}{problem}" for name, part, one in parts if (problem := type_problem(part, one))), "")
+
+
+def check_range(value: Any, low: float, high: float, *, name: str, where: str) -> None:
+    """Raise ContractError unless a number is finite and from ``low`` to ``high``; booleans and texts are no numbers."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise ContractError(f"{where}: {name} is {_short(value)}, expected a number from {low:g} to {high:g}")
+
+
+def check_whole(value: Any, low: int, high: int, *, name: str, where: str) -> None:
+    """Raise ContractError unless a value is a whole number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ContractError(f"{where}: {name} is {_short(value)}, expected a whole number from {low} to {high}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return printable(text if len(text) <= 80 else text[:77] + "...")
+
+
+# The header of a safetensors file, checked against the file's size before anything is allocated.
+
+MAX_HEADER = 100_000_000  # bytes, the library's own limit
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+
+class Entry(NamedTuple):
+    """A tensor of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # byte in the data, which begin after the header
+    stop: int
+
+
+class Header(NamedTuple):
+    """Tensors in order of their bytes, the metadata, and where the data begin."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> Header:
+    """Read and check a file's header. Raises ContractError naming the file, OSError."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        try:
+            return parse_header(size, lambda count, start: os.pread(file.fileno(), count, start))
+        except ValueError as error:
+            raise ContractError(f"{path} is not a complete safetensors file: {error}; {fix}") from error
+
+
+def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
+    """The header of a file of ``size`` bytes; ``read``: so many bytes, from an offset on.
+
+    Every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes. Raises ValueError
+    that says what is wrong.
+    """
+    head = read(8, 0)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+    if length > size - 8:
+        raise ValueError(f"it has {size} bytes")
+    if length > MAX_HEADER:
+        raise ValueError(f"a header of {length} bytes (at most {MAX_HEADER})")
+    try:
+        header = json.loads(read(length, 8))
+        metadata = header.pop("__metadata__", None) or {}
+        entries = _entries(header)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header has no {error}" if isinstance(error, KeyError) else str(error)) from error
+    end = max((entry.stop for entry in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"{size} bytes, expected {8 + length + end}")
+    return Header(entries, metadata, 8 + length)
+
+
+def _entries(header: dict[str, Any]) -> dict[str, Entry]:
+    """The tensors in order of their bytes; ValueError, KeyError or TypeError says what is wrong."""
+    entries, end = {}, 0
+    for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = body["data_offsets"]
+        entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
+        if not all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop)):
+            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
+        if entry.dtype not in DTYPE_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {entry.dtype!r}")
+        if start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
+        entries[name], end = entry, stop
+    return entries
+
+
+# How large an image may be, before its pixels are decoded.
+
+MAX_PIXELS = 89_478_485  # of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB
+MAX_ASPECT = 256  # longer to shorter side; with its shorter side at 448 pixels such an image has 154 MB
+
+
+def check_image_size(width: int, height: int) -> None:
+    """Raise ValueError for more than MAX_PIXELS or MAX_ASPECT."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"the image has {width} x {height} pixels; the limits are {MAX_PIXELS:,} pixels and sides in a ratio of "
+            f"{MAX_ASPECT}; crop or resize it"
+        )
+
+
+# Names in a run folder and its metrics.jsonl, and how the run was started. Needs the standard library alone.
+
+CHECKPOINTS = "checkpoints"  # folder
+LATEST = "latest"  # name of the newest checkpoint, in that folder
+METRICS = "metrics.jsonl"
+LOCK = "run.lock"
+UNFINISHED_HEADS = "heads.pt"  # state of a fit of the heads that was stopped
+
+# events of metrics.jsonl
+HEADS = "heads"  # of the fit of the heads on the frozen tower, before step 1
+SAVED = "checkpoint"  # a checkpoint is complete
+SAVE_FAILED = "checkpoint failed"
+LEFT_OUT = "batch left out"  # its loss or gradient was not finite
+STOPPED = "stopped"  # by a signal, and saved
+FAILED = "failed"  # by an error
+
+# files for the job script that started a run: scripts/slurm/torchrun.sbatch
+PROGRESS = "progress"  # a checkpoint, or a shard of embed, is complete
+FINAL = "final"  # the exit status of an error that a rerun would meet again
+
+HEADLINE = ("i2t_r1", "t2i_r1")  # of a tower's scores: recall over all captions
+LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
+LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner")
+
+
+def tell_job(name: str, text: str = "") -> None:
+    """Leave a file in the folder that the job script has named, if there is one. Nothing depends on whether it can."""
+    if folder := os.environ.get("LLM2CLIP_JOB_DIR"):
+        with suppress(OSError):
+            Path(folder, name).write_text(text + "\n", encoding="utf-8")
+
+
+def headline(scores: Iterable[str]) -> list[str]:
+    """The names of the scores to show: those of all captions, all names where there are none (stage 1)."""
+    names = list(scores)
+    return [name for name in names if name in HEADLINE] or names
+
+
+def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """For run.json: the words of the ``llm2clip`` command, its launcher's command line if it has one, ranks, folder."""
+    return {
+        "words": [command, *words],
+        "launcher": _launcher(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "folder": os.getcwd(),
+    }
+
+
+def again(command: dict[str, Any]) -> str:
+    """The shell command that goes on, from ``started_by``; "" if nothing was recorded.
+
+    ``--resume PATH`` is left out: it would go back again.
+    """
+    words, folder, ranks = command.get("words"), command.get("folder"), command.get("ranks", 1)
+    if not words:
+        return ""
+    line = shlex.join(_without_resume(command.get("launcher") or ["llm2clip", *words]))
+    if folder and folder != os.getcwd():
+        line = f"cd {shlex.quote(folder)} && {line}"
+    if ranks > 1 and not command.get("launcher"):
+        line += f"  # on {ranks} ranks: under the launcher that started it"
+    return line
+
+
+def _without_resume(words: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if not skip and name not in ("--resume", "--resume-from-checkpoint"):
+            kept.append(word)
+        skip = name in ("--resume", "--resume-from-checkpoint") and "=" not in word
+    return kept
+
+
+def _launcher() -> list[str]:
+    """The command line of the launcher above this process; [] without one, or without psutil."""
+    if os.environ.get("WORLD_SIZE") is None:
+        return []
+    try:
+        import psutil  # comes with DeepSpeed
+    except ModuleNotFoundError:
+        return []
+    found: list[str] = []
+    try:
+        for parent in psutil.Process().parents():
+            words = parent.cmdline()
+            program = next((i for i, word in enumerate(words[:3]) if Path(word).name in LAUNCHERS), None)
+            if program is not None:
+                found = [Path(words[program]).name, *words[program + 1 :]]
+            elif len(words) > 2 and words[1] == "-m" and words[2] in LAUNCHER_MODULES:
+                found = ["python", *words[1:]]
+    except psutil.Error:  # a parent has ended meanwhile
+        pass
+    return found  # of the outermost one
+
+
+# Plugins: a folder with one file per member, discovered by importing them all.
+
+
+def discover(package: str, attribute: str) -> dict[str, Any]:
+    """``attribute`` of every module in the folder of ``package``, by its ``name``, in the order of the file names.
+
+    A module without the attribute is a helper of the others and is skipped. Raises ValueError if two members share a
+    name.
+    """
+    members: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        member = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, None)
+        if member is None:
+            continue
+        if member.name in members:
+            raise ValueError(f"two files in {package} define {attribute}.name {member.name!r}; rename one of them")
+        members[member.name] = member
+    return members
+
+
+def literals(package: str, attribute: str) -> dict[str, dict[str, Any]]:
+    """What ``discover`` finds, as the literal arguments of each ``attribute = Kind(name="...", ...)``, by ``name``.
+
+    Only ``package`` itself is imported: for texts of --help about members whose modules import much.
+    """
+    members: dict[str, dict[str, Any]] = {}
+    for folder in importlib.import_module(package).__path__:
+        for file in sorted(Path(folder).glob("[!_]*.py")):
+            for node in ast.parse(file.read_bytes()).body:
+                if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+                    continue
+                values: dict[str, Any] = {
+                    str(word.arg): word.value.value
+                    for word in node.value.keywords
+                    if isinstance(word.value, ast.Constant)
+                }
+                if ast.unparse(node.targets[0]) == attribute and "name" in values:
+                    members[values["name"]] = values
+    return members

@@ -1,1 +1,0 @@
-"""Options of the commands: one vocabulary, from the words of a command line to settings, and the text of --help."""

@@ -1,0 +1,393 @@
+"""A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import llm2clip_plugin
+from llm2clip_plugin.console import each_in_phase, in_phase, loaded, phase
+from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity, remedy_of
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.tars import data_folder
+from llm2clip_plugin.files import headline, read_json_value
+from llm2clip_plugin.stages.settings import TrainingConfig, flat, refuse_changes
+from llm2clip_plugin.text.teacher import embed_command
+from llm2clip_plugin.train.checkpoint import (
+    RESUME_AUTO,
+    Checkpoints,
+    Loaded,
+    TrainState,
+    check_space,
+    checkpoint_bytes,
+    load,
+)
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
+from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
+from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
+from llm2clip_plugin.train.errors import FirstRankError, StoppedError, StopRequest
+from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
+from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
+from llm2clip_plugin.train.optim import Trained, parameter_groups
+from llm2clip_plugin.train.reference import MovingAverage, Twin
+from llm2clip_plugin.train.reports import Queue
+from llm2clip_plugin.train.step import Batch
+from llm2clip_plugin.vision.export import library_versions
+
+# What the ranks of a training run must have in common before its first step.
+
+# Settings that may differ between hosts: where things are (what is there is compared instead), and how many processes
+# load, which follows a host's cores.
+PLACES = (
+    "output_dir",
+    "resume",
+    "deepspeed",
+    "plan",
+    "data.path",
+    "data.cache",
+    "data.validation",
+    "data.validation_cache",
+    "data.clip_cache",
+    "data.validation_clip_cache",
+    "start",
+    "data.read.images",
+    "data.read.cache_folder",
+    "data.read.cache_gb",
+    "pairs.data",
+    "pairs.read.images",
+    "pairs.read.cache_folder",
+    "pairs.read.cache_gb",
+    "tower.path",
+    "encoder.llm",
+    "encoder.adapter",
+    "start_adapters",
+    "train.dataloader_num_workers",
+)
+ADVICE = {  # first word of a fact -> what to do
+    "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
+    "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",
+    "data": "every host must read the same data and caches: copy them again, or use a shared folder",
+    "setting": "start every rank with the same command",
+    "DeepSpeed": "every host must read the same DeepSpeed configuration",
+    "version": "install the same environment on every host",
+}
+
+
+def run_facts(
+    settings: Mapping[str, Any], deepspeed: Mapping[str, Any], data: Mapping[str, str], *, total_steps: int
+) -> dict[str, str]:
+    """This rank's settings, DeepSpeed configuration, digests of its data, and versions."""
+    own = {f"data {name}": digest for name, digest in data.items()}
+    own["setting total steps"] = str(total_steps)
+    for name, value in flat(dict(settings)):
+        if not any(name == place or name.startswith(f"{place}.") for place in PLACES):
+            own[f"setting {name}"] = json.dumps(value)
+    own |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(dict(deepspeed))}
+    return own | {f"version of {name}": version for name, version in versions().items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that train, and a digest of this package's files: its version may lag behind them."""
+    own = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
+    own["llm2clip-plugin"] += f" ({_code_digest()})"
+    return own
+
+
+@lru_cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    folder = Path(llm2clip_plugin.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+RERUN = "rerun the same command"
+
+
+@contextmanager
+def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
+    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 and determinism as
+    the run sets them."""
+    if train.full_determinism:
+        set_full_determinism()
+    device = start_ranks(train.ddp_timeout)
+    if train.precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
+    set_tf32(train.tf32, train.precision, device)
+    with watched(straggler_seconds=train.straggler_seconds, timeout=train.ddp_timeout):
+        yield device
+
+
+def plan_engine(
+    config: TrainingConfig, train: TrainConfig, optim: OptimConfig, *, samples: int, world: int, hidden_size: int
+) -> tuple[EnginePlan, dict[str, Any]]:
+    """The run in DeepSpeed's terms, and the configuration that DeepSpeed gets.
+
+    ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
+    equally, or a DeepSpeed JSON that contradicts the run.
+    """
+    _, micro, accumulation = train.rows(world)
+    steps = train.steps(samples)
+    plan = EnginePlan(
+        global_batch=train.global_batch,
+        micro_batch=micro,
+        accumulation=accumulation,
+        precision=train.precision,
+        optim=optim,
+        warmup_steps=optim.warmup(steps),
+        total_steps=steps,
+        hidden_size=hidden_size,
+        communication_data_type=train.communication_data_type,
+        report_to=train.report_to,
+        output_dir=config.output_dir,
+        run_name=Path(config.output_dir).name,
+    )
+    where = config.deepspeed or "the run"
+    deepspeed = complete(read_deepspeed_json(config.deepspeed), plan, where=where)
+    check_deepspeed(deepspeed, where)
+    return plan, deepspeed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A run's folder and settings, and the checkpoint that it resumes from."""
+
+    config: TrainingConfig
+    config_hash: str
+    train: TrainConfig
+    optim: OptimConfig
+    run_settings: dict[str, Any]  # what a checkpoint is compared with: the configuration, and what it was applied to
+    teacher: dict[str, Any]  # TeacherIdentity as a dict; {} in stage 1
+    total_steps: int
+    deepspeed: dict[str, Any]  # DeepSpeed's configuration
+    data: dict[str, str]  # digests of data and caches, which all ranks must have in common
+    command: dict[str, Any] = field(default_factory=dict)  # run_files.started_by; {}: called from Python
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.output_dir)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this run's folder."""
+        return Checkpoints(self.folder, keep=self.train.save_total_limit)
+
+    def find_checkpoint(self) -> Loaded | None:
+        """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call this.
+
+        Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
+        """
+        path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
+        self._agree(path)
+        if path is None:
+            return None
+        loaded = load(path)
+        refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
+        state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
+        return dataclasses.replace(loaded, state=state)
+
+    def _agree(self, path: Path | None) -> None:
+        """Compare with the other ranks what this one is about to train from."""
+        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
+        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
+        if path is not None:
+            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
+        refuse_disagreement(start | facts, ADVICE)
+
+    def check_space(
+        self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True, twin: bool = False
+    ) -> None:
+        """Raise OSError if the disk of the run's folder has no space for a checkpoint. Every rank must call this."""
+        averages = bool(self.train.ema_decay) + twin
+        needed = checkpoint_bytes(module, trained, self.optim, averages=averages, keep_frozen=keep_frozen)
+        on_first_rank(lambda: check_space(self.folder, needed, fallback=self.train.save_fallback_dir))
+
+    def make_engine(
+        self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
+    ) -> Engine:
+        """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
+        groups = parameter_groups(trained, self.optim.weight_decay)
+        engine = Engine(module, groups, self.optim, self.deepspeed, keep_frozen=keep_frozen)
+        if resumed is not None:
+            engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
+        return engine
+
+    def start_state(self, resumed: Loaded | None) -> TrainState:
+        """Where training starts; checkpoints that it does not continue from are moved aside."""
+        moved = on_first_rank(lambda: self.checkpoints.move_aside(resumed.path if resumed else None))
+        if moved and rank() == 0:
+            start = f"resuming from {resumed.path}" if resumed else "starting over"
+            again = "" if self.config.resume == RESUME_AUTO else "; rerun without --resume, or this happens again"
+            print(f"warning: {start}: {moved}{again}", file=sys.stderr)
+        return self.new_state() if resumed is None else resumed.state
+
+    def new_state(self) -> TrainState:
+        """Before the first step."""
+        return TrainState(
+            step=0, samples=0, config=self.run_settings, config_hash=self.config_hash, seed=self.train.seed
+        )
+
+    def train_to_end(
+        self,
+        engine: Engine,
+        state: TrainState,
+        *,
+        step: StepFunction,
+        batches: Iterator[Batch],
+        evaluate: Evaluate | None,
+        before: Evaluate | None = None,
+        heads: Sequence[dict[str, float]] = (),
+        stop: StopRequest,
+        average: MovingAverage | None = None,
+        twin: Twin | None = None,
+        queue: Queue | None = None,
+    ) -> TrainState:
+        """Run the training loop and record its start and end in run.json; returns the state at its end.
+
+        ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
+        heads before it, to be reported. Raises StoppedError on every rank if it was stopped before its end.
+        """
+        loaded()
+        self.record(state)
+        if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
+            print(f"note: {note}", file=sys.stderr)
+        state = self._run_loop(
+            LoopParts(
+                step=in_phase("forward and backward", step),
+                batches=each_in_phase("data", batches, first_step=state.step + 1),
+                engine=engine,
+                average=average,
+                twin=twin,
+                checkpoints=self.checkpoints,
+                evaluate=in_phase("evaluation", evaluate) if evaluate else None,
+                before=in_phase("evaluation before training", before) if before else None,
+                heads=heads,
+                train=self.train,
+                optim=self.optim,
+                total_steps=self.total_steps,
+                run_folder=self.folder,
+                state=state,
+                stop=stop,
+                queue=queue,
+            )
+        )
+        self.record(state)
+        if state.step < self.total_steps:
+            raise StoppedError(f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}")
+        if rank() == 0 and (line := before_and_after(state.before, state.metrics)):
+            print(line)
+        return state
+
+    def _run_loop(self, parts: LoopParts) -> TrainState:
+        """``run_loop``, whose errors say what is kept."""
+        try:
+            return run_loop(parts)
+        except FirstRankError:
+            raise
+        except (ValueError, OSError) as error:
+            if RERUN in str(error):
+                raise
+            newest = self.checkpoints.latest()
+            kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{error}{remedy_of(error)}\n{kept}; when this is fixed, {RERUN} to resume") from error
+
+    def write_result(self, write: Callable[[], object]) -> None:
+        """Call ``write`` on rank 0; all ranks wait.
+
+        Raises OSError or ValueError from ``write`` on every rank; the run's last checkpoint stays.
+        """
+        with phase("export"):
+            on_first_rank(lambda: self._write_result(write))
+
+    def _write_result(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise OSError(
+                f"the run is complete, but its result could not be written: {error}. Its last checkpoint is in "
+                f"{self.checkpoints.folder}; rerun the same command to write the result"
+            ) from error
+
+    def record(self, state: TrainState) -> None:
+        """Write run.json, on rank 0. Every rank must call this."""
+        record = RunRecord(
+            config=dataclasses.asdict(self.config),
+            config_hash=self.config_hash,
+            teacher=self.teacher,
+            step=state.step,
+            samples=state.samples,
+            finished=state.step >= self.total_steps,
+            metrics=state.metrics,
+            before=state.before,
+            total_steps=self.total_steps,
+            epoch_samples=int(self.run_settings.get("samples", 0)),
+            command=self.command,
+            versions=library_versions(),
+        )
+        on_first_rank(lambda: record.write(self.folder / RunRecord.FILE))
+
+
+def warmup_note(optim: OptimConfig, total_steps: int) -> str:
+    """What to say of a run that ends before its learning rate has reached its peak; "" for any other."""
+    warmup = optim.warmup(total_steps)
+    if not 0 < total_steps <= warmup:
+        return ""
+    reached = optim.lr * total_steps / warmup
+    return (
+        f"all {total_steps} steps are warm-up ({warmup} steps): the learning rate ends at {reached:.3g}, below its "
+        f"peak {optim.lr:.3g}; train longer, or set --warmup-ratio 0.1"
+    )
+
+
+def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """One line with the scores before training and now: of all captions, or of every part if there is no total."""
+    names = headline(name for name in after if name in before)
+    if before == after:  # a run without steps
+        values = [f"{name} {after[name]:.3f}" for name in names]
+        return f"held-out scores: {', '.join(values)}" if values else ""
+    changes = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names]
+    return f"held-out scores, before -> after: {', '.join(changes)}" if changes else ""
+
+
+# The embedding caches next to data: those of LLMs, and those of the text towers of CLIPs.
+
+
+def caches_next_to(folder: Path, *, of_clip: bool) -> list[str]:
+    """The ``embeddings-*`` folders in the folder of the data: those of LLMs, or those of the text towers of CLIPs."""
+    found = []
+    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
+        body = read_json_value(path)
+        teacher = body.get("teacher") if isinstance(body, dict) else None
+        if (isinstance(teacher, dict) and teacher.get("pooling") == PROJECTED) is of_clip:
+            found.append(str(path.parent))
+    return found
+
+
+def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None) -> str:
+    """The only ``embeddings-*`` folder of an LLM next to the data; ``teacher``: for the message, if it is known.
+
+    Raises FileNotFoundError if there is none, ValueError if there are several.
+    """
+    folder = data_folder(source.path)
+    caches = caches_next_to(folder, of_clip=False)
+    if not caches:
+        raise FileNotFoundError(
+            f"no embedding cache (embeddings-*) in {folder}; create it: {embed_command(source.path, source, teacher)}"
+        )
+    if len(caches) > 1:
+        raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --cache")
+    return caches[0]

@@ -1,0 +1,575 @@
+"""A watch over all ranks: who is late and in which phase, and an end for all of them within seconds if one fails.
+
+Every rank sends a sign of life through the process group's store. Rank 0 reads them and names the late ones; the late
+rank prints where it is. Two threads a rank: one talks to the store and may be blocked by it (rank 0 can host it, and be
+the one that is stopped), one only looks at what the other has read. Both are daemons and wait in no collective, so they
+delay no exit. A sign of life is about a hundred bytes every few seconds.
+
+Why an error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
+reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import llm2clip_plugin.console as phases
+from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.files import LOCK
+from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
+from llm2clip_plugin.train.distributed import (
+    barrier,
+    broadcast_object,
+    gather_objects,
+    on_first_rank,
+    process_group,
+    rank,
+    world_size,
+)
+from llm2clip_plugin.train.errors import (
+    DisagreementError,
+    FirstRankError,
+    RankFailedError,
+    SameOnAllRanksError,
+    StoppedError,
+    lost_rank,
+)
+
+GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
+TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
+SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
+NAMED = 4  # late ranks that are named in detail
+WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
+WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
+
+
+@contextmanager
+def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
+    """Watch the ranks inside the block; every rank must enter it. Nothing happens with one rank.
+
+    straggler_seconds: a rank that makes no progress for so long is named; 0: never. timeout: after so many seconds
+    without a sign of life of one rank, all end with exit status 1. An exception that leaves the block ends all ranks;
+    where it was only the consequence of another rank's, it becomes a RankFailedError that names that one.
+    """
+    if world_size() == 1:
+        yield
+        return
+    watch = Watch(straggler_seconds=straggler_seconds, timeout=timeout)
+    watch.start()
+    try:
+        yield
+    except StoppedError:
+        raise
+    except (SameOnAllRanksError, FirstRankError):
+        watch.end_within(GRACE)
+        raise
+    except BaseException as error:
+        other = watch.failed(error)
+        if other:
+            raise RankFailedError(other) from error
+        raise
+    finally:
+        watch.stop()
+
+
+@contextmanager
+def watched_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size) of the launcher's processes, which form a group and watch each other inside the block."""
+    with process_group() as ranks, watched(straggler_seconds=STRAGGLER_SECONDS, timeout=DDP_TIMEOUT):
+        yield ranks
+
+
+class Rank:
+    """What is known of a rank."""
+
+    def __init__(self, number: int, beat: dict[str, Any]) -> None:
+        self.number = number
+        self.beat = beat  # its latest sign of life, see Watch._beat
+        self.heard = time.monotonic()  # when that came
+        self.silence_told = 0.0  # seconds of silence that were reported
+
+    def update(self, beat: dict[str, Any]) -> None:
+        """Its newest sign of life, which may be the old one."""
+        if beat != self.beat:
+            self.beat, self.heard = beat, time.monotonic()
+
+    def __str__(self) -> str:
+        return f"rank {self.number} ({self.beat['host']}, pid {self.beat['pid']})"
+
+    @property
+    def doing(self) -> str:
+        """``data of step 7``."""
+        return self.beat["phase"] + (f" of step {self.beat['step']}" if self.beat["step"] else "")
+
+
+class Watch:
+    """The threads of one rank. ``start`` and the rest are called by its main thread."""
+
+    def __init__(self, *, straggler_seconds: float, timeout: float) -> None:
+        self.straggler_seconds, self.timeout = straggler_seconds, timeout
+        self.interval = max(0.2, min(SLOWEST_BEAT, (straggler_seconds or timeout) / 5))
+        self.rank = rank()
+        self.others: dict[int, Rank] = {}  # those that this rank watches
+        self.answered = time.monotonic()  # when the store last answered
+        self._gone = math.inf  # since when it has refused connections
+        self.failure = ""  # of another rank, as it published it
+        self.deadline = math.inf  # when this process ends, whatever its main thread does
+        self._beats = 0
+        self._outbox: list[tuple[str, str]] = []  # keys and values that _talk sends
+        self._lateness_told: dict[int, float] = {}  # number of a phase -> seconds of lateness that were reported
+        self._main = threading.get_ident()
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, daemon=True, name=work.__name__) for work in (self._talk, self._look)
+        ]
+
+    def start(self) -> None:
+        """Begin to watch."""
+        # a store of its own: a blocked request of one client blocks the client's other requests
+        store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
+        self.store.set_timeout(timedelta(seconds=30))
+        # rank 0 watches all, rank 1 watches rank 0
+        watches = range(1, world_size()) if self.rank == 0 else [0] if self.rank == 1 else []
+        for number, beat in enumerate(gather_objects(json.loads(self._beat()))):
+            if number in watches:
+                self.others[number] = Rank(number, beat)
+        self.store.set(f"beat/{self.rank}", self._beat())
+        barrier()  # all beats are there
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop watching, unless this process is to end."""
+        if self.deadline == math.inf:
+            self._stopped.set()
+
+    def failed(self, error: BaseException) -> str:
+        """Publish this rank's error; returns what to say instead if it follows from another rank's."""
+        self.end_within(GRACE)
+        if isinstance(error, RuntimeError) and lost_rank(error):
+            return self._published()
+        name = f"rank {self.rank} on {socket.gethostname()} failed in phase {_doing()}"
+        text = f"{name}: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # the store's host may be gone
+            self.store.set("failed", text)
+        return ""
+
+    def _published(self) -> str:
+        """The error that another rank publishes within three seconds, "" if none does."""
+        until = time.monotonic() + 3.0
+        while not self.failure and time.monotonic() < until:
+            with contextlib.suppress(RuntimeError):  # the store's host may be gone
+                if self.store.check(["failed"]):
+                    self.failure = self.store.get("failed").decode()
+            time.sleep(0.1)
+        return self.failure
+
+    def end_within(self, seconds: float) -> None:
+        """End this process so many seconds from now, if it still runs."""
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def _beat(self) -> str:
+        now, frame = phases.current(), sys._current_frames().get(self._main)
+        self._beats += 1
+        return json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "phase": now.name,
+                "step": now.step,
+                "number": now.number,
+                "seconds": time.monotonic() - now.since,
+                "waits": waits(frame),
+                "beat": self._beats,
+            }
+        )
+
+    def _talk(self) -> None:
+        """Send signs of life and read those of others; may block for long."""
+        while not self._stopped.wait(self.interval):
+            try:
+                self.store.set(f"beat/{self.rank}", self._beat())
+                keys = [f"beat/{number}" for number in self.others]
+                for number, beat in zip(self.others, self.store.multi_get(keys) if keys else [], strict=True):
+                    self.others[number].update(json.loads(beat))
+                while self._outbox:
+                    self.store.set(*self._outbox.pop())
+                if self.store.check(["failed"]):
+                    self.failure = self.failure or self.store.get("failed").decode()
+                if self.store.check([f"where/{self.rank}"]) and self.store.delete_key(f"where/{self.rank}"):
+                    self._print_stack()
+                self.answered, self._gone = time.monotonic(), math.inf
+            except dist.DistNetworkError:
+                self._gone = min(self._gone, time.monotonic())
+            except dist.DistStoreError:  # it is slow, or its process is stopped: `answered` stays old
+                continue
+
+    def _look(self) -> None:
+        """Name late ranks, end this process if it must end."""
+        checked_at = time.monotonic()
+        while not self._stopped.wait(self.interval / 2):
+            now = time.monotonic()
+            if now - checked_at > self.interval + 1:  # this process itself was stopped: what it knows is old
+                self.answered = now
+                for other in self.others.values():
+                    other.heard = now
+            checked_at = now
+            self._end_if_due(now)
+            if self.straggler_seconds and not self.failure:
+                self._name_silent(now)
+                if self.rank == 0:
+                    self._name_late()
+
+    def _end_if_due(self, now: float) -> None:
+        silent = next((other for other in self.others.values() if now - other.heard > self.timeout), None)
+        if silent is not None and not self.failure:
+            self.failure = f"{silent} has sent no sign of life for {now - silent.heard:.0f} s"
+            self._outbox.append(("failed", self.failure))
+        elif now - self.answered > self.timeout and not self.failure:
+            self.failure = f"the store of the process group has not answered for {now - self.answered:.0f} s"
+        elif now - self._gone > GRACE and not self.failure:
+            self.failure = "the process that holds the group's store (rank 0, or torchrun on its host) has ended"
+        if self.failure and self.deadline == math.inf:
+            self.end_within(GRACE)
+            if self.rank == 0 or (self.rank == 1 and silent is not None):
+                _say(f"{self.failure}; ending all ranks")
+        if now > self.deadline + (TO_WRITE if phases.current().name == phases.CHECKPOINT else 0.0):
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _name_silent(self, now: float) -> None:
+        """Ranks whose process does not run."""
+        limit = max(self.straggler_seconds, 3 * self.interval)
+        for other in self.others.values():
+            silence = now - other.heard
+            if silence > max(limit, 2 * other.silence_told):
+                other.silence_told = silence
+                _say(
+                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.doing}: "
+                    "its process is stopped, or its host is down or cut off"
+                )
+            elif other.silence_told and silence < limit:
+                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.doing}")
+                other.silence_told = 0.0
+
+    def _name_late(self) -> None:
+        """Ranks that run, but make no progress and wait for nobody; of these, the ones that are furthest behind."""
+        own = Rank(0, json.loads(self._beat()))
+        ranks = [own, *self.others.values()]
+        stuck = [one for one in ranks if one.beat["seconds"] > self.straggler_seconds and not one.beat["waits"]]
+        behind = min((one.beat["number"] for one in stuck), default=0)
+        late = [one for one in stuck if one.beat["number"] == behind]
+        seconds = min((one.beat["seconds"] for one in late), default=0.0)
+        if not late or seconds < max(self.straggler_seconds, 2 * self._lateness_told.get(behind, 0.0)):
+            return
+        self._lateness_told = {behind: seconds}
+        named = ", ".join(map(str, late[:NAMED])) + (f" and {len(late) - NAMED} more" if len(late) > NAMED else "")
+        has = "has" if len(late) == 1 else "have"
+        _say(f"late: {named} {has} been in phase {late[0].doing} for {seconds:.0f} s")
+        for one in late[:NAMED]:
+            if one.number == 0:
+                self._print_stack()
+            else:
+                self._outbox.append((f"where/{one.number}", ""))
+
+    def _print_stack(self) -> None:
+        stack = "".join(traceback.format_stack(sys._current_frames().get(self._main)))
+        _say(f"rank {self.rank} is in phase {_doing()}; its main thread:\n{stack}")
+
+
+def _doing() -> str:
+    """``data of step 7``."""
+    now = phases.current()
+    return now.name + (f" of step {now.step}" if now.step else "")
+
+
+def _say(text: str) -> None:
+    """Print to stderr, apart from a progress bar's line."""
+    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether the innermost Python function of a thread waits for other ranks. Kernels of NCCL are not seen."""
+    if frame is None:
+        return False
+    code = frame.f_code
+    return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
+
+
+# Before the first step, all ranks compare what they must have in common; one message names what differs, and where.
+
+SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
+LISTED = 12  # differing facts that a message lists
+HOSTS = 4  # groups of ranks that a fact's line lists
+
+Facts = Mapping[str, str]  # what is compared -> this rank's value
+
+
+def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
+    """Compare the facts of all ranks; every rank must call this.
+
+    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
+    value and the hosts and ranks that have it.
+    """
+    digests = gather_objects(sha256_text(canonical_json(dict(facts))))
+    if len(set(digests)) == 1:
+        return
+    raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
+
+
+def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) -> str:
+    """The message about the facts of all ranks, given as (host, facts) in order of rank."""
+    names = dict.fromkeys(name for _, facts in ranks for name in facts)
+    differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
+    lines, advised = [], set()
+    for name in differing[:LISTED]:
+        holders: dict[str, list[int]] = {}
+        for number, (_, facts) in enumerate(ranks):
+            holders.setdefault(facts.get(name, "absent"), []).append(number)
+        groups = [f"{value} on {_where(numbers, ranks)}" for value, numbers in holders.items()]
+        more = f"; {len(groups) - HOSTS} other values" if len(groups) > HOSTS else ""
+        lines.append(f"  {name}: {'; '.join(groups[:HOSTS])}{more}")
+        advised.add(advice.get(name.split()[0], ""))
+    if len(differing) > LISTED:
+        lines.append(f"  and {len(differing) - LISTED} more")
+    return "\n".join(["the ranks disagree before the first step:", *lines, *sorted(advised - {""})])
+
+
+def _where(numbers: list[int], ranks: Sequence[tuple[str, Facts]]) -> str:
+    """``node-1 (ranks 0-7), node-2 (rank 8)``."""
+    hosts: dict[str, list[int]] = {}
+    for number in numbers:
+        hosts.setdefault(ranks[number][0], []).append(number)
+    shown = [f"{host} (rank{'s' if len(own) > 1 else ''} {_ranges(own)})" for host, own in hosts.items()]
+    return ", ".join(shown[:HOSTS]) + (f" and {len(shown) - HOSTS} more hosts" if len(shown) > HOSTS else "")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as ``0-3, 6``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def shared_folder(folder: Path) -> str:
+    """Whether this rank sees what rank 0 writes into ``folder``, as a fact; every rank must call this.
+
+    Raises OSError on rank 0 if it cannot write there.
+    """
+    if world_size() == 1:
+        return "shared"
+    name = broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
+    failure = None
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:
+            failure = f"cannot write in --output {folder}: {error.strerror}"
+    failure = broadcast_object(failure)
+    if failure:
+        raise OSError(failure)
+    seen = _appears(folder / name)
+    gather_objects(seen)  # all have looked
+    if rank() == 0:
+        (folder / name).unlink(missing_ok=True)
+    return "shared with rank 0" if seen else f"{folder.absolute()} lacks a file that rank 0 has just written"
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or appears while an NFS client refreshes its view of the folder."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def readable_checkpoint(path: Path, state_file: str) -> str:
+    """A checkpoint as this rank reads it: the digest of its state, and the sizes of its files."""
+    if not _appears(path / state_file):
+        return f"{path.name} is missing"
+    try:
+        digest = hashlib.sha256((path / state_file).read_bytes()).hexdigest()
+        sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
+        for name in sizes:
+            with open(path / name, "rb") as file:
+                file.read(8)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return f"{path.name} {digest[:12]}, {', '.join(f'{name} {size} bytes' for name, size in sizes.items())}"
+
+
+# One training at a time in a run folder: ``run.lock``, held by rank 0, says who.
+
+LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The content of ``run.lock``."""
+
+    host: str
+    pid: int
+    started: float  # of the process, in seconds since the epoch: a pid is used again
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"process {self.pid} on {self.host}, started {since}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. A folder that was
+    created here and is empty at the end is removed.
+
+    Raises OSError on every rank if another process trains in the folder, or if it cannot be written.
+    """
+    held: list[tuple[bool, int]] = []
+    on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            existed, descriptor = held.pop()
+            release(folder, descriptor)
+            if not existed:
+                with suppress(OSError):  # what it holds stays
+                    folder.rmdir()
+
+
+def acquire(folder: Path, *, patience: float = LEASE) -> int:
+    """Take the lock; returns its open descriptor. Raises OSError. patience: seconds to wait for another host's."""
+    path, deadline, reported = folder / LOCK, time.monotonic() + patience, False
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # each time: a refused run removes the folder that it made
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FileExistsError(f"--output {folder} is a file, or below one; choose a folder") from error
+        except OSError as error:
+            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
+        try:
+            return _lock(descriptor, path)
+        except BlockingIOError:
+            holder = _holder(path)
+            os.close(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        same_host = holder is not None and holder.host == socket.gethostname()
+        if same_host or time.monotonic() > deadline:
+            raise FileExistsError(
+                f"{folder} is in use by {holder or 'another process'} ({path}): wait for its end, stop it, or choose "
+                f"another --output. If that host is down, delete {path}"
+            )
+        if holder is not None and not reported:
+            print(f"{folder} is locked by {holder}; waiting up to {patience:.0f} s for that host", file=sys.stderr)
+            reported = True
+        time.sleep(0.2)  # without a holder: another process is just starting or ending
+
+
+def release(folder: Path, descriptor: int) -> None:
+    """Give the lock back and remove its file."""
+    (folder / LOCK).unlink(missing_ok=True)  # before the lock ends, so never the next holder's
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> int:
+    """Lock and sign the file; BlockingIOError if another process holds it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError from error
+        if error.errno not in NO_LOCKS:
+            raise
+        _check_holder(path)
+    if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+        raise BlockingIOError  # its holder removed it meanwhile
+    me = Holder(host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time())
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(asdict(me)).encode(), 0)
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(f"cannot write in --output {path.parent}: {error.strerror}") from error
+    return descriptor
+
+
+def _check_holder(path: Path) -> None:
+    """Without locks: BlockingIOError if the file names a living process of this host, a warning for another host."""
+    holder = _holder(path)
+    if holder is None:
+        return
+    if holder.host != socket.gethostname():
+        print(
+            f"warning: {path} names {holder}, and this file system has no locks: make sure that it has ended",
+            file=sys.stderr,
+        )
+        return
+    try:
+        alive = abs(psutil.Process(holder.pid).create_time() - holder.started) < 1
+    except psutil.NoSuchProcess:
+        return
+    if alive and holder.pid != os.getpid():
+        raise BlockingIOError
+
+
+def _holder(path: Path) -> Holder | None:
+    """Who the file names; None for an empty or damaged one."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+# Weights that are NaN or infinite, found before the first step and named.
+
+CHECKED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
+    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read from.
+
+    One pass over the weights, .6 s of a CPU for a billion.
+    """
+    for name, value in module.state_dict().items():
+        if value.dtype not in CHECKED or not value.numel():
+            continue
+        low, high = torch.aminmax(value.detach())  # NaN in both if there is one; isfinite takes 17 times as long
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite, so training cannot start "
+                "from it; restore the file, or start from another one"
+            )

@@ -1,0 +1,266 @@
+"""Read the tensors of a checkpoint file or folder without running any code in it."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llm2clip_plugin.files import ContractError, read_header
+from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, fetch_directory, read_json
+from llm2clip_plugin.vision.families import family_of, read_config
+from llm2clip_plugin.vision.family import RESAMPLE, Tower, check_preprocessor
+
+# Image preprocessing of a tower, as a CLIPImageProcessor's configuration, which is what LLaVA reads.
+
+INHERITED = ("image_mean", "image_std", "resample")  # from the source's own preprocessor_config.json
+UNNORMALIZED = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
+
+
+def own_preprocessor(directory: Path) -> dict[str, Any]:
+    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
+
+    Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1.
+    Raises ContractError for a value that no image processor can use.
+    """
+    if not (directory / PREPROCESSOR_FILE).is_file():
+        return {}
+    body = read_json(directory / PREPROCESSOR_FILE)
+    check_preprocessor(body, where=str(directory / PREPROCESSOR_FILE))
+    own = {name: body[name] for name in INHERITED if name in body}
+    return own | (UNNORMALIZED if body.get("do_normalize") is False else {})
+
+
+def check_crop(directory: Path, image_size: int) -> None:
+    """Check a tower directory's preprocessor_config.json, which LLaVA uses as it is.
+
+    Raises ContractError for a value that no image processor can use, or a crop other than the tower's image size.
+    """
+    path = directory / PREPROCESSOR_FILE
+    own_preprocessor(directory)
+    for name in ("crop_size", "size"):
+        sizes = read_json(path).get(name)
+        values = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
+        if values != {image_size}:
+            raise ContractError(
+                f"{path}: {name} is {sizes}, but the tower's images have {image_size} pixels a side; copy or export "
+                "the tower again"
+            )
+
+
+def preprocessor_config(source: Tower | str | os.PathLike[str]) -> dict[str, Any]:
+    """preprocessor_config.json for a tower or a tower directory.
+
+    Mean, standard deviation and resampling are those of the source's own file or configuration, else the family's; the
+    crop is the tower's image size, because SigLIP's and DINOv2's own files have no ``crop_size`` or another size.
+    """
+    if isinstance(source, nn.Module):
+        tower: Tower = source
+        family, config, own = family_of(tower), tower.config, getattr(tower, "own_preprocessor", {})
+    else:
+        directory = fetch_directory(source)
+        (family, config), own = read_config(directory), own_preprocessor(directory)
+    own = {name: value for name, value in config.to_dict().items() if name in INHERITED and value} | own
+    size = config.image_size
+    return {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(own.get("image_mean", family.mean)),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(own.get("image_std", family.std)),
+        "resample": own.get("resample", 3),  # PIL's bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+
+
+# The configuration of a checkpoint: the file next to it, with the user's --config on top.
+
+
+def config_in(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The configuration file in the folder of a checkpoint; {} without one.
+
+    Some repositories contain a model twice, in OpenCLIP's and in Hugging Face's layout, each with its own file.
+    """
+    is_open_clip = any(key.startswith("visual.") for key in state)
+    names = ("open_clip_config.json", "config.json") if is_open_clip else ("config.json",)
+    files = [path / name for name in names if (path / name).is_file()]
+    return read_json(files[0]) if files else {}
+
+
+def preprocessor_in(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Mean, deviation, filter of OpenCLIP's ``preprocess_cfg``, else of the folder's preprocessor_config.json."""
+    if "model_cfg" not in config:
+        return own_preprocessor(path)
+    values = section(config, "preprocess_cfg")
+    own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
+    if values.get("interpolation") in RESAMPLE:
+        own["resample"] = RESAMPLE[values["interpolation"]]
+    return own
+
+
+def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the fields of ``model_cfg``, where OpenCLIP's files on the Hub nest them, at the top."""
+    return {**config, **section(config, "model_cfg")}
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` overridden by ``above``, key by key in nested objects too."""
+    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
+
+
+def section(config: dict[str, Any], name: str, *, where: str = "config.json") -> dict[str, Any]:
+    """An object inside a JSON object, {} if it is absent or null; ContractError for anything else."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ContractError(f'{where}: "{name}" is {value!r}, expected an object')
+    return value or {}
+
+
+def vision_fields(config: Any) -> dict[str, Any]:
+    """OpenCLIP's ``vision_cfg`` for the configuration of a CLIP or EVA-CLIP tower."""
+    return {
+        "image_size": config.image_size,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "head_width": config.hidden_size // config.num_attention_heads,
+        "patch_size": config.patch_size,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+    }
+
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+SAFE_TORCH = (2, 6)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
+WRAPPERS = ("model", "module", "state_dict")  # of a training checkpoint, in the reference's order
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors, .pt, .pth or .bin file by name, without wrappers and ``module.`` prefixes.
+
+    Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix.
+    """
+    if path.suffix == ".safetensors":
+        return _strip_prefixes(_read_safetensors(path))
+    if path.suffix in PICKLE_SUFFIXES:
+        return _strip_prefixes(_only_tensors(_read_pickle(path), path))
+    raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+
+
+def read_tensor(path: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint file, None if it has no such tensor; errors as ``read_tensors``'.
+
+    Of a .safetensors file nothing else is read.
+    """
+    if path.suffix != ".safetensors":
+        return read_tensors(path).get(name)
+    if name not in read_header(path).entries:
+        return None
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint.
+
+    Raises FileNotFoundError if there is none, ContractError if several qualify.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return [directory / name]
+        if (directory / f"{name}.index.json").is_file():
+            return _shards(directory / f"{name}.index.json")
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
+    if not files:
+        raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
+    if len(files) > 1:
+        raise ContractError(
+            f"{directory} contains several checkpoints; choose one of {', '.join(p.name for p in files)}"
+        )
+    return files
+
+
+def check_pickles(directory: Path) -> None:
+    """Raise ContractError if a model's weights are only in a pickle that runs code, or is not safe to read."""
+    if any(directory.glob("model*.safetensors")):
+        return
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        read_tensors(path)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files listed in an index of shards."""
+    files = section(read_json(index), "weight_map", where=str(index)).values()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ContractError(f'{index} has no "weight_map" from tensors to files; download or copy it again')
+    return sorted({index.parent / Path(file).name for file in files})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ContractError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise ContractError(
+            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, fixed in 2.6); "
+            "import it in the training environment, or convert it to .safetensors"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ContractError(
+            f"{path} {_refusal(str(error))}; nothing in it was run. Use a .safetensors file of these weights, or, if "
+            "you trust this file, convert it to .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        if "TorchScript" in str(error):
+            raise ContractError(
+                f"{path} is a TorchScript archive, which is a program; use the same weights from the Hub, "
+                "for OpenAI's CLIP openai/clip-vit-*"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error
+
+
+def _refusal(reason: str) -> str:
+    """Why a pickle is refused, from torch's own reason, which is long and explains how to run it nevertheless.
+
+    >>> _refusal("Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default.")
+    'would run or construct argparse.Namespace'
+    """
+    name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", reason)
+    if name is None:
+        return "contains code or objects other than tensors, or is not a torch checkpoint"
+    return f"would run or construct {name[1]}"
+
+
+def _only_tensors(value: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict, which may be inside a training checkpoint such as {epoch, name, state_dict}."""
+    if not isinstance(value, dict):
+        raise ContractError(f"{path} contains a {type(value).__name__}, expected a dict of tensors")
+    value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), value)
+    if others := sorted(str(key) for key, item in value.items() if not isinstance(item, Tensor)):
+        raise ContractError(f"{path}: values of {others[:10]} are not tensors; expected a dict of tensors")
+    if not value:
+        raise ContractError(f"{path} contains no tensors")
+    return value
+
+
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes of DistributedDataParallel and torch.compile."""
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state

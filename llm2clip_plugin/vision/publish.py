@@ -1,0 +1,258 @@
+"""The README.md of a tower directory."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.vision.directory import TowerChecksums, check_card
+from llm2clip_plugin.vision.families import families
+
+# Where a tower's card says that weights are: a Hub id, or a local path, relative to the tower's folder if possible.
+
+TEACHER_ADAPTER = "teacher-adapter"  # folder in a tower directory: the adapter of its teacher, if it is portable
+TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
+
+
+def is_local(place: str) -> bool:
+    """Whether a place is a path of this machine, rather than a Hub id or the name of a model in a library."""
+    return place.startswith(("/", "~", "./", "../")) or place in (".", "..") or os.path.exists(place)
+
+
+def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
+    """The card as it is written into ``folder``: local paths made relative to it, absolute where only / is shared."""
+    return _replaced(card, lambda place: _relative(place, Path(folder)) if is_local(place) else place)
+
+
+def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
+    """The card that was read from ``folder``, its relative paths made absolute."""
+    return _replaced(card, lambda place: _absolute(place, Path(folder)))
+
+
+def published(card: TowerCard) -> TowerCard:
+    """The card without local paths: only the name of a folder is left of the weights', nothing of an adapter's that is
+    not in the directory."""
+    named = _replaced(card, lambda place: Path(place).expanduser().absolute().name if is_local(place) else place)
+    adapter = str(card.teacher.get("adapter", ""))
+    kept = (
+        {}
+        if (is_local(adapter) and adapter != f"./{TEACHER_ADAPTER}") or "adapter" not in card.teacher
+        else {"adapter": adapter}
+    )
+    return dataclasses.replace(named, teacher={k: v for k, v in named.teacher.items() if k != "adapter"} | kept)
+
+
+def _replaced(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
+    """The card with ``change`` applied to each place in it; "" stays."""
+
+    def changed(place: Any) -> Any:
+        return change(place) if isinstance(place, str) and place else place
+
+    teacher = {name: changed(value) if name in TEACHER_PLACES else value for name, value in card.teacher.items()}
+    return dataclasses.replace(card, origin=changed(card.origin), teacher=teacher)
+
+
+def _relative(place: str, folder: Path) -> str:
+    path, folder = Path(place).expanduser().absolute(), folder.expanduser().absolute()
+    if os.path.commonpath([path, folder]) == path.anchor:
+        return str(path)
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _absolute(place: str, folder: Path) -> str:
+    """``place``, from the folder if it is relative to it."""
+    if not place.startswith(("./", "../")):
+        return place
+    return os.path.normpath(folder.expanduser().absolute() / place)
+
+
+LICENSE = (
+    "## License",
+    "",
+    "Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM and from its "
+    "training data. Complete this section and `license` above before you publish it.",
+    "",
+)
+BEFORE = "before"  # of a card's training: scores before step 1
+
+
+def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+
+
+def beyond_llava(card: TowerCard) -> str:
+    """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
+    needs = families()[card.family].needs
+    pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
+    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment" if needs else ""
+
+
+def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
+    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it, and about texts."""
+    lines = [
+        f"{place}: {card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
+    ]
+    lines += [f"{place}: {reason}"] if (reason := beyond_llava(card)) else []
+    return "\n".join([*lines, *([f"{place}: {texts}"] if (texts := needs_for_texts(card)) else [])])
+
+
+def needs_for_texts(card: TowerCard) -> str:
+    """What encode_text needs in addition to the directory; "" for a tower without a teacher that has an adapter."""
+    if not card.teacher.get("adapter_sha256"):
+        return ""
+    llm, adapter = card.teacher.get("llm", ""), card.teacher.get("adapter", "")
+    if adapter == f"./{TEACHER_ADAPTER}":
+        return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
+    where = f"the adapter {adapter}" if adapter else "its adapter"
+    return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
+
+
+def _metrics(card: TowerCard) -> list[str]:
+    """The scores, next to those before training if these were measured."""
+    before = card.training.get(BEFORE, {})
+    if not card.metrics:
+        return []
+    if not before:
+        values = [(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())]
+        return ["## Metrics", "", *_table(values, ("metric", "value"))]
+    lines = [
+        "## Metrics",
+        "",
+        "On held-out data. Before: the start tower, frozen, with fitted projection and text adapter.",
+    ]
+    lines += ["", "| metric | before | after |", "|---|---|---|"]
+    for name, value in sorted(card.metrics.items()):
+        start = f"{before[name]:.4f}" if name in before else ""
+        lines.append(f"| {name} | {start} | {value:.4f} |")
+    return [*lines, ""]
+
+
+def model_card(card: TowerCard) -> str:
+    """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to use it."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-feature-extraction", "license: other"]
+    lines += ["tags:", "- llm2clip", "- vision", f"- {card.family}", "---", "", f"# LLM2CLIP tower ({card.family})", ""]
+    tokens = f"{card.num_patches} patches" + (" + 1 class token" if card.has_cls else ", no class token")
+    rows = [
+        ("started from", f"`{card.origin}`"),
+        ("image size", f"{card.image_size} px, patches of {card.patch_size} px: {tokens}"),
+        ("blocks x width", f"{card.num_layers} x {card.hidden_size}"),
+    ]
+    if "resized_from" in card.training:
+        rows.append(("positions interpolated from", f"{card.training['resized_from']} px"))
+    if card.projection_dim:
+        rows.append(("projection_dim", str(card.projection_dim)))
+    if needs := families()[card.family].needs:
+        rows.append(("additional requirement", f"`pip install '{needs}'`"))
+    if card.teacher:
+        name, width = card.teacher.get("llm", ""), card.teacher.get("width", "?")
+        rows.append(("teacher LLM", f"`{name}`, embeddings of width {width}"))
+    rows.append(("SHA-256 of the weights", f"`{card.weights_sha256}`"))
+    lines += _table(rows)
+    if card.training:
+        facts = [(k, str(v)) for k, v in sorted(card.training.items()) if k != BEFORE]
+        lines += ["## Training", "", *_table(facts)]
+    lines += [*_metrics(card), *LICENSE, "## Use", ""]
+    if reason := beyond_llava(card):
+        lines += [f"This tower {reason}.", ""]
+    lines += ["In LLaVA 1.5, with `llm2clip-plugin` installed in the same environment:", "", "```sh"]
+    lines += ["--vision_tower llm2clip:PATH_OR_HUB_ID --mm_vision_select_layer -2", "```", ""]
+    lines += ["In Python:", "", "```python", "from llm2clip_plugin import load_dual_encoder, load_tower", ""]
+    lines += ['tower = load_tower("PATH_OR_HUB_ID")']
+    if card.projection_dim:
+        lines += ['dual = load_dual_encoder("PATH_OR_HUB_ID")', "image_features = dual.encode_image(pixel_values)"]
+        if card.teacher:
+            lines += [f"# {needs_for_texts(card)}"] * bool(needs_for_texts(card))
+            lines += ["# teacher=PATH: where the LLM is, if not there"]
+            lines += ['text_features = dual.encode_text(["a bird on a wire"])']
+    return "\n".join([*lines, "```", ""])
+
+
+# Publish a tower directory on the Hugging Face Hub.
+
+README = "README.md"
+
+
+def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
+    """Upload a tower directory to the Hub as ``owner/name``; returns the URL of the commit.
+
+    The uploaded card and README name no local path: of the weights' and the LLM's only the folder's name is left, of
+    the adapter's nothing. The directory itself does not change.
+
+    Raises ContractError if the weights don't match the card, OSError if the Hub rejects the upload.
+    """
+    directory = Path(directory)
+    card = check_card(directory)
+    message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
+    return upload(directory, repository, message, private=private, replaced=_public(directory, card))
+
+
+def upload(
+    directory: Path, repository: str, message: str, *, private: bool = True, replaced: dict[str, bytes] | None = None
+) -> str:
+    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL.
+
+    ``replaced``: contents that are uploaded in place of files. Raises OSError, whatever the upload fails with: the
+    folder is complete and can be uploaded later.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+
+    replaced = replaced or {}
+    try:
+        check_hub_answers(repository)
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        files = [CommitOperationAdd(name, replaced.get(name, directory / name)) for name in sorted(_files(directory))]
+        return str(api.create_commit(repository, files, commit_message=message).commit_url)
+    except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
+        server = constants.ENDPOINT
+        raise OSError(
+            f"cannot push {directory} to {repository} on {server}: {_reason(error)}; the directory is complete: "
+            f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
+        ) from error
+
+
+def check_repository(repository: str | None) -> None:
+    """Raise ValueError for what cannot be a repository's name; for commands that upload at their end."""
+    from huggingface_hub.utils import validate_repo_id
+
+    if repository is None:
+        return
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise ValueError(f"--push {repository!r}: {str(error).splitlines()[0]}") from error
+    if "/" not in repository:
+        raise ValueError(f"--push {repository!r} names no owner, expected OWNER/NAME")
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the client says, and if it wraps another error, that one's words."""
+    head, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if head.endswith(":") and rest:
+        head = f"{head} {rest[0]}"
+    head, cause = head.rstrip("."), error.__cause__
+    return f"{head}: {_reason(cause)}" if isinstance(error, RuntimeError) and cause else head
+
+
+def _public(directory: Path, card: TowerCard) -> dict[str, bytes]:
+    """The files that are uploaded without local paths, in place of the directory's; {} if it has none."""
+    public = published(card)
+    if public == card:
+        return {}
+    replaced = {TowerCard.FILE: public.to_json().encode(), README: model_card(public).encode()}
+    if (directory / TowerChecksums.FILE).is_file():
+        files = TowerChecksums.read(directory / TowerChecksums.FILE).files
+        files = files | {TowerCard.FILE: hashlib.sha256(replaced[TowerCard.FILE]).hexdigest()}
+        replaced[TowerChecksums.FILE] = TowerChecksums(files=files).to_json().encode()
+    return replaced
+
+
+def _files(directory: Path) -> list[str]:
+    """The files of a directory by their paths in it, without hidden ones."""
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
