@@ -7,13 +7,11 @@ them. A run resumes with any number of ranks, and no rank waits for another.
 import json
 import shutil
 import uuid
-import zlib
 from pathlib import Path
 from typing import Any
 
-from llava_integration.answer.checksum import check_unchanged, checksum_file, write_checksum
 from llava_integration.answer.questions import Question
-from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json, naming_full_disk
+from llm2clip_plugin.contracts import ContractError, atomic_file, naming_full_disk
 from llm2clip_plugin.outside.values import read_json_value
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
@@ -49,17 +47,15 @@ class AnswersFile:
         self.path, self.settings, self.total = path, settings, total
         self.partial = path.with_name(path.name + ".partial")
         self.settings_file = settings_file(path)
-        if path.is_dir() or any(above.is_file() for above in path.parents):
-            raise ValueError(f"--answers-file {path} is a folder, or below a file; choose a file to write")
+        if path.is_dir():
+            raise ValueError(f"--answers-file {path} is a folder; choose a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             path.unlink(missing_ok=True)
             self.settings_file.unlink(missing_ok=True)
-            checksum_file(path).unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         if self.settings_file.is_file():
             self.compare_settings()
-            check_unchanged(path)
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
@@ -69,12 +65,7 @@ class AnswersFile:
 
     def compare_settings(self) -> None:
         """Raise ContractError if a previous run saved other settings."""
-        try:
-            before = read_json_value(self.settings_file)
-        except ContractError as error:
-            raise ContractError(f"{error}; {OTHER_FILE}") from error
-        if not isinstance(before, dict):
-            raise ContractError(f"{self.settings_file} contains a {type(before).__name__}, not settings; {OTHER_FILE}")
+        before = read_json_value(self.settings_file)
         compared = {*before, *self.settings} - {*IGNORED_ON_RESUME}
         names = sorted(name for name in compared if before.get(name) != self.settings.get(name))
         if names:
@@ -87,16 +78,14 @@ class AnswersFile:
         return self.path.is_file()
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The answers of all ranks and earlier runs; a line cut short by a kill, or damaged, is ignored."""
+        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
         answers: dict[int, dict[str, Any]] = {}
         for file in sorted(self.partial.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                    index, answer = entry["index"], entry["answer"]
-                    if entry["crc"] == _crc(index, answer):
-                        answers[index] = answer
-                except (ValueError, KeyError, TypeError, RecursionError):
+                    answers[entry["index"]] = entry["answer"]
+                except (ValueError, KeyError, TypeError):
                     continue
         return answers
 
@@ -105,8 +94,7 @@ class AnswersFile:
         self.partial.mkdir(exist_ok=True)
         with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
-                entry = {"index": index, "answer": answer, "crc": _crc(index, answer)}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n")
 
     def finish(self) -> int:
         """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
@@ -119,13 +107,7 @@ class AnswersFile:
         if len(answers) < self.total:
             return self.total - len(answers)
         text = "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
-        write_checksum(self.path, text)
         with atomic_file(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0
-
-
-def _crc(index: Any, answer: Any) -> int:
-    """A checksum of one answer."""
-    return zlib.crc32(canonical_json([index, answer]).encode("utf-8", "surrogatepass"))

@@ -20,7 +20,7 @@ from llm2clip_plugin.outside.pauses import Retry
 from llm2clip_plugin.progress import progress_bar
 
 MOST_REFUSED = 10  # requests refused one after another, then the run stops: it is not about single questions
-SILENCE = 30.0  # seconds without an answer until the run says what it waits for
+SILENCE = 30.0  # seconds between two messages about retries
 ORIENTATION = 0x0112  # EXIF tag, which some servers apply and LLaVA does not
 
 
@@ -79,17 +79,6 @@ class Requests:
         for _ in range(min(self.asking.concurrency, self.todo.qsize())):
             threading.Thread(target=self._work, daemon=True).start()
 
-    def next(self) -> tuple[int, Reply | Exception]:
-        """A question's index, and its reply or what came instead; says so if nothing comes for a while."""
-        waited = 0.0
-        while True:
-            try:
-                return self.results.get(timeout=SILENCE)
-            except queue.Empty:
-                waited += SILENCE
-                limit = self.endpoint.timeout
-                print(f"no answer for {waited:g} s (--timeout {limit:g} for each request)", file=sys.stderr)
-
     def _work(self) -> None:
         while not self.stopped.is_set():
             try:
@@ -147,7 +136,7 @@ def answer_served(
     try:
         with progress_bar(total=len(questions), initial=done, label="answers", unit="questions") as bar:
             for _ in indices:
-                index, result = requests.next()
+                index, result = requests.results.get()
                 if isinstance(result, Reply):
                     metadata = {"endpoint": endpoint.url, "finish_reason": result.finish_reason}
                     answers.write({index: entry(questions[index], result.text, asking.model, metadata)})

@@ -33,7 +33,6 @@ class Options:
     """What a user can choose about scoring."""
 
     allow: float = 0.10  # largest fraction of missing, duplicate, unreadable or unknown answers; below one chunk of 8
-    corrected: bool = False  # also report the rule without the official script's quirks
     reviews: Path | None = None  # the judge's file, for benchmarks that need one
 
 

@@ -21,7 +21,7 @@ from llava_integration.towers.checkpoint_files import check_checkpoint
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.options.parser import Parser, data_of
+from llm2clip_plugin.options.parser import data_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args.data = data_of(parse, args)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    check_model(parse, args)
+    check_model(args)
     tasks = plans(args.benchmarks, args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
@@ -65,21 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
-LOCAL = ("model_path", "model_base", "engine", "gpus", "batch_size", "conv_mode", "device", "dtype")  # of a checkpoint
-
-
-def check_model(parse: Parser, args: argparse.Namespace) -> None:
-    """Raise ValueError unless there is one model, a checkpoint or a served one, and no option of the other."""
-    if not args.endpoint:
-        if not args.model_path:
-            raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
-        if args.served_model_name:
-            raise ValueError("--served-model-name has no effect without --endpoint; remove it")
+def check_model(args: argparse.Namespace) -> None:
+    """Raise ValueError unless there is one model, a checkpoint or a served one."""
+    if bool(args.model_path) == bool(args.endpoint):
+        raise ValueError("one of --model-path, a LLaVA checkpoint, and --endpoint URL, a served model, is needed")
+    if args.model_path:
         refuse_name(args.model_path, base=args.model_base)
         check_checkpoint(args.model_path, args.model_base)
-    elif given := [name for name in LOCAL if getattr(args, name) != parse.get_default(name)]:
-        shown = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{shown} has no effect with --endpoint; remove it")
 
 
 def describe_plan(tasks: list[Task | Missing]) -> str:
@@ -129,7 +121,7 @@ def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: li
         member.write_submission(task.folder, answers, upload)
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-    record = score_answers(name, task.folder, answers, Options(corrected=True), model=model)
+    record = score_answers(name, task.folder, answers, Options(), model=model)
     record.provenance.update(run_provenance(args.model_path, task.question_file, answered_by))
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale

@@ -19,7 +19,7 @@ from llava_integration.benchmarks.base import (
     mean_of,
     mean_statistic,
 )
-from llava_integration.benchmarks.match import Matched, match
+from llava_integration.benchmarks.match import Matched, Places, match, match_log
 from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
 from llm2clip_plugin.outside.values import errors_about
 
@@ -51,8 +51,6 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of llava_integration.evaluate, as in LLaVA's scripts/v1_5/eval
-    joined_by_prompt: bool = False  # several questions share the id in LLaVA's answers
-    prompt_marker: str = ""  # text in its prompts that few other benchmarks have
     lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's task names
     logged_id: tuple[str, ...] = ()  # the id in lmms-eval's logs: field, and the row's entries that may have it
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
@@ -64,17 +62,12 @@ class Benchmark(ABC):
     def load(self, folder: Path) -> list[Question]:
         """Questions with their truth. Raises FileNotFoundError or ValueError for missing or unusable annotations."""
 
-    def questions(self, folder: Path) -> list[Question]:
-        """As ``load``; ValueError, naming the folder, for files of another layout too."""
-        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
-            return self.load(folder)
-
     @abstractmethod
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """One question's item (see ``item_of``); ``answer`` is None if the question has none."""
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """All numbers; those that begin with ``corrected_`` are reported with --corrected only."""
+        """All numbers, under the official script's names."""
         return {"accuracy_percent": 100 * mean_of(items)}
 
     def counts(self, items: Sequence[Item]) -> dict[str, int]:
@@ -99,43 +92,32 @@ class Benchmark(ABC):
         """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
         return logged_field(answer, *self.logged_id) if self.logged_id else None
 
-    def recognizes(self, answer: Answer) -> bool:
-        """Whether an answer looks like one to this benchmark, which the error then names if it is scored as another."""
-        return bool(self.prompt_marker) and self.prompt_marker in answer.prompt and "round_id" not in answer.row
-
     # Scoring
 
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Score answers with the annotations in ``folder``. Raises ValueError for answers to another benchmark."""
         questions, matched = self.join(folder, answers, options)
-        try:
-            items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
-            metrics, counts = self.metrics(items), self.counts(items)
-        except (TypeError, AttributeError, LookupError) as error:  # a truth of another type than the rule's
-            reason = f"{type(error).__name__}: {error}"
-            message = f"the {self.title} files in {folder} cannot be used ({reason}); download them again"
-            raise ValueError(message) from error
-        return Scored(metrics=metrics, items=items, counts={**matched.counts, **counts}, notes=matched.notes)
+        items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
+        counts = {**matched.counts, **self.counts(items)}
+        return Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
 
     def join(self, folder: Path, answers: Answers, options: Options) -> tuple[list[Question], Matched]:
         """The questions, and the answer to each."""
         if self.judge:
             answers = self.read_reviews(answers, options)
-        questions, answers = self.prepare(self.questions(folder), answers)
-        return questions, match(
-            questions,
-            answers,
-            options,
-            name=self.name,
-            question_keys=self.question_keys,
-            answer_key=self.answer_key,
-            logged_key=self.logged_key,
-            joined_by_prompt=self.joined_by_prompt,
-        )
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+            questions = self.arrange(self.load(folder), answers)
+        places = Places([self.question_keys(question) for question in questions])
+        if answers.layout == "lmms_eval":
+            keyed = [places.next(self.logged_key(answer)) for answer in answers.rows]
+            targets = match_log(questions, answers, keyed, allow=options.allow)
+        else:
+            targets = [places.next(self.answer_key(answer)) for answer in answers.rows]
+        return questions, match(questions, answers, targets, allow=options.allow, name=self.name)
 
-    def prepare(self, questions: list[Question], answers: Answers) -> tuple[list[Question], Answers]:
-        """Hook that may change questions and answers before they are joined."""
-        return questions, answers
+    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
+        """Hook that may choose among or reorder the questions for answers of a layout."""
+        return questions
 
     def read_reviews(self, answers: Answers, options: Options) -> Answers:
         """The judge's reviews in place of the answers, whose texts go into each row as ``model_answer``."""

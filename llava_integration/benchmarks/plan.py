@@ -57,7 +57,8 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Miss
     """Look for a benchmark's files in one folder."""
     unscored = ""
     try:
-        member.questions(folder)
+        with errors_about(f"the {member.title} files in {folder}", fix="download them again"):
+            member.load(folder)
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
     questions = question_file(member, folder, generated, scored=not unscored)

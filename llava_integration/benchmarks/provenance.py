@@ -1,12 +1,11 @@
 """What a score file of ``llm2clip bench-mllm`` records about the model and the run that its answers come from."""
 
 import json
-import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import sha256_file, sha256_text
+from llm2clip_plugin.contracts import sha256_file
 
 LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy", "lmms-eval")
 
@@ -17,34 +16,23 @@ def run_provenance(model_path: str, question_file: Path, command: list[str]) -> 
     ``model_path`` is "" for a served model, which the answers' settings name (``score.provenance``).
     """
     record: dict[str, Any] = {
-        **({"checkpoint": model_path} if model_path else {}),
         "question_file": str(question_file),
         "question_file_sha256": sha256_file(question_file),
         "command": command,
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
     }
     config = Path(model_path) / "config.json"
+    if model_path:
+        record["checkpoint"] = model_path
     if model_path and config.is_file():
         body = json.loads(config.read_text(encoding="utf-8"))
-        tower = body.get("llm2clip_tower") or {}
         record |= {
             "checkpoint_config_sha256": sha256_file(config),
-            "checkpoint_weights": weights_digest(Path(model_path)),
             "llm": body.get("_name_or_path", ""),
             "tower": body.get("mm_vision_tower", ""),
-            "tower_sha256": tower.get("weights_sha256", ""),
+            "tower_sha256": (body.get("llm2clip_tower") or {}).get("weights_sha256", ""),
         }
     return record
-
-
-def weights_digest(folder: Path) -> str:
-    """A hash of a checkpoint's weights that does not read gigabytes: names, sizes and first MiB of the files."""
-    parts = []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            head = file.read(1 << 20)
-        parts.append(f"{path.name} {path.stat().st_size} {sha256_text(head.hex())}")
-    return sha256_text("\n".join(parts))
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,6 @@ def parser() -> Parser:
     parse.add_argument("--submission", type=Path, help="file to write for the benchmark's server")
     parse.add_argument("--reviews", type=Path, help="the judge's file, of a benchmark that has a judge")
     parse.add_argument("--model", default="", help="the model's name in reports (default: from the answers file)")
-    parse.add_argument("--corrected", action="store_true", help="also score without the official script's quirks")
     parse.add_argument(
         "--allow-missing",
         dest="allow",

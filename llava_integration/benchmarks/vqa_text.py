@@ -19,7 +19,6 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOPS_AT_MOST = 32  # re.UNICODE, passed where the count belongs
 DIGIT_COMMA = re.compile(r"\d,\d")
-DIGIT_COMMAS = re.compile(r"(?<=\d),+(?=\d)")  # M4C's: one or more commas
 
 CACHED = 1 << 16  # texts: human answers are few words, ten times over
 
@@ -36,27 +35,24 @@ you'll you're you've
 """.split()
 
 
-def _contractions() -> dict[str, str]:
-    table = {
+CONTRACTIONS = {
+    **{
         word[:place] + word[place + 1 :]: word
         for word in _CONTRACTED
         for place, letter in enumerate(word)
         if letter == "'"
-    }
-    table["somebody'd"] = "somebodyd"  # the wrong way round in the original
-    return table
+    },
+    "somebody'd": "somebodyd",  # the wrong way round in the original
+}
 
 
-CONTRACTIONS = _contractions()
-
-
-def strip_punctuation(text: str, *, digit_commas: re.Pattern[str] = DIGIT_COMMA) -> str:
+def strip_punctuation(text: str) -> str:
     """Delete a punctuation mark that touches a space anywhere, else make it a space; then full stops.
 
     A comma between digits anywhere makes every mark go without a space.
     """
     out = text
-    delete_all = digit_commas.search(text) is not None
+    delete_all = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION:
         out = out.replace(mark, "" if delete_all or mark + " " in text or " " + mark in text else " ")
     return FULL_STOP.sub("", out, count=FULL_STOPS_AT_MOST)
@@ -83,7 +79,7 @@ def vqa_api(text: str) -> str:
 def m4c(text: str) -> str:
     """The M4C normal form: commas and question marks go first, and ``'s`` becomes a word."""
     split = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return digits_and_articles(strip_punctuation(one_line(split), digit_commas=DIGIT_COMMAS))
+    return digits_and_articles(strip_punctuation(one_line(split)))
 
 
 def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
@@ -96,21 +92,13 @@ def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
 
 
 def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """Accuracy of the VQA API: texts are normalized only where the humans disagree.
-
-    So 'Yes' against ten times 'yes' is 0; ``corrected_accuracy`` is without that.
-    """
+    """Accuracy of the VQA API: texts are normalized only where the humans disagree, so 'Yes' against 'yes' may be 0."""
     prediction, humans = one_line(prediction), [one_line(answer) for answer in humans]
     if len(set(humans)) > 1:
         prediction, humans = vqa_api(prediction), [vqa_api(answer) for answer in humans]
     return leave_one_out(prediction, humans)
 
 
-def corrected_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """The same normal form on both sides, always: what lmms-eval's vqav2 computes."""
-    return leave_one_out(vqa_api(one_line(prediction)), [vqa_api(one_line(answer)) for answer in humans])
-
-
 def m4c_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """The M4C normal form on both sides, always: TextVQA's rule, and lmms-eval's of VizWiz."""
+    """The M4C normal form on both sides, always: TextVQA's rule."""
     return leave_one_out(m4c(prediction), [m4c(answer) for answer in humans])

@@ -1,13 +1,15 @@
 """From score files to a comparison: questions paired by id, statistics for each benchmark."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+
+from tqdm import tqdm
 
 from llava_integration.benchmarks.base import Item, Statistic, mean_of_parts, mean_statistic
 from llava_integration.benchmarks.rules import benchmarks, published
 from llava_integration.compare.comparison import Comparison, Row
 from llava_integration.compare.sides import Side
-from llava_integration.compare.statistics import compare, counted, holm, mcnemar_p, pair
+from llava_integration.compare.statistics import compare, counted, holm, pair
 from llm2clip_plugin.contracts import ContractError, ScoreFile
 
 EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
@@ -45,9 +47,8 @@ def build(
     level: float = 0.95,
     seed: int = 0,
     references: bool = True,
-    progress: Callable[[list], Iterable] = list,
 ) -> Comparison:
-    """Compare every side with the first; ``progress`` wraps the list of comparisons."""
+    """Compare every side with the first."""
     base, *others = sides
     notes = [note for side in sides for note in side.notes]
     tasks = [(new, name) for new in others for name in ordered(set(base.runs) & set(new.runs))]
@@ -59,9 +60,8 @@ def build(
             )
         for name in ordered(set(base.runs) ^ set(new.runs)):
             notes.append(f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores")
-    rows = [
-        compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in progress(tasks)
-    ]
+    bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
+    rows = [compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in bar]
     rows = [row for new in others for row in _adjust([row for row in rows if row.new == new.name])]
     titles, units, scores = _scores(sides)
     shared = {row.benchmark for row in rows}
@@ -126,7 +126,7 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     """One benchmark: pair the questions, resample, count wins."""
     base_runs, new_runs = base.runs[name], new.runs[name]
     common, notes = questions_in_common(name, base, new)
-    base_items, new_items = ([_pick(record, common) for record in runs] for runs in (base_runs, new_runs))
+    base_items, new_items = ([pick(record, common) for record in runs] for runs in (base_runs, new_runs))
     statistics = [[statistic_of(name, items) for items in side] for side in (base_items, new_items)]
     _, title, unit, note = statistics[0][0]
     clusters = [str(item.get("cluster", item["id"])) for item in base_items[0]]
@@ -137,7 +137,6 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     clusters = [clusters[place] for place in keep]
     wins = sum(b > a for a, b in zip(old, now, strict=True))
     losses = sum(b < a for a, b in zip(old, now, strict=True))
-    binary = len(base_runs) == len(new_runs) == 1 and {*old, *now} <= {0.0, 1.0}
     if len(set(clusters)) == 1 and len(clusters) > 1:
         notes.append("all questions are about one image, so the interval is meaningless")
     return Row(
@@ -148,7 +147,6 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
         new=new.name,
         result=result,
         p_holm=result.p,
-        p_mcnemar=mcnemar_p(losses, wins) if binary else None,
         wins=wins,
         losses=losses,
         ties=len(old) - wins - losses,
@@ -192,7 +190,8 @@ def questions_in_common(name: str, base: Side, new: Side) -> tuple[list[str], li
     return order, notes
 
 
-def _pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
+def pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
+    """The items of these ids, in their order."""
     items = {str(item["id"]): item for item in record.items}
     return [items[identifier] for identifier in common]
 

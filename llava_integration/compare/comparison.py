@@ -17,7 +17,6 @@ class Row:
     new: str
     result: Difference
     p_holm: float  # adjusted over the benchmarks of this pair of sides
-    p_mcnemar: float | None  # None unless scores are 0 or 1 and each side has one run
     wins: int  # questions with a higher score in new
     losses: int
     ties: int

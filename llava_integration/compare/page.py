@@ -1,12 +1,12 @@
-"""The report as one HTML file: verdicts, plots, tables, and the questions on which the sides disagree.
+"""The report as one HTML file: verdicts, tables, and the questions on which the sides disagree.
 
-Nothing is fetched: style, script, plots and pictures are in the file, and its content security policy allows no request
-and no script but the page's own (by hash). The template escapes every text; the script inserts answers as text nodes.
+Nothing is fetched: style, script, drawings and pictures are in the file, and its content security policy allows no
+request and no script but the page's own (by hash). The template escapes every text; the script inserts answers as text.
 """
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,57 +31,27 @@ class PageOptions:
 
 def page(comparison: Comparison, sides: Sequence[Side], options: PageOptions) -> str:
     """The page's HTML."""
-    style = page_style() + (HERE / "page.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pictures = Pictures(sides, options.images if options.with_images else None, enabled=options.with_images)
     questions = [
         question for row in comparison.rows for question in disagreements(row, sides, pictures, options.questions)
     ]
-    several = len(comparison.names) > 2
-
-    def row_name(row: Row, separator: str) -> str:
-        return f"{row.title}{separator}{row.new}" if several else row.title
-
-    def difference_cells(row: Row) -> list[tuple[str | float, str]]:
-        """(value to sort by, text) of each column."""
-        result = row.result
-        values = [row.title, result.base, result.new, result.difference, result.high - result.low, result.p,
-                  row.p_holm, row.wins, row.losses, row.verdict]  # fmt: skip
-        cells = list(zip(values, tables.cells(row), strict=True))
-        return [(row.new, row.new), *cells] if several else cells
-
     return render(
         HERE / "page.html",
         comparison=comparison,
         title=f"{' · '.join(comparison.names[1:])} against {comparison.names[0]}",
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'",
-        style=style,
+        style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
         verdicts=[(name, _verdict(rows)) for name, rows in comparison.pairs()],
-        forest=_twice(lambda width: svg.forest(comparison, width)),
-        categories=[
-            (row, _twice(lambda width, row=row: svg.bars(comparison, row, width)))
-            for row in comparison.rows
-            if row.categories
-        ],
-        header=["new side", *tables.HEADER] if several else tables.HEADER,
-        with_scores=several or len(comparison.titles) != len(comparison.rows) or bool(comparison.references),
-        notes=[*_notes(comparison, row_name), *pictures.notes()],
+        notes=[*_notes(comparison), *pictures.notes()],
         data={"names": comparison.names, "questions": questions, "images": pictures.encoded},
-        difference_cells=difference_cells,
-        row_name=row_name,
-        number=tables.number,
+        interval=lambda row: svg.interval(row, comparison.rows, svg.color(comparison.names.index(row.new))),
+        tables=tables,
         color=svg.color,
-        most_bars=svg.MOST_BARS,
-        published_note=tables.NOTE,
     )
-
-
-def _twice(plot: Callable[[float], str]) -> str:
-    """A plot for wide and for narrow pages."""
-    return plot(svg.WIDTH) + plot(svg.NARROW)
 
 
 def _verdict(rows: Sequence[Row]) -> str:
@@ -97,14 +67,12 @@ def _verdict(rows: Sequence[Row]) -> str:
     return "; ".join([*parts, *([f"no difference shown on {rest} of {len(rows)}"] if rest else [])])
 
 
-def _notes(comparison: Comparison, row_name: Callable[[Row, str], str]) -> list[str]:
+def _notes(comparison: Comparison) -> list[str]:
     """Methods, and the notes of every row."""
     lines = [*tables.method_lines(comparison), *comparison.notes]
     if any(max(row.runs) > 1 for row in comparison.rows):
         lines.append("With several runs, the browser shows the answers of the first.")
     for row in comparison.rows:
-        name = row_name(row, ", ")
-        lines += [f"{name}: {note}" for note in row.notes]
-        if row.p_mcnemar is not None:
-            lines.append(f"{name}: McNemar p {tables.p_value(row.p_mcnemar)} (ignores shared images)")
+        name = f"{row.title}, {row.new}" if len(comparison.names) > 2 else row.title
+        lines += [f"{name}: {note}" for note in (row.power_line(), *row.notes)]
     return lines

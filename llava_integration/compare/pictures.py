@@ -75,7 +75,12 @@ def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) 
     if root is not None:
         below = [root / folder for folder in (known.folders if known else ())]
         return [folder for folder in (*below, root) if folder.is_dir()]
+    if known is None:
+        return []
     folders = {Path(str(one.get("data"))): one.get("data_sha256") for one in scored if one.get("data")}
-    there = {folder: digest for folder, digest in folders.items() if known and folder.exists()}
     nothing = sha256_text("")  # of a folder without annotations
-    return [folder for folder, digest in there.items() if known and nothing != digest == known.data_digest(folder)]
+    return [
+        folder
+        for folder, digest in folders.items()
+        if folder.exists() and nothing != digest == known.data_digest(folder)
+    ]

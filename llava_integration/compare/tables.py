@@ -79,37 +79,20 @@ def terminal(comparison: Comparison) -> str:
     lines = [f"warning: {warning}" for warning in comparison.warnings]
     for name, rows in comparison.pairs():
         lines += [f"{name} (new) against {comparison.names[0]} (base)", ""]
-        lines += aligned(HEADER, [cells(row) for row in rows])
-        lines += ["", *(f"  {row.title}: {row.power_line()}" for row in rows)]
-        lines += [f"  {row.title}: McNemar p {p_value(row.p_mcnemar)}" for row in rows if row.p_mcnemar is not None]
+        lines += [*aligned(HEADER, [cells(row) for row in rows]), ""]
+        lines += [f"  {row.title}: {row.power_line()}" for row in rows]
         lines += [f"  {row.title}: note: {note}" for row in rows for note in row.notes]
         lines.append("")
     if comparison.references:
-        names = _published_names(comparison)
-        lines += [f"Published, not measured here ({NOTE}):", ""]
-        lines += aligned(
-            ["", *(comparison.titles[name] for name in names), ""],
-            [[label, *_reference(values, names), ""] for label, values in comparison.references.items()],
-        )
-        lines.append("")
+        header, *models = _published(comparison)
+        lines += [
+            f"Published, not measured here ({NOTE}):",
+            "",
+            *aligned([*header, ""], [[*row, ""] for row in models]),
+            "",
+        ]
     lines += [f"note: {note}" for note in comparison.notes]
     return "\n".join([*lines, *method_lines(comparison)])
-
-
-def _published_names(comparison: Comparison) -> list[str]:
-    """The benchmarks with a published number."""
-    return [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
-
-
-def _reference(values: dict[str, float], names: Sequence[str]) -> list[str]:
-    return [f"{values[name]:g}" if name in values else "" for name in names]
-
-
-def escape_markdown(text: str) -> str:
-    """Text without Markdown's markup and column separators."""
-    for letter in "\\`*_{}[]<>|#":
-        text = text.replace(letter, "\\" + letter)
-    return text.replace("\n", " ")
 
 
 def markdown(comparison: Comparison) -> str:
@@ -117,19 +100,34 @@ def markdown(comparison: Comparison) -> str:
     lines = ["# Comparison", "", *(f"**Warning**: {escape_markdown(one)}.\n" for one in comparison.warnings)]
     for name, rows in comparison.pairs():
         lines += [f"## {escape_markdown(name)} (new) against {escape_markdown(comparison.names[0])} (base)", ""]
-        lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
-        lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in rows]
-        lines += ["", *(f"- {escape_markdown(row.title)}: {row.power_line()}." for row in rows)]
-        lines += [f"- {escape_markdown(row.title)}: {escape_markdown(note)}." for row in rows for note in row.notes]
+        lines += [*_markdown_table([HEADER, *map(cells, rows)]), ""]
+        lines += [f"- {escape_markdown(f'{row.title}: {row.power_line()}')}." for row in rows]
+        lines += [f"- {escape_markdown(f'{row.title}: {note}')}." for row in rows for note in row.notes]
         lines.append("")
     if comparison.references:
-        names = _published_names(comparison)
-        lines += [f"Published, not measured here ({NOTE}):", ""]
-        lines += ["| | " + " | ".join(comparison.titles[name] for name in names) + " |", "|---|" + "---:|" * len(names)]
-        lines += [
-            f"| *{label}* | " + " | ".join(_reference(values, names)) + " |"
-            for label, values in comparison.references.items()
-        ]
-        lines.append("")
+        lines += [f"Published, not measured here ({NOTE}):", "", *_markdown_table(_published(comparison)), ""]
     lines += [f"Note: {escape_markdown(note)}." for note in comparison.notes]
     return "\n".join([*lines, *method_lines(comparison)]) + "\n"
+
+
+def _published(comparison: Comparison) -> list[list[str]]:
+    """A header and a row for each model with published numbers."""
+    names = [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
+    rows = [
+        [model, *(f"{values[name]:g}" if name in values else "" for name in names)]
+        for model, values in comparison.references.items()
+    ]
+    return [["", *(comparison.titles[name] for name in names)], *rows]
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first row is the header."""
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
+    return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]
+
+
+def escape_markdown(text: str) -> str:
+    """Text without Markdown's markup and column separators."""
+    for letter in "\\`*_{}[]<>|#":
+        text = text.replace(letter, "\\" + letter)
+    return text.replace("\n", " ")

@@ -7,9 +7,10 @@ from typing import Any
 
 from llava_integration.serve import lora
 from llava_integration.serve.tensors import FIX, LazyTensor, LazyTensors, open_file, open_tensors
+from llava_integration.towers.checkpoint_files import checkpoint_config
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import read_json_value
+from llm2clip_plugin.vision.directory import read_json
 
 CONFIG, PROJECTOR, ADAPTER = "config.json", "mm_projector.bin", "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
@@ -38,7 +39,9 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
     Raises FileNotFoundError or ContractError if it is not a checkpoint of LLaVA 1.5, needs a base model, or has what
     Hugging Face's LLaVA cannot express.
     """
-    config = _config(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a folder; download a checkpoint of the Hub first")
+    config = checkpoint_config(directory)
     refuse_unsupported(config, directory / CONFIG)
     weights = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
     if (directory / ADAPTER).is_file():
@@ -47,22 +50,10 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
         kind = "projector"
     else:
         kind = "full"
-    if kind == "full":
-        if base is not None:
-            raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
-        return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=None)
-    return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=_base(directory, kind, config, base))
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a folder; download a checkpoint of the Hub first")
-    if not (directory / CONFIG).is_file():
-        raise FileNotFoundError(f"{directory} is not a LLaVA checkpoint: no {CONFIG} in it")
-    config = read_json_value(directory / CONFIG)
-    if not isinstance(config, dict):
-        raise ContractError(f"{directory / CONFIG} contains a {type(config).__name__}, expected an object; {FIX}")
-    return config
+    if kind == "full" and base is not None:
+        raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
+    found = None if kind == "full" else _base(directory, kind, config, base)
+    return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=found)
 
 
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
@@ -78,15 +69,10 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
         )
     if (projector := config.get("mm_projector_type", "linear")) != PROJECTOR_TYPE:
         raise ContractError(f"{where}: mm_projector_type is {projector!r}, Hugging Face's LLaVA has {PROJECTOR_TYPE}")
-    reasons = {
-        "mm_use_im_start_end": "tokens around an image, which LLaVA 1.5 does not use",
-        "mm_use_im_patch_token": "a token for patches, which LLaVA 1.5 does not use",
-        "s2": "features of several scales (S2)",
-    }
     loaded = {"mm_use_im_patch_token": True, **config}  # what LLaVA's loader takes for granted
-    for name, reason in reasons.items():
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "s2"):
         if loaded.get(name):
-            raise ContractError(f"{where}: {name} is set: Hugging Face's LLaVA has no {reason}")
+            raise ContractError(f"{where}: {name} is set, which Hugging Face's LLaVA cannot express")
     if quantized := config.get("quantization_config"):
         kind = quantized.get("quant_method", "") if isinstance(quantized, dict) else quantized
         raise ContractError(f"{where}: the checkpoint is quantized ({kind}); use the one that it was made from")
@@ -98,10 +84,7 @@ def _base(directory: Path, kind: str, config: dict[str, Any], given: Path | None
     """The base model's folder: the one given, or else the recorded one if it exists."""
     recorded = str(config.get("_name_or_path", ""))
     if kind == "lora":
-        adapter = read_json_value(directory / ADAPTER)
-        if not isinstance(adapter, dict):
-            raise ContractError(f"{directory / ADAPTER} contains a {type(adapter).__name__}, expected an object; {FIX}")
-        recorded = str(adapter.get("base_model_name_or_path") or recorded)
+        recorded = str(read_json(directory / ADAPTER).get("base_model_name_or_path") or recorded)
     base = Path(recorded) if given is None else given
     if base.is_dir():
         return base

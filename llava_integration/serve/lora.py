@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llava_integration.compat.versions import adapters_stay_fp32
+from llava_integration.compat.runner import adapters_stay_fp32
 from llava_integration.serve.tensors import FIX, LazyTensor, LazyTensors, open_file
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import read_json_value
+from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.vision.directory import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
@@ -25,7 +26,7 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     Computed in fp16, as by LLaVA's loader with this environment's peft. Raises ContractError for an adapter
     of another kind, a half that is missing, or a module that the model doesn't have.
     """
-    config = read_json_value(directory / CONFIG)
+    config = read_json(directory / CONFIG)
     scale = _scale(config, directory / CONFIG)
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if path is None:
@@ -44,10 +45,7 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     for name, pair in halves.items():
         if len(pair) != 2:
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
-        a, b, rank = pair["A"].shape, pair["B"].shape, config["r"]
-        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-            raise ContractError(f"{path}: the LoRA of {name} has shapes {a} and {b}, {CONFIG} says r {rank}; {FIX}")
-        shape = (b[0], a[1])
+        shape = (pair["B"].shape[0], pair["A"].shape[-1])
         if shape != tensors[name].shape:
             raise ContractError(
                 f"{path}: the LoRA of {name} has shape {shape}, the base model's weight {tensors[name].shape}; "
@@ -79,15 +77,14 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return weight.half() + delta.half()
 
 
-def _scale(config: Any, where: Path) -> float:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+def _scale(config: dict[str, Any], where: Path) -> float:
+    if config.get("peft_type") != "LORA":
         raise ContractError(f"{where} is not a LoRA's configuration; {FIX}")
     for name, plain in PLAIN.items():
         if (value := config.get(name)) and value != plain:
             raise ContractError(f"{where}: {name} is {value!r}, which LLaVA's training does not set")
     if config.get("bias", "none") != "none":
         raise ContractError(f"{where}: bias is {config['bias']!r}; LLaVA's loader merges LoRA without biases")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ContractError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, expected positive numbers; {FIX}")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    with errors_about(where, fix=FIX):
+        rank, alpha = config["r"], config["lora_alpha"]
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)

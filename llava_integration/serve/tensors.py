@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.safetensors_header import DTYPE_BYTES, read_header
-from llm2clip_plugin.outside.values import errors_about, read_json_value
+from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.vision.convert.checkpoint_files import read_tensors, weight_files
 
 SHARD_BYTES = 2 << 30
@@ -44,18 +44,13 @@ def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
     """Every tensor of a folder's checkpoint: .safetensors or .bin, one file or the shards of an index.
 
     ``files`` keeps the files open. Raises FileNotFoundError for a folder without weights or a missing shard,
-    ContractError for a file that is not complete, or tensors that are not where the index says.
+    ContractError for a file that is not complete.
     """
     tensors: LazyTensors = {}
     for path in weight_files(directory):
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {directory}, which its index lists; {FIX}")
         tensors |= open_file(path, files)
-    for index in sorted(directory.glob("*.index.json")):
-        body = read_json_value(index)
-        listed = body.get("weight_map") if isinstance(body, dict) else None
-        if lost := sorted(set(listed or ()) - set(tensors)):
-            raise ContractError(f"{index} lists {len(lost)} tensors that no file has, such as {lost[0]}; {FIX}")
     return tensors
 
 

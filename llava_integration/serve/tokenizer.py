@@ -13,7 +13,8 @@ from typing import Any
 
 from llava_integration.serve.conversation import IMAGE
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import errors_about, read_json_value
+from llm2clip_plugin.outside.values import errors_about
+from llm2clip_plugin.vision.directory import read_json
 
 MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
@@ -140,10 +141,7 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
 
 
 def _json(path: Path) -> dict[str, Any]:
-    body = read_json_value(path) if path.is_file() else {}
-    if not isinstance(body, dict):
-        raise ContractError(f"{path} contains a {type(body).__name__}, expected an object; {FIX}")
-    return body
+    return read_json(path) if path.is_file() else {}
 
 
 def _tokenizer(files: TokenizerFiles) -> Any:

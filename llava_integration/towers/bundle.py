@@ -8,14 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_integration.towers import names
+from llava_integration.towers.checkpoint_files import CONFIG, checkpoint_config
 from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_record
 from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, atomic_file
 from llm2clip_plugin.options.parser import Parser
-from llm2clip_plugin.outside.values import read_json_value
 from llm2clip_plugin.paths import checked
 
-CONFIG = "config.json"
 FILES = (  # of a tower directory, as patterns
     CONFIG,
     TowerCard.FILE,
@@ -35,11 +34,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     without a record of its tower gets one. Raises ContractError if that is not the tower that the checkpoint was
     trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
     """
-    if not (checkpoint / CONFIG).is_file():
-        raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
-    config = read_json_value(checkpoint / CONFIG)
-    if not isinstance(config, dict):
-        raise ContractError(f"{checkpoint / CONFIG} contains a {type(config).__name__}, expected an object")
+    config = checkpoint_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
     if not names.is_ours(name):
         raise ContractError(
@@ -51,7 +46,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     if already_bundled(target, location):
         return target
     with atomic_directory(target, replace=overwrite) as temporary:
-        for source in tower_files(location.directory):
+        for source in [path for name in FILES for path in sorted(location.directory.glob(name))]:
             shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
     if KEY not in config:
@@ -59,19 +54,6 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
         with atomic_file(checkpoint / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
-
-
-def tower_files(directory: Path) -> list[Path]:
-    """The files of a tower directory, of those that are there.
-
-    Raises ContractError for a link that leads out of it, other than to a blob of the Hub's cache (snapshots/REVISION).
-    """
-    files = [path for name in FILES for path in sorted(directory.glob(name)) if path.is_file()]
-    inside = (directory.resolve(), directory.resolve().parents[1] / "blobs")
-    for path in files:
-        if path.resolve().parent not in inside:
-            raise ContractError(f"{path} is a link to {path.resolve()}, outside the tower's folder; copy the file")
-    return files
 
 
 def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:

@@ -1,18 +1,22 @@
 """Whether a LLaVA checkpoint is complete, found out before a model is loaded: seconds instead of minutes, one error."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llava_integration.towers.names import HUB_ID
-from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.safetensors_header import read_header
-from llm2clip_plugin.outside.values import read_json_value
+from llm2clip_plugin.vision.directory import read_json
 
 CONFIG = "config.json"
-WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
 FIX = "copy the checkpoint again"
+
+
+def checkpoint_config(folder: Path) -> dict[str, Any]:
+    """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a damaged one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it")
+    return read_json(folder / CONFIG)
 
 
 def check_checkpoint(path: str, base: str | None = None) -> None:
@@ -26,37 +30,15 @@ def check_checkpoint(path: str, base: str | None = None) -> None:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is not a LLaVA checkpoint: no {CONFIG} in it")
-    _check_config(folder / CONFIG)
-    _check_weights(folder)
+    checkpoint_config(folder)
+    files = {file.name: file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (.safetensors or .bin); {FIX}")
+    for index in sorted(folder.glob("*.index.json")):
+        if missing := sorted({*read_json(index).get("weight_map", {}).values()} - files.keys()):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
+    for file in files.values():
+        if file.suffix == ".safetensors":
+            read_header(file, fix=FIX)
     if not base and not any((folder / name).is_file() for name in TOKENIZERS):
         raise FileNotFoundError(f"{path} has no tokenizer ({' or '.join(TOKENIZERS[:2])}); {FIX}")
-
-
-def _check_config(path: Path) -> None:
-    config = read_json_value(path)
-    if not isinstance(config, dict):
-        raise ContractError(f"{path} contains a {type(config).__name__}, expected an object; {FIX}")
-    fields: dict[str, type] = {"mm_vision_tower": str, "mm_vision_select_layer": int}
-    for name, kind in fields.items():
-        value: Any = config.get(name)
-        if name in config and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ContractError(f"{path}: {name} is {value!r}, expected {kind.__name__}; {FIX}")
-
-
-def _check_weights(folder: Path) -> None:
-    """Every file that an index lists is there, and the headers of safetensors files fit their sizes."""
-    files = {path.name: path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))}
-    for index in sorted(folder.glob("*.index.json")):
-        listed = read_json_value(index)
-        names = listed.get("weight_map") if isinstance(listed, dict) else None
-        if not isinstance(names, dict):
-            raise ContractError(f"{index}: weight_map is {json.dumps(names)[:60]}, expected an object; {FIX}")
-        if missing := sorted({str(name) for name in names.values()} - files.keys()):
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights ({' or '.join(WEIGHTS)}); {FIX}")
-    for path in files.values():
-        if path.suffix == ".safetensors":
-            read_header(path, fix=FIX)

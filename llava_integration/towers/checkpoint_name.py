@@ -41,27 +41,17 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     elif config.get("model_type") == "llava_llama":
         what = next((f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given.lower()), "")
     if what:
+        better = "llava-lora-1" if has_lora else "llava-1"
         raise ValueError(
-            f"LLaVA loads a folder {what}, but {path} ({given!r}) is a LLaVA checkpoint; rename it, for example to "
-            f"{_better(given, has_lora)}"
+            f"LLaVA loads a folder {what}, but {path} ({given!r}) is a LLaVA checkpoint; rename it, such as to {better}"
         )
 
 
 def warn_about(output: str) -> None:
     """Print a line if LLaVA would not load the checkpoint that a training will write to ``output``."""
     if output and WORD not in model_name(output).lower():
-        print(
-            f"llm2clip: warning: --output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load "
-            f"a checkpoint; choose another, for example {WORD}-{model_name(output)}, or rename it before evaluating",
-            file=sys.stderr,
-        )
-
-
-def _better(given: str, has_lora: bool) -> str:
-    for word in OTHERS:
-        given = given.replace(word, "")
-    words = [word for word in (WORD, LORA if has_lora else "") if word and word not in given.lower()]
-    return "-".join([*words, given.strip("-_")])
+        told = f"--output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load a checkpoint"
+        print(f"llm2clip: warning: {told}; rename it before evaluating", file=sys.stderr)
 
 
 def config_of(path: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, TowerCard
-from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.intact import check_card
 
 
@@ -37,11 +36,6 @@ class TowerLocation:
                 f"`{command('import', directory, '--output', 'DIR')}`"
             )
         card = TowerCard.read(directory / TowerCard.FILE)
-        if card.family not in families():
-            raise ContractError(
-                f"{directory / TowerCard.FILE}: unknown tower family {card.family!r}; known: {', '.join(families())}; "
-                "a newer version of this package may know it"
-            )
         return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
 
     @property

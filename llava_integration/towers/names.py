@@ -62,13 +62,8 @@ def locate_default() -> TowerLocation:
 
 def locate_spec(spec: str, *, how: str) -> TowerLocation:
     """The tower of a path, a registered name or a Hub id, tried in this order."""
-    if not spec.strip():
-        raise TowerNotFoundError(
-            f"{how}: no tower is named; expected a tower directory, a name listed by `llm2clip towers`, or a Hub id, "
-            f"such as {NAME}:PATH"
-        )
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec.strip() and path.is_dir():
         return TowerLocation.of(path, how=how)
     known = registry.read()
     if spec in known.towers and known.towers[spec]["spec"] != spec:

@@ -60,7 +60,6 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     record = getattr(config, KEY, None)
     if not record:
         return find_unrecorded(name, config)
-    check_record(record, where=f"{KEY} in config.json of {checkpoint_of(config) or 'the checkpoint'}")
     failures: list[str] = []
     other_tower = False
     for where, locate in candidates(name, record, config):
@@ -75,31 +74,16 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             return location
         other_tower = True
         failures.append(f"{where}: {location.directory} has sha256 {location.sha256}")
-    message = not_found_message(checkpoint_of(config) or "the checkpoint", record, failures, other_tower=other_tower)
-    raise ContractError(message) if other_tower else TowerNotFoundError(message)
-
-
-def check_record(record: Any, *, where: str) -> None:
-    """Raise ContractError unless a tower's record has the fields that finding it needs."""
-    if not isinstance(record, dict):
-        raise ContractError(f"{where} is {record!r}, expected an object; copy the checkpoint again")
-    for name, kind in (("weights_sha256", str), ("origin", str), ("family", str), ("image_size", int)):
-        if not isinstance(record.get(name), kind):
-            raise ContractError(
-                f"{where}: {name} is {record.get(name)!r}, expected {kind.__name__}; copy the checkpoint again"
-            )
-
-
-def not_found_message(checkpoint: str, record: dict[str, Any], failures: list[str], *, other_tower: bool) -> str:
-    """The recorded tower, the result of every place searched, and the two ways to get the tower back."""
+    checkpoint = checkpoint_of(config) or "the checkpoint"
     refusal = "refusing to load a different tower" if other_tower else "which is not on this machine"
     searched = "".join(f"\n  - {failure}" for failure in failures)
-    return (
+    message = (
         f"{checkpoint} was trained with the tower sha256 {record['weights_sha256']} (origin {record['origin']}, "
         f"{record['family']}, {record['image_size']} px); {refusal}. Searched:{searched}\n"
         "Copy that tower to this machine and run `llm2clip use PATH`, or run "
         f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     )
+    raise ContractError(message) if other_tower else TowerNotFoundError(message)
 
 
 def find_unrecorded(name: str, config: Any) -> TowerLocation:

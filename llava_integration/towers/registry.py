@@ -5,15 +5,11 @@ One JSON file: ``$LLM2CLIP_HOME/towers.json``, else ``$XDG_CONFIG_HOME/llm2clip/
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from llm2clip_plugin.contracts import ContractError, VersionedRecord
-
-LOCK_SECONDS = 30.0  # to wait for another process that changes the registry, which takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,65 +41,23 @@ class Registry(VersionedRecord):
 
 def registry_file() -> Path:
     """Path of the registry; the file need not exist."""
-    home = os.environ.get("LLM2CLIP_HOME")
-    if home:
-        return Path(home).expanduser() / Registry.FILE
     config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(config).expanduser() / "llm2clip" / Registry.FILE
+    return Path(os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip").expanduser() / Registry.FILE
 
 
 def read() -> Registry:
     """The registry, empty if there is no file. Raises ContractError for a damaged file."""
     path = registry_file()
-    if not path.is_file():
-        return Registry()
-    try:
-        return Registry.read(path)
-    except ContractError as error:
-        raise ContractError(
-            f"{error}; correct the file, or delete it and register your towers again with `llm2clip use`"
-        ) from error
-
-
-@contextmanager
-def locked() -> Iterator[None]:
-    """Hold the registry's lock, so that what is read inside the block is still true when it is written.
-
-    Raises TimeoutError if another process holds it for 30 seconds. On a file system without locks nobody waits.
-    """
-    import filelock  # comes with huggingface_hub
-
-    path = registry_file().with_suffix(".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise TimeoutError(
-            f"another process has changed {registry_file()} for {LOCK_SECONDS:.0f} s (it holds {path}); "
-            "wait for its end or stop it, then try again"
-        ) from error
-    except NotImplementedError:  # filelock's error for ENOSYS
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+    return Registry.read(path) if path.is_file() else Registry()
 
 
 def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
-    """Register a tower (``spec``: absolute path or Hub id), select it and return its name.
-
-    Raises ValueError for a name that cannot be given to ``--vision_tower``, ContractError for a damaged registry.
-    """
-    if name and (name != name.strip() or not name.isprintable()):
-        raise ValueError(f"--name {name!r} contains control characters, or spaces at an end; choose a plain word")
-    with locked():
-        known = read()
-        name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
-        name = name or free_name(spec, known)
-        towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
-        replace(known, chosen=name, towers=towers).write(registry_file())
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name."""
+    known = read()
+    name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
+    name = name or free_name(spec, known)
+    towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
+    replace(known, chosen=name, towers=towers).write(registry_file())
     return name
 
 
@@ -119,9 +73,8 @@ def free_name(spec: str, known: Registry) -> str:
 
 def forget(name: str) -> None:
     """Remove an entry; raises ValueError with the registered names if there is none called ``name``."""
-    with locked():
-        known = read()
-        if name not in known.towers:
-            raise ValueError(f"unknown tower {name!r}; {known.summary()}")
-        towers = {key: entry for key, entry in known.towers.items() if key != name}
-        replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())
+    known = read()
+    if name not in known.towers:
+        raise ValueError(f"unknown tower {name!r}; {known.summary()}")
+    towers = {key: entry for key, entry in known.towers.items() if key != name}
+    replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())

@@ -1,10 +1,9 @@
 """MMBench dev, circular: a question is right only if every rotation of its options is answered right.
 
-Rules: VLMEvalKit's exact matching on LLaVA's ``convert_mmbench_for_submission.py`` of the answers (the headline), and
-lmms-eval's static one (``lmms_eval_static``). Neither uses a judge: what they cannot read is wrong, whereas the MMBench
-server has a GPT model read it, so its numbers are a little higher. Quirks kept: the article 'A' alone is option A; an
-option text contained in another is ambiguous; texts that pandas reads as missing values ('None', 'NA') are no options,
-and as answers they are 'nan'. ``corrected`` is without the pandas quirk.
+Rule: that of VLMEvalKit, MMBench's own evaluator, by exact matching on LLaVA's ``convert_mmbench_for_submission.py`` of
+the answers. It uses no judge: what it cannot read is wrong, whereas the MMBench server has a GPT model read it, so its
+numbers are a little higher. Quirks kept: the article 'A' alone is option A; an option text contained in another is
+ambiguous; texts that pandas reads as missing values ('None', 'NA') are no options, and as answers they are 'nan'.
 """
 
 import base64
@@ -13,12 +12,24 @@ import csv
 import hashlib
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_text
-from llava_integration.benchmarks.base import Item, Options, Question, Scored, by_group, flatten, item_of, mean, mean_of
+from llava_integration.benchmarks.base import (
+    Item,
+    Options,
+    Question,
+    Scored,
+    by_group,
+    flatten,
+    item_of,
+    mean,
+    mean_of,
+    text_of,
+)
 from llava_integration.benchmarks.benchmark import LONG_ANSWERS, Benchmark, published_scores
-from llava_integration.benchmarks.mmbench_letters import letter_lmms_eval, letter_vlmevalkit, mcq_letter
+from llava_integration.benchmarks.mmbench_letters import letter_of
 
 WHERE = "https://github.com/open-compass/MMBench"
 ROTATION = 1_000_000  # index = group + rotation x this
@@ -37,11 +48,10 @@ SHORT_NAMES = {
 }
 NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category", "prediction"}
 PREDICTION_COLUMN = 6  # where the official converter puts it
-_ENCODED_IMAGES: dict[str, dict[str, str]] = {}  # of one table, since it has every picture
 
 
 class MMBench(Benchmark):
-    """Circular accuracy by both rules, by category. Items are groups of rotations, questions single rotations."""
+    """Circular accuracy, by category. Items are groups of rotations, questions single rotations."""
 
     def load(self, folder: Path) -> list[Question]:
         """One question per row of the table (a rotation), in its order."""
@@ -74,21 +84,15 @@ class MMBench(Benchmark):
             )
         return questions
 
-    def recognizes(self, answer: Answer) -> bool:
-        """By the fields of LLaVA's model_vqa_mmbench."""
-        return "round_id" in answer.row or "option_char" in answer.row
-
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Scores every rotation, then the groups."""
         questions, matched = self.join(folder, answers, options)
         rows = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
         items = group_items(questions, rows)
-        rotations = flatten(
-            {
-                "vanilla.all_rows": mean_of(rows, "correct"),
-                "vanilla.index_lt_1e6": mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
-            }
-        )
+        rotations = {
+            "vanilla.all_rows": mean_of(rows, "correct"),
+            "vanilla.index_lt_1e6": mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
+        }
         unread = sum(row["inferred"] is None and not row["missing"] for row in rows)
         return Scored(
             metrics={**self.metrics(items), **rotations},
@@ -98,52 +102,29 @@ class MMBench(Benchmark):
         )
 
     def score_item(self, question: Question, answer: Answer | None) -> Item:
-        """One rotation: the letter that each rule reads."""
-        row = question.extra["row"]
-        said = answer.text or "" if answer else ""
+        """One rotation: the letter that the rule reads."""
+        said = text_of(answer)
         text = "nan" if said in PANDAS_MISSING else said  # through a spreadsheet and back
-        choices = choices_of(row)
-        letter = letter_vlmevalkit(text, choices)
-        prefetched = letter_lmms_eval(said.strip(), choices)
-        corrected = letter_vlmevalkit(said, choices_of(row, missing=frozenset({""})))
+        letter = letter_of(text, choices_of(question.extra["row"]))
         return {
             "index": question.id,
             "inferred": letter,
             "answer": question.truth,
             "correct": int(letter == question.truth),
-            "prefetched_lmms_eval": prefetched,
-            "correct_lmms_eval": int((prefetched or mcq_letter(said.strip(), sorted(choices))) == question.truth),
-            "correct_corrected": int(answer is not None and corrected == question.truth),
             "text": said,
             "missing": answer is None,
         }
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """Circular accuracy by both rules."""
-
-        def means(group: str, field: str) -> dict[str, float]:
-            return {key: mean(values) for key, values in by_group(items, group, field).items() if key}
-
-        abilities = means("l2_category", "hit_vlmevalkit")
-        return flatten(
-            {
-                "vlmevalkit_exact_matching": {
-                    "overall": mean_of(items),
-                    "by_l2_and_category": {
-                        **{SHORT_NAMES.get(key, key): value for key, value in abilities.items()},
-                        **means("category", "hit_vlmevalkit"),
-                    },
-                    "n_groups": len(items),
-                    "hits": sum(item["score"] for item in items),
-                },
-                "lmms_eval_static": {
-                    "overall": mean_of(items, "hit_lmms_static"),
-                    "category": means("category", "hit_lmms_static"),
-                    "l2_category": means("l2_category", "hit_lmms_static"),
-                },
-                "corrected_overall": mean_of(items, "hit_corrected"),
-            }
-        )
+        """Circular accuracy, overall and by ability and category."""
+        groups = {**by_group(items, "l2_category"), **by_group(items, "category")}
+        numbers = {
+            "overall": mean_of(items),
+            "by_l2_and_category": {SHORT_NAMES.get(key, key): mean(values) for key, values in groups.items() if key},
+            "n_groups": len(items),
+            "hits": sum(item["score"] for item in items),
+        }
+        return flatten({"vlmevalkit_exact_matching": numbers})
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The picture of a group, from the table's base64 column."""
@@ -180,9 +161,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def choices_of(row: dict[str, str], *, missing: frozenset[str] = PANDAS_MISSING) -> dict[str, str]:
+def choices_of(row: dict[str, str]) -> dict[str, str]:
     """The options of a row by letter."""
-    return {letter: row[letter] for letter in "ABCD" if row.get(letter) is not None and row[letter] not in missing}
+    cells = {letter: row.get(letter) for letter in "ABCD"}
+    return {letter: text for letter, text in cells.items() if text is not None and text not in PANDAS_MISSING}
 
 
 def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Item]:
@@ -197,21 +179,11 @@ def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Ite
             continue
         question, row = first
         table_row, rotations = question.extra["row"], [member for _, member in members]
-        hits = {
-            name: int(all(rotation[field] for rotation in rotations))
-            for name, field in (
-                ("hit_vlmevalkit", "correct"),
-                ("hit_lmms_static", "correct_lmms_eval"),
-                ("hit_corrected", "correct_corrected"),
-            )
-        }
         items.append(
             item_of(
                 question,
                 None,
-                score=hits["hit_vlmevalkit"],
-                g_index=group,
-                **hits,
+                score=int(all(rotation["correct"] for rotation in rotations)),
                 answer=row["text"],
                 missing=any(rotation["missing"] for rotation in rotations),
                 choices=list(choices_of(table_row).values()),
@@ -223,13 +195,10 @@ def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Ite
     return items
 
 
+@lru_cache(maxsize=1)  # since a table has every picture
 def _encoded_images(table: Path) -> dict[str, str]:
-    """Base64 pictures by index; of one table at a time."""
-    key = str(table.resolve())
-    if key not in _ENCODED_IMAGES:
-        _ENCODED_IMAGES.clear()
-        _ENCODED_IMAGES[key] = {row["index"]: row.get("image") or "" for row in read_table(table)}
-    return _ENCODED_IMAGES[key]
+    """Base64 pictures by index."""
+    return {row["index"]: row.get("image") or "" for row in read_table(table)}
 
 
 PATTERNS = ("mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "mmbench_test_2*.tsv", "mmbench_test_en*.tsv")
