@@ -97,9 +97,10 @@ class Benchmark(ABC):
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Score answers with the annotations in ``folder``. Raises ValueError for answers to another benchmark."""
         questions, matched = self.join(folder, answers, options)
-        items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
-        counts = {**matched.counts, **self.counts(items)}
-        return Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+            items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
+            counts = {**matched.counts, **self.counts(items)}
+            return Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
 
     def join(self, folder: Path, answers: Answers, options: Options) -> tuple[list[Question], Matched]:
         """The questions, and the answer to each."""

@@ -14,6 +14,7 @@ from llava_integration.towers.location import TowerLocation, TowerNotFoundError
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.outside.timeouts import hub_snapshot
+from llm2clip_plugin.outside.values import errors_about
 
 KEY = "llm2clip_tower"  # in the checkpoint's config.json
 BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
@@ -60,26 +61,28 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     record = getattr(config, KEY, None)
     if not record:
         return find_unrecorded(name, config)
+    checkpoint = checkpoint_of(config) or "the checkpoint"
+    with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
+        wanted, origin = str(record["weights_sha256"]), str(record["origin"])
     failures: list[str] = []
     other_tower = False
-    for where, locate in candidates(name, record, config):
+    for where, locate in candidates(name, wanted, origin, config):
         try:
             location = locate()
         except (FileNotFoundError, ContractError) as error:
             failures.append(f"{where}: {error}")
             continue
-        if location.sha256 == record["weights_sha256"]:
+        if location.sha256 == wanted:
             if failures:
                 print(f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})")
             return location
         other_tower = True
         failures.append(f"{where}: {location.directory} has sha256 {location.sha256}")
-    checkpoint = checkpoint_of(config) or "the checkpoint"
     refusal = "refusing to load a different tower" if other_tower else "which is not on this machine"
     searched = "".join(f"\n  - {failure}" for failure in failures)
     message = (
-        f"{checkpoint} was trained with the tower sha256 {record['weights_sha256']} (origin {record['origin']}, "
-        f"{record['family']}, {record['image_size']} px); {refusal}. Searched:{searched}\n"
+        f"{checkpoint} was trained with the tower sha256 {wanted} (origin {origin}, {record.get('family')}, "
+        f"{record.get('image_size')} px); {refusal}. Searched:{searched}\n"
         "Copy that tower to this machine and run `llm2clip use PATH`, or run "
         f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     )
@@ -97,15 +100,15 @@ def find_unrecorded(name: str, config: Any) -> TowerLocation:
         return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
 
 
-def candidates(name: str, record: dict[str, Any], config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
+def candidates(name: str, wanted: str, origin: str, config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
     """(label for messages, function that returns a location or raises), in the order of the search."""
     yield f"by name, {name!r}", lambda: names.locate(name)
     if checkpoint := checkpoint_of(config):
-        yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, record["origin"])
-    if record["origin"] != name.partition(":")[2]:
-        yield f"at its origin, {record['origin']}", lambda: names.locate_spec(record["origin"], how="origin")
+        yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, origin)
+    if origin != name.partition(":")[2]:
+        yield f"at its origin, {origin}", lambda: names.locate_spec(origin, how="origin")
     for known, entry in sorted(registry.read().towers.items()):
-        if entry["weights_sha256"] == record["weights_sha256"]:
+        if entry["weights_sha256"] == wanted:
             spec = entry["spec"]
             yield f"registered as {known!r}", lambda spec=spec: names.locate_spec(spec, how="registry")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_integration.benchmarks.answers import Answer, Answers, Row, read_jsonl
+from llava_integration.benchmarks.answers import Answer, Row, read_jsonl
 from llava_integration.benchmarks.base import (
     Item,
     Question,
@@ -64,12 +64,11 @@ class POPE(Benchmark):
             )
         return questions
 
-    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
-        """lmms-eval logs the categories in alphabetical order."""
-        return sorted(questions, key=lambda one: one.category) if answers.layout == "lmms_eval" else questions
-
     def question_keys(self, question: Question) -> tuple[Hashable, ...]:
-        """LLaVA's id; for lmms-eval's rows the label file's, which restarts in each category, question and label."""
+        """LLaVA's id; for lmms-eval's rows the label file's id, question and label.
+
+        Where these are equal in two categories, the same was asked about the same image.
+        """
         return str(question.id), (question.extra["label_id"], squeeze(question.text), question.truth)
 
     def logged_key(self, answer: Answer) -> Hashable | None:
