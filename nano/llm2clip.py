@@ -125,8 +125,7 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, factor: float, max_no
     """One step at ``factor`` times each group's peak rate, the global norm of gradients clipped to ``max_norm``."""
     optimizer.zero_grad()
     loss.backward()
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nn.utils.clip_grad_norm_(trained, max_norm)
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
     optimizer.step()
@@ -189,7 +188,7 @@ def caption_step(
     teacher: Teacher,
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[tuple[str, str]],
-    families: Sequence[str],
+    families: Sequence,
     factor: float,
 ) -> float:
     """Stage 1's step: of all captions in the batch, each is nearest to the other caption of its own picture."""
@@ -340,10 +339,8 @@ def train_tower(
             chosen = next(order)
             texts = [samples[number].captions[rng.choice(("short", "long"))] for number in chosen]
             embedding_BW = torch.stack([cache[text] for text in texts])
-            if name == "tower":
-                image_BP = model.pool(pixels([augment(opened[number], rng) for number in chosen], side))
-            else:
-                image_BP = pooled[chosen]
+            seen = [augment(opened[number], rng) for number in chosen] if name == "tower" else []
+            image_BP = model.pool(pixels(seen, side)) if seen else pooled[chosen]
             factor = rate(step, count, warmup=round(0.15 * count)) if name == "tower" else 1.0
             noise_BW = torch.randn(embedding_BW.shape)
             loss = tower_step(model, optimizer, image_BP, embedding_BW, noise_BW, texts, chosen, factor)
@@ -354,8 +351,7 @@ def train_tower(
 @torch.no_grad()
 def pooled_features(model: DualEncoder, opened: Sequence[Image.Image], side: int) -> Tensor:
     """(N, P) of images as they are."""
-    parts = [model.pool(pixels(opened[start : start + 64], side)) for start in range(0, len(opened), 64)]
-    return torch.cat(parts)
+    return torch.cat([model.pool(pixels(opened[start : start + 64], side)) for start in range(0, len(opened), 64)])
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -364,8 +360,7 @@ def pooled_features(model: DualEncoder, opened: Sequence[Image.Image], side: int
 @torch.no_grad()
 def recall(model: DualEncoder, samples: Sequence[Sample], cache: dict[str, Tensor], *, side: int) -> dict[str, float]:
     """R@1 and R@10 from caption to image and back; every drawing of a concept counts as a hit."""
-    texts = [(sample.captions[kind], sample.concept) for sample in samples for kind in ("short", "long")]
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys((s.captions[kind], s.concept) for s in samples for kind in ("short", "long")))
     image_ND = model.project(pooled_features(model, [open_image(sample.image) for sample in samples], side))
     text_MD = model.encode_text(torch.stack([cache[text] for text, _ in texts]))
     hit_MN = torch.tensor([[concept == sample.concept for sample in samples] for _, concept in texts])
