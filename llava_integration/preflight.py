@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from llava_integration import towers as names
-from llava_integration.towers import LORA, OTHERS, WORD, check_selection, model_name, option_value
+from llava_integration import towers
+from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, check_selection, model_name, option_value
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.options import read_config
 
@@ -110,7 +110,7 @@ def check_model(model: str) -> Iterator[str]:
     path = Path(model)
     if MPT in model:
         yield f"--model {model}: LLaVA takes a path with {MPT!r} for an MPT, which it cannot train; rename the folder"
-    elif not path.is_dir() and not names.HUB_ID.match(model):
+    elif not path.is_dir() and not HUB_ID.match(model):
         yield f"--model {model} is neither a folder nor a name of the Hub, such as lmsys/vicuna-7b-v1.5"
     elif path.is_dir() and not (path / "config.json").is_file():
         yield f"--model {model}: the folder has no config.json; expected a model such as lmsys/vicuna-7b-v1.5"
@@ -209,7 +209,7 @@ def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iter
     if projector is not None and not os.path.isfile(projector):
         yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
         projector = None
-    if not names.is_ours(tower):
+    if not towers.is_ours(tower):
         if os.path.isdir(tower) and not os.path.isfile(os.path.join(tower, "config.json")):
             yield f"--tower {tower}: the folder has no config.json; expected a tower directory or a CLIP vision model"
         elif not os.path.exists(tower) and not tower.startswith(LLAVAS_TOWERS) and "ShareGPT4V" not in tower:
@@ -219,7 +219,7 @@ def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iter
             )
         return
     try:
-        location = names.locate(tower)
+        location = towers.locate(tower)
         check_selection(words, location.card.num_layers)
         location.check_weights()
         if projector is not None:

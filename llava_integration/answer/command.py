@@ -14,7 +14,7 @@ from typing import Any
 from llava_integration.answer.model import Answerer
 from llava_integration.answer.questions import AnswersFile, Question, entry, read_questions
 from llava_integration.answer.served import KEY, Asking, Endpoint, EndpointError, ServedModel, answer_served
-from llava_integration.towers import check_checkpoint, refuse_name
+from llava_integration.checkpoints import check_checkpoint
 from llm2clip_plugin.contracts import sha256_file
 from llm2clip_plugin.hub import Retry
 from llm2clip_plugin.options import Parser, checked
@@ -125,7 +125,6 @@ def check_options(options: argparse.Namespace) -> None:
     if options.concurrency < 1:
         raise ValueError(f"--concurrency {options.concurrency} must be at least 1")
     if options.model_path:
-        refuse_name(options.model_path, base=options.model_base)
         check_checkpoint(options.model_path, options.model_base)
 
 

@@ -17,8 +17,8 @@ from llava_integration.benchmarks.answers import read_answers, read_json
 from llava_integration.benchmarks.benchmark import Benchmark, Options, first_file
 from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
 from llava_integration.benchmarks.score import score_answers
+from llava_integration.checkpoints import check_checkpoint
 from llava_integration.compare import report as tables
-from llava_integration.towers import check_checkpoint, refuse_name
 from llm2clip_plugin.contracts import atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.options import Parser, add_data, command, data_of
@@ -346,7 +346,6 @@ def check_model(args: argparse.Namespace) -> None:
     if bool(args.model_path) == bool(args.endpoint):
         raise ValueError("one of --model-path, a LLaVA checkpoint, and --endpoint URL, a served model, is needed")
     if args.model_path:
-        refuse_name(args.model_path, base=args.model_base)
         check_checkpoint(args.model_path, args.model_base)
 
 

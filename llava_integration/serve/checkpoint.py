@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_integration.checkpoints import checkpoint_config
 from llava_integration.compat.runner import adapters_stay_fp32
-from llava_integration.towers import checkpoint_config
 from llm2clip_plugin.files import DTYPE_BYTES, ContractError, errors_about, read_header
 from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
