@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, atomic_directory
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_peft
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
@@ -29,7 +28,6 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
     Raises ValueError for unknown target names, listing the known ones.
     """
     quiet_peft()
-    import_without_compiler(BITSANDBYTES)
     from peft import LoraConfig, PeftModel
 
     linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)})
@@ -82,7 +80,6 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     other tensor is missing, unexpected or of another shape.
     """
     quiet_peft()
-    import_without_compiler(BITSANDBYTES)
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     config, tensors = read_adapter(folder)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.paths import check_path
 from llm2clip_plugin.quiet import quiet_transformers
@@ -144,7 +143,6 @@ def nf4(dtype: torch.dtype):
     """bitsandbytes' settings: NF4 weights, double quantization, computation in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
-    import_without_compiler(BITSANDBYTES)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

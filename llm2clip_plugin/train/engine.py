@@ -32,7 +32,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from llm2clip_plugin.lazy_compile import MUON, import_without_compiler
 from llm2clip_plugin.quiet import quiet_deepspeed
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.deepspeed_keys import check_keys
@@ -115,15 +114,13 @@ def _leave_ranks() -> None:
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed's informational log lines off the terminal, its shared-memory extension from being built, and a
-    compiler from being imported.
+    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension from being built.
 
     That C++ extension only serves tensor-parallel inference on CPUs, but is compiled for a minute at first use, needs
     a compiler, and leaves a lock behind if the build is killed, which every later run waits for.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet_deepspeed()
-    import_without_compiler(MUON)
 
 
 def check_deepspeed(config: dict[str, Any], where: str) -> None:

@@ -7,7 +7,6 @@ import copy
 
 from torch import nn
 
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.vision.family import Tower
 from llm2clip_plugin.vision.towers import tower_blocks
 
@@ -27,7 +26,6 @@ def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> No
         raise ValueError(f"LoRA rank {rank} must be at least 1")
     if has_lora(tower):
         raise ValueError("the tower already has LoRA layers")
-    import_without_compiler(BITSANDBYTES)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.train.optimizers.base import OptimizerSpec, State
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
@@ -34,7 +33,6 @@ class AdamW8bit(OptimizerSpec):
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
     ) -> torch.optim.Optimizer:
-        import_without_compiler(BITSANDBYTES)
         try:
             from bitsandbytes.optim import AdamW8bit as Optimizer
         except ImportError as error:
