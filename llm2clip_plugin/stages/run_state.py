@@ -22,9 +22,8 @@ from llm2clip_plugin.train.agreement import readable_checkpoint, refuse_disagree
 from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.device import set_full_determinism, set_tf32
-from llm2clip_plugin.train.disk_space import check_space, checkpoint_bytes
 from llm2clip_plugin.train.distributed import on_first_rank, rank
-from llm2clip_plugin.train.ema import MovingAverage
+from llm2clip_plugin.train.ema import Reference
 from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
 from llm2clip_plugin.train.errors import FirstRankError, StoppedError
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, TrainConfig, run_loop
@@ -33,7 +32,6 @@ from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.run_checkpoints import RESUME_AUTO, Checkpoints
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.train.stopping import StopRequest
-from llm2clip_plugin.train.twin import Twin
 from llm2clip_plugin.train.watchdog import watched
 from llm2clip_plugin.vision.export import library_versions
 
@@ -131,14 +129,6 @@ class TrainingRun:
             start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
         refuse_disagreement(start | facts, ADVICE)
 
-    def check_space(
-        self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True, twin: bool = False
-    ) -> None:
-        """Raise OSError if the disk of the run's folder has no space for a checkpoint. Every rank must call this."""
-        averages = bool(self.train.ema_decay) + twin
-        needed = checkpoint_bytes(module, trained, self.optim, averages=averages, keep_frozen=keep_frozen)
-        on_first_rank(lambda: check_space(self.folder, needed, fallback=self.train.save_fallback_dir))
-
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
     ) -> Engine:
@@ -175,8 +165,7 @@ class TrainingRun:
         before: Evaluate | None = None,
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
-        average: MovingAverage | None = None,
-        twin: Twin | None = None,
+        references: Mapping[str, Reference] | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
@@ -193,8 +182,7 @@ class TrainingRun:
                 step=in_phase("forward and backward", step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
-                average=average,
-                twin=twin,
+                references=references or {},
                 checkpoints=self.checkpoints,
                 evaluate=in_phase("evaluation", evaluate) if evaluate else None,
                 before=in_phase("evaluation before training", before) if before else None,

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.train.distributed import broadcast_object, gather_objects, rank, world_size
+from llm2clip_plugin.train.distributed import broadcast_object, gather_objects, on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import DisagreementError
 
 SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
 LISTED = 12  # differing facts that a message lists
-HOSTS = 4  # groups of ranks that a fact's line lists
 
 Facts = Mapping[str, str]  # what is compared -> this rank's value
 
@@ -29,71 +28,51 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     value and the hosts and ranks that have it.
     """
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
-    if len(set(digests)) == 1:
-        return
-    raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
+    if len(set(digests)) > 1:
+        raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
 
 
 def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) -> str:
     """The message about the facts of all ranks, given as (host, facts) in order of rank."""
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
-    lines, advised = [], set()
+    lines, advised = ["the ranks disagree before the first step:"], set()
     for name in differing[:LISTED]:
-        holders: dict[str, list[int]] = {}
-        for number, (_, facts) in enumerate(ranks):
-            holders.setdefault(facts.get(name, "absent"), []).append(number)
-        groups = [f"{value} on {_where(numbers, ranks)}" for value, numbers in holders.items()]
-        more = f"; {len(groups) - HOSTS} other values" if len(groups) > HOSTS else ""
-        lines.append(f"  {name}: {'; '.join(groups[:HOSTS])}{more}")
+        holders: dict[str, dict[str, list[int]]] = {}  # value -> host -> ranks
+        for number, (host, facts) in enumerate(ranks):
+            holders.setdefault(facts.get(name, "absent"), {}).setdefault(host, []).append(number)
+        groups = [
+            f"{value} on " + ", ".join(f"{host} (ranks {', '.join(map(str, own))})" for host, own in hosts.items())
+            for value, hosts in holders.items()
+        ]
+        lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
     if len(differing) > LISTED:
         lines.append(f"  and {len(differing) - LISTED} more")
-    return "\n".join(["the ranks disagree before the first step:", *lines, *sorted(advised - {""})])
-
-
-def _where(numbers: list[int], ranks: Sequence[tuple[str, Facts]]) -> str:
-    """``node-1 (ranks 0-7), node-2 (rank 8)``."""
-    hosts: dict[str, list[int]] = {}
-    for number in numbers:
-        hosts.setdefault(ranks[number][0], []).append(number)
-    shown = [f"{host} (rank{'s' if len(own) > 1 else ''} {_ranges(own)})" for host, own in hosts.items()]
-    return ", ".join(shown[:HOSTS]) + (f" and {len(shown) - HOSTS} more hosts" if len(shown) > HOSTS else "")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as ``0-3, 6``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    return "\n".join([*lines, *sorted(advised - {""})])
 
 
 def shared_folder(folder: Path) -> str:
     """Whether this rank sees what rank 0 writes into ``folder``, as a fact; every rank must call this.
 
-    Raises OSError on rank 0 if it cannot write there.
+    Raises OSError if rank 0 cannot write there.
     """
     if world_size() == 1:
         return "shared"
-    name = broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
-    failure = None
-    if rank() == 0:
+    file = folder / broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
+
+    def write() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
+            file.touch()
         except OSError as error:
-            failure = f"cannot write in --output {folder}: {error.strerror}"
-    failure = broadcast_object(failure)
-    if failure:
-        raise OSError(failure)
-    seen = _appears(folder / name)
+            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
+
+    on_first_rank(write)
+    seen = _appears(file)
     gather_objects(seen)  # all have looked
     if rank() == 0:
-        (folder / name).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     return "shared with rank 0" if seen else f"{folder.absolute()} lacks a file that rank 0 has just written"
 
 
@@ -114,9 +93,6 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     try:
         digest = hashlib.sha256((path / state_file).read_bytes()).hexdigest()
         sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
-        for name in sizes:
-            with open(path / name, "rb") as file:
-                file.read(8)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     return f"{path.name} {digest[:12]}, {', '.join(f'{name} {size} bytes' for name, size in sizes.items())}"

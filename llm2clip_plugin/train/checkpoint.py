@@ -4,17 +4,16 @@
       model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
       optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
       ema.safetensors        moving averages, if train.ema_decay is set
-      twin.safetensors       the frozen twin, if a loss term needs one
+      twin.safetensors       weights of the frozen tower, if a loss term compares with one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
 The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
-optimizer ``by_rank`` (optimizers/base.py). No generator state is saved: every random draw is a function of the run's
-seed and a position in its order of samples (step.py).
+optimizer ``by_rank``. No generator state is saved: every random draw is a function of the run's seed and a position in
+its order of samples (step.py).
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_directory, canonical_json, sha256_text
-from llm2clip_plugin.progress import progress_bar
-from llm2clip_plugin.train.tensor_files import BLOCK, TensorFile, write_tensors
+from llm2clip_plugin.contracts import ContractError, VersionedRecord, atomic_directory, sha256_file
+from llm2clip_plugin.train.tensor_files import TensorFile, write_tensors
 
 MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 TWIN = "twin.safetensors"
@@ -52,19 +50,7 @@ class TrainState(VersionedRecord):
     bad_batches: list[dict[str, Any]] = field(default_factory=list)  # left out: step, samples (position), reason
     seconds: float = 0.0  # training time so far
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
-    checksum: str = ""  # of the fields above
-
-    def sealed(self) -> "TrainState":
-        """With its checksum."""
-        return dataclasses.replace(self, checksum=self._digest())
-
-    def check(self, where: Path) -> None:
-        """Raises ContractError if a field was changed after it was written."""
-        if self.checksum != self._digest():
-            raise ContractError(f"{where} is damaged: its fields do not have the checksum {self.checksum!r}")
-
-    def _digest(self) -> str:
-        return sha256_text(canonical_json({**dataclasses.asdict(self), "checksum": ""}))
+    checksum: str = ""  # of earlier releases; not used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +69,7 @@ def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapp
     """Write tensors of the CPU by file, and ``state`` with their hashes, to the folder ``target``. Raises OSError."""
     with atomic_directory(target, replace=True) as temporary:
         files = {name: write_tensors(temporary / name, content) for name, content in tensors.items()}
-        dataclasses.replace(state, files=files).sealed().write(temporary / TrainState.FILE)
-
-
-def record_metrics(path: Path, state: TrainState) -> None:
-    """Put the evaluation of ``state`` into the checkpoint of its step. Raises OSError."""
-    saved = TrainState.read(path / TrainState.FILE)
-    values = {"metrics": state.metrics, "evaluated": state.evaluated}
-    dataclasses.replace(saved, **values).sealed().write(path / TrainState.FILE)
+        dataclasses.replace(state, files=files).write(temporary / TrainState.FILE)
 
 
 def verify(path: Path, *, moments: bool = True) -> None:
@@ -98,30 +77,17 @@ def verify(path: Path, *, moments: bool = True) -> None:
 
     Raises FileNotFoundError or ContractError naming the file that is missing or damaged.
     """
-    state = TrainState.read(path / TrainState.FILE)
-    state.check(path / TrainState.FILE)
-    names = [name for name in state.files if moments or name != OPTIMIZER]
+    files = TrainState.read(path / TrainState.FILE).files
+    names = [name for name in files if moments or name != OPTIMIZER]
     for name in names:
         _open(path, name)
-    total = sum((path / name).stat().st_size for name in names)
-    bar = progress_bar(total=total >> 20, label=f"checking {path.name}", unit="MiB")
-    with bar, ThreadPoolExecutor(len(names)) as pool:
-        digests = pool.map(lambda name: _sha256(path / name, lambda done: bar.update(done >> 20)), names)
-        for name, digest in zip(names, digests, strict=True):
-            if digest != state.files[name]:
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(names, pool.map(lambda name: sha256_file(path / name), names), strict=True):
+            if digest != files[name]:
                 raise ContractError(
                     f"{path / name} is damaged: its SHA-256 is {digest[:12]}..., {TrainState.FILE} says "
-                    f"{state.files[name][:12]}..."
+                    f"{files[name][:12]}..."
                 )
-
-
-def _sha256(path: Path, advance: Callable[[int], object]) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
@@ -153,8 +119,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Pat
     Raises ContractError if the checkpoint has other tensors than the module.
     """
     own = module.state_dict()
-    if missing := sorted(own.keys() ^ weights.keys()):
-        raise ContractError(f"{where} does not fit the model: only one of them has {', '.join(missing[:5])}")
+    if differing := sorted(own.keys() ^ weights.keys()):
+        raise ContractError(f"{where} does not fit the model: only one of them has {', '.join(differing[:5])}")
     for name, value in own.items():
         saved = weights[name]
         if saved.shape != value.shape:

@@ -5,24 +5,19 @@ import contextlib
 import io
 import math
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -33,22 +28,20 @@ from deepspeed.utils import (
 )
 
 from llm2clip_plugin.quiet import quiet_deepspeed
+from llm2clip_plugin.train.choices import DDP_TIMEOUT
+from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
-from llm2clip_plugin.train.deepspeed_keys import check_keys
 from llm2clip_plugin.train.distributed import (
-    DDP_TIMEOUT,
     choose_device,
-    port_in_use,
+    joining,
     rank,
     set_default_timeout,
     set_single_process_environment,
     world_size,
 )
 from llm2clip_plugin.train.engine_states import EngineStates
-from llm2clip_plugin.train.optim import OptimConfig
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.timing import timed
-
-MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a warning
 
 
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
@@ -59,52 +52,17 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     """
     set_single_process_environment()
     prepare_deepspeed()
-    note_build_locks()
     accelerator: Any = deepspeed.get_accelerator()
     backend = accelerator.communication_backend_name()
     if not dist.is_initialized():
         atexit.register(_leave_ranks)
     set_default_timeout(timeout)
-    try:
-        with naming_missing_ranks():
-            deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        if message := port_in_use(error):
-            raise OSError(message) from error
-        raise
+    with joining():
+        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def naming_missing_ranks() -> Iterator[None]:
-    """Say that this rank waits for others, after MISSING_SECONDS."""
-    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    found = ", ".join(f"{name}={os.environ.get(name)}" for name in variables)
-    line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
-    timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def note_build_locks() -> None:
-    """Name the locks of C++ extensions on stderr, on rank 0: torch waits for them in silence, for ever if their holder
-    was killed."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted(folder.glob("**/lock")):
-        print(
-            f"note: {lock} exists: another process compiles {lock.parent.name}, or was killed while it did. If this "
-            "run does not go on, delete the file",
-            file=sys.stderr,
-        )
 
 
 def _leave_ranks() -> None:
@@ -124,14 +82,14 @@ def prepare_deepspeed() -> None:
 
 
 def check_deepspeed(config: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError; see check_keys."""
+    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError."""
     prepare_deepspeed()
     world = world_size()  # of a plan's ranks there may be none yet
     batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
-    models = [DeepSpeedConfigModel]
-    for model in models:
-        models += model.__subclasses__()
-    check_keys({**config, "train_batch_size": batch}, where, read=deepspeed.DeepSpeedConfig, models=models)
+    try:
+        deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
+    except (ValueError, TypeError, AssertionError, KeyError) as error:  # pydantic's is a ValueError
+        raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
 class Engine(EngineStates):
@@ -156,7 +114,7 @@ class Engine(EngineStates):
         self.module = module
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
-        self.optimizer = optim.optimizer()
+        self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         if torch.cuda.is_available() and offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -172,7 +130,7 @@ class Engine(EngineStates):
             self.device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         # DeepSpeed would also write the learning rate, by samples since the last start
         self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
-        self.device_engine.allreduce_gradients = _timed_reduction(self.device_engine.allreduce_gradients)
+        self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -184,8 +142,7 @@ class Engine(EngineStates):
             self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
-        scalars = [(name, p) for name, p in module.named_parameters() if name in whole and not p.requires_grad]
-        self._constants = {p: whole[name] for name, p in scalars}
+        self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
         if self.stage == 0 and world_size() == 1:
             self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
         if self.stage == 3 and self.device.type == "cpu":
@@ -195,17 +152,14 @@ class Engine(EngineStates):
         """The forward pass of the module."""
         return self.device_engine(*inputs, **options)
 
+    @timed("backward")
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""
-        with timed("backward"):
-            self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
+        self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
 
+    @timed("optimizer")
     def step(self) -> None:
         """To be called after each micro-batch; the last call of a step updates the parameters."""
-        with timed("optimizer"):
-            self._step()
-
-    def _step(self) -> None:
         if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
             grads = [p.grad for _, p in self.trained if p.grad is not None]
             norms = [torch.linalg.vector_norm(grad) for grad in grads]
@@ -250,16 +204,16 @@ class Engine(EngineStates):
         assert value is not None
         return value.to(self.device, torch.float32)
 
+    @timed("optimizer")
     def clamp(self, parameter: nn.Parameter, low: float, high: float) -> Tensor:
         """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
-        with timed("optimizer"):
-            master = self.fp32(parameter)
-            clamped = master.clamp(low, high)
-            if not torch.equal(master, clamped):
-                self._write(parameter, None, clamped)
-                with self.gathered([parameter], modify=True):
-                    parameter.data.clamp_(low, high)
-            return clamped
+        master = self.fp32(parameter)
+        clamped = master.clamp(low, high)
+        if not torch.equal(master, clamped):
+            self._write(parameter, None, clamped)
+            with self.gathered([parameter], modify=True):
+                parameter.data.clamp_(low, high)
+        return clamped
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
@@ -285,11 +239,13 @@ class Engine(EngineStates):
                 monitor.write_events([(label, value, x) for label, value in values.items()])
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
+        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
         if self.stage > 0:
             return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         return parameter.data if key is None else self._base.state.get(parameter, {}).get(key)
 
     def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        """The inverse of ``_read``: each rank writes its part of ``value``."""
         if self.stage == 3:
             # safe_set_full_* run past the end of a parameter whose size is not a multiple of the ranks
             size = parameter.ds_tensor.numel()
@@ -306,16 +262,6 @@ class Engine(EngineStates):
             safe_set_full_optimizer_state(parameter, value, str(key))
         elif (own := self._read(parameter, key)) is not None:
             own.copy_(value)
-
-
-def _timed_reduction(reduce: Callable[..., None]) -> Callable[..., None]:
-    """DeepSpeed's reduction of gradients after a backward pass, as communication."""
-
-    def timed_reduction(*args: Any, **kwargs: Any) -> None:
-        with timed("communication"):
-            reduce(*args, **kwargs)
-
-    return timed_reduction
 
 
 def _wait_for_every_gather() -> None:

@@ -6,8 +6,7 @@ ranks. So a checkpoint written by 8 ranks under ZeRO-3 resumes on 2 under ZeRO-1
 exception.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,35 +15,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm2clip_plugin.train.distributed import rank, world_size
-from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+from llm2clip_plugin.train.optim import AdamW
 from llm2clip_plugin.train.tensor_files import HostCopies
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class EngineStates(ABC):
+class EngineStates:
     """The part of an engine that checkpoints use. Every rank calls each method."""
 
     device_engine: Any  # DeepSpeed's; its optimizer is one of a dozen classes
     stage: int  # of ZeRO
     device: torch.device
     module: nn.Module
-    optimizer: OptimizerSpec
+    optimizer: AdamW
     trained: list[tuple[str, nn.Parameter]]
     frozen: list[tuple[str, nn.Parameter]]
     keep_frozen: bool  # weights() includes what is frozen
-
-    @abstractmethod
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
-        """Full values of parameters that ZeRO-3 has partitioned."""
-
-    @abstractmethod
-    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
-
-    @abstractmethod
-    def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """The inverse of ``_read``: each rank writes its part of ``value``."""
+    gathered: Callable[..., AbstractContextManager[None]]
+    _read: Callable[[nn.Parameter, str | None], Tensor | None]
+    _write: Callable[[nn.Parameter, str | None, Tensor], None]
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
@@ -58,19 +48,23 @@ class EngineStates(ABC):
             values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
         return values
 
-    def read_trained(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """The masters of all trained parameters, as made by ``copy``; {} on ranks without one."""
+    def read_trained(
+        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The masters of trained parameters, as made by ``copy``; {} on ranks without one. names: all by default."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.trained:
-            master = self._read(parameter, None)
-            if copy and master is not None:
-                values[name] = copy(name, master)
+            if names is None or name in names:
+                master = self._read(parameter, None)
+                if copy and master is not None:
+                    values[name] = copy(name, master)
         return values
 
     def write_trained(self, values: Mapping[str, Tensor]) -> None:
         """The inverse of ``read_trained``: each rank writes its part of the masters."""
         for name, parameter in self.trained:
-            self._write(parameter, None, values[name].to(self.device))
+            if name in values:
+                self._write(parameter, None, values[name].to(self.device))
 
     @contextmanager
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
@@ -143,20 +137,18 @@ class EngineStates(ABC):
                 setattr(scaler, field, value)
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        names = {
-            f"{name}.{moment}": (parameter, moment)
-            for moment in self.optimizer.moments
-            for name, parameter in self.trained
-        }
-        if not names.keys() & moments.keys():
+        self._link()
+        restored = 0  # a parameter without gradient has no moments
+        for moment in self.optimizer.moments:
+            for name, parameter in self.trained:
+                if (saved := moments.get(f"{name}.{moment}")) is not None:
+                    self._write(parameter, moment, saved.to(self.device))
+                    restored += 1
+        if not restored:
             raise ValueError(
                 f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
                 "with the --optimizer that wrote it"
             )
-        self._link()
-        for name, (parameter, moment) in names.items():
-            if name in moments:
-                self._write(parameter, moment, moments[name].to(self.device))
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
         for number, master in enumerate(self.masters()):

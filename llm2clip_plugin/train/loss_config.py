@@ -1,22 +1,10 @@
 """The settings of the training loss: which terms, with which weights over the run; read without torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from llm2clip_plugin.options.names import unknown
-from llm2clip_plugin.train.named_args import from_named_args
-from llm2clip_plugin.vision.dual_config import DualConfig
-
-if TYPE_CHECKING:
-    from llm2clip_plugin.train.losses.base import LossTerm
-
 
 INHERIT = (("distill",), ("structure=63.5",))  # terms and args of ProCLIP's first stage: sums over 128 captions a rank
-DEFAULTS = ((("infonce",), ()), INHERIT)  # known to be valid, so that --help need not import torch to check them
 
 
 @dataclass(frozen=True)
@@ -91,55 +79,6 @@ class LossConfig:
     args: tuple[str, ...] = ()  # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
 
     def __post_init__(self) -> None:
-        if (self.terms, self.args) not in DEFAULTS:
-            self.weighted()
+        parse_terms(self.terms)
         if self.block < 0 or not math.isfinite(self.weight):
             raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
-
-    def weighted(self) -> list[tuple[TermWeight, LossTerm]]:
-        """The chosen terms with their settings; ValueError names a setting that none of them has."""
-        from llm2clip_plugin.train.losses import loss_terms  # torch
-
-        known, weights = loss_terms(), parse_terms(self.terms)
-        for weight in weights:
-            if weight.name not in known:
-                raise ValueError(unknown("loss term", weight.name, known))
-        words = self._words([weight.name for weight in weights])
-        return [(w, from_named_args(known[w.name], words[w.name], where="loss.args")) for w in weights]
-
-    def _words(self, names: list[str]) -> dict[str, list[str]]:
-        """The words of ``args`` by term, without its name."""
-        words: dict[str, list[str]] = {name: [] for name in names}
-        for word in self.args:
-            term, dot, rest = word.partition(".")
-            if dot and term in words:
-                words[term].append(rest)
-            elif len(names) == 1:
-                words[names[0]].append(word)
-            else:
-                raise ValueError(f"loss.args: {word!r} names none of the terms {', '.join(names)}; write TERM.{word}")
-        return words
-
-    def check(self, dual: DualConfig) -> None:
-        """Raise ValueError if a term and the dual encoder are incompatible."""
-        terms = [term for _, term in self.weighted()]
-        if dual.logit_bias_init is None:
-            for term in terms:
-                if term.uses_bias:
-                    raise ValueError(
-                        f"loss term {term.name} learns a logit bias: set --dual.logit-bias-init (SigLIP starts at -10)"
-                    )
-        elif not any(term.uses_bias for term in terms):
-            names = ", ".join(term.name for term in terms)
-            raise ValueError(f"loss.terms {names} does not use a logit bias: leave dual.logit_bias_init unset")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a term compares the tower with a frozen one."""
-        return any(term.needs_reference for _, term in self.weighted())
-
-    @property
-    def patch_layers(self) -> dict[str, int]:
-        """The hidden states whose patches the terms read: keyword arguments of DualEncoder.forward."""
-        terms: list[Any] = [term for _, term in self.weighted()]
-        return {term.reads: term.layer for term in terms if term.reads}

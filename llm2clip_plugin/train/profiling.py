@@ -24,22 +24,16 @@ class StepProfiler:
 
     def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
         """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
-        self.folder = folder
-        self.note = note
+        self.folder, self.note = folder, note
         traced = min(steps, remaining)
         warm_up = min(WARM_UP, remaining - traced)
         self._left = warm_up + traced  # steps until the trace is complete
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run of few steps has none to warm up
             schedule = torch.profiler.schedule(
                 skip_first=max(warm_up - 1, 0), wait=0, warmup=min(warm_up, 1), active=traced, repeat=1
             )
-        self._profile: Any = torch.profiler.profile(
-            activities=activities, schedule=schedule, on_trace_ready=self._write
-        )
+        self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
         self._profile.start()
 
     def step(self) -> None:
@@ -57,14 +51,13 @@ class StepProfiler:
             self._profile = None
 
     def _write(self, profile: Any) -> None:
+        table = self.folder / f"operators-rank{rank()}.txt"
+        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.profiler.tensorboard_trace_handler(str(self.folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            table = self.folder / f"operators-rank{rank()}.txt"
-            order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-            text = profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
             with atomic_file(table) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
         except (OSError, RuntimeError) as error:
             self.note(f"warning: cannot write the profile to {self.folder}: {error}; training continues")
             return

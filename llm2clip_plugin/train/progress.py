@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
 
 
 def peak_memory(device: torch.device) -> float:
@@ -64,7 +63,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-class Progress(AbstractContextManager):
+class Progress:
     """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
 
     def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
@@ -73,15 +72,15 @@ class Progress(AbstractContextManager):
         self.samples_per_second = 0.0  # smoothed
         self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
         self._bar.close()
 
     def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
         """Show a finished step of ``samples`` pairs."""
         rate = samples / max(seconds, 1e-9)
-        self.samples_per_second = (
-            SMOOTHING * self.samples_per_second + (1 - SMOOTHING) * rate if self.samples_per_second else rate
-        )
+        before = self.samples_per_second or rate
+        self.samples_per_second = SMOOTHING * before + (1 - SMOOTHING) * rate
         self.values |= values
         self._bar.set_postfix_str(self.description(), refresh=False)
         self._bar.update()
@@ -97,23 +96,24 @@ class Progress(AbstractContextManager):
         TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
         training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
         """
-        loss = f"loss {self.values['loss']:.4g}" if "loss" in self.values else ""
-        parts = [loss, f"{self.samples_per_second:.3g} samples/s"]
-        if "mfu" in self.values:
-            parts.append(f"MFU {100 * self.values['mfu']:.3g} %")
-        elif "tflops" in self.values:
-            parts.append(f"{self.values['tflops']:.3g} TFLOP/s")
-        if self.values.get("wait_share", 0) >= 0.05:
-            parts.append(f"waiting for data {100 * self.values['wait_share']:.0f} %")
-        if "i2t_r1" in self.values:
-            parts.append(f"R@1 image->text {self.values['i2t_r1']:.3f}, text->image {self.values['t2i_r1']:.3f}")
-        if "peak_gib" in self.values:
-            parts.append(f"{self.values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in self.values:
-            parts.append(f"save {self.values['save_seconds']:.1f} s")
-        if self.values.get("busy_seconds_max", 0) > SLOW_RANK * self.values.get("busy_seconds_min", math.inf):
-            parts.append(f"slow: rank {self.values['slowest_rank']} ({self.values['slowest_host']})")
-        return "  ".join(part for part in parts if part)
+        values = self.values
+        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        parts.append(f"{self.samples_per_second:.3g} samples/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.3g} %")
+        elif "tflops" in values:
+            parts.append(f"{values['tflops']:.3g} TFLOP/s")
+        if values.get("wait_share", 0) >= 0.05:
+            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
+        if "i2t_r1" in values:
+            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+        if "peak_gib" in values:
+            parts.append(f"{values['peak_gib']:.2f} GiB memory")
+        if "save_seconds" in values:
+            parts.append(f"save {values['save_seconds']:.1f} s")
+        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
+            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
+        return "  ".join(parts)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

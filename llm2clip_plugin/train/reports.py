@@ -46,13 +46,9 @@ class Reports:
         profile_steps: int = 0,
     ) -> None:
         """state: where training starts. profile_steps: steps that this rank traces."""
-        self.engine = engine
-        self.run_folder = run_folder
-        self.total_steps = total_steps
+        self.engine, self.run_folder, self.queue = engine, run_folder, queue
+        self.total_steps, self.global_batch, self.logging_steps = total_steps, global_batch, logging_steps
         self._step = state.step  # the last one that was reported
-        self.global_batch = global_batch
-        self.logging_steps = logging_steps
-        self.queue = queue
         self._file: MetricsFile | None = None  # of rank 0
         on_first_rank(lambda: self._open(state))
         self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
@@ -71,7 +67,6 @@ class Reports:
         self._file = MetricsFile(self.run_folder / METRICS, from_step=-1 if new else state.step)
 
     def __enter__(self) -> "Reports":
-        self.progress.__enter__()
         self.timer.__enter__()
         return self
 
@@ -81,7 +76,7 @@ class Reports:
             self._profiler.close()
         if self._file is not None:
             self._attempt(self._file.close)
-        self.progress.__exit__(*error)
+        self.progress.close()
 
     @contextmanager
     def count_flops(self) -> Iterator[None]:
@@ -126,6 +121,11 @@ class Reports:
         """The run ends by an error, after the last step that was reported."""
         self._ended(FAILED, self._step, str(error) or type(error).__name__)
 
+    def stopped(self, state: TrainState, reason: str) -> None:
+        """The run stops before its end."""
+        self._ended(STOPPED, state.step, reason)
+        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
+
     def _ended(self, event: str, step: int, reason: str) -> None:
         """A line of metrics.jsonl that says why no more follow."""
         self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
@@ -138,11 +138,6 @@ class Reports:
     def note(self, text: str) -> None:
         """A line above the bar."""
         self.progress.note(text)
-
-    def stopped(self, state: TrainState, reason: str) -> None:
-        """The run stops before its end."""
-        self._ended(STOPPED, state.step, reason)
-        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
         """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""

@@ -9,7 +9,7 @@ All of ``step-*`` belong to one sequence of steps: what a run does not continue 
 never removed.
 """
 
-import json
+import dataclasses
 import os
 import shutil
 import sys
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ContractError, RunRecord, atomic_file
-from llm2clip_plugin.run_files import CHECKPOINTS, LATEST, METRICS, PROGRESS, SAVED, tell_job
-from llm2clip_plugin.train.checkpoint import TrainState, record_metrics, verify, write_checkpoint
+from llm2clip_plugin.contracts import ContractError, atomic_file
+from llm2clip_plugin.run_files import CHECKPOINTS, LATEST, METRICS, PROGRESS, tell_job
+from llm2clip_plugin.train.checkpoint import TrainState, verify, write_checkpoint
 
 RESUME_AUTO, RESUME_NEVER = "auto", "never"
 
@@ -39,19 +39,33 @@ class Checkpoints:
         """The folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
+    def names(self) -> list[str]:
+        """Names of the complete checkpoints, oldest first."""
+        return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, None if there is none; its content is not verified."""
+        names = self.names()
+        return self.folder / names[-1] if names else None
+
     def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
         """Write a checkpoint of tensors by file, then remove old ones; returns warnings. Raises OSError."""
         target = self.path(state.step)
         write_checkpoint(target, state, tensors)
-        with atomic_file(self.folder / LATEST) as temporary:
-            temporary.write_text(target.name + "\n", encoding="utf-8")
+        self._point_to(target.name)
         tell_job(PROGRESS)
         return self._prune(target)
 
     def record_metrics(self, state: TrainState) -> None:
         """Put an evaluation into the checkpoint of its step, if there is one. Raises OSError."""
-        if self.path(state.step).is_dir():
-            record_metrics(self.path(state.step), state)
+        path = self.path(state.step) / TrainState.FILE
+        if path.is_file():
+            saved = TrainState.read(path)
+            dataclasses.replace(saved, metrics=state.metrics, evaluated=state.evaluated).write(path)
+
+    def _point_to(self, name: str) -> None:
+        with atomic_file(self.folder / LATEST) as temporary:
+            temporary.write_text(name + "\n", encoding="utf-8")
 
     def _prune(self, newest: Path) -> list[str]:
         """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed.
@@ -60,39 +74,26 @@ class Checkpoints:
         after the next save.
         """
         older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
+        old = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
         warnings = []
-        for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
+        for path in [*old, *self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
             try:
-                os.replace(path, path.with_name(f".{path.name}.{time.time_ns():x}.old"))
+                if not path.name.startswith("."):
+                    path = path.rename(path.with_name(f".{path.name}.{time.time_ns():x}.old"))
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
-                warnings.append(f"cannot remove the old checkpoint {path}: {error}")
-        for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
-            try:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            except OSError as error:
-                warnings.append(f"cannot remove {leftover}: {error}; trying again after the next save")
+                warnings.append(f"cannot remove {path}: {error}; trying again after the next save")
         return warnings
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none; its content is not verified."""
-        names = self.names()
-        return self.folder / names[-1] if names else None
-
-    def names(self) -> list[str]:
-        """Names of the complete checkpoints, oldest first."""
-        return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
 
     def find(self, resume: str, *, moments: bool = True, option: str = "--resume") -> Path | None:
         """The checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), or a path.
 
         It is verified; ``auto``, and the path of a run, fall back to an older one with a warning on stderr. Raises
-        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, and for a run that has
-        lost its checkpoints, ContractError if all are damaged or the named one is, FileExistsError for ``never`` if
-        any exist.
+        FileNotFoundError for a path without a checkpoint, which is the value of ``option``, ContractError if all are
+        damaged or the named one is, FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
-            found = self._newest_intact(moments)
-            return found if found is not None else self._none_yet()
+            return self._newest_intact(moments)
         if resume == RESUME_NEVER:
             if self.names():
                 raise FileExistsError(
@@ -102,31 +103,19 @@ class Checkpoints:
             return None
         path = Path(resume)
         if not (path / TrainState.FILE).is_file():
-            newest = Checkpoints(path, keep=0)._newest_intact(moments) if path.is_dir() else None
-            if newest is None:
+            path = Checkpoints(path, keep=0)._newest_intact(moments)
+            if path is None:
                 raise FileNotFoundError(
-                    f"{option} {resume}: no checkpoint found (no {TrainState.FILE}){self._others(path)}"
+                    f"{option} {resume}: no checkpoint found (no {TrainState.FILE}); this run has {self.names()}"
                 )
-            return newest
-        try:
-            verify(path, moments=moments)
-        except (ContractError, FileNotFoundError) as error:
-            raise ContractError(f"{error}{self._others(path)}") from error
+            return path
+        verify(path, moments=moments)
         return path
-
-    def _others(self, path: Path) -> str:
-        others = [name for name in self.names() if self.folder / name != path]
-        return f"; available checkpoints of this run: {others}" if others else ""
 
     def _newest_intact(self, moments: bool) -> Path | None:
         """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if there is none."""
-        paths = sorted(self.folder.glob("step-*"), reverse=True)
-        pointer = self.folder / LATEST
-        named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
         damaged = []
-        if named is not None and named not in paths:
-            damaged.append(f"{pointer} refers to {named}, which does not exist")
-        for path in paths:
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 verify(path, moments=moments)
             except (ContractError, OSError) as error:
@@ -138,30 +127,16 @@ class Checkpoints:
         if damaged:
             raise ContractError(
                 f"no checkpoint in {self.folder} is intact: {'; '.join(damaged)}. Restore one, or start over with "
-                f"another --output"
+                "another --output"
             )
         return None
-
-    def _none_yet(self) -> None:
-        """Raise FileNotFoundError if this run has saved a checkpoint that is gone now."""
-        record = self.run_folder / RunRecord.FILE
-        step = RunRecord.read(record).step if record.is_file() else 0
-        metrics = self.run_folder / METRICS
-        if not step and metrics.is_file():
-            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-            step = max((_saved_step(line) for line in lines if SAVED in line), default=0)
-        if step:
-            raise FileNotFoundError(
-                f"{self.folder} has no checkpoint, but the run in {self.run_folder} had saved step {step}: restore the "
-                "checkpoints, choose another --output, or start over with --resume never (replaces its metrics "
-                "and results)"
-            )
 
     def move_aside(self, resumed: Path | None) -> str:
         """Move what a run does not continue from to ``abandoned-*``: checkpoints newer than ``resumed``, all if that
         is in another folder; returns a line about it, "" if there are none. Raises OSError."""
         names = sorted(path.name for path in self.folder.glob("step-*"))
-        if resumed is not None and resumed.resolve().parent == self.folder.resolve():
+        own = resumed is not None and resumed.resolve().parent == self.folder.resolve()
+        if resumed is not None and own:
             names = [name for name in names if name > resumed.name]
         if not names:
             return ""
@@ -173,16 +148,6 @@ class Checkpoints:
             os.replace(self.folder / name, aside / name)
         if (self.run_folder / METRICS).is_file():
             shutil.copy2(self.run_folder / METRICS, aside)
-        if resumed is not None and resumed.resolve().parent == self.folder.resolve():
-            with atomic_file(self.folder / LATEST) as temporary:
-                temporary.write_text(resumed.name + "\n", encoding="utf-8")
+        if resumed is not None and own:
+            self._point_to(resumed.name)
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
-
-
-def _saved_step(line: str) -> int:
-    """The step of a line of metrics.jsonl that says that a checkpoint is complete; 0 for another line."""
-    try:
-        values = json.loads(line)
-        return int(values["step"]) if values.get("event") == SAVED else 0
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return 0

@@ -13,45 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from llm2clip_plugin.contracts import DiskFullError
 from llm2clip_plugin.phases import CHECKPOINT, phase
 from llm2clip_plugin.run_files import SAVE_FAILED, SAVED
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, TWIN, TrainState
+from llm2clip_plugin.train.checkpoint import MODEL, OPTIMIZER, TrainState
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.run_checkpoints import Checkpoints
 from llm2clip_plugin.train.tensor_files import HostCopies
 
 RETRY_SECONDS = 300.0  # after a save that failed
-PATIENCE = 10.0  # seconds of waiting for a write before a line is printed
-
-
-class HasState(Protocol):
-    """The part of an engine that is saved; see EngineStates."""
-
-    def weights(self, copy: HostCopies | None) -> dict[str, Tensor]: ...
-
-    def moments(self, copy: HostCopies | None) -> dict[str, Tensor]: ...
-
-    def scaler_state(self) -> dict[str, Any]: ...
-
-
-class HasAverages(Protocol):
-    """Values that follow the weights; see MovingAverage and Twin."""
-
-    def values(self, copy: HostCopies | None) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A checkpoint that is complete."""
-
-    path: Path
-    seconds: float
-    warnings: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +35,7 @@ class _Write:
     state: TrainState
     tensors: Mapping[str, Mapping[str, Tensor]]
     waited: float  # seconds that training waited
-    result: Future[Written]
+    result: Future[tuple[float, list[str]]]  # seconds of the write, and its warnings
 
 
 class Saver:
@@ -70,21 +44,21 @@ class Saver:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        engine: HasState,
-        average: HasAverages | None = None,
-        twin: HasAverages | None = None,
+        engine: Any,
+        references: Mapping[str, Any] | None = None,
         *,
         fallback: Path | None = None,
         note: Callable[[str], None] = print,
         event: Callable[[dict[str, Any]], None] = lambda values: None,
     ) -> None:
-        """fallback: run folder for the last checkpoint if ``checkpoints`` fails. note: shows a line. event: records
-        a line of metrics.jsonl. Both are called on rank 0, by the thread that calls this object."""
+        """engine: Engine. references: Reference by the name of its file. fallback: run folder for the last checkpoint
+        if ``checkpoints`` fails. note: shows a line. event: records a line of metrics.jsonl. Both are called on rank 0,
+        by the thread that calls this object."""
         self.checkpoints, self.engine, self.fallback = checkpoints, engine, fallback
-        self.averages = {n: followed for n, followed in ((AVERAGES, average), (TWIN, twin)) if followed is not None}
+        self.references = references or {}
         self.waited = 0.0  # seconds, of the last save
         self._note, self._event = note, event
-        self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, *self.averages)}
+        self._copies = {name: HostCopies() for name in (MODEL, OPTIMIZER, *self.references)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: _Write | None = None
         self._reported = True
@@ -117,15 +91,12 @@ class Saver:
         if last:
             with phase(CHECKPOINT):
                 on_first_rank(self._wait)
-        first = rank() == 0
-        copies = self._copies if first else dict.fromkeys(self._copies)
+        copies = self._copies if rank() == 0 else dict.fromkeys(self._copies)
         tensors = {MODEL: self.engine.weights(copies[MODEL]), OPTIMIZER: self.engine.moments(copies[OPTIMIZER])}
-        tensors |= {name: average.values(copies[name]) for name, average in self.averages.items()}
-        state = dataclasses.replace(
-            state, **self.engine.scaler_state(), world_size=world_size(), evaluated=state.evaluated
-        )
+        tensors |= {name: reference.values(copies[name]) for name, reference in self.references.items()}
+        state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
         self.waited, self._retry_at = time.perf_counter() - started, None
-        if first:
+        if rank() == 0:
             result = self._thread.submit(_write, self.checkpoints, state, tensors)
             self._write, self._reported = _Write(state=state, tensors=tensors, waited=self.waited, result=result), False
 
@@ -140,29 +111,22 @@ class Saver:
         if write is None or self._reported or not write.result.done():
             return
         self._reported = True
-        error = write.result.exception()
+        step, error = write.state.step, write.result.exception()
         if isinstance(error, OSError):
             self._retry_at = time.monotonic() + RETRY_SECONDS
             newest = self.checkpoints.latest()
-            kept = f"{newest.name} is kept" if newest else "there is no other checkpoint yet"
-            target = self.checkpoints.path(write.state.step)
             self._note(
-                f"warning: cannot write the checkpoint {target}: {_reason(error)}; {kept}, "
-                f"trying again at the next save, or in {RETRY_SECONDS / 60:.0f} minutes"
+                f"warning: cannot write the checkpoint {self.checkpoints.path(step)}: {_reason(error)}; "
+                f"{newest.name if newest else 'no checkpoint'} is kept, trying again in {RETRY_SECONDS / 60:.0f} "
+                "minutes at the latest"
             )
-            self._event({"step": write.state.step, "event": SAVE_FAILED, "reason": _reason(error)})
+            self._event({"step": step, "event": SAVE_FAILED, "reason": _reason(error)})
             return
-        written = write.result.result()
-        for line in written.warnings:
+        seconds, warnings = write.result.result()
+        for line in warnings:
             self._note(f"warning: {line}")
-        self._event(
-            {
-                "step": write.state.step,
-                "event": SAVED,
-                "waited_seconds": round(write.waited, 4),
-                "write_seconds": round(written.seconds, 4),
-            }
-        )
+        times = {"waited_seconds": round(write.waited, 4), "write_seconds": round(seconds, 4)}
+        self._event({"step": step, "event": SAVED, **times})
 
     def finish(self) -> None:
         """Wait until the last save is complete; every rank must call this.
@@ -174,9 +138,7 @@ class Saver:
 
     def _wait(self) -> None:
         """Wait for the write in progress and report it."""
-        if self._write is not None and not self._reported:
-            if not wait([self._write.result], timeout=PATIENCE).done:
-                self._note(f"waiting for {self.checkpoints.path(self._write.state.step)} to be written")
+        if self._write is not None:
             wait([self._write.result])
             self.poll()
 
@@ -184,8 +146,7 @@ class Saver:
         write = self._write
         if write is None:
             return
-        wait([write.result])
-        error = write.result.exception()
+        error = write.result.exception()  # waits
         if isinstance(error, OSError):
             self._reported = True
             raise OSError(self._give_up(write, error)) from error
@@ -195,10 +156,9 @@ class Saver:
 
     def _give_up(self, write: _Write, error: OSError) -> str:
         """Write the state to the fallback folder; returns what to say."""
-        target = self.checkpoints.path(write.state.step)
-        newest = self.checkpoints.latest()
-        kept = f"The last complete one is {newest}. " if newest else ""
-        failure = f"cannot write the last checkpoint {target}: {_reason(error)}. {kept}"
+        failure = f"cannot write the last checkpoint {self.checkpoints.path(write.state.step)}: {_reason(error)}. "
+        if newest := self.checkpoints.latest():
+            failure += f"The last complete one is {newest}. "
         if self.fallback is None:
             return (
                 f"{failure}Free space and rerun the same command to resume from it; --save-fallback-dir DIR on "
@@ -217,7 +177,9 @@ def _reason(error: OSError) -> str:
     return error.reason if isinstance(error, DiskFullError) else str(error)
 
 
-def _write(checkpoints: Checkpoints, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Written:
+def _write(
+    checkpoints: Checkpoints, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[float, list[str]]:
     started = time.perf_counter()
     warnings = checkpoints.write(state, tensors)
-    return Written(path=checkpoints.path(state.step), seconds=time.perf_counter() - started, warnings=warnings)
+    return time.perf_counter() - started, warnings

@@ -1,7 +1,7 @@
-"""safetensors files that are hashed while they are written, and read one tensor at a time without a memory map.
+"""safetensors files that are hashed while they are written, and read one tensor at a time.
 
-The library's own functions map files: on NFS a mapped file keeps its folder from being removed, and an I/O error in a
-map kills the process. Its writer holds a second copy of all tensors and raises an error of its own if a disk is full.
+The library's writer holds a second copy of all tensors, and its tensors keep the file mapped: on NFS that keeps the
+folder of a checkpoint from being removed.
 """
 
 import hashlib
@@ -11,25 +11,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.outside.safetensors_header import read_header
 
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -44,11 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in (struct.pack("<Q", len(head)), head):
-            digest.update(block)
-            file.write(block)
-        for name in ordered:
-            content = _bytes_of(tensors[name].contiguous())
+        for content in (struct.pack("<Q", len(head)), head, *(_bytes_of(tensors[name]) for name in ordered)):
             for start in range(0, len(content), BLOCK):
                 digest.update(content[start : start + BLOCK])
                 file.write(content[start : start + BLOCK])
@@ -70,29 +65,18 @@ class HostCopies:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file by name, each read when it is looked up; no descriptor stays open in between."""
+    """The tensors of a file by name, each read when it is looked up; the file is not mapped in between."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header. Raises ContractError if it doesn't fit the file."""
+        """Raises ContractError if the file is not complete."""
         self.path = path
-        header = read_header(path, fix="resume from another checkpoint")
-        if unknown := {entry.dtype for entry in header.entries.values()} - {*DTYPES}:
-            raise ContractError(f"{path} has tensors of type {', '.join(sorted(unknown))}; known: {', '.join(DTYPES)}")
-        self._start = header.data_start
-        self._entries = header.entries
+        self._entries = read_header(path, fix="resume from another checkpoint").entries
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        value = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        content, done = _bytes_of(value), 0
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + entry.start)
-            while done < len(content):
-                count = file.readinto(content[done : done + BLOCK])
-                if not count:
-                    raise ContractError(f"{self.path} ends inside {name}; resume from another checkpoint")
-                done += count
-        return value
+        if name not in self._entries:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -102,5 +86,4 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

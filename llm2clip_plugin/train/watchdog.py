@@ -27,9 +27,8 @@ from typing import Any
 import torch.distributed as dist
 
 import llm2clip_plugin.phases as phases
-from llm2clip_plugin.train.choices import STRAGGLER_SECONDS
+from llm2clip_plugin.train.choices import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
-    DDP_TIMEOUT,
     barrier,
     broadcast_object,
     gather_objects,
@@ -42,7 +41,7 @@ from llm2clip_plugin.train.errors import FirstRankError, RankFailedError, SameOn
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
-NAMED = 4  # late ranks that are named in detail
+NAMED = 4  # late ranks that are named
 WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
 WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
 
@@ -68,8 +67,7 @@ def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
         watch.end_within(GRACE)
         raise
     except BaseException as error:
-        other = watch.failed(error)
-        if other:
+        if other := watch.failed(error):
             raise RankFailedError(other) from error
         raise
     finally:
@@ -100,11 +98,6 @@ class Rank:
     def __str__(self) -> str:
         return f"rank {self.number} ({self.beat['host']}, pid {self.beat['pid']})"
 
-    @property
-    def doing(self) -> str:
-        """``data of step 7``."""
-        return self.beat["phase"] + (f" of step {self.beat['step']}" if self.beat["step"] else "")
-
 
 class Watch:
     """The threads of one rank. ``start`` and the rest are called by its main thread."""
@@ -120,12 +113,9 @@ class Watch:
         self.deadline = math.inf  # when this process ends, whatever its main thread does
         self._beats = 0
         self._outbox: list[tuple[str, str]] = []  # keys and values that _talk sends
-        self._lateness_told: dict[int, float] = {}  # number of a phase -> seconds of lateness that were reported
+        self._lateness_told = (0, 0.0)  # number of a phase, seconds of lateness in it that were reported
         self._main = threading.get_ident()
         self._stopped = threading.Event()
-        self._threads = [
-            threading.Thread(target=work, daemon=True, name=work.__name__) for work in (self._talk, self._look)
-        ]
 
     def start(self) -> None:
         """Begin to watch."""
@@ -135,13 +125,12 @@ class Watch:
         self.store.set_timeout(timedelta(seconds=30))
         # rank 0 watches all, rank 1 watches rank 0
         watches = range(1, world_size()) if self.rank == 0 else [0] if self.rank == 1 else []
-        for number, beat in enumerate(gather_objects(json.loads(self._beat()))):
-            if number in watches:
-                self.others[number] = Rank(number, beat)
+        beats = gather_objects(json.loads(self._beat()))
+        self.others = {number: Rank(number, beats[number]) for number in watches}
         self.store.set(f"beat/{self.rank}", self._beat())
         barrier()  # all beats are there
-        for thread in self._threads:
-            thread.start()
+        for work in (self._talk, self._look):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
     def stop(self) -> None:
         """Stop watching, unless this process is to end."""
@@ -152,42 +141,31 @@ class Watch:
         """Publish this rank's error; returns what to say instead if it follows from another rank's."""
         self.end_within(GRACE)
         if isinstance(error, RuntimeError) and lost_rank(error):
-            return self._published()
+            until = time.monotonic() + 3.0  # in which the other rank publishes its error
+            while not self.failure and time.monotonic() < until:
+                with contextlib.suppress(RuntimeError):  # the store's host may be gone
+                    self._read_failure()
+                time.sleep(0.1)
+            return self.failure
         name = f"rank {self.rank} on {socket.gethostname()} failed in phase {_doing()}"
-        text = f"{name}: {type(error).__name__}: {error}"
         with contextlib.suppress(Exception):  # the store's host may be gone
-            self.store.set("failed", text)
+            self.store.set("failed", f"{name}: {type(error).__name__}: {error}")
         return ""
-
-    def _published(self) -> str:
-        """The error that another rank publishes within three seconds, "" if none does."""
-        until = time.monotonic() + 3.0
-        while not self.failure and time.monotonic() < until:
-            with contextlib.suppress(RuntimeError):  # the store's host may be gone
-                if self.store.check(["failed"]):
-                    self.failure = self.store.get("failed").decode()
-            time.sleep(0.1)
-        return self.failure
 
     def end_within(self, seconds: float) -> None:
         """End this process so many seconds from now, if it still runs."""
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
+    def _read_failure(self) -> None:
+        if not self.failure and self.store.check(["failed"]):
+            self.failure = self.store.get("failed").decode()
+
     def _beat(self) -> str:
         now, frame = phases.current(), sys._current_frames().get(self._main)
         self._beats += 1
-        return json.dumps(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "phase": now.name,
-                "step": now.step,
-                "number": now.number,
-                "seconds": time.monotonic() - now.since,
-                "waits": waits(frame),
-                "beat": self._beats,
-            }
-        )
+        beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
+        beat |= {"number": now.number, "seconds": time.monotonic() - now.since, "waits": waits(frame)}
+        return json.dumps(beat)
 
     def _talk(self) -> None:
         """Send signs of life and read those of others; may block for long."""
@@ -199,8 +177,7 @@ class Watch:
                     self.others[number].update(json.loads(beat))
                 while self._outbox:
                     self.store.set(*self._outbox.pop())
-                if self.store.check(["failed"]):
-                    self.failure = self.failure or self.store.get("failed").decode()
+                self._read_failure()
                 if self.store.check([f"where/{self.rank}"]) and self.store.delete_key(f"where/{self.rank}"):
                     self._print_stack()
                 self.answered, self._gone = time.monotonic(), math.inf
@@ -250,28 +227,26 @@ class Watch:
             if silence > max(limit, 2 * other.silence_told):
                 other.silence_told = silence
                 _say(
-                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.doing}: "
+                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.beat['phase']}: "
                     "its process is stopped, or its host is down or cut off"
                 )
             elif other.silence_told and silence < limit:
-                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.doing}")
+                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.beat['phase']}")
                 other.silence_told = 0.0
 
     def _name_late(self) -> None:
         """Ranks that run, but make no progress and wait for nobody; of these, the ones that are furthest behind."""
-        own = Rank(0, json.loads(self._beat()))
-        ranks = [own, *self.others.values()]
+        ranks = [Rank(0, json.loads(self._beat())), *self.others.values()]
         stuck = [one for one in ranks if one.beat["seconds"] > self.straggler_seconds and not one.beat["waits"]]
         behind = min((one.beat["number"] for one in stuck), default=0)
-        late = [one for one in stuck if one.beat["number"] == behind]
+        late = [one for one in stuck if one.beat["number"] == behind][:NAMED]
         seconds = min((one.beat["seconds"] for one in late), default=0.0)
-        if not late or seconds < max(self.straggler_seconds, 2 * self._lateness_told.get(behind, 0.0)):
+        phase, told = self._lateness_told
+        if not late or seconds < max(self.straggler_seconds, 2 * told if phase == behind else 0.0):
             return
-        self._lateness_told = {behind: seconds}
-        named = ", ".join(map(str, late[:NAMED])) + (f" and {len(late) - NAMED} more" if len(late) > NAMED else "")
-        has = "has" if len(late) == 1 else "have"
-        _say(f"late: {named} {has} been in phase {late[0].doing} for {seconds:.0f} s")
-        for one in late[:NAMED]:
+        self._lateness_told = behind, seconds
+        for one in late:
+            _say(f"late: {one} has been in phase {one.beat['phase']} for {seconds:.0f} s")
             if one.number == 0:
                 self._print_stack()
             else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord, TowerCard
-from llm2clip_plugin.run_files import LOCK, METRICS, STOPPED, UNFINISHED_HEADS, again, headline
+from llm2clip_plugin.run_files import LOCK, METRICS, STOPPED, again, headline
 from llm2clip_plugin.stages.status.checkpoints import CheckpointStatus, folder_bytes, list_checkpoints
 from llm2clip_plugin.stages.status.metrics import Metrics, read_metrics
 
@@ -111,8 +111,6 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
             return "running", who
     if record.finished:
         return "finished", ""
-    if not step and (folder / UNFINISHED_HEADS).is_file():
-        return "stopped", f"in the fit of the heads, before step 1; saved in {UNFINISHED_HEADS}"
     if metrics.ended:
         state: State = "stopped" if metrics.ended["event"] == STOPPED else "failed"
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""

@@ -17,6 +17,7 @@ from llm2clip_plugin.stages.text_adapter.opening import find_clip_cache, open_da
 from llm2clip_plugin.stages.text_adapter.run import adapter_parameters
 from llm2clip_plugin.text.inherit import InheritedSpace
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.vision.adapter import TextAdapter
 
 CAPTIONS = 16  # of the pass that measures activations
@@ -135,5 +136,5 @@ def step_memory(config: AdapterConfig, module: InheritedSpace, size: Size) -> St
         parameters=count,
         pair_bytes=pass_bytes / CAPTIONS,
         width=size.clip_width,
-        state_bytes=config.optim.optimizer().state_bytes,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
     )

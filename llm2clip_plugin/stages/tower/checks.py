@@ -10,6 +10,7 @@ from llm2clip_plugin.train.checkpoint import Loaded
 from llm2clip_plugin.train.distributed import on_first_rank
 from llm2clip_plugin.train.finite import check_finite
 from llm2clip_plugin.train.loss_config import LossConfig
+from llm2clip_plugin.train.losses.config import patch_layers
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import tower_blocks
 
@@ -76,7 +77,7 @@ def refuse_small_sources(config: RunConfig, data: Data) -> None:
 def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
     """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
     blocks = len(tower_blocks(dual.tower))
-    for reads, layer in loss.patch_layers.items():
+    for reads, layer in patch_layers(loss).items():
         if not -blocks - 1 <= layer <= blocks:
             raise ValueError(
                 f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "

@@ -101,7 +101,9 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
-        self.loss.check(self.dual)
+        from llm2clip_plugin.train.losses.config import check_terms  # torch
+
+        check_terms(self.loss, self.dual)
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"

@@ -32,12 +32,20 @@ def _no_urls(config: RunConfig) -> str:
 
 
 def _first_caption_alone(config: RunConfig) -> str:
-    several = config.data.captions_per_image > 1 and any(term.uses_all_captions for _, term in config.loss.weighted())
+    from llm2clip_plugin.train.losses.config import chosen_terms  # torch
+
+    several = config.data.captions_per_image > 1 and any(
+        term.uses_all_captions for _, term in chosen_terms(config.loss)
+    )
     return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
 
 
 def _no_reference(config: RunConfig) -> str:
-    return "" if config.loss.needs_reference else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
+    from llm2clip_plugin.train.losses.config import needs_reference  # torch
+
+    return (
+        "" if needs_reference(config.loss) else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
+    )
 
 
 UNUSED: list[Unused[RunConfig]] = [
