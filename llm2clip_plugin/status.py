@@ -20,7 +20,6 @@ from llm2clip_plugin.files import (
     SAVE_FAILED,
     SAVED,
     STOPPED,
-    UNFINISHED_HEADS,
     ContractError,
     again,
     headline,
@@ -246,8 +245,6 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
             return "running", who
     if record.finished:
         return "finished", ""
-    if not step and (folder / UNFINISHED_HEADS).is_file():
-        return "stopped", f"in the fit of the heads, before step 1; saved in {UNFINISHED_HEADS}"
     if metrics.ended:
         state: State = "stopped" if metrics.ended["event"] == STOPPED else "failed"
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""

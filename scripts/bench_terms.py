@@ -24,11 +24,11 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
 from llm2clip_plugin.train.engine import Engine, start_ranks
-from llm2clip_plugin.train.losses.base import Features, weighted_terms
+from llm2clip_plugin.train.losses.base import Features, needs_reference, weighted_terms
 from llm2clip_plugin.train.memory import LiveBytes
 from llm2clip_plugin.train.model import trained_parameters
 from llm2clip_plugin.train.optim import parameter_groups
-from llm2clip_plugin.train.reference import Twin
+from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.family import DualConfig
@@ -136,7 +136,7 @@ def in_a_step(config: LossConfig, options: argparse.Namespace) -> Callable[[], f
     dual = DualEncoder(
         CLIPVisionModel(settings), DualConfig(projection_dim=512, llm_width=WIDTH, logit_bias_init=bias)
     ).train()
-    twin = Twin(dual, decay=0.999) if config.needs_reference else None
+    frozen = frozen_copy(dual) if needs_reference(config) else None
     plan = EnginePlan(
         global_batch=options.batch,
         micro_batch=options.batch,
@@ -149,10 +149,9 @@ def in_a_step(config: LossConfig, options: argparse.Namespace) -> Callable[[], f
     )
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
     engine = Engine(dual, groups, OPTIM, complete({}, plan))
-    if twin is not None:
-        twin.attach(engine, {})
+    twin = Reference(engine, 0.999, module=frozen) if frozen is not None else None
     normalize = Normalize(ImageConfig(size=options.image_size), engine.device)
-    step = TowerStep(engine, weighted_terms(config), seed=0, text_noise=False, normalize=normalize, twin=twin)
+    step = TowerStep(engine, weighted_terms(config), seed=0, text_noise=False, normalize=normalize, reference=twin)
     batch = random_batch(options, captions=CAPTIONS if config.terms == ("multi_positive",) else 1)
 
     def work() -> float:

@@ -16,12 +16,6 @@ WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 
 
-ZERO_NOTE = (
-    "  ZeRO-1 divides the optimizer's states among the GPUs, 2 the gradients too, 3 the weights too; all three add",
-    "  DeepSpeed's buckets (up to a few GiB), so that with one GPU, or a small model, ZeRO-0 needs the least",
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """The run on a number of GPUs."""
@@ -87,7 +81,7 @@ def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], 
     parts = rank_bytes(memory, zero, world=world, global_batch=batches[0], micro_batch=batches[1])
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     total = sum(parts.values()) / GIB
-    too_much = f"; more than a GPU of {gpu_gib:g} GiB holds, see the micro-batches below" if total > gpu_gib else ""
+    too_much = f"; more than a GPU of {gpu_gib:g} GiB holds" if total > gpu_gib else ""
     return f"expected memory per rank: {total:.2f} GiB = {listed}{too_much}"
 
 
@@ -102,7 +96,7 @@ def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, abo
         none = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {global_batch}"
         lines.append(f"{column.world:6} {row if column.micro_batch else none}")
     files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
-    return "\n".join([f"expected memory per GPU in GiB with {files}{about}:", *lines, *ZERO_NOTE])
+    return "\n".join([f"expected memory per GPU in GiB with {files}{about}:", *lines])
 
 
 def describe_deepspeed(config: dict[str, Any]) -> str:

@@ -5,20 +5,15 @@ import contextlib
 import io
 import math
 import os
-import sys
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -28,22 +23,20 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 
 from llm2clip_plugin.console import quiet_deepspeed
-from llm2clip_plugin.lazy_compile import MUON, import_without_compiler
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
-from llm2clip_plugin.train.deepspeed_config import check_keys, offloads_optimizer, zero_stage
+from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.distributed import (
     choose_device,
-    port_in_use,
+    joining,
     rank,
     set_default_timeout,
     set_single_process_environment,
     world_size,
 )
-from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+from llm2clip_plugin.train.optim import AdamW, chosen_optimizer
 from llm2clip_plugin.train.timing import timed
 
 # Weights and optimizer states of an engine, complete and under the module's own names.
@@ -51,29 +44,20 @@ from llm2clip_plugin.train.timing import timed
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class EngineStates(ABC):
+class EngineStates:
     """The part of an engine that checkpoints use. Every rank calls each method."""
 
     device_engine: Any  # DeepSpeed's; its optimizer is one of a dozen classes
     stage: int  # of ZeRO
     device: torch.device
     module: nn.Module
-    optimizer: OptimizerSpec
+    optimizer: AdamW
     trained: list[tuple[str, nn.Parameter]]
     frozen: list[tuple[str, nn.Parameter]]
     keep_frozen: bool  # weights() includes what is frozen
-
-    @abstractmethod
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
-        """Full values of parameters that ZeRO-3 has partitioned."""
-
-    @abstractmethod
-    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
-
-    @abstractmethod
-    def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """The inverse of ``_read``: each rank writes its part of ``value``."""
+    gathered: Callable[..., AbstractContextManager[None]]
+    _read: Callable[[nn.Parameter, str | None], Tensor | None]
+    _write: Callable[[nn.Parameter, str | None, Tensor], None]
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
@@ -87,19 +71,23 @@ class EngineStates(ABC):
             values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
         return values
 
-    def read_trained(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """The masters of all trained parameters, as made by ``copy``; {} on ranks without one."""
+    def read_trained(
+        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The masters of trained parameters, as made by ``copy``; {} on ranks without one. names: all by default."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.trained:
-            master = self._read(parameter, None)
-            if copy and master is not None:
-                values[name] = copy(name, master)
+            if names is None or name in names:
+                master = self._read(parameter, None)
+                if copy and master is not None:
+                    values[name] = copy(name, master)
         return values
 
     def write_trained(self, values: Mapping[str, Tensor]) -> None:
         """The inverse of ``read_trained``: each rank writes its part of the masters."""
         for name, parameter in self.trained:
-            self._write(parameter, None, values[name].to(self.device))
+            if name in values:
+                self._write(parameter, None, values[name].to(self.device))
 
     @contextmanager
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
@@ -172,20 +160,18 @@ class EngineStates(ABC):
                 setattr(scaler, field, value)
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        names = {
-            f"{name}.{moment}": (parameter, moment)
-            for moment in self.optimizer.moments
-            for name, parameter in self.trained
-        }
-        if not names.keys() & moments.keys():
+        self._link()
+        restored = 0  # a parameter without gradient has no moments
+        for moment in self.optimizer.moments:
+            for name, parameter in self.trained:
+                if (saved := moments.get(f"{name}.{moment}")) is not None:
+                    self._write(parameter, moment, saved.to(self.device))
+                    restored += 1
+        if not restored:
             raise ValueError(
                 f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
                 "with the --optimizer that wrote it"
             )
-        self._link()
-        for name, (parameter, moment) in names.items():
-            if name in moments:
-                self._write(parameter, moment, moments[name].to(self.device))
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
         for number, master in enumerate(self.masters()):
@@ -242,9 +228,6 @@ class EngineStates(ABC):
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a warning
-
-
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     """Join the process group (of one process, without a launcher); returns this rank's device.
 
@@ -253,52 +236,17 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     """
     set_single_process_environment()
     prepare_deepspeed()
-    note_build_locks()
     accelerator: Any = deepspeed.get_accelerator()
     backend = accelerator.communication_backend_name()
     if not dist.is_initialized():
         atexit.register(_leave_ranks)
     set_default_timeout(timeout)
-    try:
-        with naming_missing_ranks():
-            deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        if message := port_in_use(error):
-            raise OSError(message) from error
-        raise
+    with joining():
+        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def naming_missing_ranks() -> Iterator[None]:
-    """Say that this rank waits for others, after MISSING_SECONDS."""
-    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    found = ", ".join(f"{name}={os.environ.get(name)}" for name in variables)
-    line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
-    timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def note_build_locks() -> None:
-    """Name the locks of C++ extensions on stderr, on rank 0: torch waits for them in silence, for ever if their holder
-    was killed."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted(folder.glob("**/lock")):
-        print(
-            f"note: {lock} exists: another process compiles {lock.parent.name}, or was killed while it did. If this "
-            "run does not go on, delete the file",
-            file=sys.stderr,
-        )
 
 
 def _leave_ranks() -> None:
@@ -308,26 +256,24 @@ def _leave_ranks() -> None:
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed's informational log lines off the terminal, its shared-memory extension from being built, and a
-    compiler from being imported.
+    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension from being built.
 
     That C++ extension only serves tensor-parallel inference on CPUs, but is compiled for a minute at first use, needs
     a compiler, and leaves a lock behind if the build is killed, which every later run waits for.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet_deepspeed()
-    import_without_compiler(MUON)
 
 
 def check_deepspeed(config: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError; see check_keys."""
+    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError."""
     prepare_deepspeed()
     world = world_size()  # of a plan's ranks there may be none yet
     batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
-    models = [DeepSpeedConfigModel]
-    for model in models:
-        models += model.__subclasses__()
-    check_keys({**config, "train_batch_size": batch}, where, read=deepspeed.DeepSpeedConfig, models=models)
+    try:
+        deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
+    except (ValueError, TypeError, AssertionError, KeyError) as error:  # pydantic's is a ValueError
+        raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
 class Engine(EngineStates):
@@ -352,7 +298,7 @@ class Engine(EngineStates):
         self.module = module
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
-        self.optimizer = optim.optimizer()
+        self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         if torch.cuda.is_available() and offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -368,7 +314,7 @@ class Engine(EngineStates):
             self.device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         # DeepSpeed would also write the learning rate, by samples since the last start
         self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
-        self.device_engine.allreduce_gradients = _timed_reduction(self.device_engine.allreduce_gradients)
+        self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -380,8 +326,7 @@ class Engine(EngineStates):
             self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
-        scalars = [(name, p) for name, p in module.named_parameters() if name in whole and not p.requires_grad]
-        self._constants = {p: whole[name] for name, p in scalars}
+        self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
         if self.stage == 0 and world_size() == 1:
             self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
         if self.stage == 3 and self.device.type == "cpu":
@@ -391,17 +336,14 @@ class Engine(EngineStates):
         """The forward pass of the module."""
         return self.device_engine(*inputs, **options)
 
+    @timed("backward")
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""
-        with timed("backward"):
-            self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
+        self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
 
+    @timed("optimizer")
     def step(self) -> None:
         """To be called after each micro-batch; the last call of a step updates the parameters."""
-        with timed("optimizer"):
-            self._step()
-
-    def _step(self) -> None:
         if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
             grads = [p.grad for _, p in self.trained if p.grad is not None]
             norms = [torch.linalg.vector_norm(grad) for grad in grads]
@@ -446,16 +388,16 @@ class Engine(EngineStates):
         assert value is not None
         return value.to(self.device, torch.float32)
 
+    @timed("optimizer")
     def clamp(self, parameter: nn.Parameter, low: float, high: float) -> Tensor:
         """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
-        with timed("optimizer"):
-            master = self.fp32(parameter)
-            clamped = master.clamp(low, high)
-            if not torch.equal(master, clamped):
-                self._write(parameter, None, clamped)
-                with self.gathered([parameter], modify=True):
-                    parameter.data.clamp_(low, high)
-            return clamped
+        master = self.fp32(parameter)
+        clamped = master.clamp(low, high)
+        if not torch.equal(master, clamped):
+            self._write(parameter, None, clamped)
+            with self.gathered([parameter], modify=True):
+                parameter.data.clamp_(low, high)
+        return clamped
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
@@ -481,11 +423,13 @@ class Engine(EngineStates):
                 monitor.write_events([(label, value, x) for label, value in values.items()])
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
+        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
         if self.stage > 0:
             return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         return parameter.data if key is None else self._base.state.get(parameter, {}).get(key)
 
     def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        """The inverse of ``_read``: each rank writes its part of ``value``."""
         if self.stage == 3:
             # safe_set_full_* run past the end of a parameter whose size is not a multiple of the ranks
             size = parameter.ds_tensor.numel()
@@ -502,16 +446,6 @@ class Engine(EngineStates):
             safe_set_full_optimizer_state(parameter, value, str(key))
         elif (own := self._read(parameter, key)) is not None:
             own.copy_(value)
-
-
-def _timed_reduction(reduce: Callable[..., None]) -> Callable[..., None]:
-    """DeepSpeed's reduction of gradients after a backward pass, as communication."""
-
-    def timed_reduction(*args: Any, **kwargs: Any) -> None:
-        with timed("communication"):
-            reduce(*args, **kwargs)
-
-    return timed_reduction
 
 
 def _wait_for_every_gather() -> None:

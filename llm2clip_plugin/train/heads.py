@@ -10,15 +10,11 @@ number of ranks. If the run is in bf16, so are the matrix products here; weights
 Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
 """
 
-import dataclasses
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -27,13 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.console import progress_bar, track
-from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.pairs import eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash
 from llm2clip_plugin.data.sources.base import Source, caption_shares
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
@@ -58,7 +53,7 @@ class FrozenFeatures:
     caption_hashes_M: Tensor
     first_I: Tensor  # index of an image's first caption
     count_I: Tensor  # number of its captions
-    share_M: Tensor | None  # float64, probability of each of an image's captions; None: all equal
+    share_M: Tensor  # float64, probability of each of an image's captions
 
 
 def fit_heads(
@@ -75,13 +70,11 @@ def fit_heads(
     caption_weights: Mapping[str, float] | None = None,
     logging_steps: int = 10,
     stop: StopRequest | None = None,
-    unfinished: Path | None = None,
 ) -> list[FitLine]:
     """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
 
     bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
-    Raises StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file ``unfinished``,
-    from which the next call continues, to the same heads as without a stop.
+    Raises StoppedError on every rank when ``stop`` asks for it; nothing of the fit is saved.
     """
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -89,31 +82,18 @@ def fit_heads(
         features = frozen_features(
             model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
         )
-    with _threads_of_all_ranks():
-        # the others wait in no collective, whose timeout a long fit would exceed
-        curve, done = on_first_rank(
-            lambda: _fit(model, features, config, loss, products, device, seed, logging_steps, stop, unfinished)
-        )
+    # the others wait in no collective, whose timeout a long fit would exceed
+    curve, done = on_first_rank(
+        lambda: _fit(model, features, config, loss, products, device, seed, logging_steps, stop)
+    )
     if done < config.steps:
-        saved = f"saved in {unfinished}" if unfinished else "not saved"
         raise StoppedError(
-            f"stopped at step {done} of {config.steps} of the heads' fit, {saved}; rerun the same command to resume"
+            f"stopped at step {done} of {config.steps} of the heads' fit; rerun the same command, which begins it again"
         )
     for _, parameter in head_parameters(model):
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
     return curve
-
-
-@contextmanager
-def _threads_of_all_ranks() -> Iterator[None]:
-    """Give this rank the CPU threads of this machine's other ranks, which are waiting."""
-    own = torch.get_num_threads()
-    torch.set_num_threads(max(own, min(own * local_world_size(), os.cpu_count() or 1)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)
 
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
@@ -166,13 +146,16 @@ def frozen_features(
     model.train()
     if any(gather_objects(bool(stop))):
         raise StoppedError("stopped before the heads' fit: nothing to save; rerun the same command to resume")
-    merged: dict[int, list[tuple[Tensor, ...]]] = {}
-    for part in gather_to_first(encoded):
-        merged |= part
-    left_out = [sample for part in gather_to_first(broken) for sample in part]
+    parts = gather_to_first((encoded, broken))
     if rank() > 0:
         return None
-    _report(left_out, sum(len(indices) for _, indices in blocks))
+    if left_out := [sample for _, samples in parts for sample in samples]:
+        total = sum(len(indices) for _, indices in blocks)
+        counted = f"{len(left_out)} of {total} samples are broken, the first: {left_out[0]}"
+        if len(left_out) == total:
+            raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
+        log.warning("fitting the heads without some samples: %s", counted)
+    merged = {number: items for part, _ in parts for number, items in part.items()}
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
@@ -181,18 +164,8 @@ def frozen_features(
         caption_hashes_M=ids,
         first_I=counts.cumsum(0) - counts,
         count_I=counts,
-        share_M=shares if caption_weights else None,
+        share_M=shares,
     )
-
-
-def _report(broken: Sequence[BrokenSample], images: int) -> None:
-    """Warn of samples that the fit leaves out; ValueError if that is all of them."""
-    if not broken:
-        return
-    counted = f"{len(broken)} of {images} samples are broken, the first: {broken[0]}"
-    if len(broken) == images:
-        raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
-    log.warning("fitting the heads without some samples: %s", counted)
 
 
 def _blocks(length: int, limit: int) -> list[list[int]]:
@@ -225,7 +198,6 @@ def _fit(
     seed: int,
     logging_steps: int,
     stop: StopRequest | None,
-    unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
     """Train the heads; images are drawn without replacement in each pass, with one random caption each.
 
@@ -247,21 +219,9 @@ def _fit(
     queue = torch.empty(0, dtype=torch.int64)
     size = min(config.batch, len(features.count_I))
     curve: list[FitLine] = []
-    done = 0
-    fit_of = canonical_json([dataclasses.asdict(config), dataclasses.asdict(loss_config), seed, len(features.count_I)])
-    if unfinished is not None and unfinished.is_file():
-        saved = torch.load(unfinished, weights_only=True)
-        if saved["fit_of"] == fit_of:
-            done, curve, queue = saved["done"], saved["curve"], saved["queue"]
-            generator.set_state(saved["generator"])
-            optimizer.load_state_dict(saved["optimizer"])
-            for (_, parameter), value in zip(parameters, saved["parameters"], strict=True):
-                parameter.data.copy_(value)
-            log.warning("continuing the heads' fit at step %d of %d, from %s", done, config.steps, unfinished)
-    started, before = time.perf_counter(), done
+    done, started = 0, time.perf_counter()
     bar = progress_bar(total=config.steps, label="heads", unit="steps")
-    bar.update(done)
-    for step in range(done + 1, config.steps + 1):
+    for step in range(1, config.steps + 1):
         if stop:
             break
         if len(queue) < size:
@@ -279,21 +239,13 @@ def _fit(
         if step == config.steps or step % logging_steps == 0:
             values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
             line = {name: float(value.detach()) for name, value in values.items()}
-            rate = (step - before) * size / (time.perf_counter() - started)
+            rate = step * size / (time.perf_counter() - started)
             curve.append({"step": step, "samples": step * size, **line, "lr": config.lr, "samples_per_second": rate})
             bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
         bar.update()
         done = step
     bar.close()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
-    if done < config.steps and unfinished is not None:
-        state = {"fit_of": fit_of, "done": done, "curve": curve, "queue": queue, "generator": generator.get_state()}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "parameters": [parameter.detach() for _, parameter in parameters],
-        }
-        with atomic_file(unfinished) as temporary:
-            torch.save(state, temporary)
     return curve, done
 
 
@@ -318,10 +270,8 @@ def _features(
 
 
 def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:
-    """(B,) a caption of each chosen image by a number in [0, 1): evenly, or by the captions' shares."""
+    """(B,) a caption of each chosen image by a number in [0, 1), by the captions' shares."""
     first_B, count_B = features.first_I[chosen_B], features.count_I[chosen_B]
-    if features.share_M is None:
-        return first_B + (draw_B * count_B).long()
     # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum
     caption_B = torch.searchsorted(features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True)
     return caption_B.clamp(first_B, first_B + count_B - 1)

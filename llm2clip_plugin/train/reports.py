@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
 
 
 def peak_memory(device: torch.device) -> float:
@@ -81,7 +81,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-class Progress(AbstractContextManager):
+class Progress:
     """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
 
     def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
@@ -90,15 +90,15 @@ class Progress(AbstractContextManager):
         self.samples_per_second = 0.0  # smoothed
         self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
         self._bar.close()
 
     def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
         """Show a finished step of ``samples`` pairs."""
         rate = samples / max(seconds, 1e-9)
-        self.samples_per_second = (
-            SMOOTHING * self.samples_per_second + (1 - SMOOTHING) * rate if self.samples_per_second else rate
-        )
+        before = self.samples_per_second or rate
+        self.samples_per_second = SMOOTHING * before + (1 - SMOOTHING) * rate
         self.values |= values
         self._bar.set_postfix_str(self.description(), refresh=False)
         self._bar.update()
@@ -114,23 +114,24 @@ class Progress(AbstractContextManager):
         TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
         training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
         """
-        loss = f"loss {self.values['loss']:.4g}" if "loss" in self.values else ""
-        parts = [loss, f"{self.samples_per_second:.3g} samples/s"]
-        if "mfu" in self.values:
-            parts.append(f"MFU {100 * self.values['mfu']:.3g} %")
-        elif "tflops" in self.values:
-            parts.append(f"{self.values['tflops']:.3g} TFLOP/s")
-        if self.values.get("wait_share", 0) >= 0.05:
-            parts.append(f"waiting for data {100 * self.values['wait_share']:.0f} %")
-        if "i2t_r1" in self.values:
-            parts.append(f"R@1 image->text {self.values['i2t_r1']:.3f}, text->image {self.values['t2i_r1']:.3f}")
-        if "peak_gib" in self.values:
-            parts.append(f"{self.values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in self.values:
-            parts.append(f"save {self.values['save_seconds']:.1f} s")
-        if self.values.get("busy_seconds_max", 0) > SLOW_RANK * self.values.get("busy_seconds_min", math.inf):
-            parts.append(f"slow: rank {self.values['slowest_rank']} ({self.values['slowest_host']})")
-        return "  ".join(part for part in parts if part)
+        values = self.values
+        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        parts.append(f"{self.samples_per_second:.3g} samples/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.3g} %")
+        elif "tflops" in values:
+            parts.append(f"{values['tflops']:.3g} TFLOP/s")
+        if values.get("wait_share", 0) >= 0.05:
+            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
+        if "i2t_r1" in values:
+            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+        if "peak_gib" in values:
+            parts.append(f"{values['peak_gib']:.2f} GiB memory")
+        if "save_seconds" in values:
+            parts.append(f"save {values['save_seconds']:.1f} s")
+        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
+            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
+        return "  ".join(parts)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -153,22 +154,16 @@ class StepProfiler:
 
     def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
         """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
-        self.folder = folder
-        self.note = note
+        self.folder, self.note = folder, note
         traced = min(steps, remaining)
         warm_up = min(WARM_UP, remaining - traced)
         self._left = warm_up + traced  # steps until the trace is complete
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run of few steps has none to warm up
             schedule = torch.profiler.schedule(
                 skip_first=max(warm_up - 1, 0), wait=0, warmup=min(warm_up, 1), active=traced, repeat=1
             )
-        self._profile: Any = torch.profiler.profile(
-            activities=activities, schedule=schedule, on_trace_ready=self._write
-        )
+        self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
         self._profile.start()
 
     def step(self) -> None:
@@ -186,14 +181,13 @@ class StepProfiler:
             self._profile = None
 
     def _write(self, profile: Any) -> None:
+        table = self.folder / f"operators-rank{rank()}.txt"
+        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.profiler.tensorboard_trace_handler(str(self.folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            table = self.folder / f"operators-rank{rank()}.txt"
-            order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-            text = profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
             with atomic_file(table) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
         except (OSError, RuntimeError) as error:
             self.note(f"warning: cannot write the profile to {self.folder}: {error}; training continues")
             return
@@ -341,13 +335,9 @@ class Reports:
         profile_steps: int = 0,
     ) -> None:
         """state: where training starts. profile_steps: steps that this rank traces."""
-        self.engine = engine
-        self.run_folder = run_folder
-        self.total_steps = total_steps
+        self.engine, self.run_folder, self.queue = engine, run_folder, queue
+        self.total_steps, self.global_batch, self.logging_steps = total_steps, global_batch, logging_steps
         self._step = state.step  # the last one that was reported
-        self.global_batch = global_batch
-        self.logging_steps = logging_steps
-        self.queue = queue
         self._file: MetricsFile | None = None  # of rank 0
         on_first_rank(lambda: self._open(state))
         self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
@@ -366,7 +356,6 @@ class Reports:
         self._file = MetricsFile(self.run_folder / METRICS, from_step=-1 if new else state.step)
 
     def __enter__(self) -> "Reports":
-        self.progress.__enter__()
         self.timer.__enter__()
         return self
 
@@ -376,7 +365,7 @@ class Reports:
             self._profiler.close()
         if self._file is not None:
             self._attempt(self._file.close)
-        self.progress.__exit__(*error)
+        self.progress.close()
 
     @contextmanager
     def count_flops(self) -> Iterator[None]:
@@ -421,6 +410,11 @@ class Reports:
         """The run ends by an error, after the last step that was reported."""
         self._ended(FAILED, self._step, str(error) or type(error).__name__)
 
+    def stopped(self, state: TrainState, reason: str) -> None:
+        """The run stops before its end."""
+        self._ended(STOPPED, state.step, reason)
+        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
+
     def _ended(self, event: str, step: int, reason: str) -> None:
         """A line of metrics.jsonl that says why no more follow."""
         self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
@@ -433,11 +427,6 @@ class Reports:
     def note(self, text: str) -> None:
         """A line above the bar."""
         self.progress.note(text)
-
-    def stopped(self, state: TrainState, reason: str) -> None:
-        """The run stops before its end."""
-        self._ended(STOPPED, state.step, reason)
-        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
 
     def _speed(self, *, last: bool) -> dict[str, Any]:
         """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""

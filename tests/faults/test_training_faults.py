@@ -20,7 +20,8 @@ from tower_runs import ROOT, environment
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.train import engine
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, check_space, load, write_checkpoint
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
+from llm2clip_plugin.train.disk_space import check_space
 
 LAST, BEFORE = "run/checkpoints/step-00000004", "run/checkpoints/step-00000002"
 AT = "{w}/" + LAST

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_clip import save_tiny_clip
 from tiny_data import make_cache, make_shards
-from tower_runs import ROOT, finish, launch, lines, losses, start
+from tower_runs import ROOT, killed_at, launch, lines, losses
 from train_helpers import run_ranks
 
 from llm2clip_plugin import cli
@@ -115,45 +114,24 @@ def test_stage_2_starts_from_it(trained: Path):
     assert (trained / "stage2/tower" / TowerCard.FILE).is_file()
 
 
-KILLED = {  # of which run, after how many steps, ZeRO stage
-    "stage 1, ZeRO-1": ("whole", 10, 1),
-    "stage 1, ZeRO-3": ("whole", 10, 3),
-    "stage 2, ZeRO-1": ("stage2", 3, 1),
-    "stage 2, ZeRO-3": ("stage2", 3, 3),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(KILLED))
-def test_a_sigkill_changes_nothing(trained: Path, tmp_path: Path, name: str):
-    """Both ranks die between checkpoints, and the run is started again, once by a launcher. The whole stage 1 ran
-    under ZeRO-1, stage 2 under ZeRO-3: the other one sums in another order (1e-5), and the twin is bit for bit the same
-    only under the same."""
-    whole, goal, zero = KILLED[name]
-    words = (options_1 if whole == "whole" else options_2)(trained, tmp_path / "run", zero)
-    script = "scripts/train_text_adapter.py" if whole == "whole" else "scripts/train_tower.py"
-    processes = start(words, 2, script)
-    deadline = time.monotonic() + 900
-    while max(losses(tmp_path / "run"), default=0) < goal and time.monotonic() < deadline:
-        assert processes[0].poll() is None, "ended before it was killed"
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-    finish(processes)
-    assert not (tmp_path / "run/tower").exists()
-    if name == "stage 1, ZeRO-1":
-        again = launch([script, *words])
-        assert again.returncode == 0, again.stderr[-2000:]
-    else:
-        assert finish(start(words, 2, script)) == [0, 0]
-    assert losses(tmp_path / "run") == pytest.approx(losses(trained / whole), abs=1e-4)
+@pytest.mark.parametrize(("whole", "zero"), [("whole", 3), ("stage2", 3)])
+def test_a_sigkill_changes_nothing(trained: Path, tmp_path: Path, whole: str, zero: int):
+    """Both ranks die between checkpoints, and a launcher starts the run again. The whole stage 1 ran under ZeRO-1,
+    which sums in another order (1e-5)."""
+    run = tmp_path / "run"
+    words = (options_1 if whole == "whole" else options_2)(trained, run, zero)
+    command = "train-text-adapter" if whole == "whole" else "train-tower"
+    killed_at(words, run, position=16 * (10 if whole == "whole" else 5), command=command)
+    assert not (run / "tower").exists()
+    again = launch([f"scripts/{command.replace('-', '_')}.py", *words])
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert losses(run) == pytest.approx(losses(trained / whole), abs=1e-4)
     if whole == "stage2":
         file = f"checkpoints/step-{STEPS_2:08d}/{TWIN}"
-        twins = [load_file(run / file) for run in (trained / whole, tmp_path / "run")]
-        assert twins[0].keys() == twins[1].keys() and len(twins[0]) > 20
-        for key, value in twins[0].items():
-            atol, rtol = (0.0, 0.0) if zero == 3 else (1e-5, 1e-4)
-            torch.testing.assert_close(twins[1][key], value, atol=atol, rtol=rtol)
+        references = [load_file(folder / file) for folder in (trained / whole, run)]
+        assert references[0].keys() == references[1].keys() and len(references[0]) > 20
+        assert all(torch.equal(references[1][key], value) for key, value in references[0].items())
 
 
 def test_the_plan_says_what_the_run_does(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -164,29 +142,24 @@ def test_the_plan_says_what_the_run_does(trained: Path, tmp_path: Path, capsys: 
     assert dual.text_adapter is not None
     parameters = sum(p.numel() for p in dual.text_adapter.parameters())
     assert f"trainable parameters: {parameters:,};" in told and f"steps: {STEPS_1} of 16 pairs" in told
-    assert "assumed" not in told and "to a CLIP's 24" in told and "ZeRO-1" in told
-    assert not (tmp_path / "run").exists()
-    assert cli.main(["train-text-adapter", "--dry-run", "--plan.clip-width", "512"]) == 0
-    told = capsys.readouterr().out
-    assert "assumed: 30,000,000 captioned images" in told and "from an LLM's 4096 to a CLIP's 512" in told
+    assert "assumed" not in told and "to a CLIP's 24" in told and not (tmp_path / "run").exists()
 
 
 def test_wrong_input_is_one_error(clip: Path, tmp_path: Path):
     llm_cache = next(
         str(path.parent) for path in (clip / "data").glob("embeddings-*/*.json") if "made-up" in path.read_text()
     )
-    refused: dict[str, tuple[list[str], str]] = {
-        "kind": (["--clip-cache", llm_cache], "--clip-cache .* is of an LLM .*made-up.*, expected one of a CLIP"),
-        "bias": (["--loss.terms", "sigmoid", "--loss.args="], "no bias is learned here"),
-        "no CLIP": (["--tower="], "no CLIP: add --tower"),
-    }
-    for more, message in refused.values():
-        with pytest.raises(ValueError, match=message):
+    for more, named in (
+        (["--clip-cache", llm_cache], "--clip-cache"),
+        (["--loss.terms", "sigmoid", "--loss.args="], "bias"),
+        (["--tower="], "--tower"),
+    ):
+        with pytest.raises(ValueError, match=named):
             open_data(read_command(options(clip, tmp_path / "run", *more)).validate())
     (tmp_path / "data").mkdir()
     shutil.copy(clip / "data/00000.tar", tmp_path / "data")
     make_cache(tmp_path / "data")
-    with pytest.raises(FileNotFoundError, match=r"no cache of a CLIP's text features .* create it: llm2clip embed"):
+    with pytest.raises(FileNotFoundError, match="llm2clip embed"):
         open_data(read_command([str(tmp_path / "data"), "--tower", "x"]).validate())
 
 

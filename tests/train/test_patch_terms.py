@@ -13,7 +13,7 @@ from llm2clip_plugin.stages.tower.run import check_patch_layers
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import LossConfig
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
-from llm2clip_plugin.train.reference import Twin
+from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.family import DualConfig
@@ -52,10 +52,9 @@ def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, d
         dual = tiny_dual(way.pop("family", "clip"), way.pop("pool", "pooled"))
         if way.pop("checkpointing", False):
             enable_gradient_checkpointing(dual.tower)
-        twin = Twin(dual, decay=None)
+        frozen = frozen_copy(dual)
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
-        twin.attach(engine, {})
-        step = tiny_step(engine, terms=TERMS, twin=twin)
+        step = tiny_step(engine, terms=TERMS, reference=Reference(engine, 1.0, module=frozen))
         values = [step(tiny_batch(i, rank=rank, world=world))[1] for i in range(STEPS)]
         results[name] = {"values": values, "moments": engine.moments(HostCopies())}
     return results
@@ -123,7 +122,7 @@ def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], fam
 @pytest.mark.parametrize("layer", [-5, 4])
 def test_a_hidden_state_that_the_tower_lacks_is_refused(layer: int):
     loss = LossConfig(terms=("infonce", "patch_captions"), args=(f"patch_captions.layer={layer}",))
-    with pytest.raises(ValueError, match=rf"layer {layer} .* 3 blocks"):
+    with pytest.raises(ValueError, match=f"layer {layer} "):
         check_patch_layers(tiny_dual("clip"), loss)
     check_patch_layers(tiny_dual("clip"), LossConfig(terms=("infonce", "patch_captions")))
 

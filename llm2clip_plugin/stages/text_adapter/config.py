@@ -99,8 +99,11 @@ class AdapterConfig(TrainingConfig):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps:
             raise ValueError("train.num_train_epochs and train.max_steps are both 0: nothing to train")
-        if any(term.uses_bias for _, term in self.loss.weighted()):
+        from llm2clip_plugin.train.losses.base import chosen_terms  # torch
+
+        terms = [term for _, term in chosen_terms(self.loss)]
+        if any(term.uses_bias for term in terms):
             raise ValueError(f"loss.terms {' '.join(self.loss.terms)}: no bias is learned here; use distill or infonce")
-        if self.loss.patch_layers:
+        if any(term.reads for term in terms):
             raise ValueError(f"loss.terms {' '.join(self.loss.terms)}: no images here; use distill or infonce")
         return self

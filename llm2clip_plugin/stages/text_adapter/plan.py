@@ -16,6 +16,7 @@ from llm2clip_plugin.stages.text_adapter.opening import find_clip_cache, open_da
 from llm2clip_plugin.stages.text_adapter.run import adapter_parameters
 from llm2clip_plugin.text.teacher import InheritedSpace
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.vision.dual import TextAdapter
 
 CAPTIONS = 16  # of the pass that measures activations
@@ -134,5 +135,5 @@ def step_memory(config: AdapterConfig, module: InheritedSpace, size: Size) -> St
         parameters=count,
         pair_bytes=pass_bytes / CAPTIONS,
         width=size.clip_width,
-        state_bytes=config.optim.optimizer().state_bytes,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
     )

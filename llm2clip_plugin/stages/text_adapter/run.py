@@ -53,7 +53,6 @@ def _train(config: AdapterConfig, data: Data, device: torch.device, stop: StopRe
     if resumed is not None:
         load_weights(module, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.start if resumed is None else resumed.path))
-    run.check_space(module, trained)
     engine = run.make_engine(module, trained, resumed)
     start = run.start_state(resumed)
     evaluate = evaluation(module, data, engine.device)

@@ -123,7 +123,9 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
-        self.loss.check(self.dual)
+        from llm2clip_plugin.train.losses.base import check_terms  # torch
+
+        check_terms(self.loss, self.dual)
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"
@@ -485,12 +487,20 @@ def _no_urls(config: RunConfig) -> str:
 
 
 def _first_caption_alone(config: RunConfig) -> str:
-    several = config.data.captions_per_image > 1 and any(term.uses_all_captions for _, term in config.loss.weighted())
+    from llm2clip_plugin.train.losses.base import chosen_terms  # torch
+
+    several = config.data.captions_per_image > 1 and any(
+        term.uses_all_captions for _, term in chosen_terms(config.loss)
+    )
     return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
 
 
 def _no_reference(config: RunConfig) -> str:
-    return "" if config.loss.needs_reference else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
+    from llm2clip_plugin.train.losses.base import needs_reference  # torch
+
+    return (
+        "" if needs_reference(config.loss) else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
+    )
 
 
 UNUSED: list[Unused[RunConfig]] = [

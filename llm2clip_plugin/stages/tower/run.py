@@ -23,11 +23,10 @@ from llm2clip_plugin.data.sources.tars import shuffle_window
 from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, lacks_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
-from llm2clip_plugin.files import UNFINISHED_HEADS
 from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
 from llm2clip_plugin.stages.tower.config import EMOJI_FIELD, RunConfig, quickstart
 from llm2clip_plugin.stages.tower.export import export_run
-from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, load_weights
+from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, Loaded, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
@@ -35,9 +34,9 @@ from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters
 from llm2clip_plugin.train.loop import Evaluate
-from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.losses.base import needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
-from llm2clip_plugin.train.reference import MovingAverage, Twin
+from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -176,7 +175,7 @@ def refuse_small_sources(config: RunConfig, data: Data) -> None:
 def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
     """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
     blocks = len(tower_blocks(dual.tower))
-    for reads, layer in loss.patch_layers.items():
+    for reads, layer in patch_layers(loss).items():
         if not -blocks - 1 <= layer <= blocks:
             raise ValueError(
                 f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "
@@ -308,14 +307,13 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     check_weights(dual, config, resumed)
-    run.check_space(dual, trained, twin=config.loss.needs_reference)
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         run.record(run.new_state())
         with phase("heads"):
-            curve = fit(dual, data, images, config, config.heads, device, stop, run.folder / UNFINISHED_HEADS)
+            curve = fit(dual, data, images, config, config.heads, device, stop)
     # before the engine, which partitions the weights under ZeRO-3
-    twin = Twin(dual, decay=config.distill.twin_decay) if config.loss.needs_reference else None
+    frozen = frozen_copy(dual) if needs_reference(config.loss) else None
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
@@ -324,11 +322,10 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         if scored is not None:
             before, curve = measured_before(dual, data, images, config, scored, device, stop)
     prepare(dual, config, device)
-    if twin is not None:
-        use_fastest_attention(twin.module.tower, device, bf16=config.train.precision == "bf16")
+    if frozen is not None:
+        use_fastest_attention(frozen.tower, device, bf16=config.train.precision == "bf16")
     engine = run.make_engine(dual, trained, resumed)
-    if twin is not None:
-        twin.attach(engine, resumed.twin if resumed is not None else {})
+    references = make_references(engine, config, resumed, frozen)
     start = run.start_state(resumed)
     loader = make_batches(config, data, images, start.samples)
     state = run.train_to_end(
@@ -341,8 +338,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
             text_noise=config.dual.input_noise > 0,
             normalize=Normalize(images, engine.device),
             total_samples=run.total_steps * config.train.global_batch,
-            twin=twin,
-            patch_layers=config.loss.patch_layers,
+            reference=references.get(TWIN),
+            patch_layers=patch_layers(config.loss),
         ),
         batches=iter(loader),
         queue=loader.queue if config.train.dataloader_num_workers else None,
@@ -350,11 +347,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         before=before,
         heads=curve,
         stop=stop,
-        average=moving_average(engine, config, resumed),
-        twin=twin,
+        references=references,
     )
-    if rank() == 0:
-        (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
     run.write_result(lambda: export_towers(config, state.step))
     return run.folder / TOWER
 
@@ -367,7 +361,6 @@ def fit(
     heads: HeadsConfig,
     device: torch.device,
     stop: StopRequest,
-    unfinished: Path | None = None,
 ) -> list[FitLine]:
     """Fit the heads on the frozen tower, in place; returns the curve."""
     loaded()
@@ -384,7 +377,6 @@ def fit(
         caption_weights=config.data.kind_weights,
         logging_steps=config.train.logging_steps,
         stop=stop,
-        unfinished=unfinished,
     )
 
 
@@ -467,13 +459,18 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def moving_average(engine: Engine, config: RunConfig, resumed: Loaded | None) -> MovingAverage | None:
-    """The moving average of the weights, None if the run has none."""
-    if not config.train.ema_decay:
-        return None
-    values = resumed.averages if resumed is not None else None
-    updates = resumed.state.step if resumed is not None else 0
-    return MovingAverage(engine, config.train.ema_decay, updates=updates, values=values)
+def make_references(
+    engine: Engine, config: RunConfig, resumed: Loaded | None, frozen: DualEncoder | None
+) -> dict[str, Reference]:
+    """The moving average and the frozen tower of a run that has them, by the name of their file in a checkpoint."""
+    references = {}
+    if config.train.ema_decay:
+        values, updates = (resumed.averages, resumed.state.step) if resumed is not None else (None, 0)
+        references[AVERAGES] = Reference(engine, config.train.ema_decay, warmup=True, updates=updates, values=values)
+    if frozen is not None:
+        values = resumed.twin if resumed is not None else None
+        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
+    return references
 
 
 def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
