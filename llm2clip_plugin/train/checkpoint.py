@@ -46,8 +46,10 @@ from llm2clip_plugin.files import (
 )
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 
-# safetensors files that are hashed while they are written, and read one tensor at a time.
-
+MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+TWIN = "twin.safetensors"
+RESUME_AUTO, RESUME_NEVER = "auto", "never"
+RETRY_SECONDS = 300.0  # after a save that failed
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
 NAMES = {
     torch.float64: "F64",
@@ -61,68 +63,6 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors of the CPU; returns the file's SHA-256. Raises OSError if the disk is full."""
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header, end = {}, 0
-    for name in ordered:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for content in (struct.pack("<Q", len(head)), head, *(_bytes_of(tensors[name]) for name in ordered)):
-            for start in range(0, len(content), BLOCK):
-                digest.update(content[start : start + BLOCK])
-                file.write(content[start : start + BLOCK])
-    return digest.hexdigest()
-
-
-class HostCopies:
-    """Copies tensors to the CPU, into the memory of the copies that it made under the same names before."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of ``value``, valid until the next call with this name."""
-        buffer, dtype = self._buffers.get(name), dtype or value.dtype
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(value.shape, dtype=dtype)
-        return buffer.copy_(value.detach())
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file by name, each read when it is looked up; the file is not mapped in between."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ContractError if the file is not complete."""
-        self.path = path
-        self._entries = read_header(path, fix="resume from another checkpoint").entries
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._entries:
-            raise KeyError(name)
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name).clone()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
-TWIN = "twin.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +142,7 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
     )
 
 
-def _open(path: Path, name: str) -> TensorFile:
+def _open(path: Path, name: str) -> "TensorFile":
     if not (path / name).is_file():
         raise FileNotFoundError(f"{name} is missing from the checkpoint {path}; resume from another one")
     return TensorFile(path / name)
@@ -224,13 +164,17 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Pat
         value.copy_(saved)
 
 
-# The checkpoints of a run folder: which one to resume from, which to keep.
-
-RESUME_AUTO, RESUME_NEVER = "auto", "never"
-
-
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder: which one to resume from, which to keep.
+
+        checkpoints/
+          step-00000110/, step-00000120/
+          latest                            name of the newest one, for people and scripts
+          abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run went back before
+
+    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``,
+    and never removed.
+    """
 
     def __init__(self, run_folder: Path, *, keep: int) -> None:
         """keep: number of checkpoints to keep, 0 for all."""
@@ -356,11 +300,6 @@ class Checkpoints:
         return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
 
 
-# Checkpoints written in the background: training waits while its state is copied, not while it is written.
-
-RETRY_SECONDS = 300.0  # after a save that failed
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Write:
     """A write in progress, or the last one."""
@@ -372,7 +311,13 @@ class _Write:
 
 
 class Saver:
-    """Saves a run's checkpoints; leaving the context waits for the write in progress. Every rank needs one."""
+    """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
+
+    Every rank needs one. ``save`` gathers the state on rank 0 and copies it into buffers of the CPU, which later saves
+    use again; a thread hashes, writes and flushes them. At most one write is in progress, so the host holds one copy of
+    the state. A periodic save that fails leaves the last checkpoint in place and is tried again; the last one of a run
+    must succeed. No rank waits for the disk inside a collective.
+    """
 
     def __init__(
         self,
@@ -516,3 +461,61 @@ def _write(
     started = time.perf_counter()
     warnings = checkpoints.write(state, tensors)
     return time.perf_counter() - started, warnings
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors of the CPU; returns the file's SHA-256. Raises OSError if the disk is full."""
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header, end = {}, 0
+    for name in ordered:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in (struct.pack("<Q", len(head)), head, *(_bytes_of(tensors[name]) for name in ordered)):
+            for start in range(0, len(content), BLOCK):
+                digest.update(content[start : start + BLOCK])
+                file.write(content[start : start + BLOCK])
+    return digest.hexdigest()
+
+
+class HostCopies:
+    """Copies tensors to the CPU, into the memory of the copies that it made under the same names before."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of ``value``, valid until the next call with this name."""
+        buffer, dtype = self._buffers.get(name), dtype or value.dtype
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(value.shape, dtype=dtype)
+        return buffer.copy_(value.detach())
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file by name, each read when it is looked up; the file is not mapped in between."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ContractError if the file is not complete."""
+        self.path = path
+        self._entries = read_header(path, fix="resume from another checkpoint").entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._entries:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

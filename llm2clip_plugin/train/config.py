@@ -1,6 +1,5 @@
-"""The settings of a training: tower, heads, optimizer, loop; read without torch. The loss's: loss_config.py."""
+"""The settings of a training: tower, heads, loss, optimizer, loop; read without torch."""
 
-import dataclasses
 import json
 import math
 import os
@@ -11,15 +10,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from llm2clip_plugin.data.workers import PREFETCH_MB
 from llm2clip_plugin.options import unknown
 
-# Types and defaults that settings share with the code that they set; without torch.
-
 Precision = Literal["fp32", "bf16", "fp16"]
 ReductionType = Literal["", "fp32", "bf16", "fp16"]
 Tf32 = Literal["auto", "on", "off"]
 DDP_TIMEOUT = 1800.0  # seconds, as in Hugging Face's Trainer; torch's is 600 on NCCL, DeepSpeed's 600 since 0.19.6
 STRAGGLER_SECONDS = 300.0  # without progress, after which a rank is named
-
-
+Member = TypeVar("Member")
 Monitor = Literal["tensorboard", "wandb", "csv"]
 Schedule = Literal["cosine", "linear", "constant"]
 Reference = Literal["ema", "start"]
@@ -212,8 +208,6 @@ class TrainConfig:
         return max(1, round(self.num_train_epochs * samples / self.global_batch))
 
 
-# The settings of the training loss: which terms, with which weights over the run; read without torch.
-
 INHERIT = (("distill",), ("structure=63.5",))  # terms and args of ProCLIP's first stage: sums over 128 captions a rank
 
 
@@ -247,12 +241,8 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
         schedule, at, until = values.partition("@")
         start, colon, end = schedule.partition(":")
         try:
-            term = TermWeight(
-                name,
-                float(start) if equals else 1.0,
-                float(end if colon else start) if equals else 1.0,
-                float(until) if at else 1.0,
-            )
+            first = float(start) if equals else 1.0
+            term = TermWeight(name, first, float(end) if colon else first, float(until) if at else 1.0)
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
         numbers = term.start >= 0 and term.end >= 0 and term.peak < math.inf and 0 < term.until <= 1
@@ -261,8 +251,6 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
                 f"loss.terms: {word!r} is not NAME, NAME=WEIGHT, NAME=START:END or NAME=START:END@FRACTION, with "
                 "weights of at least 0, as in infonce=1 distill=0.2 or distill=0:0.2@0.1"
             )
-        if not term.peak:
-            raise ValueError(f"loss.terms: {word!r} never counts; give {name} a weight above 0, or leave it out")
         terms.append(term)
     if twice := sorted({term.name for term in terms if [other.name for other in terms].count(term.name) > 1}):
         raise ValueError(f"loss.terms {' '.join(words)} names {', '.join(twice)} twice")
@@ -294,18 +282,13 @@ class LossConfig:
             raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
 
 
-# Settings given as ``NAME=VALUE`` words, for losses and optimizers, whose settings the configuration does not list.
-
-Member = TypeVar("Member")
-
-
 def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -> Member:
     """An instance of the dataclass ``member``: fields from ``words``, the others with their defaults.
 
     Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another type than the
     field's default; ``where`` is the option, for the message.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(member)}  # type: ignore[arg-type]
+    defaults = {field.name: field.default for field in fields(member)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -322,9 +305,6 @@ def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -
             raise ValueError(f"{where}: {name} is {text!r}, expected {expected.__name__}")
         values[name] = value
     return member(**values)
-
-
-# What the launcher says about this process; without torch.
 
 
 def local_world_size() -> int:

@@ -290,9 +290,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-# How a device computes: TF32 in products of fp32 tensors, deterministic kernels.
-
-
 def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
     """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors on a GPU.
 

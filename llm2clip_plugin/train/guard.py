@@ -1,15 +1,7 @@
-"""A watch over all ranks: who is late and in which phase, and an end for all of them within seconds if one fails.
-
-Every rank sends a sign of life through the process group's store. Rank 0 reads them and names the late ones; the late
-rank prints where it is. Two threads a rank: one talks to the store and may be blocked by it (rank 0 can host it, and be
-the one that is stopped), one only looks at what the other has read. Both are daemons and wait in no collective, so they
-delay no exit. A sign of life is about a hundred bytes every few seconds.
-
-Why an error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
-reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+"""What keeps ranks from hanging and from training on different things: a watch over all of them, facts that are
+compared before the first step, one run in a folder, weights that are finite.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -62,6 +54,12 @@ SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
 NAMED = 4  # late ranks that are named
 WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
 WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
+SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
+LISTED = 12  # differing facts that a message lists
+LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 
 @contextmanager
@@ -118,7 +116,15 @@ class Rank:
 
 
 class Watch:
-    """The threads of one rank. ``start`` and the rest are called by its main thread."""
+    """Two threads of a rank, which end with it. ``start``, ``stop``, ``failed`` are called by its main thread.
+
+    Every rank sends a sign of life, about a hundred bytes every few seconds, through the process group's store. Rank 0
+    reads them and names the late ones; the late rank prints where it is. One thread talks to the store and may be
+    blocked by it (rank 0 can host it, and be the one that is stopped), the other only looks at what the first has read.
+
+    An error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
+    reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+    """
 
     def __init__(self, *, straggler_seconds: float, timeout: float) -> None:
         self.straggler_seconds, self.timeout = straggler_seconds, timeout
@@ -161,12 +167,12 @@ class Watch:
         if isinstance(error, RuntimeError) and lost_rank(error):
             until = time.monotonic() + 3.0  # in which the other rank publishes its error
             while not self.failure and time.monotonic() < until:
-                with contextlib.suppress(RuntimeError):  # the store's host may be gone
+                with suppress(RuntimeError):  # the store's host may be gone
                     self._read_failure()
                 time.sleep(0.1)
             return self.failure
         name = f"rank {self.rank} on {socket.gethostname()} failed in phase {_doing()}"
-        with contextlib.suppress(Exception):  # the store's host may be gone
+        with suppress(Exception):  # the store's host may be gone
             self.store.set("failed", f"{name}: {type(error).__name__}: {error}")
         return ""
 
@@ -294,19 +300,12 @@ def waits(frame: FrameType | None) -> bool:
     return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
 
 
-# Before the first step, all ranks compare what they must have in common; one message names what differs, and where.
-
-SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
-LISTED = 12  # differing facts that a message lists
-
-Facts = Mapping[str, str]  # what is compared -> this rank's value
-
-
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
-    """Compare the facts of all ranks; every rank must call this.
+    """Compare what all ranks must have in common before the first step; every rank must call this.
 
-    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
-    value and the hosts and ranks that have it.
+    Ranks that disagree would train on with plausible losses (one resumes, another starts over) or wait for each other
+    forever (one evaluates, another does not). ``advice``: the first word of a fact -> what to do if it differs. Raises
+    DisagreementError on every rank, with every value and the hosts and ranks that have it.
     """
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
     if len(set(digests)) > 1:
@@ -379,18 +378,14 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     return f"{path.name} {digest[:12]}, {', '.join(f'{name} {size} bytes' for name, size in sizes.items())}"
 
 
-# One training at a time in a run folder: ``run.lock``, held by rank 0, says who.
-
-LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. A folder that was
     created here and is empty at the end is removed.
 
-    Raises OSError on every rank if another process trains in the folder, or if it cannot be written.
+    The lock is the kernel's (fcntl), so it ends with rank 0, however that ends; NFS and Lustre pass it on to other
+    hosts. Loader workers, which may outlive a killed rank, do not inherit it. ``run.lock`` says who holds it. Raises
+    OSError on every rank if another process trains in the folder, or if it cannot be written.
     """
     held: list[tuple[bool, int]] = []
     on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
@@ -463,18 +458,13 @@ def _holder(path: Path) -> dict[str, Any]:
         return {}
 
 
-# Weights that are NaN or infinite, found before the first step and named.
-
-CHECKED = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
     """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read from.
 
     One pass over the weights, .6 s of a CPU for a billion.
     """
     for name, value in module.state_dict().items():
-        if value.dtype not in CHECKED or not value.numel():
+        if not value.is_floating_point() or not value.numel():
             continue
         low, high = torch.aminmax(value.detach())  # NaN in both if there is one; isfinite takes 17 times as long
         if not bool(torch.isfinite(low) & torch.isfinite(high)):

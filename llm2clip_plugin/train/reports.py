@@ -28,173 +28,16 @@ from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_fi
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
 
-# What a run reports: metrics.jsonl and a progress bar.
-
+PROFILE = "profile"  # folder of a run for traces
+COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
+WARM_UP = 5  # steps before the traced ones, if the run has as many: allocation, compilation, filling queues
+OPERATORS = 10  # rows of a profile's table
 SMOOTHING = 0.9  # of samples per second
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 # Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
 TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "mfu", "tflops", "slowest_rank"}
 TIME_PARTS = ("_seconds", "loader_")
-
-
-def label(name: str, phase: str) -> str:
-    """What monitors call a value of ``phase`` (train, eval, heads): train/loss, time/data_seconds, eval/i2t_r1."""
-    is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
-    return f"{'time' if is_time else phase}/{name}"
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object per line, written by one rank."""
-
-    def __init__(self, path: Path, *, from_step: int) -> None:
-        """Drops the lines of steps after ``from_step``, which a killed run made after its last checkpoint."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
-            with atomic_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one line and flush it."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinity for a line that was cut short by a kill."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory so far in GiB: of the accelerator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
-class Progress:
-    """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
-
-    def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
-        self.show = show = show and total_steps > 0  # heads alone have no steps
-        self.values: dict[str, Any] = {}
-        self.samples_per_second = 0.0  # smoothed
-        self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
-
-    def close(self) -> None:
-        """Leave the last state on the terminal."""
-        self._bar.close()
-
-    def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
-        """Show a finished step of ``samples`` pairs."""
-        rate = samples / max(seconds, 1e-9)
-        before = self.samples_per_second or rate
-        self.samples_per_second = SMOOTHING * before + (1 - SMOOTHING) * rate
-        self.values |= values
-        self._bar.set_postfix_str(self.description(), refresh=False)
-        self._bar.update()
-
-    def show_values(self, values: dict[str, Any]) -> None:
-        """Show values that came after the step, such as an evaluation's; the last state of the bar has them, too."""
-        self.values |= values
-        self._bar.set_postfix_str(self.description())
-
-    def description(self) -> str:
-        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.123, text->image 0.141  1.9 GiB memory  save 0.4 s``.
-
-        TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
-        training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
-        """
-        values = self.values
-        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
-        parts.append(f"{self.samples_per_second:.3g} samples/s")
-        if "mfu" in values:
-            parts.append(f"MFU {100 * values['mfu']:.3g} %")
-        elif "tflops" in values:
-            parts.append(f"{values['tflops']:.3g} TFLOP/s")
-        if values.get("wait_share", 0) >= 0.05:
-            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
-        if "i2t_r1" in values:
-            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
-        if "peak_gib" in values:
-            parts.append(f"{values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in values:
-            parts.append(f"save {values['save_seconds']:.1f} s")
-        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
-            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
-        return "  ".join(parts)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.show:
-            self._bar.write(text, file=sys.stderr)
-
-
-# A trace of a few steps by torch.profiler, and a table of their most expensive operators.
-
-WARM_UP = 5  # steps before the traced ones, if the run has as many: allocation, compilation, filling queues
-OPERATORS = 10  # rows of the table
-
-
-class StepProfiler:
-    """Traces ``steps`` steps of this rank after a warm-up and writes them to ``folder``.
-
-    ``HOST-rankN.TIME.pt.trace.json``: for chrome://tracing, ui.perfetto.dev, and TensorBoard's profiler plugin with
-    ``folder`` as its log directory. ``operators-rankN.txt``: the operators with the most time of their own.
-    """
-
-    def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
-        """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
-        self.folder, self.note = folder, note
-        traced = min(steps, remaining)
-        warm_up = min(WARM_UP, remaining - traced)
-        self._left = warm_up + traced  # steps until the trace is complete
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a run of few steps has none to warm up
-            schedule = torch.profiler.schedule(
-                skip_first=max(warm_up - 1, 0), wait=0, warmup=min(warm_up, 1), active=traced, repeat=1
-            )
-        self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
-        self._profile.start()
-
-    def step(self) -> None:
-        """A step has ended."""
-        if self._profile is not None:
-            self._profile.step()
-            self._left -= 1
-            if not self._left:
-                self.close()
-
-    def close(self) -> None:
-        """Stop; what was traced of a run that ends early is written."""
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile = None
-
-    def _write(self, profile: Any) -> None:
-        table = self.folder / f"operators-rank{rank()}.txt"
-        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.profiler.tensorboard_trace_handler(str(self.folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            with atomic_file(table) as temporary:
-                temporary.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            self.note(f"warning: cannot write the profile to {self.folder}: {error}; training continues")
-            return
-        self.note(f"profile: trace in {self.folder} (chrome://tracing, TensorBoard), {OPERATORS} operators in {table}")
-
-
-# FLOPs of a training step, and the fraction of a device's peak that they are (MFU).
 
 _aten = torch.ops.aten
 FORMULAS: dict[Any, Callable[..., int]] = {
@@ -235,83 +78,6 @@ PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     (r"\bV100-SXM", (125, 0, 15.7)),
     (r"\bT4\b", (65, 0, 8.1)),
 )
-
-
-class ModelFlops(TorchDispatchMode):
-    """Counts, by the dtype that they run in, the FLOPs of everything that is computed under it for the first time."""
-
-    supports_higher_order_operators = True  # passed through, not counted
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_dtype: Counter[torch.dtype] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(getattr(func, "_overloadpacket", func))
-        if formula is not None and not _repeated and not _recomputing():
-            dtype = next((value.dtype for value in args if isinstance(value, Tensor)), torch.float32)
-            self.by_dtype[dtype] += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-_repeated = False
-
-
-@contextmanager
-def repeated() -> Iterator[None]:
-    """What the block computes is computed again later, and counted then."""
-    global _repeated
-    _repeated = True
-    try:
-        yield
-    finally:
-        _repeated = False
-
-
-def _recomputing() -> bool:
-    """Whether gradient checkpointing is computing a block again, in the backward pass."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def peak_of(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
-    """FLOP/s of a device at best, by its name; None if unknown. tf32: products of fp32 tensors may run in TF32."""
-    half, tensor_float, single = next((peaks for pattern, peaks in PEAKS if re.search(pattern, name)), (0, 0, 0))
-    peak = half if dtype in (torch.bfloat16, torch.float16) else (tensor_float if tf32 else 0) or single
-    return peak * 1e12 or None
-
-
-def least_seconds(flops: Counter[torch.dtype], device: torch.device) -> float | None:
-    """Seconds that the device needs for them at its peak; None on a CPU or if the peak is unknown."""
-    if device.type != "cuda" or not flops:
-        return None
-    name, tf32 = torch.cuda.get_device_name(device), torch.get_float32_matmul_precision() != "highest"
-    peaks = {dtype: peak_of(name, dtype, tf32=tf32) for dtype in flops}
-    seconds = [count / peak for dtype, count in flops.items() if (peak := peaks[dtype])]
-    return sum(seconds) if len(seconds) == len(flops) else None
-
-
-@contextmanager
-def count_model_flops() -> Iterator[Counter[torch.dtype]]:
-    """Count what the block computes. Slower by a little Python for each operation; compiled modules run eagerly."""
-    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds
-    eager = torch.compiler.set_stance("force_eager") if dynamo is not None else None
-    mode = ModelFlops()
-    with mode:
-        if eager is None:
-            yield mode.by_dtype
-        else:
-            with eager:
-                yield mode.by_dtype
-
-
-PROFILE = "profile"  # folder of a run for traces
-COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
 
 Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
 
@@ -465,3 +231,231 @@ class Reports:
             if not self._failed:
                 self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
             self._failed = True
+
+
+def label(name: str, phase: str) -> str:
+    """What monitors call a value of ``phase`` (train, eval, heads): train/loss, time/data_seconds, eval/i2t_r1."""
+    is_time = phase == "train" and (name in TIME_VALUES or any(part in name for part in TIME_PARTS))
+    return f"{'time' if is_time else phase}/{name}"
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per line, written by one rank."""
+
+    def __init__(self, path: Path, *, from_step: int) -> None:
+        """Drops the lines of steps after ``from_step``, which a killed run made after its last checkpoint."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line and flush it."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for a line that was cut short by a kill."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory so far in GiB: of the accelerator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+class Progress:
+    """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
+
+    def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
+        self.show = show = show and total_steps > 0  # heads alone have no steps
+        self.values: dict[str, Any] = {}
+        self.samples_per_second = 0.0  # smoothed
+        self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
+
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
+        self._bar.close()
+
+    def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
+        """Show a finished step of ``samples`` pairs."""
+        rate = samples / max(seconds, 1e-9)
+        before = self.samples_per_second or rate
+        self.samples_per_second = SMOOTHING * before + (1 - SMOOTHING) * rate
+        self.values |= values
+        self._bar.set_postfix_str(self.description(), refresh=False)
+        self._bar.update()
+
+    def show_values(self, values: dict[str, Any]) -> None:
+        """Show values that came after the step, such as an evaluation's; the last state of the bar has them, too."""
+        self.values |= values
+        self._bar.set_postfix_str(self.description())
+
+    def description(self) -> str:
+        """``loss 3.21  72 samples/s  MFU 41 %  R@1 image->text 0.123, text->image 0.141  1.9 GiB memory  save 0.4 s``.
+
+        TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
+        training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
+        """
+        values = self.values
+        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        parts.append(f"{self.samples_per_second:.3g} samples/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.3g} %")
+        elif "tflops" in values:
+            parts.append(f"{values['tflops']:.3g} TFLOP/s")
+        if values.get("wait_share", 0) >= 0.05:
+            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
+        if "i2t_r1" in values:
+            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+        if "peak_gib" in values:
+            parts.append(f"{values['peak_gib']:.2f} GiB memory")
+        if "save_seconds" in values:
+            parts.append(f"save {values['save_seconds']:.1f} s")
+        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
+            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
+        return "  ".join(parts)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.show:
+            self._bar.write(text, file=sys.stderr)
+
+
+class StepProfiler:
+    """Traces ``steps`` steps of this rank after a warm-up and writes them to ``folder``.
+
+    ``HOST-rankN.TIME.pt.trace.json``: for chrome://tracing, ui.perfetto.dev, and TensorBoard's profiler plugin with
+    ``folder`` as its log directory. ``operators-rankN.txt``: the operators with the most time of their own.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
+        """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
+        self.folder, self.note = folder, note
+        traced = min(steps, remaining)
+        warm_up = min(WARM_UP, remaining - traced)
+        self._left = warm_up + traced  # steps until the trace is complete
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a run of few steps has none to warm up
+            schedule = torch.profiler.schedule(
+                skip_first=max(warm_up - 1, 0), wait=0, warmup=min(warm_up, 1), active=traced, repeat=1
+            )
+        self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
+        self._profile.start()
+
+    def step(self) -> None:
+        """A step has ended."""
+        if self._profile is not None:
+            self._profile.step()
+            self._left -= 1
+            if not self._left:
+                self.close()
+
+    def close(self) -> None:
+        """Stop; what was traced of a run that ends early is written."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+    def _write(self, profile: Any) -> None:
+        table = self.folder / f"operators-rank{rank()}.txt"
+        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.profiler.tensorboard_trace_handler(str(self.folder), f"{socket.gethostname()}-rank{rank()}")(profile)
+            with atomic_file(table) as temporary:
+                temporary.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
+        except (OSError, RuntimeError) as error:
+            self.note(f"warning: cannot write the profile to {self.folder}: {error}; training continues")
+            return
+        self.note(f"profile: trace in {self.folder} (chrome://tracing, TensorBoard), {OPERATORS} operators in {table}")
+
+
+class ModelFlops(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, convolutions and attention under it, by the dtype that they run in.
+
+    They are those that the model needs, one forward and one backward pass over each sample (Chowdhery et al. 2022,
+    PaLM, arXiv 2204.02311, appendix B): what is computed again (gradient checkpointing, the first pass of gradient
+    caching) does not count.
+    """
+
+    supports_higher_order_operators = True  # passed through, not counted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_dtype: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(getattr(func, "_overloadpacket", func))
+        if formula is not None and not _repeated and not _recomputing():
+            dtype = next((value.dtype for value in args if isinstance(value, Tensor)), torch.float32)
+            self.by_dtype[dtype] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+_repeated = False
+
+
+@contextmanager
+def repeated() -> Iterator[None]:
+    """What the block computes is computed again later, and counted then."""
+    global _repeated
+    _repeated = True
+    try:
+        yield
+    finally:
+        _repeated = False
+
+
+def _recomputing() -> bool:
+    """Whether gradient checkpointing is computing a block again, in the backward pass."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def peak_of(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
+    """FLOP/s of a device at best, by its name; None if unknown. tf32: products of fp32 tensors may run in TF32."""
+    half, tensor_float, single = next((peaks for pattern, peaks in PEAKS if re.search(pattern, name)), (0, 0, 0))
+    peak = half if dtype in (torch.bfloat16, torch.float16) else (tensor_float if tf32 else 0) or single
+    return peak * 1e12 or None
+
+
+def least_seconds(flops: Counter[torch.dtype], device: torch.device) -> float | None:
+    """Seconds that the device needs for them at its peak; None on a CPU or if the peak is unknown."""
+    if device.type != "cuda" or not flops:
+        return None
+    name, tf32 = torch.cuda.get_device_name(device), torch.get_float32_matmul_precision() != "highest"
+    peaks = {dtype: peak_of(name, dtype, tf32=tf32) for dtype in flops}
+    seconds = [count / peak for dtype, count in flops.items() if (peak := peaks[dtype])]
+    return sum(seconds) if len(seconds) == len(flops) else None
+
+
+@contextmanager
+def count_model_flops() -> Iterator[Counter[torch.dtype]]:
+    """Count what the block computes. Slower by a little Python for each operation; compiled modules run eagerly."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds
+    eager = torch.compiler.set_stance("force_eager") if dynamo is not None else None
+    mode = ModelFlops()
+    with mode:
+        if eager is None:
+            yield mode.by_dtype
+        else:
+            with eager:
+                yield mode.by_dtype
