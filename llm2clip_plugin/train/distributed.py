@@ -60,22 +60,15 @@ def rank(group: Group = None) -> int:
 
 
 def choose_device(name: str = "") -> torch.device:
-    """The named device; by default this rank's GPU, or the CPU if there is none.
-
-    Raises ValueError for one that this machine does not have.
-    """
+    """The named device; by default this rank's GPU, or the CPU if there is none. Raises ValueError for one that this
+    machine does not have."""
     if not name:
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return own if torch.cuda.is_available() else torch.device("cpu")
-    known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and f"cuda:{device.index or 0}" not in known:
-            raise RuntimeError
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} is not there; this machine has {', '.join(known)}") from error
-    return device
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
 def set_default_timeout(seconds: float) -> None:

@@ -4,7 +4,6 @@ compared before the first step, one run in a folder, weights that are finite.
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 import llm2clip_plugin.console as phases
-from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text
 from llm2clip_plugin.files import LOCK
 from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
@@ -98,12 +97,10 @@ def watched_group() -> Iterator[tuple[int, int]]:
 
 
 class Rank:
-    """What is known of a rank."""
+    """What is known of a rank: its latest sign of life (Watch._beat), and when that came."""
 
     def __init__(self, number: int, beat: dict[str, Any]) -> None:
-        self.number = number
-        self.beat = beat  # its latest sign of life, see Watch._beat
-        self.heard = time.monotonic()  # when that came
+        self.number, self.beat, self.heard = number, beat, time.monotonic()
         self.silence_told = 0.0  # seconds of silence that were reported
 
     def update(self, beat: dict[str, Any]) -> None:
@@ -185,11 +182,11 @@ class Watch:
             self.failure = self.store.get("failed").decode()
 
     def _beat(self) -> str:
-        now, frame = phases.current(), sys._current_frames().get(self._main)
+        now = phases.current()
         self._beats += 1
         beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
-        beat |= {"number": now.number, "seconds": time.monotonic() - now.since, "waits": waits(frame)}
-        return json.dumps(beat)
+        beat |= {"number": now.number, "seconds": time.monotonic() - now.since}
+        return json.dumps({**beat, "waits": waits(sys._current_frames()[self._main])})
 
     def _talk(self) -> None:
         """Send signs of life and read those of others; may block for long."""
@@ -292,10 +289,8 @@ def _say(text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def waits(frame: FrameType | None) -> bool:
+def waits(frame: FrameType) -> bool:
     """Whether the innermost Python function of a thread waits for other ranks. Kernels of NCCL are not seen."""
-    if frame is None:
-        return False
     code = frame.f_code
     return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
 
@@ -371,11 +366,10 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     if not _appears(path / state_file):
         return f"{path.name} is missing"
     try:
-        digest = hashlib.sha256((path / state_file).read_bytes()).hexdigest()
-        sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
+        sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
+        return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
-    return f"{path.name} {digest[:12]}, {', '.join(f'{name} {size} bytes' for name, size in sizes.items())}"
 
 
 @contextmanager

@@ -30,9 +30,8 @@ from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_cl
 
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
-WARM_UP = 5  # steps before the traced ones, if the run has as many: allocation, compilation, filling queues
+WARM_UP = 5  # steps before the traced ones, if the run has as many
 OPERATORS = 10  # rows of a profile's table
-SMOOTHING = 0.9  # of samples per second
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 # Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
@@ -50,33 +49,23 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 # Name of a device -> dense TFLOP/s with fp32 accumulation, without sparsity: (bf16 and fp16, TF32, fp32); 0: none.
-# Sources: NVIDIA's data sheets and architecture white papers of each product, AMD's data sheets of the Instinct series.
-# An MI250X is two devices. The first match counts.
+# Sources: the makers' data sheets and architecture white papers of each product. The first match counts.
 PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
-    (r"\bMIG\b|Laptop|Max-Q|4090 D\b", (0, 0, 0)),  # a part of a GPU, or one with other clocks: unknown
+    (r"\bMIG\b|Laptop|Max-Q|4090 D\b|H100 NVL", (0, 0, 0)),  # a part of a GPU, or one with other clocks: unknown
     (r"\bGB200\b", (2500, 1250, 80)),
     (r"\bB200\b", (2250, 1125, 75)),
     (r"\bH100 PCIe\b", (756, 378, 51)),
-    (r"\bH100 NVL\b", (835, 417, 60)),
     (r"\b(H100|H200|H800|GH200)\b", (989, 494, 67)),
-    (r"\bH20\b", (148, 74, 44)),
     (r"\b(A100|A800)\b", (312, 156, 19.5)),
-    (r"\bA30\b", (165, 82, 10.3)),
-    (r"\bA40\b", (149.7, 74.8, 37.4)),
     (r"\bA10G\b", (70, 35, 35)),
-    (r"\bA10\b", (125, 62.5, 31.2)),
     (r"\bRTX A6000\b", (154.8, 77.4, 38.7)),
     (r"\bL40S\b", (362, 183, 91.6)),
-    (r"\bL40\b", (181, 90.5, 90.5)),
     (r"\bL4\b", (121, 60, 30.3)),
-    (r"\bRTX 6000 Ada\b", (364.2, 182.1, 91.1)),
     (r"\bRTX 5090\b", (209.5, 104.8, 104.8)),
     (r"\bRTX 4090\b", (165.2, 82.6, 82.6)),
     (r"\bRTX 3090\b(?! Ti)", (71, 35.6, 35.6)),
     (r"\bMI(300X|325X)\b", (1307, 653.7, 163.4)),
-    (r"\bMI250X\b", (191.5, 0, 47.9)),
     (r"\bV100-SXM", (125, 0, 15.7)),
-    (r"\bT4\b", (65, 0, 8.1)),
 )
 
 Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
@@ -292,8 +281,7 @@ class Progress:
     def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
         """Show a finished step of ``samples`` pairs."""
         rate = samples / max(seconds, 1e-9)
-        before = self.samples_per_second or rate
-        self.samples_per_second = SMOOTHING * before + (1 - SMOOTHING) * rate
+        self.samples_per_second = 0.9 * (self.samples_per_second or rate) + 0.1 * rate
         self.values |= values
         self._bar.set_postfix_str(self.description(), refresh=False)
         self._bar.update()
@@ -344,16 +332,15 @@ class StepProfiler:
     def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
         """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
         self.folder, self.note = folder, note
-        traced = min(steps, remaining)
-        warm_up = min(WARM_UP, remaining - traced)
-        self._left = warm_up + traced  # steps until the trace is complete
+        steps = min(steps, remaining)
+        skipped = min(WARM_UP, remaining - steps)
+        self._left = skipped + steps  # until the trace is complete
+        warm = min(skipped, 1)  # in which the profiler itself warms up
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a run of few steps has none to warm up
-            schedule = torch.profiler.schedule(
-                skip_first=max(warm_up - 1, 0), wait=0, warmup=min(warm_up, 1), active=traced, repeat=1
-            )
-        self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
-        self._profile.start()
+            warnings.simplefilter("ignore")  # of a run that has no step for that
+            schedule = torch.profiler.schedule(skip_first=skipped - warm, wait=0, warmup=warm, active=steps, repeat=1)
+            self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
+            self._profile.start()
 
     def step(self) -> None:
         """A step has ended."""

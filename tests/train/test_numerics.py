@@ -177,27 +177,6 @@ def test_two_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def noisy_losses(rank: int, world: int, folder: str, tiny: str) -> list[float]:
-    """The loss of the command's first step, without and with noise on the embeddings."""
-    from tower_runs import losses, options
-
-    from llm2clip_plugin.stages.tower.command import read_command
-    from llm2clip_plugin.stages.tower.run import train_tower
-
-    results = []
-    for noise in ("0", "0.5"):
-        run = Path(folder) / noise
-        more = ("--dual.input-noise", noise, "--heads.steps", "0", "--max_steps", "1", "--train.eval-on-start", "False")
-        train_tower(read_command(options(Path(tiny), run, *more)))
-        results.append(losses(run)[1])
-    return results
-
-
-def test_the_noise_on_the_embeddings_reaches_the_loss(tmp_path: Path):
-    without, with_noise = run_ranks(noisy_losses, 1, str(tmp_path), str(make_all(tmp_path / "tiny")))[0]
-    assert abs(without - with_noise) > 1e-4
-
-
 def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
     moments = []
     for stage in (0, 1):

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from small_disk import fill, mount, mounted, unmount
 from tower_runs import lines, losses, wait_for
 from train_helpers import (
@@ -28,13 +26,11 @@ from train_helpers import (
     tiny_engine,
 )
 
-from llm2clip_plugin.contracts import atomic_directory, atomic_file
 from llm2clip_plugin.train.checkpoint import (
     AVERAGES,
     MODEL,
     OPTIMIZER,
     Checkpoints,
-    HostCopies,
     Saver,
     TrainState,
     load,
@@ -230,15 +226,6 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group(tmp_path: Path)
     assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
 
 
-def test_safetensors_on_a_full_disk_is_an_os_error(small_disk: Path):
-    fill(small_disk)
-    for atomic in (atomic_file, atomic_directory):
-        with pytest.raises(OSError, match="tensors"):
-            with atomic(small_disk / "tensors") as temporary:
-                save_file({"a": torch.ones(1000)}, temporary / "x" if temporary.is_dir() else temporary)
-        assert [path.name for path in small_disk.iterdir()] == ["filler"]
-
-
 def test_what_cannot_be_removed_is_a_warning_and_tried_again(tmp_path: Path):
     told: list[str] = []
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
@@ -274,13 +261,3 @@ def test_a_disk_that_is_gone_is_one_error_on_a_save_that_must_succeed(tmp_path: 
         pass
     assert "step-00000004" in told[0] and events[0]["event"] == "checkpoint failed"
     json.dumps(events)
-
-
-def test_copies_are_independent_and_use_their_memory_again():
-    copies, value = HostCopies(), torch.arange(4.0)
-    first = copies("a", value)
-    value += 1
-    assert first.tolist() == [0, 1, 2, 3]
-    again = copies("a", value)
-    assert again.data_ptr() == first.data_ptr() and again.tolist() == [1, 2, 3, 4]
-    assert copies("a", torch.ones(2)).tolist() == [1, 1] and copies("b", value, torch.float64).dtype == torch.float64

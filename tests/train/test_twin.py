@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_data import make_all
-from tower_runs import ROOT, lines, losses, options
 from train_helpers import TinyDual, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import TWIN, HostCopies, load
@@ -128,35 +124,3 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_under_another_stage(saved: Ru
             assert actual["after"][term] == near, (written, under, term)
         for key, value in expected["values"].items():
             assert not exact or torch.equal(actual["values"][key], value), (written, key)
-
-
-def commands(rank: int, world: int, tiny: str, run: str, cut: str) -> None:
-    """A run of the command, then its first checkpoint in another folder, resumed by the same command."""
-    from llm2clip_plugin.stages.tower.command import read_command
-    from llm2clip_plugin.stages.tower.run import train_tower
-
-    terms = "--loss.terms infonce=1 multi_positive=0:0.5@0.5 distill=0.2 --loss.args distill.structure=9".split()
-    more = ("--captions-per-image", "2", "--distill.decay", "0.8", "--max_steps", "4", "--train.micro-batch", "4")
-    for folder in (Path(run), Path(cut)):
-        train_tower(
-            read_command(options(Path(tiny), folder, *terms, *more, "--deepspeed", str(ROOT / "scripts/zero3.json")))
-        )
-        if folder == Path(run) and rank == 0:
-            shutil.copytree(folder / "checkpoints/step-00000002", Path(cut) / "checkpoints/step-00000002")
-        torch.distributed.barrier()
-
-
-def test_a_killed_run_of_the_command_ends_as_the_whole_one(tmp_path: Path):
-    """Heads, noise and several captions, ZeRO-3, gradient caching, two ranks; terms of which one grows."""
-    tiny = make_all(tmp_path)
-    run, cut = tmp_path / "run", tmp_path / "cut"
-    run_ranks(commands, 2, str(tiny), str(run), str(cut))
-    expected = losses(run)
-    assert sorted(expected) == [1, 2, 3, 4]
-    assert losses(cut) == {step: expected[step] for step in (3, 4)}
-    first, *_, last = [line for line in lines(run) if "loss" in line]
-    for term in ("loss_multi_positive", "loss_distill"):
-        assert abs(first[term]) < 1e-6 < last[term]
-    references = [load_file(folder / "checkpoints/step-00000004" / TWIN) for folder in (run, cut)]
-    assert references[0].keys() == references[1].keys() and len(references[0]) > 20
-    assert all(torch.equal(value, references[1][name]) for name, value in references[0].items())
