@@ -54,11 +54,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "stage 1.5: cache the caption embeddings of the teacher LLM",
     ),
-    "train-text-adapter": (
-        "llm2clip_plugin.stages.text_adapter.command",
-        "main",
-        "before stage 2: the text adapter learns the text space of the tower's own CLIP",
-    ),
     "train-tower": (
         "llm2clip_plugin.stages.tower.command",
         "main",
@@ -147,7 +142,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "finetune-llm": ("llm2clip_plugin.stages.llm.options", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.export_options", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),
-    "train-text-adapter": ("llm2clip_plugin.stages.text_adapter.options", "COMMAND"),
     "train-tower": ("llm2clip_plugin.stages.tower.options", "COMMAND"),
     "evaluate": ("llm2clip_plugin.evaluate.options.retrieval", "COMMAND"),
     "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),

@@ -24,8 +24,6 @@ PLACES = (
     "data.validation",
     "data.validation_cache",
     "data.clip_cache",
-    "data.validation_clip_cache",
-    "start",
     "data.read.images",
     "data.read.cache_folder",
     "data.read.cache_gb",

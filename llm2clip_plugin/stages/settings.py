@@ -29,7 +29,6 @@ IGNORED_ON_RESUME = (
     "data.validation",
     "data.validation_cache",
     "data.clip_cache",
-    "data.validation_clip_cache",
     "data.read.cache_folder",
     "data.read.cache_gb",
     "loss.block",

@@ -1,4 +1,4 @@
-"""The text tower of a CLIP as a caption encoder: the space that ``llm2clip train-text-adapter`` lets an LLM inherit.
+"""The text tower of a CLIP as a caption encoder: the space that ``--heads.target clip_text`` lets an LLM inherit.
 
 ``llm2clip embed DATA --llm CLIP`` caches its features as it caches an LLM's embeddings: another teacher, another cache.
 

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from llm2clip_plugin.train.losses.base import LossTerm
 
 
-INHERIT = (("distill",), ("structure=63.5",))  # terms and args of ProCLIP's first stage: sums over 128 captions a rank
-DEFAULTS = ((("infonce",), ()), INHERIT)  # known to be valid, so that --help need not import torch to check them
-
-
 @dataclass(frozen=True)
 class TermWeight:
     """A term's weight over the run: linear from ``start`` to ``end``, which it reaches after ``until`` of the run."""
@@ -91,7 +87,7 @@ class LossConfig:
     args: tuple[str, ...] = ()  # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
 
     def __post_init__(self) -> None:
-        if (self.terms, self.args) not in DEFAULTS:
+        if self.terms != ("infonce",) or self.args:  # the default is valid, so that --help need not import torch
             self.weighted()
         if self.block < 0 or not math.isfinite(self.weight):
             raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")

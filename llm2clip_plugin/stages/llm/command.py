@@ -7,7 +7,6 @@ from llm2clip_plugin.stages.llm.options import FINETUNE
 from llm2clip_plugin.stages.llm.plan import llm_plan
 from llm2clip_plugin.stages.llm.recipes import llm_recipe
 from llm2clip_plugin.stages.llm.run import finetune_llm
-from llm2clip_plugin.stages.llm.unused import UNUSED
 
 
 def parse(argv: list[str]) -> FinetuneConfig:
@@ -17,7 +16,7 @@ def parse(argv: list[str]) -> FinetuneConfig:
         name = extras.get("recipe", "")
         return llm_recipe(name) if name else FinetuneConfig()
 
-    return read_settings(FINETUNE, argv, default, UNUSED)
+    return read_settings(FINETUNE, argv, default)
 
 
 def main(argv: list[str]) -> int:
@@ -27,5 +26,5 @@ def main(argv: list[str]) -> int:
         config.dry_run,
         lambda: llm_plan(config),
         lambda: finetune_llm(config, started_by("finetune-llm", argv)),
-        "adapter: {}",
+        "adapter",
     )

@@ -15,7 +15,6 @@ from llm2clip_plugin.stages.tower.options import COMMAND
 from llm2clip_plugin.stages.tower.plan import tower_plan
 from llm2clip_plugin.stages.tower.recipes import DEFAULT, recipe
 from llm2clip_plugin.stages.tower.run import train_tower
-from llm2clip_plugin.stages.tower.unused import UNUSED
 
 
 def main(argv: list[str]) -> int:
@@ -28,13 +27,13 @@ def main(argv: list[str]) -> int:
         config.dry_run,
         lambda: tower_plan(config),
         lambda: train_tower(config, command=started_by("train-tower", argv)),
-        "tower: {}",
+        "tower",
     )
 
 
 def read_command(argv: list[str]) -> RunConfig:
     """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
-    return read_settings(COMMAND, argv, starting_point, UNUSED)
+    return read_settings(COMMAND, argv, starting_point)
 
 
 def starting_point(extras: dict[str, str]) -> RunConfig:

@@ -28,6 +28,8 @@ class DataConfig:
 
     path: tuple[str, ...] = ()  # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
     cache: tuple[str, ...] = ()  # embedding cache of each path; empty: the one embeddings-* folder next to the data
+    # with heads.target clip_text: cache of the CLIP's text features of each path; empty: the one next to the data
+    clip_cache: tuple[str, ...] = ()
     weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
     # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
     caption_weights: tuple[str, ...] = ()
@@ -39,7 +41,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name, values in (("cache", self.cache), ("weight", self.weight)):
+        for name, values in (("cache", self.cache), ("clip_cache", self.clip_cache), ("weight", self.weight)):
             if values and len(values) != len(self.path):
                 raise ValueError(
                     f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one per path, or none"
@@ -102,6 +104,12 @@ class RunConfig(TrainingConfig):
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
         self.loss.check(self.dual)
+        if self.heads.target == "clip_text":
+            if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
+                raise ValueError(
+                    "heads.target clip_text fits a new text adapter to the CLIP's projection: set heads.steps, and "
+                    "leave tower.keep_heads and dual.adapter none out"
+                )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"

@@ -3,12 +3,7 @@
 import dataclasses
 
 from llm2clip_plugin.data.read_rate import shuffle_window
-from llm2clip_plugin.data.shared_memory import (
-    LoadPlan,
-    lacks_shared_memory,
-    plan_loading,
-    row_bytes,
-)
+from llm2clip_plugin.data.shared_memory import LoadPlan, plan_loading, row_bytes
 from llm2clip_plugin.stages.tower.config import RunConfig
 
 EVALUATION_PREFETCH = 2  # torch's default
@@ -37,22 +32,6 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
             )
         )
     return plans
-
-
-def describe_loading(plans: list[LoadPlan], ranks: int) -> str:
-    """Processes, parts and memory of a rank's loader, and whether this machine has it for ``ranks`` ranks."""
-    train = plans[0]
-    memory = f"{train.host_bytes / 1e6:,.0f} MB of its own memory"
-    if not sum(plan.workers for plan in plans):
-        return f"loader of a rank: no processes (--workers), {memory}"
-    shared = sum(plan.shared_bytes for plan in plans)
-    text = (
-        f"loader of a rank: {train.workers} processes, parts of {train.part} images, {shared / 1e6:,.0f} MB of "
-        f"/dev/shm (--dataloader-prefetch-mb), {memory}"
-    )
-    if reason := lacks_shared_memory(plans, ranks):
-        return f"{text}\n  too much for this machine: {reason}"
-    return text
 
 
 def with_order(config: RunConfig) -> RunConfig:

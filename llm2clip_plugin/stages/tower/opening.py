@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.digest import cache_digest, source_digest
 from llm2clip_plugin.data.sampler import epoch_draws
@@ -21,6 +21,7 @@ class Data:
     caches: list[EmbeddingCache]
     validation: Source | None
     validation_cache: EmbeddingCache | None
+    clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
 
     @property
     def samples(self) -> int:
@@ -38,6 +39,8 @@ class Data:
         own = {}
         for number, (source, cache) in enumerate(zip(self.sources, self.caches, strict=True), 1):
             own |= {str(number): source_digest(source), f"{number}, its cache": cache_digest(cache)}
+        for number, cache in enumerate(self.clip_caches, 1):
+            own[f"{number}, its CLIP cache"] = cache_digest(cache)
         if self.validation is not None and self.validation_cache is not None:
             own |= {"validation": source_digest(self.validation)}
             own |= {"validation, its cache": cache_digest(self.validation_cache)}
@@ -60,7 +63,24 @@ def open_data(config: RunConfig) -> Data:
     check_fields(*sources)
     held_out = config.data.held_out
     pair = open_pair(held_out, config.data.validation_cache, teacher) if held_out else (None, None)
-    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1])
+    clip_caches = open_clip_caches(config, sources) if config.heads.target == "clip_text" else []
+    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1], clip_caches=clip_caches)
+
+
+def open_clip_caches(config: RunConfig, sources: list[Source]) -> list[EmbeddingCache]:
+    """The caches of one CLIP's text features, checked against their sources."""
+    caches: list[EmbeddingCache] = []
+    for source, path in zip(sources, config.data.clip_cache or ("",) * len(sources), strict=True):
+        known = caches[0].fingerprint if caches else None
+        cache = EmbeddingCache.open(path or find_cache(source.config, of_clip=True), expect_fingerprint=known)
+        if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
+            raise ValueError(
+                f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
+                f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
+            )
+        cache.check(source)
+        caches.append(cache)
+    return caches
 
 
 def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:

@@ -4,27 +4,26 @@ No weights are read and nothing is downloaded; without data or a cache, the plan
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llm2clip_plugin.data.shared_memory import lacks_shared_memory
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.stages import plan_text as plans
 from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.stages.command_line import rank_and_world
-from llm2clip_plugin.stages.paper import TEACHERS, TOWER_MIXTURES
+from llm2clip_plugin.stages.paper import TEACHERS
 from llm2clip_plugin.stages.run_state import plan_engine
 from llm2clip_plugin.stages.tower.checks import check_data, check_patch_layers
 from llm2clip_plugin.stages.tower.config import RunConfig
-from llm2clip_plugin.stages.tower.loading import describe_loading, load_plans
+from llm2clip_plugin.stages.tower.loading import load_plans
 from llm2clip_plugin.stages.tower.opening import open_data
 from llm2clip_plugin.train.distributed import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.dual_config import LOG_SCALE
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
@@ -55,18 +54,17 @@ def tower_plan(config: RunConfig) -> str:
     )
     parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
     memory = step_memory(config, dual)
+    lacking = lacks_shared_memory(load_plans(config, tower.image_size, size.width, world), local_world_size())
     parts = [
         *(f"assumed: {line}" for line in size.assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
-        f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
-        f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide, {describe_scale(config)}",
+        f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
+        f"{config.dual.projection_dim}, LLM embeddings {size.width} wide",
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         parameters,
-        describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-        f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
         plans.describe_columns(plans.columns(memory, train, gpu_gib), train.global_batch, gpu_gib),
-        plans.describe_deepspeed(deepspeed),
+        *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
 
@@ -83,7 +81,6 @@ def measure_data(config: RunConfig) -> DataSize:
         samples = sum(len(open_source(source)) for source in config.data.sources)
     else:
         assumed = [f"{samples:,} images (--assumed-samples, or DATA)"]
-        assumed += [f"data like the paper's, {mixture}" for mixture in TOWER_MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
@@ -131,12 +128,3 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
         patches=grid**2 * sum(of_patch[reads] for reads in layers),
     )
-
-
-def describe_scale(config: RunConfig) -> str:
-    """Where the logit scale starts; a tower's own is not read."""
-    if config.tower.keep_heads:
-        return "the tower directory's logit scale"
-    if config.dual.logit_scale_init is not None or config.tower.from_scratch:
-        return f"logit scale {math.exp(config.dual.logit_scale_init or LOG_SCALE):.4g}"
-    return f"the tower's logit scale ({math.exp(LOG_SCALE):.4g} if it has none)"

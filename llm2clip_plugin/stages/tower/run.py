@@ -25,7 +25,7 @@ from llm2clip_plugin.train.checkpoint import Loaded, load_weights
 from llm2clip_plugin.train.distributed import local_world_size, rank, world_size
 from llm2clip_plugin.train.ema import MovingAverage
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.heads import FitLine, HeadsConfig, fit_heads, head_parameters
+from llm2clip_plugin.train.heads import FitLine, HeadsConfig, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.config import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
@@ -67,6 +67,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     config = with_order(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    if config.heads.target == "clip_text":
+        load_clip_heads(dual, config.tower.path)
     check_patch_layers(dual, config.loss)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
@@ -151,6 +153,8 @@ def fit(
         seed=config.train.seed,
         bf16=config.train.precision == "bf16",
         caption_weights=config.data.kind_weights,
+        clip_caches=data.clip_caches,
+        workers=config.train.dataloader_num_workers,
         logging_steps=config.train.logging_steps,
         stop=stop,
         unfinished=unfinished,
@@ -186,6 +190,8 @@ def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:
         config, config.train, config.optim, samples=data.samples, world=world_size(), hidden_size=hidden_size
     )
     learned_from = {"teacher": data.teacher.fingerprint, "samples": data.samples}
+    if data.clip_caches:
+        learned_from["clip"] = data.clip_caches[0].fingerprint
     return TrainingRun(
         config=config,
         config_hash=config.hash,
