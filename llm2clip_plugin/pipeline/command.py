@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 from llm2clip_plugin.commands import command
@@ -33,11 +32,10 @@ def main(argv: list[str]) -> int:
     if found.note and config.stage1 and not config.adapter:
         print(f"note: {found.note}")
     for number, stage in enumerate(stages, 1):
-        state = "complete" if stage.name in record else duration(stage.seconds)
-        print(f"{number:3} {state:>9}  {stage.name}: {shlex.join(stage.words)}")
+        state = "complete" if stage.name in record else ""
+        print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
     todo = [stage for stage in stages if stage.name not in record]
-    total = sum(stage.seconds for stage in todo)
-    print(f"about {duration(total)} for {len(todo)} of {len(stages)} stages, estimated from the models' sizes")
+    print(f"{len(todo)} of {len(stages)} stages to run")
     if config.dry_run:
         return 0
     for stage in todo:
@@ -51,7 +49,7 @@ def main(argv: list[str]) -> int:
         with atomic_file(out / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     page = write_page(config, source, stages, {name: saved["seconds"] for name, saved in record.items()})
-    print(f"\n{page}: curves, queries won and lost, with pictures")
+    print(f"\n{page}: scores, queries won and lost, with pictures")
     print(f"tower: {out / 'tower'}; in LLaVA: {command('use', out / 'tower', '--name', out.name)}")
     return 0
 
@@ -64,8 +62,3 @@ def complete(stages: list[Stage], path: Path) -> dict[str, dict]:
         return saved.get(stage.name, {}).get("words") == list(stage.words) and stage.result.exists()
 
     return {stage.name: saved[stage.name] for stage in itertools.takewhile(is_complete, stages)}
-
-
-def duration(seconds: float) -> str:
-    """``0:05 h``; ``seconds`` below a minute."""
-    return "seconds" if seconds < 60 else f"{timedelta(minutes=round(seconds / 60))}"[:-3] + " h"

@@ -1,19 +1,16 @@
-"""The page about a run: scores with their intervals, curves, and validation captions drawn at random."""
+"""The page about a run: scores with their intervals, and validation captions drawn at random."""
 
 from __future__ import annotations
 
 import json
-import math
 import random
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.curves import Chart, line_of, read_metrics
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.data.sources.records import BrokenSample
@@ -23,7 +20,7 @@ from llm2clip_plugin.evaluate.command import measure
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs
 from llm2clip_plugin.evaluate.options.retrieval import EvaluateConfig
 from llm2clip_plugin.pipeline.options import PipelineConfig
-from llm2clip_plugin.pipeline.stages import AFTER, BEFORE, Stage
+from llm2clip_plugin.pipeline.stages import AFTER, BEFORE, SIDES, Stage
 from llm2clip_plugin.templates import page_style, render
 from llm2clip_plugin.thumbnails import thumbnail
 
@@ -38,41 +35,16 @@ class Query:
     picture: str | None  # data URI
     place: dict[str, int]  # side -> rank of the right picture, 1: first
     found: dict[str, list[tuple[str | None, bool]]]  # side -> (data URI, whether it is right) of the first ones
-    images: int  # that are ranked
-
-    @property
-    def outcome(self) -> str:
-        """won | lost | tied."""
-        before, after = self.place[BEFORE], self.place[AFTER]
-        return "tied" if before == after else "won" if after < before else "lost"
-
-    def at(self, side: str) -> float:
-        """Percent of the axis: first place at 0, last at 100, logarithmic."""
-        return round(100 * math.log(self.place[side]) / math.log(max(2, self.images)), 1)
 
 
 def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seconds: dict[str, float]) -> Path:
     """Write OUTPUT/index.html; returns its path."""
     out = Path(config.output)
-    names = {item.name for item in fields(SourceConfig)}
-    values = {name: value for name, value in vars(config).items() if name in names}
+    values = {item.name: getattr(config, item.name) for item in fields(SourceConfig)}
     images = source.images_folder if isinstance(source, RowSource) else ""
     held_out = SourceConfig(**{**values, "path": str(outputs(source, out / "data")["validation"]), "images": images})
-    pairs = {
-        side: measure(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs
-        for side in (BEFORE, AFTER)
-    }
+    pairs = {side: measure(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs for side in SIDES}
     compared = [stage.result for stage in stages if stage.result.name == "compare.json"]
-    rows = [row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    metrics = read_metrics(out / AFTER)
-    charts = [
-        Chart(title=title, words=words, lines=[line for name in each for line in line_of(of, "tuned", [name])])
-        for title, words, of, each in (
-            ("Stage 1: loss of the LLM", "", read_metrics(out / "llm"), ["loss"]),
-            ("Stage 2: loss of the tower", "", metrics, ["loss"]),
-            ("R@1 on validation", "both directions; step 0: heads alone", metrics, ["i2t_r1", "t2i_r1"]),
-        )
-    ]
     queries = draw(open_source(held_out), pairs, config.queries)
     page = out / "index.html"
     with atomic_file(page) as temporary:
@@ -80,12 +52,12 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
             Path(__file__).with_name("page.html"),
             title=" · ".join(Path(place).name for place in (config.path, config.tower, config.llm)),
             style=page_style(),
-            rows=rows,
+            rows=[row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]],
             comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
-            charts=[chart for chart in charts if chart.lines],
+            images=len(pairs[BEFORE].keys),
             queries=queries,
-            won=sum(query.outcome == "won" for query in queries),
-            lost=sum(query.outcome == "lost" for query in queries),
+            won=sum(query.place[AFTER] < query.place[BEFORE] for query in queries),
+            lost=sum(query.place[AFTER] > query.place[BEFORE] for query in queries),
             stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
@@ -115,13 +87,12 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
                 picture=picture(right),
                 place={side: top.index(right) + 1 for side, top in tops.items()},
                 found={side: [(picture(image), image == right) for image in top[:SHOWN]] for side, top in tops.items()},
-                images=len(first.keys),
             )
         )
     return queries
 
 
-def ranked(pairs: EmbeddedPairs, captions: list[int]) -> Tensor:
+def ranked(pairs: EmbeddedPairs, captions: list[int]) -> torch.Tensor:
     """(Q, N) int64: the images for each of these captions, the most similar first."""
     image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (pairs.image_ND, pairs.text_MD[captions]))
     return (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)

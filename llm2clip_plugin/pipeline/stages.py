@@ -1,4 +1,4 @@
-"""The stages of a run: the command of each, what it must leave, and how long it may take."""
+"""The stages of a run: the command of each, and what it must leave."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.split.writing import outputs
-from llm2clip_plugin.pipeline.estimate import Cost, Survey
+from llm2clip_plugin.pipeline.estimate import Survey
 from llm2clip_plugin.pipeline.options import PRETRAIN, PipelineConfig
 
-START = 8.0  # seconds until a program has imported its libraries and opened its models
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
 READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
+ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,6 @@ class Stage:
     name: str
     words: tuple[str, ...]
     result: Path  # exists when the stage is complete
-    seconds: float  # estimated
     ranks: int = 1  # processes
 
     @property
@@ -43,17 +42,16 @@ class Stage:
         return [sys.executable, "-m", *launcher * (self.ranks > 1), "llm2clip_plugin.cli", *self.words[1:]]
 
 
-def stage(config: PipelineConfig, name: str, *words: object, result: Path, seconds: float = 0.0) -> Stage:
-    """A stage that computes for some seconds does so on all GPUs."""
-    ranks = config.num_gpus if seconds else 1
-    return Stage(name=name, words=tuple(map(str, words)), result=result, seconds=START + seconds, ranks=ranks)
+def stage(config: PipelineConfig, name: str, *words: object, result: Path) -> Stage:
+    """A stage of ``llm2clip WORDS``, or of a script; what computes does so on all GPUs."""
+    ranks = config.num_gpus if words[1] in ON_ALL_GPUS else 1
+    return Stage(name=name, words=tuple(map(str, words)), result=result, ranks=ranks)
 
 
 def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     """Every stage of the run, in order."""
-    out, cost = Path(config.output), Cost(config, found)
+    out = Path(config.output)
     train = round(found.samples * (1 - config.validation))
-    held_out = found.samples - train
     batch = config.global_batch or min(256, max(8, 1 << (train // 16).bit_length()))
     data = {side: str(path) for side, path in outputs(source, out / "data").items()}
     images = ["--image-folder", source.images_folder] if isinstance(source, RowSource) else []
@@ -66,8 +64,8 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     batches = ["--global-batch", str(batch), *changed_options(config, ("micro_batch",))]
     stages: list[Stage] = []
 
-    def add(name: str, *words: object, result: Path, seconds: float = 0.0) -> None:
-        stages.append(stage(config, name, "llm2clip", *words, result=result, seconds=seconds))
+    def add(name: str, *words: object, result: Path) -> None:
+        stages.append(stage(config, name, "llm2clip", *words, result=result))
 
     add("check the data", "data", "check", *given, result=Path())  # it writes nothing
     split = ["--output", out / "data", "--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
@@ -78,19 +76,18 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
         steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
         words = ["--pair-kinds", found.pairs, *batches, "--max-steps", steps, "--warmup-steps", min(300, steps // 10)]
         words = [data["train"], *read, "--llm", config.llm, *words, "--output", out / "llm"]
-        add("stage 1", "finetune-llm", *words, result=Path(adapter), seconds=cost.llm(6 * steps * batch))
-    for side, count in (("train", train), ("validation", held_out)):
+        add("stage 1", "finetune-llm", *words, result=Path(adapter))
+    for side in ("train", "validation"):
         words = [data[side], *read, "--llm", config.llm, *(["--adapter", adapter] if adapter else [])]
-        add(f"embed {side}", "embed", *words, result=Path(data[side]), seconds=cost.llm(count * found.captions))
-    fit, trained = cost.tower(min(train, 20_000) + 2 * held_out), cost.tower(4 * train * config.num_train_epochs)
-    for name, side, epochs, seconds in (
-        ("heads on the start tower", BEFORE, 0.0, fit),
-        ("stage 2", AFTER, config.num_train_epochs, fit + trained),
+        add(f"embed {side}", "embed", *words, result=Path(data[side]))
+    precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    for name, side, epochs in (
+        ("heads on the start tower", BEFORE, 0.0),
+        ("stage 2", AFTER, config.num_train_epochs),
     ):
-        precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
         words = [data["train"], "--validation", data["validation"], *read, "--tower", start, *batches]
         words += ["--precision", precision, *shlex.split(config.tower_options), "--num-train-epochs", f"{epochs:g}"]
-        add(name, "train-tower", *words, "--output", out / side, result=out / side / "tower", seconds=seconds)
+        add(name, "train-tower", *words, "--output", out / side, result=out / side / "tower")
     scores = {side: out / side / "validation.scores.json" for side in SIDES}
     for side, path in scores.items():
         words = [out / side / "tower", data["validation"], *read, "--output", path]
@@ -100,11 +97,11 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     words = [out / AFTER, "--output", out / "tower", "--overwrite", *["--with-adapter"] * bool(adapter)]
     add("export", "export", *words, result=out / "tower" / TowerCard.FILE)
     if config.questions:
-        stages += ask(config, [data["train"], *read], batch, train, cost)
+        stages += ask(config, [data["train"], *read], batch, train)
     return stages
 
 
-def ask(config: PipelineConfig, data: list[str], batch: int, train: int, cost: Cost) -> list[Stage]:
+def ask(config: PipelineConfig, data: list[str], batch: int, train: int) -> list[Stage]:
     """A LLaVA of each tower, its projector trained on the ``train`` captions, and its answers to the questions."""
     out = Path(config.output)
     captions, compared = out / "llava-data" / "captions.json", out / "questions" / "compare"
@@ -119,8 +116,7 @@ def ask(config: PipelineConfig, data: list[str], batch: int, train: int, cost: C
     for side in SIDES:
         llava, answers = out / f"llava-{side}", out / "questions" / side
         words = [PRETRAIN, *common, "--tower", f"llm2clip:{out / side / 'tower'}", "--output", llava, "--", *extra]
-        result, seconds = llava / "mm_projector.bin", cost.llava(4 * train * epochs)
-        stages.append(stage(config, f"LLaVA {side}", *words, result=result, seconds=seconds))
+        stages.append(stage(config, f"LLaVA {side}", *words, result=llava / "mm_projector.bin"))
         words = ["llm2clip", "bench-mllm", config.questions, "--model-path", llava, "--model-base", config.llava_llm]
         result = answers / "scores" / "questions.scores.json"
         stages.append(stage(config, f"questions {side}", *words, *half, "--output", answers, result=result))
