@@ -62,7 +62,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": (
         "llm2clip_plugin.stages.status.command",
         "main",
-        "where a run or cache stands: progress, scores, checkpoints, disk, how to resume",
+        "where a run or cache stands: progress, scores, checkpoints, how to resume",
     ),
     "evaluate": ("llm2clip_plugin.evaluate.command", "main", "measure a tower's image-text retrieval recall"),
     "evaluate captions": (

@@ -1,13 +1,11 @@
 """Where an embedding cache stands, from its files alone. Standard library only."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm2clip_plugin.contracts import CacheManifest, ContractError, EmbedRecord
 from llm2clip_plugin.data.cache.names import shard_file
 from llm2clip_plugin.run_files import again
-from llm2clip_plugin.stages.status.checkpoints import folder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +22,6 @@ class CacheStatus:
     width: int
     dtype: str
     last_change: float  # of the newest shard's file, seconds since the epoch; 0: none
-    used_bytes: int
-    free_bytes: int
     go_on: str  # the command; "" if the cache is complete, or nothing was recorded
     problems: list[str]
 
@@ -35,18 +31,15 @@ def cache_status(folder: Path) -> CacheStatus:
     problems: list[str] = []
     manifest = _read(CacheManifest, folder, problems)
     record = _read(EmbedRecord, folder, problems) if (folder / EmbedRecord.FILE).exists() else None
-    names = record.shards if record else list(manifest.shards) if manifest else []
-    files = [folder / shard_file(name) for name in names] or list(folder.rglob("*.safetensors"))
-    there = [file for file in files if file.is_file()]
-    listed = manifest is not None and manifest.complete and set(names) <= set(manifest.shards)
-    complete = listed and len(there) == len(files)
-    if manifest is not None and (
-        lost := [name for name in manifest.shards if not (folder / shard_file(name)).is_file()]
-    ):
+    listed = list(manifest.shards) if manifest else []
+    names = record.shards if record else listed
+    there = [file for file in (folder / shard_file(name) for name in {*names, *listed}) if file.is_file()]
+    if lost := [name for name in listed if not (folder / shard_file(name)).is_file()]:
         problems.append(f"{len(lost)} shards of the manifest have no file, such as {lost[0]}")
+    complete = manifest is not None and manifest.complete and set(names) <= set(listed) and not problems
     return CacheStatus(
         folder=str(folder),
-        complete=complete and not problems,
+        complete=complete,
         done=len(there),
         shards=len(names),
         data=record.data if record else "",
@@ -55,9 +48,7 @@ def cache_status(folder: Path) -> CacheStatus:
         width=manifest.width if manifest else 0,
         dtype=manifest.dtype if manifest else "",
         last_change=max((file.stat().st_mtime for file in there), default=0.0),
-        used_bytes=folder_bytes(folder),
-        free_bytes=shutil.disk_usage(folder).free,
-        go_on="" if complete and not problems else again(record.command) if record else "",
+        go_on=again(record.command) if record and not complete else "",
         problems=problems,
     )
 

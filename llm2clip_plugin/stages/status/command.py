@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         "status",
         "llm2clip status runs/photos",
-        "Where a training run or embedding cache stands: progress, scores, checkpoints, disk, the command to resume.\n"
+        "Where a training run or embedding cache stands: progress, scores, checkpoints, the command to resume.\n"
         "It only reads files, so it is safe while the run is in progress.",
     )
     parser.add_argument(
@@ -51,7 +51,7 @@ def read_status(folder: Path) -> RunStatus | CacheStatus:
     if is_run(folder):
         return run_status(folder)
     raise FileNotFoundError(
-        f"{folder} is neither the folder of a run (run.json, {'checkpoints/'}) nor an embedding cache "
+        f"{folder} is neither the folder of a run (run.json, checkpoints/) nor an embedding cache "
         f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
     )
 
@@ -73,15 +73,9 @@ def _run_rows(status: RunStatus) -> list[tuple[str, str]]:
         if name in status.last:
             parts.append(f"last {status.last[name]:.3f} (step {status.last_scored})")
         rows.append((name, ", ".join(parts)))
-    for item in status.checkpoints:
-        rows.append(("checkpoint", f"{item.name}, {_size(item.bytes)}, {item.problem or 'complete'}"))
-    if not status.checkpoints:
-        rows.append(("checkpoint", "none yet"))
-    for name, problem in status.results.items():
-        rows.append(("result", f"{Path(status.folder) / name}{': ' + problem if problem else ''}"))
-    if not status.results:
-        rows.append(("result", "none yet: the tower or adapter is written at the end"))
-    rows.append(("disk", f"{_size(status.used_bytes)} used by the run, {_size(status.free_bytes)} free"))
+    rows.append(("checkpoints", ", ".join(status.checkpoints) or "none yet"))
+    results = ", ".join(str(Path(status.folder) / name) for name in status.results)
+    rows.append(("result", results or "none yet: the tower or adapter is written at the end"))
     rows += [("problem", problem) for problem in status.problems]
     rows.append(("go on", status.go_on))
     return rows
@@ -108,18 +102,9 @@ def _cache_rows(status: CacheStatus) -> list[tuple[str, str]]:
     rows.append(("teacher", f"{status.teacher}, {status.width} wide, {status.dtype}" if status.teacher else ""))
     rows.append(("captions", f"{status.captions:,}" if status.captions else ""))
     rows.append(("last shard", ago(status.last_change)))
-    rows.append(("disk", f"{_size(status.used_bytes)} used, {_size(status.free_bytes)} free"))
     rows += [("problem", problem) for problem in status.problems]
     rows.append(("go on", status.go_on))
     return rows
-
-
-def _size(count: int) -> str:
-    """Bytes as people say them, in powers of 10."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip_plugin.contracts import ContractError, EncoderCard, RunRecord, TowerCard
-from llm2clip_plugin.run_files import LOCK, METRICS, STOPPED, UNFINISHED_HEADS, again, headline
-from llm2clip_plugin.stages.status.checkpoints import CheckpointStatus, folder_bytes, list_checkpoints
+from llm2clip_plugin.run_files import CHECKPOINTS, LOCK, METRICS, STOPPED, UNFINISHED_HEADS, again, headline
 from llm2clip_plugin.stages.status.metrics import Metrics, read_metrics
 
 State = Literal["running", "running elsewhere", "finished", "stopped", "failed", "killed"]
@@ -37,34 +35,37 @@ class RunStatus:
     best: dict[str, tuple[float, int]]  # score -> value, step
     last: dict[str, float]
     last_scored: int  # step of ``last``
-    checkpoints: list[CheckpointStatus]
-    results: dict[str, str]  # tower or adapter that was written -> "" or what is wrong with it
-    used_bytes: int
-    free_bytes: int
+    checkpoints: list[str]  # oldest first
+    results: list[str]  # folders that were written
     go_on: str  # the command; "" if the run is finished or running
     problems: list[str]
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder looks like a run's, damaged ones included."""
-    return any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, "checkpoints"))
+    return any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, CHECKPOINTS))
 
 
 def run_status(folder: Path) -> RunStatus:
     """The status of a run folder, of either training stage; nothing in it is an error."""
     problems: list[str] = []
-    record = _record(folder, problems)
+    try:
+        record = RunRecord.read(folder / RunRecord.FILE)
+    except (ContractError, OSError) as error:
+        problems.append(str(error))
+        record = RunRecord(config={}, config_hash="")
     metrics = read_metrics(folder / METRICS)
     if metrics.unreadable:
         problems.append(f"{metrics.unreadable} unreadable lines in {METRICS}")
     if metrics.save_failed:
         problems.append(f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}")
-    checkpoints = list_checkpoints(folder)
-    step = max(metrics.step, record.step)
+    step, total = max(metrics.step, record.step), record.total_steps
     state, reason = _state(folder, record, metrics, step)
-    total = record.total_steps
-    left = metrics.step_seconds * (total - step) if metrics.step_seconds is not None and total > step else None
-    last_scored = max(metrics.scores, default=0)
+    rate = sum(metrics.seconds) / len(metrics.seconds) if metrics.seconds else None  # seconds of a step
+    scored = {at: scores for at, scores in metrics.scores.items() if at}
+    by_name = [(name, value, at) for at, scores in scored.items() for name, value in scores.items()]
+    last_scored = max(scored, default=0)
+    files = [path for name in (METRICS, RunRecord.FILE) if (path := folder / name).is_file()]
     return RunStatus(
         folder=str(folder),
         state=state,
@@ -74,31 +75,17 @@ def run_status(folder: Path) -> RunStatus:
         samples=max(metrics.samples, record.samples),
         epoch_samples=record.epoch_samples,
         loss=metrics.loss,
-        seconds_left=left,
-        last_change=max((_changed(folder / name) for name in (METRICS, RunRecord.FILE)), default=0.0),
-        before=metrics.before or {name: record.before[name] for name in headline(record.before)},
-        best=metrics.best,
-        last=metrics.scores.get(last_scored, {}),
+        seconds_left=rate * (total - step) if rate is not None and total > step else None,
+        last_change=max((path.stat().st_mtime for path in files), default=0.0),
+        before=metrics.scores.get(0) or {name: record.before[name] for name in headline(record.before)},
+        best={name: (value, at) for name, value, at in sorted(by_name, key=lambda each: (each[1], -each[2]))},
+        last=scored.get(last_scored, {}),
         last_scored=last_scored,
-        checkpoints=checkpoints,
-        results={
-            name: _card_problem(folder / name / card) for name, card in RESULTS.items() if (folder / name).is_dir()
-        },
-        used_bytes=folder_bytes(folder),
-        free_bytes=shutil.disk_usage(folder).free,
+        checkpoints=sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*")),
+        results=[name for name, card in RESULTS.items() if (folder / name / card).is_file()],
         go_on="" if state in ("finished", "running", "running elsewhere") else _go_on(folder, record),
         problems=problems,
     )
-
-
-def _record(folder: Path, problems: list[str]) -> RunRecord:
-    try:
-        return RunRecord.read(folder / RunRecord.FILE)
-    except FileNotFoundError:
-        problems.append(f"no {RunRecord.FILE}: the run has not begun, or the file is lost")
-    except (ContractError, OSError) as error:
-        problems.append(str(error))
-    return RunRecord(config={}, config_hash="")
 
 
 def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[State, str]:
@@ -107,19 +94,16 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
         who = f"process {holder['pid']} on {holder['host']}"
         if holder["host"] != socket.gethostname():
             return "running elsewhere", f"{who}, or killed there"
-        if _is_alive(holder["pid"], holder.get("started", 0.0)):
+        if _is_alive(holder["pid"], holder["started"]):
             return "running", who
     if record.finished:
         return "finished", ""
     if not step and (folder / UNFINISHED_HEADS).is_file():
         return "stopped", f"in the fit of the heads, before step 1; saved in {UNFINISHED_HEADS}"
     if metrics.ended:
-        state: State = "stopped" if metrics.ended["event"] == STOPPED else "failed"
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
-        return state, f"{metrics.ended.get('reason', '')}{when}"
-    if not step:
-        return "killed", "before step 1"
-    return "killed", "no message: killed from outside, out of memory, or the machine went down"
+        return "stopped" if metrics.ended["event"] == STOPPED else "failed", metrics.ended.get("reason", "") + when
+    return "killed", "no message: killed from outside, out of memory, or the machine went down" if step else "before step 1"
 
 
 def _holder(path: Path) -> dict[str, Any]:
@@ -149,27 +133,12 @@ def _is_alive(pid: int, started: float) -> bool:
         return False
 
 
-def _card_problem(card: Path) -> str:
-    try:
-        (TowerCard if card.name == TowerCard.FILE else EncoderCard).read(card)
-    except (ContractError, OSError) as error:
-        return str(error)
-    return ""
-
-
 def _go_on(folder: Path, record: RunRecord) -> str:
     if command := again(record.command):
         return command
     if "tower" in record.config:  # called from Python
         return f"llm2clip train-tower --config {shlex.quote(str(folder / RunRecord.FILE))}"
     return ""
-
-
-def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def ago(seconds_since_epoch: float) -> str:
