@@ -30,7 +30,7 @@ def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, 
     caches = caches_next_to(folder, of_clip=of_clip)
     option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
     if not caches:
-        create = embed_command(source.path, source, None if of_clip else teacher)
+        create = embed_command(source.path, None if of_clip else teacher)
         raise FileNotFoundError(f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}")
     if len(caches) > 1:
         raise ValueError(f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}")

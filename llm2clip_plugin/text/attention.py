@@ -31,7 +31,7 @@ def set_kernels(model: nn.Module, attention: str) -> None:
 
 
 def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> None:
-    """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes the states of other tokens."""
+    """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other tokens' states."""
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % model.config.vocab_size
     plain_BTH, padded_BTH = _states(model, ids_BT, 0), _states(model, ids_BT, PADDING)[:, :TOKENS]
     name = type(model).__name__

@@ -8,7 +8,7 @@ Shape letters: N captions, B captions of a batch, T tokens, D width of the featu
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
-from llm2clip_plugin.contracts import (
-    PROJECTED,
-    TeacherIdentity,
-    canonical_json,
-    sha256_file,
-    sha256_text,
-    sha256_weights,
-)
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.device import default_device, fastest_dtype
-from llm2clip_plugin.text.encoder import CPU_TOKENS, GPU_TOKENS, CaptionEncoder
-from llm2clip_plugin.text.files import local_folder
+from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder
+from llm2clip_plugin.text.files import files_sha256, local_folder
 from llm2clip_plugin.text.open_clip_text import OPEN_CLIP_CONFIG, OpenClipTokenizer, load_open_clip_text
 from llm2clip_plugin.text.settings import EncoderConfig
-from llm2clip_plugin.text.tokens import PROBE_TEXT, length_batches
+from llm2clip_plugin.text.tokens import PROBE_TEXT
 from llm2clip_plugin.vision.convert.checkpoint_files import weight_files
 from llm2clip_plugin.vision.families import families
 
@@ -56,10 +49,10 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
     return folder if kind in known and isinstance(config.get("text_config"), dict) else None
 
 
-class ClipTextEncoder:
+class ClipTextEncoder(TextEncoder):
     """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
 
-    ``width``: D; ``count_truncated``: captions truncated so far. Hugging Face's CLIP, SigLIP and other families with
+    ``width``: D. Hugging Face's CLIP, SigLIP and other families with
     an image-text model, and folders in OpenCLIP's format (open_clip_config.json).
     Raises ValueError for a setting of LLMs, which a CLIP does not have.
     """
@@ -82,17 +75,13 @@ class ClipTextEncoder:
         self.context, self.pads_to_context, self.width = loaded[1:]
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder
-        self.count_truncated = 0
 
     def identity(self) -> TeacherIdentity:
-        """Everything that determines a feature; the cache records it."""
-        files = weight_files(self.folder)
-        hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in files]
         probe = hashlib.sha256(json.dumps(self._tokens([PROBE_TEXT])).encode()).hexdigest()
         return TeacherIdentity(
             llm=str(Path(self.config.llm).absolute()) if Path(self.config.llm).is_dir() else self.config.llm,
             revision=self.config.revision,
-            weights_sha256=hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes)),
+            weights_sha256=files_sha256(weight_files(self.folder)),
             adapter_sha256="",
             attention="own",
             pooling=PROJECTED,
@@ -104,40 +93,22 @@ class ClipTextEncoder:
             tokenizer=probe,
         )
 
-    @torch.no_grad()
-    def encode(
-        self,
-        captions: Sequence[str],
-        *,
-        tokens_per_batch: int = 0,
-        on_batch: Callable[[int, int], object] | None = None,
-    ) -> Tensor:
-        """(N, D) float32 on the CPU: the features of ``captions``, in their order; arguments as CaptionEncoder's."""
-        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
-        features_UD = torch.empty(len(distinct), self.width)
-        rows = self._tokens(list(distinct))
-        self.count_truncated += sum(len(ids) > self.config.max_tokens for ids in rows)
+    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+        rows, limit = self._tokens(captions), self.config.max_tokens
+        self.count_truncated += sum(len(ids) > limit for ids in rows)
         # the last token marks the end, and is where a CLIP reads its feature
-        rows = [
-            ids if len(ids) <= self.config.max_tokens else [*ids[: self.config.max_tokens - 1], ids[-1]] for ids in rows
-        ]
-        sizes = [self.context if self.pads_to_context else len(ids) for ids in rows]
-        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        done = 0
-        for indices in length_batches(sizes, budget):
-            features_UD[indices] = self._features([rows[index] for index in indices])
-            done += len(indices)
-            if on_batch is not None:
-                on_batch(done, len(distinct))
-        return features_UD[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
 
-    def _tokens(self, captions: list[str]) -> list[list[int]]:
+    def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with those of begin and end, not truncated."""
-        return [list(ids) for ids in self.tokenizer(captions, verbose=False)["input_ids"]] if captions else []
+        return [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
 
-    def _features(self, rows: list[list[int]]) -> Tensor:
-        """(B, D) float32 on the CPU."""
-        length = self.context if self.pads_to_context else max(map(len, rows))
+    def padded_length(self, ids: Sequence[int]) -> int:
+        return self.context if self.pads_to_context else len(ids)
+
+    @torch.no_grad()
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+        length = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id
         ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
         options = {}
@@ -149,7 +120,7 @@ class ClipTextEncoder:
         return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
 
 
-def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> CaptionEncoder | ClipTextEncoder:
+def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> TextEncoder:
     """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
     folder = clip_folder(config.llm, config.revision)
     return CaptionEncoder(config, device) if folder is None else ClipTextEncoder(folder, config, device)

@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llm2clip_plugin.commands import changed_options, command
+from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import PROJECTED, ContractError, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache.reader import differences
-from llm2clip_plugin.data.sources.base import ReadConfig
-from llm2clip_plugin.text.settings import CARD_SETTINGS, PRESETS, EncoderConfig, find_card
+from llm2clip_plugin.text.settings import CARD_SETTINGS, EncoderConfig
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual, make_adapter
 from llm2clip_plugin.vision.places import is_local
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.text.embed import Encoder
+    from llm2clip_plugin.text.encoder import TextEncoder
 
 IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
-READING = ("format", "images", "fields", "language", "image_field", "key_field", "cache_folder")  # of captions
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 
@@ -80,7 +78,7 @@ class TeacherLLM:
         self.llm_width = int(card.dual.get("llm_width", 0))
         self.config = config or EncoderConfig()
         self.device = device
-        self._encoder: Encoder | None = None
+        self._encoder: TextEncoder | None = None
 
     @cached_property
     def identity(self) -> TeacherIdentity | None:
@@ -93,13 +91,13 @@ class TeacherLLM:
         return (self.identity or self.encoder.identity()).fingerprint
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> TextEncoder:
         """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it is another one."""
         if self._encoder is None:
             self._encoder = self._load()
         return self._encoder
 
-    def _load(self) -> Encoder:
+    def _load(self) -> TextEncoder:
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
@@ -163,33 +161,9 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
     )
 
 
-def embed_command(path: str, read: ReadConfig, identity: TeacherIdentity | None, *, cache: str = "") -> str:
-    """The command that creates the cache of ``path`` with a teacher, complete as far as the teacher is known."""
-    words = ["embed", path, *teacher_options(identity), *changed_options(read, READING)]
-    return command(*words, *(["--cache", cache] if cache else []))
-
-
-def teacher_options(identity: TeacherIdentity | None) -> list[str]:
-    """The options of ``llm2clip embed`` that give this teacher; a placeholder for what is not known of it."""
-    if identity is None:
-        return ["--llm", "PATH_OR_HUB_ID"]
-    words = ["--llm", identity.llm]
-    if identity.revision:
-        words += ["--revision", identity.revision]
-    if identity.pooling == PROJECTED:
-        return words
-    if identity.adapter_sha256:
+def embed_command(path: str, identity: TeacherIdentity | None) -> str:
+    """The command that creates the cache of ``path`` with a teacher, as far as one is known."""
+    words = ["embed", path, "--llm", "PATH_OR_HUB_ID" if identity is None else identity.llm]
+    if identity is not None and identity.adapter_sha256:
         words += ["--adapter", identity.adapter or "ADAPTER_FOLDER"]
-    if find_card(identity.adapter or identity.llm) is None:  # a card says the rest
-        words += _settings(identity)
-    return [*words, "--load-in-4bit"] if identity.quantization == "nf4" else words
-
-
-def _settings(identity: TeacherIdentity) -> list[str]:
-    """The options for settings other than the defaults: a preset's name, and what it doesn't set."""
-    config = EncoderConfig(**{name: getattr(identity, name) for name in IDENTITY_SETTINGS})
-    for name, settings in PRESETS.items():
-        if config.chat_template and all(getattr(config, key) == value for key, value in settings.items()):
-            rest = [key for key in IDENTITY_SETTINGS if key not in settings]
-            return ["--preset", name, *changed_options(config, rest)]
-    return changed_options(config, IDENTITY_SETTINGS)
+    return command(*words)

@@ -103,7 +103,10 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
     if metrics.ended:
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
         return "stopped" if metrics.ended["event"] == STOPPED else "failed", metrics.ended.get("reason", "") + when
-    return "killed", "no message: killed from outside, out of memory, or the machine went down" if step else "before step 1"
+    return (
+        "killed",
+        "no message: killed from outside, out of memory, or the machine went down" if step else "before step 1",
+    )
 
 
 def _holder(path: Path) -> dict[str, Any]:
