@@ -73,43 +73,19 @@ def command_in(message: str) -> list[str]:
     return shlex.split(found[1])
 
 
-@pytest.mark.parametrize("tower", ["tower", "plain"])
-def test_evaluate_says_how_to_create_the_cache(place, tmp_path, capsys, tower):
-    """The teacher's adapter or settings, the images' folder and the fields are part of the command."""
-    data = write_pairs(tmp_path / "some data" / "pairs.jsonl", tmp_path / "the images")
-    words = ["evaluate", str(place / tower), str(data), "--image-folder", str(tmp_path / "the images")]
-    words += ["--fields", "says=short", "--resamples", "0"]
-    capsys.readouterr()
-    assert cli(words) == 2
-    create = command_in(capsys.readouterr().err)
-    assert create[:2] == ["embed", str(data)] and "--image-folder" in create and "--fields" in create
-    assert cli(create) == 0, capsys.readouterr().err
-    assert cli(words) == 0, capsys.readouterr().err
-
-
-def test_a_cache_of_another_teacher_ends_in_the_right_command(place, tmp_path, capsys):
-    data = write_pairs(tmp_path / "data" / "pairs.jsonl", tmp_path / "data")
-    other = ["embed", str(data), "--llm", str(place / "llm"), "--fields", "says=short", "--cache", str(tmp_path / "c")]
-    assert cli(other) == 0
-    words = ["evaluate", str(place / "tower"), str(data), "--fields", "says=short", "--resamples", "0"]
-    capsys.readouterr()
-    assert cli([*words, "--cache", str(tmp_path / "c")]) == 2
-    assert cli(command_in(capsys.readouterr().err)) == 0
-    assert cli(words) == 0
-
-
-def test_training_says_how_to_create_the_cache_of_the_held_out_data(place, tmp_path, capsys):
-    """By then the teacher is known from the cache of the training data."""
-    data = write_pairs(tmp_path / "train" / "pairs.jsonl", tmp_path / "images")
+def test_evaluate_and_training_say_how_to_create_the_cache(place, tmp_path, capsys):
+    data = write_pairs(tmp_path / "some data" / "pairs.jsonl", tmp_path / "images")
     held_out = write_pairs(tmp_path / "held out" / "pairs.jsonl", tmp_path / "images")
     read = ["--image-folder", str(tmp_path / "images"), "--fields", "says=short"]
+    words = ["evaluate", str(place / "tower"), str(data), "--resamples", "0", *read]
+    assert cli(words) == 2
+    assert cli([*command_in(capsys.readouterr().err), *read]) == 0 and cli(words) == 0, capsys.readouterr().err
     words = [str(data), "--tower", str(place / "start-tower"), "--validation", str(held_out), *read]
-    with pytest.raises(FileNotFoundError, match=r"create it: llm2clip embed .*train/pairs.jsonl.* PATH_OR_HUB_ID"):
-        open_data(read_command(words))
-    assert cli(["embed", str(data), "--llm", str(place / "llm"), "--adapter", str(place / "adapter"), *read]) == 0
     with pytest.raises(FileNotFoundError) as caught:
         open_data(read_command(words))
-    assert cli(command_in(str(caught.value))) == 0, capsys.readouterr().err
+    assert cli([*command_in(str(caught.value)), *read]) == 0, (
+        capsys.readouterr().err
+    )  # with the training data's teacher
     assert open_data(read_command(words)).validation_cache is not None
 
 

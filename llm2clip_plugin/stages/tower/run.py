@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.console import loaded, phase
-from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader, make_loader
@@ -20,7 +20,7 @@ from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_kinds
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.tars import shuffle_window
-from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, lacks_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS
@@ -33,7 +33,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
-from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters
+from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
@@ -54,6 +54,7 @@ class Data:
     caches: list[EmbeddingCache]
     validation: Source | None
     validation_cache: EmbeddingCache | None
+    clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
 
     @property
     def samples(self) -> int:
@@ -71,6 +72,8 @@ class Data:
         own = {}
         for number, (source, cache) in enumerate(zip(self.sources, self.caches, strict=True), 1):
             own |= {str(number): source_digest(source), f"{number}, its cache": cache_digest(cache)}
+        for number, cache in enumerate(self.clip_caches, 1):
+            own[f"{number}, its CLIP cache"] = cache_digest(cache)
         if self.validation is not None and self.validation_cache is not None:
             own |= {"validation": source_digest(self.validation)}
             own |= {"validation, its cache": cache_digest(self.validation_cache)}
@@ -93,7 +96,24 @@ def open_data(config: RunConfig) -> Data:
     check_fields(*sources)
     held_out = config.data.held_out
     pair = open_pair(held_out, config.data.validation_cache, teacher) if held_out else (None, None)
-    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1])
+    clip_caches = open_clip_caches(config, sources) if config.heads.target == "clip_text" else []
+    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1], clip_caches=clip_caches)
+
+
+def open_clip_caches(config: RunConfig, sources: list[Source]) -> list[EmbeddingCache]:
+    """The caches of one CLIP's text features, checked against their sources."""
+    caches: list[EmbeddingCache] = []
+    for source, path in zip(sources, config.data.clip_cache or ("",) * len(sources), strict=True):
+        known = caches[0].fingerprint if caches else None
+        cache = EmbeddingCache.open(path or find_cache(source.config, of_clip=True), expect_fingerprint=known)
+        if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
+            raise ValueError(
+                f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
+                f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
+            )
+        cache.check(source)
+        caches.append(cache)
+    return caches
 
 
 def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:
@@ -220,22 +240,6 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
     return plans
 
 
-def describe_loading(plans: list[LoadPlan], ranks: int) -> str:
-    """Processes, parts and memory of a rank's loader, and whether this machine has it for ``ranks`` ranks."""
-    train = plans[0]
-    memory = f"{train.host_bytes / 1e6:,.0f} MB of its own memory"
-    if not sum(plan.workers for plan in plans):
-        return f"loader of a rank: no processes (--workers), {memory}"
-    shared = sum(plan.shared_bytes for plan in plans)
-    text = (
-        f"loader of a rank: {train.workers} processes, parts of {train.part} images, {shared / 1e6:,.0f} MB of "
-        f"/dev/shm (--dataloader-prefetch-mb), {memory}"
-    )
-    if reason := lacks_shared_memory(plans, ranks):
-        return f"{text}\n  too much for this machine: {reason}"
-    return text
-
-
 def with_order(config: RunConfig) -> RunConfig:
     """The run with its ``shuffle_window`` decided by where its data is: it belongs to what a checkpoint records."""
     window = shuffle_window(config.data.read.shuffle_window, config.data.path)
@@ -298,6 +302,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     config = with_order(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    if config.heads.target == "clip_text":
+        load_clip_heads(dual, config.tower.path)
     check_patch_layers(dual, config.loss)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
@@ -382,6 +388,8 @@ def fit(
         seed=config.train.seed,
         bf16=config.train.precision == "bf16",
         caption_weights=config.data.kind_weights,
+        clip_caches=data.clip_caches,
+        workers=config.train.dataloader_num_workers,
         logging_steps=config.train.logging_steps,
         stop=stop,
         unfinished=unfinished,
@@ -417,6 +425,8 @@ def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:
         config, config.train, config.optim, samples=data.samples, world=world_size(), hidden_size=hidden_size
     )
     learned_from = {"teacher": data.teacher.fingerprint, "samples": data.samples}
+    if data.clip_caches:
+        learned_from["clip"] = data.clip_caches[0].fingerprint
     return TrainingRun(
         config=config,
         config_hash=config.hash,
