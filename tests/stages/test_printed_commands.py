@@ -50,19 +50,15 @@ def write_pairs(path: Path, images: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """An LLM, an adapter with settings of its own, and towers that name them, in a folder that a shell would split."""
+    """An LLM, an adapter with settings of its own, and a tower that names them, in a folder that a shell would split."""
     folder = tmp_path_factory.mktemp("a place") / "it's 1 & 2"
     save_tiny_llm(folder / "llm", "llama")
     write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")
-    for name, config in (
-        ("tower", EncoderConfig(llm=str(folder / "llm"), adapter=str(folder / "adapter"))),
-        ("plain", EncoderConfig(llm=str(folder / "llm"), attention="causal", pooling="last", prompt='say "it": ')),
-    ):
-        teacher = CaptionEncoder(config, "cpu").identity()
-        torch.manual_seed(0)
-        start = make_tower(folder / f"start-{name}")
-        dual = DualEncoder(load_tower(start), DualConfig(projection_dim=16, llm_width=teacher.width, adapter_blocks=1))
-        export_tower(dual, folder / name, origin=str(start), teacher=dataclasses.asdict(teacher))
+    teacher = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), adapter=str(folder / "adapter")), "cpu").identity()
+    torch.manual_seed(0)
+    start = make_tower(folder / "start-tower")
+    dual = DualEncoder(load_tower(start), DualConfig(projection_dim=16, llm_width=teacher.width, adapter_blocks=1))
+    export_tower(dual, folder / "tower", origin=str(start), teacher=dataclasses.asdict(teacher))
     return folder
 
 

@@ -6,12 +6,10 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,9 +19,7 @@ from tower_runs import ROOT
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, RunRecord
 from llm2clip_plugin.files import again, started_by
-from llm2clip_plugin.stages.tower import run as tower_run
 from llm2clip_plugin.status import cache_status, run_status
-from llm2clip_plugin.train.errors import StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +98,6 @@ def test_why_it_ended(folder: Path):
     status = run_status(folder)
     assert status.state == "failed" and status.reason.startswith("the loss is nan")
     assert status.problems == ["the last checkpoint could not be written: No space left on device"]
-
-
-def test_a_signal_is_recorded_by_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fit = tower_run.fit_heads
-
-    def told_meanwhile(*arguments: Any, **options: Any) -> Any:
-        curve = fit(*arguments, **options)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return curve
-
-    monkeypatch.setattr(tower_run, "fit_heads", told_meanwhile)
-    assert run("train-tower", words(tiny, tmp_path / "run")) == StoppedError.status
-    status = run_status(tmp_path / "run")
-    assert (status.state, status.step, status.total_steps) == ("stopped", 0, 4) and status.reason.startswith(
-        "SIGTERM, 20"
-    )
-    assert len(status.checkpoints) == 1
 
 
 def test_running_here_and_elsewhere(folder: Path):
