@@ -237,6 +237,7 @@ CHECKPOINTS = "checkpoints"  # folder
 LATEST = "latest"  # name of the newest checkpoint, in that folder
 METRICS = "metrics.jsonl"
 LOCK = "run.lock"
+UNFINISHED_HEADS = "heads.pt"  # state of a fit of the heads that was stopped
 
 # events of metrics.jsonl
 HEADS = "heads"  # of the fit of the heads on the frozen tower, before step 1

@@ -1,6 +1,5 @@
-"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage, DeepSpeed's configuration."""
+"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +80,7 @@ def describe_rank(memory: StepMemory, plan: EnginePlan, config: dict[str, Any], 
     parts = rank_bytes(memory, zero, world=world, global_batch=batches[0], micro_batch=batches[1])
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     total = sum(parts.values()) / GIB
-    too_much = f"; more than a GPU of {gpu_gib:g} GiB holds" if total > gpu_gib else ""
+    too_much = f"; more than a GPU of {gpu_gib:g} GiB holds, see the micro-batches below" if total > gpu_gib else ""
     return f"expected memory per rank: {total:.2f} GiB = {listed}{too_much}"
 
 
@@ -90,15 +89,8 @@ def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, abo
     stages = next((column.total for column in table if column.total), {})
     lines = ["  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
     for column in table:
-        local = global_batch // column.world
         sizes = "".join(f"{size / GIB:9.1f}" for size in column.total.values())
-        row = f"{local:7} {column.micro_batch:12}{sizes}"
+        row = f"{global_batch // column.world:7} {column.micro_batch:12}{sizes}"
         none = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {global_batch}"
         lines.append(f"{column.world:6} {row if column.micro_batch else none}")
-    files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
-    return "\n".join([f"expected memory per GPU in GiB with {files}{about}:", *lines])
-
-
-def describe_deepspeed(config: dict[str, Any]) -> str:
-    """DeepSpeed's configuration."""
-    return f"DeepSpeed:\n{json.dumps(config, indent=2)}"
+    return "\n".join([f"expected memory per GPU in GiB{about}:", *lines])

@@ -19,6 +19,7 @@ Member = TypeVar("Member")
 Monitor = Literal["tensorboard", "wandb", "csv"]
 Schedule = Literal["cosine", "linear", "constant"]
 Reference = Literal["ema", "start"]
+HeadsTarget = Literal["images", "clip_text"]
 BELOW_1 = math.nextafter(1, 0)
 
 
@@ -70,13 +71,17 @@ class TowerConfig:
 class HeadsConfig:
     """The phase that fits the heads on a frozen tower."""
 
+    # images: fit projection and text adapter to each other | clip_text: fit the text adapter alone to the text features
+    # of the tower's own CLIP (ProCLIP), whose projection and logit scale are kept
+    target: HeadsTarget = "images"
     steps: int = 0  # updates that train only the heads; 0: skip this phase
     batch: int = 256  # image-caption pairs per update
-    lr: float = 1e-3  # of AdamW, constant
+    lr: float = 1e-3  # of AdamW; constant, with clip_text its peak before cosine decay
     weight_decay: float = 0.05  # not applied to norms, biases, logit scale
     max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
 
     def __post_init__(self) -> None:
+        check_choices("heads", self)
         check_bounds("heads", self, steps=(0, math.inf), batch=(2, math.inf), max_images=(2, math.inf))
 
 
@@ -206,9 +211,6 @@ class TrainConfig:
         if self.max_steps > 0 or not self.has_steps:
             return max(0, self.max_steps)
         return max(1, round(self.num_train_epochs * samples / self.global_batch))
-
-
-INHERIT = (("distill",), ("structure=63.5",))  # terms and args of ProCLIP's first stage: sums over 128 captions a rank
 
 
 @dataclass(frozen=True)

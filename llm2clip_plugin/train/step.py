@@ -79,7 +79,7 @@ class ContrastiveStep(ABC):
         """Encode a micro-batch; ``micro["first"]`` is the position of its first sample in the run."""
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Of a frozen twin, for the same anchors: features (m, D), L2-normalized, and patches (m, T, H); None for what
+        """Of a frozen tower, for the same anchors: features (m, D), L2-normalized, and patches (m, T, H); None for what
         no term reads."""
         return None, None
 

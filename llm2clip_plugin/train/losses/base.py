@@ -31,9 +31,9 @@ class Features:
     bias: Tensor  # (1,) of the logits; 0 where the model learns none
     caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are not negatives of each other
     image_ids: Tensor | None  # (b,) int64, likewise
-    reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen twin; None if the run has none
+    reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen tower; None if the run has none
     patches_bTH: Tensor | None = None  # of the tower's hidden state ``layer``, float32; None if no term reads them
-    reference_patches_bTH: Tensor | None = None  # the frozen twin's, no gradient
+    reference_patches_bTH: Tensor | None = None  # the frozen tower's, no gradient
     patch_features_bTD: Tensor | None = None  # patches in the space of the anchors, L2-normalized; None likewise
     progress: float = 1.0  # fraction of the run's steps that are done
     block: int = 0  # rows of the logits held at once; 0 chooses by device
