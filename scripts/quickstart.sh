@@ -9,8 +9,6 @@
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
 #   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
 #   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
-#   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
-#                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM as it comes (mean pooling, no prompt) and
 #                                           against random embeddings of the same captions; LLaVA with the tower of random, and of raw
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
@@ -28,7 +26,7 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM= CONTROLS=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= LLAVA_LLM= CONTROLS=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
@@ -36,9 +34,9 @@ while [ $# -gt 0 ]; do
         --llava) LLAVA=yes ;;
         --controls) CONTROLS=yes ;;
         --no-llava) LLAVA=no ;;
-        --preset | --seeds | --teacher | --output | --domain | --llava-llm)
+        --preset | --seeds | --teacher | --output | --llava-llm)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --domain) DOMAIN=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
+            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
             [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
             shift ;;
         -h | --help) usage; exit 0 ;;
@@ -55,7 +53,6 @@ case "$PRESET" in
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
-case "$DOMAIN" in "" | tuxpaint) ;; *) echo "error: unknown domain $DOMAIN; known: tuxpaint" >&2; exit 2 ;; esac
 case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
@@ -130,16 +127,9 @@ launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port
 # ------------------------------------------------------------------------------------------------------------- data
 say "data"
 # shellcheck disable=SC2086 # options on purpose
-python scripts/quickstart/shards.py --output "$DATA" $SUBSET
+python scripts/quickstart/shards.py make --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
-NO_DOMAIN=
-if [ -n "$DOMAIN" ]; then
-    if ! python scripts/quickstart/tuxpaint.py --output "$WORK/tuxpaint" ${TUXPAINT_STAMPS:+--stamps "$TUXPAINT_STAMPS"}; then
-        NO_DOMAIN="not measured on Tux Paint's stamps: they could not be downloaded" DOMAIN=
-        echo "note: the run continues without them" >&2
-    fi
-fi
 
 # ---------------------------------------------------------------------------------------------------------- teacher
 # A smoke run trains a tower only for the last teacher; the first is only compared, on the test captions.
@@ -191,11 +181,6 @@ done
 say "report"
 [ -n "$LLAVA" ] || { [ "$PRESET" = smoke ] && LLAVA=no; } || LLAVA=yes
 more=()
-[ -z "$NO_DOMAIN" ] || more+=(--note "$NO_DOMAIN")
-if [ -n "$DOMAIN" ]; then
-    for cache in "$DATA"/cache/{raw,tuned-seed*}; do [ ! -d "$cache" ] || embed "${cache##*/}" "$WORK/tuxpaint/test-tuxpaint.tar"; done
-    more+=(--domain "$WORK/tuxpaint")
-fi
 [ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
 llava=llava llava_options=(--llm "$LLAVA_LLM")
 if [ "$LLAVA_LLM" = smollm2 ]; then

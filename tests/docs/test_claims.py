@@ -59,7 +59,7 @@ def run(folder: Path, headline: dict[str, object]) -> subprocess.CompletedProces
 def test_pages_state_what_was_recorded():
     claims = json.loads(check_claims.CLAIMS.read_text(encoding="utf-8"))
     assert check_claims.stated_table(check_claims.README) == check_claims.table(claims)
-    assert check_claims.stated_table(check_claims.BENCHMARKS) == check_claims.full_table(claims)
+    assert check_claims.stated_table(check_claims.BENCHMARKS) == check_claims.table(claims, full=True)
     assert all(len(claim["tuned"]) >= 3 for claim in claims.values())
 
 
@@ -67,7 +67,7 @@ def test_pages_state_what_was_recorded_of_llava():
     claims = json.loads(check_claims.CLAIMS_LLAVA.read_text(encoding="utf-8"))
     for page in (check_claims.README, check_claims.BENCHMARKS):
         assert check_claims.stated_table(page, check_claims.BEGIN_LLAVA) == check_claims.llava_table(claims)
-    sides = [claim[side] for claim in claims.values() for side in check_claims.LLAVA_SIDES]
+    sides = [claim[side] for claim in claims.values() for side in check_claims.BEFORE_AFTER]
     assert all(len(values) >= 3 and not any(math.isnan(value) for value in values) for values in sides)
     models = {name.partition(":")[0] for name in claims}
     assert models == set(check_claims.LANGUAGE_MODELS.values())
@@ -84,7 +84,7 @@ def llava_folder(folder: Path, shift: float = 0.0) -> Path:
             about = claim.removeprefix(f"{model}: ")
             kept = {key: values[key] for key in ("difference", "interval", "questions")}
             rows.append({**kept, "benchmark": f"miniature: {about}", "p_holm": values["p_adjusted"]})
-            for side, seed in itertools.product(check_claims.LLAVA_SIDES, range(2)):
+            for side, seed in itertools.product(check_claims.BEFORE_AFTER, range(2)):
                 reached = values[side][seed] + shift * (side == "after")
                 metrics = {"word": 1.0, "above": reached} if "name" in about else {"accuracy": reached}
                 made = ScoreFile(benchmark=f"miniature: {about}", metrics=metrics, items=[{"id": "a", "score": 1.0}])

