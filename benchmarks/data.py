@@ -18,13 +18,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.common import alternate, parser, print_table, write_shard
-from llm2clip_plugin.data.samples import AugmentConfig
-from llm2clip_plugin.data.images import TrainTransform
-from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.images import Normalize
-from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.images import ImageConfig, Normalize, TrainTransform
 from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sampler import sample_rng
+from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 

@@ -30,18 +30,12 @@ from benchmarks.common import (
 )
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import trained_module
-from llm2clip_plugin.text.config import LoraSettings
-from llm2clip_plugin.text.contrast import CaptionStep
-from llm2clip_plugin.text.config import ContrastConfig
-from llm2clip_plugin.text.contrast import caption_terms
+from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
+from llm2clip_plugin.text.contrast import CaptionStep, caption_terms
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import PairBatches
-from llm2clip_plugin.text.config import PairsConfig
-from llm2clip_plugin.text.pairs import open_pairs
-from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.engine import start_ranks
+from llm2clip_plugin.text.pairs import PairBatches, open_pairs
 from llm2clip_plugin.train.config import OptimConfig
+from llm2clip_plugin.train.engine import Engine, start_ranks
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}  # LoraSettings' defaults
 CONTRAST, OPTIM = ContrastConfig(mask_same=False), OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)

@@ -35,8 +35,7 @@ from benchmarks.llava import SHAPES, answer, equal_to_first, make_llava, make_to
 from llava_integration.answer import command as evaluate
 from llava_integration.answer.model import Answerer
 from llava_integration.serve import parity
-from llava_integration.serve.export import Export
-from llava_integration.serve.export import export
+from llava_integration.serve.export import Export, export
 
 PATIENCE = 900  # seconds until the server is there
 

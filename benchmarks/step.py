@@ -22,29 +22,21 @@ from torch import Tensor
 
 from benchmarks.common import alternate, parser, print_table, timed, write_shard
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.cache import caption_rows
-from llm2clip_plugin.data.cache import shard_captions
-from llm2clip_plugin.data.cache import CacheWriter
-from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.images import Normalize
-from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.train.deepspeed_config import EnginePlan
-from llm2clip_plugin.train.config import Precision
-from llm2clip_plugin.train.deepspeed_config import complete
-from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.engine import start_ranks
-from llm2clip_plugin.train.config import LossConfig
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
+from llm2clip_plugin.train.engine import Engine, start_ranks
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import trained_parameters
-from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.optim import parameter_groups
 from llm2clip_plugin.train.step import TowerStep
-from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
 
 TOWERS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
