@@ -1,12 +1,9 @@
-"""The tower inside LLaVA against LLaVA's own, and answering in batches against one by one, as LLaVA does.
+"""The tower inside LLaVA against LLaVA's own CLIPVisionTower on the same directory: images a second.
 
-    .venv-llava/bin/python -m benchmarks.llava                          # a random ViT-B/16 and a small random Llama
+    .venv-llava/bin/python -m benchmarks.llava                                                # a random ViT-B/16
     .venv-llava/bin/python -m benchmarks.llava --shape l14-336 --dtype float16 --images 64    # on a GPU
-    .venv-llava/bin/python -m benchmarks.llava --miniature quickstart-output/default/llava    # answers, too
 
-1. Images a second through LLaVA's ``encode_images`` (tower and projector), with LLaVA's CLIPVisionTower and ours on the
-   same tower directory; the outputs must be equal bit for bit.
-2. Answers a second of ``llava_integration.evaluate`` at several batch sizes on the same questions.
+Both encode through LLaVA's ``encode_images`` (tower and projector); the outputs must be equal bit for bit.
 """
 
 # LLaVA may not be installed where types are checked:
@@ -26,8 +23,6 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
 from benchmarks.common import alternate, parser, print_table
-from llava_integration.answer import command as evaluate
-from llava_integration.answer.model import Answerer
 from llm2clip_plugin.vision.export import export_tower
 
 SHAPES = {  # width, blocks, heads, image size, patch size
@@ -92,52 +87,15 @@ def compare_towers(args: argparse.Namespace, device: torch.device) -> None:
     print_table(f"encode_images, {args.shape}, {args.dtype}", runs, amount=args.images, unit="images")
 
 
-def compare_batches(args: argparse.Namespace) -> None:
-    """Answers per second by batch size, and how many are equal to those of the first size."""
-    root = args.miniature
-    words = ["--model-path", root / "llava-after", "--question-file", root / "data" / "questions.jsonl"]
-    words += ["--image-folder", root / "data" / "images", "--answers-file", "unused", "--workers", 0]
-    parsed = evaluate.parser().parse_args([*map(str, words), "--dtype", "float32", "--max_new_tokens", "12"])
-    answerer = Answerer(parsed)
-    questions = evaluate.read_questions(parsed.question_file)
-    questions = questions[:: max(1, len(questions) // args.questions)][: args.questions]
-    sizes = {f"batches of {size}": partial(answer, answerer, parsed, questions, size) for size in args.batch_sizes}
-    runs = alternate(sizes, min(3, args.rounds))
-    equal = equal_to_first({name: of_size[-1].result for name, of_size in runs.items()})
-    print_table("answers", runs, amount=len(questions), unit="answers", columns={"equal answers": equal})
-
-
-def answer(answerer: Answerer, parsed: argparse.Namespace, questions: list[Any], size: int) -> list[str]:
-    """The answers to all questions in batches of ``size``."""
-    parsed.batch_size = size
-    batches = answerer.batches(questions, list(range(len(questions))))
-    return [text for batch in batches for text in answerer.generate(batch)]
-
-
-def equal_to_first(answers: dict[str, list[str]]) -> dict[str, str]:
-    """Way -> how many of its answers are those of the first way."""
-    first = next(iter(answers.values()))
-    return {
-        way: f"{sum(a == b for a, b in zip(first, own, strict=True))} of {len(own)}" for way, own in answers.items()
-    }
-
-
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(rounds=9)
     options.add_argument("--shape", choices=SHAPES, default="b16", help="shape of the random tower")
     options.add_argument("--images", type=int, default=8, help="images per call of encode_images")
     options.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    options.add_argument(
-        "--miniature", type=Path, help="output of scripts/quickstart/miniature.sh, for the second part"
-    )
-    options.add_argument("--questions", type=int, default=128, help="number of the miniature's questions to answer")
-    options.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     args = options.parse_args()
     logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
     compare_towers(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.miniature:
-        compare_batches(args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common import WORDS, alternate, parser, print_table, write_lines
-from benchmarks.llava import SHAPES, answer, equal_to_first, make_llava, make_tower
+from benchmarks.llava import SHAPES, make_llava, make_tower
 from llava_integration.answer import command as evaluate
 from llava_integration.answer.model import Answerer
 from llava_integration.serve import parity
@@ -114,8 +114,23 @@ def processor_seconds(group: int) -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def answer(answerer: Answerer, parsed: argparse.Namespace, questions: list[Any], size: int) -> list[str]:
+    """The answers to all questions in batches of ``size``."""
+    parsed.batch_size = size
+    batches = answerer.batches(questions, list(range(len(questions))))
+    return [text for batch in batches for text in answerer.generate(batch)]
+
+
+def equal_to_first(answers: dict[str, list[str]]) -> dict[str, str]:
+    """Way -> how many of its answers are those of the first way."""
+    first = next(iter(answers.values()))
+    return {
+        way: f"{sum(a == b for a, b in zip(first, own, strict=True))} of {len(own)}" for way, own in answers.items()
+    }
+
+
 def ways(args: argparse.Namespace, checkpoint: Path, questions: Path, url: str) -> dict[str, Callable[[], list[str]]]:
-    """Each way to answer all questions, by name."""
+    """Each way to answer all questions, by name; without ``url``, batches alone."""
     common = ["--question-file", questions, "--image-folder", questions.parent, "--max-new-tokens", args.tokens]
     words = [*common, "--model-path", checkpoint, "--answers-file", "unused", "--workers", 0, "--dtype", "float32"]
     local = evaluate.parser().parse_args(list(map(str, words)))
@@ -127,16 +142,14 @@ def ways(args: argparse.Namespace, checkpoint: Path, questions: Path, url: str) 
         assert evaluate.main([*map(str, words), "--overwrite"]) == 0
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
-    made: dict[str, Callable[[], list[str]]] = {}
-    for size in args.at_a_time:
-        made[f"batches of {size}"] = partial(answer, answerer, local, read, size)
-        made[f"vLLM, {size} requests at a time"] = partial(served, size)
-    return made
+    batches = {f"batches of {size}": partial(answer, answerer, local, read, size) for size in args.at_a_time}
+    servers = {f"vLLM, {size} requests at a time": partial(served, size) for size in args.at_a_time}
+    return {**batches, **(servers if url else {})}
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--server-python", type=Path, required=True, help="Python of the environment with vLLM")
+    options.add_argument("--server-python", type=Path, help="Python of the environment with vLLM; default: no server")
     options.add_argument("--shape", choices=SHAPES, default="b16", help="shape of the random tower")
     options.add_argument("--questions", type=int, default=32)
     options.add_argument("--tokens", type=int, default=16, help="--max-new-tokens")
@@ -144,12 +157,15 @@ def main() -> None:
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = make_checkpoint(Path(scratch) / "llava-random", args.shape)
-        made = Export.of(checkpoint, dtype="fp32")
-        export(made, Path(scratch) / "hf")
-        print(f"compared with LLaVA's own code: {parity.compare(made, Path(scratch) / 'hf')}", flush=True)
         (Path(scratch) / "questions").mkdir()
         questions = make_questions(Path(scratch) / "questions", args.questions)
-        with vllm_serving(args.server_python, Path(scratch) / "hf", max(args.at_a_time)) as (url, group):
+        serving = nullcontext(("", -1))
+        if args.server_python:
+            made = Export.of(checkpoint, dtype="fp32")
+            export(made, Path(scratch) / "hf")
+            print(f"compared with LLaVA's own code: {parity.compare(made, Path(scratch) / 'hf')}", flush=True)
+            serving = vllm_serving(args.server_python, Path(scratch) / "hf", max(args.at_a_time))
+        with serving as (url, group):
             clock = partial(processor_seconds, group)
             runs = alternate(ways(args, checkpoint, questions, url), args.rounds, cpu_clock=clock)
     equal = equal_to_first({way: of_way[-1].result for way, of_way in runs.items()})

@@ -62,7 +62,7 @@ def measured(folder: Path) -> dict[str, Any]:
             f"{path} does not exist; run scripts/quickstart.sh with both teachers, or name its output"
         )
     made = read_json(path)
-    kept = ("measure", "chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
+    kept = ("chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
     return {
         claim["name"]: {
             "headline": claim in made["headline"],

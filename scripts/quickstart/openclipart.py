@@ -114,24 +114,21 @@ def read_drawings(drawings: Path, size: int) -> list[Sample]:
     titles, names = Counter(about["concept"] for about in described.values()), reserved()
     found: list[tuple[Path, Image.Image, Description]] = []
     for path, about in described.items():
-        if titles[about["concept"]] > COLLECTION or names & {about["concept"], *about["keywords"]}:
-            continue
-        if (picture := draw(path, size)) is not None:
-            found.append((path, picture, about))
+        if titles[about["concept"]] <= COLLECTION and not names & {about["concept"], *about["keywords"]}:
+            picture = draw(path, size)
+            found += [(path, picture, about)] if picture else []
     if not found:
         raise ValueError(f"{drawings} contains no SVG file with a title and keywords")
-    named, samples = [(about["concept"], picture) for _, picture, about in found], []
-    for (path, picture, about), family in zip(found, families(named), strict=True):
+    samples = []
+    of_family = families([(about["concept"], picture) for _, picture, about in found])
+    for (path, picture, about), family in zip(found, of_family, strict=True):
         key = path.relative_to(drawings).with_suffix("").as_posix().replace("/", "-").replace(".", "_")
+        held_out = hashlib.sha256(f"openclipart:{family}".encode()).digest()[0] % 10 == 0  # one family in ten
         body = io.BytesIO()
         picture.save(body, "png")
-        samples.append((key, body.getvalue(), {**about, "family": family, "split": split_of(family)}))
+        split = "validation" if held_out else "train"
+        samples.append((key, body.getvalue(), {**about, "family": family, "split": split}))
     return samples
-
-
-def split_of(family: str) -> str:
-    """Validation for one family in ten, by its hash, the same on every machine."""
-    return "train" if hashlib.sha256(f"openclipart:{family}".encode()).digest()[0] % 10 else "validation"
 
 
 def download(folder: Path) -> Path:
@@ -153,7 +150,6 @@ def prepare(output: Path, drawings: Path | None, size: int) -> None:
     with atomic_directory(output) as temporary:
         for split in ("train", "validation"):
             write_tar(temporary / f"{split}-openclipart.tar", [one for one in samples if one[2]["split"] == split])
-    print(f"{output}: {Counter(about['split'] for _, _, about in samples)}", file=sys.stderr)
 
 
 def main() -> None:
@@ -166,7 +162,7 @@ def main() -> None:
     try:
         prepare(options.output, options.drawings, options.size)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: no Open Clip Art: {error}. Install {PACKAGE}, or unpack it and give --drawings its folder")
+        sys.exit(f"error: {error}; install {PACKAGE}, or unpack it and set --drawings to its folder")
 
 
 if __name__ == "__main__":

@@ -55,16 +55,11 @@ class Table:
     title: str  # a question in plain words, on the page alone
     below: str  # caption below the table
 
-    def as_text(self) -> str:
-        """Aligned columns."""
-        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
-
-        def line(words: Sequence[str]) -> str:
-            first, *others = zip(words, widths, strict=True)
-            return "  ".join([first[0].ljust(first[1]), *(word.rjust(width) for word, width in others)])
-
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([line(self.head), rule, *map(line, self.rows), self.below]) + "\n"
+    @property
+    def markdown(self) -> str:
+        """For the terminal."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{self.below}\n"
 
 
 def fraction(value: float) -> str:
@@ -206,8 +201,7 @@ def as_record(one: Claim) -> dict[str, Any]:
     """The claim for a JSON file."""
     kept = ("name", "chance", "queries", "families", "better", "worse", "seeds_significant")
     by_seed = {str(seed): _numbers(one.by_seed[seed], one.p_by_seed[seed]) for seed in one.by_seed}
-    values = {name: getattr(one, name) for name in kept}
-    return {**values, "measure": "mean reciprocal rank", **_numbers(one.difference, one.p), "by_seed": by_seed}
+    return {**{name: getattr(one, name) for name in kept}, **_numbers(one.difference, one.p), "by_seed": by_seed}
 
 
 def _numbers(difference: Difference, p: float) -> dict[str, Any]:
@@ -225,48 +219,30 @@ def _numbers(difference: Difference, p: float) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- page
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A drawing on the page."""
+def choose_captions(pairs: EmbeddedPairs) -> list[int]:
+    """A long caption, a name, and a name in every other language, by a hash: no result decides which are shown.
 
-    png: bytes
-    title: str  # tooltip: name and style
-    right: bool  # whether it shows the caption's emoji
-
-    @property
-    def base64(self) -> str:
-        """The PNG, for a data: URL."""
-        return base64.b64encode(self.png).decode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """A caption and the drawings that each tower retrieved for it, best first."""
-
-    text: str
-    language: str  # BCP 47 tag
-    meaning: str  # English name; "" if the caption is the name
-    found: dict[str, list[Picture]]  # tower -> pictures
-
-
-def choose_queries(pairs: EmbeddedPairs) -> list[int]:
-    """Captions for the page: a long one, a name, and a name in every other language, each of another concept.
-
-    The order is a hash's, so no result decides which are shown. Returns positions among the pairs' captions.
+    Returns positions among the pairs' captions.
     """
-    concepts = pairs.meta_values("concept")
-    place: dict[tuple[str, str, str], int] = {}
-    for number, (caption, owner) in enumerate(zip(pairs.captions, pairs.owner_M.tolist(), strict=True)):
-        place.setdefault((caption.kind, caption.language, concepts[owner]), number)
-    languages = sorted({language for _, language, _ in place} - {"en"})
-    order = in_random_order(set(concepts), "page")
-    chosen, left = [], list(order)
-    for kind, language in [("long", "en"), ("short", "en"), *(("short", language) for language in languages)]:
-        left = left or list(order)  # fewer concepts than captions: start over
-        concept = next(concept for concept in left if (kind, language, concept) in place)
-        left.remove(concept)
-        chosen.append(place[kind, language, concept])
-    return chosen
+    chosen: dict[tuple[str, str], int] = {}
+    order = {text: place for place, text in enumerate(in_random_order({c.text for c in pairs.captions}, "page"))}
+    for number in sorted(range(len(pairs.captions)), key=lambda number: order[pairs.captions[number].text]):
+        chosen.setdefault((pairs.captions[number].kind, pairs.captions[number].language), number)
+    return [chosen[key] for key in sorted(chosen, key=lambda key: (key[1] != "en", key))]
+
+
+def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[dict[str, Any]]:
+    """The drawings that a tower ranks first for a caption: PNG in base 64, title, and whether it is of its concept."""
+    concepts, names = pairs.meta_values("concept"), english_names(pairs)
+    best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
+    return [
+        {
+            "base64": base64.b64encode(source[place].read_image()).decode(),
+            "title": f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
+            "right": concepts[place] == concepts[pairs.owner_M[query]],
+        }
+        for place in best
+    ]
 
 
 def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
@@ -276,31 +252,17 @@ def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
     return {concepts[owner]: c.text for c, owner in named if (c.kind, c.language) == ("short", "en")}
 
 
-def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[Picture]:
-    """The drawings that a tower ranks first for a caption."""
-    concepts, names = pairs.meta_values("concept"), english_names(pairs)
-    best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
-    return [
-        Picture(
-            png=source[place].read_image(),
-            title=f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
-            right=concepts[place] == concepts[pairs.owner_M[query]],
-        )
-        for place in best
-    ]
-
-
-def page_queries(towers: Sequence[Tower], source: Source) -> list[Query]:
+def page_queries(towers: Sequence[Tower], source: Source) -> list[dict[str, Any]]:
     """The page's captions, and what the first seed of every tower except the control retrieves."""
     shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
     pairs = shown[0].pairs  # the captions are the same for every tower
     concepts, names = pairs.meta_values("concept"), english_names(pairs)
     queries = []
-    for query in choose_queries(pairs):
-        caption, concept = pairs.captions[query], concepts[pairs.owner_M[query]]
+    for query in choose_captions(pairs):
+        caption, meaning = pairs.captions[query], names[concepts[pairs.owner_M[query]]]
         found = {TEACHERS[tower.name]: best_pictures(tower.pairs, source, query) for tower in shown}
-        meaning = "" if caption.language == "en" else names[concept]
-        queries.append(Query(text=caption.text, language=caption.language, meaning=meaning, found=found))
+        shown_meaning = "" if caption.language == "en" else meaning
+        queries.append({"text": caption.text, "language": caption.language, "meaning": shown_meaning, "found": found})
     return queries
 
 
@@ -360,7 +322,6 @@ def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str 
         notes=[*notes],
         inputs=inputs,
     )
-    write(output / "headline.json", json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
     page = render(
         Path(__file__).with_name("page.html"),
         headlines=report.sentences,
@@ -369,7 +330,9 @@ def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str 
         queries=page_queries(towers, sets["test"]),
         comparison=comparison,
     )
-    write(output / "index.html", page)
+    for name, text in (("headline.json", json.dumps(report.as_json(), indent=2)), ("index.html", page)):
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return report
 
 
@@ -377,12 +340,6 @@ def first_result(data: Path) -> list[Table]:
     """The table that needs no tower: caption to caption, with both teachers."""
     claims = in_order(make_claims(scores.teacher_tests(*open_captions(data, open_caches(data)))))
     return [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -396,12 +353,12 @@ def main() -> None:
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
     if options.teachers:
-        print("\n" + "\n".join(table.as_text() for table in first_result(options.data)))
+        print("\n" + "\n".join(table.markdown for table in first_result(options.data)))
         return
     notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]
     report = make_report(options.data, options.output, notes, options.comparison)
     first, *others = report.tables
-    print("\n" + "\n".join(table.as_text() for table in [*others, first]))
+    print("\n" + "\n".join(table.markdown for table in [*others, first]))
     print("\n".join([*(f"note: {note}" for note in notes), *report.sentences]))
     if options.must_learn and (failed := report.failures()):
         sys.exit("error: nothing was learned: " + "; ".join(failed))
