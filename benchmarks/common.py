@@ -49,35 +49,29 @@ class Run(Generic[T]):
         return self.wall if torch.cuda.is_available() else self.cpu
 
 
-def timed(work: Callable[[], T], cpu_clock: Callable[[], float] = time.process_time) -> Run[T]:
+def timed(work: Callable[[], T]) -> Run[T]:
     """Call ``work`` and wait until the GPU has finished; its time is then measured by CUDA events."""
     if not torch.cuda.is_available():
-        wall, cpu = time.perf_counter(), cpu_clock()
+        wall, cpu = time.perf_counter(), time.process_time()
         result = work()
-        return Run(wall=time.perf_counter() - wall, cpu=cpu_clock() - cpu, result=result)
+        return Run(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, result=result)
     torch.cuda.synchronize()
-    start, end, cpu = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), cpu_clock()
+    start, end, cpu = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), time.process_time()
     start.record()
     result = work()
     end.record()
     torch.cuda.synchronize()
-    return Run(wall=start.elapsed_time(end) / 1e3, cpu=cpu_clock() - cpu, result=result)
+    return Run(wall=start.elapsed_time(end) / 1e3, cpu=time.process_time() - cpu, result=result)
 
 
-def alternate(
-    ways: Mapping[str, Callable[[], T]],
-    rounds: int,
-    *,
-    warm_up: bool = True,
-    cpu_clock: Callable[[], float] = time.process_time,
-) -> dict[str, list[Run[T]]]:
+def alternate(ways: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = True) -> dict[str, list[Run[T]]]:
     """Time every way once a round, each round starting with the next way; an additional first round is not counted."""
     names = list(ways)
     runs: dict[str, list[Run[T]]] = {name: [] for name in names}
     for number in range(rounds + warm_up):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            run = timed(ways[name], cpu_clock)
+            run = timed(ways[name])
             if number >= warm_up:
                 runs[name].append(run)
     return runs

@@ -134,6 +134,7 @@ def memory_of(args: argparse.Namespace, way: str) -> float:
 def compare_steps(args: argparse.Namespace) -> None:
     """A step of stage 1: pairs per second and memory."""
     memory = {way: f"{in_new_process(memory_of, args, way):.0f}" for way in STEPS}
+    start_ranks()  # not before: the processes above would find its port taken
     steps, batch = {way: make(args) for way, make in STEPS.items()}, make_batch(args)
     first = {way: step(batch) for way, step in steps.items()}
     if abs(first["llm2clip"] - first["sentence-transformers"]) > 1e-3:
@@ -168,7 +169,6 @@ def main() -> None:
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.llm = args.llm or str(random_llama(Path(folder) / "llm"))
-        start_ranks()
         compare_steps(args)
         compare_embedding(args)
 

@@ -3,8 +3,8 @@
     .venv-llava/bin/python -m benchmarks.serving --server-python .venv-servers/bin/python [--shape l14-336]
 
 The model is random, as in benchmarks/llava.py, exported to Hugging Face and compared with LLaVA's own code. Each way
-answers every question in float32, greedily; the server keeps nothing between rounds. Processor seconds: this process's
-and the server's (Linux).
+answers every question in float32, greedily; the server keeps nothing between rounds. Seconds of the clock: what the
+server computes is not in this process.
 """
 
 # LLaVA lives in an environment of its own; the one that is checked does not have it:
@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def make_questions(folder: Path, count: int) -> Path:
 
 
 @contextmanager
-def vllm_serving(python: Path, model: Path, most: int) -> Iterator[tuple[str, int]]:
-    """URL and process group of a server of ``model`` that answers ``most`` requests at a time."""
+def vllm_serving(python: Path, model: Path, most: int) -> Iterator[str]:
+    """URL of a server of ``model`` that answers ``most`` requests at a time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,23 +96,10 @@ def vllm_serving(python: Path, model: Path, most: int) -> Iterator[tuple[str, in
                     break
                 except OSError:
                     time.sleep(0.5)
-            yield url, process.pid
+            yield url
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-
-
-def processor_seconds(group: int) -> float:
-    """Of this process and every process of a group so far."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended
-        if int(fields[2]) == group:
-            ticks += int(fields[11]) + int(fields[12])
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def answer(answerer: Answerer, parsed: argparse.Namespace, questions: list[Any], size: int) -> list[str]:
@@ -119,14 +107,6 @@ def answer(answerer: Answerer, parsed: argparse.Namespace, questions: list[Any],
     parsed.batch_size = size
     batches = answerer.batches(questions, list(range(len(questions))))
     return [text for batch in batches for text in answerer.generate(batch)]
-
-
-def equal_to_first(answers: dict[str, list[str]]) -> dict[str, str]:
-    """Way -> how many of its answers are those of the first way."""
-    first = next(iter(answers.values()))
-    return {
-        way: f"{sum(a == b for a, b in zip(first, own, strict=True))} of {len(own)}" for way, own in answers.items()
-    }
 
 
 def ways(args: argparse.Namespace, checkpoint: Path, questions: Path, url: str) -> dict[str, Callable[[], list[str]]]:
@@ -159,19 +139,18 @@ def main() -> None:
         checkpoint = make_checkpoint(Path(scratch) / "llava-random", args.shape)
         (Path(scratch) / "questions").mkdir()
         questions = make_questions(Path(scratch) / "questions", args.questions)
-        serving = nullcontext(("", -1))
+        serving = nullcontext("")
         if args.server_python:
             made = Export.of(checkpoint, dtype="fp32")
             export(made, Path(scratch) / "hf")
             print(f"compared with LLaVA's own code: {parity.compare(made, Path(scratch) / 'hf')}", flush=True)
             serving = vllm_serving(args.server_python, Path(scratch) / "hf", max(args.at_a_time))
-        with serving as (url, group):
-            clock = partial(processor_seconds, group)
-            runs = alternate(ways(args, checkpoint, questions, url), args.rounds, cpu_clock=clock)
-    equal = equal_to_first({way: of_way[-1].result for way, of_way in runs.items()})
-    for clock in ("cpu", "wall"):
-        about = f"{args.shape}, {args.questions} questions"
-        print_table(about, runs, amount=args.questions, unit="answers", clock=clock, columns={"equal answers": equal})
+        with serving as url:
+            runs = alternate(ways(args, checkpoint, questions, url), args.rounds)
+    first = next(iter(runs.values()))[-1].result
+    equal = {way: f"{sum(map(eq, first, one[-1].result))} of {len(first)}" for way, one in runs.items()}
+    columns = {"answers equal to the first way's": equal}
+    print_table(f"{args.shape}", runs, amount=args.questions, unit="answers", clock="wall", columns=columns)
 
 
 if __name__ == "__main__":

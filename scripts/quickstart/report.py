@@ -130,12 +130,11 @@ def retrieval_table(towers: Sequence[Tower]) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The measurements and notes on them."""
+    """The measurements."""
 
     towers: list[Tower]
     claims: list[Claim]  # the headline's first; [] without both teachers
     over_plain: list[Claim]  # the fine-tuned LLM against the raw one as it comes; [] without that control
-    notes: list[str]
     inputs: dict[str, dict[str, Any]]  # tower -> what its training read
 
     @property
@@ -161,7 +160,7 @@ class Report:
         records = {name: [as_record(one) for one in part] for name, part in parts.items()}
         recall = {f"{tower.name}-seed{tower.seed}": tower.recall() for tower in self.towers}
         recall["chance"] = self.towers[0].recall(chance=True)
-        return {"sentences": self.sentences, **records, "notes": self.notes, "recall": recall, "inputs": self.inputs}
+        return {"sentences": self.sentences, **records, "recall": recall, "inputs": self.inputs}
 
     def failures(self) -> list[str]:
         """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
@@ -299,7 +298,7 @@ def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingC
     return scores.measure_tower(path.name, dual, sets, scores.cache_of(path, dual.card.teacher, caches), images)
 
 
-def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str = "") -> Report:
+def make_report(data: Path, output: Path, comparison: str = "") -> Report:
     """Measure the towers below ``output``; write ``headline.json`` and ``index.html`` there.
 
     ``comparison``: where the page's link to LLaVA's comparison points to; "" for none.
@@ -319,13 +318,11 @@ def make_report(data: Path, output: Path, notes: Sequence[str], comparison: str 
         towers=towers,
         claims=in_order(make_claims(tests)),
         over_plain=in_order(make_claims(over)),
-        notes=[*notes],
         inputs=inputs,
     )
     page = render(
         Path(__file__).with_name("page.html"),
         headlines=report.sentences,
-        notes=notes,
         tables=report.tables,
         queries=page_queries(towers, sets["test"]),
         comparison=comparison,
@@ -346,7 +343,6 @@ def main() -> None:
     """Parse the command line and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     parser.add_argument("--teachers", action="store_true", help="only print the tables that need no tower")
     parser.add_argument("--comparison", default="", help="page of LLaVA's comparison, relative to --output, to link to")
@@ -355,11 +351,10 @@ def main() -> None:
     if options.teachers:
         print("\n" + "\n".join(table.markdown for table in first_result(options.data)))
         return
-    notes = json.loads((options.models / "models.json").read_text(encoding="utf-8"))["notes"]
-    report = make_report(options.data, options.output, notes, options.comparison)
+    report = make_report(options.data, options.output, options.comparison)
     first, *others = report.tables
     print("\n" + "\n".join(table.markdown for table in [*others, first]))
-    print("\n".join([*(f"note: {note}" for note in notes), *report.sentences]))
+    print("\n".join(report.sentences))
     if options.must_learn and (failed := report.failures()):
         sys.exit("error: nothing was learned: " + "; ".join(failed))
 
