@@ -82,9 +82,8 @@ def open_image(data: bytes) -> Image.Image:
 def pixels(images: Sequence[Image.Image], side: int) -> Tensor:
     """(B, 3, side, side) float32, normalized with ImageNet's mean and deviation, as DINOv2's processor does."""
     stack = np.stack([np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images])
-    values = torch.from_numpy(stack).permute(0, 3, 1, 2) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (values - mean[:, None, None]) / std[:, None, None]
+    return ((torch.from_numpy(stack) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def augment(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -145,8 +144,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        update = self.factor * (x.to(self.a.dtype) @ self.a.T) @ self.b.T
-        return self.frozen(x) + update.to(x.dtype)
+        return self.frozen(x) + self.factor * (x @ self.a.T @ self.b.T)
 
 
 class Teacher(nn.Module):
@@ -194,16 +192,14 @@ def caption_step(
     """Stage 1's step: of all captions in the batch, each is nearest to the other caption of its own picture."""
     query_BW = F.normalize(teacher([query for query, _ in pairs]), dim=1)
     positive_BW = F.normalize(teacher([positive for _, positive in pairs]), dim=1)
-    queries, positives = zip(*pairs, strict=True)
-    loss = contrastive_loss(query_BW, positive_BW, 20.0, families, queries, positives)
+    loss = contrastive_loss(query_BW, positive_BW, 20.0, families, *zip(*pairs, strict=True))
     update(loss, optimizer, factor, max_norm=1.0)
     return float(loss.detach())
 
 
-def caption_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+def caption_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW of stage 1."""
-    group = {"params": list(parameters), "peak": 1e-3}
-    return torch.optim.AdamW([group], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    return torch.optim.AdamW([{"params": parameters, "peak": 1e-3}], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def fine_tune(teacher: Teacher, samples: Sequence[Sample], *, steps: int, batch: int, rng: random.Random) -> None:
@@ -386,7 +382,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     rng, started = random.Random(options.seed), time.time()
-
     teacher = Teacher(options.llm)
     if not options.raw:
         fine_tune(teacher, read_tars("train-noto.tar"), steps=options.llm_steps, batch=64, rng=rng)
@@ -398,8 +393,7 @@ def main() -> None:
     model = DualEncoder(options.tower, width)
     train_tower(model, train, cache, side=options.side, steps=options.steps, batch=128, rng=rng)
     for name, value in recall(model, test, cache, side=options.side).items():
-        print(f"{name}: {value:.3f}")
-    print(f"{time.time() - started:.0f} s")
+        print(f"{name}: {value:.3f}, {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
