@@ -5,16 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-from llava_integration.compare import report as tables
-from llava_integration.compare.comparison import Comparison, Side, load_sides
-from llava_integration.compare.page import PageOptions, page
+from llava_integration.compare.comparison import build
 from llava_integration.compare.planning import lines, plan
-from llava_integration.compare.report import build
+from llava_integration.compare.report import markdown, page, terminal
+from llava_integration.compare.sides import Side, load_sides
 from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.files import printable_lines
 from llm2clip_plugin.options import Parser
-
-# The options of ``llm2clip compare``.
 
 
 def parser() -> Parser:
@@ -85,20 +82,6 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
     return {kind: path for kind in endings if (path := getattr(args, kind) or below[kind])}
 
 
-def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], options: PageOptions) -> None:
-    """Write the chosen reports."""
-    for kind, path in files.items():
-        if kind == "json":
-            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        elif kind == "markdown":
-            text = tables.markdown(comparison)
-        else:
-            text = page(comparison, sides, options)
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(f"wrote {path}", file=sys.stderr)
-
-
 def planned(sides: list[Side], args: argparse.Namespace) -> list[str]:
     """The lines of --plan. Raises ValueError for numbers out of range."""
     for name, value, fits, expected in (
@@ -132,9 +115,18 @@ def main(argv: list[str] | None = None) -> int:
     comparison = build(
         sides, resamples=args.resamples, level=args.level, seed=args.seed, references=not args.no_references
     )
-    options = PageOptions(images=args.image_folder, with_images=not args.no_images, questions=args.questions)
-    write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
-    print(printable_lines(tables.terminal(comparison)))  # names in it come from score files
+    for kind, path in outputs(args).items():  # before printing, which `| head` may end
+        if kind == "json":
+            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        elif kind == "markdown":
+            text = markdown(comparison)
+        else:
+            pictures = {"images": args.image_folder, "with_images": not args.no_images}
+            text = page(comparison, sides, **pictures, questions=args.questions)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
+    print(printable_lines(terminal(comparison)))  # names in it come from score files
     return 0
 
 

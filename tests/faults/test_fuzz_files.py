@@ -24,8 +24,8 @@ from llava_integration.answer.questions import read_questions
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.score import score_answers
-from llava_integration.compare.comparison import load_sides
-from llava_integration.compare.report import build
+from llava_integration.compare.comparison import build
+from llava_integration.compare.sides import load_sides
 from llm2clip_plugin.contracts import RunRecord, ScoreFile, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.base import SourceConfig

@@ -16,22 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_text
-from llava_integration.benchmarks.benchmark import (
-    LONG_ANSWERS,
-    Benchmark,
-    Item,
-    Options,
-    Question,
-    Scored,
-    by_group,
-    flatten,
-    item_of,
-    mean,
-    mean_of,
-    published_scores,
-    text_of,
-)
 
 # The option in a free answer, as VLMEvalKit's exact matching reads it (at e8e78f0; golden answers pin it).
 
@@ -94,10 +80,10 @@ NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category"
 PREDICTION_COLUMN = 6  # where the official converter puts it
 
 
-class MMBench(Benchmark):
+class MMBench(base.Benchmark):
     """Circular accuracy, by category. Items are groups of rotations, questions single rotations."""
 
-    def load(self, folder: Path) -> list[Question]:
+    def load(self, folder: Path) -> list[base.Question]:
         """One question per row of the table (a rotation), in its order."""
         table = self.require(folder, *self.question_files, where=WHERE)
         rows = read_table(table)
@@ -116,7 +102,7 @@ class MMBench(Benchmark):
                 )
             pictured = image and with_images
             questions.append(
-                Question(
+                base.Question(
                     id=int(row["index"]),
                     text=row["question"],
                     cluster=hashlib.sha256(image.encode()).hexdigest()[:16] if pictured else f"group {group}",
@@ -128,26 +114,26 @@ class MMBench(Benchmark):
             )
         return questions
 
-    def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
+    def score(self, folder: Path, answers: Answers, options: base.Options) -> base.Scored:
         """Scores every rotation, then the groups."""
         questions, matched = self.join(folder, answers, options)
         rows = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
         items = group_items(questions, rows)
         rotations = {
-            "vanilla.all_rows": mean_of(rows, "correct"),
-            "vanilla.index_lt_1e6": mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
+            "vanilla.all_rows": base.mean_of(rows, "correct"),
+            "vanilla.index_lt_1e6": base.mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
         }
         unread = sum(row["inferred"] is None and not row["missing"] for row in rows)
-        return Scored(
+        return base.Scored(
             metrics={**self.metrics(items), **rotations},
             items=items,
             counts={**matched.counts, "unread": unread},
             notes=matched.notes,
         )
 
-    def score_item(self, question: Question, answer: Answer | None) -> Item:
+    def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """One rotation: the letter that the rule reads."""
-        said = text_of(answer)
+        said = base.text_of(answer)
         text = "nan" if said in PANDAS_MISSING else said  # through a spreadsheet and back
         letter = letter_of(text, choices_of(question.extra["row"]))
         return {
@@ -159,18 +145,20 @@ class MMBench(Benchmark):
             "missing": answer is None,
         }
 
-    def metrics(self, items: Sequence[Item]) -> dict[str, float]:
+    def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Circular accuracy, overall and by ability and category."""
-        groups = {**by_group(items, "l2_category"), **by_group(items, "category")}
+        groups = {**base.by_group(items, "l2_category"), **base.by_group(items, "category")}
         numbers = {
-            "overall": mean_of(items),
-            "by_l2_and_category": {SHORT_NAMES.get(key, key): mean(values) for key, values in groups.items() if key},
+            "overall": base.mean_of(items),
+            "by_l2_and_category": {
+                SHORT_NAMES.get(key, key): base.mean(values) for key, values in groups.items() if key
+            },
             "n_groups": len(items),
             "hits": sum(item["score"] for item in items),
         }
-        return flatten({"vlmevalkit_exact_matching": numbers})
+        return base.flatten({"vlmevalkit_exact_matching": numbers})
 
-    def image_bytes(self, folder: Path, item: Item) -> bytes | None:
+    def image_bytes(self, folder: Path, item: base.Item) -> bytes | None:
         """The picture of a group, from the table's base64 column."""
         for pattern in self.question_files:
             for table in sorted(folder.glob(pattern)):
@@ -211,9 +199,9 @@ def choices_of(row: dict[str, str]) -> dict[str, str]:
     return {letter: text for letter, text in cells.items() if text is not None and text not in PANDAS_MISSING}
 
 
-def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Item]:
+def group_items(questions: Sequence[base.Question], rows: Sequence[base.Item]) -> list[base.Item]:
     """One item for each group of rotations whose first rotation is in the table; the official rule ignores others."""
-    groups: dict[int, list[tuple[Question, Item]]] = {}
+    groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
     for question, row in zip(questions, rows, strict=True):
         groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
     items = []
@@ -224,7 +212,7 @@ def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Ite
         question, row = first
         table_row, rotations = question.extra["row"], [member for _, member in members]
         items.append(
-            item_of(
+            base.item_of(
                 question,
                 None,
                 score=int(all(rotation["correct"] for rotation in rotations)),
@@ -255,9 +243,9 @@ BENCHMARK = MMBench(
     folders=("mmbench",),
     annotations=PATTERNS,
     question_files=PATTERNS,
-    evaluate_options=("--single-pred-prompt", *LONG_ANSWERS),
+    evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
     lmms_eval_tasks=("mmbench_en_dev", "mmbench_en_dev_static", "mmbench_en_dev_lite", "mmbench_en"),
     logged_id=("index", "gpt_eval_score", "submission", "doc"),
     submission_format="jsonl",  # its server takes the same rows as .xlsx: docs/mllm.md
-    published=published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
+    published=base.published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
 )
