@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -222,7 +222,7 @@ class Asking:
     image_folder: str
     sampling: dict[str, Any]  # of the request: temperature, max_tokens ...
     concurrency: int  # requests at a time
-    retry: Retry = field(default_factory=Retry)  # of a request
+    retry: Retry  # of a request
 
 
 def chat_body(question: Question, asking: Asking) -> dict[str, Any]:
