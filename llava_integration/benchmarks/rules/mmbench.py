@@ -19,48 +19,6 @@ from pathlib import Path
 from llava_integration.benchmarks import benchmark as base
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_text
 
-# The option in a free answer, as VLMEvalKit's exact matching reads it (at e8e78f0; golden answers pin it).
-
-API_FAILED = "Failed to obtain answer via API"
-REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
-)
-MARKS_AS_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
-LAST_WORDS = 4  # a letter counts only among the last words
-
-
-def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
-    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
-    return _by_letter(answer, options) or _by_text(answer, options)
-
-
-def _by_letter(answer: str, options: Mapping[str, str]) -> str | None:
-    if API_FAILED in answer:
-        return None
-    if any(refusal in answer for refusal in REFUSALS):
-        return "Z"
-    words = answer.translate(MARKS_AS_SPACES).split()
-    named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS:
-        return named[0]
-    if not named and "Z" in words:
-        return "Z"
-    named_after = ANSWER_IS.search(answer)
-    return named_after[1].upper() if named_after and named_after[1].upper() in options else None
-
-
-def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
-    """The only option whose text the answer, if not much longer than all options, contains in any case."""
-    if len(answer) > 2 * sum(map(len, options.values())):
-        return None
-    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return contained[0] if len(contained) == 1 else None
-
-
 WHERE = "https://github.com/open-compass/MMBench"
 ROTATION = 1_000_000  # index = group + rotation x this
 # What pandas reads as a missing value: official scripts load tables and spreadsheets with it.
@@ -78,6 +36,18 @@ SHORT_NAMES = {
 }
 NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category", "prediction"}
 PREDICTION_COLUMN = 6  # where the official converter puts it
+
+# of VLMEvalKit's exact matching, at e8e78f0; golden answers in the tests pin it
+API_FAILED = "Failed to obtain answer via API"
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+MARKS_AS_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+LAST_WORDS = 4  # a letter counts only among the last words
 
 
 class MMBench(base.Benchmark):
@@ -119,17 +89,9 @@ class MMBench(base.Benchmark):
         questions, matched = self.join(folder, answers, options)
         rows = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
         items = group_items(questions, rows)
-        rotations = {
-            "vanilla.all_rows": base.mean_of(rows, "correct"),
-            "vanilla.index_lt_1e6": base.mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
-        }
         unread = sum(row["inferred"] is None and not row["missing"] for row in rows)
-        return base.Scored(
-            metrics={**self.metrics(items), **rotations},
-            items=items,
-            counts={**matched.counts, "unread": unread},
-            notes=matched.notes,
-        )
+        counts = {**matched.counts, "unread": unread}
+        return base.Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """One rotation: the letter that the rule reads."""
@@ -197,6 +159,32 @@ def choices_of(row: dict[str, str]) -> dict[str, str]:
     """The options of a row by letter."""
     cells = {letter: row.get(letter) for letter in "ABCD"}
     return {letter: text for letter, text in cells.items() if text is not None and text not in PANDAS_MISSING}
+
+
+def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
+    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
+    if API_FAILED in answer:
+        return _by_text(answer, options)
+    if any(refusal in answer for refusal in REFUSALS):
+        return "Z"
+    words = answer.translate(MARKS_AS_SPACES).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) >= len(words) - LAST_WORDS:
+        return named[0]
+    if not named and "Z" in words:
+        return "Z"
+    named_after = ANSWER_IS.search(answer)
+    if named_after and named_after[1].upper() in options:
+        return named_after[1].upper()
+    return _by_text(answer, options)
+
+
+def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
+    """The only option whose text the answer, if not much longer than all options, contains in any case."""
+    if len(answer) > 2 * sum(map(len, options.values())):
+        return None
+    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return contained[0] if len(contained) == 1 else None
 
 
 def group_items(questions: Sequence[base.Question], rows: Sequence[base.Item]) -> list[base.Item]:
