@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 from llava_integration import towers
 from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, check_selection, model_name, option_value
-from llm2clip_plugin.files import ContractError
+from llava_integration.hook import check_projector
 from llm2clip_plugin.options import read_config
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
@@ -223,22 +224,11 @@ def check_tower(tower: str, projector: str | None, words: Sequence[str]) -> Iter
         check_selection(words, location.card.num_layers)
         location.check_weights()
         if projector is not None:
-            check_projector(tower, location.card.hidden_size, projector)
+            scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
+            width = location.card.hidden_size * scales
+            check_projector(tower, width, SimpleNamespace(pretrain_mm_mlp_adapter=projector))
     except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
-
-
-def check_projector(tower: str, hidden_size: int, projector: str) -> None:
-    """Raise ContractError if the projector is not a file of weights for this tower's features."""
-    from llava_integration.hook import projector_width
-
-    scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
-    width = projector_width(projector)
-    if width not in (None, hidden_size * scales):
-        raise ContractError(
-            f"the projector {projector} expects features of width {width}, but the tower {tower!r} has hidden_size "
-            f"{hidden_size}, x {scales} scales; use the tower that it was trained with, or pretrain a projector for it"
-        )
 
 
 if __name__ == "__main__":
