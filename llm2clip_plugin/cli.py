@@ -136,9 +136,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-# Commands declare their options in a module that imports no torch, as a Command or a function that makes a Parser:
-# --help and a misspelt option need no more.
+# Where a command declares its options, an options.command.Command. These modules import no torch, and neither --help
+# nor a misspelled option needs more.
 OPTIONS: dict[str, tuple[str, str]] = {
+    "doctor": ("llm2clip_plugin.doctor", "COMMAND"),
     "run": ("llm2clip_plugin.pipeline.options", "COMMAND"),
     "data make": ("llm2clip_plugin.data.make.options", "COMMAND"),
     "data check": ("llm2clip_plugin.data.check.options", "COMMAND"),
@@ -149,17 +150,23 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "embed": ("llm2clip_plugin.stages.embed.options", "COMMAND"),
     "train-text-adapter": ("llm2clip_plugin.stages.text_adapter.options", "COMMAND"),
     "train-tower": ("llm2clip_plugin.stages.tower.options", "COMMAND"),
+    "status": ("llm2clip_plugin.stages.status.command", "COMMAND"),
     "evaluate": ("llm2clip_plugin.evaluate.options.retrieval", "COMMAND"),
     "evaluate captions": ("llm2clip_plugin.evaluate.options.captions", "COMMAND"),
     "evaluate zeroshot": ("llm2clip_plugin.evaluate.options.zeroshot", "COMMAND"),
     "evaluate probe": ("llm2clip_plugin.evaluate.options.probe", "COMMAND"),
     "forecast": ("llm2clip_plugin.evaluate.options.forecast", "COMMAND"),
     "search": ("llm2clip_plugin.evaluate.options.search", "COMMAND"),
-    "export": ("llm2clip_plugin.stages.tower.export_options", "parser"),
-    "import": ("llm2clip_plugin.vision.convert.options", "parser"),
-    "compare": ("llava_integration.compare.options", "parser"),
-    "bench-mllm": ("llava_integration.benchmarks.bench_options", "parser"),
-    "score": ("llava_integration.benchmarks.score_options", "parser"),
+    "export": ("llm2clip_plugin.stages.tower.export_options", "COMMAND"),
+    "import": ("llm2clip_plugin.vision.convert.options", "COMMAND"),
+    "use": ("llava_integration.towers.commands", "USE"),
+    "towers": ("llava_integration.towers.commands", "TOWERS"),
+    "llava evaluate": ("llava_integration.answer.options", "COMMAND"),
+    "compare": ("llava_integration.compare.options", "COMMAND"),
+    "bench-mllm": ("llava_integration.benchmarks.bench_options", "COMMAND"),
+    "score": ("llava_integration.benchmarks.score_options", "COMMAND"),
+    "llava bundle": ("llava_integration.towers.bundle", "COMMAND"),
+    "llava export": ("llava_integration.serve.command", "COMMAND"),
 }
 
 EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
@@ -307,15 +314,13 @@ def _unexpected(error: Exception) -> int:
 
 def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
-    from llm2clip_plugin.paths import checked
+    from llm2clip_plugin.paths import check_paths
 
     suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
     if name in OPTIONS and not suites:
         module, attribute = OPTIONS[name]
-        declared: Any = getattr(importlib.import_module(module), attribute)
-        if callable(declared):
-            declared = declared()
-        checked(declared, argv)
+        command: Any = getattr(importlib.import_module(module), attribute)
+        check_paths(command, command.read(argv).values)
 
 
 def limit_threads() -> None:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from llm2clip_plugin.options.shared import READ_NAMES
+from llm2clip_plugin.options.command import NAMES
 
 
 def command(*words: object) -> str:
@@ -24,7 +24,7 @@ def changed_options(config: Any, names: Iterable[str], *, prefix: str = "") -> l
         value = getattr(config, name)
         if value == defaults[name]:
             continue
-        option = READ_NAMES.get(name, f"{prefix}{name}".replace("_", "-"))
+        option = NAMES.get(name, f"{prefix}{name}".replace("_", "-"))
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--{prefix}no-{name}".replace("_", "-"))
         elif isinstance(value, tuple):

@@ -6,11 +6,11 @@ LLaVA is imported when a model is loaded: ``--help`` works without it.
 # LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
 
-import argparse
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from llava_integration.answer.options import AnswerConfig
 from llava_integration.answer.prepare import Prepare, Prepared, conversation_of, padded
 from llava_integration.answer.questions import Question
 from llm2clip_plugin.quiet import quiet_llava_loading
@@ -19,7 +19,7 @@ from llm2clip_plugin.quiet import quiet_llava_loading
 class Answerer:
     """A LLaVA model with its tokenizer and image processor."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: AnswerConfig):
         """Load the model as LLaVA's own evaluation does."""
         import torch
         from llava.mm_utils import get_model_name_from_path

@@ -1,6 +1,5 @@
 """``llm2clip bench-mllm``: evaluate one LLaVA checkpoint on every benchmark whose files are found."""
 
-import argparse
 import json
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.base import Options
-from llava_integration.benchmarks.bench_options import parser
+from llava_integration.benchmarks.bench_options import COMMAND, BenchConfig
 from llava_integration.benchmarks.engine import make_answers
 from llava_integration.benchmarks.plan import Missing, Task, plans
 from llava_integration.benchmarks.provenance import run_provenance
@@ -21,7 +20,6 @@ from llava_integration.towers.checkpoint_files import check_checkpoint
 from llava_integration.towers.checkpoint_name import refuse_name
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.options.parser import Parser, data_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +35,13 @@ class Outcome:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 1 if one of them failed, 0 otherwise."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    split = words.index("--") if "--" in words else len(words)
-    parse = parser()
-    args, extra = parse.parse_args(words[:split]), words[split + 1 :]
-    args.data = data_of(parse, args)
+    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    check_model(parse, args)
-    tasks = plans(args.benchmarks, args.data, args.output / "questions")
+    if args.model_path:
+        refuse_name(args.model_path, base=args.model_base)
+        check_checkpoint(args.model_path, args.model_base)
+    tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
         raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
@@ -56,30 +52,13 @@ def main(argv: list[str] | None = None) -> int:
             "LLaVA is not installed in this environment; to install it: pip install --no-deps llava-torch==1.2.2.post1 "
             "(`llm2clip doctor` lists what else is missing), or run bench-mllm where it is installed"
         )
-    outcomes = [run_one(task, args, extra) for task in tasks]
+    outcomes = [run_one(task, args) for task in tasks]
     print("\n" + describe(outcomes))
     with atomic_file(args.output / "bench.json") as temporary:
         temporary.write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
     compare = command("compare", "BASE/scores", args.output / "scores", "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-LOCAL = ("model_path", "model_base", "engine", "gpus", "batch_size", "conv_mode", "device", "dtype")  # of a checkpoint
-
-
-def check_model(parse: Parser, args: argparse.Namespace) -> None:
-    """Raise ValueError unless there is one model, a checkpoint or a served one, and no option of the other."""
-    if not args.endpoint:
-        if not args.model_path:
-            raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
-        if args.served_model_name:
-            raise ValueError("--served-model-name has no effect without --endpoint; remove it")
-        refuse_name(args.model_path, base=args.model_base)
-        check_checkpoint(args.model_path, args.model_base)
-    elif given := [name for name in LOCAL if getattr(args, name) != parse.get_default(name)]:
-        shown = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{shown} has no effect with --endpoint; remove it")
 
 
 def describe_plan(tasks: list[Task | Missing]) -> str:
@@ -98,7 +77,7 @@ def describe_plan(tasks: list[Task | Missing]) -> str:
     return "\n".join(tables.aligned(("benchmark", "", "files"), rows))
 
 
-def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) -> Outcome:
+def run_one(task: Task | Missing, args: BenchConfig) -> Outcome:
     """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the run."""
     name = task.benchmark.name
     if isinstance(task, Missing):
@@ -106,7 +85,7 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
     started = time.monotonic()
     print(f"\n== {task.benchmark.title}", flush=True)
     try:
-        answers, answered_by = make_answers(task, args, extra)
+        answers, answered_by = make_answers(task, args)
         outcome = score_task(task, args, answers, answered_by)
     except Exception as error:
         log = args.output / "logs" / f"{name}.error.txt"
@@ -117,7 +96,7 @@ def run_one(task: Task | Missing, args: argparse.Namespace, extra: list[str]) ->
     return replace(outcome, seconds=round(time.monotonic() - started, 1))
 
 
-def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: list[str]) -> Outcome:
+def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]) -> Outcome:
     """Score the answers and write the score file; if only the server has the truth, write the server's file."""
     member, name = task.benchmark, task.benchmark.name
     answers = read_answers(path, tasks=member.lmms_eval_tasks)

@@ -1,11 +1,11 @@
 """The programs that generate a benchmark's answers, run in a subprocess: llava_integration.evaluate and lmms-eval."""
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from llava_integration.benchmarks.bench_options import BenchConfig
 from llava_integration.benchmarks.plan import Task
 
 
@@ -13,17 +13,17 @@ class EngineError(RuntimeError):
     """The engine failed to generate the answers."""
 
 
-def make_answers(task: Task, args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str]]:
+def make_answers(task: Task, args: BenchConfig) -> tuple[Path, list[str]]:
     """Run the engine in a subprocess; returns the path of the answers and the command."""
     if args.engine == "lmms-eval":
         output = args.output / "lmms_eval" / task.benchmark.name
-        command = lmms_eval_command(task, args, extra, output)
+        command = lmms_eval_command(task, args, output)
         logs = [path for known in task.benchmark.lmms_eval_tasks for path in output.glob(f"**/*_samples_{known}.jsonl")]
         if logs and not args.overwrite:  # written at the very end of its run
             return output, command
     else:
         output = args.output / "answers" / f"{task.benchmark.name}.jsonl"
-        command = evaluate_command(task, args, extra, output)
+        command = evaluate_command(task, args, output)
     print(" ".join(command), flush=True)
     log = args.output / "logs" / f"{task.benchmark.name}.log"
     status, last = run_logged(command, log)
@@ -51,7 +51,7 @@ def run_logged(command: list[str], log: Path) -> tuple[int, str]:
     return process.returncode, next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
 
 
-def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
+def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of llava_integration.evaluate, under torchrun with several GPUs."""
     start = [sys.executable, "-m"]
     if args.gpus > 1:
@@ -60,10 +60,10 @@ def evaluate_command(task: Task, args: argparse.Namespace, extra: list[str], out
     words += ["--question-file", str(task.question_file), *task.benchmark.evaluate_options]
     if task.image_folder is not None:
         words += ["--image-folder", str(task.image_folder)]
-    return [*words, *(["--overwrite"] if args.overwrite else []), *extra]
+    return [*words, *(["--overwrite"] if args.overwrite else []), *args.engine_options]
 
 
-def model_options(args: argparse.Namespace) -> list[str]:
+def model_options(args: BenchConfig) -> list[str]:
     """The options of llava_integration.evaluate that name the model and how it runs."""
     if args.endpoint:
         named = ["--served-model-name", args.served_model_name] if args.served_model_name else []
@@ -75,7 +75,7 @@ def model_options(args: argparse.Namespace) -> list[str]:
     return [*words, "--model-base", args.model_base] if args.model_base else words
 
 
-def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], output: Path) -> list[str]:
+def lmms_eval_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     """The command line of lmms-eval, which downloads its own questions and pictures."""
     model = f"pretrained={args.model_path},conv_template={args.conv_mode}"
     if args.device != "auto":
@@ -86,5 +86,5 @@ def lmms_eval_command(task: Task, args: argparse.Namespace, extra: list[str], ou
     return [
         *start, "lmms_eval", "--model", "llava", "--model_args", model, "--tasks", task.benchmark.lmms_eval_tasks[0],
         "--batch_size", str(args.batch_size), "--log_samples", "--log_samples_suffix", task.benchmark.name,
-        "--output_path", str(output), *extra,
+        "--output_path", str(output), *args.engine_options,
     ]  # fmt: skip

@@ -12,9 +12,8 @@ from llava_integration.benchmarks.base import Options
 from llava_integration.benchmarks.benchmark import Benchmark
 from llava_integration.benchmarks.match import OtherBenchmarkError
 from llava_integration.benchmarks.rules import benchmark, benchmarks
-from llava_integration.benchmarks.score_options import parser
+from llava_integration.benchmarks.score_options import COMMAND
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
-from llm2clip_plugin.options.parser import data_of
 from llm2clip_plugin.outside.values import printable_lines
 
 
@@ -83,12 +82,8 @@ def describe(member: Benchmark, record: ScoreFile) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Score one answers file."""
-    parse = parser()
-    args = parse.parse_args(argv)
-    args.data = data_of(parse, args)
+    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     member = benchmark(args.benchmark)
-    if not 0 <= args.allow <= 1:
-        raise ValueError(f"--allow-missing {args.allow} must be a fraction between 0 and 1")
     answers = read_answers(args.answers, tasks=member.lmms_eval_tasks)
     if args.submission:
         if not member.submission_format:
@@ -97,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    options = Options(allow=args.allow, corrected=args.corrected, reviews=args.reviews)
+    options = Options(allow=args.allow_missing, corrected=args.corrected, reviews=args.reviews)
     record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)

@@ -1,6 +1,5 @@
 """``llm2clip compare``: is the new tower better? Paired statistics over score files, and a report."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from llava_integration.compare import tables
 from llava_integration.compare.build import build
 from llava_integration.compare.comparison import Comparison
-from llava_integration.compare.options import parser
+from llava_integration.compare.options import COMMAND, CompareConfig
 from llava_integration.compare.page import PageOptions, page
 from llava_integration.compare.planning import lines, plan
 from llava_integration.compare.sides import Side, load_sides
@@ -19,7 +18,7 @@ from llm2clip_plugin.contracts import atomic_file
 from llm2clip_plugin.outside.values import printable_lines
 
 
-def outputs(args: argparse.Namespace) -> dict[str, Path]:
+def outputs(args: CompareConfig) -> dict[str, Path]:
     """Which files to write."""
     chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "html")}
     if args.output:
@@ -42,19 +41,8 @@ def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], opt
         print(f"wrote {path}", file=sys.stderr)
 
 
-def planned(sides: list[Side], args: argparse.Namespace) -> list[str]:
-    """The lines of --plan. Raises ValueError for numbers out of range."""
-    for name, value, fits, expected in (
-        ("effect", args.effect, args.effect > 0, "a number above 0"),
-        ("runs", min(args.runs), min(args.runs) > 0, "whole numbers above 0"),
-        ("spread", args.spread, args.spread is None or args.spread >= 0, "0 or more"),
-        ("power", args.power, 0.5 <= args.power < 1, "a number in [0.5, 1)"),
-        ("correlation", args.correlation, -1 <= args.correlation < 1, "a number in [-1, 1)"),
-    ):
-        if not fits:
-            raise ValueError(f"--{name} {value} does not fit; expected {expected}")
-    if files := [f"--{kind}" for kind in outputs(args)]:
-        raise ValueError(f"--plan writes no report; remove --output and {', '.join(files)}")
+def planned(sides: list[Side], args: CompareConfig) -> list[str]:
+    """The lines of --plan."""
     noises = plan(
         sides, spread=args.spread, correlation=args.correlation, resamples=min(args.resamples, 1000), seed=args.seed
     )
@@ -63,13 +51,7 @@ def planned(sides: list[Side], args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare score files and write the reports."""
-    args = parser().parse_args(argv)
-    if args.resamples < 100:
-        raise ValueError(f"--resamples {args.resamples} is too few for an interval; use at least 100, better 10000")
-    if not 0.5 <= args.level < 1:
-        raise ValueError(f"--level {args.level} is not in [0.5, 1); use 0.95, for example")
-    if not args.new and not args.plan:
-        raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what a difference needs")
+    args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     sides = load_sides([args.base, *args.new], args.names)
     if args.plan:
         print(printable_lines("\n".join(planned(sides, args))))
@@ -83,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         resamples=args.resamples,
         level=args.level,
         seed=args.seed,
-        references=not args.no_references,
+        references=args.references,
         progress=progress,
     )
-    options = PageOptions(images=args.image_folder, with_images=not args.no_images, questions=args.questions)
+    options = PageOptions(images=args.image_folder, with_images=args.images, questions=args.questions)
     write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
     print(printable_lines(tables.terminal(comparison)))  # names in it come from score files
     return 0

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +11,8 @@ from llava_integration.towers import names
 from llava_integration.towers.location import TowerLocation
 from llava_integration.towers.provenance import BUNDLE, KEY, find_tower, tower_record
 from llm2clip_plugin.contracts import ContractError, TowerCard, atomic_directory, atomic_file
-from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.options.command import Command
 from llm2clip_plugin.outside.values import read_json_value
-from llm2clip_plugin.paths import checked
 
 CONFIG = "config.json"
 FILES = (  # of a tower directory, as patterns
@@ -102,15 +101,28 @@ def already_bundled(target: Path, location: TowerLocation) -> bool:
     return True
 
 
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """Checkpoints that get their tower."""
+
+    checkpoints: tuple[Path, ...]  # folders with config.json
+    tower: str = ""  # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    overwrite: bool = False  # replace a different tower that is already bundled
+
+
+COMMAND = Command(
+    name="llava bundle",
+    example="llm2clip llava bundle checkpoints/llava-7b-llm2clip",
+    about="Copy the vision tower into LLaVA checkpoints, so that they load on another machine.",
+    settings=BundleConfig,
+    arguments="checkpoints",
+    shown={"checkpoints": "checkpoint"},
+)
+
+
 def main(argv: list[str]) -> int:
     """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
-    parser = Parser("llava bundle", "llm2clip llava bundle checkpoints/llava-7b-llm2clip", main.__doc__ or "")
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="folder with config.json")
-    parser.add_argument(
-        "--tower", default="", help="path, registered name or Hub id of the tower, if the checkpoint cannot find it"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a different tower that is already bundled")
-    options = checked(parser, argv)
+    options = COMMAND.parse(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)
         print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")

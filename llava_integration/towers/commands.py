@@ -2,20 +2,48 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava_integration.towers import names, registry
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.options.parser import Parser
+from llm2clip_plugin.options.command import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseConfig:
+    """The tower to use."""
+
+    tower: str  # tower directory, Hub id, or a registered name
+    name: str = ""  # register it under this name; "": last part of the path or id
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """How to list the towers."""
+
+    forget: str = ""  # name of a tower to remove from the list; its files are kept
+    json: bool = False  # print JSON
+
+
+USE = Command(
+    name="use",
+    example="llm2clip use towers/l14-336",
+    about="Register a tower and make it the one that --vision_tower llm2clip loads.",
+    settings=UseConfig,
+    arguments="tower",
+)
+TOWERS = Command(
+    name="towers",
+    example="llm2clip towers",
+    about="List the registered towers: location, hash, width, patches. An asterisk marks the selected one.",
+    settings=TowersConfig,
+)
 
 
 def main_use(argv: list[str]) -> int:
     """Register a tower and make it the one that --vision_tower llm2clip loads."""
-    parser = Parser("use", "llm2clip use towers/l14-336", main_use.__doc__ or "")
-    parser.add_argument("tower", metavar="PATH|HUB_ID|NAME", help="tower directory, Hub id, or a registered name")
-    parser.add_argument("--name", default="", help="register it under this name (default: last part of the path or id)")
-    options = parser.parse_args(argv)
+    options = USE.parse(argv)
     location = names.locate_spec(options.tower, how=f"llm2clip use {options.tower}")
     location.check_weights()
     name = registry.select(location.origin, location.sha256, name=options.name)
@@ -27,10 +55,7 @@ def main_use(argv: list[str]) -> int:
 
 def main_towers(argv: list[str]) -> int:
     """List the registered towers: location, hash, width, patches. An asterisk marks the selected one."""
-    parser = Parser("towers", "llm2clip towers", main_towers.__doc__ or "")
-    parser.add_argument("--forget", metavar="NAME", help="remove a tower from the list; its files are kept")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
+    options = TOWERS.parse(argv)
     if options.forget:
         registry.forget(options.forget)
     known = registry.read()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from llm2clip_plugin.contracts.writing import atomic_file
-from llm2clip_plugin.outside.values import ContractError, check_fields, read_json_value
+from llm2clip_plugin.outside.values import ContractError, from_plain, read_json_value
 
 Record = TypeVar("Record", bound="VersionedRecord")
 HEAD = ("kind", "format_version")
@@ -50,15 +50,7 @@ class VersionedRecord:
                 f"{where} has format version {body.get('format_version')}, but this release reads {cls.VERSION}; "
                 "create the file again with this release, or install the release that wrote it"
             )
-        values = {name: value for name, value in body.items() if name not in HEAD}
-        known = {item.name: item for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
-            raise ContractError(f"{where} has unknown fields {unknown}; known: {sorted(known)}")
-        required = {name for name, item in known.items() if item.default is item.default_factory is dataclasses.MISSING}
-        if missing := sorted(required - set(values)):
-            raise ContractError(f"{where} is missing the required fields {missing}")
-        check_fields(cls, values, where=where)
-        record = cls(**values)
+        record = from_plain(cls, {name: value for name, value in body.items() if name not in HEAD}, where=where)
         record.check_values(where=where)
         return record
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llm2clip_plugin.contracts.record import VersionedRecord
-from llm2clip_plugin.outside.values import ContractError, type_problem
+from llm2clip_plugin.outside.values import ContractError, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class CacheManifest(VersionedRecord):
         kinds = {"file": str, "samples": int, "captions": int, "truncated": int, "rows_sha256": str, "sha256": str}
         for name, entry in self.shards.items():
             for key, kind in kinds.items():
-                if key in entry and (problem := type_problem(entry[key], kind)):
-                    raise ContractError(f"{where}: shards.{name}.{key}{problem}")
+                if key in entry:
+                    typed(kind, entry[key], f"{where}: shards.{name}.{key}")
 
     @property
     def captions(self) -> int:

@@ -22,7 +22,6 @@ from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.tables import print_suites
 from llm2clip_plugin.evaluate.teacher import Teacher
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.settings import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, rank
 
@@ -51,20 +50,9 @@ def command() -> Command[SuitesConfig]:
         "files are skipped, with a line that says where to get them. Captions are embedded once, into a cache in the "
         "suite's folder.",
         settings=SuitesConfig,
-        arguments=("tower", "root"),
-        everyday=(
-            "suite",
-            "output",
-            "teacher.llm",
-            "teacher.adapter",
-            "retrieval.batch",
-            "retrieval.workers",
-            "retrieval.limit",
-            "resamples",
-            "overwrite",
-            "device",
-        ),
-        shown={**EVALUATION_NAMES, "root": "data"},
+        arguments="tower root",
+        everyday="suite output llm adapter batch-size workers limit resamples overwrite device",
+        shown={"root": "data"},
     )
 
 

@@ -1,135 +1,400 @@
-"""A command whose options are the fields of a dataclass: its words become settings, ``--help`` becomes text."""
+"""Commands whose options are the fields of (nested) dataclasses: one declaration gives names, parser, checks, --help.
+
+A setting is a field, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of the command ends in
+it, else the dotted name, or the name that NAMES or the command gives it. The dotted name, the last part and the names
+of other programs are understood too, with dashes or underscores. What an option means is the comment next to its field.
+docs/options.md has the table.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import linecache
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
 
-from llm2clip_plugin.options.declared import Declared
-from llm2clip_plugin.options.help import help_text
-from llm2clip_plugin.options.names import HELP, HELP_ALL, joined, normal
-from llm2clip_plugin.options.settings import TRUTH, build, convert, takes_several
+from llm2clip_plugin.options.names import joined, nearest
+from llm2clip_plugin.outside.values import default_of, from_plain
 
 Settings = TypeVar("Settings")
 
-OPTION = re.compile(r"--[A-Za-z]")
-HALF = ("bf16", "fp16")  # the Trainer's flags for what --precision says
-PRECISION = "train.precision"
+# One name for one thing in all commands: a field, or the last part of one -> its option.
+NAMES = {
+    "path": "data",
+    "images": "image-folder",
+    "batch": "batch-size",
+    "output_dir": "output",
+    "dataloader_num_workers": "workers",
+    "optim.name": "optimizer",
+    "optim.args": "optimizer-args",
+}
+# Names of Hugging Face's Trainer and of LLaVA's scripts -> the name here; understood, but not shown in --help.
+ALSO = {
+    "data-path": "data",
+    "output-dir": "output",
+    "learning-rate": "lr",
+    "lr-scheduler-type": "schedule",
+    "per-device-train-batch-size": "micro-batch",
+    "dataloader-num-workers": "workers",
+    "resume-from-checkpoint": "resume",
+    "vision-tower": "tower",
+    "model-name-or-path": "llm",
+}
+HALF, PRECISION = ("bf16", "fp16"), "train.precision"  # the Trainer's flags, and the field that has their meaning
+HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
+OPTION, NUMBER = re.compile(r"--[A-Za-z]"), re.compile(r"-?\.?\d")
+TRUTH = {"true": True, "false": False}
+WIDTH, COLUMN = 110, 30  # of --help; where its texts begin
+METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 @dataclass(frozen=True)
-class Words:
-    """A command line, sorted."""
+class Leaf:
+    """A field that is an option."""
 
-    values: dict[str, Any]  # field -> value
-    extras: dict[str, str]  # name of an extra option -> its word
+    type: Any
+    default: Any  # dataclasses.MISSING if it must be given
+    help: str
+    section: str  # first line of the docstring of the dataclass that holds it
 
 
-class Command(Declared[Settings]):
-    """A command that reads its words."""
+@dataclass(frozen=True)
+class Given:
+    """What a command line gives."""
+
+    values: dict[str, Any]  # by dotted name of the field
+    extras: dict[str, str]  # by name of the extra option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Generic[Settings]):
+    """A command and the settings that it reads. Lists of names are texts, with spaces between the names."""
+
+    name: str  # as typed after llm2clip
+    example: str  # a complete command line
+    about: str  # what the command does
+    settings: type[Settings]
+    arguments: str = ""  # fields that stand without an option, in this order; the last may take several
+    everyday: str = ""  # options that --help lists, --help-all has the others; "": all
+    shown: Mapping[str, str] = field(default_factory=dict)  # field, or section -> name, or what precedes its names
+    also: Mapping[str, str] = field(default_factory=dict)  # further names that are understood -> field
+    extras: Mapping[str, str] = field(default_factory=dict)  # options that are no settings: name -> help
+    hidden: str = ""  # fields without an option
+    rest: str = ""  # field that takes the words after --
+    alone: Mapping[str, str] = field(default_factory=dict)  # field, a number -> the value of its option without one
+    # makes the settings that options override from the extra options; None: the fields' own defaults
+    default: Callable[[Mapping[str, str]], Settings] | None = None
+    # option -> the setting that would take its place, and is set to 0 when the option is given without it
+    replaces: Mapping[str, str] = field(default_factory=dict)
+    # option or section -> the setting without which it has no effect; "not NAME": with which it has none. After ": "
+    # may stand how an error says it.
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def parse(self, argv: Sequence[str]) -> Settings:
         """The settings of a command line. Prints --help and exits with status 0 if it is among the words.
 
-        Raises ValueError for an unknown option, a missing or unusable value, and for what the settings refuse.
+        Raises ValueError for an unknown or missing option, an unusable value, one without effect, and for what the
+        settings refuse.
         """
-        return self.build(self.read(argv))
+        given = self.read(argv)
+        default = self.default(given.extras) if self.default else None
+        replaced = {other: 0 for option, other in self.replaces.items() if option in given.values}
+        tree: dict[str, Any] = {}
+        for name, value in {**replaced, **given.values}.items():
+            *sections, last = name.split(".")
+            inner = tree
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[last] = value
+        config = from_plain(self.settings, tree, where=f"llm2clip {self.name}", default=default)
+        self._refuse_without_effect(config, given.values)
+        return config
 
-    def build(self, words: Words, default: Settings | None = None) -> Settings:
-        """``default`` with the values that a command line gives; raises ValueError as ``parse`` does."""
-        try:
-            return build(self.settings, words.values, default)
-        except KeyError as error:
-            raise ValueError(f"{self.placeholder(error.args[0])} is missing; {self.usage}") from error
-
-    def read(self, argv: Sequence[str]) -> Words:
+    def read(self, argv: Sequence[str]) -> Given:
         """The values that a command line gives. Prints --help and exits with status 0 if it is among the words."""
-        if any(word in (*HELP, *HELP_ALL) for word in argv):
-            print(help_text(self, everything=any(word in HELP_ALL for word in argv)))
+        words, rest = list(argv), []
+        if self.rest and "--" in words:
+            words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
+        if any(word in (*HELP, *HELP_ALL) for word in words):
+            print(self.help_text(everything=any(word in HELP_ALL for word in words)))
             raise SystemExit(0)
-        words = list(argv)
-        values: dict[str, Any] = {}
-        extras: dict[str, str] = {}
-        bare: list[str] = []
-        half: set[str] = set()
-        while words:
-            word = words.pop(0)
-            if not OPTION.match(word):
-                bare.append(word)
-                continue
-            name, equals, value = word.partition("=")
-            following = [value] if equals else []
-            if normal(name) in self.extras:
-                extras[normal(name)] = self._one(name, following, words)
-            elif normal(name) in HALF and PRECISION in self.types:
-                if self._truth(following, words):
-                    half.add(normal(name))
-            elif normal(name) != "local-rank":
-                option, positive = self._field(name)
-                values[option] = self._value(option, name, positive, following, words)
-            else:
-                self._one(name, following, words)  # from the DeepSpeed launcher, which sets LOCAL_RANK too
+        parsed, bare = self._parser.parse_known_args(self._canonical(words))
+        values = vars(parsed)
+        extras = {name: values.pop(name) for name in self.extras if name in values}
+        half = [name for name in HALF if values.pop(name, False)]
         if len(half) > 1:
             raise ValueError("--bf16 and --fp16 exclude each other; give one")
-        if half:
-            values[PRECISION] = half.pop()
-        return Words({**self._arguments(bare, values), **values}, extras)
+        values |= {PRECISION: half[0]} if half else {}
+        values |= {self.rest: tuple(rest)} if rest else {}
+        values = {name: () if value in ([""], ["none"]) else value for name, value in values.items()}
+        for name in self.arguments.split():
+            if bare and name not in values:
+                several = typing.get_origin(self.leaves[name].type) is tuple
+                values[name], bare = (tuple(bare), []) if several else (bare[0], bare[1:])
+        if bare:
+            raise ValueError(f"unexpected argument {bare[0]!r}; {self.usage}")
+        required = (name for name, leaf in self.leaves.items() if leaf.default is MISSING)
+        if missing := [self.written(name) for name in required if name not in values]:
+            raise ValueError(f"{' and '.join(missing)} missing; {self.usage}")
+        return Given(values, extras)
 
-    def _field(self, name: str) -> tuple[str, bool]:
-        """The field of an option, and False for --no-FLAG. Raises ValueError for an unknown one."""
-        known, given = self.names.fields, normal(name)
-        if given in known:
-            return known[given], True
-        section, dot, leaf = given.rpartition(".")
-        flag = known.get(f"{section}{dot}{leaf.removeprefix('no-')}", "")
-        if leaf.startswith("no-") and self.types.get(flag) is bool:
-            return flag, False
-        no = {
-            option: field for option, field in known.items() if leaf.startswith("no-") and self.types.get(field) is bool
-        }
-        negated = [f"{at}{dot}no-{flag}" for at, dot, flag in (option.rpartition(".") for option in no)]
-        unknown = f"unknown option {name}{self.names.nearest(name, [*self.extras, *negated])}"
-        raise ValueError(joined(unknown, f"`llm2clip {self.name} --help-all` lists all"))
+    def written(self, name: str) -> str:
+        """How usage and errors write a field: DATA, or --llm."""
+        return self.options[name].upper() if name in self.arguments.split() else f"--{self.options[name]}"
 
-    def _value(self, option: str, name: str, positive: bool, following: list[str], words: list[str]) -> Any:
-        """The option's value, from its own word (``--name=value``) or those that follow."""
-        hint, flag = self.types[option], name
-        if hint is bool:
-            return self._truth(following, words) is positive
-        if not takes_several(hint):
-            return convert(hint, [self._one(name, following, words)], flag)
-        if not following:
-            while words and not OPTION.match(words[0]):
-                following.append(words.pop(0))
-        if following == [""] or (option.endswith("report_to") and following == ["none"]):  # the Trainer's "none"
-            following = []
-        return convert(hint, following, flag)
+    @property
+    def usage(self) -> str:
+        """One line: ``usage: llm2clip train-tower DATA [DATA ...] [options]``."""
+        names = self.arguments.split()
+        words = [self.written(name) for name in names]
+        if names and typing.get_origin(self.leaves[names[-1]].type) is tuple:
+            words.append(f"[{words[-1]} ...]")
+        return " ".join(["usage: llm2clip", self.name, *words, "[options]"])
 
-    @staticmethod
-    def _truth(following: list[str], words: list[str]) -> bool:
-        """The value of a flag, which may stand alone."""
-        if not following and words and words[0].lower() in TRUTH:
-            following = [words.pop(0)]
-        return convert(bool, following, "a flag") if following else True
+    @functools.cached_property
+    def leaves(self) -> dict[str, Leaf]:
+        """Every field that is an option, or stands for one of ``arguments``, by dotted name."""
+        default = self.default({}) if self.default else MISSING
+        hidden = (*self.hidden.split(), self.rest)
+        return {name: leaf for name, leaf in leaves_of(self.settings, default) if name not in hidden}
 
-    @staticmethod
-    def _one(name: str, following: list[str], words: list[str]) -> str:
-        if following:
-            return following[0]
-        if not words or OPTION.match(words[0]):
-            raise ValueError(f"{name} needs a value")
-        return words.pop(0)
+    @functools.cached_property
+    def options(self) -> dict[str, str]:
+        """Field -> the name of its option."""
+        usual = {name: NAMES.get(name) or NAMES.get(last_part(name)) or last_part(name) for name in self.leaves}
+        own = [name for name in usual if name in self.shown or name.rpartition(".")[0] in self.shown]
+        count = Counter(usual[name] for name in usual if name not in own)
+        names = {}
+        for name, option in usual.items():
+            section = name.rpartition(".")[0]
+            if name in own:
+                option = self.shown.get(name) or self.shown[section] + option
+            elif count[option] > 1:
+                option = f"{section}.{option}" if section else option
+            names[name] = option.replace("_", "-")
+        return names
 
-    def _arguments(self, bare: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
-        """The words without an option as the values of ``arguments``."""
-        given, rest = {}, list(bare)
-        for name in self.arguments:
-            if rest and name not in values:
-                several = takes_several(self.types[name])
-                given[name] = convert(self.types[name], rest if several else rest[:1], self.placeholder(name))
-                rest = [] if several else rest[1:]
-        if rest:
-            raise ValueError(f"unexpected argument {rest[0]!r}; {self.usage}")
-        return given
+    @functools.cached_property
+    def understood(self) -> dict[str, str]:
+        """Name of an option, those of other programs too -> its field."""
+        count = Counter(map(last_part, self.leaves))
+        fields = {option: name for name, option in self.options.items()}
+        assert len(fields) == len(self.options), f"options with one name: {self.options}"
+        unique = {last_part(name): name for name in self.leaves if count[last_part(name)] == 1}
+        for names in (self.also, {name: name for name in self.leaves}, unique):
+            for name, of in names.items():
+                fields.setdefault(name.replace("_", "-"), of)
+        return {**{name: fields[now] for name, now in ALSO.items() if now in fields}, **fields}
+
+    @functools.cached_property
+    def _parser(self) -> argparse.ArgumentParser:
+        """Reads the words that ``_canonical`` returns: options by one name, whose values are words or after a =."""
+        parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        parser._negative_number_matcher = re.compile("-")  # type: ignore[assignment]  # -1e-3 and "- x" are values
+        for name, leaf in self.leaves.items():
+            parser.add_argument(f"--{self.options[name]}", dest=name, **_reading(leaf.type))
+        for name in self.extras:
+            parser.add_argument(f"--{name}")
+        if PRECISION in self.leaves:
+            for name in HALF:
+                parser.add_argument(f"--{name}", type=_truth)
+        return parser
+
+    def _canonical(self, words: Sequence[str]) -> list[str]:
+        """The words with each option's own name, and flags with their value. Raises ValueError for an unknown option.
+
+        ``--local_rank``, from the DeepSpeed launcher, is left out: it sets LOCAL_RANK too.
+        """
+        known: list[str] = []
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+            name, equals, value = word.partition("=")
+            if not OPTION.match(word):
+                known.append(word)
+                continue
+            name = name.removeprefix("--").replace("_", "-")
+            flags = {option for option, of in self.understood.items() if self.leaves[of].type is bool}
+            section, dot, last = name.rpartition(".")
+            positive = f"{section}{dot}{last.removeprefix('no-')}"
+            if name in self.understood:
+                option = self.options[self.understood[name]]
+            elif positive in flags:
+                option, equals, value = self.options[self.understood[positive]], "=", "false"
+            elif name in self.extras or (name in HALF and PRECISION in self.leaves):
+                option = name
+            elif name == "local-rank":
+                continue
+            else:
+                raise ValueError(self._unknown(word.partition("=")[0], flags))
+            if not equals and (name in flags or name in HALF) and following.lower() not in TRUTH:
+                equals, value = "=", "true"
+            elif not equals and self.understood.get(name) in self.alone and not NUMBER.match(following):
+                equals, value = "=", self.alone[self.understood[name]]
+            known.append(f"--{option}{equals}{value}")
+        return known
+
+    def _unknown(self, word: str, flags: set[str]) -> str:
+        shown = {name: f"--{self.options[of]}" for name, of in self.understood.items()}
+        shown |= {name: f"--{name}" for name in (*self.extras, *map(negative, flags))}
+        hint = nearest(word.removeprefix("--").replace("_", "-"), shown, shown.__getitem__)
+        return joined(f"unknown option {word}{hint}", f"`llm2clip {self.name} --help-all` lists all")
+
+    def _refuse_without_effect(self, config: Settings, given: Mapping[str, Any]) -> None:
+        """Raise ValueError for a given option that another setting makes void."""
+        for option, need in self.needs.items():
+            for name in (name for name in given if given[name] and f"{name}.".startswith(f"{option}.")):
+                setting, _, why = need.removeprefix("not ").partition(": ")
+                value = functools.reduce(getattr, setting.split("."), config)
+                is_set = value > 0 if isinstance(value, (int, float)) else bool(value)  # -1 steps are none
+                if is_set is need.startswith("not "):
+                    why = why or f"{'with' if is_set else 'without'} {self.written(setting)}"
+                    raise ValueError(f"{self.written(name)} has no effect {why}; remove it")
+
+    def help_text(self, *, everything: bool = False) -> str:
+        """What ``--help`` prints, or ``--help-all``: an example, what the command does, and its options."""
+        about = f"{self.about}" if "\n" in self.about else textwrap.fill(self.about, WIDTH)
+        parts = [f"example:\n  {self.example}", self.usage, about]
+        arguments, every = self.arguments.split(), [*self.extras, *self.leaves]
+        chosen = every if everything or not self.everyday else [self._named(one) for one in self.everyday.split()]
+        listed: dict[str, list[str]] = {}
+        for name in dict.fromkeys([*arguments, *chosen]):
+            if name in self.extras:
+                row, section = _row(f"--{name} {name.upper()}", self.extras[name]), ""
+            else:
+                leaf = self.leaves[name]
+                text = f"{leaf.help}{_shown(leaf.default)}".strip()
+                row = _row(self.written(name) if name in arguments else self._spelled(name), text)
+                section = leaf.section if everything and name not in arguments else ""
+            listed.setdefault(section, []).append(row)
+        parts += ["\n".join([f"{section or 'options'}:", *rows]) for section, rows in listed.items()]
+        if more := len({*every} - {*arguments, *chosen}):
+            parts.append(f"`llm2clip {self.name} --help-all` lists {more} more options.")
+        return "\n\n".join(parts)
+
+    def _named(self, option: str) -> str:
+        return option if option in self.extras else self.understood[option]
+
+    def _spelled(self, name: str) -> str:
+        flag, leaf = f"--{self.options[name]}", self.leaves[name]
+        if leaf.type is not bool:
+            return f"{flag} {_metavar(leaf.type)}"
+        return f"{flag}, --{negative(self.options[name])}" if leaf.default is True else flag
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """An error of the command line is one of its words', like all others."""
+        raise ValueError(message.removeprefix("argument "))
+
+
+def last_part(name: str) -> str:
+    """``lr`` of ``optim.lr``."""
+    return name.rpartition(".")[2]
+
+
+def negative(option: str) -> str:
+    """``loss.no-mask`` of ``loss.mask``."""
+    section, dot, last = option.rpartition(".")
+    return f"{section}{dot}no-{last}"
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
+    return TRUTH[word.lower()]
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """argparse's keyword arguments for a field's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        several = arguments[-1] is Ellipsis  # from_plain checks a Literal, but "none" is none of them
+        return {"type": _reading(arguments[0]).get("type", str), "nargs": "*" if several else len(arguments)}
+    if origin is typing.Literal:
+        return {"choices": arguments}
+    if origin in (typing.Union, types.UnionType):
+        return {"type": _optional(arguments[0])}
+    return {"type": _truth if hint is bool else hint}
+
+
+def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads ``kind``, or "none"."""
+
+    def read(word: str) -> Any:
+        return None if word.lower() == "none" else kind(word)
+
+    return functools.update_wrapper(read, kind)
+
+
+def _metavar(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        each = _metavar(arguments[0])
+        return f"{each} ..." if arguments[-1] is Ellipsis else " ".join(each for _ in arguments)
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(filter(None, arguments))
+    return METAVARS.get(arguments[0] if arguments else hint, "VALUE")
+
+
+def _row(spelled: str, text: str) -> str:
+    first = f"  {spelled:<{COLUMN - 3}} "
+    lines = textwrap.wrap(text, WIDTH - COLUMN) or [""]
+    if len(first) > COLUMN:
+        lines = ["", *lines]
+    return "\n".join([(first + lines[0]).rstrip(), *(" " * COLUMN + line for line in lines[1:])])
+
+
+def _shown(default: Any) -> str:
+    """A default as --help shows it; "" for one that says nothing."""
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    if shown in ("", None, MISSING) or isinstance(shown, bool):
+        return ""
+    return f" (default: {shown:g})" if isinstance(shown, float) else f" (default: {shown})"
+
+
+def leaves_of(kind: type, default: Any = MISSING, path: str = "") -> Iterator[tuple[str, Leaf]]:
+    """(dotted name, leaf) of nested dataclasses, with the values of ``default`` or the fields' own."""
+    hints, comments = typing.get_type_hints(kind), {}
+    for base in reversed(kind.__mro__):
+        comments |= _comments(base) if dataclasses.is_dataclass(base) else {}
+    section = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0].rstrip(".")
+    for item in dataclasses.fields(kind):
+        hint, value = hints[item.name], default_of(item) if default is MISSING else getattr(default, item.name)
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from leaves_of(hint, value, f"{path}{item.name}.")
+        else:
+            yield path + item.name, Leaf(hint, value, comments.get(item.name, ""), section)
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """The comment of every field that a dataclass declares: above the field, or next to it."""
+    lines = linecache.getlines(sys.modules[kind.__module__].__file__ or "")
+    heads = (f"class {kind.__name__}(", f"class {kind.__name__}:")
+    start = next((number for number, line in enumerate(lines) if line.startswith(heads)), None)
+    if start is None:
+        return {}
+    source = inspect.getblock(lines[start:])
+    tokens = tokenize.generate_tokens(iter(source).__next__)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    (body,) = ast.parse("".join(source)).body
+    texts = {}
+    for node in body.body if isinstance(body, ast.ClassDef) else []:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first, last = node.lineno, node.end_lineno or node.lineno
+            while first - 1 in comments and source[first - 2].lstrip().startswith("#"):
+                first -= 1
+            texts[node.target.id] = " ".join(comments[line] for line in range(first, last + 1) if line in comments)
+    return texts

@@ -1,14 +1,8 @@
-"""What the stages' command lines share: settings over a recipe, and the launcher's variables."""
+"""What the stages' commands share."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.stages.explicit import Unused, make_room, refuse_unused, unused_in_training
-
-Settings = TypeVar("Settings")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,21 +24,3 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
     if first_rank:
         print(result.format(path))
     return 0
-
-
-def read_settings(
-    command: Command[Settings],
-    argv: Sequence[str],
-    default: Callable[[dict[str, str]], Settings],
-    unused: Sequence[Unused[Settings]],
-) -> Settings:
-    """The settings of a training stage's command line.
-
-    default: what the options override, from the words of the extra options (--recipe ...); unused: which options have
-    no effect, and when. Raises ValueError for an unknown option and for one without an effect.
-    """
-    words = command.read(argv)
-    given = words.values
-    config = command.build(words, make_room(default(words.extras), given))
-    refuse_unused(config, given, [*unused_in_training(given), *unused], command.names)
-    return config

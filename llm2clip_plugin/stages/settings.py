@@ -1,18 +1,13 @@
-"""Settings as dataclasses and as JSON: read with their types checked, flattened, and compared with a checkpoint's.
+"""Settings of a training run: what stages share, and how a resumed run's are compared with its checkpoint's.
 
 Standard library only.
 """
 
-import dataclasses
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from llm2clip_plugin.options.names import joined, nearest
-
-Settings = TypeVar("Settings")
+from llm2clip_plugin.options.names import nearest
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
@@ -58,6 +53,14 @@ IGNORED_ON_RESUME = (
 
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
+
+# Of the stages' commands, as options.command.Command takes them. An explicit length or warm-up wins over a recipe's.
+REPLACES = {
+    "train.num_train_epochs": "train.max_steps",
+    "optim.warmup_ratio": "optim.warmup_steps",
+    "optim.warmup_steps": "optim.warmup_ratio",
+}
+NEEDS = {"train.num_train_epochs": "not train.max_steps", "plan": "dry_run"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,50 +120,3 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
             f"{where} was saved with other settings:\n  {listed}\n"
             f"restore them, choose another --output, or accept the changes with --allow-changed {' '.join(changed)}"
         )
-
-
-def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") -> Settings:
-    """A settings dataclass from parsed JSON.
-
-    Raises ValueError for an unknown field (with the nearest known name) and for a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(body, dict):
-        raise ValueError(f"{where}: {path or 'the file'} is {body!r}; expected an object with the fields {known}")
-    for name in body:
-        if name not in known:
-            unknown = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"
-            raise ValueError(joined(unknown, f"known: {', '.join(known)}"))
-    return cls(
-        **{
-            name: _typed(hints[name], value, where=where, path=f"{path}.{name}".lstrip("."))
-            for name, value in body.items()
-        }
-    )
-
-
-def _typed(hint: Any, value: Any, *, where: str, path: str) -> Any:
-    """``value`` checked against a type annotation, JSON's lists as tuples."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where=where, path=path)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is not Ellipsis and len(arguments) != len(value):
-            raise ValueError(f"{where}: {path} has {len(value)} values, expected {len(arguments)}")
-        hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(
-            _typed(h, item, where=where, path=f"{path}.{i}")
-            for i, (h, item) in enumerate(zip(hints, value, strict=True))
-        )
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _typed(arguments[0], value, where=where, path=path)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}: {path} is {value!r}; known: {', '.join(map(str, arguments))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(hint, type) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {path} is {value!r}; expected {hint}")
-    return value

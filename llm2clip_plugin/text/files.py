@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_file, sha256_text, sha256_weights
 from llm2clip_plugin.outside.timeouts import can_only_be_a_path, hub_snapshot
-from llm2clip_plugin.outside.values import read_json_value, type_problem
+from llm2clip_plugin.outside.values import read_json_value, typed
 
 SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
@@ -98,7 +98,6 @@ def adapter_sha256(folder: Path) -> str:
         raise ContractError(f"{config} contains a {type(settings).__name__}, expected the settings of a PEFT adapter")
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
-        if problem := type_problem(relevant["target_modules"], list[str]):
-            raise ContractError(f"{config}: target_modules{problem}; copy the adapter again")
-        relevant["target_modules"] = sorted(relevant["target_modules"])  # PEFT writes a set, whose order is random
+        names = typed(list[str], relevant["target_modules"], f"{config}: target_modules")
+        relevant["target_modules"] = sorted(names)  # PEFT writes a set, whose order is random
     return sha256_text(canonical_json([sha256_weights(weights), relevant]))

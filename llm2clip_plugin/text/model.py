@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.outside.values import errors_about
-from llm2clip_plugin.paths import check_path
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.attention import check_attention, set_attention, set_kernels
 from llm2clip_plugin.text.sentence_transformers import is_sentence_transformers
@@ -59,9 +58,13 @@ def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, devic
     Raises ValueError for missing weights, a model that is not a decoder or cannot attend as configured, or a layer out
     of range.
     """
-    check_path("llm", str(folder), "--llm")
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
         settings = AutoConfig.from_pretrained(folder)
+    if getattr(settings, "quantization_config", None):
+        raise ValueError(
+            f"{folder} is saved quantized, and LoRA, merging and its fingerprint need the original weights; take the "
+            "model that it was made from, with --load-in-4bit if memory is short"
+        )
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm2clip_plugin.contracts import ContractError, TowerCard
 from llm2clip_plugin.options.names import unknown
 from llm2clip_plugin.outside.safetensors_header import read_header
-from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_WIDTH, check_fields, check_range, check_whole
+from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_WIDTH, check_range, check_whole, from_plain
 from llm2clip_plugin.vision.adapter import TextAdapter
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, fetch_directory
 from llm2clip_plugin.vision.dual_config import LOG_SCALE, DualConfig
@@ -252,11 +252,7 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
         raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")
-    known = {field.name for field in dataclasses.fields(DualConfig)}
-    if unknown := sorted(set(card.dual) - known):
-        raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
-    check_fields(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
-    config = DualConfig(**card.dual)
+    config = from_plain(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
     if config.projection_dim != card.projection_dim:
         raise ContractError(
             f"{directory / card.FILE} contradicts itself: projection_dim is {card.projection_dim}, in dual "

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +26,7 @@ COMMAND = Command(
     about="Read a data set once, decode every image, and report statistics and broken samples. The exit status is 1 if "
     "training on it would stop, else 0.",
     settings=CheckConfig,
-    arguments=("path",),
-    everyday=(
-        "images",
-        "fields",
-        "kinds",
-        "languages",
-        "validation",
-        "tokenizer",
-        "max_tokens",
-        "max_broken",
-        "show",
-        "workers",
-        "json",
-    ),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window"),
+    arguments="path",
+    everyday="image-folder fields kinds languages validation tokenizer max-tokens max-broken show workers json",
+    hidden="weight shuffle_window",
 )

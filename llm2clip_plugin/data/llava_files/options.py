@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,7 @@ COMMAND = Command(
     about="Write captions.json and images for scripts/llava/pretrain.sh: each image with its first caption. Samples "
     "that can't be read are left out.",
     settings=LlavaDataConfig,
-    arguments=("path",),
-    everyday=("output", "images", "fields", "kinds", "languages", "overwrite"),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=("weight", "shuffle_window"),
+    arguments="path",
+    everyday="output image-folder fields kinds languages overwrite",
+    hidden="weight shuffle_window",
 )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from llm2clip_plugin.data.sources.captions import DEFAULT_FIELDS, parse_fields
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES
 
 COLORS = ("", "white", "gray", "black")
 
@@ -50,7 +49,6 @@ COMMAND = Command(
     "image are joined to one sample with several captions. Unreadable pictures, those without a caption and exact "
     "copies are left out and listed.",
     settings=MakeConfig,
-    arguments=("path",),
-    everyday=("output", "images", "image_field", "fields", "file_names", "background", "workers", "overwrite"),
-    shown={**READ_NAMES, "path": "data"},
+    arguments="path",
+    everyday="output image-folder image-field fields file-names background workers overwrite",
 )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES, SELECTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,7 @@ COMMAND = Command(
     about="Hold out a part of a data set for validation. A sample's side follows from its key, or from a field (--by), "
     "alone: the same in any order of shards. Rerun the same command to resume.",
     settings=SplitConfig,
-    arguments=("path",),
-    everyday=("output", "validation", "by", "images", "fields", "workers", "dry_run"),
-    shown={**READ_NAMES, "path": "data"},
-    hidden=SELECTION,
+    arguments="path",
+    everyday="output validation by image-folder fields workers dry-run",
+    hidden="weight shuffle_window kinds languages",
 )

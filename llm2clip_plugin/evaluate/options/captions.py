@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, ReadingConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.settings import EncoderConfig
 
 
@@ -25,20 +24,7 @@ COMMAND = Command(
     about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
     "another, within and across languages. Images are not read.",
     settings=EvaluateCaptionsConfig,
-    arguments=("measure.captions",),
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "measure.retrieve",
-        "measure.home",
-        "measure.across",
-        "measure.across_kind",
-        "measure.limit",
-        "search",
-        "reading.fit_on",
-        "reading.folder",
-        "json",
-    ),
-    shown={**EVALUATION_NAMES, "measure.captions": "data"},
+    arguments="measure.captions",
+    everyday="llm adapter preset retrieve home across across-kind limit search fit-on folder output",
+    shown={"measure.captions": "data", "json": "output"},
 )

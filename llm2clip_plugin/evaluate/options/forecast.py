@@ -6,7 +6,6 @@ from pathlib import Path
 import llm2clip_plugin
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, in_section
 from llm2clip_plugin.text.settings import EncoderConfig
 
 DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
@@ -45,20 +44,8 @@ COMMAND = Command(
     "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
     "differences to the first. Without --data: the package's 200 validation drawings.",
     settings=ForecastConfig,
-    arguments=("towers",),
-    everyday=(
-        "encoder.llm",
-        "data.path",
-        "data.images",
-        "data.kinds",
-        "data.languages",
-        "cache",
-        "cluster",
-        "select_layer",
-        "limit",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=("data.weight", "data.shuffle_window"),
+    arguments="towers",
+    everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window",
 )

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,6 @@ COMMAND = Command(
     "can be compared with the one that it was trained from. TRAIN and TEST have one folder per class, or tars with "
     ".cls members; with --label FIELD they are captioned data, and the field is the class.",
     settings=ProbeConfig,
-    arguments=("tower", "train", "test"),
-    shown=EVALUATION_NAMES,
+    arguments="tower train test",
+    shown={"json": "output"},
 )

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.declared import Extra
-from llm2clip_plugin.options.shared import EVALUATION_NAMES, READ_NAMES, SELECTION, in_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +28,9 @@ COMMAND = Command(
     "deepspeed launcher the ranks split the work. With --suite NAMES: benchmarks by name (flickr30k, coco, docci, "
     "sugarcrepe ...), see llm2clip evaluate --suite all --help.",
     settings=EvaluateConfig,
-    arguments=("tower", "data.path"),
-    everyday=(
-        "cache",
-        "data.images",
-        "data.fields",
-        "retrieval.kinds",
-        "retrieval.languages",
-        "retrieval.group",
-        "retrieval.limit",
-        "retrieval.batch",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
-    extras={"suite": Extra(metavar="NAMES", help="benchmarks by name; see `llm2clip evaluate --suite all --help`")},
+    arguments="tower data.path",
+    everyday="cache image-folder fields kinds languages group limit batch-size output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window data.kinds data.languages",
+    extras={"suite": "benchmarks by name; see `llm2clip evaluate --suite all --help`"},
 )

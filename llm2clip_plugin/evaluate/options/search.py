@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import READ_NAMES, SELECTION, in_section
 from llm2clip_plugin.text.settings import EncoderConfig
 
 
@@ -40,19 +39,7 @@ COMMAND = Command(
     "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
     "same command to resume.",
     settings=SearchConfig,
-    arguments=("tower", "data.path", "text"),
-    everyday=(
-        "top_k",
-        "output",
-        "json",
-        "cache",
-        "data.images",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "device",
-    ),
-    shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
+    arguments="tower data.path text",
+    everyday="top-k output json cache image-folder llm adapter batch-size workers device",
+    hidden="data.weight data.shuffle_window data.kinds data.languages",
 )

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from llm2clip_plugin.options.command import Command
-from llm2clip_plugin.options.shared import EVALUATION_NAMES
 from llm2clip_plugin.text.settings import EncoderConfig
 
 
@@ -32,18 +31,7 @@ COMMAND = Command(
     "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
     "it is captioned data, with --label.",
     settings=ZeroShotConfig,
-    arguments=("tower", "data"),
-    everyday=(
-        "label",
-        "classes",
-        "templates",
-        "cache",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "json",
-        "device",
-    ),
-    shown=EVALUATION_NAMES,
+    arguments="tower data",
+    everyday="label classes templates cache llm adapter batch-size workers output device",
+    shown={"json": "output"},
 )

@@ -1,28 +1,15 @@
 """The command line of stage 1: ``llm2clip finetune-llm``."""
 
 from llm2clip_plugin.run_files import started_by
-from llm2clip_plugin.stages.command_line import plan_or_train, read_settings
-from llm2clip_plugin.stages.llm.config import FinetuneConfig
+from llm2clip_plugin.stages.command_line import plan_or_train
 from llm2clip_plugin.stages.llm.options import FINETUNE
 from llm2clip_plugin.stages.llm.plan import llm_plan
-from llm2clip_plugin.stages.llm.recipes import llm_recipe
 from llm2clip_plugin.stages.llm.run import finetune_llm
-from llm2clip_plugin.stages.llm.unused import UNUSED
-
-
-def parse(argv: list[str]) -> FinetuneConfig:
-    """The configuration of a command line: a recipe's or the default, with the fields that options set."""
-
-    def default(extras: dict[str, str]) -> FinetuneConfig:
-        name = extras.get("recipe", "")
-        return llm_recipe(name) if name else FinetuneConfig()
-
-    return read_settings(FINETUNE, argv, default, UNUSED)
 
 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    config = parse(argv)
+    config = FINETUNE.parse(argv)
     return plan_or_train(
         config.dry_run,
         lambda: llm_plan(config),

@@ -95,6 +95,11 @@ class RunConfig(TrainingConfig):
         """SHA-256 over the fields that decide what is learned."""
         return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
 
+    @property
+    def trains_at_lr(self) -> bool:
+        """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
+        return not (self.tower.freeze and self.optim.head_lr)
+
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
         if needs_data and (missing := self._missing()):

@@ -3,7 +3,6 @@
 A tower directory is exported with LLaVA's environment alone; a run needs the training environment.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 from llm2clip_plugin.commands import command
 from llm2clip_plugin.contracts import ContractError, RunRecord, TowerCard
+from llm2clip_plugin.outside.values import from_plain
 from llm2clip_plugin.run_files import CHECKPOINTS
-from llm2clip_plugin.stages.settings import from_plain
-from llm2clip_plugin.stages.tower.export_options import parser
+from llm2clip_plugin.stages.tower.export_options import COMMAND, TowerExportConfig
 from llm2clip_plugin.stages.tower.recipes import DEFAULT
 from llm2clip_plugin.text.files import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import load
@@ -29,7 +28,7 @@ from llm2clip_plugin.vision.push import check_repository, push_to_hub
 
 def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
-    options = parser().parse_args(argv)
+    options = COMMAND.parse(argv)
     check_repository(options.push)
     is_run = (Path(options.source) / RunRecord.FILE).is_file()
     if options.format != "tower":
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def two_steps(options: argparse.Namespace) -> str:
+def two_steps(options: TowerExportConfig) -> str:
     """The commands that convert a run: its tower at the end of the training, or a new export of a checkpoint."""
     done = Path(options.source) / "tower"
     tower = str(done) if done.is_dir() and not options.checkpoint else f"{options.output}-tower"
