@@ -17,7 +17,7 @@ DATA, LLM, ADAPTER = "data", "LLM", "adapter"
 INPUTS = {  # field -> what is there
     **dict.fromkeys(("path", "source.path", "data.path", "data.validation", "data", "train", "test"), DATA),
     **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions", "post_data"), DATA),
-    **dict.fromkeys(("encoder.llm", "teacher.llm", "llm"), LLM),
+    **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }
 EXPECTED = {
@@ -45,6 +45,8 @@ def check_paths(command: Command[Any], values: Mapping[str, Any]) -> None:
                 raise FileNotFoundError(
                     joined(f"no {INPUTS[name]} at {path}{near}", f"expected {EXPECTED[INPUTS[name]]}")
                 )
+            if INPUTS.get(name) == LLM and os.path.isfile(f"{path}/config.json") and not _has_tokenizer(Path(path)):
+                raise FileNotFoundError(f"{command.written(name)} {path} has no tokenizer; expected {EXPECTED[LLM]}")
             if name in FOLDERS and os.path.isfile(path):
                 raise FileExistsError(f"{command.written(name)} {path} is a file; expected a folder")
             suffixes = (*NEVER_WRITTEN, ".json") if name in ("html", "markdown") else NEVER_WRITTEN
@@ -65,6 +67,10 @@ def is_missing(path: str, kind: str) -> bool:
     if os.path.exists(os.path.expanduser(path)) or "://" in path:
         return False
     return not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model"))
 
 
 def _check_export(output: Path, inputs: list[str], *, overwrite: bool) -> None:

@@ -149,7 +149,7 @@ class Command(Generic[Settings]):
             raise ValueError(f"unexpected argument {bare[0]!r}; {self.usage}")
         required = (name for name, leaf in self.leaves.items() if leaf.default is MISSING)
         if missing := [self.written(name) for name in required if name not in values]:
-            raise ValueError(f"{' and '.join(missing)} missing; {self.usage}")
+            raise ValueError(f"missing {' and '.join(missing)}; {self.usage}")
         return Given(values, extras)
 
     def written(self, name: str) -> str:
