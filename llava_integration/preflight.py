@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from llava_integration import towers as names
 from llava_integration.towers import LORA, OTHERS, WORD, check_selection, model_name, option_value
-from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.options import read_config
+from llm2clip_plugin.files import ContractError, read_json_value
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
@@ -129,6 +128,15 @@ def check_model(model: str) -> Iterator[str]:
             yield from check_language(path)
     elif not names.HUB_ID.match(model):
         yield f"--model {model} is neither a folder nor a name of the Hub, such as lmsys/vicuna-7b-v1.5"
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of a model's folder; {} if there is none that can be read."""
+    try:
+        config = read_json_value(folder / name)
+    except (OSError, ContractError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_language(path: Path) -> Iterator[str]:

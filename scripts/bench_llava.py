@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,13 +125,13 @@ def bench_answers(options: argparse.Namespace, device: torch.device) -> dict[str
     words = ["--model-path", root / "llava-after", "--question-file", root / "data" / "questions.jsonl"]
     words += ["--image-folder", root / "data" / "images", "--answers-file", "unused", "--workers", 0]
     words += ["--dtype", "float32", "--max_new_tokens", options.max_new_tokens]
-    parsed = evaluate.parser().parse_args([str(word) for word in words])
+    parsed = evaluate.COMMAND.parse([str(word) for word in words])
     answerer = Answerer(parsed)
     questions = evaluate.read_questions(parsed.question_file)
     questions = questions[:: max(1, len(questions) // options.questions)][: options.questions]
 
     def answer(size: int) -> list[str]:
-        parsed.batch_size = size
+        answerer.options = replace(parsed, batch_size=size)
         batches = answerer.batches(questions, list(range(len(questions))))
         return [text for batch in batches for text in answerer.generate(batch)]
 

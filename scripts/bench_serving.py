@@ -24,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,13 +141,13 @@ def ways(
     def words(*more: object) -> list[str]:
         return [str(word) for word in (*common, *more)]
 
-    local = evaluate.parser().parse_args(
+    local = evaluate.COMMAND.parse(
         words("--model-path", checkpoint, "--answers-file", "unused", "--workers", 0, "--dtype", "float32")
     )
     answerer, read = Answerer(local), evaluate.read_questions(questions)
 
     def batches(size: int) -> list[str]:
-        local.batch_size = size
+        answerer.options = replace(local, batch_size=size)
         return [
             text
             for batch in answerer.batches(read, list(range(len(read))))

@@ -31,7 +31,7 @@ from llm2clip_plugin.evaluate.opening import (
 from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import Suite
-from llm2clip_plugin.options import EVALUATION_NAMES, Command
+from llm2clip_plugin.options import Command
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
@@ -234,20 +234,9 @@ def command() -> Command[SuitesConfig]:
         "files are skipped, with a line that says where to get them. Captions are embedded once, into a cache in the "
         "suite's folder.",
         settings=SuitesConfig,
-        arguments=("tower", "root"),
-        everyday=(
-            "suite",
-            "output",
-            "teacher.llm",
-            "teacher.adapter",
-            "retrieval.batch",
-            "retrieval.workers",
-            "retrieval.limit",
-            "resamples",
-            "overwrite",
-            "device",
-        ),
-        shown={**EVALUATION_NAMES, "root": "data"},
+        arguments="tower root",
+        everyday="suite output llm adapter batch-size workers limit resamples overwrite device",
+        shown={"root": "data"},
     )
 
 

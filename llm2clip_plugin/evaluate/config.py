@@ -6,7 +6,7 @@ from typing import Literal
 
 import llm2clip_plugin
 from llm2clip_plugin.data.sources.base import SourceConfig
-from llm2clip_plugin.options import EVALUATION_NAMES, READ_NAMES, SELECTION, Command, Extra, in_section
+from llm2clip_plugin.options import Command
 from llm2clip_plugin.text.config import EncoderConfig
 
 TieRule = Literal["half", "optimistic", "pessimistic", "lowest_index_first"]
@@ -96,22 +96,9 @@ CAPTIONS_COMMAND = Command(
     about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
     "another, within and across languages. Images are not read.",
     settings=EvaluateCaptionsConfig,
-    arguments=("measure.captions",),
-    everyday=(
-        "encoder.llm",
-        "encoder.adapter",
-        "encoder.preset",
-        "measure.retrieve",
-        "measure.home",
-        "measure.across",
-        "measure.across_kind",
-        "measure.limit",
-        "search",
-        "reading.fit_on",
-        "reading.folder",
-        "json",
-    ),
-    shown={**EVALUATION_NAMES, "measure.captions": "data"},
+    arguments="measure.captions",
+    everyday="llm adapter preset retrieve home across across-kind limit search fit-on folder output",
+    shown={"measure.captions": "data", "json": "output"},
 )
 
 
@@ -153,22 +140,10 @@ FORECAST_COMMAND = Command(
     "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
     "differences to the first. Without --data: the package's 200 validation drawings.",
     settings=ForecastConfig,
-    arguments=("towers",),
-    everyday=(
-        "encoder.llm",
-        "data.path",
-        "data.images",
-        "data.kinds",
-        "data.languages",
-        "cache",
-        "cluster",
-        "select_layer",
-        "limit",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=("data.weight", "data.shuffle_window"),
+    arguments="towers",
+    everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window",
 )
 
 
@@ -202,8 +177,8 @@ PROBE_COMMAND = Command(
     "can be compared with the one that it was trained from. TRAIN and TEST have one folder per class, or tars with "
     ".cls members; with --label FIELD they are captioned data, and the field is the class.",
     settings=ProbeConfig,
-    arguments=("tower", "train", "test"),
-    shown=EVALUATION_NAMES,
+    arguments="tower train test",
+    shown={"json": "output"},
 )
 
 
@@ -231,22 +206,11 @@ RETRIEVAL_COMMAND = Command(
     "deepspeed launcher the ranks split the work. With --suite NAMES: benchmarks by name (flickr30k, coco, docci, "
     "sugarcrepe ...), see llm2clip evaluate --suite all --help.",
     settings=EvaluateConfig,
-    arguments=("tower", "data.path"),
-    everyday=(
-        "cache",
-        "data.images",
-        "data.fields",
-        "retrieval.kinds",
-        "retrieval.languages",
-        "retrieval.group",
-        "retrieval.limit",
-        "retrieval.batch",
-        "json",
-        "device",
-    ),
-    shown={**EVALUATION_NAMES, **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
-    extras={"suite": Extra(metavar="NAMES", help="benchmarks by name; see `llm2clip evaluate --suite all --help`")},
+    arguments="tower data.path",
+    everyday="cache image-folder fields kinds languages group limit batch-size output device",
+    shown={"json": "output"},
+    hidden="data.weight data.shuffle_window data.kinds data.languages",
+    extras={"suite": "benchmarks by name; see `llm2clip evaluate --suite all --help`"},
 )
 
 
@@ -285,21 +249,9 @@ SEARCH_COMMAND = Command(
     "format, whose captions are not used, or a folder of image files. Images and texts are embedded once; rerun the "
     "same command to resume.",
     settings=SearchConfig,
-    arguments=("tower", "data.path", "text"),
-    everyday=(
-        "top_k",
-        "output",
-        "json",
-        "cache",
-        "data.images",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "device",
-    ),
-    shown={"batch": "batch-size", **in_section("data", READ_NAMES), "data.path": "data"},
-    hidden=tuple(f"data.{name}" for name in SELECTION),
+    arguments="tower data.path text",
+    everyday="top-k output json cache image-folder llm adapter batch-size workers device",
+    hidden="data.weight data.shuffle_window data.kinds data.languages",
 )
 
 
@@ -331,18 +283,7 @@ ZEROSHOT_COMMAND = Command(
     "with .cls members (CLIP_benchmark, whose classnames.txt and zeroshot_classification_templates.txt are used); or "
     "it is captioned data, with --label.",
     settings=ZeroShotConfig,
-    arguments=("tower", "data"),
-    everyday=(
-        "label",
-        "classes",
-        "templates",
-        "cache",
-        "teacher.llm",
-        "teacher.adapter",
-        "batch",
-        "workers",
-        "json",
-        "device",
-    ),
-    shown=EVALUATION_NAMES,
+    arguments="tower data",
+    everyday="label classes templates cache llm adapter batch-size workers output device",
+    shown={"json": "output"},
 )

@@ -1,20 +1,15 @@
-"""Settings as dataclasses and as JSON: read with their types checked, flattened, and compared with a checkpoint's.
+"""Settings of a training run: what stages share, and how a resumed run's are compared with its checkpoint's.
 
 Standard library only.
 """
 
-import dataclasses
 import os
-import types
-import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from llm2clip_plugin.options import Command, Names, joined, nearest
-
-Settings = TypeVar("Settings")
+from llm2clip_plugin.options import nearest
 
 # Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
 # learns.
@@ -60,6 +55,14 @@ IGNORED_ON_RESUME = (
 
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
+
+# Of the stages' commands, as options.command.Command takes them. An explicit length or warm-up wins over a recipe's.
+REPLACES = {
+    "train.num_train_epochs": "train.max_steps",
+    "optim.warmup_ratio": "optim.warmup_steps",
+    "optim.warmup_steps": "optim.warmup_ratio",
+}
+NEEDS = {"train.num_train_epochs": "not train.max_steps", "plan": "dry_run"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,133 +124,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
         )
 
 
-def from_plain(cls: type[Settings], body: Any, *, where: str, path: str = "") -> Settings:
-    """A settings dataclass from parsed JSON.
-
-    Raises ValueError for an unknown field (with the nearest known name) and for a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(body, dict):
-        raise ValueError(f"{where}: {path or 'the file'} is {body!r}; expected an object with the fields {known}")
-    for name in body:
-        if name not in known:
-            unknown = f"{where}: unknown option {f'{path}.{name}'.lstrip('.')!r}{nearest(name, known)}"
-            raise ValueError(joined(unknown, f"known: {', '.join(known)}"))
-    return cls(
-        **{
-            name: _typed(hints[name], value, where=where, path=f"{path}.{name}".lstrip("."))
-            for name, value in body.items()
-        }
-    )
-
-
-def _typed(hint: Any, value: Any, *, where: str, path: str) -> Any:
-    """``value`` checked against a type annotation, JSON's lists as tuples."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where=where, path=path)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is not Ellipsis and len(arguments) != len(value):
-            raise ValueError(f"{where}: {path} has {len(value)} values, expected {len(arguments)}")
-        hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(
-            _typed(h, item, where=where, path=f"{path}.{i}")
-            for i, (h, item) in enumerate(zip(hints, value, strict=True))
-        )
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _typed(arguments[0], value, where=where, path=path)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}: {path} is {value!r}; known: {', '.join(map(str, arguments))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(hint, type) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {path} is {value!r}; expected {hint}")
-    return value
-
-
-# Options given on the command line: they win over what a recipe sets instead, and one without an effect is an error.
-
-# An option that is given alone -> the setting that would take its place; that one is set to 0.
-REPLACES = {
-    "train.num_train_epochs": "train.max_steps",
-    "optim.warmup_ratio": "optim.warmup_steps",
-    "optim.warmup_steps": "optim.warmup_ratio",
-}
-
-
-@dataclass(frozen=True)
-class Unused(Generic[Settings]):
-    """Options that have no effect in some configurations."""
-
-    options: tuple[str, ...]  # fields or sections, by dotted names
-    why: Callable[[Settings], str]  # what makes them so in this configuration; "" if they have an effect
-    except_for: tuple[str, ...] = ()  # fields of these sections that have one
-    off: Any = None  # a value that asks for nothing, as 0, False, "" and () do
-
-
-def value_of(config: Any, name: str) -> Any:
-    """The value of a dotted name."""
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def make_room(default: Settings, given: Collection[str]) -> Settings:
-    """``default`` without the settings that would take the place of a given option."""
-    for option, replaced in REPLACES.items():
-        if option in given and replaced not in given:
-            default = _with(default, replaced.split("."), 0)
-    return default
-
-
-def _with(config: Any, path: list[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _with(getattr(config, path[0]), path[1:], value)
-    return dataclasses.replace(config, **{path[0]: type(getattr(config, path[0]))(inner) if len(path) == 1 else inner})
-
-
-def refuse_unused(config: Settings, given: Collection[str], rules: Iterable[Unused[Settings]], names: Names) -> None:
-    """Raise ValueError that names every given option without an effect, and the setting that makes it so."""
-    problems = []
-    for rule in rules:
-        if why := rule.why(config):
-            for name in sorted(given):
-                value = value_of(config, name)
-                affected = any(name == option or name.startswith(f"{option}.") for option in rule.options)
-                if affected and name not in rule.except_for and value and value != rule.off:
-                    problems.append(f"{names.flag(name)} {value} has no effect: {why}")
-    if problems:
-        raise ValueError("\n  ".join(problems) + ("\nremove these options" if len(problems) > 1 else "; remove it"))
-
-
-def _both_lengths(config: Any) -> str:
-    steps = config.train.max_steps
-    return f"max_steps {steps} decides the length" if steps > 0 else ""
-
-
-def unused_in_training(given: Collection[str]) -> list[Unused[Any]]:
-    """What both training stages have in common."""
-    rules: list[Unused[Any]] = [
-        Unused(
-            ("optim.min_lr_ratio",),
-            lambda c: (
-                "optim.schedule constant never lowers the learning rate" if c.optim.schedule == "constant" else ""
-            ),
-        ),
-        Unused(("train.profile_all_ranks",), lambda c: "" if c.train.profile_steps else "train.profile_steps is 0"),
-        Unused(("plan",), lambda c: "" if c.dry_run else "it is an assumption of --dry-run"),
-        Unused(
-            ("allow_changed",), lambda c: "with --resume never, no checkpoint is read" if c.resume == "never" else ""
-        ),
-    ]
-    if "train.max_steps" in given:
-        rules.append(Unused(("train.num_train_epochs",), _both_lengths))
-    return rules
-
-
-# What the stages' command lines share: settings over a recipe, and the launcher's variables.
+# What the stages' commands share.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -269,24 +146,6 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
     if first_rank:
         print(result.format(path))
     return 0
-
-
-def read_settings(
-    command: Command[Settings],
-    argv: Sequence[str],
-    default: Callable[[dict[str, str]], Settings],
-    unused: Sequence[Unused[Settings]],
-) -> Settings:
-    """The settings of a training stage's command line.
-
-    default: what the options override, from the words of the extra options (--recipe ...); unused: which options have
-    no effect, and when. Raises ValueError for an unknown option and for one without an effect.
-    """
-    words = command.read(argv)
-    given = words.values
-    config = command.build(words, make_room(default(words.extras), given))
-    refuse_unused(config, given, [*unused_in_training(given), *unused], command.names)
-    return config
 
 
 # What a dry run assumes; read without torch.

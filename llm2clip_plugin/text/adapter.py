@@ -20,7 +20,7 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     sha256_weights,
 )
-from llm2clip_plugin.files import ContractError, errors_about, read_json_value, type_problem
+from llm2clip_plugin.files import ContractError, errors_about, read_json_value, typed
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
@@ -119,9 +119,8 @@ def adapter_sha256(folder: Path) -> str:
         raise ContractError(f"{config} contains a {type(settings).__name__}, expected the settings of a PEFT adapter")
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
-        if problem := type_problem(relevant["target_modules"], list[str]):
-            raise ContractError(f"{config}: target_modules{problem}; copy the adapter again")
-        relevant["target_modules"] = sorted(relevant["target_modules"])  # PEFT writes a set, whose order is random
+        names = typed(list[str], relevant["target_modules"], f"{config}: target_modules")
+        relevant["target_modules"] = sorted(names)  # PEFT writes a set, whose order is random
     return sha256_text(canonical_json([sha256_weights(weights), relevant]))
 
 

@@ -18,9 +18,9 @@ from llm2clip_plugin.files import (
     MAX_LAYERS,
     MAX_WIDTH,
     ContractError,
-    check_fields,
     check_range,
     check_whole,
+    from_plain,
     read_header,
 )
 from llm2clip_plugin.options import unknown
@@ -340,11 +340,7 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
         raise ValueError(f"{directory} contains only a tower, without a projection; open it with load_tower")
-    known = {field.name for field in dataclasses.fields(DualConfig)}
-    if unknown := sorted(set(card.dual) - known):
-        raise ContractError(f"{directory / card.FILE}: unknown fields in dual: {unknown}; known: {sorted(known)}")
-    check_fields(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
-    config = DualConfig(**card.dual)
+    config = from_plain(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
     if config.projection_dim != card.projection_dim:
         raise ContractError(
             f"{directory / card.FILE} contradicts itself: projection_dim is {card.projection_dim}, in dual "

@@ -7,25 +7,25 @@ import json
 
 import pytest
 
-from llm2clip_plugin.stages.settings import from_plain, refuse_changes
+from llm2clip_plugin.files import from_plain
+from llm2clip_plugin.stages.settings import refuse_changes
 from llm2clip_plugin.stages.tower import config as recipes
-from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.stages.tower.config import RECIPES, RunConfig, recipe
 
 
-def test_a_misspelled_option_is_refused():
-    with pytest.raises(ValueError, match=r"unknown option 'optim.learning_rat'; "):
-        from_plain(RunConfig, {"optim": {"learning_rat": 1}}, where="x.json")
-    with pytest.raises(ValueError, match=r"unknown option 'train.global_bach'; did you mean 'global_batch'\?"):
-        from_plain(RunConfig, {"train": {"global_bach": 1}}, where="x.json")
-    with pytest.raises(ValueError, match=r"train.global_batch is '8'; expected <class 'int'>"):
-        from_plain(RunConfig, {"train": {"global_batch": "8"}}, where="x.json")
-    with pytest.raises(ValueError, match=r"unknown option --train.global-bach; did you mean --global-batch"):
-        read_command(["--recipe", "quickstart", "--train.global-bach", "8"])
-    with pytest.raises(
-        ValueError, match=r"unknown recipe 'quickstrat'; did you mean 'quickstart'\?.* known: base, quickstart"
-    ):
-        read_command(["--recipe", "quickstrat"])
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"optim": {"learning_rat": 1}}, r"x.json: optim .*'learning_rat'.* known: .*lr"),
+        ({"train": {"global_batch": "8"}}, r"x.json: train: global_batch is '8', expected int"),
+        ({"optim": {"betas": [0.9]}}, "x.json: optim: betas"),
+        ({"optim": {"schedule": "cosin"}}, "x.json: optim: schedule is 'cosin'"),
+        ([], "x.json"),
+    ],
+)
+def test_a_wrong_field_of_a_file_is_named(body: object, named: str):
+    with pytest.raises(ValueError, match=named):
+        from_plain(RunConfig, body, where="x.json")
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

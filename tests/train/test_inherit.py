@@ -17,8 +17,8 @@ from train_helpers import run_ranks
 
 from llm2clip_plugin import cli
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.stages.text_adapter.command import read_command
 from llm2clip_plugin.stages.text_adapter.opening import open_data
+from llm2clip_plugin.stages.text_adapter.options import COMMAND
 from llm2clip_plugin.text.teacher import scores
 from llm2clip_plugin.train.checkpoint import TWIN
 from llm2clip_plugin.vision.dual import load_dual
@@ -67,16 +67,16 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both_stages(rank: int, world: int, folder: str) -> None:
     """Stage 1 with gradient caching, whole under ZeRO-1, resumed under ZeRO-3; then stage 2 under ZeRO-3."""
     from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
-    from llm2clip_plugin.stages.tower.command import read_command as read_stage_2
+    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND as TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
 
     place = Path(folder)
     for run, stage in (("whole", 1), ("cut", 3)):
-        train_text_adapter(read_command(options_1(place, place / run, stage)))
+        train_text_adapter(COMMAND.parse(options_1(place, place / run, stage)))
         if run == "whole" and rank == 0:
             shutil.copytree(place / "whole/checkpoints/step-00000032", place / "cut/checkpoints/step-00000032")
         torch.distributed.barrier()
-    train_tower(read_stage_2(options_2(place, place / "stage2", 3)))
+    train_tower(TOWER.parse(options_2(place, place / "stage2", 3)))
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +182,12 @@ def test_wrong_input_is_one_error(clip: Path, tmp_path: Path):
     }
     for more, message in refused.values():
         with pytest.raises(ValueError, match=message):
-            open_data(read_command(options(clip, tmp_path / "run", *more)).validate())
+            open_data(COMMAND.parse(options(clip, tmp_path / "run", *more)).validate())
     (tmp_path / "data").mkdir()
     shutil.copy(clip / "data/00000.tar", tmp_path / "data")
     make_cache(tmp_path / "data")
     with pytest.raises(FileNotFoundError, match=r"no cache of a CLIP's text features .* create it: llm2clip embed"):
-        open_data(read_command([str(tmp_path / "data"), "--tower", "x"]).validate())
+        open_data(COMMAND.parse([str(tmp_path / "data"), "--tower", "x"]).validate())
 
 
 def test_scores_are_those_of_equal_and_of_other_spaces():

@@ -1,8 +1,7 @@
 """The command line of ``llm2clip train-text-adapter``; under a launcher, scripts/train_text_adapter.py."""
 
 from llm2clip_plugin.files import started_by
-from llm2clip_plugin.stages.settings import plan_or_train, read_settings
-from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
+from llm2clip_plugin.stages.settings import plan_or_train
 from llm2clip_plugin.stages.text_adapter.options import COMMAND
 from llm2clip_plugin.stages.text_adapter.plan import adapter_plan
 from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
@@ -10,7 +9,7 @@ from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
 
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
-    config = read_command(argv)
+    config = COMMAND.parse(argv)
     config.validate(needs_data=not config.dry_run)
     return plan_or_train(
         config.dry_run,
@@ -18,8 +17,3 @@ def main(argv: list[str]) -> int:
         lambda: train_text_adapter(config, command=started_by("train-text-adapter", argv)),
         "tower: {0}\nstage 2: llm2clip train-tower ... --tower {0} --keep-heads",
     )
-
-
-def read_command(argv: list[str]) -> AdapterConfig:
-    """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
-    return read_settings(COMMAND, argv, lambda extras: AdapterConfig(), [])

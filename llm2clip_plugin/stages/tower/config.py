@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import llm2clip_plugin
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig, parse_weights
 from llm2clip_plugin.data.workers import cores
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.options import (
-    READ_NAMES,
-    TRAINING_NAMES,
-    Command,
-    Extra,
-    Parser,
-    in_section,
-    joined,
-    nearest,
-    unknown,
-)
-from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, Unused, flat_essentials
+from llm2clip_plugin.files import from_plain, read_json_value
+from llm2clip_plugin.options import Command, joined, nearest, unknown
+from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import (
     DistillConfig,
     HeadsConfig,
@@ -116,6 +106,11 @@ class RunConfig(TrainingConfig):
     def hash(self) -> str:
         """SHA-256 over the fields that decide what is learned."""
         return sha256_text(canonical_json(flat_essentials(dataclasses.asdict(self))))
+
+    @property
+    def trains_at_lr(self) -> bool:
+        """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
+        return not (self.tower.freeze and self.optim.head_lr)
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
@@ -402,40 +397,34 @@ def recipe(name: str) -> RunConfig:
 
 # The options of ``llm2clip train-tower``.
 
-COMMAND = Command(
+
+def starting_point(extras: Mapping[str, str]) -> RunConfig:
+    """The configuration of --config or --recipe, which the other options override."""
+    name, file = extras.get("recipe", ""), extras.get("config", "")
+    if name and file:
+        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
+    if not file:
+        return recipe(name or DEFAULT)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no configuration at {file}")
+    body = read_json_value(file)
+    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file)
+
+
+OPTIONS_COMMAND = Command(
     name="train-tower",
     example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
     about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
     "configuration, options override single settings. Rerun the same command to resume.",
     settings=RunConfig,
-    default=RECIPES[DEFAULT],
-    arguments=("data.path",),
-    everyday=(
-        "recipe",
-        "tower.path",
-        "data.cache",
-        "data.read.images",
-        "data.validation",
-        "output_dir",
-        "train.global_batch",
-        "train.micro_batch",
-        "optim.lr",
-        "train.num_train_epochs",
-        "train.max_steps",
-        "train.precision",
-        "deepspeed",
-        "dry_run",
-    ),
+    default=starting_point,
+    arguments="data.path",
+    everyday="recipe tower cache image-folder validation output global-batch micro-batch lr num-train-epochs max-steps "
+    "precision deepspeed dry-run",
     shown={
-        **TRAINING_NAMES,
-        "data.path": "data",
-        "data.cache": "cache",
         "data.weight": "data-weights",
-        **in_section("data.read", READ_NAMES),
         "tower.path": "tower",
-        "optim.lr": "lr",
-        "optim.weight_decay": "weight-decay",
-        "heads.batch": "heads.batch-size",
+        "evaluation": "evaluation.",
         "heads": "heads.",
         "loss": "loss.",
         "distill": "distill.",
@@ -444,129 +433,54 @@ COMMAND = Command(
         "plan.images": "assumed-samples",
     },
     extras={
-        "recipe": Extra(
-            metavar="NAME",
-            help=f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
-            f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
-            "NAME/TEACHER for caches of one of the paper's LLMs",
-        ),
-        "config": Extra(metavar="FILE", help="a configuration in JSON, for example the run.json of an earlier run"),
+        "recipe": f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
+        f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
+        "NAME/TEACHER for caches of one of the paper's LLMs",
+        "config": "a configuration in JSON, for example the run.json of an earlier run",
+    },
+    replaces=REPLACES,
+    needs={
+        **NEEDS,
+        "train.eval_steps": "data.validation",
+        "evaluation": "data.validation",
+        "data.validation_cache": "data.validation",
+        "heads": "heads.steps",
+        "distill": "loss.needs_reference: without a term that compares with a reference, such as --loss.terms distill",
+        "tower.lora_alpha": "tower.lora_rank",
+        "tower.architecture": "not tower.path",
+        "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
     },
 )
-
-
-# Options of ``train-tower`` that have no effect in some configurations.
-
-ROW_FILES = (".jsonl", ".json")
-
-
-def _frozen(config: RunConfig) -> str:
-    return "tower.freeze trains the heads alone" if config.tower.freeze else ""
-
-
-def _lr_of_heads_alone(config: RunConfig) -> str:
-    head_lr = config.optim.head_lr
-    return f"tower.freeze trains the heads alone, at optim.head_lr {head_lr}" if config.tower.freeze and head_lr else ""
-
-
-def _paths(config: RunConfig) -> tuple[str, ...]:
-    return (*config.data.path, *([config.data.validation] if config.data.validation else []))
-
-
-def _no_row_files(config: RunConfig) -> str:
-    rows = config.data.read.format != "auto" or any(path.endswith(ROW_FILES) for path in _paths(config))
-    return "" if rows or not _paths(config) else "data.path names no .jsonl or .json file"
-
-
-def _no_urls(config: RunConfig) -> str:
-    return (
-        "data.path is local, nothing is downloaded" if _paths(config) and not any(map(is_url, _paths(config))) else ""
-    )
-
-
-def _first_caption_alone(config: RunConfig) -> str:
-    several = config.data.captions_per_image > 1 and any(term.uses_all_captions for _, term in config.loss.weighted())
-    return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
-
-
-def _no_reference(config: RunConfig) -> str:
-    return "" if config.loss.needs_reference else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
-
-
-UNUSED: list[Unused[RunConfig]] = [
-    Unused(("data.captions_per_image",), _first_caption_alone, off=1),
-    Unused(
-        ("distill",),
-        _no_reference,
-    ),
-    Unused(("distill.decay",), lambda c: "" if c.distill.reference == "ema" else "distill.reference is not ema"),
-    Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
-    Unused(
-        ("train.eval_steps", "train.eval_on_start", "evaluation", "data.validation_cache"),
-        lambda c: "" if c.data.validation else "data.validation is not set, so nothing is evaluated",
-    ),
-    Unused(("tower.lora_alpha",), lambda c: "" if c.tower.lora_rank else "tower.lora_rank is 0, so there is no LoRA"),
-    Unused(
-        ("tower.architecture",),
-        lambda c: f"tower.path is {c.tower.path!r}, which has an architecture" if c.tower.path else "",
-    ),
-    Unused(("optim.layer_decay",), _frozen, off=1.0),
-    Unused(("optim.full_lr",), lambda c: "optim.layer_decay is 1" if c.optim.layer_decay == 1 else _frozen(c)),
-    Unused(("train.gradient_checkpointing",), _frozen),
-    Unused(
-        ("train.dataloader_prefetch_mb",),
-        lambda c: "" if c.train.dataloader_num_workers else "train.dataloader_num_workers is 0",
-    ),
-    Unused(("optim.lr",), _lr_of_heads_alone),
-    Unused(
-        ("dual.adapter_blocks", "dual.adapter_expansion"),
-        lambda c: f"dual.adapter is {c.dual.adapter}, which has no blocks" if c.dual.adapter != "mlp" else "",
-    ),
-    Unused(
-        ("dual.projection_dim",),
-        lambda c: "dual.adapter is none: images go to the LLM's own space" if c.dual.adapter == "none" else "",
-    ),
-    Unused(
-        ("dual.projection_bias", "dual.projection_init_std"),
-        lambda c: "" if c.dual.projection == "linear" else f"dual.projection is {c.dual.projection}",
-    ),
-    Unused(
-        ("dual.logit_scale_init", "dual.logit_bias_init", "dual.projection_init_std"),
-        lambda c: "tower.keep_heads starts from the tower directory's" if c.tower.keep_heads else "",
-    ),
-    Unused(("data.read.images", "data.read.image_field", "data.read.key_field"), _no_row_files),
-    Unused(("data.read.cache_gb",), _no_urls),
-]
 
 
 # The options of ``llm2clip export``.
 
 
-def parser() -> Parser:
-    """The command line."""
-    made = Parser(
-        "export",
-        "llm2clip export runs/l14-336 --output towers/l14-336",
-        "Write a run as a tower directory, or a tower directory in another format.",
-    )
-    made.add_argument("source", metavar="SOURCE", help="folder of a training run, tower directory, or Hub id")
-    made.add_argument("--output", metavar="DIR", required=True, help="directory to write")
-    made.add_argument(
-        "--format",
-        default="tower",
-        choices=["tower", *format_helps()],
-        help="; ".join(
-            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in format_helps().items())]
-        ),
-    )
-    made.add_argument(
-        "--with-adapter",
-        action="store_true",
-        help="copy the adapter of the teacher LLM into the directory, which then embeds texts with the base LLM alone",
-    )
-    made.add_argument("--checkpoint", default="", help="a run's checkpoint to export (default: the newest)")
-    made.add_argument("--ema", action="store_true", help="export a run's moving average instead of its weights")
-    made.add_argument("--push", metavar="OWNER/NAME", help="also upload the tower directory to the Hub")
-    made.add_argument("--public", action="store_true", help="make the uploaded repository public")
-    made.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    return made
+@dataclass(frozen=True, kw_only=True)
+class TowerExportConfig:
+    """A run or a tower directory to export."""
+
+    source: str  # folder of a training run, tower directory, or Hub id
+    output: str  # directory to write
+    format: str = "tower"  # tower: a tower directory; or another format
+    with_adapter: bool = False  # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
+    checkpoint: str = ""  # a run's checkpoint to export; "": the newest
+    ema: bool = False  # export a run's moving average instead of its weights
+    push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub
+    public: bool = False  # make the uploaded repository public
+    overwrite: bool = False  # replace an existing directory
+
+    def __post_init__(self) -> None:
+        if self.format not in (known := ("tower", *format_helps())):
+            raise ValueError(unknown("--format", self.format, known))
+
+
+EXPORT_OPTIONS_COMMAND = Command(
+    name="export",
+    example="llm2clip export runs/l14-336 --output towers/l14-336",
+    about="Write a run as a tower directory, or a tower directory in another format: "
+    + "; ".join(f"{name}: {text}" for name, text in format_helps().items())
+    + ".",
+    settings=TowerExportConfig,
+    arguments="source",
+)
