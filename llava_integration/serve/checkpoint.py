@@ -157,7 +157,7 @@ def refuse_rest(names: Iterable[str], where: object) -> None:
 
 # LoRA weights merged into the tensors that they belong to, when these are read.
 
-LORA_CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+LORA_FILE, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
 # settings of peft under which a merge is another sum, or more than one scale
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
@@ -169,8 +169,8 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     Computed in fp16, as by LLaVA's loader with this environment's peft. Raises ContractError for an adapter
     of another kind, a half that is missing, or a module that the model doesn't have.
     """
-    config = read_json_value(directory / LORA_CONFIG)
-    scale = _scale(config, directory / LORA_CONFIG)
+    config = read_json_value(directory / LORA_FILE)
+    scale = _scale(config, directory / LORA_FILE)
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"no {' or '.join(WEIGHTS)} in {directory}; {FIX}")
@@ -190,9 +190,7 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
         a, b, rank = pair["A"].shape, pair["B"].shape, config["r"]
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-            raise ContractError(
-                f"{path}: the LoRA of {name} has shapes {a} and {b}, {LORA_CONFIG} says r {rank}; {FIX}"
-            )
+            raise ContractError(f"{path}: the LoRA of {name} has shapes {a} and {b}, {LORA_FILE} says r {rank}; {FIX}")
         shape = (b[0], a[1])
         if shape != tensors[name].shape:
             raise ContractError(
@@ -214,7 +212,7 @@ def _refuse_missing(found: Iterable[str], tensors: LazyTensors, targets: Any, pa
     wanted = {name for name in wanted if name.endswith(".weight")}
     if lost := sorted(wanted - {*found}):
         raise ContractError(
-            f"{path}: {len(lost)} of {len(wanted)} target_modules of {LORA_CONFIG} have no LoRA, such as {lost[0]}; {FIX}"
+            f"{path}: {len(lost)} of {len(wanted)} target_modules of {LORA_FILE} have no LoRA, such as {lost[0]}; {FIX}"
         )
 
 

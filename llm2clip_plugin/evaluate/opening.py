@@ -250,12 +250,12 @@ def _look_at(source: Source, images: int) -> tuple[list[Sample], list[BrokenSamp
 
 
 def _check_fields(samples: Sequence[Sample], source: Source, config: RetrievalConfig, option: str) -> None:
-    for setting, field in (("group", config.group), ("cluster", config.cluster)):
-        lacking = next((sample for sample in samples if field and field not in sample.meta), None)
+    for setting, name in (("group", config.group), ("cluster", config.cluster)):
+        lacking = next((sample for sample in samples if name and name not in sample.meta), None)
         if lacking is not None:
             known = ", ".join(sorted(lacking.meta)) or "none"
             raise ValueError(
-                f"{option}{setting} {field}: sample {lacking.key!r} of {source.path} has no field {field!r} in its "
+                f"{option}{setting} {name}: sample {lacking.key!r} of {source.path} has no field {name!r} in its "
                 f"JSON; known: {known}. Choose one of these, or none with {option}{setting} ''"
             )
 
