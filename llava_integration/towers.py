@@ -740,7 +740,7 @@ class BundleConfig:
     overwrite: bool = False  # replace a different tower that is already bundled
 
 
-COMMAND = Command(
+LLAVA_BUNDLE = Command(
     name="llava bundle",
     example="llm2clip llava bundle checkpoints/llava-7b-llm2clip",
     about="Copy the vision tower into LLaVA checkpoints, so that they load on another machine.",
@@ -752,7 +752,7 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """Copy the vision tower into LLaVA checkpoints, so that they load on another machine."""
-    options = COMMAND.parse(argv)
+    options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower, overwrite=options.overwrite)
         print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")

@@ -143,7 +143,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-# Where a command declares its options, an options.command.Command. These modules import no torch, and neither --help
+# Where a command declares its options, an options.Command. These modules import no torch, and neither --help
 # nor a misspelled option needs more.
 OPTIONS: dict[str, tuple[str, str]] = {
     "doctor": ("llm2clip_plugin.doctor", "COMMAND"),
@@ -152,19 +152,19 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data check": ("llm2clip_plugin.data.check", "COMMAND"),
     "data split": ("llm2clip_plugin.data.split", "COMMAND"),
     "llava data": ("llm2clip_plugin.data.llava_files", "COMMAND"),
-    "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE"),
+    "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE_LLM"),
     "export-llm": ("llm2clip_plugin.text.config", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.config", "COMMAND"),
     "train-text-adapter": ("llm2clip_plugin.stages.text_adapter.options", "COMMAND"),
-    "train-tower": ("llm2clip_plugin.stages.tower.config", "OPTIONS_COMMAND"),
+    "train-tower": ("llm2clip_plugin.stages.tower.config", "TRAIN_TOWER"),
     "status": ("llm2clip_plugin.status", "COMMAND"),
-    "evaluate": ("llm2clip_plugin.evaluate.config", "RETRIEVAL_COMMAND"),
-    "evaluate captions": ("llm2clip_plugin.evaluate.config", "CAPTIONS_COMMAND"),
-    "evaluate zeroshot": ("llm2clip_plugin.evaluate.config", "ZEROSHOT_COMMAND"),
-    "evaluate probe": ("llm2clip_plugin.evaluate.config", "PROBE_COMMAND"),
-    "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST_COMMAND"),
-    "search": ("llm2clip_plugin.evaluate.config", "SEARCH_COMMAND"),
-    "export": ("llm2clip_plugin.stages.tower.config", "EXPORT_OPTIONS_COMMAND"),
+    "evaluate": ("llm2clip_plugin.evaluate.config", "EVALUATE"),
+    "evaluate captions": ("llm2clip_plugin.evaluate.config", "EVALUATE_CAPTIONS"),
+    "evaluate zeroshot": ("llm2clip_plugin.evaluate.config", "EVALUATE_ZEROSHOT"),
+    "evaluate probe": ("llm2clip_plugin.evaluate.config", "EVALUATE_PROBE"),
+    "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST"),
+    "search": ("llm2clip_plugin.evaluate.config", "SEARCH"),
+    "export": ("llm2clip_plugin.stages.tower.config", "EXPORT"),
     "import": ("llm2clip_plugin.vision.convert.options", "COMMAND"),
     "use": ("llava_integration.towers", "USE"),
     "towers": ("llava_integration.towers", "TOWERS"),
@@ -172,7 +172,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "compare": ("llava_integration.compare.command", "COMMAND"),
     "bench-mllm": ("llava_integration.benchmarks.bench", "COMMAND"),
     "score": ("llava_integration.benchmarks.score", "COMMAND"),
-    "llava bundle": ("llava_integration.towers", "COMMAND"),
+    "llava bundle": ("llava_integration.towers", "LLAVA_BUNDLE"),
     "llava export": ("llava_integration.serve.command", "COMMAND"),
 }
 

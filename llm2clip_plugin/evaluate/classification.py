@@ -25,7 +25,7 @@ from llm2clip_plugin.data.index import scan_tar, split_name
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.evaluate.config import PROBE_COMMAND, ZEROSHOT_COMMAND, ProbeConfig, ZeroShotConfig
+from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, ProbeConfig, ZeroShotConfig
 from llm2clip_plugin.evaluate.opening import (
     InMemorySource,
     Row,
@@ -351,7 +351,7 @@ def image_features(
 
 def main_zeroshot(argv: list[str]) -> int:
     """``llm2clip evaluate zeroshot TOWER DATA``."""
-    config = ZEROSHOT_COMMAND.parse(argv)
+    config = EVALUATE_ZEROSHOT.parse(argv)
     return on_all_ranks(
         lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
     )
@@ -430,7 +430,7 @@ QUERY_BLOCK = 1024  # test images compared at once
 
 def main_probe(argv: list[str]) -> int:
     """``llm2clip evaluate probe TOWER TRAIN TEST``."""
-    config = PROBE_COMMAND.parse(argv)
+    config = EVALUATE_PROBE.parse(argv)
     return on_all_ranks(
         lambda all_ranks: measure_probe(config, all_ranks=all_ranks), lambda scores: probe_report(config, scores)
     )

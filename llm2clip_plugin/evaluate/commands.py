@@ -14,7 +14,7 @@ from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, EvaluateConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     OpenedTower,
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
     """``llm2clip evaluate TOWER DATA``; with ``--suite`` the benchmarks by name."""
     if any(word == "--suite" or word.startswith("--suite=") for word in argv):
         return main_suites(argv)
-    config = RETRIEVAL_COMMAND.parse(argv)
+    config = EVALUATE.parse(argv)
 
     def report(measured: tuple[OpenedTower, RetrievalReport]) -> None:
         tower, retrieval = measured

@@ -90,7 +90,7 @@ class EvaluateCaptionsConfig:
     json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
 
 
-CAPTIONS_COMMAND = Command(
+EVALUATE_CAPTIONS = Command(
     name="evaluate captions",
     example="llm2clip evaluate captions /data/flickr30k --llm meta-llama/Llama-3.2-1B --adapter runs/llm/adapter",
     about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
@@ -133,7 +133,7 @@ class ForecastConfig:
 
 EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"
 
-FORECAST_COMMAND = Command(
+FORECAST = Command(
     name="forecast",
     example=EXAMPLE,
     about="Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes of the images' "
@@ -170,7 +170,7 @@ class ProbeConfig:
     json: str = ""  # write the metrics and every test image's hits here (a score file)
 
 
-PROBE_COMMAND = Command(
+EVALUATE_PROBE = Command(
     name="evaluate probe",
     example="llm2clip evaluate probe towers/l14-336 /data/imagenet/train /data/imagenet/val",
     about="Measure a tower's features by kNN and a linear probe. TOWER is anything that load_tower opens, so a tower "
@@ -199,7 +199,7 @@ class EvaluateConfig:
     json: str = ""  # file to write: the metrics and every query's hits, for llm2clip compare
 
 
-RETRIEVAL_COMMAND = Command(
+EVALUATE = Command(
     name="evaluate",
     example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
     about="Measure a tower's image-text retrieval recall on data whose captions are cached. Under torchrun or the "
@@ -242,7 +242,7 @@ class SearchConfig:
             raise ValueError(f"top-k is {self.top_k} and batch-size {self.batch}, expected at least 1")
 
 
-SEARCH_COMMAND = Command(
+SEARCH = Command(
     name="search",
     example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
     about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
@@ -276,7 +276,7 @@ class ZeroShotConfig:
     clip_benchmark: str = ""  # write the metrics here in CLIP_benchmark's format
 
 
-ZEROSHOT_COMMAND = Command(
+EVALUATE_ZEROSHOT = Command(
     name="evaluate zeroshot",
     example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
     about="Measure a tower's zero-shot classification. DATA has one folder per class (ImageNet), or WebDataset tars "

@@ -30,7 +30,7 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
-from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST_COMMAND, ForecastConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.opening import (
     InMemorySource,
     Row,
@@ -218,7 +218,7 @@ class Captioned:
 
 def main(argv: list[str]) -> int:
     """``llm2clip forecast TOWER [TOWER ...] --llm LLM``."""
-    config = FORECAST_COMMAND.parse(argv)
+    config = FORECAST.parse(argv)
     source = open_source(config.data)
     check_fields(source)
     selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)

@@ -25,7 +25,7 @@ from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.evaluate.classification import IMAGE_ENDINGS
-from llm2clip_plugin.evaluate.config import SEARCH_COMMAND, SearchConfig
+from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     InMemorySource,
@@ -211,7 +211,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
 
 def main(argv: list[str]) -> int:
     """``llm2clip search TOWER DATA TEXT [TEXT ...]``."""
-    config = SEARCH_COMMAND.parse(argv)
+    config = SEARCH.parse(argv)
     return on_all_ranks(lambda all_ranks: search(config, all_ranks=all_ranks), lambda result: report(config, *result))
 
 

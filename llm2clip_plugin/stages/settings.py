@@ -56,7 +56,7 @@ IGNORED_ON_RESUME = (
 # Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
 
-# Of the stages' commands, as options.command.Command takes them. An explicit length or warm-up wins over a recipe's.
+# Of the stages' commands, as options.Command takes them. An explicit length or warm-up wins over a recipe's.
 REPLACES = {
     "train.num_train_epochs": "train.max_steps",
     "optim.warmup_ratio": "optim.warmup_steps",

@@ -16,7 +16,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, RetrievalConfig
+from llm2clip_plugin.evaluate.config import EVALUATE, RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import embed_pairs, evaluate_retrieval, recall
 
 IMAGES = ImageConfig(size=32)
@@ -210,7 +210,7 @@ def test_the_command_refuses_another_teachers_cache_and_other_captions(world, tm
 def test_options_reach_their_fields():
     words = ["--kinds", "long", "short", "--ties", "optimistic"]
     for data in (["--data=x.jsonl", "--data.language", "de"], ["x.jsonl", "--language", "de"]):
-        config = RETRIEVAL_COMMAND.parse(["tower", *data, *words])
+        config = EVALUATE.parse(["tower", *data, *words])
         assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
         assert config.retrieval.kinds == ("long", "short") and config.retrieval.ties == "optimistic"
 

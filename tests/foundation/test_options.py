@@ -113,7 +113,7 @@ def test_help_shows_the_values_of_a_plain_run(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         cli.main(["train-tower", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    plain = tower_options.OPTIONS_COMMAND.parse(["x", "--tower", "y"])
+    plain = tower_options.TRAIN_TOWER.parse(["x", "--tower", "y"])
     assert (plain.train.global_batch, plain.train.precision) == (256, "bf16")
     assert f"(default: {plain.train.global_batch})" in text and f"(default: {plain.train.precision})" in text
     assert f"(default: {plain.optim.lr:g})" in text and "4096" not in text

@@ -21,7 +21,7 @@ from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import COMMANDS
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
 from llm2clip_plugin.stages.tower.run import open_data
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -105,12 +105,12 @@ def test_training_says_how_to_create_the_cache_of_the_held_out_data(place, tmp_p
     read = ["--image-folder", str(tmp_path / "images"), "--fields", "says=short"]
     words = [str(data), "--tower", str(place / "start-tower"), "--validation", str(held_out), *read]
     with pytest.raises(FileNotFoundError, match=r"create it: llm2clip embed .*train/pairs.jsonl.* PATH_OR_HUB_ID"):
-        open_data(OPTIONS_COMMAND.parse(words))
+        open_data(TRAIN_TOWER.parse(words))
     assert cli(["embed", str(data), "--llm", str(place / "llm"), "--adapter", str(place / "adapter"), *read]) == 0
     with pytest.raises(FileNotFoundError) as caught:
-        open_data(OPTIONS_COMMAND.parse(words))
+        open_data(TRAIN_TOWER.parse(words))
     assert cli(command_in(str(caught.value))) == 0, capsys.readouterr().err
-    assert open_data(OPTIONS_COMMAND.parse(words)).validation_cache is not None
+    assert open_data(TRAIN_TOWER.parse(words)).validation_cache is not None
 
 
 def test_zero_shot_finds_its_prompts_again_without_the_teacher(place, tmp_path, capsys):

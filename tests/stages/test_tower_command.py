@@ -11,7 +11,7 @@ from tiny_data import make_tower
 from llm2clip_plugin import cli
 from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.stages.tower import config as recipes
-from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND, DataConfig
+from llm2clip_plugin.stages.tower.config import TRAIN_TOWER, DataConfig
 from llm2clip_plugin.train.config import TowerConfig
 
 
@@ -38,7 +38,7 @@ def test_the_command_line_overrides_a_recipe():
         "tensorboard",
     ]
     argv += ["--dual.projection-norm", "False"]
-    config = OPTIONS_COMMAND.parse(argv)
+    config = TRAIN_TOWER.parse(argv)
     assert config.optim.lr == 3e-4 and config.deepspeed == "scripts/zero1.json" and config.output_dir == "runs/x"
     assert config.data.path == ("a", "b") and config.tower.path == "t" and config.train.micro_batch == 4
     assert config.train.gradient_checkpointing and config.train.precision == "bf16"
@@ -47,19 +47,17 @@ def test_the_command_line_overrides_a_recipe():
 
 
 def test_names_of_llava_s_scripts():
-    assert OPTIONS_COMMAND.parse(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
-    assert (
-        OPTIONS_COMMAND.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"
-    )  # the recipe's
-    assert not OPTIONS_COMMAND.parse(["--torch_compile", "False"]).train.torch_compile
-    silent = OPTIONS_COMMAND.parse(["--report_to", "none", "--seed", "7"])
+    assert TRAIN_TOWER.parse(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
+    assert TRAIN_TOWER.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
+    assert not TRAIN_TOWER.parse(["--torch_compile", "False"]).train.torch_compile
+    silent = TRAIN_TOWER.parse(["--report_to", "none", "--seed", "7"])
     assert silent.train.report_to == () and silent.train.seed == 7
-    assert OPTIONS_COMMAND.parse(["--learning_rate", "1e-4"]).optim.lr == 1e-4
+    assert TRAIN_TOWER.parse(["--learning_rate", "1e-4"]).optim.lr == 1e-4
 
 
 def test_caption_weights_name_the_kinds_that_are_read():
     words = ["--recipe", "quickstart", "--data.caption-weights", "short=1", "long=2"]
-    config = OPTIONS_COMMAND.parse([*words, "--data.path", "a", "b"])
+    config = TRAIN_TOWER.parse([*words, "--data.path", "a", "b"])
     assert config.data.kind_weights == {"short": 1.0, "long": 2.0}
     assert [source.kinds for source in config.data.sources] == [("short", "long")] * 2
     alone = dataclasses.replace(config.data, read=ReadConfig())
@@ -67,11 +65,11 @@ def test_caption_weights_name_the_kinds_that_are_read():
     with pytest.raises(ValueError, match="name different kinds; give each of these kinds a weight"):
         dataclasses.replace(config.data, caption_weights=("short=1",))
     with pytest.raises(ValueError, match=r"data\.caption_weights short=1 keywords=1"):
-        OPTIONS_COMMAND.parse([*words[:-1], "keywords=1"])
+        TRAIN_TOWER.parse([*words[:-1], "keywords=1"])
 
 
 def test_without_a_recipe_it_is_base_for_any_data_and_tower(capsys: pytest.CaptureFixture[str]):
-    config = OPTIONS_COMMAND.parse(["--data.path", "x", "--tower.path", "y"])
+    config = TRAIN_TOWER.parse(["--data.path", "x", "--tower.path", "y"])
     assert config == dataclasses.replace(recipes.base(), data=DataConfig(path=("x",)), tower=TowerConfig(path="y"))
     assert not config.data.augment.flip and not config.data.augment.rotate and not config.evaluation.group
     assert config.heads.steps and config.train.save_total_limit == recipes.quickstart().train.save_total_limit == 2

@@ -67,7 +67,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both_stages(rank: int, world: int, folder: str) -> None:
     """Stage 1 with gradient caching, whole under ZeRO-1, resumed under ZeRO-3; then stage 2 under ZeRO-3."""
     from llm2clip_plugin.stages.text_adapter.run import train_text_adapter
-    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND as TOWER
+    from llm2clip_plugin.stages.tower.config import TRAIN_TOWER as TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
 
     place = Path(folder)

@@ -205,12 +205,12 @@ TERM = HardestNegative
 
 def train_with_new_term(rank: int, world: int, folder: str, argv: list[str]) -> str:
     """The command in this process, with a folder of members of its own; returns the settings of the term."""
-    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+    from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
     from llm2clip_plugin.train import losses
 
     losses.__path__.append(folder)
-    config = OPTIONS_COMMAND.parse(argv)
+    config = TRAIN_TOWER.parse(argv)
     train_tower(config)
     return str(config.loss.weighted()[0][1])
 

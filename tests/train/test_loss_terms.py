@@ -13,7 +13,7 @@ from test_loss import naive
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
-from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
 from llm2clip_plugin.text.contrast import pair_loss
 from llm2clip_plugin.train.config import LossConfig, parse_terms
 from llm2clip_plugin.train.losses.base import Features, heads_terms, weighted_terms
@@ -239,7 +239,5 @@ def test_weights_over_the_run():
 
 
 def test_terms_of_a_command_line():
-    several = OPTIONS_COMMAND.parse(
-        "data --loss.terms infonce=1 cosine=0:1@0.5 --loss.terms infonce=1 cosine=0.5".split()
-    )
+    several = TRAIN_TOWER.parse("data --loss.terms infonce=1 cosine=0:1@0.5 --loss.terms infonce=1 cosine=0.5".split())
     assert several.loss.terms == ("infonce=1", "cosine=0.5")

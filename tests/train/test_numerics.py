@@ -169,7 +169,7 @@ def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
     """Two steps of the command with --train.full-determinism; whether torch was told."""
     from tower_runs import options
 
-    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+    from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
 
     more = (
@@ -182,7 +182,7 @@ def deterministic_run(rank: int, world: int, folder: str, tiny: str) -> bool:
         "--dual.input-noise",
         ".1",
     )
-    train_tower(OPTIONS_COMMAND.parse(options(Path(tiny), Path(folder), *more)))
+    train_tower(TRAIN_TOWER.parse(options(Path(tiny), Path(folder), *more)))
     return torch.are_deterministic_algorithms_enabled()
 
 
@@ -199,14 +199,14 @@ def noisy_losses(rank: int, world: int, folder: str, tiny: str) -> list[float]:
     """The loss of the command's first step, without and with noise on the embeddings."""
     from tower_runs import losses, options
 
-    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+    from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
 
     results = []
     for noise in ("0", "0.5"):
         run = Path(folder) / noise
         more = ("--dual.input-noise", noise, "--heads.steps", "0", "--max_steps", "1", "--train.eval-on-start", "False")
-        train_tower(OPTIONS_COMMAND.parse(options(Path(tiny), run, *more)))
+        train_tower(TRAIN_TOWER.parse(options(Path(tiny), run, *more)))
         results.append(losses(run)[1])
     return results
 

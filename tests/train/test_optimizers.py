@@ -74,11 +74,11 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
 
 def train_twice(rank: int, world: int, members: str, argv: list[str]) -> None:
     """The command in this process, with a folder of members of its own: half of the run, then the rest."""
-    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+    from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
 
     optimizers.__path__.append(members)
-    train_tower(OPTIONS_COMMAND.parse(argv))
+    train_tower(TRAIN_TOWER.parse(argv))
 
 
 def test_a_file_in_the_folder_is_an_optimizer_that_resumes(tmp_path: Path):

@@ -142,14 +142,14 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_under_another_stage(
 
 def commands(rank: int, world: int, tiny: str, run: str, cut: str) -> None:
     """A run of the command, then its first checkpoint in another folder, resumed by the same command."""
-    from llm2clip_plugin.stages.tower.config import OPTIONS_COMMAND
+    from llm2clip_plugin.stages.tower.config import TRAIN_TOWER
     from llm2clip_plugin.stages.tower.run import train_tower
 
     terms = "--loss.terms infonce=1 multi_positive=0:0.5@0.5 distill=0.2 --loss.args distill.structure=9".split()
     more = ("--captions-per-image", "2", "--distill.decay", "0.8", "--max_steps", "4", "--train.micro-batch", "4")
     for folder in (Path(run), Path(cut)):
         train_tower(
-            OPTIONS_COMMAND.parse(
+            TRAIN_TOWER.parse(
                 options(Path(tiny), folder, *terms, *more, "--deepspeed", str(ROOT / "scripts/zero3.json"))
             )
         )

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
-from llm2clip_plugin.stages.llm.config import FINETUNE, FinetuneConfig
+from llm2clip_plugin.stages.llm.config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.llm.run import finetune_llm, open_data, plan_stage, trained_parameters
 from llm2clip_plugin.stages.settings import LLM_MIXTURE, plan_or_train, rank_and_world
 from llm2clip_plugin.text.adapter import autocast_adapter
@@ -196,7 +196,7 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
 
 def main(argv: list[str]) -> int:
     """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    config = FINETUNE.parse(argv)
+    config = FINETUNE_LLM.parse(argv)
     return plan_or_train(
         config.dry_run,
         lambda: llm_plan(config),

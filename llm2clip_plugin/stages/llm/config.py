@@ -160,7 +160,7 @@ def starting_point(extras: Mapping[str, str]) -> FinetuneConfig:
     return llm_recipe(extras["recipe"]) if extras.get("recipe") else FinetuneConfig()
 
 
-FINETUNE = Command(
+FINETUNE_LLM = Command(
     name="finetune-llm",
     example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
     about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "

@@ -16,7 +16,7 @@ from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
 from llm2clip_plugin.stages.run import find_cache, plan_engine
 from llm2clip_plugin.stages.settings import TEACHERS, TOWER_MIXTURES, plan_or_train, rank_and_world
-from llm2clip_plugin.stages.tower.config import DEFAULT, OPTIONS_COMMAND, RunConfig
+from llm2clip_plugin.stages.tower.config import DEFAULT, TRAIN_TOWER, RunConfig
 from llm2clip_plugin.stages.tower.run import (
     check_data,
     check_patch_layers,
@@ -151,7 +151,7 @@ def describe_scale(config: RunConfig) -> str:
 
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
-    config = OPTIONS_COMMAND.parse(argv)
+    config = TRAIN_TOWER.parse(argv)
     config.validate(needs_data=not config.dry_run)
     if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
         print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")

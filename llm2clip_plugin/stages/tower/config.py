@@ -411,7 +411,7 @@ def starting_point(extras: Mapping[str, str]) -> RunConfig:
     return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file)
 
 
-OPTIONS_COMMAND = Command(
+TRAIN_TOWER = Command(
     name="train-tower",
     example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
     about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
@@ -475,7 +475,7 @@ class TowerExportConfig:
             raise ValueError(unknown("--format", self.format, known))
 
 
-EXPORT_OPTIONS_COMMAND = Command(
+EXPORT = Command(
     name="export",
     example="llm2clip export runs/l14-336 --output towers/l14-336",
     about="Write a run as a tower directory, or a tower directory in another format: "

@@ -11,7 +11,7 @@ from typing import Any
 from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.files import CHECKPOINTS, ContractError, from_plain
 from llm2clip_plugin.options import command
-from llm2clip_plugin.stages.tower.config import DEFAULT, EXPORT_OPTIONS_COMMAND, TowerExportConfig
+from llm2clip_plugin.stages.tower.config import DEFAULT, EXPORT, TowerExportConfig
 from llm2clip_plugin.text.adapter import adapter_folder, adapter_sha256
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
@@ -23,7 +23,7 @@ from llm2clip_plugin.vision.publish import BEFORE, check_repository, located, pu
 
 def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|openclip|onnx] [--push OWNER/NAME]``."""
-    options = EXPORT_OPTIONS_COMMAND.parse(argv)
+    options = EXPORT.parse(argv)
     check_repository(options.push)
     is_run = (Path(options.source) / RunRecord.FILE).is_file()
     if options.format != "tower":
