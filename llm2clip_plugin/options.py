@@ -1,4 +1,10 @@
-"""Options of the commands: one vocabulary, from the words of a command line to settings, and the text of --help."""
+"""Commands whose options are the fields of (nested) dataclasses: one declaration gives names, parser, checks, --help.
+
+A setting is a field, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of the command ends in
+it, else the dotted name, or the name that NAMES or the command gives it. The dotted name, the last part and the names
+of other programs are understood too, with dashes or underscores. What an option means is the comment next to its field.
+docs/options.md has the table. Below: the nearest of known names, commands as text, and mistyped paths.
+"""
 
 from __future__ import annotations
 
@@ -27,33 +33,6 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from llm2clip_plugin.files import default_of, from_plain
 from llm2clip_plugin.hub import can_only_be_a_path
-
-# The nearest of the known names, for messages about an unknown one.
-
-
-def unknown(kind: str, name: object, known: Iterable[object], *, also: str = "") -> str:
-    """``unknown recipe 'bse'; did you mean 'base'? known: base, quickstart``; ``also`` follows the known names."""
-    names = [str(one) for one in known]
-    return joined(f"unknown {kind} {name!r}{nearest(str(name), names)}", f"known: {', '.join(names)}{also}")
-
-
-def nearest(name: str, known: Iterable[str], write: Callable[[str], str] = repr) -> str:
-    """``; did you mean 'NAME'?`` with the known name that comes nearest; "" if none is near."""
-    near = closest(name, known)
-    return f"; did you mean {write(near)}?" if near else ""
-
-
-def closest(name: str, known: Iterable[str], similar: float = 0.6) -> str:
-    """The most similar known name; "" if none is at least ``similar`` by difflib's ratio."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=similar)), "")
-
-
-def joined(text: str, more: str) -> str:
-    """``text; more``, or ``text more`` after a question."""
-    return f"{text} {more}" if text.endswith("?") else f"{text}; {more}"
-
-
-# Commands whose options are the fields of (nested) dataclasses: one declaration gives names, parser, checks, --help.
 
 Settings = TypeVar("Settings")
 
@@ -290,8 +269,7 @@ class Command(Generic[Settings]):
 
     def help_text(self, *, everything: bool = False) -> str:
         """What ``--help`` prints, or ``--help-all``: an example, what the command does, and its options."""
-        about = f"{self.about}" if "\n" in self.about else textwrap.fill(self.about, WIDTH)
-        parts = [f"example:\n  {self.example}", self.usage, about]
+        parts = [f"example:\n  {self.example}", self.usage, textwrap.fill(self.about, WIDTH)]
         arguments, every = self.arguments.split(), [*self.extras, *self.leaves]
         chosen = every if everything or not self.everyday else [self._named(one) for one in self.everyday.split()]
         listed: dict[str, list[str]] = {}
@@ -361,7 +339,8 @@ def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def read(word: str) -> Any:
         return None if word.lower() == "none" else kind(word)
 
-    return functools.update_wrapper(read, kind)
+    read.__name__ = getattr(kind, "__name__", "value")  # for argparse's errors
+    return read
 
 
 def _metavar(hint: Any) -> str:
@@ -425,7 +404,26 @@ def _comments(kind: type) -> dict[str, str]:
     return texts
 
 
-# The commands that messages show: complete, and quoted so that a shell reads them as printed.
+def unknown(kind: str, name: object, known: Iterable[object], *, also: str = "") -> str:
+    """``unknown recipe 'bse'; did you mean 'base'? known: base, quickstart``; ``also`` follows the known names."""
+    names = [str(one) for one in known]
+    return joined(f"unknown {kind} {name!r}{nearest(str(name), names)}", f"known: {', '.join(names)}{also}")
+
+
+def nearest(name: str, known: Iterable[str], write: Callable[[str], str] = repr) -> str:
+    """``; did you mean 'NAME'?`` with the known name that comes nearest; "" if none is near."""
+    near = closest(name, known)
+    return f"; did you mean {write(near)}?" if near else ""
+
+
+def closest(name: str, known: Iterable[str], similar: float = 0.6) -> str:
+    """The most similar known name; "" if none is at least ``similar`` by difflib's ratio."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=similar)), "")
+
+
+def joined(text: str, more: str) -> str:
+    """``text; more``, or ``text more`` after a question."""
+    return f"{text} {more}" if text.endswith("?") else f"{text}; {more}"
 
 
 def command(*words: object) -> str:
@@ -433,29 +431,23 @@ def command(*words: object) -> str:
     return shlex.join(["llm2clip", *map(str, words)])
 
 
-def changed_options(config: Any, names: Iterable[str], *, prefix: str = "") -> list[str]:
-    """The options that set the fields ``names`` of a dataclass, for those that differ from their defaults.
-
-    prefix: of a section, ``data.`` for --data.fields.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+def changed_options(config: Any, names: Iterable[str]) -> list[str]:
+    """The options that set the fields ``names`` of a dataclass, for those that differ from their defaults."""
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
     words: list[str] = []
     for name in names:
-        value = getattr(config, name)
+        value, option = getattr(config, name), NAMES.get(name, name).replace("_", "-")
         if value == defaults[name]:
             continue
-        option = NAMES.get(name, f"{prefix}{name}".replace("_", "-"))
         if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--{prefix}no-{name}".replace("_", "-"))
-        elif isinstance(value, tuple):
-            words += [f"--{option}", *map(str, value)]
+            words.append(f"--{option if value else negative(option)}")
         else:
-            words += [f"--{option}", str(value)]
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
 
 
 # Paths that are mistyped every day, found before any library is loaded: an input that is not there, an output that
-# would destroy something. What is at a path is for its reader to say. Standard library only.
+# would destroy something. What is at a path is for its reader to say.
 
 DATA, LLM, ADAPTER = "data", "LLM", "adapter"
 INPUTS = {  # field -> what is there
