@@ -43,18 +43,14 @@ class AnswerConfig:
     def __post_init__(self) -> None:
         if self.answers_file.resolve() == self.question_file.resolve():
             raise ValueError(f"--answers-file {self.answers_file} is the question file; choose another")
-        if not self.endpoint and not self.model_path:
-            raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
+        if bool(self.model_path) == bool(self.endpoint):
+            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
         for name, least in (("batch_size", 1), ("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"--timeout {self.timeout} must be seconds above 0")
 
-
-LOCAL = ("model_path", "model_base", "conv_mode", "batch_size", "num_beams", "device", "dtype", "workers")
-LOCAL += ("load_8bit", "load_4bit")
-SERVED = ("served_model_name", "concurrency", "timeout", "retries")
 
 COMMAND = Command(
     name="llava evaluate",
@@ -68,5 +64,4 @@ COMMAND = Command(
     everyday="model-path model-base endpoint question-file answers-file image-folder batch-size temperature "
     "max-new-tokens device overwrite",
     also={"data": "question_file", "output": "answers_file", "model": "served_model_name"},
-    needs={**dict.fromkeys(LOCAL, "not endpoint"), **dict.fromkeys(SERVED, "endpoint")},
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from llava_integration.benchmarks.rules import benchmark, benchmark_names, bench
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import report as tables
 from llava_integration.towers import check_checkpoint, refuse_name
-from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
+from llm2clip_plugin.contracts import atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.options import Command, command
 
@@ -49,11 +48,9 @@ class BenchConfig:
     engine_options: tuple[str, ...] = ()  # after --, for the engine
 
     def __post_init__(self) -> None:
-        if not self.endpoint and not self.model_path:
-            raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
+        if bool(self.model_path) == bool(self.endpoint):
+            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
 
-
-LOCAL = ("model_path", "model_base", "engine", "gpus", "batch_size", "conv_mode", "device", "dtype")  # of a checkpoint
 
 COMMAND = Command(
     name="bench-mllm",
@@ -66,7 +63,6 @@ COMMAND = Command(
     arguments="data",
     everyday="model-path endpoint output benchmarks engine gpus batch-size overwrite plan",
     rest="engine_options",
-    needs={**dict.fromkeys(LOCAL, "not endpoint"), "served_model_name": "endpoint"},
 )
 
 
@@ -119,7 +115,8 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Miss
     """Look for a benchmark's files in one folder."""
     unscored = ""
     try:
-        member.questions(folder)
+        with errors_about(f"the {member.title} files in {folder}", fix="download them again"):
+            member.load(folder)
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
     questions = question_file(member, folder, generated, scored=not unscored)
@@ -269,34 +266,23 @@ def run_provenance(model_path: str, question_file: Path, command: list[str]) -> 
     ``model_path`` is "" for a served model, which the answers' settings name (``score.provenance``).
     """
     record: dict[str, Any] = {
-        **({"checkpoint": model_path} if model_path else {}),
         "question_file": str(question_file),
         "question_file_sha256": sha256_file(question_file),
         "command": command,
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
     }
     config = Path(model_path) / "config.json"
+    if model_path:
+        record["checkpoint"] = model_path
     if model_path and config.is_file():
         body = json.loads(config.read_text(encoding="utf-8"))
-        tower = body.get("llm2clip_tower") or {}
         record |= {
             "checkpoint_config_sha256": sha256_file(config),
-            "checkpoint_weights": weights_digest(Path(model_path)),
             "llm": body.get("_name_or_path", ""),
             "tower": body.get("mm_vision_tower", ""),
-            "tower_sha256": tower.get("weights_sha256", ""),
+            "tower_sha256": (body.get("llm2clip_tower") or {}).get("weights_sha256", ""),
         }
     return record
-
-
-def weights_digest(folder: Path) -> str:
-    """A hash of a checkpoint's weights that does not read gigabytes: names, sizes and first MiB of the files."""
-    parts = []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            head = file.read(1 << 20)
-        parts.append(f"{path.name} {path.stat().st_size} {sha256_text(head.hex())}")
-    return sha256_text("\n".join(parts))
 
 
 def versions() -> dict[str, str]:
@@ -396,7 +382,7 @@ def score_task(task: Task, args: BenchConfig, path: Path, answered_by: list[str]
         member.write_submission(task.folder, answers, upload)
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-    record = score_answers(name, task.folder, answers, Options(corrected=True), model=model)
+    record = score_answers(name, task.folder, answers, Options(), model=model)
     record.provenance.update(run_provenance(args.model_path, task.question_file, answered_by))
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale

@@ -2,11 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from llava_integration.compare import report as tables
 from llava_integration.compare.comparison import Comparison, Side, load_sides
@@ -83,11 +80,9 @@ COMMAND = Command(
 
 def outputs(args: CompareConfig) -> dict[str, Path]:
     """Which files to write."""
-    chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "html")}
-    if args.output:
-        endings = {"json": "json", "markdown": "md", "html": "html"}
-        chosen = {kind: path or args.output / f"compare.{endings[kind]}" for kind, path in chosen.items()}
-    return {kind: path for kind, path in chosen.items() if path}
+    endings = {"json": "json", "markdown": "md", "html": "html"}
+    below = {kind: args.output / f"compare.{ending}" if args.output else None for kind, ending in endings.items()}
+    return {kind: path for kind in endings if (path := getattr(args, kind) or below[kind])}
 
 
 def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], options: PageOptions) -> None:
@@ -119,18 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print(printable_lines("\n".join(planned(sides, args))))
         return 0
-
-    def progress(tasks: list) -> Iterable:
-        return tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
-
-    comparison = build(
-        sides,
-        resamples=args.resamples,
-        level=args.level,
-        seed=args.seed,
-        references=args.references,
-        progress=progress,
-    )
+    comparison = build(sides, resamples=args.resamples, level=args.level, seed=args.seed, references=args.references)
     options = PageOptions(images=args.image_folder, with_images=args.images, questions=args.questions)
     write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end
     print(printable_lines(tables.terminal(comparison)))  # names in it come from score files

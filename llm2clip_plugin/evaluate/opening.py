@@ -147,7 +147,7 @@ def open_teacher_cache(
     if not directory and teacher is None:
         raise ValueError("the tower's card names no teacher, so there is no default cache; pass --cache DIR")
     folder = Path(directory) if directory or teacher is None else default_cache_folder(data.path, teacher.fingerprint)
-    create = embed_command(data.path, data, teacher, cache=directory)
+    create = embed_command(data.path, teacher)
     if not (folder / CacheManifest.FILE).is_file():
         raise FileNotFoundError(f"no embedding cache at {folder}; create it: {create}")
     cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
@@ -155,8 +155,7 @@ def open_teacher_cache(
         raise ContractError(
             f"the cache {folder} was not created with the tower's teacher: "
             f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
-            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: "
-            f"{embed_command(data.path, data, teacher)}"
+            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: {create}"
         )
     return cache
 

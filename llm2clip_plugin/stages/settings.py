@@ -26,7 +26,6 @@ IGNORED_ON_RESUME = (
     "data.validation",
     "data.validation_cache",
     "data.clip_cache",
-    "data.validation_clip_cache",
     "data.read.cache_folder",
     "data.read.cache_gb",
     "loss.block",
@@ -133,10 +132,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Path], result: str) -> int:
-    """Print the plan, or train and print where the result is, in both cases on rank 0; returns exit status 0.
-
-    ``result``: what to print, with {} for the path.
-    """
+    """Print the plan, or train and print where the ``result`` is, in both cases on rank 0; returns exit status 0."""
     first_rank = rank_and_world()[0] == 0
     if dry_run:
         if first_rank:
@@ -144,7 +140,7 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
         return 0
     path = train()
     if first_rank:
-        print(result.format(path))
+        print(f"{result}: {path}")
     return 0
 
 
@@ -163,7 +159,7 @@ class PlanConfig:
             raise ValueError(f"plan.images {self.images} and gpu_gib {self.gpu_gib} must both be above 0")
 
 
-# What the paper (LLM2CLIP, arXiv 2411.04997) trained with: its LLMs and its data, for recipes and plans.
+# The LLMs that the paper (LLM2CLIP, arXiv 2411.04997) trained with, for recipes and plans.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,30 +186,3 @@ TEACHERS = {
         width=4096,
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Data sets with their nominal sizes (part of the links is dead by now); every sample is drawn equally often."""
-
-    sets: tuple[tuple[str, float], ...]  # name, samples in millions
-    captions: str  # which captions of a sample are used
-
-    def __str__(self) -> str:
-        listed = " + ".join(f"{name} ({size:g} M)" for name, size in self.sets)
-        return f"{sum(size for _, size in self.sets):g} M = {listed}; {self.captions}"
-
-
-LLM_MIXTURE = Mixture(
-    sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("E5's text pairs", 1.5)),
-    captions="a pair is two captions of an image (DreamLIP's) or a text pair, every batch from one source",
-)
-# shortSV and longSV, both of DreamLIP's (ShareGPT4V's model): data/extract_embedding.py:12, training/data.py:611-617
-_SHORT_AND_LONG = "an MLLM's short caption or its long one (DreamLIP's shortSV and longSV), drawn evenly"
-TOWER_MIXTURES = (
-    Mixture(sets=(("CC3M", 3), ("CC12M", 12)), captions=_SHORT_AND_LONG),
-    Mixture(
-        sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("a part of Recap-DataComp-1B", 30)),
-        captions=_SHORT_AND_LONG,
-    ),
-)

@@ -98,7 +98,7 @@ def _llama(teacher: str, query_prompt: str) -> EncoderConfig:
 
 
 def _paper(name: str, encoder: EncoderConfig) -> FinetuneConfig:
-    """The authors' settings; captions (the paper's: LLM_MIXTURE) are the user's."""
+    """The authors' settings; captions are the user's."""
     common = _common(name, encoder, gradient_checkpointing=True)
     return dataclasses.replace(
         common,

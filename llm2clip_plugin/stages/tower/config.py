@@ -40,6 +40,8 @@ class DataConfig:
 
     path: tuple[str, ...] = ()  # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
     cache: tuple[str, ...] = ()  # embedding cache of each path; empty: the one embeddings-* folder next to the data
+    # with heads.target clip_text: cache of the CLIP's text features of each path; empty: the one next to the data
+    clip_cache: tuple[str, ...] = ()
     weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
     # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
     caption_weights: tuple[str, ...] = ()
@@ -51,7 +53,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name, values in (("cache", self.cache), ("weight", self.weight)):
+        for name, values in (("cache", self.cache), ("clip_cache", self.clip_cache), ("weight", self.weight)):
             if values and len(values) != len(self.path):
                 raise ValueError(
                     f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one per path, or none"
@@ -119,6 +121,12 @@ class RunConfig(TrainingConfig):
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
         self.loss.check(self.dual)
+        if self.heads.target == "clip_text":
+            if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
+                raise ValueError(
+                    "heads.target clip_text fits a new text adapter to the CLIP's projection: set heads.steps, and "
+                    "leave tower.keep_heads and dual.adapter none out"
+                )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"
@@ -299,30 +307,33 @@ def lift_b16() -> RunConfig:
 
 
 def proclip_l14_224() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-L/14; `llm2clip train-text-adapter` first, then --tower its result."""
+    """ProCLIP over CLIP ViT-L/14: `llm2clip import` it, then --tower the result."""
     return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
 
 
 def proclip_l14_336() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-L/14 at 336 px."""
+    """ProCLIP over CLIP ViT-L/14 at 336 px."""
     tower = TowerConfig(architecture="openai/clip-vit-large-patch14-336")
     return _proclip("proclip-l14-336", tower, projection_dim=768)
 
 
 def proclip_b16() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-B/16."""
+    """ProCLIP over CLIP ViT-B/16."""
     return _proclip("proclip-b16", TowerConfig(architecture="openai/clip-vit-base-patch16"), projection_dim=512)
 
 
 def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig:
-    """ProCLIP's published settings (arXiv 2510.18795): InfoNCE and the distance to an EMA of the tower.
+    """ProCLIP's published settings (arXiv 2510.18795): the text adapter learns CLIP's text space from captions, then
+    InfoNCE and the distance to an EMA of the tower train both sides.
 
-    Its lambda 4e-4 over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is
-    .2 in the text and .05 in the table, which is taken. The heads are those of `llm2clip train-text-adapter`.
+    The fit's length is its four epochs of CC3M, CC12M and YFCC15M: 4 x 30 M / 1024. Its lambda 4e-4 over the sums of
+    512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is .2 in the text and .05 in the
+    table, which is taken.
     """
-    paper = _paper(name, dataclasses.replace(tower, keep_heads=True), projection_dim=projection_dim)
+    paper = _paper(name, tower, projection_dim=projection_dim)
     return dataclasses.replace(
         paper,
+        heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
         loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
         distill=DistillConfig(reference="ema", decay=0.999),
         optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0),
@@ -330,7 +341,12 @@ def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig
 
 
 def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
-    """The published stage-2 settings over a tower; data (the paper's: TOWER_MIXTURES) and caches are the user's."""
+    """The published stage-2 settings over a tower; data and caches are the user's.
+
+    The paper's data are 15 M images (CC3M, CC12M) or 60 M (also YFCC15M and 30 M of Recap-DataComp-1B), with an MLLM's
+    short caption or its long one, drawn evenly (DreamLIP's shortSV and longSV: data/extract_embedding.py:12,
+    training/data.py:611-617).
+    """
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
