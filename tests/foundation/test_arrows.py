@@ -21,7 +21,6 @@ FLOORS = (
         "discovery",
         "finding",
         "interrupt",
-        "lazy_compile",
         "limits",
         "paths",
         "progress",

@@ -83,7 +83,6 @@ def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> N
         (TRAIN_TOWER, "--evaluation.limit 10", "--evaluation.limit", "--validation"),
         (TRAIN_TOWER, "--tower.lora-alpha 64", "--lora-alpha", "--lora-rank"),
         (TRAIN_TOWER, "--tower.freeze --learning_rate 1e-3", "--lr", "--freeze"),
-        (TRAIN_TOWER, "--distill.decay 0.9", "--distill.decay", "--loss.terms"),
         (TRAIN_TOWER, "--plan.images 10", "--assumed-samples", "--dry-run"),
         (TRAIN_TOWER, "--bf16 True --fp16 True", "--bf16", "--fp16"),
         (FINETUNE_LLM, "data --llm x --limit 10", "--evaluation.limit", "--validation"),

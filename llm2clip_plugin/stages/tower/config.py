@@ -120,7 +120,9 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
-        self.loss.check(self.dual)
+        from llm2clip_plugin.train.losses.base import check_terms  # torch
+
+        check_terms(self.loss, self.dual)
         if self.heads.target == "clip_text":
             if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
                 raise ValueError(
@@ -461,7 +463,6 @@ TRAIN_TOWER = Command(
         "evaluation": "data.validation",
         "data.validation_cache": "data.validation",
         "heads": "heads.steps",
-        "distill": "loss.needs_reference: without a term that compares with a reference, such as --loss.terms distill",
         "tower.lora_alpha": "tower.lora_rank",
         "tower.architecture": "not tower.path",
         "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
