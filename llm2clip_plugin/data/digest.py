@@ -14,7 +14,10 @@ def source_digest(source: Source) -> str:
 def cache_digest(cache: EmbeddingCache) -> str:
     """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
     manifest = cache.manifest
-    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, manifest.shards])})"
+    shards = {  # caches of older versions have no "bytes"
+        name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
+    }
+    return f"{manifest.captions} captions ({short_digest([manifest.fingerprint, manifest.dtype, shards])})"
 
 
 def short_digest(value: object) -> str:

@@ -16,20 +16,19 @@ from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
-from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
+from llm2clip_plugin.data.worker_errors import CollatedDataset, as_it_is, raised
 
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One image with its captions, or the reason why it can't be used."""
+    """One image with its captions."""
 
     index: int  # in the source
     key: str
-    pixels: np.ndarray | None  # (S, S, 3) uint8; None if broken
+    pixels: np.ndarray  # (S, S, 3) uint8
     captions: tuple[Caption, ...]
     embeddings: torch.Tensor | None  # (captions, W) float32; None without a cache
     meta: dict[str, Any]
-    broken: BrokenSample | None
 
 
 class EvalDataset(Dataset):
@@ -51,52 +50,43 @@ class EvalDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> EvalItem:
+    def __getitem__(self, number: int) -> EvalItem | BrokenSample:
         index = self.indices[number]
         shard, within = self.source.locate(index)
-        key = ""
         try:
             sample = self.source.with_image(index)
-            key = sample.key
             captions = select_captions(sample.captions, self.kinds, self.languages)
             if not captions:
                 selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
-                raise BrokenSample(shard, key, f"no caption{selected}")
+                return BrokenSample(shard, sample.key, f"no caption{selected}")
             image = sample.read_image()
             if self.cache is not None:
-                self.cache.check_image(shard, within, key, image)
-            pixels = self.transform.pixels(image)
-        except BrokenImage as error:
-            return EvalItem(index, key, None, (), None, {}, BrokenSample(shard, key, str(error)))
+                self.cache.check_image(shard, within, sample.key, image)
+            try:
+                pixels = self.transform.pixels(image)
+            except BrokenImage as error:
+                return BrokenSample(shard, sample.key, str(error))
         except BrokenSample as error:
-            return EvalItem(index, error.key, None, (), None, {}, error)
-        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=key)
-        return EvalItem(index, key, pixels, captions, embeddings, sample.meta, None)
+            return error
+        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
+        return EvalItem(index, sample.key, pixels, captions, embeddings, sample.meta)
 
-
-class EvalCollate:
-    """Items to tensors; broken ones are listed under ``broken``."""
-
-    def __init__(self, images: ImageConfig) -> None:
-        self.size = images.size
-
-    def __call__(self, items: list[EvalItem]) -> dict[str, Any]:
-        good = [item for item in items if item.pixels is not None]
-        pixels = [item.pixels for item in good if item.pixels is not None]
-        stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+    def collate(self, items: list[EvalItem | BrokenSample]) -> dict[str, Any]:
+        """Items to tensors; broken ones are listed under ``broken``."""
+        good = [item for item in items if isinstance(item, EvalItem)]
+        side = self.transform.config.size
+        pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
-            "pixels": torch.from_numpy(stacked),
+            "pixels": torch.from_numpy(pixels),
             "image_ids": torch.tensor([item.index for item in good], dtype=torch.int64),
             "owners": torch.tensor([item.index for item in good for _ in item.captions], dtype=torch.int64),
             "captions": [caption for item in good for caption in item.captions],
             "keys": [item.key for item in good],
             "meta": [item.meta for item in good],
-            "broken": [item.broken for item in items if item.broken is not None],
+            "broken": [item for item in items if isinstance(item, BrokenSample)],
         }
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
-        if embeddings:
-            batch["embeddings"] = torch.cat(embeddings)
-        return batch
+        return batch | ({"embeddings": torch.cat(embeddings)} if embeddings else {})
 
 
 class EvalPairs:
@@ -140,6 +130,5 @@ def eval_pairs(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     mine = np.array_split(chosen, world)[rank].tolist()
     dataset = EvalDataset(source, cache, images, mine, kinds, languages)
-    return EvalPairs(
-        DataLoader(Guarded(dataset), batch, collate_fn=GuardedCollate(EvalCollate(images)), num_workers=workers)
-    )
+    batches = CollatedDataset(dataset, dataset.collate)
+    return EvalPairs(DataLoader(batches, batch, collate_fn=as_it_is, num_workers=workers))

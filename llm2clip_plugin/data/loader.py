@@ -26,10 +26,11 @@ from llm2clip_plugin.data.parts import Ahead, PartDraws, join_parts
 from llm2clip_plugin.data.shards_ahead import ShardsAhead
 from llm2clip_plugin.data.shared_memory import PREFETCH_MB, LoadPlan, plan_loading
 from llm2clip_plugin.data.sources.records import BrokenSample
-from llm2clip_plugin.data.worker_errors import Guarded, GuardedCollate, raised
+from llm2clip_plugin.data.worker_errors import CollatedDataset, as_it_is, raised
 
 log = logging.getLogger(__name__)
 
+LISTED = 20  # broken samples in an error
 GRACE = 60  # seconds that a loader process outlives SIGTERM
 
 
@@ -57,7 +58,7 @@ class PairLoader:
         self.max_broken = max_broken
         self.rows = 0  # rows loaded
         self.substituted = 0  # of these, rows that replace a broken sample
-        self.retries = 0  # reads of data that were repeated after an error that passes
+        self.retries = 0  # reads of data that were repeated after a transient error
         self.broken: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
         self._ahead: Callable[[], Ahead | None] = lambda: None  # weak references: see __iter__
         self._processes: Callable[[], Any] = lambda: None
@@ -69,14 +70,11 @@ class PairLoader:
         """
         if not self.plan.workers:
             return 0.0, 0.0
-        ahead, processes = self._ahead(), self._processes()
-        parts = 0
+        ahead, processes, parts = self._ahead(), self._processes(), 0
         if processes is not None:  # torch has no public way to ask
-            early = sum(len(task) > 1 for task in list(processes._task_info.values()))
-            parts = early + processes._data_queue.qsize()
-        in_parts = self.plan.part / self.plan.rows
-        space = 1 + self.plan.workers * self.plan.prefetch * in_parts
-        return (ahead.ready if ahead else 0) + parts * in_parts, space
+            parts = sum(len(task) > 1 for task in list(processes._task_info.values())) + processes._data_queue.qsize()
+        part = self.plan.part / self.plan.rows  # of a batch
+        return (ahead.ready if ahead else 0) + parts * part, 1 + self.plan.workers * self.plan.prefetch * part
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         closed = threading.Event()
@@ -116,11 +114,10 @@ class PairLoader:
                 log.warning("broken: %s; replaced by another sample", error)
         if self.substituted > self.max_broken * max(self.rows, self._least_rows):
             listed = [f"  shard {shard!r}, sample {key!r}: {why}" for (shard, key), why in self.broken.items()]
-            more = [f"  ... and {len(listed) - 20} more"] if len(listed) > 20 else []
             raise ValueError(
                 f"{self.substituted} of {max(self.rows, self._least_rows)} samples are broken, more than max_broken "
                 f"{self.max_broken:g} allows:\n"
-                + "\n".join(listed[:20] + more)
+                + "\n".join(listed[:LISTED])
                 + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
 
@@ -171,10 +168,10 @@ def make_loader(
     ahead = ShardsAhead(mixture, dataset.sources, whole=whole_shards)
     draws = PartDraws(mixture, position, rank, world, local_batch, plan.part, ahead)
     loader = DataLoader(
-        Guarded(dataset),
+        CollatedDataset(dataset, collate),
         batch_sampler=draws,  # pyright: ignore[reportArgumentType] - endless, so it has no length
         num_workers=workers,
-        collate_fn=GuardedCollate(collate),
+        collate_fn=as_it_is,
         prefetch_factor=plan.prefetch if workers else None,
         worker_init_fn=leave_signals_to_the_run,
     )

@@ -18,9 +18,9 @@ from llm2clip_plugin.data.augment import AugmentConfig, TrainTransform
 from llm2clip_plugin.data.cache.reader import EmbeddingCache
 from llm2clip_plugin.data.caption_choice import choose_captions
 from llm2clip_plugin.data.decode import BrokenImage
+from llm2clip_plugin.data.file_system import shuffle_window
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.permutation import hash_words
-from llm2clip_plugin.data.read_rate import shuffle_window
 from llm2clip_plugin.data.retry import take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, sample_rng
 from llm2clip_plugin.data.shared_memory import row_bytes

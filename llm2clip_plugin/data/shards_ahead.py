@@ -1,4 +1,4 @@
-"""Shards at URLs and on network file systems are brought near before the order reaches them."""
+"""Shards at URLs and on network file systems are prefetched before the order reaches them."""
 
 import logging
 import queue
@@ -25,8 +25,11 @@ class ShardsAhead:
 
     def __init__(self, mixture: Mixture, sources: Sequence[Source], *, whole: bool = False) -> None:
         self._mixture = mixture
-        self._sources = list(sources)
-        self._whole = whole
+        self._sources = {
+            number: source
+            for number, source in enumerate(sources)
+            if mixture.windows[number] and source.bytes_to_fetch(range(1)) and (whole or is_url(source.path))
+        }
         self._current: dict[int, tuple[int, int]] = {}  # source -> pass and window that are being read
         self._jobs: queue.SimpleQueue[tuple[Source, int] | None] = queue.SimpleQueue()  # None: no more
         self._thread: threading.Thread | None = None
@@ -37,36 +40,25 @@ class ShardsAhead:
 
     def __call__(self, position: int) -> None:
         """The run is about to read the batch at ``position``."""
-        for number, source in enumerate(self._sources):
-            if not self._mixture.windows[number] or not source.bytes_to_fetch(range(1)):
-                continue
-            if not (is_url(source.path) or self._whole):
-                continue
+        for number, source in self._sources.items():
             window = self._mixture.window(number, position)
             if self._current.get(number) == window:
                 continue
             self._current[number] = window
             shards, following = (self._mixture.window_shards(number, window[0], window[1] + later) for later in (0, 1))
-            need = source.bytes_to_fetch({*shards, *following})
-            limit, *words = _limit(source)
-            if need > limit:
-                self._warn(number, need, *words)
-            else:
+            need, limit = source.bytes_to_fetch({*shards, *following}), _limit(source)
+            if need <= limit:
                 self._begin(source, following)
-
-    def _warn(self, number: int, need: int, limit: str, remedy: str) -> None:
-        """Once for a source."""
-        if number in self._warned:
-            return
-        self._warned.add(number)
-        log.warning(
-            "%s: two windows of shards have %.1f GB, more than %s, so training waits for its disk or server at the end "
-            "of each window; %s or lower shuffle_window",
-            self._sources[number].path,
-            need / 1e9,
-            limit,
-            remedy,
-        )
+            elif number not in self._warned:
+                self._warned.add(number)
+                log.warning(
+                    "%s: two windows of shards have %.1f GB, more than %s (%.1f GB), so training waits for its disk "
+                    "or server at the end of each window; raise it or lower shuffle_window",
+                    source.path,
+                    need / 1e9,
+                    "cache_gb" if is_url(source.path) else "half of the available memory",
+                    limit / 1e9,
+                )
 
     def _begin(self, source: Source, shards: Sequence[int]) -> None:
         for shard in shards:
@@ -76,15 +68,13 @@ class ShardsAhead:
             self._thread.start()
 
 
-def _limit(source: Source) -> tuple[float, str, str]:
-    """Bytes that two windows may have, whose limit that is, and how to raise it."""
+def _limit(source: Source) -> float:
+    """Bytes that two windows may have."""
     if is_url(source.path):
-        gigabytes = source.config.cache_gb
-        return gigabytes * 1e9 or float("inf"), f"cache_gb {gigabytes:g}", "raise cache_gb"
+        return source.config.cache_gb * 1e9 or float("inf")
     import psutil  # comes with DeepSpeed
 
-    free = psutil.virtual_memory().available
-    return MEMORY_SHARE * free, f"half of the available memory ({free / 1e9:.1f} GB)", "free memory"
+    return MEMORY_SHARE * psutil.virtual_memory().available
 
 
 def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:
@@ -93,4 +83,4 @@ def _fetch(jobs: "queue.SimpleQueue[tuple[Source, int] | None]") -> None:
         try:
             source.fetch(shard)
         except (OSError, ValueError) as error:  # whoever reads the shard meets it again, and stops the run
-            log.warning("shard %r could not be fetched ahead: %s", source.shards[shard].name, error)
+            log.warning("shard %r could not be prefetched: %s", source.shards[shard].name, error)

@@ -139,7 +139,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | BrokenSample]:
         number, key = self.numbers[index], ""
         try:
-            record = self.source.record_with_image(number)
+            record = self.source.record(number, image=True)
             key = record.key
             return number, self.transform.pixels(record.read_image())
         except BrokenImage as error:

@@ -88,7 +88,7 @@ def results(config: SearchConfig, source: Source, hits: Sequence[Sequence[Hit]],
 
 def _found(source: Source, hit: Hit, picture: bool) -> Found:
     try:
-        record = source.record_with_image(hit.number)
+        record = source.record(hit.number, image=True)
         return Found(key=record.key, score=hit.score, picture=thumbnail(record.read_image()) if picture else None)
     except BrokenSample as error:
         return Found(key=error.key, score=hit.score, picture=None)

@@ -222,7 +222,7 @@ FORMATS = [
     (Format("run.json", make_run, load_record, files=("run.json",), free_text=True), 25),
     (
         Format(
-            "tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*", "data/.*index*")
+            "tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*",)
         ),
         40,
     ),

@@ -1,7 +1,7 @@
 """That a cache holds the captions of a source: compared in full once, then by digests.
 
 A digest of a shard's keys and caption hashes is in the cache since it was embedded. The digest of the shard as it is
-now is kept next to the data, with the size and time of the shard's file, for each choice of caption fields. A start
+now lies next to the data, with the size and time of the shard's file, for each choice of caption fields. A start
 compares the two. Where they differ, or the file has changed, the captions themselves are read and compared: by one of
 the processes that start together, while the others wait.
 """
@@ -11,26 +11,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.data.cache.rerun import embed_command, redo
-from llm2clip_plugin.data.cache.rows import (
-    caption_rows,
-    has_text,
-    row_numbers,
-    rows_digest,
-    shard_captions,
-    shard_contents,
-)
+from llm2clip_plugin.data.cache.rerun import redo
+from llm2clip_plugin.data.cache.rows import caption_rows, has_text, row_numbers, rows_digest, shard_contents
 from llm2clip_plugin.data.cache.shard_file import ShardFile
-from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
+from llm2clip_plugin.data.pool import cores, parallel
 from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.progress import progress_bar
 
-KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
+SAVE_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
 NAMED = 5  # samples and shards that a message names
 FEW = 16384  # samples that this process compares alone, without a pool
 
@@ -42,8 +35,8 @@ def check_captions(
 ) -> None:
     """Compare a source with a cache's manifest entries: shard names, counts, and the digests of keys and captions.
 
-    Every caption is read where no digest is kept, or everywhere, and every image, with ``full``. Raises ContractError
-    at the first difference, with both values; warns of embedded shards that a folder has no longer.
+    Captions are read where no digest shows that the cache has them; all of them, and every image, with ``full``. Raises
+    ContractError at the first difference, with both values; warns of embedded shards that a folder has no longer.
     """
     _warn_of_lost_shards(source, entries)
     for shard in source.shards:
@@ -54,14 +47,11 @@ def check_captions(
                 f"{file.path}: shard {shard.name!r} has {shard.size} samples in {source.path}, {file.samples} "
                 f"when it was embedded; {redo(file.path)}"
             )
-    if source.kept is None:
+    if source.side_folder is None:
         _compare_all(source, source.shards, open_shard, full=full)
-        return
-    if not full and not _unproven(source, entries):
-        return
-    with source.kept.lock(f"compare {source.path} with its embeddings"):
-        shards = source.shards if full else _unproven(source, entries)
-        _compare_all(source, shards, open_shard, full=full)
+    elif full or _unproven(source, entries):
+        with source.side_folder.lock(f"compare {source.path} with its embeddings"):
+            _compare_all(source, source.shards if full else _unproven(source, entries), open_shard, full=full)
 
 
 def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -71,114 +61,86 @@ def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]
     if lost and os.path.isdir(source.path) and os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {source.path} has {len(here)} shards, {len(entries)} were embedded; not there: "
-            f"{', '.join(lost[:NAMED])}{', ...' if len(lost) > NAMED else ''}; restore them unless they were removed "
-            "on purpose",
+            f"{_some(lost)}; restore them unless they were removed on purpose",
             file=sys.stderr,
         )
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
 def kept_digests(source: Source) -> dict[str, str]:
     """Digest of each shard of a source whose file is still the one that was read."""
-    kept = source.digests.read() if source.digests else {}
-    return {
-        shard.name: kept[shard.name]["sha256"]
-        for shard, stamp in zip(source.shards, source.stamps, strict=bool(kept))
-        if shard.name in kept and kept[shard.name]["stamp"] == list(stamp)
-    }
+    return {name: fits[0] for name, fits in _known(source).items()}
 
 
 def keep_digests(source: Source, digests: Mapping[str, str]) -> None:
-    """Keep the digests of some shards for the next start."""
-    if source.kept is None or not digests:
+    """Record the digests of some shards for the next start."""
+    if source.side_folder is not None and digests:
+        with source.side_folder.lock(f"record the digests of {source.path}"):
+            _record(source, {name: (digest, digest) for name, digest in digests.items()})
+
+
+def _known(source: Source) -> dict[str, list[str]]:
+    """For each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
+    recorded = source.side_folder.read_json(source.digests) if source.side_folder else {}
+    return {
+        shard.name: entry["fits"]
+        for shard, stamp in zip(source.shards, source.stamps, strict=bool(recorded))
+        if (entry := recorded.get(shard.name)) and entry["stamp"] == list(stamp) and "fits" in entry
+    }
+
+
+def _record(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
+    """Add (digest, digest of a cache that has these captions) of some shards; the lock is held."""
+    if source.side_folder is None or not results:
         return
-    with source.kept.lock(f"keep the digests of {source.path}"):
-        _add(source, {name: (digest, digest) for name, digest in digests.items()})
+    known, stamps = _known(source), dict(zip((shard.name for shard in source.shards), source.stamps, strict=True))
+    entries = {}
+    for name, (digest, in_cache) in results.items():
+        others = known.get(name, [digest])
+        others = {*others, in_cache} if others[0] == digest else {in_cache}
+        entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
+    source.side_folder.add_json(source.digests, entries)
 
 
-def _add(source: Source, results: Mapping[str, tuple[str, str]]) -> None:
-    """Add (digest, digest of a cache that has these captions) of some shards to the ledger; the lock is held."""
-    if source.digests is None or not results:
-        return
-    kept, entries = source.digests.read(), {}
-    for shard, stamp in zip(source.shards, source.stamps, strict=True):
-        if shard.name not in results:
-            continue
-        digest, in_cache = results[shard.name]
-        before = kept.get(shard.name, {})
-        also = set(before["also"]) if before.get("sha256") == digest else set()
-        entries[shard.name] = {"stamp": list(stamp), "sha256": digest, "also": sorted((also | {in_cache}) - {digest})}
-    source.digests.add(entries)
-
-
-def _unproven(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> Sequence[Shard]:
-    """The shards without a kept digest that says that the cache has their captions."""
-    kept = source.digests.read() if source.digests else {}
-
-    def proven(shard: Shard, stamp: tuple[int, int]) -> bool:
-        entry = kept.get(shard.name)
-        if entry is None or entry["stamp"] != list(stamp):
-            return False
-        return entries[shard.name]["rows_sha256"] in (entry["sha256"], *entry["also"])
-
-    return [shard for shard, stamp in zip(source.shards, source.stamps, strict=True) if not proven(shard, stamp)]
+def _unproven(source: Source, entries: Mapping[str, Mapping[str, Any]]) -> list[Shard]:
+    """The shards without a recorded digest that says that the cache has their captions."""
+    known = _known(source)
+    return [shard for shard in source.shards if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())]
 
 
 def _compare_all(source: Source, shards: Sequence[Shard], open_shard: OpenShard, *, full: bool) -> None:
-    """Compare the captions of these shards with the cache and keep the digests."""
+    """Compare the captions of these shards with the cache, from all cores if there is much to read; record digests."""
     results: dict[str, tuple[str, str]] = {}
-    written = time.monotonic()
-    total = sum(shard.size for shard in shards)
+    written, total = time.monotonic(), sum(shard.size for shard in shards)
+    job = partial(_compare, source, open_shard, full)
+    compared = parallel(job, shards, processes=min(cores(), len(shards)) if total > FEW else 1)
     try:
         with progress_bar(total=total, label="compare captions", unit="samples") as bar:
-            for shard, result in zip(shards, _compared(source, shards, open_shard, full), strict=True):
+            for shard, result in zip(shards, compared, strict=True):
                 results[shard.name] = result
                 bar.update(shard.size)
-                if time.monotonic() > written + KEEP_EVERY:
-                    _add(source, results)
+                if time.monotonic() > written + SAVE_EVERY:
+                    _record(source, results)
                     results, written = {}, time.monotonic()
     finally:
-        _add(source, results)
-
-
-def _compared(source: Source, shards: Sequence[Shard], open_shard: OpenShard, full: bool) -> Iterator[tuple[str, str]]:
-    """Results of ``_compare`` in order, from all cores if there is much to read."""
-    workers = min(cores(), len(shards))
-    if workers <= 1 or sum(shard.size for shard in shards) <= FEW:
-        yield from map(partial(_compare, source, open_shard, full), shards)
-        return
-    with process_pool(workers, _begin_worker, (source, open_shard, full)) as pool:
-        yield from map_in_order(pool, _compare_in_worker, shards, ahead=4 * workers)
-
-
-_worker: Callable[[Shard], tuple[str, str]]  # _compare with the arguments that don't change; set in each process
-
-
-def _begin_worker(source: Source, open_shard: OpenShard, full: bool) -> None:
-    global _worker
-    _worker = partial(_compare, source, open_shard, full)
-
-
-def _compare_in_worker(shard: Shard) -> tuple[str, str]:
-    return _worker(shard)
+        _record(source, results)
 
 
 def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) -> tuple[str, str]:
     """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
-    checks: list[int] | None = None
-    if full:
-        keys, captions, checks = shard_contents(source, shard)
-    else:
-        keys, captions = shard_captions(source, shard)
+    keys, captions, checks = shard_contents(source, shard, images=full)
     file = open_shard(shard.name)
     digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
     if full or digest != in_cache:
         for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
-            row_numbers(file, shard.name, index, list(filter(has_text, texts)), key, source.path)
+            row_numbers(file, index, list(filter(has_text, texts)), key)
     if changed := file.changed_images(checks or ()):
         raise ContractError(
             f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
-            f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:NAMED])))}"
-            f"{', ...' if len(changed) > NAMED else ''}; restore them, or delete {file.path} and rerun "
-            f"`{embed_command(file.path)}`"
+            f"captions were embedded: {_some([repr(file.key(index)) for index in changed])}; restore them, or delete "
+            f"{file.path} and {redo(file.path)}"
         )
     return digest, in_cache

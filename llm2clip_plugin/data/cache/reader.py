@@ -30,18 +30,15 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity, canonical_json, sha256_text
+from llm2clip_plugin.contracts import CacheManifest, ContractError, TeacherIdentity
 from llm2clip_plugin.data.cache.dtypes import CACHE_DTYPES
 from llm2clip_plugin.data.cache.proof import check_captions
-from llm2clip_plugin.data.cache.rerun import embed_command, redo, repair
-from llm2clip_plugin.data.cache.rows import UNCOMPARED, row_numbers
+from llm2clip_plugin.data.cache.rerun import redo
+from llm2clip_plugin.data.cache.rows import row_numbers
 from llm2clip_plugin.data.cache.shard_file import ShardFile, image_check
-from llm2clip_plugin.data.kept import KeptFolder, Ledger
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.downloads import default_download_folder
 from llm2clip_plugin.data.sources.index_file import stamps_of
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption
-from llm2clip_plugin.progress import track
 
 OPEN_SHARDS = 64  # files that one process keeps open
 FEW = 16  # shards whose headers are read at every start
@@ -102,7 +99,7 @@ class EmbeddingCache:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the teacher."""
+        """Of the teacher."""
         return self.manifest.fingerprint
 
     def __getstate__(self) -> dict[str, object]:
@@ -110,34 +107,21 @@ class EmbeddingCache:
         return {"directory": self.directory, "manifest": self.manifest, "_files": OrderedDict()}
 
     def _check_files(self) -> None:
-        """Compare the files with the manifest: their headers, or, of files seen before, size and time."""
-        kept = KeptFolder.of(self.directory, default_download_folder())
-        ledger = Ledger(kept, "files.json")
-        stamps = self._file_stamps()
-        known = ledger.read() if len(stamps) > FEW else {}
-        if all(known.get(name) == stamp for name, stamp in stamps.items()):
-            return
-        if len(stamps) <= FEW:
-            for name in stamps:
-                self.shard(name)
-            return
-        with kept.lock(f"check the shards of {self.directory}"):
-            known = ledger.read()
-            names = [name for name, stamp in stamps.items() if known.get(name) != stamp]
-            for name in track(names, total=len(names), label="check the cache", unit="shards"):
-                self.shard(name)
-            ledger.add(stamps)
+        """Raise ContractError for a file that is missing or has another size than the manifest says.
 
-    def _file_stamps(self) -> dict[str, str]:
-        """For each shard, a text that changes with its file and its entry; ContractError for a missing file."""
-        files = [str(self.directory / entry["file"]) for entry in self.manifest.shards.values()]
-        stamps: dict[str, str] = {}
-        for (name, entry), path, stamp in zip(self.manifest.shards.items(), files, stamps_of(files), strict=True):
+        The headers of few files, and of those without a recorded size, are compared too; the others' when they are
+        first read (``shard``).
+        """
+        entries = self.manifest.shards
+        stamps = stamps_of([str(self.directory / entry["file"]) for entry in entries.values()])
+        for (name, entry), stamp in zip(entries.items(), stamps, strict=True):
+            path = self.directory / entry["file"]
             if stamp is None:
-                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(self.directory)}")
-            expected = canonical_json([self.fingerprint, self.width, entry])
-            stamps[name] = f"{stamp[0]}-{stamp[1]}-{sha256_text(expected)[:16]}"
-        return stamps
+                raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
+            if len(entries) <= FEW or "bytes" not in entry:
+                self.shard(name)
+            elif stamp[0] != entry["bytes"]:
+                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {redo(path)}")
 
     def shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
@@ -146,20 +130,17 @@ class EmbeddingCache:
             return self._files[name]
         entry = self.manifest.shards.get(name)
         if entry is None:
-            known = ", ".join(list(self.manifest.shards)[:5])
-            raise ContractError(
-                f"{self.directory} has no shard {name!r}; known: {known}"
-                + (f" ... ({len(self.manifest.shards)} shards)" if len(self.manifest.shards) > 5 else "")
-                + f"; {redo(self.directory)}"
-            )
+            known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (len(self.manifest.shards) > 5)
+            raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {redo(self.directory)}")
         path = self.directory / entry["file"]
-        if not path.is_file():
-            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}")
-        file = ShardFile(path)
+        try:
+            file = ShardFile(path)
+        except FileNotFoundError as error:
+            raise ContractError(f"{path} is missing, but the manifest lists shard {name!r}; {redo(path)}") from error
         actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
         expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
         expected |= {"truncated": str(entry["truncated"])}
-        if wrong := [name for name in expected if name != "file" and actual[name] != expected[name]]:
+        if wrong := [name for name, value in expected.items() if name in actual and actual[name] != value]:
             both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
             raise ContractError(f"{path} differs from the manifest: {both}; {redo(path)}")
         self._files[name] = file
@@ -174,7 +155,7 @@ class EmbeddingCache:
         the one that was embedded.
         """
         file = self.shard(shard_name)
-        return file.embeddings(row_numbers(file, shard_name, index_in_shard, captions, key, UNCOMPARED))
+        return file.embeddings(row_numbers(file, index_in_shard, captions, key))
 
     def check_image(self, shard_name: str, index_in_shard: int, key: str, data: bytes) -> None:
         """Raises BrokenSample if a sample's image is not the one that it had when its captions were embedded."""
@@ -185,7 +166,7 @@ class EmbeddingCache:
                 shard_name,
                 key,
                 f"its image was changed or exchanged after its captions were embedded ({len(data)} bytes, "
-                f"{recorded >> 32} then); restore it, or delete {file.path} and rerun `{embed_command(file.path)}`",
+                f"{recorded >> 32} then); restore it, or delete {file.path} and {redo(file.path)}",
             )
 
     def check(self, source: Source, *, full: bool = False) -> None:
@@ -201,7 +182,7 @@ class EmbeddingCache:
         for name in self.manifest.shards:
             file = self.shard(name)
             if damage := file.damage():
-                raise ContractError(f"{file.path} is damaged: {damage}; {repair(file.path)}")
+                raise ContractError(f"{file.path} is damaged: {damage}; {redo(file.path)}")
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:

@@ -16,23 +16,18 @@ def has_text(caption: Caption) -> bool:
     return bool(caption.text.strip())
 
 
-def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
-    """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
-    samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
-    return [key for key, _ in samples], [captions for _, captions in samples]
+def shard_contents(
+    source: Source, shard: Shard, *, images: bool = True
+) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
+    """Keys, captions (none of a sample that can't be read) and checksums of the images (0 for one that can't be read).
 
-
-def shard_contents(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]], list[int] | None]:
-    """As ``shard_captions``, and the checksum of each sample's image: 0 for one that can't be read.
-
-    None instead of the checksums where images are at a URL: they would all be downloaded.
+    None instead of the checksums without ``images``, and where images are at a URL: all would be downloaded.
     """
-    if not source.images_at_hand:
-        return *shard_captions(source, shard), None
+    images = images and source.images_at_hand
     keys, captions, checks = [], [], []
     for number in range(shard.start, shard.start + shard.size):
         try:
-            sample = source.with_image(number)
+            sample = source.with_image(number) if images else source[number]
         except BrokenSample as error:
             keys.append(error.key)
             captions.append(())
@@ -41,10 +36,10 @@ def shard_contents(source: Source, shard: Shard) -> tuple[list[str], list[tuple[
         keys.append(sample.key)
         captions.append(sample.captions)
         try:
-            checks.append(image_check(sample.read_image()))
+            checks.append(image_check(sample.read_image()) if images else 0)
         except BrokenSample:
             checks.append(0)
-    return keys, captions, checks
+    return keys, captions, checks if images else None
 
 
 def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
@@ -61,20 +56,14 @@ def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
 
 
-UNCOMPARED = "the data"  # what ``row_numbers`` calls a sample whose shard was proven by its size and time alone
-
-
-def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Caption], key: str, data: str) -> list[int]:
+def row_numbers(file: ShardFile, index: int, captions: Sequence[Caption], key: str) -> list[int]:
     """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
     if not 0 <= index < file.samples:
-        raise ContractError(
-            f"{file.path} has no sample {index}: shard {shard!r} had {file.samples} samples when it was embedded; "
-            f"{redo(file.path)}"
-        )
+        raise ContractError(f"{file.path} has no sample {index} of {file.samples}; {redo(file.path)}")
     if key and file.key(index) != key:
         raise ContractError(
-            f"{file.path}: sample {index} of shard {shard!r} has key {key!r} in {data}, {file.key(index)!r} in the "
-            f"cache; {redo(file.path)}"
+            f"{file.path}: sample {index} has key {key!r} in the data, {file.key(index)!r} in the cache; "
+            f"{redo(file.path)}"
         )
     row_of = file.row_numbers(index)
     hashes = [caption_hash(caption.text) for caption in captions]
@@ -82,11 +71,9 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
         if value not in row_of:
             known = ", ".join(map(hash_hex, row_of)) or "none"
             text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-            reason = f"(hash {hash_hex(value)}) was not embedded" if has_text(caption) else "is blank"
-            if data == UNCOMPARED:
-                reason += f"; if shard {shard!r} was changed and its time kept, `touch` its file first"
             raise ContractError(
-                f"{file.path}: sample {file.key(index)!r}: caption {text!r} {reason}; cached caption hashes: {known}; "
+                f"{file.path}: sample {file.key(index)!r}: caption {text!r} (hash {hash_hex(value)}) was not embedded; "
+                f"cached caption hashes: {known}; if its data was changed and the file's time kept, `touch` that file; "
                 f"{redo(file.path)}"
             )
     return [row_of[value] for value in hashes]

@@ -7,15 +7,14 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from llm2clip_plugin.contracts import ContractError
 from llm2clip_plugin.data.cache.dtypes import VALUE_BYTES
-from llm2clip_plugin.data.cache.rerun import redo, repair
-from llm2clip_plugin.data.retry import SteadyFile
+from llm2clip_plugin.data.cache.rerun import redo
+from llm2clip_plugin.data.retry import RetryingFile
 from llm2clip_plugin.outside.safetensors_header import parse_header
 
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
@@ -45,39 +44,43 @@ def image_check(data: bytes) -> int:
 
 
 class ShardFile:
-    """One shard's file, read by position: one open file, and errors that pass are retried (see data.retry).
+    """One shard's file, read by position: one open file, and transient errors are retried (see data.retry).
 
     Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = SteadyFile(path)
+        self._file = RetryingFile(path)
         try:
-            self._layouts, metadata = _read_layouts(self._file)
-            self.meta: dict[str, str] = json.loads(metadata[META])
+            self.size = self._file.size()  # bytes
+            header = parse_header(self.size, self._file.read)
+            self._data_start, self._entries = header.data_start, header.entries
+            if wrong := {*TENSORS, "row_checks", "image_checks"} ^ {*header.entries, "image_checks"}:
+                raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
+            self.meta: dict[str, str] = json.loads(header.metadata[META])
             if missing := {*METADATA} - {*self.meta}:
                 raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
-            self.captions, self.width = self._layouts["embeddings"].shape
-            self.samples = self._layouts["row_starts"].shape[0] - 1
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            self.captions, self.width = self._entries["embeddings"].shape
+            self.samples = self._entries["row_starts"].shape[0] - 1
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ContractError(
                 f"{path} is truncated or not a shard of an embedding cache ({error}); {redo(path)}"
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         """An entire tensor of the file."""
-        return self._read(name, 0, self._layouts[name].shape[0])
+        return self._read(name, 0, self._entries[name].shape[0])
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         """A tensor from one index of its first axis to another."""
-        layout = self._layouts[name]
-        one = math.prod(layout.shape[1:]) * layout.dtype.itemsize
-        size = (stop - start) * one
-        data = self._file.read(size, layout.start + start * one)
-        if len(data) != size:
+        entry = self._entries[name]
+        dtype, shape = np.dtype(DTYPES[entry.dtype]), (stop - start, *entry.shape[1:])
+        one = math.prod(shape[1:]) * dtype.itemsize
+        data = self._file.read(shape[0] * one, self._data_start + entry.start + start * one)
+        if len(data) != shape[0] * one:
             raise ContractError(f"{self.path} was truncated while it was read; {redo(self.path)}")
-        return np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:])
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def key(self, index: int) -> str:
         """The key of a sample."""
@@ -91,11 +94,11 @@ class ShardFile:
 
     def image_check(self, index: int) -> int:
         """Checksum of a sample's image when its captions were embedded; 0 if it was not recorded."""
-        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._layouts else 0
+        return int(self._read("image_checks", index, index + 1)[0]) if "image_checks" in self._entries else 0
 
     def changed_images(self, checks: Sequence[int]) -> list[int]:
         """Samples whose image has another checksum than the recorded one; none if either was not recorded."""
-        if not len(checks) or "image_checks" not in self._layouts:
+        if not len(checks) or "image_checks" not in self._entries:
             return []
         return np.flatnonzero(self["image_checks"] != np.asarray(checks, dtype=np.int64)).tolist()
 
@@ -110,42 +113,19 @@ class ShardFile:
         checks = self._read("row_checks", first, stop)[chosen].tolist()
         for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
             if row_check(row_W, scale, number) != check:
-                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {repair(self.path)}")
+                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {redo(self.path)}")
         value_nW = stored_nW.astype(np.float32) * scale_n[:, None]
-        if not (finite_n := np.isfinite(value_nW).all(axis=1)).all():
-            number = rows[int(np.flatnonzero(~finite_n)[0])]
-            raise ContractError(f"{self.path} is damaged: row {number} is not finite; {repair(self.path)}")
+        if not np.isfinite(value_nW).all():
+            raise ContractError(f"{self.path} is damaged: a row of {list(rows)} is not finite; {redo(self.path)}")
         return torch.from_numpy(value_nW)
 
     def damage(self) -> str:
         """What is wrong with the file's contents, "" if nothing is; reads every byte."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
-            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._layouts})
+            digest = tensors_digest({tensor: self[tensor] for tensor in names if tensor in self._entries})
             if digest != self.meta[name]:
                 return f"SHA-256 {digest}, expected {self.meta[name]}"
         return ""
-
-
-class Layout(NamedTuple):
-    """Where a tensor lies in its file."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int  # byte in the file
-
-
-def _read_layouts(file: SteadyFile) -> tuple[dict[str, Layout], dict[str, str]]:
-    """Layouts and metadata; ValueError or KeyError for a file that is not a whole shard."""
-    header = parse_header(file.size(), file.read)
-    if unknown := header.entries.keys() - {*TENSORS, *CHECKS}:
-        raise ValueError(f"unknown tensors {', '.join(sorted(unknown))}")
-    if missing := {*TENSORS, "row_checks"} - header.entries.keys():
-        raise ValueError(f"no tensors {', '.join(sorted(missing))}")
-    layouts = {
-        name: Layout(np.dtype(DTYPES[entry.dtype]), entry.shape, header.data_start + entry.start)
-        for name, entry in header.entries.items()
-    }
-    return layouts, header.metadata
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:

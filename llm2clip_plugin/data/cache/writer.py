@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from llm2clip_plugin.contracts import (
     CacheManifest,
@@ -55,27 +55,24 @@ class CacheWriter:
         self.dtype = dtype
         self._written: list[str] = []
         path = self.directory / CacheManifest.FILE
-        if path.is_file():
-            self._refuse_another(self.manifest(), path)
-        else:
+        if not path.is_file():
             self._manifest({}, complete=False).write(path)
+            return
+        existing = self.manifest()
+        if existing.fingerprint != identity.fingerprint:
+            raise ContractError(
+                f"{path} belongs to another teacher ({differences(existing.teacher, identity)}; fingerprint "
+                f"{existing.fingerprint[:12]}, not {identity.fingerprint[:12]}); choose another --cache"
+            )
+        if existing.dtype != dtype:
+            raise ContractError(
+                f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache, or use --dtype "
+                f"{existing.dtype}"
+            )
 
     def manifest(self) -> CacheManifest:
         """The directory's, as it is now."""
         return CacheManifest.read(self.directory / CacheManifest.FILE)
-
-    def _refuse_another(self, existing: CacheManifest, path: Path) -> None:
-        """ContractError if the directory has another teacher or dtype."""
-        if existing.fingerprint != self.identity.fingerprint:
-            raise ContractError(
-                f"{path} belongs to another teacher ({differences(existing.teacher, self.identity)}; fingerprint "
-                f"{existing.fingerprint[:12]}, not {self.identity.fingerprint[:12]}); choose another --cache"
-            )
-        if existing.dtype != self.dtype:
-            raise ContractError(
-                f"{path} has dtype {existing.dtype}, not {self.dtype}; choose another --cache, or use "
-                f"--dtype {existing.dtype}"
-            )
 
     def _manifest(self, shards: dict[str, dict[str, object]], *, complete: bool) -> CacheManifest:
         return CacheManifest(
@@ -105,22 +102,15 @@ class CacheWriter:
         except ContractError as error:
             log.warning("%s", error)
             return False
-        meta = file.meta
-        expected = (self.identity.fingerprint, self.dtype, digest)
-        if (meta["fingerprint"], meta["dtype"], meta["rows_sha256"]) != expected:
+        found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
+        if found != (self.identity.fingerprint, self.dtype, digest):
             return False
         if damage := file.damage():
             log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
             return False
-        changed = file.changed_images(image_checks or ())
-        if changed:
-            names = ", ".join(map(file.key, changed[:NAMED])) + (", ..." if len(changed) > NAMED else "")
-            log.warning(
-                "%d images of shard %r were changed after its captions were embedded (%s); they are embedded again",
-                len(changed),
-                shard,
-                names,
-            )
+        if changed := file.changed_images(image_checks or ()):
+            names = ", ".join(map(file.key, changed[:NAMED])) + ", ..." * (len(changed) > NAMED)
+            log.warning("%s: %d images have changed (%s); its captions are embedded again", path, len(changed), names)
         return not changed
 
     def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
@@ -133,13 +123,12 @@ class CacheWriter:
             cached = set(file["caption_hashes"].tolist())
         except (FileNotFoundError, ContractError):
             return
-        kept = len(cached.intersection(value for _, value in rows))
-        if len(rows) >= file.captions and (kept or not cached):
-            return
-        raise ContractError(
-            f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {kept} of them "
-            "the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
-        )
+        common = len(cached.intersection(value for _, value in rows))
+        if len(rows) < file.captions or (cached and not common):
+            raise ContractError(
+                f"{file.path} has {file.captions} captions; {read} gives {len(rows)} for shard {shard!r}, {common} of "
+                "them the same. Correct --fields or the data, choose another --cache, or replace them with --overwrite"
+            )
 
     def write_shard(
         self,
@@ -171,28 +160,27 @@ class CacheWriter:
             raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
         stored, scales = quantize(embeddings, self.dtype)
         self._refuse_inaccurate(shard, embeddings, stored)
-        encoded = [key.encode() for key in keys]
+        encoded, values = [key.encode() for key in keys], stored.numpy()
         tensors = {
-            "embeddings": stored,
-            "scales": scales,
-            "row_starts": torch.tensor(np.searchsorted(indices, np.arange(len(keys) + 1)), dtype=torch.int64),
-            "caption_hashes": torch.tensor([value for _, value in rows], dtype=torch.int64),
-            "keys": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
-            "key_starts": torch.tensor(np.cumsum([0, *map(len, encoded)]), dtype=torch.int64),
+            "embeddings": values,
+            "scales": scales.numpy(),
+            "row_starts": np.searchsorted(indices, np.arange(len(keys) + 1)).astype(np.int64),
+            "caption_hashes": np.array([value for _, value in rows], dtype=np.int64),
+            "keys": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+            "key_starts": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         }
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        scaled_rows = enumerate(zip(arrays["embeddings"], scales.tolist(), strict=True))
-        checks = {"row_checks": [row_check(row, scale, number) for number, (row, scale) in scaled_rows]}
+        scaled_rows = enumerate(zip(values, scales.tolist(), strict=True))
+        row_checks = [row_check(row, scale, number) for number, (row, scale) in scaled_rows]
+        checks = {"row_checks": np.array(row_checks, dtype=np.int64)}
         if image_checks is not None:
-            checks["image_checks"] = list(image_checks)
-        checks = {name: torch.tensor(values, dtype=torch.int64) for name, values in checks.items()}
-        metadata = {  # kept as one entry: safetensors writes entries in random order
+            checks["image_checks"] = np.array(image_checks, dtype=np.int64)
+        metadata = {  # as one entry: safetensors writes entries in random order
             "shard": shard,
             "fingerprint": self.identity.fingerprint,
             "dtype": self.dtype,
             "rows_sha256": rows_digest(keys, rows),
-            "sha256": tensors_digest(arrays),
-            "checks_sha256": tensors_digest({name: tensor.numpy() for name, tensor in checks.items()}),
+            "sha256": tensors_digest(tensors),
+            "checks_sha256": tensors_digest(checks),
             "truncated": str(truncated),
         }
         with atomic_file(self.path(shard)) as temporary:
@@ -233,6 +221,7 @@ class CacheWriter:
                 "truncated": int(file.meta["truncated"]),
                 "rows_sha256": file.meta["rows_sha256"],
                 "sha256": file.meta["sha256"],
+                "bytes": file.size,
             }
         manifest = self._manifest(entries, complete=True)
         manifest.write(path)

@@ -8,7 +8,7 @@ from llm2clip_plugin.data.check.options import COMMAND
 from llm2clip_plugin.data.check.reading import CheckConfig, Reading, load_counter, read_all
 from llm2clip_plugin.data.check.report import as_text, build_report, overlap
 from llm2clip_plugin.data.sources.open import Source, check_fields, open_source
-from llm2clip_plugin.progress import track
+from llm2clip_plugin.progress import progress_bar
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +37,8 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 
 def _read(source: Source, config: CheckConfig) -> Reading:
     reading = Reading()
-    for part in track(read_all(source, config), total=len(source), label="data check", unit="samples"):
-        if part is not None:
+    with progress_bar(total=len(source), label="data check", unit="samples") as bar:
+        for part in read_all(source, config):
             reading.add(part)
+            bar.update(part.samples)
     return reading

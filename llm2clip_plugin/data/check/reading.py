@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from llm2clip_plugin.data.check.options import CheckConfig
 from llm2clip_plugin.data.decode import BrokenImage, has_transparency, load, open_header
-from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
+from llm2clip_plugin.data.pool import cores, parallel
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.data.sources.records import (
-    BrokenSample,
-    Caption,
-    Sample,
-    caption_hash,
-    select_captions,
-    words_of,
-)
+from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Sample, caption_hash, select_captions, words_of
 from llm2clip_plugin.outside.timeouts import check_hub_answers
 
 CHUNK = 64  # samples that a worker reads in one task
@@ -41,65 +35,34 @@ class Reading:
     captions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language) -> captions
     unused_fields: Counter[str] = field(default_factory=Counter)  # fields with a text of words that is no caption
     nested_captions: int = 0  # samples with a caption that contains another one
-    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash, sample, tokens, hash of words
-    key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample number
     formats: Counter[str] = field(default_factory=Counter)  # JPEG, PNG, WEBP
-    image_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the file, sample number
     transparent: int = 0  # images with pixels that are not opaque
-    side_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int32: width, height
     image_bytes: int = 0
+    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash, sample, tokens, hash of words
+    key_rows: list[np.ndarray] = field(default_factory=list)  # (n, 2) int64: hash of the key, sample
+    image_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash of the file, sample, width, height
 
     def add(self, other: Reading) -> None:
         """Add another reading to this one."""
-        self.samples += other.samples
-        self.blank_captions += other.blank_captions
-        self.replaced_characters += other.replaced_characters
-        self.image_bytes += other.image_bytes
-        self.transparent += other.transparent
-        self.nested_captions += other.nested_captions
-        self.unused_fields += other.unused_fields
-        self.image_rows += other.image_rows
-        self.broken += other.broken
-        self.without_captions += other.without_captions
-        self.caption_rows += other.caption_rows
-        self.key_rows += other.key_rows
-        self.side_rows += other.side_rows
-        self.captions += other.captions
-        self.formats += other.formats
+        for each in dataclasses.fields(self):
+            total = getattr(self, each.name)
+            total += getattr(other, each.name)  # lists and counters grow in place
+            setattr(self, each.name, total)
+
+    def rows(self, name: str, columns: int) -> np.ndarray:
+        """(n, columns) int64: all of ``caption_rows``, ``key_rows`` or ``image_rows``."""
+        return np.concatenate([np.zeros((0, columns), dtype=np.int64), *getattr(self, name)])
 
 
-def read_all(source: Source, config: CheckConfig) -> Iterator[Reading | None]:
-    """A reading of each chunk, followed by None for each of its other samples, so that progress counts samples."""
-    starts = range(0, len(source), CHUNK)
-    chunks = (range(first, min(first + CHUNK, len(source))) for first in starts)
-    workers = min(config.workers or cores(), len(starts))
-    if workers <= 1:
-        yield from _spread(map(partial(read_samples, source, config, load_counter(config.tokenizer)), chunks))
-        return
-    with process_pool(workers, _begin_worker, (source, config)) as pool:
-        yield from _spread(map_in_order(pool, _read_in_worker, chunks, ahead=8 * workers))
+def read_all(source: Source, config: CheckConfig) -> Iterator[Reading]:
+    """A reading of each chunk of a source."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
+    chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
+    processes = min(config.workers or cores(), len(chunks))
+    return parallel(partial(read_samples, source, config), chunks, processes=processes)
 
 
-def _spread(readings: Iterator[Reading]) -> Iterator[Reading | None]:
-    for reading in readings:
-        yield reading
-        for _ in range(reading.samples - 1):
-            yield None
-
-
-_worker: Callable[[range], Reading]  # read_samples with the arguments that don't change; set in each worker process
-
-
-def _begin_worker(source: Source, config: CheckConfig) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = partial(read_samples, source, config, load_counter(config.tokenizer))
-
-
-def _read_in_worker(numbers: range) -> Reading:
-    return _worker(numbers)
-
-
+@lru_cache
 def load_counter(tokenizer: str) -> Callable[[str], int]:
     """Length of a caption: tokens of ``tokenizer``, special ones included, or words for "". Raises ValueError."""
     if not tokenizer:
@@ -115,10 +78,10 @@ def load_counter(tokenizer: str) -> Callable[[str], int]:
     return lambda text: len(loaded(text, verbose=False)["input_ids"])
 
 
-def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int], numbers: range) -> Reading:
+def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading:
     """Read some samples of a source and decode their images at full size."""
-    reading = Reading(samples=len(numbers))
-    caption_rows, key_rows, image_rows, sides = [], [], [], []
+    reading, count = Reading(samples=len(numbers)), load_counter(config.tokenizer)
+    caption_rows, key_rows, image_rows = [], [], []
     used = {item.name for item in source.fields}
     for number in numbers:
         key, captions, reason = "", (), ""
@@ -127,22 +90,14 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
             key, captions = sample.key, sample.captions
             reading.blank_captions += sample.blank_captions
             reading.unused_fields.update(name for name in sample.meta.keys() - used if _is_text(sample.meta[name]))
-            size, value = _read_image(sample, reading)
-            sides.append(size)
-            image_rows.append((value, number))
+            value, size = _read_image(sample, reading)
+            image_rows.append((value, number, *size))
         except BrokenSample as error:
             key, reason = error.key, error.reason
         except BrokenImage as error:
             reason = str(error)
         key_rows.append((caption_hash(key), number))
-        words = [words_of(caption.text) for caption in captions]
-        caption_rows += [
-            (caption_hash(caption.text), number, count(caption.text), caption_hash(text))
-            for caption, text in zip(captions, words, strict=True)
-        ]
-        distinct = {f" {text} " for text in words}
-        reading.nested_captions += any(one != other and one in other for one in distinct for other in distinct)
-        _count_captions(captions, reading)
+        caption_rows += _read_captions(captions, number, count, reading)
         identity = {"shard": source.locate(number)[0], "key": key}
         if reason:
             reading.broken.append({**identity, "reason": reason})
@@ -150,9 +105,8 @@ def read_samples(source: Source, config: CheckConfig, count: Callable[[str], int
             reason = "no caption of the selected kinds and languages" if captions else "no caption"
             reading.without_captions.append({**identity, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 4))
-    reading.image_rows.append(np.array(image_rows, dtype=np.int64).reshape(-1, 2))
     reading.key_rows.append(np.array(key_rows, dtype=np.int64).reshape(-1, 2))
-    reading.side_rows.append(np.array(sides, dtype=np.int32).reshape(-1, 2))
+    reading.image_rows.append(np.array(image_rows, dtype=np.int64).reshape(-1, 4))
     return reading
 
 
@@ -161,8 +115,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and " " in value.strip() and not value.startswith(("{", "["))
 
 
-def _read_image(sample: Sample, reading: Reading) -> tuple[tuple[int, int], int]:
-    """Decode the image, count it; its width and height, and a hash. Raises BrokenSample or BrokenImage."""
+def _read_image(sample: Sample, reading: Reading) -> tuple[int, tuple[int, int]]:
+    """Decode the image and count it; a hash, width and height. Raises BrokenSample or BrokenImage."""
     data = sample.read_image()
     image = open_header(data)
     image_format, size = image.format or "?", image.size
@@ -171,10 +125,16 @@ def _read_image(sample: Sample, reading: Reading) -> tuple[tuple[int, int], int]
     reading.transparent += transparent
     reading.formats[image_format] += 1
     reading.image_bytes += len(data)
-    return size, int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True)
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True), size
 
 
-def _count_captions(captions: tuple[Caption, ...], reading: Reading) -> None:
-    for caption in captions:
+def _read_captions(
+    captions: tuple[Caption, ...], number: int, count: Callable[[str], int], reading: Reading
+) -> Iterator[tuple[int, int, int, int]]:
+    words = [words_of(caption.text) for caption in captions]
+    distinct = {f" {text} " for text in words}
+    reading.nested_captions += any(one != other and one in other for one in distinct for other in distinct)
+    for caption, text in zip(captions, words, strict=True):
         reading.captions[caption.kind, caption.language] += 1
         reading.replaced_characters += "\ufffd" in caption.text
+        yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)

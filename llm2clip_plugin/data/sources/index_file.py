@@ -1,38 +1,37 @@
-"""One index of a whole source: a line for each shard, read at the start, and a row for each sample, read on demand.
+"""The index of a source: a table with an entry for each shard, and a row for each sample, read on demand.
 
 ```
 head      256 bytes: JSON with the kind, the columns, where the table is, and the SHA-256 of the table
-chunks    of each shard: (samples, columns + 1) int64 rows, then its text: keys, or samples as JSON
+chunks    of each shard: (samples, columns) int64 rows, then its text: keys, or samples as JSON
 table     JSON: names, stamps, samples, starts of the chunks, sizes of the texts
 ```
 
-The last column of a row is a checksum of the row, its number and its piece of text, so a damaged or exchanged row is
-noticed when it is read. One descriptor and no map serve any number of shards and samples.
+The last two columns are start and size of the sample's text. One descriptor and no map serve any number of shards.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.retry import SteadyFile
+from llm2clip_plugin.data.kept import SideFolder
+from llm2clip_plugin.data.retry import RetryingFile
 
-FORMAT = {"kind": "llm2clip-source-index", "format_version": 1}
+log = logging.getLogger(__name__)
+
+FORMAT = {"kind": "llm2clip-source-index", "format_version": 2}
 HEAD_BYTES = 256
 
 Stamp = tuple[int, int]  # size in bytes and modification time in ns of the file that was indexed
-
-
-class DamagedIndex(ValueError):  # noqa: N818
-    """An index file whose contents don't fit their checksums."""
 
 
 @dataclass
@@ -44,22 +43,21 @@ class Table:
     samples: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)  # byte of the shard's chunk
     text_bytes: list[int] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)  # shards that can't be read, which are in no list -> reason
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """One shard to be written to an index."""
+    """The rows of one shard."""
 
     name: str
     stamp: Stamp
-    rows: np.ndarray  # (samples, columns) int64; the last two columns are start and size of the sample's text
+    rows: np.ndarray  # (samples, columns) int64
     text: bytes
 
 
-def write_index(path: Path, shards: Iterable[ShardRows], broken: dict[str, str], columns: int) -> None:
-    """Write an index, reading ``shards`` once; ``broken`` is used after the last of them."""
-    table = Table(broken=broken)
+def write_index(path: Path, shards: Iterable[ShardRows], columns: int) -> None:
+    """Write an index, reading ``shards`` once."""
+    table = Table()
     with open(path, "wb") as file:
         file.write(b" " * HEAD_BYTES)
         for shard in shards:
@@ -68,8 +66,7 @@ def write_index(path: Path, shards: Iterable[ShardRows], broken: dict[str, str],
             table.samples.append(len(shard.rows))
             table.starts.append(file.tell())
             table.text_bytes.append(len(shard.text))
-            file.write(_with_checksums(shard.rows, shard.text, columns).tobytes())
-            file.write(shard.text + b"\0" * (-len(shard.text) % 8))
+            file.write(shard.rows.astype("<i8").tobytes() + shard.text)
         start, text = file.tell(), canonical_json(asdict(table)).encode()
         file.write(text)
         head = {**FORMAT, "columns": columns, "table": [start, len(text)], "sha256": sha256_text(text.decode())}
@@ -77,98 +74,122 @@ def write_index(path: Path, shards: Iterable[ShardRows], broken: dict[str, str],
         file.write(canonical_json(head).encode().ljust(HEAD_BYTES - 1) + b"\n")
 
 
-def _with_checksums(rows: np.ndarray, text: bytes, columns: int) -> np.ndarray:
-    out = np.zeros((len(rows), columns + 1), dtype="<i8")
-    if len(rows):
-        out[:, :columns] = rows
-    values, size = out[:, :columns].tobytes(), columns * 8
-    starts, sizes = out[:, columns - 2].tolist(), out[:, columns - 1].tolist()
-    out[:, columns] = [
-        zlib.crc32(text[start : start + length], zlib.crc32(values[n * size : (n + 1) * size], n))
-        for n, (start, length) in enumerate(zip(starts, sizes, strict=True))
-    ]
-    return out
-
-
 class IndexFile:
-    """An index, opened for reading; raises DamagedIndex if it is truncated or its table is damaged."""
+    """An index, opened for reading; raises ValueError if it is truncated or its table is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = SteadyFile(path)
+        self._file = RetryingFile(path)
         try:
             self.columns, self.table = self._read_table()
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedIndex(f"{path} is damaged ({error})") from error
-        self._row_bytes = (self.columns + 1) * 8
+            raise ValueError(f"{path} is damaged ({error})") from error
+
+    def __reduce__(self) -> tuple[type[IndexFile], tuple[Path]]:
+        return IndexFile, (self.path,)
 
     def _read_table(self) -> tuple[int, Table]:
         head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
         if any(head.get(name) != value for name, value in FORMAT.items()):
             raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
         start, size = head["table"]
-        text = self._file.read(size + 1, start)  # a byte more would be too many
-        if len(text) != size:
-            raise ValueError("truncated")
-        if sha256_text(text.decode()) != head["sha256"]:
+        text = self._file.read(size, start).decode()
+        if sha256_text(text) != head["sha256"]:
             raise ValueError("its table has another SHA-256")
         table = Table(**json.loads(text))
         table.stamps = [(size, time) for size, time in table.stamps]
         return head["columns"], table
 
-    def row(self, shard: int, number: int) -> tuple[tuple[int, ...], bytes]:
-        """The columns of a sample of a shard, and its text. Raises DamagedIndex."""
-        start, samples = self.table.starts[shard], self.table.samples[shard]
-        row = self._file.read(self._row_bytes, start + number * self._row_bytes)
-        *values, checksum = np.frombuffer(row, dtype="<i8").tolist() if len(row) == self._row_bytes else (0, 0, -1)
+    def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
+        """The columns of a sample of a shard, and its text."""
+        start, row_bytes = self.table.starts[shard], 8 * self.columns
+        row = self._file.read(row_bytes, start + number * row_bytes)
+        values = np.frombuffer(row, dtype="<i8").tolist()
         text_start, text_size = values[-2:]
-        text = b""
-        if text_size > 0 and 0 <= text_start <= self.table.text_bytes[shard] - text_size:
-            text = self._file.read(text_size, start + samples * self._row_bytes + text_start)
-        if zlib.crc32(text, zlib.crc32(row[:-8], number)) != checksum:
-            raise DamagedIndex(
-                f"{self.path} is damaged (row {number} of shard {self.table.names[shard]!r}); {self._remove()}"
-            )
-        return tuple(values), text
+        if not text_size:
+            return values, b""
+        return values, self._file.read(text_size, start + self.table.samples[shard] * row_bytes + text_start)
 
-    def _remove(self) -> str:
-        """Remove the file, which this and other processes keep open, so that the next start builds it; what to do."""
-        try:
-            self.path.unlink(missing_ok=True)
-        except OSError:
-            return "delete it and restart"
-        return "it was removed: restart, and it is built again"
+    def shard(self, number: int) -> ShardRows:
+        """All rows of a shard."""
+        table, row_bytes = self.table, 8 * self.columns
+        size = table.samples[number] * row_bytes
+        data = self._file.read(size + table.text_bytes[number], table.starts[number])
+        rows = np.frombuffer(data[:size], dtype="<i8").reshape(-1, self.columns)
+        return ShardRows(table.names[number], table.stamps[number], rows, data[size:])
+
+
+def open_index(
+    folder: SideFolder,
+    name: str,
+    columns: int,
+    *,
+    is_current: Callable[[Table], bool],
+    build: Callable[[IndexFile | None], Iterable[ShardRows]],
+    doing: str,
+) -> IndexFile:
+    """The index ``name`` of a folder, built by one of the processes that open it if it is not current.
+
+    build: the shards of a new index, given the one that is there.
+    """
+    for path in folder.paths(name):
+        if (index := _open(path, columns)) is not None and is_current(index.table):
+            return index
+    with folder.lock(doing):
+        old = None
+        for path in folder.paths(name):
+            index = _open(path, columns, warn=True)
+            if index is not None and is_current(index.table):
+                return index  # another process has built it
+            old = old or index
+        failures: list[BaseException] = []
+        shards = partial(_until_failure, build, old, failures)
+        written = folder.write(name, lambda path: write_index(path, shards(), columns))
+        if failures:  # what was read before stays for the next start
+            raise failures[0]
+        return IndexFile(written)
+
+
+def _until_failure(
+    build: Callable[[IndexFile | None], Iterable[ShardRows]], old: IndexFile | None, failures: list[BaseException]
+) -> Iterator[ShardRows]:
+    written = 0
+    try:
+        for shard in build(old):
+            yield shard
+            written += 1
+    except BaseException as error:
+        if not written:
+            raise
+        failures.append(error)
+
+
+def _open(path: Path, columns: int, *, warn: bool = False) -> IndexFile | None:
+    try:
+        index = IndexFile(path)
+        return index if index.columns == columns else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        if warn:
+            log.warning("%s; the index is built again", error)
+        return None
 
 
 def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
     """Size and time of each file, None for a missing one; folders are listed, which network disks answer at once."""
-    by_folder: dict[str, dict[str, Stamp | None]] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        by_folder.setdefault(folder or ("/" if path.startswith("/") else "."), {})[name] = None
-    for folder, files in by_folder.items():
-        if len(files) == 1:
-            (name,) = files
-            files[name] = stamp_of(os.path.join(folder, name))
-            continue
+    stamps: dict[str, Stamp | None] = dict.fromkeys(paths)
+    for folder in {os.path.dirname(path) for path in paths}:
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name in files:
-                        files[entry.name] = stamp_of(entry)
+            with os.scandir(folder or ".") as entries:
+                found = [(os.path.join(folder, entry.name), entry) for entry in entries]
+                stamps |= {path: stamp_of(entry) for path, entry in found if path in stamps}
         except FileNotFoundError:
             continue
-    return [
-        by_folder[folder or ("/" if path.startswith("/") else ".")][name]
-        for path in paths
-        for folder, _, name in (path.rpartition("/"),)
-    ]
+    return [stamps[path] for path in paths]
 
 
-def stamp_of(file: str | os.PathLike[str] | os.DirEntry[str]) -> Stamp | None:
-    """Size and time of a file; None if there is none."""
-    try:
-        status = file.stat() if isinstance(file, os.DirEntry) else os.stat(file)
-    except FileNotFoundError:
-        return None
+def stamp_of(file: Path | os.DirEntry[str]) -> Stamp:
+    """Size and time of a file. Raises FileNotFoundError."""
+    status = file.stat()
     return status.st_size, status.st_mtime_ns

@@ -1,24 +1,26 @@
-"""The tars of a source with the one index of all of them, which is built from the tars' own indexes."""
+"""The tars of a source with the one index of all of them."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from llm2clip_plugin.data.kept import KeptFolder
-from llm2clip_plugin.data.sources.downloads import Downloads
-from llm2clip_plugin.data.sources.index_file import DamagedIndex, IndexFile, ShardRows, Table, stamps_of, write_index
-from llm2clip_plugin.data.sources.shards import base_folder, list_tars, open_tar, prepare_tars
-from llm2clip_plugin.data.sources.tar_index import COLUMNS, index_path
-from llm2clip_plugin.data.sources.tar_scan import BrokenShard
+from llm2clip_plugin.data.kept import SideFolder
+from llm2clip_plugin.data.pool import cores, map_in_order, parallel
+from llm2clip_plugin.data.sources.downloads import Downloads, Result
+from llm2clip_plugin.data.sources.index_file import IndexFile, ShardRows, Table, open_index, stamp_of, stamps_of
+from llm2clip_plugin.data.sources.shards import base_folder, list_tars
+from llm2clip_plugin.data.sources.tar_scan import COLUMNS, BrokenShard, index_tar
 from llm2clip_plugin.data.sources.urls import is_url
 from llm2clip_plugin.progress import track
 
-log = logging.getLogger(__name__)
+DOWNLOADS_AT_ONCE = 4
+FEW = 16  # tars that are indexed in this process, without a pool
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,8 @@ class TarSet:
     """Tars and their index, in the same order."""
 
     tars: tuple[str, ...]  # paths or URLs
-    kept: KeptFolder
+    side_folder: SideFolder
     index: IndexFile
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return _reopen, (self.tars, self.kept, self.index.path)
-
-
-def _reopen(tars: tuple[str, ...], kept: KeptFolder, path: Path) -> TarSet:
-    """In a loader process: nothing is listed or compared again."""
-    return TarSet(tars, kept, IndexFile(path))
 
 
 def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) -> TarSet:
@@ -45,75 +39,84 @@ def open_tars(path: str, downloads: Downloads, broken: dict[str, str] | None) ->
     (name -> reason) and left out.
     """
     listed = list_tars(path)
-    base = base_folder(path, [tar for _, tar in listed])
-    if is_url(path):
-        kept, pattern = KeptFolder.of_url(base, downloads.folder), path[len(base) :]
-    else:
-        kept, pattern = KeptFolder.of(base or ".", downloads.folder), os.path.relpath(path, base or ".")
-    name = f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index"
-    index = _open_current(kept, name, listed, downloads)
-    if index is None:
-        with kept.lock(f"index {path}"):
-            index = _open_current(kept, name, listed, downloads)
-            if index is None:
-                index = _build(kept, name, listed, downloads, broken)
-    tars = dict(listed)
-    return TarSet(tuple(tars[shard] for shard in index.table.names), kept, index)
-
-
-def _open_current(
-    kept: KeptFolder, name: str, listed: Sequence[tuple[str, str]], downloads: Downloads
-) -> IndexFile | None:
-    """The index if it is of these tars as they are now."""
-    for path in kept.paths(name):
-        try:
-            index = IndexFile(path)
-        except FileNotFoundError:
-            continue
-        except (OSError, DamagedIndex) as error:
-            log.warning("%s; the index is built again", error)
-            continue
-        if index.columns == COLUMNS and _is_current(index.table, listed, downloads):
-            return index
-    return None
-
-
-def _is_current(table: Table, listed: Sequence[tuple[str, str]], downloads: Downloads) -> bool:
-    if table.broken or table.names != [name for name, _ in listed]:
-        return False  # a broken shard may have been replaced
-    tars = [tar for _, tar in listed]
-    if not any(map(is_url, tars)):
-        return table.stamps == stamps_of(tars)
-    copies = [downloads.local_path(tar) for tar in tars]
-    files = stamps_of([*map(str, copies), *(str(index_path(copy)) for copy in copies)])
-    return all(
-        index is not None and (copy is None or copy[0] == expected[0])  # a copy may have been evicted
-        for copy, index, expected in zip(files[: len(tars)], files[len(tars) :], table.stamps, strict=True)
+    tars, base = dict(listed), base_folder(path, [tar for _, tar in listed])
+    pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
+    folder = SideFolder.of(base or ".", downloads.folder)
+    index = open_index(
+        folder,
+        f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
+        COLUMNS,
+        is_current=lambda table: table.names == list(tars) and _unchanged(table, tars, downloads) == set(tars),
+        build=partial(_build, tars, downloads, broken),
+        doing=f"index {path}",
     )
+    return TarSet(tuple(tars[shard] for shard in index.table.names), folder, index)
+
+
+def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> set[str]:
+    """Names of the shards whose tars are those that were indexed; the copy of one at a URL may have been evicted."""
+    names = [name for name in table.names if name in tars]
+    files = [str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name] for name in names]
+    expected = dict(zip(table.names, table.stamps, strict=True))
+    return {
+        name
+        for name, stamp in zip(names, stamps_of(files), strict=True)
+        if stamp == expected[name] or (stamp is None and is_url(tars[name]))
+    }
 
 
 def _build(
-    kept: KeptFolder,
-    name: str,
-    listed: Sequence[tuple[str, str]],
-    downloads: Downloads,
-    broken: dict[str, str] | None,
-) -> IndexFile:
-    prepare_tars([tar for _, tar in listed], downloads)
-    reasons: dict[str, str] = {}
-
-    def shards() -> Iterator[ShardRows]:
-        for shard, tar in track(listed, total=len(listed), label="join the indexes", unit="shards"):
-            try:
-                index = open_tar(downloads, tar)
-            except (BrokenShard, FileNotFoundError, PermissionError) as error:
-                if broken is None:
-                    raise
-                reasons[shard] = str(error)
+    tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None
+) -> Iterator[ShardRows]:
+    """The rows of each tar, from ``old`` if it is unchanged."""
+    known = _unchanged(old.table, tars, downloads) if old else set()
+    place = {name: number for number, name in enumerate(old.table.names)} if old else {}
+    todo = [tar for name, tar in tars.items() if name not in known]
+    job = partial(_index, downloads)
+    with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as threads:
+        if any(map(is_url, todo)):
+            results = map_in_order(threads, job, todo, ahead=2 * DOWNLOADS_AT_ONCE)
+        else:
+            results = parallel(job, todo, processes=cores() if len(todo) > FEW else 1)
+        for name in track(tars, total=len(tars), label="index", unit="shards"):
+            if old and name in known:
+                yield old.shard(place[name])
+                continue
+            result = next(results)
+            if isinstance(result, ShardRows):
+                yield replace(result, name=name)
+            elif broken is None:
+                raise result
             else:
-                yield ShardRows(shard, index.stamp, index.table, index.keys)
+                broken[name] = str(result)
 
-    path = kept.write(name, lambda path: write_index(path, shards(), reasons, COLUMNS))
-    if broken is not None:
-        broken.update(reasons)
-    return IndexFile(path)
+
+def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
+    """The rows of one tar, or why there are none. A copy that is no tar is deleted."""
+    try:
+        return use_tar(downloads, tar, _rows)
+    except (FileNotFoundError, PermissionError) as error:
+        return error
+    except BrokenShard as error:
+        if is_url(tar):
+            downloads.forget(tar)
+            return BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again")
+        return error
+
+
+def _rows(path: Path) -> ShardRows:
+    stamp = stamp_of(path)
+    return ShardRows("", stamp, *index_tar(path))
+
+
+def use_tar(downloads: Downloads, tar: str, action: Callable[[Path], Result]) -> Result:
+    """``action`` on a tar as a local file, downloaded if it is at a URL.
+
+    Raises FileNotFoundError if there is no such tar, PermissionError if access is denied, ConnectionError if its
+    download fails.
+    """
+    if is_url(tar):
+        return downloads.use(tar, action)
+    if not os.path.isfile(tar):
+        raise FileNotFoundError(f"no file at {tar}")
+    return action(Path(tar))

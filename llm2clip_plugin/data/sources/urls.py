@@ -2,10 +2,9 @@
 
 import itertools
 import re
-from functools import partial
 from typing import Any
 
-from llm2clip_plugin.data.retry import Retry, retried
+from llm2clip_plugin.data.retry import retried
 from llm2clip_plugin.outside.timeouts import timeout
 
 
@@ -51,7 +50,7 @@ def list_urls(url: str, suffix: str) -> list[str]:
             continue
         filesystem, path = open_filesystem(one)
         pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
-        names = sorted(map(str, retried(partial(filesystem.glob, pattern), one, Retry())))
+        names = sorted(retried(lambda: filesystem.glob(pattern), one))  # noqa: B023
         if not names:
             raise FileNotFoundError(
                 f"no {suffix} files at {one}; for a server that does not list folders, name the files: "
@@ -69,18 +68,15 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):  # aiohttp's own timeout is 300 s for a request of any size
+        from aiohttp import ClientTimeout
+        from fsspec.config import conf
+
+        limits = ClientTimeout(total=None, sock_connect=timeout(), sock_read=timeout())
+        configured = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
+        options = {"client_kwargs": {"timeout": limits, **configured}}
     try:
-        options = _http_options(url) if url.startswith(("http://", "https://")) else {}
         return fsspec.core.url_to_fs(url, **options)  # cached by fsspec; a forked process gets a fresh one
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {url}: {error}") from error
-
-
-def _http_options(url: str) -> dict[str, Any]:
-    """Timeouts, unless fsspec's own configuration sets some; aiohttp's is 300 s for a request of any size."""
-    from aiohttp import ClientTimeout
-    from fsspec.config import conf
-
-    limits = ClientTimeout(total=None, sock_connect=timeout(), sock_read=timeout())
-    configured = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
-    return {"client_kwargs": {"timeout": limits, **configured}}

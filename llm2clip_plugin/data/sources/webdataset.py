@@ -6,20 +6,17 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.file_system import is_network
-from llm2clip_plugin.data.retry import SteadyFile
-from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, SourceFormat
+from llm2clip_plugin.data.retry import RetryingFile
+from llm2clip_plugin.data.sources.base import Source, SourceConfig, SourceFormat, shards_of
 from llm2clip_plugin.data.sources.downloads import Result
-from llm2clip_plugin.data.sources.records import BrokenSample, Record, Sample
-from llm2clip_plugin.data.sources.shards import use_tar
-from llm2clip_plugin.data.sources.tar_index import make_entry
-from llm2clip_plugin.data.sources.tar_scan import ABSENT, BLOCK, Entry, Part, is_header_of
-from llm2clip_plugin.data.sources.tar_set import TarSet, open_tars
+from llm2clip_plugin.data.sources.records import BrokenSample, Sample
+from llm2clip_plugin.data.sources.tar_scan import ABSENT, BLOCK, Part, is_header_of
+from llm2clip_plugin.data.sources.tar_set import TarSet, open_tars, use_tar
 from llm2clip_plugin.data.sources.urls import has_suffix, is_url
 
 OPEN_FILES = 64  # tars held open by one process
@@ -36,19 +33,16 @@ class TarSource(Source):
     def __init__(
         self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: TarSet | None = None
     ) -> None:
-        self._files: OrderedDict[int, SteadyFile] = OrderedDict()  # shard number -> its tar, last used last
+        self._files: OrderedDict[int, RetryingFile] = OrderedDict()  # shard number -> its tar, last used last
         self._downloads = config.downloads
         self._set = opened or open_tars(config.path, self._downloads, broken_shards)
-        table, shards, start = self._set.index.table, [], 0
-        for name, samples in zip(table.names, table.samples, strict=True):
-            shards.append(Shard(name, samples, start))
-            start += samples
-        super().__init__(config, tuple(shards))
-        self.kept, self.stamps = self._set.kept, table.stamps
-        if start == 0 and not table.broken:
+        table = self._set.index.table
+        super().__init__(config, shards_of(table.names, table.samples))
+        self.side_folder, self.stamps = self._set.side_folder, table.stamps
+        if not len(self) and not broken_shards:
             raise ValueError(
-                f"{config.path}: none of the {len(shards)} tars has an image, .txt or .json member; a member's key "
-                "ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
+                f"{config.path}: none of the {len(self.shards)} tars has an image, .txt or .json member; a member's "
+                "key ends at its first dot (WebDataset's rule), so 'a.b.jpg' is no .jpg: rename such members"
             )
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[SourceConfig, None, TarSet]]:
@@ -59,9 +53,9 @@ class TarSource(Source):
         if is_url(tar):
             self._downloads.fetch(tar)
         elif self._on_network:
-            with closing(SteadyFile(tar)) as file:
-                for start in range(0, self.stamps[shard][0], PIECE):
-                    file.read(PIECE, start)
+            file = RetryingFile(tar)
+            for start in range(0, self.stamps[shard][0], PIECE):
+                file.read(PIECE, start)
 
     def bytes_to_fetch(self, shards: Iterable[int]) -> int:
         return sum(self.stamps[shard][0] for shard in shards if self._on_network)
@@ -71,76 +65,65 @@ class TarSource(Source):
         return is_network(self.path)
 
     def key(self, number: int) -> str:
-        shard, within = self.place(number)
-        columns, key = self._set.index.row(shard, within)
-        return make_entry(columns[:6], key).key
+        return self._set.index.row(*self.place(number))[1].decode()
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
         """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
         return use_tar(self._downloads, self._set.tars[shard], action)
 
-    def record(self, number: int) -> Record:
-        return self._record(number, with_image=False)
-
-    def record_with_image(self, number: int) -> Record:
-        return self._record(number, with_image=True)
-
-    def with_image(self, number: int) -> Sample:
-        return self._sample(number, self.record_with_image(number))
-
-    def _record(self, number: int, *, with_image: bool) -> Record:
+    def record(self, number: int, *, image: bool = False) -> Sample:
         shard, within = self.place(number)
-        columns, key = self._set.index.row(shard, within)
-        entry, name = make_entry(columns[:6], key), self.shards[shard].name
-        wanted = (entry.json, entry.text, entry.image) if with_image else (entry.json, entry.text)
-        parts = self._read(shard, entry.key, [part for part in wanted if part[0] != ABSENT])
+        columns, text = self._set.index.row(shard, within)
+        key, name = text.decode(), self.shards[shard].name
+        picture, caption, fields = zip(columns[0:6:2], columns[1:6:2], strict=True)  # (offset, size) of each part
+        wanted = [part for part in (fields, caption, *[picture] * image) if part[0] != ABSENT]
+        contents = self._read(shard, key, wanted)
         meta: dict[str, Any] = {}
-        if entry.json in parts:
+        if fields in contents:
             try:
-                meta = json.loads(parts[entry.json])
+                meta = json.loads(contents[fields])
             except (ValueError, RecursionError) as error:
-                raise BrokenSample(name, entry.key, f"its .json is not valid JSON: {error}") from error
+                raise BrokenSample(name, key, f"its .json is not valid JSON: {error}") from error
             if not isinstance(meta, dict):
-                raise BrokenSample(name, entry.key, f"its .json contains a {type(meta).__name__}, expected an object")
+                raise BrokenSample(name, key, f"its .json contains a {type(meta).__name__}, expected an object")
         values = meta
-        if entry.text in parts:
-            values = {**meta, "txt": parts[entry.text].decode("utf-8", "replace")}
-        return Record(entry.key, values, meta, partial(self._image, shard, entry, parts.get(entry.image)))
+        if caption in contents:
+            values = {**meta, "txt": contents[caption].decode("utf-8", "replace")}
+        return Sample(key, values, meta, partial(self._image, shard, key, picture, contents.get(picture)))
 
-    def _image(self, shard: int, entry: Entry, data: bytes | None) -> bytes:
+    def _image(self, shard: int, key: str, part: Part, data: bytes | None) -> bytes:
         """The image, which ``data`` is if it was read with the sample."""
-        if entry.image[0] == ABSENT:
-            raise BrokenSample(self.shards[shard].name, entry.key, "no .jpg, .png or .webp in the tar")
-        return self._read(shard, entry.key, [entry.image])[entry.image] if data is None else data
+        if part[0] == ABSENT:
+            raise BrokenSample(self.shards[shard].name, key, "no .jpg, .png or .webp in the tar")
+        return self._read(shard, key, [part])[part] if data is None else data
 
     def _read(self, shard: int, key: str, parts: Sequence[Part]) -> dict[Part, bytes]:
         """Parts of a sample, neighbors in one read. BrokenSample unless their headers in the tar are the sample's."""
         contents: dict[Part, bytes] = {}
         for span in join_parts(parts):
-            start = max(0, span[0][0] - BLOCK)
-            stop = max(offset + size for offset, size in span)
+            start, stop = span[0][0] - BLOCK, sum(span[-1])
             data = self._file(shard).read(stop - start, start)
             if len(data) != stop - start:
-                raise ValueError(
-                    f"{self._set.tars[shard]} was truncated while being read: "
-                    f"got {len(data)} of {stop - start} bytes at byte {start}"
-                )
+                raise ValueError(f"{self._set.tars[shard]} was truncated while being read")
             for offset, size in span:
                 at = offset - start
                 if not is_header_of(data[at - BLOCK : at], key, size):
-                    raise BrokenSample(self.shards[shard].name, key, self._changed(shard, offset))
+                    raise BrokenSample(
+                        self.shards[shard].name,
+                        key,
+                        f"the tar has another member at byte {offset}: it was changed after it was indexed; delete "
+                        f"{self._set.index.path} and restart",
+                    )
                 contents[offset, size] = data[at : at + size]
         return contents
 
-    def _file(self, shard: int) -> SteadyFile:
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = SteadyFile(self._set.tars[shard], partial(self._open, shard))
+    def _file(self, shard: int) -> RetryingFile:
+        if shard not in self._files:
+            self._files[shard] = RetryingFile(self._set.tars[shard], partial(self._open, shard))
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
-        else:
-            self._files.move_to_end(shard)
-        return file
+        self._files.move_to_end(shard)
+        return self._files[shard]
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
@@ -149,17 +132,9 @@ class TarSource(Source):
         size = os.fstat(descriptor).st_size
         if size != expected:
             os.close(descriptor)
-            copy = f"delete {self._downloads.local_path(tar)} and its index, and " if is_url(tar) else ""
+            copy = f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
             raise ValueError(f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart")
         return descriptor
-
-    def _changed(self, shard: int, offset: int) -> str:
-        tar = self._set.tars[shard]
-        if is_url(tar):
-            remedy = f"delete {self._downloads.local_path(tar)}, its index and {self._set.kept.main}, and restart"
-        else:
-            remedy = f"run `touch {tar}` and restart to index it again"
-        return f"the tar has another member at byte {offset}: it was changed after it was indexed; {remedy}"
 
 
 def join_parts(parts: Sequence[Part]) -> list[list[Part]]:

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 
 from llm2clip_plugin.commands import command
-from llm2clip_plugin.contracts import ContractError, canonical_json, sha256_text
+from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json, sha256_text
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.split.options import COMMAND, SplitConfig
 from llm2clip_plugin.data.split.sides import Sides, decide
-from llm2clip_plugin.data.split.writing import SIDES, clear_marks, outputs, write_sides, write_summary
+from llm2clip_plugin.data.split.writing import SIDES, outputs, write_sides
 
 SUMMARY = "split.json"  # in the output: settings and counts
 
@@ -31,29 +31,32 @@ def split_data(config: SplitConfig) -> list[str]:
 
     The output appears when it is complete; what a killed call left in a hidden folder next to it is used by the same
     call again. Raises FileExistsError if the output is there and not of this split, ValueError for a sample without
-    the field, a side without samples or a source that cannot be split, OSError for too little space.
+    the field, a side without samples or a source that cannot be split.
     """
-    output = Path(config.output)
-    source = open_source(config)
+    output, source = Path(config.output), open_source(config)
     check_fields(source)
-    settings = _settings(config, source)
     if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
         raise ValueError(
             f"--output {output} is inside the data at {source.path}, whose subfolders are read too: validation would "
             "be trained on; choose a folder elsewhere"
         )
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        return [*_already(output, settings), *_how_to_read(source, output)]
+    partial, settings = output.with_name(f".{output.name}.partial"), _settings(config, source)
+    for folder in (output, partial):
+        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not _same(folder, settings):
+            raise FileExistsError(
+                f"{folder} exists and is not this split of {config.path}; choose another --output, or delete it"
+            )
+    if (output / SUMMARY).exists():
+        return [f"{output} is complete already", *_how_to_read(source, output)]
     sides = decide(source, config.validation, config.by, config.workers)
     lines = _report(source, sides, config)
     if config.dry_run:
         return lines
-    partial = output.with_name(f".{output.name}.partial")
-    _begin(partial, settings)
+    partial.mkdir(parents=True, exist_ok=True)
+    _write_summary(partial, settings)
     write_sides(source, sides, partial, config.workers)
     _verify(config, source, sides, partial)
-    clear_marks(partial)
-    write_summary(partial / SUMMARY, settings | {"samples": sides.samples, "captions": sides.captions})
+    _write_summary(partial, settings | {"samples": sides.samples, "captions": sides.captions})
     if output.is_dir():
         output.rmdir()  # it is empty
     os.replace(partial, output)
@@ -75,22 +78,9 @@ def _same(path: Path, settings: dict[str, object]) -> bool:
         return False
 
 
-def _already(output: Path, settings: dict[str, object]) -> list[str]:
-    if not _same(output, settings):
-        raise FileExistsError(
-            f"{output} exists and is not this split of {settings['data']}; choose another --output, or delete it"
-        )
-    return [f"{output} is complete already"]
-
-
-def _begin(partial: Path, settings: dict[str, object]) -> None:
-    """Make the hidden folder, or go on in one of the same split."""
-    if partial.exists() and any(partial.iterdir()) and not _same(partial, settings):
-        raise FileExistsError(
-            f"{partial} holds an unfinished split of other data or settings; rerun that command, or delete it"
-        )
-    partial.mkdir(parents=True, exist_ok=True)
-    write_summary(partial / SUMMARY, settings)
+def _write_summary(folder: Path, body: dict[str, object]) -> None:
+    with atomic_file(folder / SUMMARY) as temporary:
+        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _verify(config: SplitConfig, source: Source, sides: Sides, folder: Path) -> None:
@@ -105,8 +95,7 @@ def _verify(config: SplitConfig, source: Source, sides: Sides, folder: Path) -> 
 
 
 def _reading(config: SplitConfig, source: Source, path: Path) -> SourceConfig:
-    fields = {item.name for item in dataclasses.fields(SourceConfig)}
-    values = {name: value for name, value in vars(config).items() if name in fields}
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(SourceConfig)}
     return SourceConfig(**{**values, "path": str(path), "images": _images(source)})
 
 

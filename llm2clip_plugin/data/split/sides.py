@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from llm2clip_plugin.contracts import canonical_json
-from llm2clip_plugin.data.pool import cores, map_in_order, process_pool
+from llm2clip_plugin.data.pool import cores, parallel
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, caption_hash, words_of
 from llm2clip_plugin.progress import track
@@ -56,16 +56,10 @@ def decide(source: Source, validation: float, by: str, workers: int = 0) -> Side
     by: field of a sample's JSON, all samples with one value being on one side; "": by key. Raises ValueError for a
     sample without that field, and if one side would be empty.
     """
-    processes = min(workers or cores(), len(source.shards))
     job: Callable[[int], ShardSides] = partial(_read_shard, source, validation, by)
     numbers = range(len(source.shards))
-    if processes <= 1 or len(numbers) <= FEW:
-        parts = list(track(map(job, numbers), total=len(numbers), label="data split: reading", unit="shards"))
-    else:
-        with process_pool(processes) as pool:
-            results = map_in_order(pool, job, numbers, ahead=2 * processes)
-            parts = list(track(results, total=len(numbers), label="data split: reading", unit="shards"))
-    return _join(parts, validation, by)
+    parts = parallel(job, numbers, processes=min(workers or cores(), len(numbers)) if len(numbers) > FEW else 1)
+    return _join(list(track(parts, total=len(numbers), label="data split: reading", unit="shards")), validation, by)
 
 
 def _read_shard(source: Source, validation: float, by: str, number: int) -> ShardSides:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llm2clip_plugin.data.read_rate import shuffle_window
+from llm2clip_plugin.data.file_system import shuffle_window
 from llm2clip_plugin.data.shared_memory import (
     LoadPlan,
     lacks_shared_memory,
