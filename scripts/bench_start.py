@@ -32,11 +32,12 @@ from llm2clip_plugin.console import raise_open_files, track
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, keep_digests, shard_captions
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.index import ABSENT, Entry, index_path, save_index
+from llm2clip_plugin.data.index import ABSENT, Entry
 from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tar_index import index_path, save_index
 
 TEACHER = TeacherIdentity(
     llm="none", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="mean",
