@@ -273,7 +273,7 @@ def row_numbers(file: ShardFile, index: int, captions: Sequence[Caption], key: s
 # That a cache holds the captions of a source: compared in full once, then by digests.
 
 SAVE_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
-PROOF_NAMED = 5  # samples and shards that a message names
+LISTED = 5  # samples and shards that a message names
 PROOF_FEW = 16384  # samples that this process compares alone, without a pool
 
 OpenShard = Callable[[str], ShardFile]
@@ -316,7 +316,7 @@ def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:PROOF_NAMED]) + (", ..." if len(names) > PROOF_NAMED else "")
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 def kept_digests(source: Source) -> dict[str, str]:
@@ -598,7 +598,7 @@ def short_digest(value: object) -> str:
 
 log = logging.getLogger(__name__)
 
-WRITER_NAMED = 3  # samples whose image has changed that are named
+SHOWN = 3  # samples whose image has changed that are named
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 
@@ -681,7 +681,7 @@ class CacheWriter:
             log.warning("%s is damaged: %s; its captions are embedded again", path, damage)
             return False
         if changed := file.changed_images(image_checks or ()):
-            names = ", ".join(map(file.key, changed[:WRITER_NAMED])) + ", ..." * (len(changed) > WRITER_NAMED)
+            names = ", ".join(map(file.key, changed[:SHOWN])) + ", ..." * (len(changed) > SHOWN)
             log.warning("%s: %d images have changed (%s); its captions are embedded again", path, len(changed), names)
         return not changed
 

@@ -139,7 +139,7 @@ def open_teacher_cache(
     if not directory and teacher is None:
         raise ValueError("the tower's card names no teacher, so there is no default cache; pass --cache DIR")
     folder = Path(directory) if directory or teacher is None else default_cache_folder(data.path, teacher.fingerprint)
-    create = embed_command(data.path, data, teacher, cache=directory)
+    create = embed_command(data.path, teacher)
     if not (folder / CacheManifest.FILE).is_file():
         raise FileNotFoundError(f"no embedding cache at {folder}; create it: {create}")
     cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
@@ -147,8 +147,7 @@ def open_teacher_cache(
         raise ContractError(
             f"the cache {folder} was not created with the tower's teacher: "
             f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
-            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: "
-            f"{embed_command(data.path, data, teacher)}"
+            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: {create}"
         )
     return cache
 
@@ -242,12 +241,12 @@ def _look_at(source: Source, images: int) -> tuple[list[Sample], list[BrokenSamp
 
 
 def _check_fields(samples: Sequence[Sample], source: Source, config: RetrievalConfig, option: str) -> None:
-    for setting, field in (("group", config.group), ("cluster", config.cluster)):
-        lacking = next((sample for sample in samples if field and field not in sample.meta), None)
+    for setting, name in (("group", config.group), ("cluster", config.cluster)):
+        lacking = next((sample for sample in samples if name and name not in sample.meta), None)
         if lacking is not None:
             known = ", ".join(sorted(lacking.meta)) or "none"
             raise ValueError(
-                f"{option}{setting} {field}: sample {lacking.key!r} of {source.path} has no field {field!r} in its "
+                f"{option}{setting} {name}: sample {lacking.key!r} of {source.path} has no field {name!r} in its "
                 f"JSON; known: {known}. Choose one of these, or none with {option}{setting} ''"
             )
 
