@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -196,6 +198,15 @@ def test_names_are_the_last_part_unless_two_fields_end_in_it() -> None:
     assert in_section.options["inner.flip"] == "see.flip" and in_section.options["inner.lr"] == "rate"
     assert {"rate", "inner.lr", "lr", "see.flip", "inner.flip", "flip"} <= set(in_section.understood)
     assert not set(ALSO) & set(ALSO.values())
+
+
+@pytest.mark.parametrize("name", cli.OPTIONS)
+def test_every_example_is_read(name: str) -> None:
+    module, attribute = cli.OPTIONS[name]
+    command: Command = getattr(importlib.import_module(module), attribute)
+    words = shlex.split(command.example)
+    assert words[: 1 + len(name.split())] == ["llm2clip", *name.split()]
+    assert isinstance(command.parse(words[1 + len(name.split()) :]), command.settings)
 
 
 def test_help_imports_nothing_large() -> None:
