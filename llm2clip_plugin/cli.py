@@ -159,7 +159,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "forecast": ("llm2clip_plugin.evaluate.config", "FORECAST"),
     "search": ("llm2clip_plugin.evaluate.config", "SEARCH"),
     "export": ("llm2clip_plugin.stages.tower.config", "EXPORT"),
-    "import": ("llm2clip_plugin.vision.convert.options", "COMMAND"),
+    "import": ("llm2clip_plugin.vision.convert", "IMPORT"),
     "use": ("llava_integration.towers", "USE"),
     "towers": ("llava_integration.towers", "TOWERS"),
     "llava evaluate": ("llava_integration.answer.options", "COMMAND"),

@@ -162,11 +162,13 @@ class Command(Generic[Settings]):
 
     @property
     def usage(self) -> str:
-        """One line: ``usage: llm2clip train-tower DATA [DATA ...] [options]``."""
+        """One line: ``usage: llm2clip make DATA [DATA ...] --output TEXT [options]``."""
         names = self.arguments.split()
         words = [self.written(name) for name in names]
         if names and typing.get_origin(self.leaves[names[-1]].type) is tuple:
             words.append(f"[{words[-1]} ...]")
+        required = [name for name, leaf in self.leaves.items() if leaf.default is MISSING and name not in names]
+        words += [self._spelled(name) for name in required]
         return " ".join(["usage: llm2clip", self.name, *words, "[options]"])
 
     @functools.cached_property

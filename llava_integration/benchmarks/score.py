@@ -22,7 +22,7 @@ from llm2clip_plugin.options import Command
 class ScoreConfig:
     """An answers file to score."""
 
-    benchmark: str
+    benchmark: str  # one of these names
     data: Path  # LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions
     answers: Path  # of LLaVA's scripts, a submission file, or lmms-eval --log_samples (file or folder)
     output: Path | None = None  # score file to write

@@ -149,7 +149,7 @@ def test_a_refusal_is_one_line_that_names_the_option(line: str, named: str) -> N
 
 def test_what_is_missing_is_named() -> None:
     for words, name in ((["--llm", "x"], "DATA"), (["x"], "--llm"), ([], "--llm and DATA")):
-        with pytest.raises(ValueError, match=rf"^missing {name}; usage: llm2clip need DATA \[options\]$"):
+        with pytest.raises(ValueError, match=rf"^missing {name}; usage: llm2clip need DATA --llm TEXT \[options\]$"):
             REQUIRED.parse(words)
     with pytest.raises(ValueError, match="unexpected argument 'b'"):
         REQUIRED.parse(["a", "b", "--llm", "x"])

@@ -26,9 +26,9 @@ from llm2clip_plugin.vision.checkpoint import (
     section,
     weight_files,
 )
+from llm2clip_plugin.vision.convert import IMPORT
 from llm2clip_plugin.vision.convert.common import OWN_TEXT, ParsedCheckpoint, require
 from llm2clip_plugin.vision.convert.layouts import layouts
-from llm2clip_plugin.vision.convert.options import COMMAND
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, WEIGHTS_FILE, fetch_directory, read_json, write_json
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
 from llm2clip_plugin.vision.export import export_tower, reexport
@@ -343,7 +343,7 @@ def _load_heads(dual: DualEncoder, parsed: ParsedCheckpoint, *, source: str) -> 
 
 def main(argv: list[str]) -> int:
     """Import a checkpoint, print what was matched and what was ignored."""
-    options = COMMAND.parse(argv)
+    options = IMPORT.parse(argv)
     card, report = import_tower(
         options.source, options.output, config=options.config, image_size=options.image_size, replace=options.overwrite
     )
