@@ -317,11 +317,9 @@ def read_options(name: str, argv: list[str]) -> None:
     """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
     from llm2clip_plugin.options import check_paths
 
-    suites = any(word == "--suite" or word.startswith("--suite=") for word in argv)  # these options name all suites
-    if name in OPTIONS and not suites:
-        module, attribute = OPTIONS[name]
-        command: Any = getattr(importlib.import_module(module), attribute)
-        check_paths(command, command.read(argv).values)
+    module, attribute = OPTIONS[name]
+    command: Any = getattr(importlib.import_module(module), attribute)
+    check_paths(command, command.read(argv).values)
 
 
 def limit_threads() -> None:
