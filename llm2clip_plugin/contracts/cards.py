@@ -1,16 +1,11 @@
 """Cards: what a tower and a fine-tuned LLM are, and what determines the embedding of a caption."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from llm2clip_plugin.contracts.hashes import canonical_json, sha256_text
 from llm2clip_plugin.contracts.record import VersionedRecord
-from llm2clip_plugin.outside.values import MAX_LAYERS, MAX_SIDE, MAX_WIDTH, ContractError, check_whole
-
-SHA256 = re.compile("[0-9a-f]{64}")
-IDENTIFIER = re.compile(r"\w{1,64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +31,6 @@ class TowerCard(VersionedRecord):
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
     FILE: ClassVar[str] = "llm2clip.json"
-
-    def check_values(self, *, where: str) -> None:
-        """Raise ContractError for widths, depths and image sizes that no tower has, and for hashes that are none."""
-        limits = {
-            "hidden_size": MAX_WIDTH,
-            "num_layers": MAX_LAYERS,
-            "patch_size": MAX_SIDE,
-            "image_size": MAX_SIDE,
-        }
-        for name, high in limits.items():
-            check_whole(getattr(self, name), 1, high, name=name, where=where)
-        check_whole(self.projection_dim, 0, MAX_WIDTH, name="projection_dim", where=where)
-        if self.patch_size > self.image_size:
-            raise ContractError(f"{where}: patch_size {self.patch_size} exceeds image_size {self.image_size}")
-        if not IDENTIFIER.fullmatch(self.family):
-            raise ContractError(f"{where}: family is {self.family!r}, expected the name of a tower family")
-        for name in ("weights_sha256", "adapter_sha256"):
-            if not SHA256.fullmatch(value := getattr(self, name)) and (value or name == "weights_sha256"):
-                raise ContractError(f"{where}: {name} is {value!r}, expected 64 hexadecimal digits")
 
     @property
     def num_patches(self) -> int:

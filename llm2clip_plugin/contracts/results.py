@@ -1,8 +1,6 @@
 """Records of what ran: embedding caches, training runs, scores."""
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from llm2clip_plugin.contracts.record import VersionedRecord
@@ -83,18 +81,3 @@ class ScoreFile(VersionedRecord):
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the scores; FileExistsError if ``path`` is another kind of file, or scores of more items or of another
-        benchmark."""
-        if os.path.exists(path):
-            try:
-                before = ScoreFile.read(path)
-            except (ContractError, OSError) as error:
-                raise FileExistsError(f"{path} exists and is not a score file; choose another path") from error
-            if before.benchmark != self.benchmark or len(before.items) > len(self.items):
-                raise FileExistsError(
-                    f"{path} has scores of {before.benchmark} ({len(before.items)} items), which those of "
-                    f"{self.benchmark} ({len(self.items)} items) would replace; choose another path, or delete it"
-                )
-        return super().write(path)

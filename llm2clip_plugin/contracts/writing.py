@@ -17,24 +17,19 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises DiskFullError, which names ``path``, whatever a library raises on a full disk.
     """
     target = Path(path)
-    with naming_full_disk(target), _temporary_file(target) as temporary:
-        yield temporary
-
-
-@contextmanager
-def _temporary_file(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
-        fsync(temporary)
-        os.replace(temporary, target)
-        fsync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = _sibling(target)
+    with naming_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
+            fsync(temporary)
+            os.replace(temporary, target)
+            fsync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -47,34 +42,32 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     target = Path(path)
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path or pass --overwrite")
-    with naming_full_disk(target), _temporary_directory(target) as temporary:
-        yield temporary
-
-
-@contextmanager
-def _temporary_directory(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
+    temporary = _sibling(target)
     old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        for inside in (*temporary.rglob("*"), temporary):
-            if not inside.is_symlink():
-                fsync(inside)
-        if target.exists():
-            os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+    with naming_full_disk(target):
+        temporary.mkdir(parents=True)
         try:
-            os.replace(temporary, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
-        fsync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+            yield temporary
+            for inside in (*temporary.rglob("*"), temporary):
+                if not inside.is_symlink():
+                    fsync(inside)
+            if target.exists():
+                os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
+            fsync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+
+
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def fsync(path: Path) -> None:
@@ -85,8 +78,8 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
+    except OSError:
         if not path.is_dir():  # several network file systems refuse it for directories
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
     finally:
         os.close(descriptor)

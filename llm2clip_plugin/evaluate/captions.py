@@ -128,12 +128,7 @@ def caption_ranks(
     ``center``: subtract each set's mean before normalizing. A raw LLM's embeddings share one large common direction;
     subtracting it closes much of the gap to a fine-tuned LLM, so report both.
     ``group_N``: int, pairs with the same label are also correct for each other (several items of one concept).
-    Raises ValueError for shapes that don't match.
     """
-    if first_NW.shape != second_NW.shape or first_NW.ndim != 2:
-        raise ValueError(
-            f"expected two (N, W) arrays of the same shape, got {tuple(first_NW.shape)} and {tuple(second_NW.shape)}"
-        )
     label_N = torch.arange(len(first_NW), device=first_NW.device) if group_N is None else group_N
     first_NW, second_NW = first_NW.float(), second_NW.float()
     if center:

@@ -51,9 +51,7 @@ def read_templates(path: str, data: str) -> list[str]:
     ``{c}`` or ``{}`` in a template stands for the class. Raises FileNotFoundError or ValueError.
     """
     file = _find_file(path, data, TEMPLATE_FILES)
-    if file is None:
-        return ["a photo of a {c}."]
-    lines = _read_lines(file)
+    lines = ["a photo of a {c}."] if file is None else _read_lines(file)
     if invalid := [line for line in lines if "{c}" not in line and "{}" not in line]:
         raise ValueError(f"{file}: template {invalid[0]!r} does not contain {{c}}, the placeholder for the class name")
     if not lines:
@@ -62,11 +60,8 @@ def read_templates(path: str, data: str) -> list[str]:
 
 
 def _find_file(path: str, data: str, names: tuple[str, ...]) -> Path | None:
-    """``path``, which must exist, else the first of ``names`` in the data's folder or its parent."""
+    """``path``, else the first of ``names`` that exists in the data's folder or its parent."""
     if path:
-        if not Path(path).is_file():
-            kind = "class names" if names is NAME_FILES else "prompt templates"
-            raise FileNotFoundError(f"no file with {kind} at {path}")
         return Path(path)
     folder = _data_folder(data)
     candidates = (parent / name for parent in (folder, folder.parent) for name in names)
@@ -86,22 +81,21 @@ def _read_lines(file: Path) -> Any:
 def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
     """A data source without images: a class is a sample, its prompts are the captions; named by the prompts' hash."""
     prompts = [[template.replace("{c}", name).replace("{}", name) for template in templates] for name in names]
-    digest = sha256_text(canonical_json(prompts))[:12]
     rows = [
         Row(f"{number:05d}", None, tuple(Caption(text, "prompt") for text in texts))
         for number, texts in enumerate(prompts)
     ]
-    return InMemorySource(f"prompts-{digest}", _data_folder(data), rows)
+    return InMemorySource(f"prompts-{sha256_text(canonical_json(prompts))[:12]}", _data_folder(data), rows)
 
 
+@torch.no_grad()
 def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *, all_ranks: bool = False) -> Tensor:
     """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021, section 3.1.4)."""
     group = group_of(all_ranks)
     of_rank: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for number in range(rank(group), len(prompts), world_size(group)):
-            key, captions = prompts.captions(number)
-            teacher_PW = cache.rows(*prompts.locate(number), captions, key=key)
-            of_rank[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
+    for number in range(rank(group), len(prompts), world_size(group)):
+        row = prompts.rows[number]
+        teacher_PW = cache.rows(prompts.name, number, row.captions, key=row.key)
+        of_rank[number] = F.normalize(encode_texts(dual, teacher_PW).mean(0), dim=0)
     vectors = {number: row for part in gather_objects(of_rank, group) for number, row in part.items()}
     return torch.stack([vectors[number] for number in range(len(prompts))])

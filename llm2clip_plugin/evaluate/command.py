@@ -62,7 +62,6 @@ def score_file(config: EvaluateConfig, tower: OpenedTower, report: RetrievalRepo
             tower.dual,
             teacher=tower.dual.card.teacher,
             data=config.data.path,
-            ties=config.retrieval.ties,
             group=config.retrieval.group,
         ),
     )

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch
@@ -39,26 +38,17 @@ class OpenedTower:
 def open_tower(tower: str, device: str) -> OpenedTower:
     """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
 
-    Raises ValueError with the commands for a baseline if it has none.
+    Raises ValueError with the command for a baseline if it has none.
     """
     directory, chosen = fetch_directory(tower), choose_device(device)
-    if not _has_heads(directory):
+    is_card = (directory / TowerCard.FILE).is_file()
+    if is_card and not TowerCard.read(directory / TowerCard.FILE).projection_dim:
         raise ValueError(
-            f"{tower} is a vision tower without the projection and text adapter that are needed to compare images with "
-            "captions. Embed TRAINING_DATA, fit them on the frozen tower (no epochs: heads alone), then evaluate:\n"
-            f"  llm2clip train-tower TRAINING_DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output "
-            "runs/baseline\n"
-            "  llm2clip evaluate runs/baseline/tower DATA"
+            f"{tower} has no projection and text adapter to compare images with captions; fit them on it, frozen: "
+            f"llm2clip train-tower DATA --tower {shlex.quote(tower)} --num-train-epochs 0 --output runs/baseline"
         )
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     return OpenedTower(dual=load_dual_encoder(directory).to(chosen), images=images, device=chosen)
-
-
-def _has_heads(directory: Path) -> bool:
-    """Whether a folder is a tower directory with heads, or no vision tower at all, which loading it tells better."""
-    if not (directory / TowerCard.FILE).is_file():
-        return not (directory / "config.json").is_file()
-    return TowerCard.read(directory / TowerCard.FILE).projection_dim > 0
 
 
 def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:

@@ -3,6 +3,7 @@
 Shapes: N images, M captions, U distinct captions, D projection dimension, W width of a teacher embedding.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, select_captions
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.rank_counting import row_digests
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
@@ -72,9 +72,7 @@ def embed_pairs(
 
     Equal captions get equal bits, whichever images have them: each goes through the text adapter once.
     ``all_ranks``: every rank of the default process group calls this and gets everything; the ranks split the work.
-    A sample that is broken or has no such caption is left out and listed in ``broken``.
-
-    Raises ValueError if nothing is left; ContractError if the cache does not belong to this source.
+    Raises ValueError if no sample is usable; ContractError if the cache does not belong to this source.
     """
     group = group_of(all_ranks)
     batches = eval_pairs(
@@ -151,7 +149,8 @@ def _teacher_rows(
         key, of_sample = source.captions(number)
         used = select_captions(of_sample, config.kinds, config.languages)
         embedding_mW = cache.rows(*source.locate(number), used, key=key)
-        for row, digest in zip(embedding_mW, row_digests(embedding_mW), strict=True):
+        for row in embedding_mW:
+            digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest()
             if digest not in row_of:
                 row_of[digest] = len(rows)
                 rows.append(row)

@@ -122,10 +122,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captioned:
 
 @torch.no_grad()
 def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Captioned) -> ScoreFile:
-    """The measures of one tower, and every readable image's values.
-
-    Raises ValueError for a layer that the tower doesn't have, and for features that are constant or not finite.
-    """
+    """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
     directory, device = fetch_directory(tower), choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
     states = model.config.num_hidden_layers + 1
@@ -140,10 +137,7 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
         patches.append(on_grid(state_BPH[:, int(family_of(model).has_cls) :].float()).cpu())
         found += [captioned.numbers.index(number) for number in batch["image_ids"].tolist()]
     clusters = [captioned.clusters[place] for place in found]
-    try:
-        values = measure(torch.cat(patches).to(device), captioned.text_NW[found].to(device), clusters)
-    except ValueError as error:
-        raise ValueError(f"{tower}: {error}") from error
+    values = measure(torch.cat(patches).to(device), captioned.text_NW[found].to(device), clusters)
     items = [
         {"id": captioned.keys[place], "score": float(values["neighbors"][row]), "cluster": clusters[row]}
         | {name: float(value_N[row]) for name, value_N in values.items()}

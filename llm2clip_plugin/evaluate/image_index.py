@@ -1,10 +1,9 @@
 """The embeddings of a data set's images on disk, and the images that are nearest to a text.
 
-Shapes: N images of a part, Q texts, D projection dimension, S pixels a side.
+One safetensors file holds a part of the images: ``image_ND`` (float16, normalized) and ``number_N`` (in the source). A
+rerun skips the parts that exist; the folder's name has a hash of the tower, the data and the preprocessing.
 
-One safetensors file holds a part of the images: ``image_ND`` (float16, normalized) and ``number_N`` (in the source),
-with their SHA-256, which is compared when the part is read. A rerun skips the parts that exist; the folder's name has a
-hash of the tower, the data and the preprocessing.
+Shapes: N images of a part, Q texts, D projection dimension.
 """
 
 import dataclasses
@@ -12,28 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_plugin.contracts import ContractError, atomic_file, canonical_json, sha256_text
-from llm2clip_plugin.data.cache.shard_file import tensors_digest
-from llm2clip_plugin.data.decode import BrokenImage
 from llm2clip_plugin.data.digest import source_digest
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.records import BrokenSample
 from llm2clip_plugin.evaluate.command_line import OpenedTower
-from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row
-from llm2clip_plugin.evaluate.labeled_images import IMAGE_ENDINGS
+from llm2clip_plugin.evaluate.image_features import encode_images
+from llm2clip_plugin.evaluate.in_memory_source import InMemorySource, Row, image_files
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.train.distributed import barrier, gather_objects, group_of, rank, world_size
 
-FORMAT = 2  # of a part; 1 had no hash
-HASH = "sha256"  # in a part's metadata
+FORMAT = 2  # of a part
 PART = 4096  # images of a file, and what a stopped command embeds again at most
 
 
@@ -43,33 +36,6 @@ class Hit:
 
     number: int  # in the source
     score: float  # cosine
-
-
-class ImageIndex:
-    """The embedded images of one source."""
-
-    def __init__(self, parts: Sequence[Path], broken: Sequence[BrokenSample] = ()) -> None:
-        self.parts = list(parts)
-        self.broken = list(broken)  # left out; those of this run alone
-
-    def search(self, text_QD: Tensor, count: int) -> list[list[Hit]]:
-        """For each text the ``count`` nearest images, best first; a part at a time is in memory.
-
-        Raises ContractError for a damaged part, ValueError if no image is readable.
-        """
-        score_Qk, number_Qk = torch.empty(len(text_QD), 0), torch.empty(len(text_QD), 0, dtype=torch.int64)
-        for path in self.parts:
-            image_ND, number_N = _read(path)
-            scores = torch.cat((score_Qk, text_QD.float().cpu() @ image_ND.T), dim=1)
-            numbers = torch.cat((number_Qk, number_N.expand(len(text_QD), -1)), dim=1)
-            score_Qk, chosen = scores.topk(min(count, scores.shape[1]), dim=1)
-            number_Qk = numbers.gather(1, chosen)
-        if not score_Qk.shape[1]:
-            raise ValueError(f"no readable images: {self.broken[0] if self.broken else 'the data is empty'}")
-        return [
-            [Hit(number, score) for number, score in zip(numbers, scores, strict=True)]
-            for numbers, scores in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)
-        ]
 
 
 def index_folder(tower: OpenedTower, source: Source, parent: Path) -> Path:
@@ -83,90 +49,68 @@ def index_folder(tower: OpenedTower, source: Source, parent: Path) -> Path:
 
 def embed_images(
     tower: OpenedTower, source: Source, folder: Path, *, batch: int, workers: int, all_ranks: bool = False
-) -> ImageIndex:
-    """Embed the images of ``source`` whose part is not yet in ``folder``; images that can't be read are left out.
+) -> tuple[list[Path], list[BrokenSample]]:
+    """Embed the images of ``source`` whose part is not yet in ``folder``; all parts, and the images left out now.
 
     ``all_ranks``: every rank of the default process group calls this and embeds some of the parts.
     """
     group = group_of(all_ranks)
-    number, ranks = rank(group), world_size(group)
     starts = range(0, len(source), PART)
     parts = [folder / f"{part:05d}.safetensors" for part in range(len(starts))]
-    missing = [(path, start) for path, start in zip(parts, starts, strict=True) if not path.is_file()][number::ranks]
-    total = sum(min(PART, len(source) - start) for _, start in missing)
+    missing = [(path, start) for path, start in zip(parts, starts, strict=True) if not path.is_file()]
+    own = missing[rank(group) :: world_size(group)]
+    total = sum(min(PART, len(source) - start) for _, start in own)
     broken: list[BrokenSample] = []
-    with progress_bar(total=total, label="images", unit="images", show=number == 0) as bar, torch.no_grad():
-        for path, start in missing:
-            numbers = list(range(start, min(start + PART, len(source))))
-            loader = DataLoader(_Images(source, tower.images, numbers), batch, num_workers=workers, collate_fn=list)
-            normalize, vectors, readable = Normalize(tower.images, tower.device), [], []
-            for items in loader:
-                good = [(n, pixels) for n, pixels in items if isinstance(pixels, np.ndarray)]
-                broken += [error for _, error in items if isinstance(error, BrokenSample)]
-                if good:
-                    pixels = normalize(torch.from_numpy(np.stack([pixels for _, pixels in good])))
-                    vectors.append(tower.dual.encode_image(pixels).half().cpu())
-                    readable += [n for n, _ in good]
-                bar.update(len(items))
-            _write(path, vectors, readable, tower.dual.card.projection_dim)
+    with progress_bar(total=total, label="images", unit="images", show=rank(group) == 0) as bar:
+        for path, start in own:
+            found = encode_images(
+                tower.dual.encode_image,
+                source,
+                range(start, min(start + PART, len(source))),
+                tower.images,
+                tower.device,
+                batch=batch,
+                workers=workers,
+                bar=bar,
+            )
+            broken += found.broken
+            vectors = [torch.empty(0, tower.dual.card.projection_dim), *found.vectors]
+            with atomic_file(path) as temporary:
+                tensors = {"image_ND": torch.cat(vectors).half(), "number_N": torch.tensor(found.numbers).long()}
+                save_file(tensors, str(temporary))
     if all_ranks:
         barrier()
-    return ImageIndex(parts, [error for of_rank in gather_objects(broken, group) for error in of_rank])
+    return parts, [error for of_rank in gather_objects(broken, group) for error in of_rank]
+
+
+def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> list[list[Hit]]:
+    """For each text the ``count`` nearest images, best first; a part at a time is in memory.
+
+    Raises ContractError for a damaged part, ValueError if no image is readable.
+    """
+    score_Qk, number_Qk = torch.empty(len(text_QD), 0), torch.empty(len(text_QD), 0, dtype=torch.int64)
+    for path in parts:
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ContractError(f"{path} is damaged ({error}); delete it and rerun the same command") from error
+        scores = torch.cat((score_Qk, text_QD.float().cpu() @ tensors["image_ND"].float().T), dim=1)
+        numbers = torch.cat((number_Qk, tensors["number_N"].expand(len(text_QD), -1)), dim=1)
+        score_Qk, chosen = scores.topk(min(count, scores.shape[1]), dim=1)
+        number_Qk = numbers.gather(1, chosen)
+    if not score_Qk.shape[1]:
+        raise ValueError("the data has no readable images")
+    return [
+        [Hit(number, score) for number, score in zip(numbers, scores, strict=True)]
+        for numbers, scores in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)
+    ]
 
 
 def folder_of_images(path: str) -> InMemorySource | None:
     """A folder of image files, at any depth, as a source without captions; None if ``path`` is not one."""
     root = Path(path)
-    if not root.is_dir() or any(root.glob("*.tar")):
-        return None
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
-    if not files:
+    if not root.is_dir() or any(root.glob("*.tar")) or not (files := image_files(root)):
         return None
     stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
-    return InMemorySource(name, root, [Row(stamp[0], file, ()) for stamp, file in zip(stamps, files, strict=True)])
-
-
-class _Images(Dataset):
-    """(number in the source, its pixels (S, S, 3) uint8 or the error)."""
-
-    def __init__(self, source: Source, config: ImageConfig, numbers: list[int]) -> None:
-        self.source, self.numbers, self.transform = source, numbers, EvalTransform(config)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | BrokenSample]:
-        number, key = self.numbers[index], ""
-        try:
-            record = self.source.record_with_image(number)
-            key = record.key
-            return number, self.transform.pixels(record.read_image())
-        except BrokenImage as error:
-            return number, BrokenSample(self.source.locate(number)[0], key, str(error))
-        except BrokenSample as error:
-            return number, error
-
-
-def _write(path: Path, vectors: list[Tensor], numbers: list[int], width: int) -> None:
-    image_ND = torch.cat(vectors) if vectors else torch.empty(0, width, dtype=torch.float16)
-    tensors = {"image_ND": image_ND, "number_N": torch.tensor(numbers, dtype=torch.int64)}
-    digest = tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()})
-    with atomic_file(path) as temporary:
-        save_file(tensors, str(temporary), metadata={HASH: digest})
-
-
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("image_ND", "number_N")}
-            recorded = (file.metadata() or {}).get(HASH)
-    except (SafetensorError, KeyError) as error:
-        raise ContractError(f"{path} is damaged ({error}); delete it and rerun the same command") from error
-    if (actual := tensors_digest({name: tensor.numpy() for name, tensor in tensors.items()})) != recorded:
-        reason = f"its tensors have SHA-256 {actual[:12]}..., its metadata records {str(recorded)[:12]}..."
-        raise ContractError(f"{path} is damaged ({reason}); delete it and rerun the same command")
-    image_ND, number_N = tensors["image_ND"].float(), tensors["number_N"]
-    if not torch.isfinite(image_ND).all():
-        raise ContractError(f"{path} has values that are not finite; delete it and rerun the same command")
-    return image_ND, number_N
+    return InMemorySource(name, root, [Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)])

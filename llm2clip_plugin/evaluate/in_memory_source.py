@@ -1,6 +1,6 @@
-"""A data source whose rows are in memory: a benchmark's images and captions, or the prompts of zero-shot classes."""
+"""A data source whose rows are in memory: a benchmark's images and captions, a folder of images, or prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,14 +9,16 @@ from typing import Any
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.data.sources.records import BrokenSample, Caption, Record, Sample
 
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
+
 
 @dataclass(frozen=True)
 class Row:
     """One image and its captions."""
 
     key: str
-    image: Path | None  # None: captions only
-    captions: tuple[Caption, ...]
+    image: Path | Callable[[], bytes] | None  # None: captions only
+    captions: tuple[Caption, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,6 +44,11 @@ class InMemorySource(Source):
         if row.image is None:
             raise BrokenSample(self.name, row.key, "the row has no image")
         try:
-            return row.image.read_bytes()
+            return row.image.read_bytes() if isinstance(row.image, Path) else row.image()
         except OSError as error:
             raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, at any depth, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS)

@@ -45,23 +45,17 @@ def measure(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
     pooling = DualConfig(projection="none", projection_dim=width, pool=config.pool)
     encoder = DualEncoder(tower, pooling).to(device).eval()
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    train_images, test_images = (
-        open_labeled_images(path, config.label, config.cluster) for path in (config.train, config.test)
-    )
-    train, test = (
-        image_features(
-            encoder.pool, side, images, device, batch=config.batch, workers=config.workers, all_ranks=all_ranks
-        )
-        for side in (train_images, test_images)
-    )
-    class_number = {name: number for number, name in enumerate(train_images.classes)}
-    unseen = [name for name in test_images.classes if name not in class_number]
-    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_images.classes])[test.label_N]
+    sides = [open_labeled_images(path, config.label, config.cluster) for path in (config.train, config.test)]
+    options = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    train, test = (image_features(encoder.pool, side, images, device, **options) for side in sides)
+    class_number, test_classes = {name: number for number, name in enumerate(sides[0].classes)}, sides[1].classes
+    unseen = [name for name in test_classes if name not in class_number]
+    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_classes])[test.label_N]
     hits = {"knn": knn(train, test.feature_ND, config.k, config.temperature) == test_label_N}
     if config.linear:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
     return dataclasses.replace(
-        probe_scores(hits, test, test_images.classes, unseen),
+        probe_scores(hits, test, test_classes, unseen),
         model=config.tower,
         provenance=provenance(
             weights_sha256=weights_hash(directory),

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.evaluate.config import KS
-from llm2clip_plugin.evaluate.rank_counting import TILE, rank_both
-from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks, TieRule
-
-UNIT_TOLERANCE = 1e-6  # error of a norm after fp32 normalization, at some thousand dimensions
+from llm2clip_plugin.evaluate.rank_counting import rank_both
+from llm2clip_plugin.evaluate.retrieval_ranks import QueryRanks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +29,10 @@ class Retrieval:
     image_label_N: Tensor
     caption_label_Q: Tensor
 
-    def metrics(self, ks: Sequence[int] = KS, ties: TieRule = "half") -> dict[str, float]:
+    def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Mean hits, fractions 0 to 1: ``i2t_r1``, ``t2i_r1``, ``i2t_r5`` ..."""
         sides = {"i2t": self.i2t, "t2i": self.t2i}
-        return {f"{side}_r{k}": float(ranks.hits(k, ties).mean()) for k in ks for side, ranks in sides.items()}
+        return {f"{side}_r{k}": float(ranks.hits(k).mean()) for k in ks for side, ranks in sides.items()}
 
     def chance(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Expected value of each of `metrics` for a random order."""
@@ -48,32 +46,22 @@ def recall(
     text_MD: Tensor,
     owner_M: Tensor,
     ks: Sequence[int] = KS,
-    ties: TieRule = "half",
     *,
     group_N: Tensor | None = None,
-    block: int = TILE,
     all_ranks: bool = False,
 ) -> dict[str, float]:
-    """Recall@k in both directions by cosine similarity, as fractions: ``i2t_r1``, ``t2i_r1`` ...
+    """Recall@k in both directions by cosine similarity, as fractions: ``i2t_r1``, ``t2i_r1`` ...; ties count half.
 
     ``image_ND``, ``text_MD``: embeddings, normalized here. ``owner_M``: int, the image of each caption; every image
     has at least one. ``group_N``: int, a label per image (several pictures of one concept): the captions of a group
     are correct for all of its images, and its images for all of its captions; None: every image is its own group.
-    ``ties``: see `QueryRanks.hits`. ``block``: rows and columns of a tile of scores. ``all_ranks``: see `rank_both`.
-
-    Raises ValueError for an image without a caption, an owner that is not an image, or non-finite embeddings.
+    ``all_ranks``: see `rank_both`. Raises ValueError for an image without a caption, or non-finite embeddings.
     """
     label_N = torch.arange(len(image_ND)) if group_N is None else group_N.cpu()
-    owner_M = owner_M.cpu()
-    if len(owner_M) and (int(owner_M.min()) < 0 or int(owner_M.max()) >= len(image_ND)):
-        raise ValueError(
-            f"owner_M ranges from {int(owner_M.min())} to {int(owner_M.max())}, but there are {len(image_ND)} images"
-        )
-    retrieval = retrieve(image_ND, text_MD, label_N, label_N[owner_M], block=block, all_ranks=all_ranks)
-    if len(retrieval.image_index_Q) < len(image_ND):
-        uncaptioned = sorted(set(range(len(image_ND))) - set(retrieval.image_index_Q.tolist()))
-        raise ValueError(f"{len(uncaptioned)} of {len(image_ND)} images have no caption (first: {uncaptioned[0]})")
-    return retrieval.metrics(ks, ties)
+    retrieval = retrieve(image_ND, text_MD, label_N, label_N[owner_M.cpu()], all_ranks=all_ranks)
+    if missing := len(image_ND) - len(retrieval.image_index_Q):
+        raise ValueError(f"{missing} of {len(image_ND)} images have no caption")
+    return retrieval.metrics(ks)
 
 
 def retrieve(
@@ -83,7 +71,6 @@ def retrieve(
     caption_label_M: Tensor,
     *,
     captions: Tensor | None = None,
-    block: int = TILE,
     all_ranks: bool = False,
 ) -> Retrieval:
     """Rank in both directions; a caption is correct for an image if their labels (int) are equal.
@@ -91,14 +78,13 @@ def retrieve(
     ``captions``: positions or a mask of the captions to use (one kind, one language); None: all. An image without a
     correct caption among them stays in the pool of t2i, but is not a query of i2t.
     """
-    image_label_N, caption_label_M = image_label_N.cpu(), caption_label_M.cpu()
     caption_index = torch.arange(len(text_MD))
     if captions is not None:
         caption_index = caption_index[captions.cpu()]
-    used_MD = text_MD if captions is None else text_MD[caption_index.to(text_MD.device)]
-    image, text = unit_rows(image_ND), unit_rows(used_MD)
-    caption_label = caption_label_M[caption_index]
-    i2t, t2i = rank_both(image, text, image_label_N, caption_label, tile=block, all_ranks=all_ranks)
+        text_MD = text_MD[caption_index.to(text_MD.device)]
+    image_label_N, caption_label = image_label_N.cpu(), caption_label_M.cpu()[caption_index]
+    image_ND, text_MD = F.normalize(image_ND.float(), dim=1), F.normalize(text_MD.float(), dim=1)
+    i2t, t2i = rank_both(image_ND, text_MD, image_label_N, caption_label, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.correct_equal_Q).flatten()
     return Retrieval(
         i2t=i2t.select(image_index),
@@ -108,13 +94,6 @@ def retrieve(
         image_label_N=image_label_N,
         caption_label_Q=caption_label,
     )
-
-
-def unit_rows(vectors_ND: Tensor) -> Tensor:
-    """L2-normalized rows in fp32; the same tensor, not a copy, if they are normalized to fp32's precision."""
-    vectors_ND = vectors_ND.float()
-    error_N = (torch.linalg.vector_norm(vectors_ND, dim=1) - 1).abs()
-    return vectors_ND if bool((error_N <= UNIT_TOLERANCE).all()) else F.normalize(vectors_ND, dim=1)
 
 
 def shuffled(label_N: Tensor, seed: int = 0) -> Tensor:

@@ -44,11 +44,10 @@ class RetrievalReport:
         flat: dict[str, float] = {}
         for name, part in self.parts.items():
             prefix = "" if name == ALL else f"{name}/"
-            flat |= {prefix + key: value for key, value in part.metrics(self.config.ks, self.config.ties).items()}
+            flat |= {prefix + key: value for key, value in part.metrics(self.config.ks).items()}
         if self.control is not None:
-            shuffled_metrics = self.control.metrics(self.config.ks, self.config.ties)
-            flat |= {f"shuffled/{key}": value for key, value in shuffled_metrics.items()}
-            flat |= {f"chance/{key}": value for key, value in self.control.chance(self.config.ks).items()}
+            for name, values in (("shuffled", self.control.metrics), ("chance", self.control.chance)):
+                flat |= {f"{name}/{key}": value for key, value in values(self.config.ks).items()}
         return flat
 
     def items(self) -> list[dict[str, Any]]:
@@ -56,7 +55,7 @@ class RetrievalReport:
         out: list[dict[str, Any]] = []
         for name, part in self.parts.items():
             for side, ranks, index in _sides(part):
-                hits = [ranks.hits(k, self.config.ties).tolist() for k in self.config.ks]
+                hits = [ranks.hits(k).tolist() for k in self.config.ks]
                 for row, query in enumerate(index):
                     image, label = self._query(side, query)
                     scores = {f"r{k}": hits[column][row] for column, k in enumerate(self.config.ks)}
@@ -72,8 +71,7 @@ class RetrievalReport:
             for side, ranks, index in _sides(part):
                 clusters = [self.cluster_N[self._query(side, query)[0]] for query in index]
                 for k in self.config.ks:
-                    hits = ranks.hits(k, self.config.ties).numpy()
-                    out[f"{prefix}{side}_r{k}"] = bootstrap_mean(hits, clusters, resamples=resamples)
+                    out[f"{prefix}{side}_r{k}"] = bootstrap_mean(ranks.hits(k).numpy(), clusters, resamples=resamples)
         return out
 
     def scores(self) -> ScoreFile:

@@ -10,7 +10,7 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.command_line import OpenedTower
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.embedded_pairs import EmbeddedPairs, embed_pairs
-from llm2clip_plugin.evaluate.retrieval_report import ALL, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval_report import ALL, report_retrieval
 
 # metrics (fractions) and the score of every query; the last argument: all ranks call it together and split the work
 Measure = Callable[[OpenedTower, Source, EmbeddingCache, RetrievalConfig, bool], ScoreFile]
@@ -19,8 +19,9 @@ Measure = Callable[[OpenedTower, Source, EmbeddingCache, RetrievalConfig, bool],
 def recall(
     tower: OpenedTower, source: Source, cache: EmbeddingCache, config: RetrievalConfig, all_ranks: bool
 ) -> ScoreFile:
-    """Recall@k in both directions over all captions; see `evaluate_retrieval`."""
-    return evaluate_retrieval(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks).scores()
+    """Recall@k in both directions over all captions; see `report_retrieval`."""
+    pairs = embed_pairs(tower.dual, source, cache, tower.images, config, all_ranks=all_ranks)
+    return report_retrieval(pairs, config, all_ranks=all_ranks, device=tower.device).scores()
 
 
 def recall_by_language(
@@ -54,17 +55,15 @@ def hard_negative_scores(pairs: EmbeddedPairs) -> ScoreFile:
     Source: Hsieh et al., SugarCrepe (2023), section 4.
     """
     score_M = (pairs.image_ND[pairs.owner_M].double() * pairs.text_MD.double()).sum(1)
-    sides: dict[str, dict[str, int]] = defaultdict(dict)
-    for position, caption in enumerate(pairs.captions):
-        item, _, side = caption.kind.rpartition("/")
-        sides[item][side] = position
+    place = {caption.kind: position for position, caption in enumerate(pairs.captions)}
     items, groups = [], defaultdict(list)
-    for item, position in sides.items():
-        gap = float(score_M[position["right"]] - score_M[position["wrong"]])
-        hit, group = 0.5 if gap == 0 else float(gap > 0), item.split("/")[0]
-        cluster = pairs.keys[int(pairs.owner_M[position["right"]])]
-        items.append({"id": item, "score": hit, "cluster": cluster, "part": group})
-        groups[group].append(hit)
+    for kind, right in place.items():
+        item, _, side = kind.rpartition("/")
+        if side == "right":
+            gap, group = float(score_M[right] - score_M[place[f"{item}/wrong"]]), item.split("/")[0]
+            hit = 0.5 if gap == 0 else float(gap > 0)
+            groups[group].append(hit)
+            items.append({"id": item, "score": hit, "cluster": pairs.keys[int(pairs.owner_M[right])], "part": group})
     metrics = {group: sum(hits) / len(hits) for group, hits in groups.items()}
     return ScoreFile(
         benchmark="",

@@ -44,15 +44,8 @@ def measure(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
     teacher = Teacher(tower.dual.card, config.teacher, tower.device)
     cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
     class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
-    features = image_features(
-        tower.dual.encode_image,
-        labeled,
-        tower.images,
-        tower.device,
-        batch=config.batch,
-        workers=config.workers,
-        all_ranks=all_ranks,
-    )
+    options = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
     return dataclasses.replace(
         classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{dataset_name(config.data)}",
@@ -78,13 +71,12 @@ def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequ
 
 def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
     """The scores in CLIP_benchmark's file format, for its tables."""
-    metrics = {"acc1": scores.metrics["acc1"], "acc5": scores.metrics.get("acc5")}
     body = {
         "dataset": scores.benchmark.partition(":")[2],
         "model": "llm2clip",
         "pretrained": config.tower,
         "task": "zeroshot_classification",
-        "metrics": metrics | {"mean_per_class_recall": scores.metrics["mean_per_class_recall"]},
+        "metrics": {name: scores.metrics.get(name) for name in ("acc1", "acc5", "mean_per_class_recall")},
         "language": "en",
     }
     return json.dumps(body) + "\n"

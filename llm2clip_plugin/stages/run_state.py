@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.contracts.full_disk import remedy_of
 from llm2clip_plugin.interrupt import loaded
 from llm2clip_plugin.phases import each_in_phase, in_phase, phase
 from llm2clip_plugin.run_files import headline
@@ -227,7 +226,7 @@ class TrainingRun:
             newest = self.checkpoints.latest()
             kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
             kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error}{remedy_of(error)}\n{kept}; when this is fixed, {RERUN} to resume") from error
+            raise kind(f"{error}\n{kept}; when this is fixed, {RERUN} to resume") from error
 
     def write_result(self, write: Callable[[], object]) -> None:
         """Call ``write`` on rank 0; all ranks wait.

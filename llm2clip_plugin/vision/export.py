@@ -7,7 +7,6 @@
 | text_adapter.safetensors       | text adapter, visual projection, logit scale (absent for a tower alone)    |
 | llm2clip.json                  | the TowerCard                                                              |
 | teacher-adapter/               | the adapter of the teacher LLM and its text settings (--with-adapter)      |
-| checksums.json                 | SHA-256 of the three JSON files above                                      |
 | README.md                      | model card                                                                 |
 """
 
@@ -34,7 +33,6 @@ from llm2clip_plugin.vision.directory import (
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import Tower, tower_in
-from llm2clip_plugin.vision.intact import write_checksums
 from llm2clip_plugin.vision.lora import merged
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.places import TEACHER_ADAPTER, is_local, located, recorded
@@ -88,7 +86,6 @@ def export_tower(
         )
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
-        write_checksums(temporary)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
         try:
             verify_directory(model.eval(), temporary)

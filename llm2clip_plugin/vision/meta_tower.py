@@ -23,7 +23,7 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
     if source.startswith(TIMM_PREFIX):
         from llm2clip_plugin.vision.timm_tower import timm_tower
 
-        # built in memory first: timm reads the rates of stochastic depth from tensors while it builds a model
+        # not built on the meta device: timm reads the rates of stochastic depth from tensors while it builds a model
         tower = timm_tower(source.removeprefix(TIMM_PREFIX), pretrained=False)
         if image_size and image_size != tower.config.image_size:
             tower = resize_tower(tower, image_size)

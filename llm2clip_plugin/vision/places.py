@@ -34,14 +34,14 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 def published(card: TowerCard) -> TowerCard:
     """The card without local paths: only the name of a folder is left of the weights', nothing of an adapter's that is
     not in the directory."""
-    named = _replaced(card, lambda place: Path(place).expanduser().absolute().name if is_local(place) else place)
-    adapter = str(card.teacher.get("adapter", ""))
-    kept = (
-        {}
-        if (is_local(adapter) and adapter != f"./{TEACHER_ADAPTER}") or "adapter" not in card.teacher
-        else {"adapter": adapter}
-    )
-    return dataclasses.replace(named, teacher={k: v for k, v in named.teacher.items() if k != "adapter"} | kept)
+
+    def is_private(place: str) -> bool:
+        return is_local(place) and place != f"./{TEACHER_ADAPTER}"
+
+    named = _replaced(card, lambda place: Path(place).expanduser().absolute().name if is_private(place) else place)
+    if is_private(str(card.teacher.get("adapter", ""))):
+        del named.teacher["adapter"]  # a copy of the card's
+    return named
 
 
 def _replaced(card: TowerCard, change: Callable[[str], str]) -> TowerCard:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from llm2clip_plugin.outside.values import ContractError
-from llm2clip_plugin.vision.bounds import check_preprocessor
 from llm2clip_plugin.vision.directory import PREPROCESSOR_FILE, fetch_directory, read_json
 from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
@@ -20,25 +19,21 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
 
     Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1.
-    Raises ContractError for a value that no image processor can use.
     """
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
-    check_preprocessor(body, where=str(directory / PREPROCESSOR_FILE))
     own = {name: body[name] for name in INHERITED if name in body}
     return own | (UNNORMALIZED if body.get("do_normalize") is False else {})
 
 
 def check_crop(directory: Path, image_size: int) -> None:
-    """Check a tower directory's preprocessor_config.json, which LLaVA uses as it is.
-
-    Raises ContractError for a value that no image processor can use, or a crop other than the tower's image size.
-    """
+    """Raise ContractError unless a tower directory's preprocessor_config.json, which LLaVA uses as it is, crops images
+    to the tower's size."""
     path = directory / PREPROCESSOR_FILE
-    own_preprocessor(directory)
+    body = read_json(path)
     for name in ("crop_size", "size"):
-        sizes = read_json(path).get(name)
+        sizes = body.get(name)
         values = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
         if values != {image_size}:
             raise ContractError(

@@ -1,12 +1,11 @@
 """Publish a tower directory on the Hugging Face Hub."""
 
-import hashlib
 import os
 from pathlib import Path
 
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.outside.timeouts import check_hub_answers
-from llm2clip_plugin.vision.intact import TowerChecksums, check_card
+from llm2clip_plugin.vision.intact import check_card
 from llm2clip_plugin.vision.model_card import model_card
 from llm2clip_plugin.vision.places import published
 
@@ -24,7 +23,7 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
     directory = Path(directory)
     card = check_card(directory)
     message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
-    return upload(directory, repository, message, private=private, replaced=_public(directory, card))
+    return upload(directory, repository, message, private=private, replaced=_public(card))
 
 
 def upload(
@@ -75,17 +74,10 @@ def _reason(error: BaseException) -> str:
     return f"{head}: {_reason(cause)}" if isinstance(error, RuntimeError) and cause else head
 
 
-def _public(directory: Path, card: TowerCard) -> dict[str, bytes]:
+def _public(card: TowerCard) -> dict[str, bytes]:
     """The files that are uploaded without local paths, in place of the directory's; {} if it has none."""
     public = published(card)
-    if public == card:
-        return {}
-    replaced = {TowerCard.FILE: public.to_json().encode(), README: model_card(public).encode()}
-    if (directory / TowerChecksums.FILE).is_file():
-        files = TowerChecksums.read(directory / TowerChecksums.FILE).files
-        files = files | {TowerCard.FILE: hashlib.sha256(replaced[TowerCard.FILE]).hexdigest()}
-        replaced[TowerChecksums.FILE] = TowerChecksums(files=files).to_json().encode()
-    return replaced
+    return {} if public == card else {TowerCard.FILE: public.to_json().encode(), README: model_card(public).encode()}
 
 
 def _files(directory: Path) -> list[str]:

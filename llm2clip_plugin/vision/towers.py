@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from llm2clip_plugin.contracts import ContractError
-from llm2clip_plugin.outside.values import check_range, errors_about
+from llm2clip_plugin.outside.values import errors_about
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.convert.checkpoint_files import check_pickles, read_tensor, weight_files
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, fetch_directory
 from llm2clip_plugin.vision.families import family_of, read_config
 from llm2clip_plugin.vision.family import Tower
-from llm2clip_plugin.vision.intact import checked_while_read
+from llm2clip_plugin.vision.intact import check_hash
 from llm2clip_plugin.vision.positions import check_pixels, resize_positions
 from llm2clip_plugin.vision.preprocessor import own_preprocessor
 
@@ -60,7 +60,7 @@ def load_tower(
 def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
     """The natural logarithm of the logit scale that a tower was trained with; None if its source has none.
 
-    ``source``: as for ``load_tower``. Raises ContractError for a value that is not a number from -100 to 100.
+    ``source``: as for ``load_tower``.
     """
     if str(source).startswith(TIMM_PREFIX):
         return None
@@ -68,8 +68,7 @@ def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
     adapter = directory / ADAPTER_FILE
     for file in [adapter] if adapter.is_file() else weight_files(directory):
         if (scale := read_tensor(file, "logit_scale")) is not None:
-            check_range(value := float(scale), -100, 100, name="logit_scale", where=str(file))
-            return value
+            return float(scale)
     return None
 
 
@@ -77,11 +76,11 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
     family, _ = read_config(directory)
     check_pickles(directory)
+    check_hash(directory, WEIGHTS_FILE)
     read = functools.partial(
         family.vision_class().from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
     )
-    whole = errors_about(f"the tower in {directory}", fix="copy or export it again")
-    with checked_while_read(directory, WEIGHTS_FILE), whole, quiet_transformers():
+    with errors_about(f"the tower in {directory}", fix="copy or export it again"), quiet_transformers():
         try:
             tower, info = read()
         except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm2clip_plugin.data.sources.records import Caption
 from llm2clip_plugin.evaluate.in_memory_source import Row
+from llm2clip_plugin.outside.values import read_json_value as read_json
 
 KARPATHY = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
 KARPATHY_CAPTIONS = 5  # of an image; the field drops the few sixth and seventh ones
@@ -38,14 +39,6 @@ def to_captions(texts: Iterable[str], kind: str = "short", language: str = "en")
 def first_existing(*folders: Path) -> Path:
     """The first of the folders that exists; the first one if none does."""
     return next((folder for folder in folders if folder.is_dir()), folders[0])
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; ValueError names the file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
