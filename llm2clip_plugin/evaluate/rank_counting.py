@@ -55,9 +55,9 @@ def _rank(query_QD: Tensor, label_Q: Tensor, item_ID: Tensor, label_I: Tensor, g
         correct_qI = label_Q[some, None] == label_I
         best_q1 = score_qI.masked_fill(~correct_qI, -torch.inf).amax(1, keepdim=True)
         equal_qI = score_qI == best_q1
-        counts_3Q[0, some] = (score_qI > best_q1).sum(1)
-        counts_3Q[1, some] = (equal_qI & ~correct_qI).sum(1)
-        counts_3Q[2, some] = (equal_qI & correct_qI).sum(1)
+        counts_3Q[0, some] = (score_qI > best_q1).sum(1, dtype=torch.int32)
+        counts_3Q[1, some] = (equal_qI & ~correct_qI).sum(1, dtype=torch.int32)
+        counts_3Q[2, some] = (equal_qI & correct_qI).sum(1, dtype=torch.int32)
     higher_Q, wrong_equal_Q, correct_equal_Q = sum_over_ranks(counts_3Q, group).cpu()
     return QueryRanks(higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q)
 
