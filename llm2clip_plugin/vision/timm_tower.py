@@ -6,13 +6,13 @@ from typing import Any
 from torch import nn
 
 from llm2clip_plugin.vision.family import RESAMPLE
-from llm2clip_plugin.vision.standalone.timm_vit import TimmVit, TimmVitConfig
+from llm2clip_plugin.vision.standalone.timm_vit import TimmVit, TimmVitConfig, allowed
 
 
 def make_timm(
     name: str, image_size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
 ) -> Any:
-    """The timm model without its classifier; ValueError for an unknown name lists similar ones."""
+    """The timm model without its classifier; ValueError for an unknown name, with similar ones, or argument."""
     try:
         import timm
     except ImportError as error:
@@ -22,9 +22,9 @@ def make_timm(
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
-    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    settings = allowed(arguments or {}) | ({} if image_size is None else {"img_size": image_size})
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size, **(arguments or {}))
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except (TypeError, AssertionError) as error:
         raise ValueError(
             f"timm {timm.__version__} cannot build {name!r} with {dict(arguments or {})}: {error}"
