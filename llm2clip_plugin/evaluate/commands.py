@@ -36,23 +36,23 @@ from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 SIDES = ("i2t", "t2i")
-TIES = {
-    "half": "ties split the credit",
-    "optimistic": "ties count as hits",
-    "pessimistic": "ties count as misses",
-    "lowest_index_first": "ties in the order of the items",
-}
 
 
 def print_retrieval(report: RetrievalReport, intervals: Mapping[str, Interval], *, title: str) -> None:
     """Recall of every part in percent, in both directions, with the interval of the first k; and of the control."""
-    config, metrics = report.config, report.metrics()
+    config, metrics, counts = report.config, report.metrics(), report.counts
+    caption = [
+        f"percent; i2t: image to text; {counts['images']} images, {counts['captions']} captions; ties count half"
+    ]
+    caption += [f"correct: same {config.group}"] if config.group else []
+    if intervals:
+        cluster = config.cluster or config.group or "image"
+        caption.append(f"\\[95 % interval], bootstrap over {len(set(report.cluster_N))} clusters by {cluster}")
+    table = Table("captions", title=title, caption="; ".join(caption))
     columns = [(side, k) for side in SIDES for k in config.ks]
-    table = Table(title=title, caption=table_caption(report, bool(intervals)))
-    table.add_column("captions")
     for side, k in columns:
         table.add_column(f"{side} R@{k}", justify="right")
-    rows = [("" if name == "all" else f"{name}/", name) for name in report.parts]
+    rows = [("" if name == ALL else f"{name}/", name) for name in report.parts]
     rows += [("shuffled/", "shuffled"), ("chance/", "chance")] if report.control is not None else []
     for prefix, name in rows:
         cells = (cell(metrics, intervals if k == config.ks[0] else {}, f"{prefix}{side}_r{k}") for side, k in columns)
@@ -68,22 +68,6 @@ def cell(metrics: Mapping[str, float], intervals: Mapping[str, Interval], name: 
     value = f"{100 * metrics[name]:.1f}"
     interval = intervals.get(name)
     return value if interval is None else f"{value} \\[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def table_caption(report: RetrievalReport, with_intervals: bool) -> str:
-    """What was counted and how, below the table."""
-    counts, config = report.counts, report.config
-    parts = [
-        f"percent; i2t: image to text; {counts['images']} images, {counts['captions']} captions; {TIES[config.ties]}"
-    ]
-    if counts["left_out"]:
-        parts.append(f"{counts['left_out']} samples left out")
-    if config.group:
-        parts.append(f"correct: same {config.group}")
-    if with_intervals:
-        cluster = config.cluster or config.group or "image"
-        parts.append(f"\\[95 % interval], bootstrap over {len(set(report.cluster_N))} clusters by {cluster}")
-    return "; ".join(parts)
 
 
 def print_suites(model: str, results: Mapping[str, ScoreFile], resamples: int) -> None:
@@ -103,18 +87,12 @@ def paper_table(
     title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile], resamples: int
 ) -> Table:
     """R@1 image->text / text->image in percent; the paper's rows first, ours last with 95 % intervals."""
-    table = Table(title=title, caption="R@1 image->text / text->image, percent; the paper's rows are single runs")
-    table.add_column("tower")
-    table.add_column("source")
+    caption = "R@1 image->text / text->image, percent; the paper's rows are single runs"
+    table = Table("tower", "source", title=title, caption=caption)
     for suite in columns:
         table.add_column(suite.name, justify="right")
-    sources = {row: suite.paper_source for suite in columns for row in suite.paper}
-    base = ""
-    for row, source in sources.items():
-        if not row.startswith(f"{base} + "):
-            base = row
-        shown = row if row == base else row.removeprefix(f"{base} ")  # "+ LLM2CLIP", below the tower it starts from
-        table.add_row(shown, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
+    for row, source in {row: suite.paper_source for suite in columns for row in suite.paper}.items():
+        table.add_row(row, f"paper, {source}", *(_pair(suite.paper.get(row)) for suite in columns))
     ours = [_ours(results[suite.name], resamples) if suite.name in results else "not measured" for suite in columns]
     table.add_section()
     table.add_row(model.rstrip("/").rpartition("/")[2], "measured", *ours, style="bold")
@@ -144,17 +122,15 @@ def suite_table(title: str, scores: ScoreFile) -> Table:
     """Every metric of a suite in percent: one row per part, one column per metric."""
     rows: dict[str, dict[str, float]] = {}
     for key, value in scores.metrics.items():
-        part, slash, metric = key.rpartition("/")
-        rows.setdefault(part if slash else "", {})[metric] = value
+        part, _, metric = key.rpartition("/")
+        rows.setdefault(part, {})[metric] = value
     columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
     counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
-    table = Table(title=title, caption=f"percent; {counts}")
-    table.add_column("captions")
+    table = Table("captions", title=title, caption=f"percent; {counts}")
     for column in columns:
         table.add_column(column, justify="right")
     for part, row in rows.items():
-        cells = (f"{100 * row[column]:.1f}" if column in row else "" for column in columns)
-        table.add_row(part or "headline", *cells)
+        table.add_row(part or "headline", *(f"{100 * row[name]:.1f}" if name in row else "" for name in columns))
     return table
 
 
@@ -201,7 +177,6 @@ def score_file(config: EvaluateConfig, tower: OpenedTower, report: RetrievalRepo
             tower.dual,
             teacher=tower.dual.card.teacher,
             data=config.data.path,
-            ties=config.retrieval.ties,
             group=config.retrieval.group,
         ),
     )

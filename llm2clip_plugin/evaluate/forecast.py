@@ -90,13 +90,11 @@ def whitened(feature_MF: Tensor) -> Tensor:
 def best_match_similarity(patch_NPH: Tensor) -> Tensor:
     """(N, N): mean over the patches of one image of the largest product with a patch of the other, both ways."""
     count, patches, width = patch_NPH.shape
-    similarity_NN = torch.empty(count, count, device=patch_NPH.device)
+    best_NN = torch.empty(count, count, device=patch_NPH.device)
     for image in range(count):
-        others = count - image
-        product_PnP = (patch_NPH[image] @ patch_NPH[image:].reshape(-1, width).T).view(patches, others, patches)
-        both_n = (product_PnP.amax(2).mean(0) + product_PnP.amax(0).mean(1)) / 2
-        similarity_NN[image, image:] = similarity_NN[image:, image] = both_n
-    return similarity_NN
+        product_PNP = (patch_NPH[image] @ patch_NPH.reshape(-1, width).T).view(patches, count, patches)
+        best_NN[image] = product_PNP.amax(2).mean(0)
+    return (best_NN + best_NN.T) / 2
 
 
 def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
@@ -108,41 +106,21 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
     return (near[0] & near[1]).sum(1) / k
 
 
-def linear_cka(one_NH: Tensor, other_NW: Tensor) -> float:
-    """Linear centered kernel alignment: 1 for features that differ by rotation and scale, about 0 for unrelated ones.
-
-    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T and the unbiased estimator of HSIC (Song et al.
-    2012, equation 5), as the biased one approaches 1 where features are wider than images are many. So it can be a
-    little below 0. NaN for features that are equal for all images.
-
-    Source: Kornblith et al. 2019, arXiv 1905.00414; debiased as in Nguyen et al. 2021, arXiv 2010.15327.
-    """
-    one_NN, other_NN = _gram(one_NH), _gram(other_NW)
-    scale = _hsic(one_NN, one_NN) * _hsic(other_NN, other_NN)
-    return _hsic(one_NN, other_NN) / scale**0.5 if scale > 0 else float("nan")
-
-
 def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
-    """(N,) float64 whose mean is `linear_cka`: each image's jackknife influence on it is added.
+    """(N,) float64 whose mean is linear centered kernel alignment; each image's jackknife influence on it is added.
 
-    For intervals and paired differences: images drawn twice, as a bootstrap of CKA itself has them, are similar on both
-    sides and raise it. Source: Arvesen 1969, Jackknifing U-statistics.
+    CKA is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T: 1 for features that differ by rotation
+    and scale, about 0 for unrelated ones, and NaN for features that are equal for all images. Values of images are for
+    intervals: images drawn twice, as a bootstrap of CKA itself has them, are similar on both sides and raise it.
+
+    Sources: Kornblith et al. 2019, arXiv 1905.00414; debiased as in Nguyen et al. 2021, arXiv 2010.15327; Arvesen 1969,
+    Jackknifing U-statistics.
     """
     one_NN, other_NN = _gram(one_NH), _gram(other_NW)
     pairs = ((one_NN, other_NN), (one_NN, one_NN), (other_NN, other_NN))
-    both_N, ones_N, others_N = (_hsic_without_each(*pair) for pair in pairs)
+    (both, both_N), (ones, ones_N), (others, others_N) = (_hsic(*pair) for pair in pairs)
     without_N = both_N / (ones_N * others_N).sqrt()
-    return linear_cka(one_NH, other_NW) + (len(one_NH) - 1) * (without_N.mean() - without_N)
-
-
-def _hsic_without_each(one_NN: Tensor, other_NN: Tensor) -> Tensor:
-    """(N,) `_hsic` without the n-th image, for each n; only sums change."""
-    count = len(one_NN) - 1
-    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
-    products_N = product_N.sum() - 2 * product_N
-    sums_N = (one_N.sum() - 2 * one_N) * (other_N.sum() - 2 * other_N) / ((count - 1) * (count - 2))
-    rows_N = one_N @ other_N - one_N * other_N - one_NN @ other_N - other_NN @ one_N + product_N
-    return (products_N + sums_N - 2 * rows_N / (count - 2)) / (count * (count - 3))
+    return both / (ones * others).sqrt() + (len(one_NH) - 1) * (without_N.mean() - without_N)
 
 
 def _gram(feature_NF: Tensor) -> Tensor:
@@ -151,11 +129,23 @@ def _gram(feature_NF: Tensor) -> Tensor:
     return (centered_NF @ centered_NF.T).fill_diagonal_(0)
 
 
-def _hsic(one_NN: Tensor, other_NN: Tensor) -> float:
+def _hsic(one_NN: Tensor, other_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """The unbiased estimator of HSIC (Song et al. 2012, equation 5), as the biased one approaches 1 where features are
+    wider than images are many; and (N,) the estimator without the n-th image, for each n: only sums change."""
+    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
+
+    def estimate(count: int, products: Tensor, ones: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+        sums = ones * others / ((count - 1) * (count - 2))
+        return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
+
+    products, ones, others, rows = product_N.sum(), one_N.sum(), other_N.sum(), one_N @ other_N
+    rows_N = rows - one_N * other_N - one_NN @ other_N - other_NN @ one_N + product_N
+    products_N, ones_N, others_N = products - 2 * product_N, ones - 2 * one_N, others - 2 * other_N
     count = len(one_NN)
-    sums = float(one_NN.sum()) * float(other_NN.sum()) / ((count - 1) * (count - 2))
-    rows = float(one_NN.sum(1) @ other_NN.sum(1)) * 2 / (count - 2)
-    return (float((one_NN * other_NN).sum()) + sums - rows) / (count * (count - 3))
+    return (
+        estimate(count, products, ones, others, rows),
+        estimate(count - 1, products_N, ones_N, others_N, rows_N),
+    )
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:
@@ -274,10 +264,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captioned:
 
 @torch.no_grad()
 def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Captioned) -> ScoreFile:
-    """The measures of one tower, and every readable image's values.
-
-    Raises ValueError for a layer that the tower doesn't have, and for features that are constant or not finite.
-    """
+    """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
     directory, device = fetch_directory(tower), choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
     states = model.config.num_hidden_layers + 1
@@ -292,10 +279,7 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captioned: Capt
         patches.append(on_grid(state_BPH[:, int(family_of(model).has_cls) :].float()).cpu())
         found += [captioned.numbers.index(number) for number in batch["image_ids"].tolist()]
     clusters = [captioned.clusters[place] for place in found]
-    try:
-        values = measure(torch.cat(patches).to(device), captioned.text_NW[found].to(device), clusters)
-    except ValueError as error:
-        raise ValueError(f"{tower}: {error}") from error
+    values = measure(torch.cat(patches).to(device), captioned.text_NW[found].to(device), clusters)
     items = [
         {"id": captioned.keys[place], "score": float(values["neighbors"][row]), "cluster": clusters[row]}
         | {name: float(value_N[row]) for name, value_N in values.items()}

@@ -7,7 +7,6 @@
 | text_adapter.safetensors       | text adapter, visual projection, logit scale (absent for a tower alone)    |
 | llm2clip.json                  | the TowerCard                                                              |
 | teacher-adapter/               | the adapter of the teacher LLM and its text settings (--with-adapter)      |
-| checksums.json                 | SHA-256 of the three JSON files above                                      |
 | README.md                      | model card                                                                 |
 """
 
@@ -31,7 +30,6 @@ from llm2clip_plugin.vision.directory import (
     WEIGHTS_FILE,
     fetch_directory,
     read_json,
-    write_checksums,
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
@@ -149,7 +147,6 @@ def export_tower(
         )
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
-        write_checksums(temporary)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
         try:
             verify_directory(model.eval(), temporary)

@@ -73,7 +73,7 @@ def features(feature, label, clusters=None):
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
     folders = open_labeled_images(str(write_folders(tmp_path / "folders")))
-    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders) == 12
+    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders.labels) == 12
     assert read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
     from_tars = open_labeled_images(str(tars))
@@ -96,13 +96,13 @@ def test_names_by_class_or_in_order_or_as_json(tmp_path):
     (tmp_path / "names.json").write_text('{"n01": "a", "n02": "b"}')
     assert read_class_names(str(tmp_path / "names.json"), str(tmp_path), classes) == ["a", "b"]
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
-    with pytest.raises(ValueError, match=r"three.txt has 3 class names, but the data has 2 classes"):
+    with pytest.raises(ValueError, match=r"three.txt has 3"):
         read_class_names(str(tmp_path / "three.txt"), str(tmp_path), classes)
     (tmp_path / "lacking.txt").write_text("n02\tcar\n")
-    with pytest.raises(ValueError, match=r"has no name for class 'n01' \(1 of 2 missing"):
+    with pytest.raises(ValueError, match=r"lacking.txt .*'n01'"):
         read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
     (tmp_path / "templates.txt").write_text("a photo\n")
-    with pytest.raises(ValueError, match=r"'a photo' does not contain \{c\}"):
+    with pytest.raises(ValueError, match=r"templates.txt.*'a photo'"):
         read_templates(str(tmp_path / "templates.txt"), str(tmp_path))
 
 
@@ -110,11 +110,11 @@ def test_data_without_labels_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_labeled_images(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no class folders and no tars with \.cls members"):
+    with pytest.raises(ValueError, match=r"empty .*--label"):
         open_labeled_images(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"s00.cls contains 'dog', expected a class index"):
+    with pytest.raises(ValueError, match=r"s00.cls contains 'dog'"):
         open_labeled_images(str(write_tars(tmp_path / "words", label=lambda _: "dog")))
-    with pytest.raises(ValueError, match=r"has no field 'shape' in its JSON; known: .*colour"):
+    with pytest.raises(ValueError, match=r"'shape' .*colour"):
         open_labeled_images(str(write_data(tmp_path / "data")), "shape")
 
 
@@ -168,17 +168,7 @@ def test_zero_shot_from_the_command_line(tmp_path, capsys):
     identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
     tower, data = write_tower(tmp_path / "tower", identity), write_tars(tmp_path / "wds")
     out, table = tmp_path / "scores.json", tmp_path / "clip.json"
-    words = [
-        "evaluate",
-        "zeroshot",
-        str(tower),
-        "--data",
-        str(data),
-        "--json",
-        str(out),
-        "--clip-benchmark",
-        str(table),
-    ]
+    words = ["evaluate", "zeroshot", str(tower), str(data), "--json", str(out), "--clip-benchmark", str(table)]
     assert cli(words) == 0, capsys.readouterr().err
     assert "8 images, 4 classes" in capsys.readouterr().out
     scores, body = ScoreFile.read(out), json.loads(table.read_text())
@@ -278,19 +268,7 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     (test / "the_purple").mkdir()
     (test / "the_purple" / "1.png").write_bytes(square("red", 100))
     out = tmp_path / "scores.json"
-    words = [
-        "evaluate",
-        "probe",
-        str(tower),
-        "--train",
-        str(train),
-        "--test",
-        str(test),
-        "--k",
-        "3",
-        "--json",
-        str(out),
-    ]
+    words = ["evaluate", "probe", str(tower), str(train), str(test), "--k", "3", "--json", str(out)]
     assert cli(words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "knn" in printed and "linear" in printed and "the_purple" in printed

@@ -208,11 +208,11 @@ def test_the_command_refuses_another_teachers_cache_and_other_captions(world, tm
 
 
 def test_options_reach_their_fields():
-    words = ["--kinds", "long", "short", "--ties", "optimistic"]
+    words = ["--kinds", "long", "short", "--group", "colour"]
     for data in (["--data=x.jsonl", "--data.language", "de"], ["x.jsonl", "--language", "de"]):
         config = RETRIEVAL_COMMAND.parse(["tower", *data, *words])
         assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
-        assert config.retrieval.kinds == ("long", "short") and config.retrieval.ties == "optimistic"
+        assert config.retrieval.kinds == ("long", "short") and config.retrieval.group == "colour"
 
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):

@@ -12,7 +12,6 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.directory import write_checksums
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import family_of, family_of_type
@@ -108,7 +107,6 @@ def test_a_timm_tower_refuses_other_sizes_and_names_a_misshapen_tensor(tower, tm
     save_file(state, file, {"format": "pt"})
     card = TowerCard.read(tmp_path / "tower" / TowerCard.FILE)
     dataclasses.replace(card, weights_sha256=sha256_weights(file)).write(tmp_path / "tower" / TowerCard.FILE)
-    write_checksums(tmp_path / "tower")
     with pytest.raises(ContractError, match=r"missing \[\].*model.blocks.1.norm1.weight is \(63,\), expected \(64,\)"):
         load_tower(tmp_path / "tower")
 
@@ -122,7 +120,7 @@ def test_timm_names(timm, monkeypatch):
         timm_tower.timm_tower("resnet18", pretrained=False)
     monkeypatch.setattr(timm, "__version__", "0.6.13")
     with pytest.raises(ValueError, match=r"requires timm 1.0 or newer; 0.6.13 is installed"):
-        timm_tower.timm_module()
+        timm_tower.timm_tower("vit_tiny_patch16_224", pretrained=False)
 
 
 def test_timm_by_name_and_size(timm, monkeypatch):

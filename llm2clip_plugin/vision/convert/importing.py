@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import TowerCard, naming_full_disk
-from llm2clip_plugin.files import MAX_SIDE, ContractError
+from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import (
     config_in,
     lift_model_cfg,
@@ -154,9 +154,8 @@ def side_of(size: Any) -> int | None:
 
 def tower_config(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the tower that a timm model makes; ValueError for an unknown model or argument."""
-    from llm2clip_plugin.vision.timm_tower import check_arguments, make_timm, timm_config
+    from llm2clip_plugin.vision.timm_tower import make_timm, timm_config
 
-    arguments = check_arguments(arguments)
     config = timm_config(make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments)
     config.architectures = ["TimmTower"]
     return json.loads(config.to_json_string(use_diff=False))
@@ -233,8 +232,6 @@ def import_tower(
     Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an unknown, missing or
     misshapen tensor; a file that is truncated or contains code).
     """
-    if image_size is not None and not 0 < image_size <= MAX_SIDE:
-        raise ValueError(f"--image-size {image_size} must be from 1 to {MAX_SIDE} pixels")
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
             raise ValueError(f"{source}: timm describes the architecture; remove --config")
@@ -251,9 +248,7 @@ def import_tower(
             return card, [f"a tower directory: {change}"]
         parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)))
         with naming_full_disk(output):
-            model = build_model(
-                parsed, source=str(source), temporary=Path(output).resolve().parent, image_size=image_size
-            )
+            model = build_model(parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size)
         imported_as, report = parsed.layout, parsed.report()
         origin = path.name if path.exists() else str(source)
     card = export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
@@ -262,20 +257,25 @@ def import_tower(
     return card, report
 
 
-def build_model(parsed: ParsedCheckpoint, *, source: str, temporary: Path, image_size: int | None = None) -> nn.Module:
+def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None = None) -> nn.Module:
     """A parsed checkpoint as a dual encoder, or as a tower if it contains nothing else.
 
     ``temporary``: folder for temporary files of the tower's size. ``source``: for error messages.
     """
-    tower = _build_tower(parsed, source=source, temporary=temporary, image_size=image_size)
+    tower = _build_tower(parsed, source, temporary=temporary, image_size=image_size)
     if parsed.projection is None and parsed.adapter is None and parsed.logit_scale is None:
         return tower
-    dual = DualEncoder(tower, _dual_config(parsed, tower, source=source))
-    _load_heads(dual, parsed, source=source)
+    dual = DualEncoder(tower, _dual_config(parsed, tower, source))
+    state, expected = _heads(parsed), heads_state(dual)
+    missing = sorted(expected.keys() - state.keys() - {"logit_scale"})  # which then keeps CLIP's initial value
+    wrong = sorted(name for name in state if name not in expected or state[name].shape != expected[name].shape)
+    if missing or wrong:
+        raise ContractError(f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}")
+    dual.load_state_dict(state, strict=False)  # the tower is loaded; the rest was just checked
     return dual
 
 
-def _build_tower(parsed: ParsedCheckpoint, *, source: str, temporary: Path, image_size: int | None) -> Tower:
+def _build_tower(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None) -> Tower:
     """The tower, loaded as strictly as any tower directory."""
     from safetensors.torch import save_file
 
@@ -292,13 +292,12 @@ def _build_tower(parsed: ParsedCheckpoint, *, source: str, temporary: Path, imag
             raise ContractError(str(error).replace(name, source)) from error
 
 
-def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> DualConfig:
+def _dual_config(parsed: ParsedCheckpoint, tower: Tower, source: str) -> DualConfig:
     """The configuration of the heads; ContractError if the widths of projection, adapter and tower don't match."""
     adapter, projection, width = parsed.adapter, parsed.projection, tower.config.hidden_size
     if projection is not None and projection.shape[-1] != width:
         raise ContractError(
-            f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width}); "
-            "the tensor is transposed, or belongs to another tower"
+            f"{source}: the visual projection is {tuple(projection.shape)}, expected (projection_dim, {width})"
         )
     width = width if projection is None else projection.shape[0]
     if adapter is not None and adapter.projection_dim != width:
@@ -308,8 +307,8 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> Dual
         projection_dim=width,
         projection="none" if projection is None else "linear",
         projection_bias=parsed.projection_bias is not None,
-        logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale.reshape(()).item()),
-        logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias.reshape(()).item()),
+        logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale),
+        logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
     )
     if adapter is None:
         return config
@@ -322,20 +321,17 @@ def _dual_config(parsed: ParsedCheckpoint, tower: Tower, *, source: str) -> Dual
     )
 
 
-def _load_heads(dual: DualEncoder, parsed: ParsedCheckpoint, *, source: str) -> None:
-    """Load everything but the tower; only the logit scale may be missing, and then keeps CLIP's initial value."""
+def _heads(parsed: ParsedCheckpoint) -> dict[str, Tensor]:
+    """Everything but the tower, under our names."""
     adapter = {} if parsed.adapter is None else parsed.adapter.state
-    tensors: dict[str, Tensor | None] = {f"text_adapter.{name}": value for name, value in adapter.items()}
-    tensors |= {"visual_projection.weight": parsed.projection, "visual_projection.bias": parsed.projection_bias}
-    for name, value in (("logit_scale", parsed.logit_scale), ("logit_bias", parsed.logit_bias)):
-        tensors[name] = None if value is None else value.reshape(1)
-    state = {name: value for name, value in tensors.items() if value is not None}
-    expected = heads_state(dual)
-    missing = sorted(expected.keys() - state.keys() - {"logit_scale"})
-    wrong = sorted(name for name in state if name not in expected or state[name].shape != expected[name].shape)
-    if missing or wrong:
-        raise ContractError(f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}")
-    dual.load_state_dict(state, strict=False)  # the tower is loaded; the rest was just checked
+    tensors = {
+        "visual_projection.weight": parsed.projection,
+        "visual_projection.bias": parsed.projection_bias,
+        "logit_scale": None if parsed.logit_scale is None else parsed.logit_scale.reshape(1),
+        "logit_bias": None if parsed.logit_bias is None else parsed.logit_bias.reshape(1),
+    }
+    tensors |= {f"text_adapter.{name}": value for name, value in adapter.items()}
+    return {name: value for name, value in tensors.items() if value is not None}
 
 
 # ``llm2clip import SOURCE --output DIR``.

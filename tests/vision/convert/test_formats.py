@@ -15,7 +15,7 @@ from llm2clip_plugin.stages.tower import export as export_command
 from llm2clip_plugin.vision.convert.exporting import convert
 from llm2clip_plugin.vision.convert.formats import onnx
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.directory import check_card, write_checksums
+from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.family import DualConfig
@@ -243,12 +243,11 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     card = TowerCard.read(tower / TowerCard.FILE)
     card = dataclasses.replace(card, origin="../../models/start", teacher=teacher)
     card.write(tower / TowerCard.FILE)
-    write_checksums(tower)
     push_to_hub(tower, "o/n")
     for name, body in handler.files.items():
         (tmp_path / "uploaded" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "uploaded" / name).write_bytes(body)
-    check_card(tmp_path / "uploaded")  # its checksums are of the files that were uploaded
+    check_card(tmp_path / "uploaded")
     sent = json.loads(handler.files[TowerCard.FILE])
     assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
     for name in (TowerCard.FILE, "README.md"):

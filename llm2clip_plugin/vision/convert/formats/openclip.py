@@ -42,7 +42,7 @@ def write(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> No
     chosen = {name: preprocessor[f"image_{name}"] for name in ("mean", "std")}
     fields = {"model_cfg": layout.model_config(dual) | text, "preprocess_cfg": chosen}
     write_json(directory / "open_clip_config.json", fields)
-    reloaded = build_model(parse_checkpoint(directory, None), source=str(directory), temporary=directory)
+    reloaded = build_model(parse_checkpoint(directory, None), str(directory), temporary=directory)
     compare_features(probe_features(dual), probe_features(reloaded), where="format 'openclip'")
 
 
