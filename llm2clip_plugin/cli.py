@@ -53,11 +53,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "stage 1.5: cache the caption embeddings of the teacher LLM",
     ),
-    "train-text-adapter": (
-        "llm2clip_plugin.stages.text_adapter.command",
-        "main",
-        "before stage 2: the text adapter learns the text space of the tower's own CLIP",
-    ),
     "train-tower": (
         "llm2clip_plugin.stages.tower.command",
         "main",
@@ -66,7 +61,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": (
         "llm2clip_plugin.status",
         "main",
-        "where a run or cache stands: progress, scores, checkpoints, disk, how to resume",
+        "where a run or cache stands: progress, scores, checkpoints, how to resume",
     ),
     "evaluate": ("llm2clip_plugin.evaluate.commands", "main", "measure a tower's image-text retrieval recall"),
     "evaluate captions": (
@@ -154,7 +149,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "finetune-llm": ("llm2clip_plugin.stages.llm.config", "FINETUNE"),
     "export-llm": ("llm2clip_plugin.text.config", "COMMAND"),
     "embed": ("llm2clip_plugin.stages.embed.config", "COMMAND"),
-    "train-text-adapter": ("llm2clip_plugin.stages.text_adapter.options", "COMMAND"),
     "train-tower": ("llm2clip_plugin.stages.tower.config", "COMMAND"),
     "evaluate": ("llm2clip_plugin.evaluate.config", "RETRIEVAL_COMMAND"),
     "evaluate captions": ("llm2clip_plugin.evaluate.config", "CAPTIONS_COMMAND"),

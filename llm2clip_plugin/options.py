@@ -99,7 +99,7 @@ class Names:
         if len(self.fields) != len(fields):
             twice = [name for name, count in Counter(self.shown.values()).items() if count > 1]
             raise AssertionError(f"options with one name: {twice}")
-        for name, field in also.items():
+        for name, field in also.items():  # noqa: F402
             self.fields.setdefault(normal(name), field)
         for field in fields:
             self.fields.setdefault(normal(field), field)
@@ -761,9 +761,8 @@ ROLES = {
     **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions", "captions", "post_data"), "data"),
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm"), "llm"),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), "adapter"),
-    **dict.fromkeys(("cache", "data.cache", "data.validation_cache"), "cache"),
-    **dict.fromkeys(("data.clip_cache", "data.validation_clip_cache"), "cache"),
-    **dict.fromkeys(("tower", "towers", "start"), "tower"),
+    **dict.fromkeys(("cache", "data.cache", "data.clip_cache", "data.validation_cache"), "cache"),
+    **dict.fromkeys(("tower", "towers"), "tower"),
     **dict.fromkeys(("model_path", "checkpoint", "checkpoints"), "llava"),
     "tokenizer": "tokenizer",
     "tower.path": "start",
@@ -803,7 +802,7 @@ def check_paths(command: str, values: Mapping[str, Any], names: Mapping[str, str
     values: of the options that were given, by field; names: the options as they are written.
     """
     roles = {field: ROLES.get(f"{command} {field}", ROLES.get(field, "")) for field in values}
-    for field, role in roles.items():
+    for field, role in roles.items():  # noqa: F402
         for path in _texts(values[field]):
             if role and path:
                 others = {names[one]: roles[one] for one in values if one != field and roles[one]}

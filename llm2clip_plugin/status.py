@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import socket
 import time
 from collections import deque
@@ -25,60 +24,8 @@ from llm2clip_plugin.files import (
     again,
     headline,
     printable_lines,
-    read_header,
 )
 from llm2clip_plugin.options import Parser
-
-# The checkpoints of a run folder, seen without torch: sizes, and whether their files are there and whole.
-
-STATE = "state.json"  # train.checkpoint.TrainState
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointStatus:
-    """One checkpoint."""
-
-    name: str
-    bytes: int
-    problem: str  # "": complete; hashes are compared by a resume, not here
-
-
-def list_checkpoints(run: Path) -> list[CheckpointStatus]:
-    """The checkpoints of a run, oldest first."""
-    return [
-        CheckpointStatus(name=path.name, bytes=folder_bytes(path), problem=_problem(path))
-        for path in sorted((run / CHECKPOINTS).glob("step-*"))
-    ]
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder; those that vanish meanwhile count 0."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if not path.is_dir() else 0
-        except OSError:
-            continue
-    return total
-
-
-def _problem(path: Path) -> str:
-    try:
-        files = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"no {STATE}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{STATE} is damaged"
-    names = list(files) if isinstance(files, dict) and files else ["model.safetensors", "optimizer.safetensors"]
-    for name in names:
-        try:
-            read_header(path / name)
-        except FileNotFoundError:
-            return f"no {name}"
-        except (OSError, ContractError) as error:
-            return f"{name} is damaged: {error}"
-    return ""
-
 
 # What metrics.jsonl tells: the last step, its rate, the scores, and why no more lines follow.
 
@@ -92,62 +39,38 @@ class Metrics:
     step: int = 0  # the last one with a line
     samples: int = 0
     loss: float | None = None
-    step_seconds: float | None = None  # of a step, mean of the last lines
-    before: dict[str, float] = field(default_factory=dict)
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> headline scores
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))  # of the last steps
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> headline scores; 0: before training
     ended: dict[str, Any] | None = None  # the event after which no step followed
     save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
     unreadable: int = 0  # lines
 
-    @property
-    def best(self) -> dict[str, tuple[float, int]]:
-        """The best value of each headline score after step 0, and its step."""
-        found: dict[str, tuple[float, int]] = {}
-        for step, scores in self.scores.items():
-            for name, value in scores.items():
-                if name not in found or value > found[name][0]:
-                    found[name] = (value, step)
-        return found
+    def add(self, line: dict[str, Any]) -> None:
+        """Raises ValueError, KeyError or TypeError for a line of another kind."""
+        step, event = int(line["step"]), line.get("event")
+        if event in (STOPPED, FAILED):
+            self.ended = line
+        elif event in (SAVE_FAILED, SAVED):
+            self.save_failed = line if event == SAVE_FAILED else None
+        elif event is None and "loss" in line:
+            self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
+            self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
+        elif event is None:
+            scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
+            self.scores[step] = {name: scores[name] for name in headline(scores)}
 
 
 def read_metrics(path: Path) -> Metrics:
     """Read the file line by line; lines that are damaged, or cut short by a kill, are counted."""
     metrics = Metrics()
-    if not path.is_file():
-        return metrics
-    seconds: deque[float] = deque(maxlen=RATE_LINES)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-                _add(metrics, line, seconds)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                metrics.unreadable += 1
-    metrics.step_seconds = sum(seconds) / len(seconds) if seconds else None
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    metrics.add(json.loads(text))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    metrics.unreadable += 1
     return metrics
-
-
-def _add(metrics: Metrics, line: dict[str, Any], seconds: deque[float]) -> None:
-    step = int(line["step"])
-    event = line.get("event")
-    if event in (STOPPED, FAILED):
-        metrics.ended = line
-    elif event == SAVE_FAILED:
-        metrics.save_failed = line
-    elif event == SAVED:
-        metrics.save_failed = None
-    elif event is None and "loss" in line:
-        metrics.step, metrics.samples, metrics.loss = step, int(line["samples"]), float(line["loss"])
-        metrics.ended = None
-        if "step_seconds" in line:
-            seconds.append(float(line["step_seconds"]))
-    elif event is None:
-        scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
-        scores = {name: scores[name] for name in headline(scores)}
-        if step:
-            metrics.scores[step] = scores
-        else:
-            metrics.before = scores
 
 
 State = Literal["running", "running elsewhere", "finished", "stopped", "failed", "killed"]
@@ -172,34 +95,37 @@ class RunStatus:
     best: dict[str, tuple[float, int]]  # score -> value, step
     last: dict[str, float]
     last_scored: int  # step of ``last``
-    checkpoints: list[CheckpointStatus]
-    results: dict[str, str]  # tower or adapter that was written -> "" or what is wrong with it
-    used_bytes: int
-    free_bytes: int
+    checkpoints: list[str]  # oldest first
+    results: list[str]  # folders that were written
     go_on: str  # the command; "" if the run is finished or running
     problems: list[str]
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder looks like a run's, damaged ones included."""
-    return any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, "checkpoints"))
+    return any((folder / name).exists() for name in (RunRecord.FILE, METRICS, LOCK, CHECKPOINTS))
 
 
 def run_status(folder: Path) -> RunStatus:
     """The status of a run folder, of either training stage; nothing in it is an error."""
     problems: list[str] = []
-    record = _record(folder, problems)
+    try:
+        record = RunRecord.read(folder / RunRecord.FILE)
+    except (ContractError, OSError) as error:
+        problems.append(str(error))
+        record = RunRecord(config={}, config_hash="")
     metrics = read_metrics(folder / METRICS)
     if metrics.unreadable:
         problems.append(f"{metrics.unreadable} unreadable lines in {METRICS}")
     if metrics.save_failed:
         problems.append(f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}")
-    checkpoints = list_checkpoints(folder)
-    step = max(metrics.step, record.step)
+    step, total = max(metrics.step, record.step), record.total_steps
     state, reason = _state(folder, record, metrics, step)
-    total = record.total_steps
-    left = metrics.step_seconds * (total - step) if metrics.step_seconds is not None and total > step else None
-    last_scored = max(metrics.scores, default=0)
+    rate = sum(metrics.seconds) / len(metrics.seconds) if metrics.seconds else None  # seconds of a step
+    scored = {at: scores for at, scores in metrics.scores.items() if at}
+    by_name = [(name, value, at) for at, scores in scored.items() for name, value in scores.items()]
+    last_scored = max(scored, default=0)
+    files = [path for name in (METRICS, RunRecord.FILE) if (path := folder / name).is_file()]
     return RunStatus(
         folder=str(folder),
         state=state,
@@ -209,31 +135,17 @@ def run_status(folder: Path) -> RunStatus:
         samples=max(metrics.samples, record.samples),
         epoch_samples=record.epoch_samples,
         loss=metrics.loss,
-        seconds_left=left,
-        last_change=max((_changed(folder / name) for name in (METRICS, RunRecord.FILE)), default=0.0),
-        before=metrics.before or {name: record.before[name] for name in headline(record.before)},
-        best=metrics.best,
-        last=metrics.scores.get(last_scored, {}),
+        seconds_left=rate * (total - step) if rate is not None and total > step else None,
+        last_change=max((path.stat().st_mtime for path in files), default=0.0),
+        before=metrics.scores.get(0) or {name: record.before[name] for name in headline(record.before)},
+        best={name: (value, at) for name, value, at in sorted(by_name, key=lambda each: (each[1], -each[2]))},
+        last=scored.get(last_scored, {}),
         last_scored=last_scored,
-        checkpoints=checkpoints,
-        results={
-            name: _card_problem(folder / name / card) for name, card in RESULTS.items() if (folder / name).is_dir()
-        },
-        used_bytes=folder_bytes(folder),
-        free_bytes=shutil.disk_usage(folder).free,
+        checkpoints=sorted(path.name for path in (folder / CHECKPOINTS).glob("step-*")),
+        results=[name for name, card in RESULTS.items() if (folder / name / card).is_file()],
         go_on="" if state in ("finished", "running", "running elsewhere") else _go_on(folder, record),
         problems=problems,
     )
-
-
-def _record(folder: Path, problems: list[str]) -> RunRecord:
-    try:
-        return RunRecord.read(folder / RunRecord.FILE)
-    except FileNotFoundError:
-        problems.append(f"no {RunRecord.FILE}: the run has not begun, or the file is lost")
-    except (ContractError, OSError) as error:
-        problems.append(str(error))
-    return RunRecord(config={}, config_hash="")
 
 
 def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[State, str]:
@@ -242,19 +154,19 @@ def _state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tupl
         who = f"process {holder['pid']} on {holder['host']}"
         if holder["host"] != socket.gethostname():
             return "running elsewhere", f"{who}, or killed there"
-        if _is_alive(holder["pid"], holder.get("started", 0.0)):
+        if _is_alive(holder["pid"], holder["started"]):
             return "running", who
     if record.finished:
         return "finished", ""
     if not step and (folder / UNFINISHED_HEADS).is_file():
         return "stopped", f"in the fit of the heads, before step 1; saved in {UNFINISHED_HEADS}"
     if metrics.ended:
-        state: State = "stopped" if metrics.ended["event"] == STOPPED else "failed"
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
-        return state, f"{metrics.ended.get('reason', '')}{when}"
-    if not step:
-        return "killed", "before step 1"
-    return "killed", "no message: killed from outside, out of memory, or the machine went down"
+        return "stopped" if metrics.ended["event"] == STOPPED else "failed", metrics.ended.get("reason", "") + when
+    return (
+        "killed",
+        "no message: killed from outside, out of memory, or the machine went down" if step else "before step 1",
+    )
 
 
 def _holder(path: Path) -> dict[str, Any]:
@@ -284,27 +196,12 @@ def _is_alive(pid: int, started: float) -> bool:
         return False
 
 
-def _card_problem(card: Path) -> str:
-    try:
-        (TowerCard if card.name == TowerCard.FILE else EncoderCard).read(card)
-    except (ContractError, OSError) as error:
-        return str(error)
-    return ""
-
-
 def _go_on(folder: Path, record: RunRecord) -> str:
     if command := again(record.command):
         return command
     if "tower" in record.config:  # called from Python
         return f"llm2clip train-tower --config {shlex.quote(str(folder / RunRecord.FILE))}"
     return ""
-
-
-def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def ago(seconds_since_epoch: float) -> str:
@@ -334,8 +231,6 @@ class CacheStatus:
     width: int
     dtype: str
     last_change: float  # of the newest shard's file, seconds since the epoch; 0: none
-    used_bytes: int
-    free_bytes: int
     go_on: str  # the command; "" if the cache is complete, or nothing was recorded
     problems: list[str]
 
@@ -345,18 +240,15 @@ def cache_status(folder: Path) -> CacheStatus:
     problems: list[str] = []
     manifest = _read(CacheManifest, folder, problems)
     record = _read(EmbedRecord, folder, problems) if (folder / EmbedRecord.FILE).exists() else None
-    names = record.shards if record else list(manifest.shards) if manifest else []
-    files = [folder / shard_file(name) for name in names] or list(folder.rglob("*.safetensors"))
-    there = [file for file in files if file.is_file()]
-    listed = manifest is not None and manifest.complete and set(names) <= set(manifest.shards)
-    complete = listed and len(there) == len(files)
-    if manifest is not None and (
-        lost := [name for name in manifest.shards if not (folder / shard_file(name)).is_file()]
-    ):
+    listed = list(manifest.shards) if manifest else []
+    names = record.shards if record else listed
+    there = [file for file in (folder / shard_file(name) for name in {*names, *listed}) if file.is_file()]
+    if lost := [name for name in listed if not (folder / shard_file(name)).is_file()]:
         problems.append(f"{len(lost)} shards of the manifest have no file, such as {lost[0]}")
+    complete = manifest is not None and manifest.complete and set(names) <= set(listed) and not problems
     return CacheStatus(
         folder=str(folder),
-        complete=complete and not problems,
+        complete=complete,
         done=len(there),
         shards=len(names),
         data=record.data if record else "",
@@ -365,9 +257,7 @@ def cache_status(folder: Path) -> CacheStatus:
         width=manifest.width if manifest else 0,
         dtype=manifest.dtype if manifest else "",
         last_change=max((file.stat().st_mtime for file in there), default=0.0),
-        used_bytes=folder_bytes(folder),
-        free_bytes=shutil.disk_usage(folder).free,
-        go_on="" if complete and not problems else again(record.command) if record else "",
+        go_on=again(record.command) if record and not complete else "",
         problems=problems,
     )
 
@@ -397,7 +287,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         "status",
         "llm2clip status runs/photos",
-        "Where a training run or embedding cache stands: progress, scores, checkpoints, disk, the command to resume.\n"
+        "Where a training run or embedding cache stands: progress, scores, checkpoints, the command to resume.\n"
         "It only reads files, so it is safe while the run is in progress.",
     )
     parser.add_argument(
@@ -422,7 +312,7 @@ def read_status(folder: Path) -> RunStatus | CacheStatus:
     if is_run(folder):
         return run_status(folder)
     raise FileNotFoundError(
-        f"{folder} is neither the folder of a run (run.json, {'checkpoints/'}) nor an embedding cache "
+        f"{folder} is neither the folder of a run (run.json, checkpoints/) nor an embedding cache "
         f"({CacheManifest.FILE}); pass the --output of a training, or an embeddings-* folder"
     )
 
@@ -444,15 +334,9 @@ def _run_rows(status: RunStatus) -> list[tuple[str, str]]:
         if name in status.last:
             parts.append(f"last {status.last[name]:.3f} (step {status.last_scored})")
         rows.append((name, ", ".join(parts)))
-    for item in status.checkpoints:
-        rows.append(("checkpoint", f"{item.name}, {_size(item.bytes)}, {item.problem or 'complete'}"))
-    if not status.checkpoints:
-        rows.append(("checkpoint", "none yet"))
-    for name, problem in status.results.items():
-        rows.append(("result", f"{Path(status.folder) / name}{': ' + problem if problem else ''}"))
-    if not status.results:
-        rows.append(("result", "none yet: the tower or adapter is written at the end"))
-    rows.append(("disk", f"{_size(status.used_bytes)} used by the run, {_size(status.free_bytes)} free"))
+    rows.append(("checkpoints", ", ".join(status.checkpoints) or "none yet"))
+    results = ", ".join(str(Path(status.folder) / name) for name in status.results)
+    rows.append(("result", results or "none yet: the tower or adapter is written at the end"))
     rows += [("problem", problem) for problem in status.problems]
     rows.append(("go on", status.go_on))
     return rows
@@ -479,18 +363,9 @@ def _cache_rows(status: CacheStatus) -> list[tuple[str, str]]:
     rows.append(("teacher", f"{status.teacher}, {status.width} wide, {status.dtype}" if status.teacher else ""))
     rows.append(("captions", f"{status.captions:,}" if status.captions else ""))
     rows.append(("last shard", ago(status.last_change)))
-    rows.append(("disk", f"{_size(status.used_bytes)} used, {_size(status.free_bytes)} free"))
     rows += [("problem", problem) for problem in status.problems]
     rows.append(("go on", status.go_on))
     return rows
-
-
-def _size(count: int) -> str:
-    """Bytes as people say them, in powers of 10."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -49,8 +49,8 @@ STAGE_2 = (
 )
 TOWER = "--max-steps 80 --lr 3e-4 --optim.head-lr 0 --optim.warmup-ratio 0.1"
 INHERIT = (
-    "--adapter.blocks 2 --adapter.input-scale sqrt_width --precision fp32 --workers 0 --global-batch 256 --lr 1e-3 "
-    "--max-steps 150 --save-minutes 0"
+    f"{HEADS} --precision fp32 --workers 0 --num-train-epochs 0 --heads.target clip_text --heads.batch-size 256 "
+    "--heads.lr 1e-3 --heads.steps 150"
 )
 NEW = f"--dual.logit-scale-init {math.log(1 / 0.07)}"  # as the numbers of the log began
 KEEP = f"{TOWER} --heads.steps 0 --tower.keep-heads"
@@ -238,7 +238,7 @@ def run_seed(root: Path, seed: int, arms: list[str]) -> dict[str, dict[str, dict
         if not (folder / name / "tower").is_dir() and any(ARMS[arm][1].startswith(name) for arm in arms):
             caches = ("--cache", llm_cache, "--clip-cache", clip_cache)
             where = ("--tower", folder / "tower", "--output", folder / name, "--train.seed", seed)
-            llm2clip("train-text-adapter", path, *caches, *where, *INHERIT.split())
+            llm2clip("train-tower", path, *caches, *where, *INHERIT.split())
     results = {}
     for arm in arms:
         _, start, options = ARMS[arm]
@@ -282,7 +282,7 @@ def make_pilot() -> None:
 def make_short() -> None:
     """A few steps of everything."""
     global CLIP_STEPS, INHERIT, ARMS
-    CLIP_STEPS, INHERIT = 4, INHERIT.replace("--max-steps 150", "--max-steps 3")
+    CLIP_STEPS, INHERIT = 4, INHERIT.replace("--heads.steps 150", "--heads.steps 3")
     for name, (about, start, words) in ARMS.items():
         for steps in ("--max-steps 80", "--heads.steps 200", "--heads.steps 100"):
             words = words.replace(steps, f"{steps.split()[0]} 2")

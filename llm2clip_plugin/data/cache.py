@@ -313,7 +313,7 @@ def row_numbers(file: ShardFile, shard: str, index: int, captions: Sequence[Capt
 # That a cache holds the captions of a source: compared in full once, then by digests.
 
 KEEP_EVERY = 30.0  # seconds between writes of what was compared, so that a killed start does not start over
-PROOF_NAMED = 5  # samples and shards that a message names
+LISTED = 5  # samples and shards that a message names
 PROOF_FEW = 16384  # samples that this process compares alone, without a pool
 
 OpenShard = Callable[[str], ShardFile]
@@ -353,7 +353,7 @@ def _warn_of_lost_shards(source: Source, entries: Mapping[str, Mapping[str, Any]
     if lost and os.path.isdir(source.path) and os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {source.path} has {len(here)} shards, {len(entries)} were embedded; not there: "
-            f"{', '.join(lost[:PROOF_NAMED])}{', ...' if len(lost) > PROOF_NAMED else ''}; restore them unless they were removed "
+            f"{', '.join(lost[:LISTED])}{', ...' if len(lost) > LISTED else ''}; restore them unless they were removed "
             "on purpose",
             file=sys.stderr,
         )
@@ -459,8 +459,8 @@ def _compare(source: Source, open_shard: OpenShard, full: bool, shard: Shard) ->
     if changed := file.changed_images(checks or ()):
         raise ContractError(
             f"{source.path}: {len(changed)} images of shard {shard.name!r} were changed or exchanged after their "
-            f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:PROOF_NAMED])))}"
-            f"{', ...' if len(changed) > PROOF_NAMED else ''}; restore them, or delete {file.path} and rerun "
+            f"captions were embedded: {', '.join(map(repr, map(file.key, changed[:LISTED])))}"
+            f"{', ...' if len(changed) > LISTED else ''}; restore them, or delete {file.path} and rerun "
             f"`{embed_command(file.path)}`"
         )
     return digest, in_cache
@@ -682,7 +682,7 @@ def short_digest(value: object) -> str:
 
 log = logging.getLogger(__name__)
 
-WRITER_NAMED = 3  # samples whose image has changed that are named
+SHOWN = 3  # samples whose image has changed that are named
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 
@@ -770,7 +770,7 @@ class CacheWriter:
             return False
         changed = file.changed_images(image_checks or ())
         if changed:
-            names = ", ".join(map(file.key, changed[:WRITER_NAMED])) + (", ..." if len(changed) > WRITER_NAMED else "")
+            names = ", ".join(map(file.key, changed[:SHOWN])) + (", ..." if len(changed) > SHOWN else "")
             log.warning(
                 "%d images of shard %r were changed after its captions were embedded (%s); they are embedded again",
                 len(changed),

@@ -125,7 +125,7 @@ def open_teacher_cache(
     if not directory and teacher is None:
         raise ValueError("the tower's card names no teacher, so there is no default cache; pass --cache DIR")
     folder = Path(directory) if directory or teacher is None else default_cache_folder(data.path, teacher.fingerprint)
-    create = embed_command(data.path, data, teacher, cache=directory)
+    create = embed_command(data.path, teacher)
     if not (folder / CacheManifest.FILE).is_file():
         raise FileNotFoundError(f"no embedding cache at {folder}; create it: {create}")
     cache = EmbeddingCache.open(folder, expect_width=int(card.dual.get("llm_width", 0)) or None)
@@ -133,8 +133,7 @@ def open_teacher_cache(
         raise ContractError(
             f"the cache {folder} was not created with the tower's teacher: "
             f"{differences(cache.manifest.teacher, teacher)} (fingerprints {cache.fingerprint[:12]} and "
-            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: "
-            f"{embed_command(data.path, data, teacher)}"
+            f"{teacher.fingerprint[:12]}); embed the captions with the tower's teacher, or pass --any-teacher: {create}"
         )
     return cache
 
@@ -206,11 +205,11 @@ def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "
             f"no caption of {source.path} has {option}kinds {' '.join(config.kinds) or '(any)'} and {option}languages "
             f"{' '.join(config.languages) or '(any)'}; known: {known}"
         )
-    for setting, field in (("group", config.group), ("cluster", config.cluster)):
-        for sample in samples if field else ():
-            if field not in sample.meta:
+    for setting, name in (("group", config.group), ("cluster", config.cluster)):
+        for sample in samples if name else ():
+            if name not in sample.meta:
                 raise ValueError(
-                    f"{option}{setting} {field}: sample {sample.key!r} of {source.path} has no field {field!r} in its "
+                    f"{option}{setting} {name}: sample {sample.key!r} of {source.path} has no field {name!r} in its "
                     f"JSON; known: {', '.join(sorted(sample.meta)) or 'none'}"
                 )
 

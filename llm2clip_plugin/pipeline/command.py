@@ -10,13 +10,10 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from llm2clip_plugin.console import attend
 from llm2clip_plugin.contracts import TowerCard, atomic_file
@@ -29,18 +26,12 @@ from llm2clip_plugin.evaluate.commands import measure_retrieval
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.options import changed_options, command
-from llm2clip_plugin.pages import Chart, line_of, page_style, read_metrics, render, thumbnail
+from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.pipeline.config import COMMAND, PRETRAIN, PipelineConfig
-from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
-from llm2clip_plugin.text.llm import llm_config, shape_llm
-from llm2clip_plugin.train.reports import peak_of
-from llm2clip_plugin.vision.towers import meta_tower
 
-# What a plan takes from the data and the models without running them: which captions there are, and seconds.
+# What some samples of the data say about all: how many captions an image has, and which pairs stage 1 can form.
 
 SURVEYED = 1000  # samples that are read
-TOKENS = 1.5  # of a word, with what the LLM's template adds
-USED = 0.35  # fraction of a device's peak that training reaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +40,6 @@ class Survey:
 
     samples: int
     captions: float  # of a sample
-    tokens: float  # of a caption
     pairs: str  # how stage 1 pairs captions, QUERY:POSITIVE; "": it can't
     note: str  # why it can't
 
@@ -70,67 +60,15 @@ def survey(source: Source) -> Survey:
         note = "stage 1 is left out: it needs images with several captions (--fields)"
     elif nested > len(words) / 2:
         note = "stage 1 is left out: most captions contain another one of their image, so it learns nothing"
-    tokens = TOKENS * sum(len(caption.text.split()) for caption in flat) / len(flat)
-    captions = len(flat) / len(texts)
-    return Survey(samples=len(source), captions=captions, tokens=tokens, pairs="" if note else pairs, note=note)
+    return Survey(samples=len(source), captions=len(flat) / len(texts), pairs="" if note else pairs, note=note)
 
 
-class Cost:
-    """Seconds of passes through the models, from their sizes and the device's speed."""
+# The stages of a run: the command of each, and what it must leave.
 
-    def __init__(self, config: PipelineConfig, found: Survey) -> None:
-        self.config, self.tokens, self.speed = config, found.tokens, flops_per_second() * config.num_gpus
-        self.patches, self.of_image = 197, 86e6  # ViT-B/16 at 224 px
-        try:
-            tower = meta_tower(config.tower)
-            self.patches = 1 + (tower.config.image_size // tower.config.patch_size) ** 2
-            self.of_image = linear_weights(tower)
-        except (FileNotFoundError, ValueError):
-            pass  # it is not on this machine
-
-    def llm(self, captions: float) -> float:
-        """Captions through the LLM; a backward pass is two."""
-        return 2 * captions * self.tokens * llm_weights(self.config.llm) / self.speed
-
-    def tower(self, images: float) -> float:
-        """Images through the tower; a training step is four with recomputation."""
-        return 2 * images * self.patches * self.of_image / self.speed
-
-    def llava(self, images: float) -> float:
-        """Images with a caption through LLaVA's language model."""
-        return 2 * images * (self.patches + self.tokens) * llm_weights(self.config.llava_llm) / self.speed
-
-
-def llm_weights(llm: str) -> float:
-    """Weights that every token is multiplied with; 1e9 for an LLM that is not on this machine."""
-    try:
-        encoder = EncoderConfig(llm=llm)
-        return linear_weights(shape_llm(llm_config(encoder), encoder, LoraSettings(), "fp32").llm)
-    except (FileNotFoundError, ValueError):
-        return 1e9
-
-
-def linear_weights(model: torch.nn.Module) -> float:
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-
-
-def flops_per_second() -> float:
-    """What training reaches on a device of this machine, whose peak is known by its name or measured."""
-    cuda = torch.cuda.is_available()
-    peak = peak_of(torch.cuda.get_device_name(), torch.bfloat16, tf32=True) if cuda else None
-    if not peak:
-        size, kind = (4096, {"device": "cuda", "dtype": torch.bfloat16}) if cuda else (768, {})
-        product = Timer("a @ a", globals={"a": torch.ones(size, size, **kind)}, num_threads=torch.get_num_threads())
-        peak = 2 * size**3 / product.blocked_autorange(min_run_time=0.3).median
-    return USED * peak
-
-
-# The stages of a run: the command of each, what it must leave, and how long it may take.
-
-START = 8.0  # seconds until a program has imported its libraries and opened its models
 BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
 READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
+ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +78,6 @@ class Stage:
     name: str
     words: tuple[str, ...]
     result: Path  # exists when the stage is complete
-    seconds: float  # estimated
     ranks: int = 1  # processes
 
     @property
@@ -152,17 +89,16 @@ class Stage:
         return [sys.executable, "-m", *launcher * (self.ranks > 1), "llm2clip_plugin.cli", *self.words[1:]]
 
 
-def stage(config: PipelineConfig, name: str, *words: object, result: Path, seconds: float = 0.0) -> Stage:
-    """A stage that computes for some seconds does so on all GPUs."""
-    ranks = config.num_gpus if seconds else 1
-    return Stage(name=name, words=tuple(map(str, words)), result=result, seconds=START + seconds, ranks=ranks)
+def stage(config: PipelineConfig, name: str, *words: object, result: Path) -> Stage:
+    """A stage of ``llm2clip WORDS``, or of a script; what computes does so on all GPUs."""
+    ranks = config.num_gpus if words[1] in ON_ALL_GPUS else 1
+    return Stage(name=name, words=tuple(map(str, words)), result=result, ranks=ranks)
 
 
 def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     """Every stage of the run, in order."""
-    out, cost = Path(config.output), Cost(config, found)
+    out = Path(config.output)
     train = round(found.samples * (1 - config.validation))
-    held_out = found.samples - train
     batch = config.global_batch or min(256, max(8, 1 << (train // 16).bit_length()))
     data = {side: str(path) for side, path in outputs(source, out / "data").items()}
     images = ["--image-folder", source.images_folder] if isinstance(source, RowSource) else []
@@ -175,8 +111,8 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     batches = ["--global-batch", str(batch), *changed_options(config, ("micro_batch",))]
     stages: list[Stage] = []
 
-    def add(name: str, *words: object, result: Path, seconds: float = 0.0) -> None:
-        stages.append(stage(config, name, "llm2clip", *words, result=result, seconds=seconds))
+    def add(name: str, *words: object, result: Path) -> None:
+        stages.append(stage(config, name, "llm2clip", *words, result=result))
 
     add("check the data", "data", "check", *given, result=Path())  # it writes nothing
     split = ["--output", out / "data", "--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
@@ -187,19 +123,18 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
         steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
         words = ["--pair-kinds", found.pairs, *batches, "--max-steps", steps, "--warmup-steps", min(300, steps // 10)]
         words = [data["train"], *read, "--llm", config.llm, *words, "--output", out / "llm"]
-        add("stage 1", "finetune-llm", *words, result=Path(adapter), seconds=cost.llm(6 * steps * batch))
-    for side, count in (("train", train), ("validation", held_out)):
+        add("stage 1", "finetune-llm", *words, result=Path(adapter))
+    for side in ("train", "validation"):
         words = [data[side], *read, "--llm", config.llm, *(["--adapter", adapter] if adapter else [])]
-        add(f"embed {side}", "embed", *words, result=Path(data[side]), seconds=cost.llm(count * found.captions))
-    fit, trained = cost.tower(min(train, 20_000) + 2 * held_out), cost.tower(4 * train * config.num_train_epochs)
-    for name, side, epochs, seconds in (
-        ("heads on the start tower", BEFORE, 0.0, fit),
-        ("stage 2", AFTER, config.num_train_epochs, fit + trained),
+        add(f"embed {side}", "embed", *words, result=Path(data[side]))
+    precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    for name, side, epochs in (
+        ("heads on the start tower", BEFORE, 0.0),
+        ("stage 2", AFTER, config.num_train_epochs),
     ):
-        precision = config.precision or ("bf16" if torch.cuda.is_available() else "fp32")
         words = [data["train"], "--validation", data["validation"], *read, "--tower", start, *batches]
         words += ["--precision", precision, *shlex.split(config.tower_options), "--num-train-epochs", f"{epochs:g}"]
-        add(name, "train-tower", *words, "--output", out / side, result=out / side / "tower", seconds=seconds)
+        add(name, "train-tower", *words, "--output", out / side, result=out / side / "tower")
     scores = {side: out / side / "validation.scores.json" for side in SIDES}
     for side, path in scores.items():
         words = [out / side / "tower", data["validation"], *read, "--output", path]
@@ -209,11 +144,11 @@ def plan(config: PipelineConfig, source: Source, found: Survey) -> list[Stage]:
     words = [out / AFTER, "--output", out / "tower", "--overwrite", *["--with-adapter"] * bool(adapter)]
     add("export", "export", *words, result=out / "tower" / TowerCard.FILE)
     if config.questions:
-        stages += ask(config, [data["train"], *read], batch, train, cost)
+        stages += ask(config, [data["train"], *read], batch, train)
     return stages
 
 
-def ask(config: PipelineConfig, data: list[str], batch: int, train: int, cost: Cost) -> list[Stage]:
+def ask(config: PipelineConfig, data: list[str], batch: int, train: int) -> list[Stage]:
     """A LLaVA of each tower, its projector trained on the ``train`` captions, and its answers to the questions."""
     out = Path(config.output)
     captions, compared = out / "llava-data" / "captions.json", out / "questions" / "compare"
@@ -228,8 +163,7 @@ def ask(config: PipelineConfig, data: list[str], batch: int, train: int, cost: C
     for side in SIDES:
         llava, answers = out / f"llava-{side}", out / "questions" / side
         words = [PRETRAIN, *common, "--tower", f"llm2clip:{out / side / 'tower'}", "--output", llava, "--", *extra]
-        result, seconds = llava / "mm_projector.bin", cost.llava(4 * train * epochs)
-        stages.append(stage(config, f"LLaVA {side}", *words, result=result, seconds=seconds))
+        stages.append(stage(config, f"LLaVA {side}", *words, result=llava / "mm_projector.bin"))
         words = ["llm2clip", "bench-mllm", config.questions, "--model-path", llava, "--model-base", config.llava_llm]
         result = answers / "scores" / "questions.scores.json"
         stages.append(stage(config, f"questions {side}", *words, *half, "--output", answers, result=result))
@@ -238,7 +172,7 @@ def ask(config: PipelineConfig, data: list[str], batch: int, train: int, cost: C
     return [*stages, stage(config, "compare answers", *words, result=compared / "compare.json")]
 
 
-# The page about a run: scores with their intervals, curves, and validation captions drawn at random.
+# The page about a run: scores with their intervals, and validation captions drawn at random.
 
 SHOWN = 5  # pictures that each tower finds first
 
@@ -251,41 +185,19 @@ class Query:
     picture: str | None  # data URI
     place: dict[str, int]  # side -> rank of the right picture, 1: first
     found: dict[str, list[tuple[str | None, bool]]]  # side -> (data URI, whether it is right) of the first ones
-    images: int  # that are ranked
-
-    @property
-    def outcome(self) -> str:
-        """won | lost | tied."""
-        before, after = self.place[BEFORE], self.place[AFTER]
-        return "tied" if before == after else "won" if after < before else "lost"
-
-    def at(self, side: str) -> float:
-        """Percent of the axis: first place at 0, last at 100, logarithmic."""
-        return round(100 * math.log(self.place[side]) / math.log(max(2, self.images)), 1)
 
 
 def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seconds: dict[str, float]) -> Path:
     """Write OUTPUT/index.html; returns its path."""
     out = Path(config.output)
-    names = {item.name for item in fields(SourceConfig)}
-    values = {name: value for name, value in vars(config).items() if name in names}
+    values = {item.name: getattr(config, item.name) for item in fields(SourceConfig)}
     images = source.images_folder if isinstance(source, RowSource) else ""
     held_out = SourceConfig(**{**values, "path": str(outputs(source, out / "data")["validation"]), "images": images})
     pairs = {
         side: measure_retrieval(EvaluateConfig(tower=str(out / side / "tower"), data=held_out))[1].pairs
-        for side in (BEFORE, AFTER)
+        for side in SIDES
     }
     compared = [stage.result for stage in stages if stage.result.name == "compare.json"]
-    rows = [row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    metrics = read_metrics(out / AFTER)
-    charts = [
-        Chart(title=title, words=words, lines=[line for name in each for line in line_of(of, "tuned", [name])])
-        for title, words, of, each in (
-            ("Stage 1: loss of the LLM", "", read_metrics(out / "llm"), ["loss"]),
-            ("Stage 2: loss of the tower", "", metrics, ["loss"]),
-            ("R@1 on validation", "both directions; step 0: heads alone", metrics, ["i2t_r1", "t2i_r1"]),
-        )
-    ]
     queries = draw(open_source(held_out), pairs, config.queries)
     page = out / "index.html"
     with atomic_file(page) as temporary:
@@ -293,12 +205,12 @@ def write_page(config: PipelineConfig, source: Source, stages: list[Stage], seco
             Path(__file__).with_name("page.html"),
             title=" · ".join(Path(place).name for place in (config.path, config.tower, config.llm)),
             style=page_style(),
-            rows=rows,
+            rows=[row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]],
             comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
-            charts=[chart for chart in charts if chart.lines],
+            images=len(pairs[BEFORE].keys),
             queries=queries,
-            won=sum(query.outcome == "won" for query in queries),
-            lost=sum(query.outcome == "lost" for query in queries),
+            won=sum(query.place[AFTER] < query.place[BEFORE] for query in queries),
+            lost=sum(query.place[AFTER] > query.place[BEFORE] for query in queries),
             stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
@@ -328,13 +240,12 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs], count: int) -> list[Qu
                 picture=picture(right),
                 place={side: top.index(right) + 1 for side, top in tops.items()},
                 found={side: [(picture(image), image == right) for image in top[:SHOWN]] for side, top in tops.items()},
-                images=len(first.keys),
             )
         )
     return queries
 
 
-def ranked(pairs: EmbeddedPairs, captions: list[int]) -> Tensor:
+def ranked(pairs: EmbeddedPairs, captions: list[int]) -> torch.Tensor:
     """(Q, N) int64: the images for each of these captions, the most similar first."""
     image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (pairs.image_ND, pairs.text_MD[captions]))
     return (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
@@ -354,11 +265,10 @@ def main(argv: list[str]) -> int:
     if found.note and config.stage1 and not config.adapter:
         print(f"note: {found.note}")
     for number, stage in enumerate(stages, 1):
-        state = "complete" if stage.name in record else duration(stage.seconds)
-        print(f"{number:3} {state:>9}  {stage.name}: {shlex.join(stage.words)}")
+        state = "complete" if stage.name in record else ""
+        print(f"{number:3} {state:>8}  {stage.name}: {shlex.join(stage.words)}")
     todo = [stage for stage in stages if stage.name not in record]
-    total = sum(stage.seconds for stage in todo)
-    print(f"about {duration(total)} for {len(todo)} of {len(stages)} stages, estimated from the models' sizes")
+    print(f"{len(todo)} of {len(stages)} stages to run")
     if config.dry_run:
         return 0
     for stage in todo:
@@ -372,7 +282,7 @@ def main(argv: list[str]) -> int:
         with atomic_file(out / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     page = write_page(config, source, stages, {name: saved["seconds"] for name, saved in record.items()})
-    print(f"\n{page}: curves, queries won and lost, with pictures")
+    print(f"\n{page}: scores, queries won and lost, with pictures")
     print(f"tower: {out / 'tower'}; in LLaVA: {command('use', out / 'tower', '--name', out.name)}")
     return 0
 
@@ -385,8 +295,3 @@ def complete(stages: list[Stage], path: Path) -> dict[str, dict]:
         return saved.get(stage.name, {}).get("words") == list(stage.words) and stage.result.exists()
 
     return {stage.name: saved[stage.name] for stage in itertools.takewhile(is_complete, stages)}
-
-
-def duration(seconds: float) -> str:
-    """``0:05 h``; ``seconds`` below a minute."""
-    return "seconds" if seconds < 60 else f"{timedelta(minutes=round(seconds / 60))}"[:-3] + " h"

@@ -34,7 +34,7 @@ class PipelineConfig(SourceConfig):
     llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
     llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
     queries: int = 24  # validation captions that the page shows, drawn at random
-    dry_run: bool = False  # print the stages with their commands and times, and run none
+    dry_run: bool = False  # print the stages with their commands, and run none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class PipelineConfig(SourceConfig):
             raise ValueError(f"--questions needs a checkout of this project: {PRETRAIN} is missing")
         if find_spec("llava") is None:
             raise ValueError("--questions needs LLaVA: pip install --no-deps llava-torch==1.2.2.post1")
-        benchmark("questions").questions(Path(self.questions))
+        benchmark("questions").load(Path(self.questions))
         for problem in check_model(self.llava_llm):
             raise ValueError(problem.replace("--model", "--llava-llm"))
 

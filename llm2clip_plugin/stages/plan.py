@@ -1,6 +1,5 @@
-"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage, DeepSpeed's configuration."""
+"""How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,6 @@ from llm2clip_plugin.train.optim import Trained
 GIB = 1 << 30
 WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
 FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
-
-
-ZERO_NOTE = (
-    "  ZeRO-1 divides the optimizer's states among the GPUs, 2 the gradients too, 3 the weights too; all three add",
-    "  DeepSpeed's buckets (up to a few GiB), so that with one GPU, or a small model, ZeRO-0 needs the least",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +89,8 @@ def describe_columns(table: list[Column], global_batch: int, gpu_gib: float, abo
     stages = next((column.total for column in table if column.total), {})
     lines = ["  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)]
     for column in table:
-        local = global_batch // column.world
         sizes = "".join(f"{size / GIB:9.1f}" for size in column.total.values())
-        row = f"{local:7} {column.micro_batch:12}{sizes}"
+        row = f"{global_batch // column.world:7} {column.micro_batch:12}{sizes}"
         none = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {global_batch}"
         lines.append(f"{column.world:6} {row if column.micro_batch else none}")
-    files = f"scripts/zero{min(stages)}.json to zero{max(stages)}.json" if stages else "any ZeRO stage"
-    return "\n".join([f"expected memory per GPU in GiB with {files}{about}:", *lines, *ZERO_NOTE])
-
-
-def describe_deepspeed(config: dict[str, Any]) -> str:
-    """DeepSpeed's configuration."""
-    return f"DeepSpeed:\n{json.dumps(config, indent=2)}"
+    return "\n".join([f"expected memory per GPU in GiB{about}:", *lines])

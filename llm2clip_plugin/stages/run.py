@@ -59,8 +59,6 @@ PLACES = (
     "data.validation",
     "data.validation_cache",
     "data.clip_cache",
-    "data.validation_clip_cache",
-    "start",
     "data.read.images",
     "data.read.cache_folder",
     "data.read.cache_gb",
@@ -377,17 +375,18 @@ def caches_next_to(folder: Path, *, of_clip: bool) -> list[str]:
     return found
 
 
-def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None) -> str:
-    """The only ``embeddings-*`` folder of an LLM next to the data; ``teacher``: for the message, if it is known.
+def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False) -> str:
+    """The only ``embeddings-*`` folder of an LLM, or of a CLIP's text tower, next to the data.
 
-    Raises FileNotFoundError if there is none, ValueError if there are several.
+    ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none, ValueError if there are
+    several.
     """
     folder = data_folder(source.path)
-    caches = caches_next_to(folder, of_clip=False)
+    caches = caches_next_to(folder, of_clip=of_clip)
+    option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
     if not caches:
-        raise FileNotFoundError(
-            f"no embedding cache (embeddings-*) in {folder}; create it: {embed_command(source.path, source, teacher)}"
-        )
+        create = embed_command(source.path, None if of_clip else teacher)
+        raise FileNotFoundError(f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}")
     if len(caches) > 1:
-        raise ValueError(f"{folder} contains the caches {', '.join(caches)}; choose one with --cache")
+        raise ValueError(f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}")
     return caches[0]

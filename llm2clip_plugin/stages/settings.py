@@ -7,12 +7,12 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from llm2clip_plugin.options import Command, Names, joined, nearest
+from llm2clip_plugin.options import Command, Words, joined, nearest
 
 Settings = TypeVar("Settings")
 
@@ -31,7 +31,6 @@ IGNORED_ON_RESUME = (
     "data.validation",
     "data.validation_cache",
     "data.clip_cache",
-    "data.validation_clip_cache",
     "data.read.cache_folder",
     "data.read.cache_gb",
     "loss.block",
@@ -168,86 +167,14 @@ def _typed(hint: Any, value: Any, *, where: str, path: str) -> Any:
     return value
 
 
-# Options given on the command line: they win over what a recipe sets instead, and one without an effect is an error.
-
-# An option that is given alone -> the setting that would take its place; that one is set to 0.
-REPLACES = {
-    "train.num_train_epochs": "train.max_steps",
-    "optim.warmup_ratio": "optim.warmup_steps",
-    "optim.warmup_steps": "optim.warmup_ratio",
-}
-
-
-@dataclass(frozen=True)
-class Unused(Generic[Settings]):
-    """Options that have no effect in some configurations."""
-
-    options: tuple[str, ...]  # fields or sections, by dotted names
-    why: Callable[[Settings], str]  # what makes them so in this configuration; "" if they have an effect
-    except_for: tuple[str, ...] = ()  # fields of these sections that have one
-    off: Any = None  # a value that asks for nothing, as 0, False, "" and () do
-
-
-def value_of(config: Any, name: str) -> Any:
-    """The value of a dotted name."""
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def make_room(default: Settings, given: Collection[str]) -> Settings:
-    """``default`` without the settings that would take the place of a given option."""
-    for option, replaced in REPLACES.items():
-        if option in given and replaced not in given:
-            default = _with(default, replaced.split("."), 0)
-    return default
-
-
-def _with(config: Any, path: list[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _with(getattr(config, path[0]), path[1:], value)
-    return dataclasses.replace(config, **{path[0]: type(getattr(config, path[0]))(inner) if len(path) == 1 else inner})
-
-
-def refuse_unused(config: Settings, given: Collection[str], rules: Iterable[Unused[Settings]], names: Names) -> None:
-    """Raise ValueError that names every given option without an effect, and the setting that makes it so."""
-    problems = []
-    for rule in rules:
-        if why := rule.why(config):
-            for name in sorted(given):
-                value = value_of(config, name)
-                affected = any(name == option or name.startswith(f"{option}.") for option in rule.options)
-                if affected and name not in rule.except_for and value and value != rule.off:
-                    problems.append(f"{names.flag(name)} {value} has no effect: {why}")
-    if problems:
-        raise ValueError("\n  ".join(problems) + ("\nremove these options" if len(problems) > 1 else "; remove it"))
-
-
-def _both_lengths(config: Any) -> str:
-    steps = config.train.max_steps
-    return f"max_steps {steps} decides the length" if steps > 0 else ""
-
-
-def unused_in_training(given: Collection[str]) -> list[Unused[Any]]:
-    """What both training stages have in common."""
-    rules: list[Unused[Any]] = [
-        Unused(
-            ("optim.min_lr_ratio",),
-            lambda c: (
-                "optim.schedule constant never lowers the learning rate" if c.optim.schedule == "constant" else ""
-            ),
-        ),
-        Unused(("train.profile_all_ranks",), lambda c: "" if c.train.profile_steps else "train.profile_steps is 0"),
-        Unused(("plan",), lambda c: "" if c.dry_run else "it is an assumption of --dry-run"),
-        Unused(
-            ("allow_changed",), lambda c: "with --resume never, no checkpoint is read" if c.resume == "never" else ""
-        ),
-    ]
-    if "train.max_steps" in given:
-        rules.append(Unused(("train.num_train_epochs",), _both_lengths))
-    return rules
-
-
 # What the stages' command lines share: settings over a recipe, and the launcher's variables.
+
+# an option that is given -> the recipe's setting that would take its place, and the value that turns it off
+REPLACES: dict[str, tuple[str, Any]] = {
+    "train.num_train_epochs": ("train.max_steps", 0),
+    "optim.warmup_ratio": ("optim.warmup_steps", 0),
+    "optim.warmup_steps": ("optim.warmup_ratio", 0.0),
+}
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -256,10 +183,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Path], result: str) -> int:
-    """Print the plan, or train and print where the result is, in both cases on rank 0; returns exit status 0.
-
-    ``result``: what to print, with {} for the path.
-    """
+    """Print the plan, or train and print where the ``result`` is, in both cases on rank 0; returns exit status 0."""
     first_rank = rank_and_world()[0] == 0
     if dry_run:
         if first_rank:
@@ -267,26 +191,21 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
         return 0
     path = train()
     if first_rank:
-        print(result.format(path))
+        print(f"{result}: {path}")
     return 0
 
 
 def read_settings(
-    command: Command[Settings],
-    argv: Sequence[str],
-    default: Callable[[dict[str, str]], Settings],
-    unused: Sequence[Unused[Settings]],
+    command: Command[Settings], argv: Sequence[str], default: Callable[[dict[str, str]], Settings]
 ) -> Settings:
     """The settings of a training stage's command line.
 
-    default: what the options override, from the words of the extra options (--recipe ...); unused: which options have
-    no effect, and when. Raises ValueError for an unknown option and for one without an effect.
+    ``default``: what the options override, from the words of the extra options (--recipe ...).
     """
     words = command.read(argv)
     given = words.values
-    config = command.build(words, make_room(default(words.extras), given))
-    refuse_unused(config, given, [*unused_in_training(given), *unused], command.names)
-    return config
+    replaced = dict(REPLACES[name] for name in given if name in REPLACES and REPLACES[name][0] not in given)
+    return command.build(Words({**replaced, **given}, words.extras), default(words.extras))
 
 
 # What a dry run assumes; read without torch.
@@ -304,7 +223,7 @@ class PlanConfig:
             raise ValueError(f"plan.images {self.images} and gpu_gib {self.gpu_gib} must both be above 0")
 
 
-# What the paper (LLM2CLIP, arXiv 2411.04997) trained with: its LLMs and its data, for recipes and plans.
+# The LLMs that the paper (LLM2CLIP, arXiv 2411.04997) trained with, for recipes and plans.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,30 +250,3 @@ TEACHERS = {
         width=4096,
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Data sets with their nominal sizes (part of the links is dead by now); every sample is drawn equally often."""
-
-    sets: tuple[tuple[str, float], ...]  # name, samples in millions
-    captions: str  # which captions of a sample are used
-
-    def __str__(self) -> str:
-        listed = " + ".join(f"{name} ({size:g} M)" for name, size in self.sets)
-        return f"{sum(size for _, size in self.sets):g} M = {listed}; {self.captions}"
-
-
-LLM_MIXTURE = Mixture(
-    sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("E5's text pairs", 1.5)),
-    captions="a pair is two captions of an image (DreamLIP's) or a text pair, every batch from one source",
-)
-# shortSV and longSV, both of DreamLIP's (ShareGPT4V's model): data/extract_embedding.py:12, training/data.py:611-617
-_SHORT_AND_LONG = "an MLLM's short caption or its long one (DreamLIP's shortSV and longSV), drawn evenly"
-TOWER_MIXTURES = (
-    Mixture(sets=(("CC3M", 3), ("CC12M", 12)), captions=_SHORT_AND_LONG),
-    Mixture(
-        sets=(("CC3M", 3), ("CC12M", 12), ("YFCC15M", 15), ("a part of Recap-DataComp-1B", 30)),
-        captions=_SHORT_AND_LONG,
-    ),
-)

@@ -20,7 +20,7 @@ from llm2clip_plugin.contracts import (
     sha256_text,
     sha256_weights,
 )
-from llm2clip_plugin.files import ContractError, errors_about, read_json_value, type_problem
+from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
@@ -55,18 +55,8 @@ def local_folder(llm: str, revision: str = "") -> Path:
         if not (Path(llm) / "config.json").is_file():
             raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
         return Path(llm)
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = hub_snapshot(llm, revision=revision or None, patterns=SNAPSHOT_PATTERNS)
-        if not any(folder.glob("*.safetensors")):
-            hub_snapshot(llm, revision=revision or None, patterns=["*.bin"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"LLM {llm!r} is not a local folder and cannot be loaded from the Hub: {reason}"
-        ) from error
-    return folder
+    folder = _snapshot("LLM", llm, revision, SNAPSHOT_PATTERNS)
+    return folder if any(folder.glob("*.safetensors")) else _snapshot("LLM", llm, revision, ["*.bin"])
 
 
 def adapter_folder(adapter: str) -> Path:
@@ -76,30 +66,32 @@ def adapter_folder(adapter: str) -> Path:
     """
     if Path(adapter).is_dir() or can_only_be_a_path(adapter) or "/" not in adapter:
         return Path(adapter)
+    return _snapshot("adapter", adapter, "", SNAPSHOT_PATTERNS)
+
+
+def _snapshot(kind: str, name: str, revision: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return hub_snapshot(adapter, patterns=SNAPSHOT_PATTERNS)
+        return hub_snapshot(name, revision=revision or None, patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"adapter {adapter!r} is not a local folder and cannot be loaded from the Hub: {reason}"
+            f"{kind} {name!r} is not a local folder and cannot be loaded from the Hub: {reason}"
         ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, sorted by name; raises FileNotFoundError if there are none."""
-    for pattern in WEIGHT_PATTERNS:
-        if paths := sorted(folder.glob(pattern)):
-            return paths
-    raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
-
-
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over a model folder's weights."""
-    hashes = [
-        sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in weight_files(folder)
-    ]
+    """SHA-256 over a model folder's weights; raises FileNotFoundError if there are none."""
+    paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), None)
+    if paths is None:
+        raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
+    return files_sha256(paths)
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """SHA-256 over files of weights."""
+    hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
 
 
@@ -119,9 +111,7 @@ def adapter_sha256(folder: Path) -> str:
         raise ContractError(f"{config} contains a {type(settings).__name__}, expected the settings of a PEFT adapter")
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     if isinstance(relevant["target_modules"], list):
-        if problem := type_problem(relevant["target_modules"], list[str]):
-            raise ContractError(f"{config}: target_modules{problem}; copy the adapter again")
-        relevant["target_modules"] = sorted(relevant["target_modules"])  # PEFT writes a set, whose order is random
+        relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))  # PEFT writes a set in random order
     return sha256_text(canonical_json([sha256_weights(weights), relevant]))
 
 

@@ -192,7 +192,7 @@ class EncoderConfig:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         for name, known in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("compute_dtype", COMPUTE_DTYPES)):
             if (value := vars(self)[name]) not in known:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+                raise ValueError(unknown(name, value, known))
         if self.max_tokens < 4:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:

@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
 from llm2clip_plugin.console import progress_bar
-from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
+from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.cache import (
     CacheWriter,
     EmbeddingCache,
@@ -36,29 +35,11 @@ from llm2clip_plugin.data.sources.base import Shard, Source
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.data.workers import map_in_order
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import TextEncoder
 
 MEMORY_BYTES = 256 << 20  # of embeddings kept in memory for captions that occur again in another shard
 VERIFY_SAMPLES = 64  # captions that --verify embeds again
 VERIFY_COSINE = 0.999  # of a cached embedding with a new one: int8 and another compute dtype stay above
-
-
-class Encoder(Protocol):
-    """A frozen model that embeds captions: an LLM (CaptionEncoder), or a CLIP's text tower (ClipTextEncoder)."""
-
-    config: EncoderConfig
-    width: int
-    count_truncated: int
-
-    def identity(self) -> TeacherIdentity: ...
-
-    def encode(
-        self,
-        captions: Sequence[str],
-        *,
-        tokens_per_batch: int = 0,
-        on_batch: Callable[[int, int], object] | None = None,
-    ) -> torch.Tensor: ...
 
 
 @dataclass
@@ -75,17 +56,16 @@ class EmbedSummary:
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
         rate = self.captions / max(self.seconds, 1e-9)
-        lines = [
-            f"embedded {self.captions} captions of {self.shards} shards in {self.seconds:.1f} s ({rate:.1f} captions/s)"
-        ]
+        done = f"embedded {self.captions} captions of {self.shards} shards"
+        lines = [f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s)"]
         if self.skipped:
             lines.append(f"{self.skipped} shards already complete, skipped")
         if self.truncated:
             lines.append(f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)")
         if self.empty:
-            keys = ", ".join(self.empty[:3]) + (", ..." if len(self.empty) > 3 else "")
+            keys = ", ".join(self.empty[:3])
             lines.append(
-                f"{len(self.empty)} samples without a readable caption ({keys}); see `llm2clip data check DATA`"
+                f"{len(self.empty)} samples without a readable caption, such as {keys}; see `llm2clip data check`"
             )
         return lines
 
@@ -107,7 +87,7 @@ def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard
 class EmbeddingMemory:
     """Embeds captions, and keeps embeddings of up to ``limit`` bytes for captions that occur again."""
 
-    def __init__(self, encoder: Encoder, tokens_per_batch: int, limit: int = MEMORY_BYTES) -> None:
+    def __init__(self, encoder: TextEncoder, tokens_per_batch: int, limit: int = MEMORY_BYTES) -> None:
         self._encoder = encoder
         self._tokens_per_batch = tokens_per_batch
         self._bytes_left = limit
@@ -128,7 +108,7 @@ class EmbeddingMemory:
 
 def embed_source(
     source: Source,
-    encoder: Encoder,
+    encoder: TextEncoder,
     directory: Path,
     dtype: str = "float16",
     rank: int = 0,
@@ -225,7 +205,7 @@ def _move_bar(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
     bar.update(start + size * done // total - bar.n)
 
 
-def verify(source: Source, encoder: Encoder, directory: Path) -> str:
+def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
     """Read every byte of the cache, compare it with the data, embed a few captions again; returns a report.
 
     Raises ContractError or FileNotFoundError at the first problem.

@@ -4,6 +4,7 @@ Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,12 +151,63 @@ CPU_TOKENS = 1024
 GPU_TOKENS = 65536
 
 
-class CaptionEncoder:
+class TextEncoder(ABC):
+    """A frozen model that embeds captions: an LLM (CaptionEncoder), or a CLIP's text tower (ClipTextEncoder)."""
+
+    config: EncoderConfig  # the effective settings
+    width: int  # W
+    device: torch.device
+    count_truncated: int = 0  # captions truncated to ``max_tokens`` so far
+
+    @abstractmethod
+    def identity(self) -> TeacherIdentity:
+        """Everything that determines an embedding; caches and towers record it."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+        """Token ids of each caption, with what surrounds it, truncated to ``max_tokens``."""
+
+    @abstractmethod
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> torch.Tensor:
+        """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch."""
+
+    def padded_length(self, ids: Sequence[int]) -> int:
+        """Tokens that a row takes at least."""
+        return len(ids)
+
+    def encode(
+        self,
+        captions: Sequence[str],
+        *,
+        tokens_per_batch: int = 0,
+        query: bool = False,
+        on_batch: Callable[[int, int], object] | None = None,
+    ) -> torch.Tensor:
+        """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
+
+        tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
+        query: prepend the query prompt instead of the prompt.
+        on_batch: called after each batch with the captions done so far and in all, equal ones counted once.
+        Captions are sorted by length, and equal ones are embedded once. Raises ValueError for a blank caption.
+        """
+        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+        embeddings_UW = torch.empty(len(distinct), self.width)
+        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        rows = self.tokenize(list(distinct), query=query)
+        done = 0
+        for indices in length_batches([self.padded_length(ids) for ids in rows], budget):
+            embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)
+            done += len(indices)
+            if on_batch is not None:
+                on_batch(done, len(distinct))
+        return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+
+
+class CaptionEncoder(TextEncoder):
     """A frozen decoder LLM that embeds captions.
 
-    ``width``: W; ``config``: the effective settings, with the card's and a literal chat template;
-    ``count_truncated``: captions truncated to ``max_tokens`` so far.
-    An embedding differs from that of the caption alone by at most 1e-5 of its norm in float32, 2e-2 in bfloat16.
+    ``config`` has the card's settings and a literal chat template. An embedding differs from that of the caption alone
+    by at most 1e-5 of its norm in float32, 2e-2 in bfloat16.
     Raises ContractError if the adapter was trained on another LLM, or a setting contradicts the card.
     """
 
@@ -194,7 +246,6 @@ class CaptionEncoder:
         if config.post_file:
             self.post, self._post_sha256 = open_post(Path(config.post_file), self.width)
         self.model = CaptionModel(wrapped, config.pooling, decoder=is_decoder(llm)).eval()
-        self.count_truncated = 0
 
     def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
         """The LLM with its adapter.
@@ -219,7 +270,6 @@ class CaptionEncoder:
         return self.tokenizer.pad_token_id or 0
 
     def identity(self) -> TeacherIdentity:
-        """Everything that determines an embedding; caches and towers record it."""
         config = self.config
         return TeacherIdentity(
             llm=_place(config.llm),
@@ -241,7 +291,6 @@ class CaptionEncoder:
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
-        """Token ids of each caption with template and prompt (or query prompt), truncated to ``max_tokens``."""
         frames = [self.query_frame if query else self.frame] * len(captions)
         rows, truncated = tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
         self.count_truncated += truncated
@@ -262,33 +311,6 @@ class CaptionEncoder:
         batch = collate(rows, frames, pad_id=self.pad_id, include_bos=self.config.include_bos, side=side)
         embeddings_BW = self.model(batch.to(self.device)).cpu()
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
-
-    def encode(
-        self,
-        captions: Sequence[str],
-        *,
-        tokens_per_batch: int = 0,
-        query: bool = False,
-        on_batch: Callable[[int, int], object] | None = None,
-    ) -> torch.Tensor:
-        """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
-
-        tokens_per_batch: tokens of a batch, padding included; 0 for the device's default.
-        query: prepend the query prompt instead of the prompt.
-        on_batch: called after each batch with the captions done so far and in all, equal ones counted once.
-        Captions are sorted by length, and equal ones are embedded once. Raises ValueError for a blank caption.
-        """
-        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
-        embeddings_UW = torch.empty(len(distinct), self.width)
-        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        rows = self.tokenize(list(distinct), query=query)
-        done = 0
-        for indices in length_batches([len(ids) for ids in rows], budget):
-            embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)
-            done += len(indices)
-            if on_batch is not None:
-                on_batch(done, len(distinct))
-        return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
 
 
 def _place(name: str) -> str:

@@ -44,29 +44,28 @@ def export_llm(config: ExportConfig) -> Path:
         )
     encoder = CaptionEncoder(encoding, "cpu")
     if config.post != "none":
-        encoder.post = fit_post(post_embeddings(encoder, config), config.post)
+        captions = first_captions(config.post_data, config.post_captions)
+        with progress_bar(total=len(captions), label="embedding", unit="captions") as bar:
+            embeddings_NW = encoder.encode(captions, on_batch=lambda done, _: bar.update(done - bar.n))
+        encoder.post = fit_post(embeddings_NW, config.post)
     if config.layout == "sentence-transformers":
         refuse_unsupported(encoder.config, has_bos=encoder.frame.has_bos, post=encoder.post is not None)
     with atomic_directory(config.output, replace=config.overwrite) as temporary:
         reloading = EncoderConfig(llm=str(temporary), compute_dtype="float32")
         if config.layout == "adapter":
-            copy_adapter(encoder, temporary)
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copyfile(Path(encoding.adapter) / name, temporary / name)
+            write_card(encoder, temporary, base_sha256=encoder.identity().weights_sha256)
             reloading = EncoderConfig(llm=encoding.llm, adapter=str(temporary), compute_dtype="float32")
         else:
             write_merged(encoder, temporary)
         if config.layout == "sentence-transformers":
             write_sentence_transformers(encoder.config, encoder.width, temporary)
-        compare(
-            encoder.encode(SAMPLE_CAPTIONS), CaptionEncoder(reloading, "cpu").encode(SAMPLE_CAPTIONS), config.output
-        )
+        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, CaptionEncoder(reloading, "cpu")))
+        worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
+        if not worst < TOLERANCE:
+            raise ContractError(f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm")
     return Path(config.output)
-
-
-def post_embeddings(encoder: CaptionEncoder, config: ExportConfig) -> torch.Tensor:
-    """(N, W) embeddings of the first ``post_captions`` distinct captions of ``post_data``."""
-    captions = first_captions(config.post_data, config.post_captions)
-    with progress_bar(total=len(captions), label="embedding", unit="captions") as bar:
-        return encoder.encode(captions, on_batch=lambda done, _: bar.update(done - bar.n))
 
 
 def write_card(encoder: CaptionEncoder, folder: Path, *, base_sha256: str) -> None:
@@ -78,13 +77,6 @@ def write_card(encoder: CaptionEncoder, folder: Path, *, base_sha256: str) -> No
         post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
         training={"adapter_sha256": encoder.identity().adapter_sha256},
     ).write(folder / EncoderCard.FILE)
-
-
-def copy_adapter(encoder: CaptionEncoder, folder: Path) -> None:
-    """Copy the adapter's files and write a new card."""
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        shutil.copyfile(Path(encoder.config.adapter) / name, folder / name)
-    write_card(encoder, folder, base_sha256=encoder.identity().weights_sha256)
 
 
 def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
@@ -107,15 +99,6 @@ def merge_into_all_blocks(model: PreTrainedModel, config: EncoderConfig) -> PreT
     merged.set_submodule("norm", norm)
     merged.config.num_hidden_layers = depth
     return merged
-
-
-def compare(before_NW: torch.Tensor, after_NW: torch.Tensor, where: str) -> None:
-    """Raise ContractError if embeddings differ by more than TOLERANCE of their norm."""
-    worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
-    if not worst < TOLERANCE:
-        raise ContractError(
-            f"{where}: reloaded embeddings differ by {worst:.2g} of their norm; at most {TOLERANCE} is allowed"
-        )
 
 
 def main(argv: list[str]) -> int:

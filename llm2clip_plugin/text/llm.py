@@ -5,8 +5,6 @@ Shape letters: B captions, T tokens, H hidden width, W embedding width (= H).
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,30 +49,19 @@ def set_kernels(model: nn.Module, attention: str) -> None:
 
 
 def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> None:
-    """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes the states of other tokens.
-
-    A forward pass of a few tokens with and without padding, and a backward pass, block by block: the state of the first
-    token must have a gradient with respect to those of the later ones. Gradients are exact zeros in a causal block,
-    while differences of states would drown in the rounding of half precision.
-    """
-    vocabulary = model.config.vocab_size
-    ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % vocabulary
-    with block_passes(model) as passes, torch.enable_grad():
-        plain_BTH = last_states(model, ids_BT, padding=0)
-    with torch.no_grad():
-        padded_BTH = last_states(model, ids_BT, padding=PADDING)[:, :TOKENS]
+    """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other tokens' states."""
+    ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % model.config.vocab_size
+    plain_BTH, padded_BTH = _states(model, ids_BT, 0), _states(model, ids_BT, PADDING)[:, :TOKENS]
     name = type(model).__name__
     if not bool(padded_BTH.isfinite().all()):
         raise ValueError(
             f"{where} is a {name}, whose states are not finite in {model.dtype}: its weights are damaged, or too large "
             "for float16; copy the LLM again, or set --compute-dtype bfloat16 or float32"
         )
-    if attention == "bidirectional" and (causal := causal_blocks(passes)):
-        kinds = getattr(model.config, "layer_types", None) or ["causal"] * len(passes)
-        named = ", ".join(f"{number} ({kinds[number]})" for number in causal[:4]) + (", ..." if len(causal) > 4 else "")
+    if attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
         raise ValueError(
-            f"{where} is a {name}, in which {len(causal)} of {len(passes)} blocks cannot attend to later tokens: "
-            f"{named}. Set --attention causal, or use an LLM with attention in all blocks ({WORKING})"
+            f"{where} is a {name}, whose blocks {', '.join(map(str, causal))} cannot attend to later tokens. Set "
+            f"--attention causal, or use an LLM with attention in all blocks ({WORKING})"
         )
     difference_BT = (plain_BTH - padded_BTH).norm(dim=-1) / plain_BTH.norm(dim=-1)
     typical, allowed = float(difference_BT.median()), TOLERANCE.get(model.dtype, HALF_TOLERANCE)
@@ -85,59 +72,43 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
         )
 
 
-def last_states(model: PreTrainedModel, ids_BT: Tensor, *, padding: int) -> Tensor:
+@torch.no_grad()
+def _states(model: PreTrainedModel, ids_BT: Tensor, padding: int) -> Tensor:
     """(B, T + padding, H) of rows that are padded on the right."""
     padded_BT = nn.functional.pad(ids_BT, (0, padding))
     mask_BT = nn.functional.pad(torch.ones_like(ids_BT), (0, padding))
     positions_BT = torch.arange(padded_BT.shape[1], device=ids_BT.device).expand_as(padded_BT)
     out = model(input_ids=padded_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False)
-    return out.last_hidden_state.detach().float()
-
-
-@contextmanager
-def block_passes(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """(input, output) of each block in the forward passes inside, each block with a graph of its own."""
-    passes: list[tuple[Tensor, Tensor]] = []
-    leaves: list[Tensor] = []
-
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        leaves.append(hidden.detach().requires_grad_())
-        return (leaves[-1], *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": leaves[-1]}
-
-    def after(block: nn.Module, args: Any, output: Any) -> None:
-        passes.append((leaves[-1], output[0] if isinstance(output, tuple) else output))
-
-    hooks = []
-    for block in model.get_submodule("layers").children():
-        hooks += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-    try:
-        yield passes
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return out.last_hidden_state.float()
 
 
 @torch.enable_grad()  # the caller may have turned gradients off
-def causal_blocks(passes: list[tuple[Tensor, Tensor]]) -> list[int]:
-    """Numbers of the blocks in which the first token reaches the last, but not the last the first.
+def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
+    """Numbers of the blocks in which the first token's state has no gradient with respect to those of later tokens.
 
-    Row 0 gives the gradient of its first token's state, row 1 that of its last one's. A block in which tokens do not
-    meet at all (an MLP) is not causal.
+    Block by block: these gradients are exact zeros in a causal block, while differences of states would drown in the
+    rounding of half precision.
     """
-    numbers = [number for number, (_, output) in enumerate(passes) if output.requires_grad]
-    if not numbers:
-        return []
-    inputs, outputs = zip(*(passes[number] for number in numbers), strict=True)
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros((), device=outputs[0].device)
-    for output in outputs:
-        weights_H = torch.randn(output.shape[-1], generator=generator).to(output.device)  # so that nothing cancels
-        total = total + (output[..., 0, 0, :] * weights_H).sum() + (output[..., 1, -1, :] * weights_H).sum()
-    grads = torch.autograd.grad(total, inputs)
-    sees_later = [bool(grad[..., 0, 1:, :].any()) for grad in grads]
-    sees_earlier = [bool(grad[..., 1, :-1, :].any()) for grad in grads]
-    return [n for n, later, earlier in zip(numbers, sees_later, sees_earlier, strict=True) if earlier and not later]
+    calls = []
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs: calls.append((block, args, dict(kwargs))), with_kwargs=True
+        )
+        for block in model.get_submodule("layers").children()
+    ]
+    _states(model, ids_BT, 0)
+    for hook in hooks:
+        hook.remove()
+    causal = []
+    for number, (block, args, kwargs) in enumerate(calls):
+        hidden_BTH = (args[0] if args else kwargs.pop("hidden_states")).detach().requires_grad_()
+        output = block(hidden_BTH, *args[1:], **kwargs)
+        first_BH = (output[0] if isinstance(output, tuple) else output)[:, 0]
+        weights_H = torch.arange(first_BH.shape[-1], device=first_BH.device)  # so that nothing cancels
+        (grad_BTH,) = torch.autograd.grad((first_BH * weights_H).sum(), hidden_BTH)
+        if not grad_BTH[:, 1:].any():
+            causal.append(number)
+    return causal
 
 
 def pool(hidden_BTH: torch.Tensor, pool_mask_BT: torch.Tensor, kind: str) -> torch.Tensor:

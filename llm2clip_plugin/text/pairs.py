@@ -126,11 +126,15 @@ class CaptionPairs(PairSource):
         return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file; ValueError if it is not UTF-8."""
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers; ValueError if it is not UTF-8 or has none."""
     data = path.read_bytes()
     refuse_encoding(path, data)
-    return data.decode("utf-8-sig", "replace")
+    lines = data.decode("utf-8-sig", "replace").split("\n")
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} has no text")
+    return rows
 
 
 class TextPairs(PairSource):
@@ -140,9 +144,7 @@ class TextPairs(PairSource):
         super().__init__(str(path), (PairKind("query", "positive"),))
         self.fields = (config.query_field, config.positive_field, config.negative_field)
         self.instruction = config.instruction_field
-        self.rows = [(number, line) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
-        if not self.rows:
-            raise ValueError(f"{path} has no rows")
+        self.rows = read_lines(path)
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
@@ -177,9 +179,7 @@ class PlainTexts(PairSource):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), (PairKind("text", "text"),))
-        self.texts = [line.strip() for line in read_utf8(path).split("\n") if line.strip()]
-        if not self.texts:
-            raise ValueError(f"{path} has no text")
+        self.texts = [line for _, line in read_lines(path)]
 
     def sizes(self) -> list[int]:
         return [len(self.texts)]
@@ -235,36 +235,27 @@ class Survey:
     path: str
     samples: int
     usable: dict[str, int]  # kind of pair -> samples that have one
-    repeated: float  # fraction of pairs with a text that another sample has too: false negatives unless masked
     pairs: tuple[Pair, ...]  # of these samples
 
     def lines(self) -> Iterator[str]:
         """The report before training."""
         for kind, usable in self.usable.items():
             yield f"{self.path}: {usable} of the first {self.samples} samples have a pair {kind}"
-        if self.repeated:
-            yield f"{self.path}: {self.repeated:.1%} of the pairs share a text with another sample and are masked"
 
 
 def survey(source: PairSource, config: PairsConfig) -> Survey:
     """Read the first samples of a source. Raises ValueError if none of them has a pair of some kind."""
     samples = min(len(source), SURVEYED)
     usable: dict[str, int] = {}
-    texts: Counter[str] = Counter()
     pairs: list[Pair] = []
-    first: list[Pair] = []
     for kind in source.kinds:
         drawn = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)]
         of_kind = [pair for pair in drawn if pair is not None]
-        usable[str(kind)] = len(of_kind)
         if not of_kind:
             raise ValueError(_nothing_usable(source, kind, samples))
-        first = first or of_kind
+        usable[str(kind)] = len(of_kind)
         pairs += of_kind
-    for pair in first:
-        texts.update({pair.query, pair.positive})
-    repeated = sum(texts[pair.query] > 1 or texts[pair.positive] > 1 for pair in first) / len(first)
-    return Survey(source.path, samples, usable, repeated, tuple(pairs))
+    return Survey(source.path, samples, usable, tuple(pairs))
 
 
 def _nothing_usable(source: PairSource, kind: PairKind, samples: int) -> str:
@@ -276,8 +267,7 @@ def _nothing_usable(source: PairSource, kind: PairKind, samples: int) -> str:
     seen = ", ".join(f"{name} ({count})" for name, count in kinds.most_common()) or "none"
     return (
         f"{source.path}: none of the first {samples} samples has two different captions {kind}; kinds of captions "
-        f"(samples with them): {seen}. Set --fields to the fields that are captions and --pair-kinds to the kinds that "
-        "form a pair"
+        f"(samples with them): {seen}. Set --fields and --pair-kinds"
     )
 
 

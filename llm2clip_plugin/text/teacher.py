@@ -9,49 +9,33 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import (
-    PROJECTED,
-    TeacherIdentity,
-    TowerCard,
-    canonical_json,
-    sha256_file,
-    sha256_text,
-    sha256_weights,
-)
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache import differences
-from llm2clip_plugin.data.sources.base import ReadConfig
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.options import changed_options, command
-from llm2clip_plugin.text.adapter import local_folder
-from llm2clip_plugin.text.config import CARD_SETTINGS, PRESETS, EncoderConfig, find_card
-from llm2clip_plugin.text.encoder import CPU_TOKENS, GPU_TOKENS, CaptionEncoder
+from llm2clip_plugin.options import command
+from llm2clip_plugin.text.adapter import files_sha256, local_folder
+from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder, TextEncoder
 from llm2clip_plugin.text.llm import default_device, fastest_dtype
-from llm2clip_plugin.text.tokens import PROBE_TEXT, length_batches
-from llm2clip_plugin.train.step import Batch, ContrastiveStep, Encoded
+from llm2clip_plugin.text.tokens import PROBE_TEXT
 from llm2clip_plugin.vision.checkpoint import lift_model_cfg, read_tensors, section, weight_files
 from llm2clip_plugin.vision.convert.common import TensorNames, depth, require
 from llm2clip_plugin.vision.directory import read_json
-from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual, make_adapter
+from llm2clip_plugin.vision.dual import LoadedDualEncoder, load_dual, make_adapter
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.publish import is_local
 
-if TYPE_CHECKING:
-    from llm2clip_plugin.text.embed import Encoder
-
-
 IDENTITY_SETTINGS = tuple(name for name in CARD_SETTINGS if name != "query_prompt")
-READING = ("format", "images", "fields", "language", "image_field", "key_field", "cache_folder")  # of captions
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 
@@ -105,7 +89,7 @@ class TeacherLLM:
         self.llm_width = int(card.dual.get("llm_width", 0))
         self.config = config or EncoderConfig()
         self.device = device
-        self._encoder: Encoder | None = None
+        self._encoder: TextEncoder | None = None
 
     @cached_property
     def identity(self) -> TeacherIdentity | None:
@@ -118,13 +102,13 @@ class TeacherLLM:
         return (self.identity or self.encoder.identity()).fingerprint
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> TextEncoder:
         """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it is another one."""
         if self._encoder is None:
             self._encoder = self._load()
         return self._encoder
 
-    def _load(self) -> Encoder:
+    def _load(self) -> TextEncoder:
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
         config = self.config if self.identity is None else encoder_config(self.identity, self.config)
@@ -187,36 +171,12 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
     )
 
 
-def embed_command(path: str, read: ReadConfig, identity: TeacherIdentity | None, *, cache: str = "") -> str:
-    """The command that creates the cache of ``path`` with a teacher, complete as far as the teacher is known."""
-    words = ["embed", path, *teacher_options(identity), *changed_options(read, READING)]
-    return command(*words, *(["--cache", cache] if cache else []))
-
-
-def teacher_options(identity: TeacherIdentity | None) -> list[str]:
-    """The options of ``llm2clip embed`` that give this teacher; a placeholder for what is not known of it."""
-    if identity is None:
-        return ["--llm", "PATH_OR_HUB_ID"]
-    words = ["--llm", identity.llm]
-    if identity.revision:
-        words += ["--revision", identity.revision]
-    if identity.pooling == PROJECTED:
-        return words
-    if identity.adapter_sha256:
+def embed_command(path: str, identity: TeacherIdentity | None) -> str:
+    """The command that creates the cache of ``path`` with a teacher, as far as one is known."""
+    words = ["embed", path, "--llm", "PATH_OR_HUB_ID" if identity is None else identity.llm]
+    if identity is not None and identity.adapter_sha256:
         words += ["--adapter", identity.adapter or "ADAPTER_FOLDER"]
-    if find_card(identity.adapter or identity.llm) is None:  # a card says the rest
-        words += _settings(identity)
-    return [*words, "--load-in-4bit"] if identity.quantization == "nf4" else words
-
-
-def _settings(identity: TeacherIdentity) -> list[str]:
-    """The options for settings other than the defaults: a preset's name, and what it doesn't set."""
-    config = EncoderConfig(**{name: getattr(identity, name) for name in IDENTITY_SETTINGS})
-    for name, settings in PRESETS.items():
-        if config.chat_template and all(getattr(config, key) == value for key, value in settings.items()):
-            rest = [key for key in IDENTITY_SETTINGS if key not in settings]
-            return ["--preset", name, *changed_options(config, rest)]
-    return changed_options(config, IDENTITY_SETTINGS)
+    return command(*words)
 
 
 # The text tower of an OpenCLIP checkpoint, as Hugging Face's CLIP text model.
@@ -335,7 +295,7 @@ class OpenClipTokenizer:
         return {"input_ids": [[ours.sot_token_id, *ours.encode(text), ours.eot_token_id] for text in texts]}
 
 
-# The text tower of a CLIP as a caption encoder: the space that ``llm2clip train-text-adapter`` lets an LLM inherit.
+# The text tower of a CLIP as a caption encoder: the space that ``--heads.target clip_text`` lets an LLM inherit.
 
 MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
 
@@ -359,10 +319,10 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
     return folder if kind in known and isinstance(config.get("text_config"), dict) else None
 
 
-class ClipTextEncoder:
+class ClipTextEncoder(TextEncoder):
     """The features of captions by a CLIP's own text tower, before normalization, as its images are compared with them.
 
-    ``width``: D; ``count_truncated``: captions truncated so far. Hugging Face's CLIP, SigLIP and other families with
+    ``width``: D. Hugging Face's CLIP, SigLIP and other families with
     an image-text model, and folders in OpenCLIP's format (open_clip_config.json).
     Raises ValueError for a setting of LLMs, which a CLIP does not have.
     """
@@ -385,17 +345,13 @@ class ClipTextEncoder:
         self.context, self.pads_to_context, self.width = loaded[1:]
         self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
         self.folder = folder
-        self.count_truncated = 0
 
     def identity(self) -> TeacherIdentity:
-        """Everything that determines a feature; the cache records it."""
-        files = weight_files(self.folder)
-        hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in files]
         probe = hashlib.sha256(json.dumps(self._tokens([PROBE_TEXT])).encode()).hexdigest()
         return TeacherIdentity(
             llm=str(Path(self.config.llm).absolute()) if Path(self.config.llm).is_dir() else self.config.llm,
             revision=self.config.revision,
-            weights_sha256=hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes)),
+            weights_sha256=files_sha256(weight_files(self.folder)),
             adapter_sha256="",
             attention="own",
             pooling=PROJECTED,
@@ -407,40 +363,22 @@ class ClipTextEncoder:
             tokenizer=probe,
         )
 
-    @torch.no_grad()
-    def encode(
-        self,
-        captions: Sequence[str],
-        *,
-        tokens_per_batch: int = 0,
-        on_batch: Callable[[int, int], object] | None = None,
-    ) -> Tensor:
-        """(N, D) float32 on the CPU: the features of ``captions``, in their order; arguments as CaptionEncoder's."""
-        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
-        features_UD = torch.empty(len(distinct), self.width)
-        rows = self._tokens(list(distinct))
-        self.count_truncated += sum(len(ids) > self.config.max_tokens for ids in rows)
+    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+        rows, limit = self._tokens(captions), self.config.max_tokens
+        self.count_truncated += sum(len(ids) > limit for ids in rows)
         # the last token marks the end, and is where a CLIP reads its feature
-        rows = [
-            ids if len(ids) <= self.config.max_tokens else [*ids[: self.config.max_tokens - 1], ids[-1]] for ids in rows
-        ]
-        sizes = [self.context if self.pads_to_context else len(ids) for ids in rows]
-        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        done = 0
-        for indices in length_batches(sizes, budget):
-            features_UD[indices] = self._features([rows[index] for index in indices])
-            done += len(indices)
-            if on_batch is not None:
-                on_batch(done, len(distinct))
-        return features_UD[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
 
-    def _tokens(self, captions: list[str]) -> list[list[int]]:
+    def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with those of begin and end, not truncated."""
-        return [list(ids) for ids in self.tokenizer(captions, verbose=False)["input_ids"]] if captions else []
+        return [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
 
-    def _features(self, rows: list[list[int]]) -> Tensor:
-        """(B, D) float32 on the CPU."""
-        length = self.context if self.pads_to_context else max(map(len, rows))
+    def padded_length(self, ids: Sequence[int]) -> int:
+        return self.context if self.pads_to_context else len(ids)
+
+    @torch.no_grad()
+    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+        length = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id
         ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
         options = {}
@@ -452,7 +390,7 @@ class ClipTextEncoder:
         return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
 
 
-def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> CaptionEncoder | ClipTextEncoder:
+def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> TextEncoder:
     """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
     folder = clip_folder(config.llm, config.revision)
     return CaptionEncoder(config, device) if folder is None else ClipTextEncoder(folder, config, device)
@@ -487,61 +425,3 @@ def _tokenizer(folder: Path) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-# The text adapter learns a CLIP's own text space from captions alone: an LLM's embeddings in, the CLIP's features
-# out.
-
-LOG_SCALE = 4.6052  # ln 100, CLIP's; for terms that compare captions with each other
-
-
-class InheritedSpace(nn.Module):
-    """A text adapter whose output is normalized."""
-
-    def __init__(self, text_adapter: TextAdapter) -> None:
-        super().__init__()
-        self.text_adapter = text_adapter
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """(m, W) -> (m, D), L2-normalized, float32."""
-        return F.normalize(self.text_adapter(embeddings).float(), dim=-1)
-
-
-class InheritStep(ContrastiveStep):
-    """A step over captions: ``batch["embeddings"]`` (b, W) of the LLM, ``batch["targets"]`` (b, D) of the CLIP.
-
-    The terms of the loss see the adapter's output as anchors, and the CLIP's features as their captions and as their
-    reference.
-    """
-
-    def _on_device(self, batch: Batch) -> Batch:
-        device = self.engine.device
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-    def _rows(self, batch: Batch, rows: slice) -> Batch:
-        return {name: batch[name][rows] for name in ("embeddings", "targets")}
-
-    def _forward(self, micro: Batch) -> Encoded:
-        feature_mD = self.engine(micro["embeddings"])
-        constant = torch.full((1,), LOG_SCALE, device=feature_mD.device)
-        return Encoded(feature_mD, self._reference(micro)[0][:, None], constant, torch.zeros_like(constant))
-
-    def _reference(self, micro: Batch) -> tuple[Tensor, None]:
-        return F.normalize(micro["targets"].float(), dim=-1), None
-
-
-def scores(feature_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
-    """How near two spaces are, of N distinct captions, L2-normalized in both.
-
-    ``cosine``: mean cosine of a caption's two features. ``structure``: correlation of the cosines between captions in
-    one space with those in the other. ``caption_r1``: fraction of captions whose nearest target is their own.
-    """
-    i, j = torch.triu_indices(len(feature_ND), len(feature_ND), 1, device=feature_ND.device)
-    own, theirs = (x_ND @ x_ND.T for x_ND in (feature_ND, target_ND))
-    correlation = torch.corrcoef(torch.stack([own[i, j], theirs[i, j]]))[0, 1]
-    nearest_N = (feature_ND @ target_ND.T).argmax(1)
-    return {
-        "cosine": float((feature_ND * target_ND).sum(1).mean()),
-        "structure": float(correlation),
-        "caption_r1": float((nearest_N == torch.arange(len(nearest_N), device=nearest_N.device)).float().mean()),
-    }

@@ -61,6 +61,7 @@ def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -
 Monitor = Literal["tensorboard", "wandb", "csv"]
 Schedule = Literal["cosine", "linear", "constant"]
 Reference = Literal["ema", "start"]
+HeadsTarget = Literal["images", "clip_text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +98,18 @@ class TowerConfig:
 class HeadsConfig:
     """The phase that fits the heads on a frozen tower."""
 
+    # images: fit projection and text adapter to each other | clip_text: fit the text adapter alone to the text features
+    # of the tower's own CLIP (ProCLIP), whose projection and logit scale are kept
+    target: HeadsTarget = "images"
     steps: int = 0  # updates that train only the heads; 0: skip this phase
     batch: int = 256  # image-caption pairs per update
-    lr: float = 1e-3  # of AdamW, constant
+    lr: float = 1e-3  # of AdamW; constant, with clip_text its peak before cosine decay
     weight_decay: float = 0.05  # not applied to norms, biases, logit scale
     max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
 
     def __post_init__(self) -> None:
+        if self.target not in get_args(HeadsTarget):
+            raise ValueError(unknown("heads.target", self.target, get_args(HeadsTarget)))
         if self.steps < 0 or self.batch < 2 or self.max_images < 2:
             raise ValueError(
                 f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
@@ -286,9 +292,6 @@ class TrainConfig:
 
 # The settings of the training loss: which terms, with which weights over the run; read without torch.
 
-INHERIT = (("distill",), ("structure=63.5",))  # terms and args of ProCLIP's first stage: sums over 128 captions a rank
-DEFAULTS = ((("infonce",), ()), INHERIT)  # known to be valid, so that --help need not import torch to check them
-
 
 @dataclass(frozen=True)
 class TermWeight:
@@ -362,7 +365,7 @@ class LossConfig:
     args: tuple[str, ...] = ()  # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
 
     def __post_init__(self) -> None:
-        if (self.terms, self.args) not in DEFAULTS:
+        if self.terms != ("infonce",) or self.args:  # the default is valid, so that --help need not import torch
             self.weighted()
         if self.block < 0 or not math.isfinite(self.weight):
             raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")

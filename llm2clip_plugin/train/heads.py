@@ -1,13 +1,17 @@
-"""An optional first phase: fit projection and text adapter on the frozen tower's features.
+"""An optional first phase: fit the heads while the tower is frozen.
 
-Gradients of untrained heads distort a pretrained tower. Here every training image is encoded once by the frozen tower,
-without augmentation, and the heads are fitted to these features with a separate batch size and learning rate, at a
-fraction of the cost of training the tower.
+``heads.target images``: projection and text adapter meet at the frozen tower's features. Gradients of untrained heads
+distort a pretrained tower. Here every training image is encoded once, without augmentation, and the heads are fitted to
+these features with a separate batch size and learning rate, at a fraction of the cost of training the tower.
+
+``heads.target clip_text``: the text adapter alone learns the text space of the tower's own CLIP, from captions, as in
+ProCLIP's first stage (arXiv 2510.18795); projection and logit scale are the CLIP's.
 
 Images are encoded in the same blocks on any number of ranks, and only rank 0 fits, so the result is independent of the
 number of ranks. If the run is in bf16, so are the matrix products here; weights and loss stay fp32.
 
-Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch.
+Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch,
+D width of the joint space.
 """
 
 import dataclasses
@@ -17,9 +21,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -30,16 +35,19 @@ from llm2clip_plugin.console import progress_bar, track
 from llm2clip_plugin.contracts import atomic_file, canonical_json
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import eval_pairs
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash
 from llm2clip_plugin.data.sources.base import Source, caption_shares
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, local_world_size
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
-from llm2clip_plugin.train.optim import is_vector
+from llm2clip_plugin.train.losses.distill import Distill
+from llm2clip_plugin.train.optim import is_vector, lr_factor
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
-from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
+from llm2clip_plugin.vision.family import DualConfig
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +55,11 @@ log = logging.getLogger(__name__)
 FitLine: TypeAlias = dict[str, float]
 
 BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
+# ProCLIP's first stage: the loss that its code sums over the 128 captions of a rank, 127 / 2, and its optimizer
+CLIP_TEXT_LOSS = Distill(structure=63.5)
+CLIP_TEXT_OPTIM = OptimConfig(eps=1e-6, max_grad_norm=5.0, schedule="cosine")
+TEXT_SIDE = ("llm_width", "adapter", "adapter_blocks", "adapter_expansion", "normalise_input")
+TEXT_SIDE += ("input_scale", "input_noise")  # fields of DualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +86,8 @@ def fit_heads(
     seed: int,
     bf16: bool = False,
     caption_weights: Mapping[str, float] | None = None,
+    clip_caches: Sequence[EmbeddingCache] = (),
+    workers: int = 0,
     logging_steps: int = 10,
     stop: StopRequest | None = None,
     unfinished: Path | None = None,
@@ -80,19 +95,25 @@ def fit_heads(
     """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
 
     bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn, as in training.
+    clip_caches: of target clip_text, CLIP's features of the captions, a cache per source; ``workers`` processes read.
     Raises StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file ``unfinished``,
     from which the next call continues, to the same heads as without a stop.
     """
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    with products:
-        features = frozen_features(
-            model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
-        )
+    if config.target == "clip_text":
+        dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=caption_weights, targets=clip_caches)
+        make_batches = partial(CaptionBatches, model, dataset, config.batch, workers, products, device)
+    else:
+        with products:
+            features = frozen_features(
+                model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
+            )
+        make_batches = partial(ImageBatches, model, features, config.batch, seed, products, device)
     with _threads_of_all_ranks():
         # the others wait in no collective, whose timeout a long fit would exceed
         curve, done = on_first_rank(
-            lambda: _fit(model, features, config, loss, products, device, seed, logging_steps, stop, unfinished)
+            lambda: _fit(model, make_batches(), config, loss, device, seed, logging_steps, stop, unfinished)
         )
     if done < config.steps:
         saved = f"saved in {unfinished}" if unfinished else "not saved"
@@ -103,6 +124,18 @@ def fit_heads(
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
     return curve
+
+
+def load_clip_heads(model: DualEncoder, source: str) -> None:
+    """Load the projection and logit scale of an imported CLIP, which has no text adapter, into ``model``, in place.
+
+    Raises ValueError for a directory that has other settings than ``model``, or a text adapter.
+    """
+    default = DualConfig()
+    config = dataclasses.replace(model.config, **{name: getattr(default, name) for name in TEXT_SIDE})
+    own = DualEncoder(model.tower, config)
+    load_heads(own, source)
+    model.load_state_dict(heads_state(own), strict=False)  # all but the text adapter
 
 
 @contextmanager
@@ -217,45 +250,39 @@ def _encode(
 
 def _fit(
     model: DualEncoder,
-    features: FrozenFeatures | None,
+    batches: "ImageBatches | CaptionBatches",
     config: HeadsConfig,
     loss_config: LossConfig,
-    products: torch.autocast,
     device: torch.device,
     seed: int,
     logging_steps: int,
     stop: StopRequest | None,
     unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
-    """Train the heads; images are drawn without replacement in each pass, with one random caption each.
-
-    Returns the curve and the number of steps that are done.
-    """
-    assert features is not None  # of rank 0
-    parameters = head_parameters(model)
+    """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done."""
+    of_clip = config.target == "clip_text"
+    parameters = [p for name, p in head_parameters(model) if name.startswith("text_adapter.") or not of_clip]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for _, p in parameters if not is_vector(p)], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in parameters if is_vector(p)], "weight_decay": 0.0},
+            {"params": [p for p in parameters if not is_vector(p)], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if is_vector(p)], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=(0.9, 0.98),
+        eps=CLIP_TEXT_OPTIM.eps if of_clip else 1e-8,
         fused=device.type == "cuda",
     )
-    terms = heads_terms(loss_config, group=ALONE)
-    generator = torch.Generator().manual_seed(position_seed(seed, -1))
-    queue = torch.empty(0, dtype=torch.int64)
-    size = min(config.batch, len(features.count_I))
+    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config, group=ALONE)
     curve: list[FitLine] = []
     done = 0
-    fit_of = canonical_json([dataclasses.asdict(config), dataclasses.asdict(loss_config), seed, len(features.count_I)])
+    fit_of = canonical_json([dataclasses.asdict(config), dataclasses.asdict(loss_config), seed, batches.samples])
     if unfinished is not None and unfinished.is_file():
         saved = torch.load(unfinished, weights_only=True)
         if saved["fit_of"] == fit_of:
-            done, curve, queue = saved["done"], saved["curve"], saved["queue"]
-            generator.set_state(saved["generator"])
+            done, curve = saved["done"], saved["curve"]
+            batches.restore(saved["batches"], done)
             optimizer.load_state_dict(saved["optimizer"])
-            for (_, parameter), value in zip(parameters, saved["parameters"], strict=True):
+            for parameter, value in zip(parameters, saved["parameters"], strict=True):
                 parameter.data.copy_(value)
             log.warning("continuing the heads' fit at step %d of %d, from %s", done, config.steps, unfinished)
     started, before = time.perf_counter(), done
@@ -264,37 +291,112 @@ def _fit(
     for step in range(done + 1, config.steps + 1):
         if stop:
             break
-        if len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
-        chosen, queue = queue[:size], queue[size:]
-        with products:
-            batch = _features(model, features, chosen, generator, device)
+        batch = batches.draw()
         losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
+        lr = config.lr
+        if of_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP_TEXT_OPTIM.max_grad_norm)
+            lr *= lr_factor(step - 1, config.steps, CLIP_TEXT_OPTIM)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
         if step == config.steps or step % logging_steps == 0:
             values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
+            if batch.reference_bD is not None:
+                values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
             line = {name: float(value.detach()) for name, value in values.items()}
-            rate = (step - before) * size / (time.perf_counter() - started)
-            curve.append({"step": step, "samples": step * size, **line, "lr": config.lr, "samples_per_second": rate})
+            rate = (step - before) * batches.size / (time.perf_counter() - started)
+            curve.append({"step": step, "samples": step * batches.size, **line, "lr": lr, "samples_per_second": rate})
             bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
         bar.update()
         done = step
     bar.close()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
     if done < config.steps and unfinished is not None:
-        state = {"fit_of": fit_of, "done": done, "curve": curve, "queue": queue, "generator": generator.get_state()}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "parameters": [parameter.detach() for _, parameter in parameters],
-        }
+        state = {"fit_of": fit_of, "done": done, "curve": curve, "batches": batches.state()}
+        state |= {"optimizer": optimizer.state_dict(), "parameters": [parameter.detach() for parameter in parameters]}
         with atomic_file(unfinished) as temporary:
             torch.save(state, temporary)
     return curve, done
+
+
+class ImageBatches:
+    """Images drawn without replacement in each pass, with one random caption each."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        features: FrozenFeatures | None,
+        size: int,
+        seed: int,
+        products: torch.autocast,
+        device: torch.device,
+    ) -> None:
+        assert features is not None  # of rank 0
+        self.model, self.features, self.products, self.device = model, features, products, device
+        self.samples = len(features.count_I)
+        self.size = min(size, self.samples)
+        self.generator = torch.Generator().manual_seed(position_seed(seed, -1))
+        self.queue = torch.empty(0, dtype=torch.int64)
+
+    def state(self) -> dict[str, Any]:
+        return {"queue": self.queue, "generator": self.generator.get_state()}
+
+    def restore(self, state: dict[str, Any], done: int) -> None:
+        self.queue = state["queue"]
+        self.generator.set_state(state["generator"])
+
+    def draw(self) -> Features:
+        if len(self.queue) < self.size:
+            self.queue = torch.cat([self.queue, torch.randperm(self.samples, generator=self.generator)])
+        chosen, self.queue = self.queue[: self.size], self.queue[self.size :]
+        with self.products:
+            return _features(self.model, self.features, chosen, self.generator, self.device)
+
+
+class CaptionBatches:
+    """Captions with CLIP's text features of them as the reference, in the order of a training's samples."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        dataset: PairDataset,
+        size: int,
+        workers: int,
+        products: torch.autocast,
+        device: torch.device,
+    ) -> None:
+        self.model, self.products, self.device = model, products, device
+        self.size, self.samples = size, len(dataset)
+        self.load = partial(make_loader, dataset, local_batch=size, workers=workers)
+        self.batches = iter(self.load())
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any], done: int) -> None:
+        self.batches = iter(self.load(position=done * self.size))
+
+    def draw(self) -> Features:
+        batch = next(self.batches)
+        with self.products:
+            feature_BD = self.model.encode_text(batch["embeddings"].to(self.device))
+        target_BD = F.normalize(batch["targets"].to(self.device).float(), dim=-1)
+        return Features(
+            anchor_bD=feature_BD,
+            positive_bkD=target_BD[:, None],
+            log_scale=self.model.logit_scale,
+            bias=torch.zeros(1, device=self.device),
+            caption_hashes=None,
+            image_ids=None,
+            reference_bD=target_BD,
+            group=ALONE,
+        )
 
 
 def _features(

@@ -64,7 +64,6 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     assert names(own) == [*ALL[:2], *ALL[3:]] and "mine" in own[2].words
     hub = plan(dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found)
     assert names(hub)[2] == "import" and str(tiny / "out" / "start") in hub[6].words
-    assert all(0 < stage.seconds < 600 for stage in stages)
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert "--nproc_per_node=2" in two[2].argv and "torch.distributed.run" not in two[1].argv
@@ -87,18 +86,16 @@ def test_captions_that_teach_nothing_leave_stage_1_out(tmp_path: Path, fields: d
     assert all(str(tmp_path / "photos") in stage.words for stage in reading)
 
 
-def test_dry_run_prints_the_time_and_writes_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]):
+def test_dry_run_prints_the_stages_and_writes_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]):
     words = ["run", str(tiny / "data"), "--llm", str(tiny / "llm"), "--tower", str(tiny / "tower")]
     assert main([*words, "--output", str(tiny / "none"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "for 11 of 11 stages" in said and said.count(": llm2clip ") == 11
+    assert "11 of 11 stages" in said and said.count(": llm2clip ") == 11
     assert not (tiny / "none").exists() and not list(tiny.glob(".none*"))
 
 
 def test_a_stage_counts_while_it_and_all_before_it_are_as_they_were(tmp_path: Path):
-    first, second, third = stages = [
-        Stage(name=name, words=("x", name), result=tmp_path / name, seconds=1) for name in "abc"
-    ]
+    first, second, third = stages = [Stage(name=name, words=("x", name), result=tmp_path / name) for name in "abc"]
     path = tmp_path / "pipeline.json"
     assert complete(stages, path) == {}
     path.write_text(json.dumps({stage.name: {"words": list(stage.words), "seconds": 1.0} for stage in stages}))

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from forked import Script
 from tiny_data import make_all
 from tower_runs import ROOT, environment, options
 
-from llm2clip_plugin.console import interrupts_end_loading, loaded
 from llm2clip_plugin.train.distributed import free_port
 
 
@@ -27,7 +25,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("rank", "number", "says"),
     [
         (0, signal.SIGINT, "interrupted\n"),
-        (0, signal.SIGTERM, "SIGTERM: ended before there was anything to save\n"),
         (1, signal.SIGHUP, ""),
     ],
 )
@@ -74,7 +71,7 @@ leave(run("train-tower", sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_one_process_that_loads_ends(tiny: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "loading.py").write_text(LOADING)
     script = Script(tmp_path / "loading.py", options(tiny, tmp_path / "run"), environment(), ROOT)
@@ -84,25 +81,3 @@ def test_one_process_that_loads_ends(tiny: Path, tmp_path: Path, number: int) ->
     os.kill(script.pid or 0, number)
     assert script.wait(timeout=10) == 128 + number and "Traceback" not in script.output, script.output
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def raises_on_sigint() -> Iterator[None]:
-    """Python's own handler, also in a shell's background, where the signal is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("raises_on_sigint")
-def test_once_loaded_it_is_left_to_the_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this process, in which the signal would otherwise end the tests; and twice is as once."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for _ in range(2):
-        with interrupts_end_loading():
-            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-            loaded()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(5)
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

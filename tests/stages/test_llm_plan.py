@@ -25,7 +25,7 @@ from llm2clip_plugin.text.adapter import add_lora
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
 from llm2clip_plugin.text.contrast import equal_parts
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import NF4_BYTES, SHAPES, llm_config, shape_llm
+from llm2clip_plugin.text.llm import NF4_BYTES, llm_config, shape_llm
 
 PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
     "llama-1b": 1_235_814_400,
@@ -50,13 +50,12 @@ def rows_of(told: str) -> list[list[float]]:
 @pytest.mark.parametrize("name", [name for name in LLM_RECIPES if name != "paper"])
 def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
     told, llm = planned("--recipe", name), name.removeprefix("paper-")
-    assert f"a pair of {2 if name == llm else 3} texts" in told
-    assert (told.count("merged before training: McGill-NLP/LLM2Vec-") == 2) is (name == "paper-llama-8b")
+    assert f"pairs of {2 if name == llm else 3} texts" in told
+    assert (told.count("McGill-NLP/LLM2Vec-") == 2) is (name == "paper-llama-8b")
     assert f"{PARAMETERS[llm]:,} parameters without a head" in told
     assert f"trainable parameters: {TRAINED[llm]:,};" in told
     assert f"{PARAMETERS[llm] * 2 / 2**30:.2f} GiB in bfloat16" in told
     assert "assumed: 15,000,000 pairs" in told and "steps: 29297 of 512 pairs" in told  # 15 M / 512
-    assert "31.5 M = CC3M (3 M) + CC12M (12 M) + YFCC15M (15 M) + E5's text pairs (1.5 M)" in told
     rows = rows_of(told)
     assert [row[0] for row in rows] == [1, 8, 64, 1, 8, 64]
     for _, share, micro, zero0, zero1, zero2, zero3 in rows:
@@ -99,15 +98,12 @@ def test_existing_data_and_tokenizer_are_counted(llama: Path, tmp_path: Path, no
     told = planned(*options)
     encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Find: "), "cpu")
     lengths = encoder.lengths(texts, [encoder.query_frame, encoder.frame, encoder.frame])
-    assert f"MB at {sum(lengths) / 3:.4g} tokens (the mean)" in told and "a pair of 3 texts" in told
+    assert f"pairs of 3 texts of {sum(lengths) / 3:.4g} tokens (the mean)" in told
     assert "assumed" not in told and "steps: 1 of 8 pairs" in told and "8 of the first 8 samples have" in told
     assert not (tmp_path / "run").exists()
     unknown = planned(*options[:2], "nobody/missing", *options[3:])
     assert "memory is not planned: no config.json for LLM" in unknown and "steps: 1 of 8 pairs" in unknown
-    assert (
-        "assumed: 64 tokens per text, template and prompt included: the LLM's tokenizer is not on this machine"
-        in unknown
-    )
+    assert "assumed: 64 tokens" in unknown
 
 
 @pytest.mark.parametrize("options", [{}, {"targets": ("o_proj",), "r": 4}, {"dora": True}])
@@ -163,8 +159,3 @@ def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtyp
     size = DataSize(pairs=1, texts=2, lengths=(TOKENS,), found=(), assumed=())
     memory = step_memory(config, llm_config(config.encoder), size, size.lengths)
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15
-
-
-def test_shapes_known_by_name_are_decoders():
-    for name in SHAPES:
-        assert llm_config(EncoderConfig(llm=name)).vocab_size == 128256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -24,8 +23,7 @@ from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.llm.config import FinetuneConfig
 from llm2clip_plugin.stages.llm.run import finetune_llm
-from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
-from llm2clip_plugin.text.contrast import equal_parts
+from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.checkpoint import TrainState
 from llm2clip_plugin.train.distributed import free_port
@@ -302,48 +300,33 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
     assert finetune_llm(parse(started)) == adapter  # a finished run, loaded again
 
 
-def test_dry_run_says_the_plan_and_writes_nothing(
-    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missing = "nobody/no-such-llm"  # no weight is read
-    assert main(["finetune-llm", *options(captions, missing, tmp_path / "run", "--dry-run")]) == 0
-    said = capsys.readouterr().out
-    assert f"steps: {STEPS} of 16 pairs" in said and "48 samples" in said and "gradient_clipping" in said
-    assert not (tmp_path / "run").exists()
-
-
 def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
-    other = make_llm(tmp_path / "other", "llama", seed=1)
-    with pytest.raises(ContractError, match=r"was trained on .* pass the LLM that it was trained on"):
-        CaptionEncoder(EncoderConfig(llm=str(other), adapter=str(adapter)), "cpu")
+
+    def opened(llm: Path, adapter: Path) -> CaptionEncoder:
+        return CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(adapter)), "cpu")
+
+    with pytest.raises(ContractError, match="was trained on"):
+        opened(make_llm(tmp_path / "other", "llama", seed=1), adapter)
     (adapter / EncoderCard.FILE).unlink()
-    wide = make_llm(tmp_path / "wide", "llama", width=64)
-    with pytest.raises(ContractError, match=r"does not fit .* [1-9]\d* with the wrong shape"):
-        CaptionEncoder(EncoderConfig(llm=str(wide), adapter=str(adapter)), "cpu")
-    phi = make_llm(tmp_path / "phi3", "phi3")
-    with pytest.raises(ContractError, match="does not fit"):
-        CaptionEncoder(EncoderConfig(llm=str(phi), adapter=str(adapter)), "cpu")
-    with pytest.raises(FileNotFoundError, match=r"is not a PEFT adapter: adapter_config\.json is missing"):
-        CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(tmp_path)), "cpu")
+    for llm in (make_llm(tmp_path / "wide", "llama", width=64), make_llm(tmp_path / "phi3", "phi3")):
+        with pytest.raises(ContractError, match="does not fit"):
+            opened(llm, adapter)
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
+        opened(llama, tmp_path)
 
 
-def test_wrong_settings_stop_before_training(captions: Path, llama: Path, make_llm, tmp_path: Path, capsys) -> None:
-    bare = make_llm(tmp_path / "bare", "llama", template=False)
+def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
     base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
     zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
     for more, said in (
-        (("--targets", "query"), "unknown LoRA targets ['query']; linear layers of this LLM: down_proj"),
-        (zero3, "ZeRO-3 cannot partition 4-bit weights"),
-        (("--precision", "bf16"), "would convert the LLM's float32 weights"),
-        (("--max-tokens", "8"), "prompt and template use"),
-        (("--max-tokens", "36", "--pair-kinds", "long:short"), "queries are longer than max_tokens 36"),
-        (("--chat-template", "user", "--llm", str(bare)), "has no chat template; set one, such as"),
-        (("--fields", "label=short"), "has a field 'label'"),
-        (("--pair-kinds", "short:poem"), "has two different captions short:poem"),
-        (("--global-batch", "64"), "global_batch 64 is larger than"),
-        (("--resume", str(tmp_path)), "no checkpoint found"),
-        (("--start-adapters", str(tmp_path / "none")), "no adapter at"),
+        (("--targets", "query"), "['query']"),
+        (zero3, "ZeRO-3"),
+        (("--precision", "bf16"), "train.precision bf16"),
+        (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
+        (("--fields", "label=short"), "'label'"),
+        (("--pair-kinds", "short:poem"), "short:poem"),
+        (("--global-batch", "64"), "global_batch 64"),
         (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
     ):
         assert main([*base, *more]) == 2, more
@@ -368,7 +351,7 @@ def test_a_weight_that_is_not_finite_is_one_line(captions: Path, llama: Path, tm
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert main(["finetune-llm", *options(captions, broken, tmp_path / "run")]) == 2
     told = capsys.readouterr().err
-    assert re.search(rf"error: {broken}: \d+ of the \d+ values of .*embed_tokens.weight are NaN or infinite, ", told)
+    assert re.search(rf"error: {broken}: .*embed_tokens.weight", told)
     assert told.count("error: ") == 1 and "Traceback" not in told
     assert not (tmp_path / "run/adapter").exists()
 
@@ -381,17 +364,3 @@ def test_lora_variants_train(llama: Path, captions: Path, tmp_path: Path) -> Non
     assert saved["use_dora"] and saved["use_rslora"] and sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
     reloaded = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32"), "cpu")
     assert torch.isfinite(reloaded.encode(["a dog"])).all()
-
-
-@pytest.mark.parametrize("count", range(1, 12))
-def test_equal_parts(count: int) -> None:
-    parts = equal_parts(list(range(count)), 4)
-    assert [item for part in parts for item in part] == list(range(count)) and len(parts) <= 4
-
-
-def test_settings() -> None:
-    with pytest.raises(ValueError, match="scale is 0"):
-        ContrastConfig(scale=0)
-    with pytest.raises(ValueError, match="r 0 and alpha"):
-        LoraSettings(r=0)
-    assert dataclasses.asdict(parse(["a", "b", "--llm", "x"]))["pairs"]["data"] == ("a", "b")

@@ -1,13 +1,7 @@
-"""Plans by numbers of GPUs, and the cache's size."""
+"""Plans by numbers of GPUs."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from tiny_data import SAMPLES, WIDTH, make_cache, make_shards
-
-from llm2clip_plugin.data.cache import shard_bytes
 from llm2clip_plugin.stages.plan import GIB, Column, columns
 from llm2clip_plugin.stages.run import warmup_note
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
@@ -35,17 +29,6 @@ def test_the_proposed_micro_batch_fits_and_the_next_does_not():
             assert next(c.total[1] for c in more if c.world == column.world) > 0.9 * 40 * GIB
     assert [c.micro_batch for c in planned(100, 40)][2] == 0  # 100 on 64
     assert [c.micro_batch for c in planned(4096, 1)] == [0, 0, 0]
-
-
-def test_cache_bytes_are_those_of_a_file(tmp_path: Path):
-    shard = sorted(make_cache(make_shards(tmp_path / "data")).glob("*.safetensors"))[0]
-    head = int.from_bytes(shard.read_bytes()[:8], "little")
-    header = json.loads(shard.read_bytes()[8 : 8 + head])
-    keys = header["keys"]["shape"][0] // SAMPLES
-    # key_starts and row_starts have one entry more than there are samples
-    written = shard.stat().st_size - 8 - head - 16
-    written += 8 * SAMPLES  # the checksums of images, which make_cache leaves out
-    assert shard_bytes(SAMPLES, 2 * SAMPLES, WIDTH, "float16", key_bytes=keys) == written
 
 
 def test_a_warmup_that_never_ends_is_said():

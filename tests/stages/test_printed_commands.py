@@ -50,19 +50,15 @@ def write_pairs(path: Path, images: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """An LLM, an adapter with settings of its own, and towers that name them, in a folder that a shell would split."""
+    """An LLM, an adapter with settings of its own, and a tower that names them, in a folder that a shell would split."""
     folder = tmp_path_factory.mktemp("a place") / "it's 1 & 2"
     save_tiny_llm(folder / "llm", "llama")
     write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")
-    for name, config in (
-        ("tower", EncoderConfig(llm=str(folder / "llm"), adapter=str(folder / "adapter"))),
-        ("plain", EncoderConfig(llm=str(folder / "llm"), attention="causal", pooling="last", prompt='say "it": ')),
-    ):
-        teacher = CaptionEncoder(config, "cpu").identity()
-        torch.manual_seed(0)
-        start = make_tower(folder / f"start-{name}")
-        dual = DualEncoder(load_tower(start), DualConfig(projection_dim=16, llm_width=teacher.width, adapter_blocks=1))
-        export_tower(dual, folder / name, origin=str(start), teacher=dataclasses.asdict(teacher))
+    teacher = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), adapter=str(folder / "adapter")), "cpu").identity()
+    torch.manual_seed(0)
+    start = make_tower(folder / "start-tower")
+    dual = DualEncoder(load_tower(start), DualConfig(projection_dim=16, llm_width=teacher.width, adapter_blocks=1))
+    export_tower(dual, folder / "tower", origin=str(start), teacher=dataclasses.asdict(teacher))
     return folder
 
 
@@ -73,43 +69,19 @@ def command_in(message: str) -> list[str]:
     return shlex.split(found[1])
 
 
-@pytest.mark.parametrize("tower", ["tower", "plain"])
-def test_evaluate_says_how_to_create_the_cache(place, tmp_path, capsys, tower):
-    """The teacher's adapter or settings, the images' folder and the fields are part of the command."""
-    data = write_pairs(tmp_path / "some data" / "pairs.jsonl", tmp_path / "the images")
-    words = ["evaluate", str(place / tower), str(data), "--image-folder", str(tmp_path / "the images")]
-    words += ["--fields", "says=short", "--resamples", "0"]
-    capsys.readouterr()
-    assert cli(words) == 2
-    create = command_in(capsys.readouterr().err)
-    assert create[:2] == ["embed", str(data)] and "--image-folder" in create and "--fields" in create
-    assert cli(create) == 0, capsys.readouterr().err
-    assert cli(words) == 0, capsys.readouterr().err
-
-
-def test_a_cache_of_another_teacher_ends_in_the_right_command(place, tmp_path, capsys):
-    data = write_pairs(tmp_path / "data" / "pairs.jsonl", tmp_path / "data")
-    other = ["embed", str(data), "--llm", str(place / "llm"), "--fields", "says=short", "--cache", str(tmp_path / "c")]
-    assert cli(other) == 0
-    words = ["evaluate", str(place / "tower"), str(data), "--fields", "says=short", "--resamples", "0"]
-    capsys.readouterr()
-    assert cli([*words, "--cache", str(tmp_path / "c")]) == 2
-    assert cli(command_in(capsys.readouterr().err)) == 0
-    assert cli(words) == 0
-
-
-def test_training_says_how_to_create_the_cache_of_the_held_out_data(place, tmp_path, capsys):
-    """By then the teacher is known from the cache of the training data."""
-    data = write_pairs(tmp_path / "train" / "pairs.jsonl", tmp_path / "images")
+def test_evaluate_and_training_say_how_to_create_the_cache(place, tmp_path, capsys):
+    data = write_pairs(tmp_path / "some data" / "pairs.jsonl", tmp_path / "images")
     held_out = write_pairs(tmp_path / "held out" / "pairs.jsonl", tmp_path / "images")
     read = ["--image-folder", str(tmp_path / "images"), "--fields", "says=short"]
+    words = ["evaluate", str(place / "tower"), str(data), "--resamples", "0", *read]
+    assert cli(words) == 2
+    assert cli([*command_in(capsys.readouterr().err), *read]) == 0 and cli(words) == 0, capsys.readouterr().err
     words = [str(data), "--tower", str(place / "start-tower"), "--validation", str(held_out), *read]
-    with pytest.raises(FileNotFoundError, match=r"create it: llm2clip embed .*train/pairs.jsonl.* PATH_OR_HUB_ID"):
-        open_data(read_command(words))
-    assert cli(["embed", str(data), "--llm", str(place / "llm"), "--adapter", str(place / "adapter"), *read]) == 0
     with pytest.raises(FileNotFoundError) as caught:
         open_data(read_command(words))
-    assert cli(command_in(str(caught.value))) == 0, capsys.readouterr().err
+    assert cli([*command_in(str(caught.value)), *read]) == 0, (
+        capsys.readouterr().err
+    )  # with the training data's teacher
     assert open_data(read_command(words)).validation_cache is not None
 
 

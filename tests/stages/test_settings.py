@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from llm2clip_plugin.stages.llm.command import parse
 from llm2clip_plugin.stages.settings import from_plain, refuse_changes
 from llm2clip_plugin.stages.tower import config as recipes
 from llm2clip_plugin.stages.tower.command import read_command
@@ -55,3 +57,17 @@ def test_changed_settings_are_named_and_can_be_allowed():
     refuse_changes(saved, now, ("optim",), where="run")
     with pytest.raises(ValueError, match=r"unknown field 'optim.lrr' in --allow-changed; did you mean 'optim.lr'"):
         refuse_changes(saved, now, ("optim.lrr",), where="run")
+
+
+def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> None:
+    by_epochs = read_command(["--recipe", "quickstart", "--num_train_epochs", "50"]).train  # it sets max_steps
+    assert (by_epochs.num_train_epochs, by_epochs.steps(1280)) == (50, 500)
+    assert read_command(["--recipe", "openai_b16", "--max_steps", "7"]).train.steps(1_000_000) == 7  # it sets epochs
+    for off in ("0", "-1"):  # -1 is the Trainer's
+        assert read_command(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560) == 20
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 9}}}))
+    assert read_command(["--config", str(tmp_path / "run.json"), "--num_train_epochs=3"]).train.steps(40960) == 30
+    assert parse(["x", "--llm", "y", "--max-steps", "7"]).train.steps(10_000) == 7
+    assert read_command(["--warmup_steps", "5"]).optim.warmup(100) == 5  # base sets a ratio
+    assert read_command(["--warmup_steps", "0"]).optim.warmup(100) == 0
+    assert parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10  # 300 steps by default

@@ -6,12 +6,10 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,9 +19,7 @@ from tower_runs import ROOT
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import CacheManifest, EmbedRecord, RunRecord
 from llm2clip_plugin.files import again, started_by
-from llm2clip_plugin.stages.tower import run as tower_run
 from llm2clip_plugin.status import cache_status, run_status
-from llm2clip_plugin.train.errors import StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +29,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(tiny: Path, output: Path) -> list[str]:
     data = str(tiny / "data")
-    small = ("--precision", "fp32", "--global-batch", "16", "--workers", "0")
-    sources = (data, "--tower", str(tiny / "tower"), "--validation", data)
     return [
-        *sources,
-        *small,
-        "--heads.steps",
-        "2",
-        "--max-steps",
-        "4",
-        "--save-steps",
-        "2",
-        "--output",
-        str(output),
+        *(data, "--tower", str(tiny / "tower"), "--validation", data, "--precision", "fp32", "--global-batch", "16"),
+        *("--workers", "0", "--heads.steps", "2", "--max-steps", "4", "--save-steps", "2", "--output", str(output)),
     ]
 
 
@@ -79,8 +65,7 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
     status = run_status(finished)
     assert (status.state, status.step, status.total_steps, status.samples) == ("finished", 4, 4, 64)
     assert status.epoch_samples == 48 and status.problems == [] and status.go_on == ""
-    assert [(item.name, item.problem) for item in status.checkpoints] == [("step-00000002", ""), ("step-00000004", "")]
-    assert status.results == {"tower": ""} and status.used_bytes > sum(item.bytes for item in status.checkpoints)
+    assert status.checkpoints == ["step-00000002", "step-00000004"] and status.results == ["tower"]
     record = RunRecord.read(finished / "run.json")
     assert status.before["i2t_r1"] == record.before["i2t_r1"] and status.last["i2t_r1"] == record.metrics["i2t_r1"]
     assert status.best["t2i_r1"][0] >= status.last["t2i_r1"] and status.last_scored == 4
@@ -95,7 +80,7 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
 def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder: Path):
     status = run_status(folder)
     assert (status.state, status.step) == ("killed", 2) and status.seconds_left is not None and status.seconds_left > 0
-    assert [item.name for item in status.checkpoints] == ["step-00000002"] and status.results == {}
+    assert status.checkpoints == ["step-00000002"] and status.results == []
     assert status.go_on.startswith(f"llm2clip train-tower {tiny}/data --tower ") and "--max-steps 4" in status.go_on
     go_on = status.go_on.split()[2:]
     go_on[go_on.index("--output") + 1] = str(folder)  # the fixture's copy
@@ -115,23 +100,6 @@ def test_why_it_ended(folder: Path):
     assert status.problems == ["the last checkpoint could not be written: No space left on device"]
 
 
-def test_a_signal_is_recorded_by_the_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fit = tower_run.fit_heads
-
-    def told_meanwhile(*arguments: Any, **options: Any) -> Any:
-        curve = fit(*arguments, **options)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return curve
-
-    monkeypatch.setattr(tower_run, "fit_heads", told_meanwhile)
-    assert run("train-tower", words(tiny, tmp_path / "run")) == StoppedError.status
-    status = run_status(tmp_path / "run")
-    assert (status.state, status.step, status.total_steps) == ("stopped", 0, 4) and status.reason.startswith(
-        "SIGTERM, 20"
-    )
-    assert [item.problem for item in status.checkpoints] == [""]
-
-
 def test_running_here_and_elsewhere(folder: Path):
     me = psutil.Process()
     lock = {"host": socket.gethostname(), "pid": os.getpid(), "started": me.create_time()}
@@ -145,27 +113,18 @@ def test_running_here_and_elsewhere(folder: Path):
 
 
 def test_damage_is_reported_and_never_an_error(folder: Path, capsys: pytest.CaptureFixture[str]):
-    step = folder / "checkpoints/step-00000002"
-    body = (step / "model.safetensors").read_bytes()
-    (step / "model.safetensors").write_bytes(body[:-100])
-    (folder / "checkpoints/step-00000001").mkdir()
-    shutil.copytree(step, folder / "checkpoints/step-00000003")
-    (folder / "checkpoints/step-00000003/state.json").write_text("{")
     (folder / "run.json").write_text("[1]")
     (folder / "run.lock").write_text("")
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\n[1]\n{"step": "x"}\n{"step": 3, "samp')
     (folder / "tower").mkdir()
     status = run_status(folder)
-    none, damaged, state = (item.problem for item in status.checkpoints)
-    assert none == "no state.json" and "not a complete safetensors file" in damaged and state == "state.json is damaged"
-    assert status.step == 2 and any("unreadable lines" in one for one in status.problems)
-    assert any("run.json" in one for one in status.problems) and "llm2clip.json" in status.results["tower"]
-    assert run("status", [str(folder)]) == 0
+    assert status.step == 2 and status.results == [] and [one.split()[0] for one in status.problems][1] == "4"
+    assert "run.json" in status.problems[0] and run("status", [str(folder)]) == 0
     shutil.rmtree(folder)
     folder.mkdir()
     capsys.readouterr()
-    assert run("status", [str(folder)]) == 2 and "is neither the folder of a run" in capsys.readouterr().err
+    assert run("status", [str(folder)]) == 2 and str(folder) in capsys.readouterr().err
     (folder / "run.lock").write_text("{}")
     assert run_status(folder).state == "killed" and run_status(folder).step == 0
 

@@ -86,7 +86,8 @@ def test_recipes_of_later_methods_are_planned(name: str, capsys: pytest.CaptureF
         assert "peak learning rates 0.001" in told
     else:
         assert config.loss.terms == ("infonce=1", "distill=0.2048") and config.distill.decay == 0.999
-        assert ", twin " in told and config.tower.keep_heads
+        assert ", twin " in told
+        assert (config.heads.target, config.heads.batch, config.heads.lr) == ("clip_text", 1024, 1e-5)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -99,19 +100,11 @@ def test_full_size_recipes_are_planned_without_weights(name: str, capsys: pytest
         assert (
             "peak learning rates 1.72e-07 to 1e-05 in 26 groups" in told
         )  # 1e-5 x 0.85^25: embeddings, 24 blocks, top
-        # 17 parts of 42 rows of 336 x 336 x 3 + 4 x 4096 bytes; two batches of 4096 rows
-        assert "8 processes, parts of 42 images, 254 MB of /dev/shm" in told and "2,909 MB of its own memory" in told
     rows = [row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
     for _, share, micro, *stages in rows:
         assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])  # bf16 under stage 0 runs as stage 1
     assert len(rows) == (2 if "bige" in name else 3)  # the states of 4.3 G parameters don't fit one GPU
-
-
-def test_the_papers_data_is_printed_where_there_is_none(capsys: pytest.CaptureFixture[str]):
-    told = planned(capsys, "--recipe", "openai-b16/llama-1b")
-    assert "15 M = CC3M (3 M) + CC12M (12 M)" in told and "60 M = CC3M (3 M)" in told
-    assert "a part of Recap-DataComp-1B (30 M)" in told
 
 
 def test_memory_shrinks_by_checkpointing_and_micro_batches(capsys: pytest.CaptureFixture[str]):
@@ -141,15 +134,15 @@ def test_existing_data_and_caches_are_counted(tmp_path: Path, capsys: pytest.Cap
         tower_plan(other)
 
 
-def test_what_has_no_shape_lists_what_has():
-    with pytest.raises(ValueError, match=r"nor a known architecture; known: .*openai/clip-vit-base-patch32, "):
-        meta_tower("somebody/else")
-    with pytest.raises(ValueError, match=r"unknown teacher 'llama-7b' in recipe .* known: llama-1b, llama-8b"):
-        recipe("openai-b16/llama-7b")
-    with pytest.raises(ValueError, match="image_size 100 is not a multiple of the patch size 16; try 96"):
-        meta_tower("eva02-b16", image_size=100)
-    with pytest.raises(ValueError, match=r"no tower to train: .*; create eva02-l14-336 with `llm2clip import"):
-        build_dual(recipe("eva02_l14_336").tower, DualConfig(), seed=0)
+def test_what_has_no_shape_is_named():
+    for wrong, named in (
+        (lambda: meta_tower("somebody/else"), "somebody/else"),
+        (lambda: recipe("openai-b16/llama-7b"), "llama-7b"),
+        (lambda: meta_tower("eva02-b16", image_size=100), "image_size 100"),
+        (lambda: build_dual(recipe("eva02_l14_336").tower, DualConfig(), seed=0), "eva02-l14-336"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            wrong()
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_first_blocks": 1}, {"image_size": 24}])
@@ -169,8 +162,3 @@ def test_a_timm_name_is_planned_too(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("timm", minversion="1.0")
     told = planned(capsys, "--recipe", "openai-b16", "--tower.path", "timm:vit_tiny_patch16_224")
     assert "timm:vit_tiny_patch16_224, 224 px, 12 blocks x 192, 5,524,416 parameters" in told
-
-
-def test_recipes_by_either_spelling():
-    assert recipe("openai-l14-336") == recipe("openai_l14_336")
-    assert dataclasses.replace(recipe("openai_l14_336/llama-1b"), output_dir="x") != recipe("openai_l14_336")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -162,7 +161,6 @@ def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
     [
         ("_encode", signal.SIGTERM, False),  # blocks of images through the frozen tower
         ("_features", signal.SIGHUP, True),  # steps of the fit
-        ("_features", signal.SIGINT, True),
         ("_features", signal.SIGUSR1, True),
     ],
 )
@@ -183,26 +181,6 @@ def test_a_signal_while_the_heads_are_fitted(
     assert losses(run) == pytest.approx(straight, abs=1e-6) and not (run / UNFINISHED_HEADS).exists()
 
 
-FEW_FILES = """
-import os, resource, sys
-from llm2clip_plugin.cli import leave, main
-limit = len(os.listdir("/proc/self/fd")) + int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-leave(main(["train-tower", *sys.argv[2:]]))
-"""
-
-
-def test_a_run_without_descriptors_ends(tiny: Path, tmp_path: Path) -> None:
-    """Its loader processes, which would live on for a minute after a SIGTERM, end with it."""
-    (tmp_path / "few.py").write_text(FEW_FILES)
-    words = ["20", *options(tiny, tmp_path / "run", "--dataloader_num_workers", "2")]
-    run = Script(tmp_path / "few.py", words, environment(), ROOT)
-    deadline = time.monotonic() + 120
-    while "error: " not in run.output and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert run.wait(timeout=10) == 2 and "Too many open files" in run.output, run.output
-
-
 def _ranks_of(pid: int) -> list[int]:
     """The training processes below a launcher, without the loader processes below these."""
     below = psutil.Process(pid).children(recursive=True)  # psutil comes with DeepSpeed
@@ -210,22 +188,15 @@ def _ranks_of(pid: int) -> list[int]:
     return [rank for rank, parent in ranks.items() if parent not in ranks]
 
 
-REFUSED: dict[str, tuple[list[str], str]] = {
-    "missing resume path": (["--resume", "/nowhere"], "--resume /nowhere: no checkpoint found"),
+REFUSED: dict[str, tuple[list[str], str]] = {  # options, and what the error names
+    "missing resume path": (["--resume", "/nowhere"], "--resume /nowhere"),
     "changed setting": (["--optim.lr", "1e-3"], "optim.lr: 0.0004 in the checkpoint, 0.001 in this run"),
-    "another teacher": (["--data.validation-cache", "OTHER"], "expected fingerprint"),
+    "another teacher": (["--data.validation-cache", "OTHER"], "fingerprint"),
     "no cache": (["--data.cache", "/nowhere"], "/nowhere"),
-    "no tower": (["--tower.path", "/nowhere"], "/nowhere"),
-    "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size is 99, but the run uses 16"),
-    "batch that does not fit": (["--train.micro-batch", "5"], "not a multiple of"),
-    "another embedding width": (
-        ["--dual.llm-width", "99"],
-        "dual.llm_width is 99, but the embedding cache has width 24",
-    ),
-    "monitor that is not installed": (["--report_to", "wandb"], "which is not installed: pip install wandb"),
-    "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm has "),
-    "output_dir that is a file": (["--output_dir", "BAD_JSON"], "bad.json is a file, or below one; choose a folder"),
-    "sigmoid without a bias": (["--loss.terms", "sigmoid"], "set --dual.logit-bias-init"),
+    "two JSONs disagree": (["--deepspeed", "BAD_JSON"], "train_batch_size"),
+    "batch that does not fit": (["--train.micro-batch", "5"], "micro_batch 5"),
+    "another embedding width": (["--dual.llm-width", "99"], "dual.llm_width"),
+    "more loaders than shared memory": (["--dataloader_num_workers", "100000000"], "/dev/shm"),
 }
 
 
@@ -244,9 +215,7 @@ def refusals(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     commands["dry run"] = options(tiny, folder / "dry", "--dry-run")
     commands["before"] = options(tiny, folder / "nan", "--max_steps", "2")
     commands["non-finite"] = options(tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps")
-    forward = options(
-        tiny, folder / "back", "--max_steps", "4", "--save_total_limit", "2", "--report_to", "tensorboard"
-    )
+    forward = options(tiny, folder / "back", "--max_steps", "4", "--save_total_limit", "2")
     commands["forward"] = forward
     commands["back"] = [*forward, "--resume", str(folder / "back/checkpoints/step-00000002")]
     commands["lost checkpoints"] = forward
@@ -281,8 +250,6 @@ for name, argv in commands.items():
         write_checkpoint(path, loaded.state, tensors)
     if name == "lost checkpoints":
         shutil.rmtree(Path(out).parent / "back/checkpoints")
-    if name == "monitor that is not installed":
-        sys.modules["wandb"] = None
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(printed):
         status = run("train-tower", argv)
     results[name] = {"status": status, "error": told.getvalue(), "out": printed.getvalue()}
@@ -296,10 +263,6 @@ def test_user_errors_are_one_clear_line(refusals: dict[str, Any], name: str):
     result = refusals[name]
     assert result["status"] == 2, result
     assert "error: " in result["error"] and REFUSED[name][1] in result["error"]
-
-
-def test_the_quickstarts_settings_on_other_data_are_said(refusals: dict[str, Any]):
-    assert "note: the quickstart settings are for its emoji: " in refusals["good"]["error"]
 
 
 def test_no_line_of_another_library(
@@ -352,33 +315,6 @@ def test_tensorboard_gets_the_values(refusals: dict[str, Any]):
         assert [event.value for event in found] == pytest.approx([line[f"heads_{name}"] for line in fit], rel=1e-5)
 
 
-def test_a_resumed_run_goes_on_at_the_same_place_of_tensorboards_axis(refusals: dict[str, Any]):
-    """4 steps, then a resume from step 2: the two runs' files have samples 16 to 64, and 48 and 64."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    files = sorted((refusals["folder"] / "back" / "monitor").rglob("events.*"), key=os.path.getmtime)
-    steps = [
-        [event.step for event in EventFileLoader(str(file)).Load() for value in event.summary.value if value.tag == tag]
-        for file, tag in itertools.product(files, ("train/loss", "time/samples_per_second"))
-    ]
-    assert steps == [[16, 32, 48, 64]] * 2 + [[48, 64]] * 2
-
-
-@pytest.mark.slow
-def test_wandb_offline_writes_a_run(tiny: Path, tmp_path: Path):
-    """And the run does not import a compiler that it does not use."""
-    pytest.importorskip("wandb")
-    argv = options(tiny, tmp_path / "run", "--max_steps", "1", "--heads.steps", "0", "--report_to", "wandb")
-    # not forked: wandb writes at exit
-    command = [sys.executable, "-X", "importtime", "-m", "llm2clip_plugin.cli", "train-tower", *argv]
-    env = environment(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
-    done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "deepspeed.runtime.zero.muon.original_muon" in imported and "torch._inductor.compile_fx" not in imported
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"train/loss" in file.read_bytes()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds C++ on a CPU")
 def test_compiled_it_has_the_same_losses(tiny: Path, refusals: dict[str, Any], tmp_path: Path):
@@ -392,8 +328,7 @@ def test_compiled_it_has_the_same_losses(tiny: Path, refusals: dict[str, Any], t
 def test_dry_run_prints_the_plan_and_writes_nothing(refusals: dict[str, Any]):
     told = refusals["dry run"]["out"]
     assert refusals["dry run"]["status"] == 0 and not (refusals["folder"] / "dry").exists()
-    assert f"steps: {STEPS} of 16 pairs" in told and '"train_batch_size": 16' in told
-    assert "trainable parameters: " in told and "expected memory per rank: " in told
+    assert f"steps: {STEPS} of 16 pairs" in told and "expected memory per rank: " in told
 
 
 def test_going_back_keeps_what_was_newer_and_lost_checkpoints_are_an_error(refusals: dict[str, Any]):

@@ -79,13 +79,13 @@ def test_features_of_open_clip_are_open_clips(tmp_path: Path, nested: bool):
 def test_what_is_no_clip_and_what_does_not_apply(tmp_path: Path):
     assert clip_folder(str(save_tiny_llm(tmp_path / "llm", "llama"))) is None
     save_tiny_clip(tmp_path / "clip", "clip")
-    with pytest.raises(ValueError, match=r"--pooling last has no effect: .*clip is a CLIP.*remove it"):
+    with pytest.raises(ValueError, match="--pooling last"):
         encoder(tmp_path / "clip", pooling="last")
     save_open_clip(tmp_path / "open", nested=False)
     config = json.loads((tmp_path / "open/open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["pool_type"] = "last"
     (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the text tower has pool_type 'last'"):
+    with pytest.raises(ValueError, match="pool_type 'last'"):
         encoder(tmp_path / "open")
     config["model_cfg"]["text_cfg"]["pool_type"] = "argmax"
     (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))

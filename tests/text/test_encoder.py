@@ -50,6 +50,8 @@ def test_embedding_is_independent_of_batch_and_padding(any_llm: Path, attention:
     assert close(teacher.encode(CAPTIONS, tokens_per_batch=64), alone)
     assert close(teacher.encode(CAPTIONS[::-1]), alone.flip(0))
     assert not close(alone[0], alone[2], tolerance=0.1)  # else the above would say nothing
+    again = teacher.encode([CAPTIONS[4], "x", CAPTIONS[4]])
+    assert torch.equal(again[0], again[2]) and teacher.encode([]).shape == (0, 32)
 
 
 def test_bidirectional_sees_what_comes_later_and_causal_does_not(any_llm: Path) -> None:
@@ -73,16 +75,8 @@ def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
     for layer in (0, 1, -2, -1, 2):
         found = encoder(any_llm, attention="causal", layer=layer).encode(["a red bicycle"])
         assert close(found, states[layer].mean(dim=1)), layer
-    with pytest.raises(ValueError, match=r"layer 3 is out of range: .* 0 \(embeddings\) to 2"):
+    with pytest.raises(ValueError, match="layer 3"):
         encoder(any_llm, layer=3)
-
-
-def test_equal_captions_and_order(llama: Path) -> None:
-    teacher = encoder(llama)
-    found = teacher.encode(["the lake", "x", "the lake"])
-    assert torch.equal(found[0], found[2])
-    assert found.shape == (3, 32) and found.dtype == torch.float32
-    assert teacher.encode([]).shape == (0, 32)
 
 
 def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
@@ -98,27 +92,20 @@ def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
     without_bos = encoder(llama, prompt="Instruct: find the picture. Query: ", include_bos=False)
     assert close(without_bos.encode(["a boat"])[0], hidden[-length:].mean(dim=0))
     assert not close(prompted.encode(["a boat"]), plain.encode(["a boat"]), tolerance=1e-2)
-
-
-def test_query_prompt_is_for_queries_alone(llama: Path) -> None:
-    plain, both = encoder(llama), encoder(llama, query_prompt="Query: ")
+    both = encoder(llama, query_prompt="Query: ")  # for queries alone
     assert torch.equal(both.encode(["a boat"]), plain.encode(["a boat"]))
     assert close(both.encode(["a boat"], query=True), encoder(llama, prompt="Query: ").encode(["a boat"]))
 
 
-def test_chat_template_is_written_out(llama: Path) -> None:
+def test_chat_template_is_written_out(llama: Path, make_llm, tmp_path: Path) -> None:
     own, literal = encoder(llama, chat_template="user"), encoder(llama, chat_template="<user>\n{caption}<end>")
     expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
-    with pytest.raises(ValueError, match=r"must be .* text with \{caption\} exactly once"):
+    with pytest.raises(ValueError, match="chat_template '<user>'"):
         EncoderConfig(chat_template="<user>")
-
-
-def test_template_that_the_tokenizer_lacks(make_llm, tmp_path: Path) -> None:
-    llm = make_llm(tmp_path / "plain", "llama", template=False)
-    with pytest.raises(ValueError, match="has no chat template; set one, such as"):
-        encoder(llm, chat_template="user")
+    with pytest.raises(ValueError, match="chat_template is 'user'"):
+        encoder(make_llm(tmp_path / "plain", "llama", template=False), chat_template="user")
 
 
 def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:
@@ -147,11 +134,17 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
     assert torch.isfinite(found).all() and teacher.count_truncated == 2
 
 
-def test_blank_caption_and_overlong_prompt_are_refused(llama: Path) -> None:
-    with pytest.raises(ValueError, match="caption 1 of 2 is blank"):
+def test_wrong_input_names_it(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="caption 1 of 2"):
         encoder(llama).encode(["a", " \n"])
-    with pytest.raises(ValueError, match=r"use \d+ tokens and max_tokens is 8"):
+    with pytest.raises(ValueError, match="max_tokens is 8"):
         encoder(llama, max_tokens=8, prompt="Instruct: find the picture. Query: ").encode(["a"])
+    with pytest.raises(ValueError, match="--llm"):
+        CaptionEncoder(EncoderConfig())
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        encoder(tmp_path)
+    with pytest.raises(ValueError, match="pooling 'max'"):
+        encoder(llama, pooling="max")
 
 
 def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:
@@ -173,15 +166,6 @@ def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: 
         assert dataclasses.replace(base, **{name: "another"}).fingerprint != base.fingerprint, name
     moved = make_llm(tmp_path / "moved", "llama")
     assert encoder(moved).identity().fingerprint == base.fingerprint  # the same LLM in another folder
-
-
-def test_bad_models_are_named(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(ValueError, match="no LLM given"):
-        CaptionEncoder(EncoderConfig())
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json; expected a Hugging Face"):
-        encoder(tmp_path)
-    with pytest.raises(ValueError, match="unknown pooling 'max'; known: mean, last"):
-        encoder(llama, pooling="max")
 
 
 def test_bfloat16_is_close_to_float32_and_to_itself_in_a_batch(llama: Path) -> None:

@@ -147,10 +147,12 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
 def test_lists_give_some_of_their_items(tmp_path: Path) -> None:
     config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:keywords",), lists=("keywords=2:4",))
     pairs = batches(config, size=32).batch(0)["pairs"]
-    counts = {len(pair.positive.split(", ")) for pair in pairs}
-    assert counts == {2, 3, 4}
+    assert {len(pair.positive.split(", ")) for pair in pairs} == {2, 3, 4}
     first = [pair.positive.split(", ")[0] for pair in pairs]
     assert len({text.rstrip("0123456789") for text in first}) > 2  # in any order
+    source = open_pairs(config)[0]
+    drawn = {source.pair(3, source.kinds[0], sample_rng(0, epoch, 0, 3)) for epoch in range(6)}
+    assert len(drawn) > 2  # the choice changes from pass to pass
 
 
 def test_group_and_equal_texts_have_equal_ids(tmp_path: Path) -> None:
@@ -196,23 +198,12 @@ def test_text_pairs_with_hard_negatives_and_plain_texts(tmp_path: Path) -> None:
     assert all(pair.query == pair.positive for pair in pairs) and len({pair.query for pair in pairs}) == 8
 
 
-def test_survey_counts_false_negatives(tmp_path: Path) -> None:
-    rows = [{"query": f"q{i}", "positive": f"p{i // 2}"} for i in range(8)]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = PairsConfig(data=(str(tmp_path / "p.jsonl"),))
-    found = survey(open_pairs(config)[0], config)
-    assert found.repeated == 1.0 and "100.0% of the pairs share a text" in "\n".join(found.lines())
-
-
 @pytest.mark.parametrize(
     ("captions", "found"),
     [
-        ([["only one"]] * 4, r"kinds of captions \(samples with them\): short \(4\)"),
-        ([[" ", ""]] * 4, r"samples with them\): none"),
-        (
-            [[{"text": "same", "kind": "short"}, {"text": "same", "kind": "long"}]] * 4,
-            r"two different captions short:long",
-        ),
+        ([["only one"]] * 4, r"short \(4\)"),
+        ([[" ", ""]] * 4, "none"),
+        ([[{"text": "same", "kind": "short"}, {"text": "same", "kind": "long"}]] * 4, "short:long"),
     ],
 )
 def test_data_without_pairs_is_refused_before_training(tmp_path: Path, captions: list, found: str) -> None:
@@ -227,30 +218,22 @@ def test_wrong_files_and_settings(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "answer": "b"}\n')
     config = PairsConfig(data=(str(bad),))
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: no text in field 'positive'; fields: query, answer"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2.*'positive'"):
         survey(open_pairs(config)[0], config)
     bad.write_text('{"query": "a", "positive": "b", "negative": "c"}\n{"query": "a", "positive": "b"}\n')
-    with pytest.raises(ValueError, match="line 2: no 'negative', which other lines have"):
+    with pytest.raises(ValueError, match="line 2: no 'negative'"):
         open_pairs(config)
     with pytest.raises(FileNotFoundError):
         open_pairs(PairsConfig(data=(str(tmp_path / "none.txt"),)))
-    with pytest.raises(ValueError, match=r"global_batch 8 is larger than .*caps\.jsonl \(4\); lower it"):
+    with pytest.raises(ValueError, match=r"global_batch 8 .*caps\.jsonl"):
         batches(PairsConfig(data=(str(write_captions(tmp_path, 4)),)))
     for wrong in ("short", "short:long=0", "short:long=x", ":long"):
-        with pytest.raises(ValueError, match=r"invalid pair kind .*; expected QUERY:POSITIVE"):
+        with pytest.raises(ValueError, match=f"pair kind '{wrong}'"):
             parse_kinds([wrong])
     for wrong in (["Find it"], ["short=a", "short=b"]):
-        with pytest.raises(ValueError, match="must be KIND=TEXT"):
+        with pytest.raises(ValueError, match="instructions"):
             PairsConfig(instructions=tuple(wrong))
-    with pytest.raises(ValueError, match=r"invalid list .*; expected KIND=LOW:HIGH"):
+    with pytest.raises(ValueError, match="keywords=6:2"):
         parse_lists(["keywords=6:2"])
     with pytest.raises(ValueError, match="no training data"):
         open_pairs(PairsConfig())
-
-
-def test_choice_of_captions_changes_from_pass_to_pass(tmp_path: Path) -> None:
-    config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:keywords",), lists=("keywords=2:4",))
-    source = open_pairs(config)[0]
-    kind = source.kinds[0]
-    drawn = {source.pair(3, kind, sample_rng(0, epoch, 0, 3)) for epoch in range(6)}
-    assert len(drawn) > 2

@@ -210,7 +210,8 @@ def fit_heads(folder: Path) -> None:
         batch |= {"captions": captions, "owners": torch.arange(ROWS)}
         with products:
             assert heads._encode(model, batch, Normalize(IMAGES, GPU), {})[0].device.type == "cpu"
-        heads._fit(model, features, heads.HeadsConfig(steps=2, batch=4), LossConfig(), products, GPU, 0, 1, None, None)
+        batches = heads.ImageBatches(model, features, 4, 0, products, GPU)
+        heads._fit(model, batches, heads.HeadsConfig(steps=2, batch=4), LossConfig(), GPU, 0, 1, None, None)
 
 
 def stray(folder: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
-from llm2clip_plugin.stages.text_adapter.config import AdapterConfig
 from llm2clip_plugin.stages.tower.run import check_patch_layers
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import LossConfig
@@ -126,9 +125,3 @@ def test_a_hidden_state_that_the_tower_lacks_is_refused(layer: int):
     with pytest.raises(ValueError, match=rf"layer {layer} .* 3 blocks"):
         check_patch_layers(tiny_dual("clip"), loss)
     check_patch_layers(tiny_dual("clip"), LossConfig(terms=("infonce", "patch_captions")))
-
-
-def test_captions_alone_have_no_patches():
-    config = AdapterConfig(loss=LossConfig(terms=("distill", "patch_captions")))
-    with pytest.raises(ValueError, match=r"loss.terms .*patch_captions"):
-        config.validate(needs_data=False)

@@ -18,7 +18,8 @@ from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.embed.config import COMMAND, EmbedConfig
 from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.embed import Encoder, default_cache_folder, embed_source, verify
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
+from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.teacher import open_encoder
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
@@ -133,7 +134,7 @@ def verify_cache(config: EmbedConfig) -> str:
     return verify(*open_all(config))
 
 
-def open_all(config: EmbedConfig) -> tuple[Source, Encoder, Path]:
+def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
     if not config.cache:  # before anything is downloaded or loaded
         place = default_cache_folder(config.source.path, "").parent

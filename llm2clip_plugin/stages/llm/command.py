@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
-from llm2clip_plugin.stages.llm.config import FINETUNE, UNUSED, FinetuneConfig, llm_recipe
+from llm2clip_plugin.stages.llm.config import FINETUNE, FinetuneConfig, llm_recipe
 from llm2clip_plugin.stages.llm.run import finetune_llm, open_data, plan_stage, trained_parameters
-from llm2clip_plugin.stages.settings import LLM_MIXTURE, plan_or_train, rank_and_world, read_settings
+from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world, read_settings
 from llm2clip_plugin.text.adapter import autocast_adapter
 from llm2clip_plugin.text.config import EncoderConfig, apply_card, apply_preset, find_card
 from llm2clip_plugin.text.contrast import PairModule, equal_parts
@@ -67,22 +67,21 @@ def llm_plan(config: FinetuneConfig) -> str:
         parts.append(f"memory is not planned: {error}")
     else:
         longest, gpu_gib, train = encoder.max_tokens, config.plan.gpu_gib, config.train
-        mean = f"{size.tokens:.4g} tokens"
         shape = shape_llm(settings, encoder, config.lora, train.precision)
         usual, long = (step_memory(config, settings, size, lengths, shape) for lengths in (size.lengths, (longest,)))
         stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
-        tables = [plans.columns(memory, train, gpu_gib, stages=stages) for memory in (usual, long)]
         parts += [
             describe_llm(config, shape),
             plans.describe_rank(usual, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-            f"activations of a pair of {size.texts} texts: {usual.pair_bytes / 1e6:,.1f} MB at {mean} "
-            + f"(the mean), {long.pair_bytes / 1e6:,.1f} MB at {longest} (max_tokens)",
-            plans.describe_columns(
-                tables[0], train.global_batch, gpu_gib, f"; texts of {size.tokens:.4g} tokens (the mean)"
-            ),
-            plans.describe_columns(tables[1], train.global_batch, gpu_gib, f"; texts of {longest} tokens (max_tokens)"),
         ]
-    return "\n".join([*parts, plans.describe_deepspeed(deepspeed)])
+        for memory, tokens in (
+            (usual, f"{size.tokens:.4g} tokens (the mean)"),
+            (long, f"{longest} tokens (max_tokens)"),
+        ):
+            table = plans.columns(memory, train, gpu_gib, stages=stages)
+            about = f", for pairs of {size.texts} texts of {tokens}"
+            parts.append(plans.describe_columns(table, train.global_batch, gpu_gib, about))
+    return "\n".join(parts)
 
 
 def measure_data(config: FinetuneConfig) -> DataSize:
@@ -98,7 +97,7 @@ def measure_data(config: FinetuneConfig) -> DataSize:
         lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
     else:
         texts = 3 if config.pairs.random_negatives else 2
-        samples, found = config.plan.assumed_pairs, [f"the paper's data: {LLM_MIXTURE}"]
+        samples, found = config.plan.assumed_pairs, []
         lengths, missing = [], "no DATA"
         assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
@@ -185,7 +184,7 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
     lora = config.lora
     trained = trained_parameters(shape.llm, config)
     dtype = ("NF4 and " if config.encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
-    starts = "".join(f"\nmerged before training: {name}" for name in config.start_adapters)
+    starts = "".join(f"; {name} merged" for name in config.start_adapters)
     return (
         f"LLM: {config.encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} "
         f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}\n"
@@ -201,7 +200,7 @@ def parse(argv: list[str]) -> FinetuneConfig:
         name = extras.get("recipe", "")
         return llm_recipe(name) if name else FinetuneConfig()
 
-    return read_settings(FINETUNE, argv, default, UNUSED)
+    return read_settings(FINETUNE, argv, default)
 
 
 def main(argv: list[str]) -> int:
@@ -211,5 +210,5 @@ def main(argv: list[str]) -> int:
         config.dry_run,
         lambda: llm_plan(config),
         lambda: finetune_llm(config, started_by("finetune-llm", argv)),
-        "adapter: {}",
+        "adapter",
     )

@@ -6,7 +6,6 @@ LLaVA's scripts keep their names.
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,31 +13,17 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.workers import lacks_shared_memory
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import plan as plans
 from llm2clip_plugin.stages.run import find_cache, plan_engine
-from llm2clip_plugin.stages.settings import (
-    TEACHERS,
-    TOWER_MIXTURES,
-    from_plain,
-    plan_or_train,
-    rank_and_world,
-    read_settings,
-)
-from llm2clip_plugin.stages.tower.config import COMMAND, DEFAULT, UNUSED, RunConfig, recipe
-from llm2clip_plugin.stages.tower.run import (
-    check_data,
-    check_patch_layers,
-    describe_loading,
-    load_plans,
-    open_data,
-    train_tower,
-)
+from llm2clip_plugin.stages.settings import TEACHERS, from_plain, plan_or_train, rank_and_world, read_settings
+from llm2clip_plugin.stages.tower.config import COMMAND, DEFAULT, RunConfig, recipe
+from llm2clip_plugin.stages.tower.run import check_data, check_patch_layers, load_plans, open_data, train_tower
 from llm2clip_plugin.train.config import local_world_size
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.family import LOG_SCALE
 
 # ``llm2clip train-tower ... --dry-run``: what a run does and costs, from shapes alone.
 
@@ -71,18 +56,17 @@ def tower_plan(config: RunConfig) -> str:
     )
     parameters = plans.describe_parameters(trained_parameters(dual, config.optim), config.optim)
     memory = step_memory(config, dual)
+    lacking = lacks_shared_memory(load_plans(config, tower.image_size, size.width, world), local_world_size())
     parts = [
         *(f"assumed: {line}" for line in size.assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
-        f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters",
-        f"projection_dim {config.dual.projection_dim}, LLM embeddings {size.width} wide, {describe_scale(config)}",
+        f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
+        f"{config.dual.projection_dim}, LLM embeddings {size.width} wide",
         plans.describe_run(plan, deepspeed, samples=size.samples, world=world),
         parameters,
-        describe_loading(load_plans(config, tower.image_size, size.width, world), local_world_size()),
         plans.describe_rank(memory, plan, deepspeed, world=world, gpu_gib=gpu_gib),
-        f"activations of an image and its caption: {memory.pair_bytes / 1e6:.1f} MB",
         plans.describe_columns(plans.columns(memory, train, gpu_gib), train.global_batch, gpu_gib),
-        plans.describe_deepspeed(deepspeed),
+        *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
 
@@ -99,7 +83,6 @@ def measure_data(config: RunConfig) -> DataSize:
         samples = sum(len(open_source(source)) for source in config.data.sources)
     else:
         assumed = [f"{samples:,} images (--assumed-samples, or DATA)"]
-        assumed += [f"data like the paper's, {mixture}" for mixture in TOWER_MIXTURES]
     width = config.dual.llm_width or ASSUMED_WIDTH
     if not config.dual.llm_width:
         known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
@@ -149,15 +132,6 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
     )
 
 
-def describe_scale(config: RunConfig) -> str:
-    """Where the logit scale starts; a tower's own is not read."""
-    if config.tower.keep_heads:
-        return "the tower directory's logit scale"
-    if config.dual.logit_scale_init is not None or config.tower.from_scratch:
-        return f"logit scale {math.exp(config.dual.logit_scale_init or LOG_SCALE):.4g}"
-    return f"the tower's logit scale ({math.exp(LOG_SCALE):.4g} if it has none)"
-
-
 def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
     config = read_command(argv)
@@ -168,13 +142,13 @@ def main(argv: list[str]) -> int:
         config.dry_run,
         lambda: tower_plan(config),
         lambda: train_tower(config, command=started_by("train-tower", argv)),
-        "tower: {}",
+        "tower",
     )
 
 
 def read_command(argv: list[str]) -> RunConfig:
     """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
-    return read_settings(COMMAND, argv, starting_point, UNUSED)
+    return read_settings(COMMAND, argv, starting_point)
 
 
 def starting_point(extras: dict[str, str]) -> RunConfig:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import llm2clip_plugin
 from llm2clip_plugin.contracts import canonical_json, sha256_text
-from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources.base import ReadConfig, SourceConfig, parse_weights
 from llm2clip_plugin.data.workers import cores
@@ -25,7 +24,7 @@ from llm2clip_plugin.options import (
     nearest,
     unknown,
 )
-from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, Unused, flat_essentials
+from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig, flat_essentials
 from llm2clip_plugin.train.config import (
     DistillConfig,
     HeadsConfig,
@@ -50,6 +49,8 @@ class DataConfig:
 
     path: tuple[str, ...] = ()  # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
     cache: tuple[str, ...] = ()  # embedding cache of each path; empty: the one embeddings-* folder next to the data
+    # with heads.target clip_text: cache of the CLIP's text features of each path; empty: the one next to the data
+    clip_cache: tuple[str, ...] = ()
     weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
     # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
     caption_weights: tuple[str, ...] = ()
@@ -61,7 +62,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name, values in (("cache", self.cache), ("weight", self.weight)):
+        for name, values in (("cache", self.cache), ("clip_cache", self.clip_cache), ("weight", self.weight)):
             if values and len(values) != len(self.path):
                 raise ValueError(
                     f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one per path, or none"
@@ -124,6 +125,12 @@ class RunConfig(TrainingConfig):
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
         self.loss.check(self.dual)
+        if self.heads.target == "clip_text":
+            if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
+                raise ValueError(
+                    "heads.target clip_text fits a new text adapter to the CLIP's projection: set heads.steps, and "
+                    "leave tower.keep_heads and dual.adapter none out"
+                )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
                 "tower.freeze with dual.projection none and dual.adapter none leaves nothing to train; change one"
@@ -304,30 +311,33 @@ def lift_b16() -> RunConfig:
 
 
 def proclip_l14_224() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-L/14; `llm2clip train-text-adapter` first, then --tower its result."""
+    """ProCLIP over CLIP ViT-L/14: `llm2clip import` it, then --tower the result."""
     return _proclip("proclip-l14-224", TowerConfig(architecture="openai/clip-vit-large-patch14"), projection_dim=768)
 
 
 def proclip_l14_336() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-L/14 at 336 px."""
+    """ProCLIP over CLIP ViT-L/14 at 336 px."""
     tower = TowerConfig(architecture="openai/clip-vit-large-patch14-336")
     return _proclip("proclip-l14-336", tower, projection_dim=768)
 
 
 def proclip_b16() -> RunConfig:
-    """ProCLIP's second stage over CLIP ViT-B/16."""
+    """ProCLIP over CLIP ViT-B/16."""
     return _proclip("proclip-b16", TowerConfig(architecture="openai/clip-vit-base-patch16"), projection_dim=512)
 
 
 def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig:
-    """ProCLIP's published settings (arXiv 2510.18795): InfoNCE and the distance to an EMA of the tower.
+    """ProCLIP's published settings (arXiv 2510.18795): the text adapter learns CLIP's text space from captions, then
+    InfoNCE and the distance to an EMA of the tower train both sides.
 
-    Its lambda 4e-4 over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is
-    .2 in the text and .05 in the table, which is taken. The heads are those of `llm2clip train-text-adapter`.
+    The fit's length is its four epochs of CC3M, CC12M and YFCC15M: 4 x 30 M / 1024. Its lambda 4e-4 over the sums of
+    512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is .2 in the text and .05 in the
+    table, which is taken.
     """
-    paper = _paper(name, dataclasses.replace(tower, keep_heads=True), projection_dim=projection_dim)
+    paper = _paper(name, tower, projection_dim=projection_dim)
     return dataclasses.replace(
         paper,
+        heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
         loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
         distill=DistillConfig(reference="ema", decay=0.999),
         optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0),
@@ -335,7 +345,12 @@ def _proclip(name: str, tower: TowerConfig, *, projection_dim: int) -> RunConfig
 
 
 def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
-    """The published stage-2 settings over a tower; data (the paper's: TOWER_MIXTURES) and caches are the user's."""
+    """The published stage-2 settings over a tower; data and caches are the user's.
+
+    The paper's data are 15 M images (CC3M, CC12M) or 60 M (also YFCC15M and 30 M of Recap-DataComp-1B), with an MLLM's
+    short caption or its long one, drawn evenly (DreamLIP's shortSV and longSV: data/extract_embedding.py:12,
+    training/data.py:611-617).
+    """
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
@@ -453,90 +468,6 @@ COMMAND = Command(
         "config": Extra(metavar="FILE", help="a configuration in JSON, for example the run.json of an earlier run"),
     },
 )
-
-
-# Options of ``train-tower`` that have no effect in some configurations.
-
-ROW_FILES = (".jsonl", ".json")
-
-
-def _frozen(config: RunConfig) -> str:
-    return "tower.freeze trains the heads alone" if config.tower.freeze else ""
-
-
-def _lr_of_heads_alone(config: RunConfig) -> str:
-    head_lr = config.optim.head_lr
-    return f"tower.freeze trains the heads alone, at optim.head_lr {head_lr}" if config.tower.freeze and head_lr else ""
-
-
-def _paths(config: RunConfig) -> tuple[str, ...]:
-    return (*config.data.path, *([config.data.validation] if config.data.validation else []))
-
-
-def _no_row_files(config: RunConfig) -> str:
-    rows = config.data.read.format != "auto" or any(path.endswith(ROW_FILES) for path in _paths(config))
-    return "" if rows or not _paths(config) else "data.path names no .jsonl or .json file"
-
-
-def _no_urls(config: RunConfig) -> str:
-    return (
-        "data.path is local, nothing is downloaded" if _paths(config) and not any(map(is_url, _paths(config))) else ""
-    )
-
-
-def _first_caption_alone(config: RunConfig) -> str:
-    several = config.data.captions_per_image > 1 and any(term.uses_all_captions for _, term in config.loss.weighted())
-    return "" if several else f"loss.terms {' '.join(config.loss.terms)} uses one caption of an image"
-
-
-def _no_reference(config: RunConfig) -> str:
-    return "" if config.loss.needs_reference else f"loss.terms {' '.join(config.loss.terms)} compares with no reference"
-
-
-UNUSED: list[Unused[RunConfig]] = [
-    Unused(("data.captions_per_image",), _first_caption_alone, off=1),
-    Unused(
-        ("distill",),
-        _no_reference,
-    ),
-    Unused(("distill.decay",), lambda c: "" if c.distill.reference == "ema" else "distill.reference is not ema"),
-    Unused(("heads",), lambda c: "" if c.heads.steps else "heads.steps is 0, so the heads are not fitted first"),
-    Unused(
-        ("train.eval_steps", "train.eval_on_start", "evaluation", "data.validation_cache"),
-        lambda c: "" if c.data.validation else "data.validation is not set, so nothing is evaluated",
-    ),
-    Unused(("tower.lora_alpha",), lambda c: "" if c.tower.lora_rank else "tower.lora_rank is 0, so there is no LoRA"),
-    Unused(
-        ("tower.architecture",),
-        lambda c: f"tower.path is {c.tower.path!r}, which has an architecture" if c.tower.path else "",
-    ),
-    Unused(("optim.layer_decay",), _frozen, off=1.0),
-    Unused(("optim.full_lr",), lambda c: "optim.layer_decay is 1" if c.optim.layer_decay == 1 else _frozen(c)),
-    Unused(("train.gradient_checkpointing",), _frozen),
-    Unused(
-        ("train.dataloader_prefetch_mb",),
-        lambda c: "" if c.train.dataloader_num_workers else "train.dataloader_num_workers is 0",
-    ),
-    Unused(("optim.lr",), _lr_of_heads_alone),
-    Unused(
-        ("dual.adapter_blocks", "dual.adapter_expansion"),
-        lambda c: f"dual.adapter is {c.dual.adapter}, which has no blocks" if c.dual.adapter != "mlp" else "",
-    ),
-    Unused(
-        ("dual.projection_dim",),
-        lambda c: "dual.adapter is none: images go to the LLM's own space" if c.dual.adapter == "none" else "",
-    ),
-    Unused(
-        ("dual.projection_bias", "dual.projection_init_std"),
-        lambda c: "" if c.dual.projection == "linear" else f"dual.projection is {c.dual.projection}",
-    ),
-    Unused(
-        ("dual.logit_scale_init", "dual.logit_bias_init", "dual.projection_init_std"),
-        lambda c: "tower.keep_heads starts from the tower directory's" if c.tower.keep_heads else "",
-    ),
-    Unused(("data.read.images", "data.read.image_field", "data.read.key_field"), _no_row_files),
-    Unused(("data.read.cache_gb",), _no_urls),
-]
 
 
 # The options of ``llm2clip export``.

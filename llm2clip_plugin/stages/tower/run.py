@@ -1,5 +1,7 @@
 """Stage 2 assembled: captioned images and a cache in, a trained and exported tower out."""
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -9,31 +11,29 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.console import loaded, phase
-from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.loader import PairLoader, make_loader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sampler import epoch_draws
-from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources.base import Source, SourceConfig, check_kinds
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.data.sources.tars import shuffle_window
-from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, lacks_shared_memory, plan_loading, row_bytes
+from llm2clip_plugin.data.workers import LoadPlan, check_shared_memory, plan_loading, row_bytes
 from llm2clip_plugin.evaluate.opening import check_measurable
 from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval
 from llm2clip_plugin.files import UNFINISHED_HEADS
 from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
-from llm2clip_plugin.stages.tower.config import EMOJI_FIELD, RunConfig, quickstart
+from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
-from llm2clip_plugin.train.checkpoint import Checkpoints, Loaded, load_weights
+from llm2clip_plugin.train.checkpoint import Checkpoints, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
-from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
-from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters
+from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
 from llm2clip_plugin.train.losses.base import weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
@@ -43,235 +43,9 @@ from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import tower_blocks, use_fastest_attention
 
-# Stage 2's input: captioned images with the cached embeddings of their captions.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Opened sources with their caches, checked against each other."""
-
-    sources: list[Source]
-    caches: list[EmbeddingCache]
-    validation: Source | None
-    validation_cache: EmbeddingCache | None
-
-    @property
-    def samples(self) -> int:
-        """Training samples of one epoch over all sources: the sum of weight x size."""
-        return sum(epoch_draws(list(map(len, self.sources)), [source.config.weight for source in self.sources]))
-
-    @property
-    def teacher(self) -> TeacherIdentity:
-        """The LLM whose embeddings the caches hold."""
-        return self.caches[0].teacher
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """What is compared between ranks."""
-        own = {}
-        for number, (source, cache) in enumerate(zip(self.sources, self.caches, strict=True), 1):
-            own |= {str(number): source_digest(source), f"{number}, its cache": cache_digest(cache)}
-        if self.validation is not None and self.validation_cache is not None:
-            own |= {"validation": source_digest(self.validation)}
-            own |= {"validation, its cache": cache_digest(self.validation_cache)}
-        return own
-
-
-def open_data(config: RunConfig) -> Data:
-    """Open every source and cache.
-
-    Raises ContractError if two caches have different teachers, or one doesn't fit its data.
-    """
-    paths = config.data.cache or ("",) * len(config.data.path)
-    sources, caches = [], []
-    teacher = None
-    for item, path in zip(config.data.sources, paths, strict=True):
-        source, cache = open_pair(item, path, teacher)
-        teacher = cache.teacher
-        sources.append(source)
-        caches.append(cache)
-    check_fields(*sources)
-    held_out = config.data.held_out
-    pair = open_pair(held_out, config.data.validation_cache, teacher) if held_out else (None, None)
-    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1])
-
-
-def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:
-    """A source and its cache, checked against each other and against the teacher of the caches before it."""
-    if is_url(config.path) and not cache_path:  # before anything is downloaded
-        raise ValueError(
-            f"{config.path} is not a local folder; set its embedding cache with --cache DIR "
-            "(--validation-cache DIR for the held-out split)"
-        )
-    source = open_source(config)
-    cache = EmbeddingCache.open(
-        cache_path or find_cache(config, teacher), expect_fingerprint=teacher.fingerprint if teacher else None
-    )
-    cache.check(source)
-    return source, cache
-
-
-# What can be known to fail is checked before step 1 of stage 2: the data, the evaluation, the start weights.
-
-
-def check_data(config: RunConfig, data: Data) -> None:
-    """Raise ValueError for data on which training or the run's evaluation would fail; warn about what is unusual.
-
-    Every rank must call this; rank 0 reads samples.
-    """
-    on_first_rank(lambda: _check_data(config, data))
-
-
-def _check_data(config: RunConfig, data: Data) -> None:
-    warnings = [repeated_samples(config, sum(map(len, data.sources)))]
-    refuse_small_sources(config, data)
-    check_kinds(data.sources, config.data.kind_weights)
-    if data.validation is not None:
-        check_measurable(data.validation, config.evaluation, option="--evaluation.")
-        warnings.append(trained_on(data))
-    for line in filter(None, warnings):
-        print(f"warning: {line}", file=sys.stderr)
-
-
-def trained_on(data: Data) -> str:
-    """A line about a shard of validation whose keys and captions are those of one that is trained on; else ""."""
-    assert data.validation is not None and data.validation_cache is not None
-    shards = {
-        cache.manifest.shards[shard.name]["rows_sha256"]: source.path
-        for source, cache in zip(data.sources, data.caches, strict=True)
-        for shard in source.shards
-    }
-    for shard in data.validation.shards:
-        if same := shards.get(data.validation_cache.manifest.shards[shard.name]["rows_sha256"]):
-            return (
-                f"--validation {data.validation.path}: shard {shard.name!r} is also in the training data {same}, its "
-                "scores say nothing about new images; hold some out with `llm2clip data split`"
-            )
-    return ""
-
-
-def repeated_samples(config: RunConfig, samples: int) -> str:
-    """A line about a batch that is larger than the data; ValueError if its samples would be their own negatives."""
-    batch = config.train.global_batch
-    if batch <= samples:
-        return ""
-    problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
-    if not config.loss.mask_same_image:
-        raise ValueError(
-            f"{problem}: samples would be their own negatives, as loss.mask_same_image is off; lower --global-batch"
-        )
-    return f"{problem}: a sample comes several times in a batch, and no more than {samples} pairs are negatives"
-
-
-def refuse_small_sources(config: RunConfig, data: Data) -> None:
-    """Raise ValueError for a source of which a global batch would hold samples twice."""
-    batch = config.train.global_batch
-    small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
-    if config.data.one_source_per_batch and len(data.sources) > 1 and small:
-        raise ValueError(
-            f"global_batch {batch} is larger than {', '.join(small)}; lower --global-batch, or mix the sources with "
-            "--no-one-source-per-batch"
-        )
-
-
-def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
-    """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
-    blocks = len(tower_blocks(dual.tower))
-    for reads, layer in loss.patch_layers.items():
-        if not -blocks - 1 <= layer <= blocks:
-            raise ValueError(
-                f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "
-                "change layer in --loss.args (-2: the block before the last)"
-            )
-
-
-def check_weights(dual: DualEncoder, config: RunConfig, resumed: Loaded | None) -> None:
-    """Raise ValueError on rank 0 for weights that are NaN or infinite. Every rank must call this."""
-    where = config.tower.path if resumed is None else resumed.path
-    on_first_rank(lambda: check_finite(dual, where))
-
-
-# How a run loads: what its loader processes need, and in which order it reads.
-
-EVALUATION_PREFETCH = 2  # torch's default
-
-
-def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
-    """One for training, and one for evaluation if the run has a held-out split and loader processes for it.
-
-    side: pixels of an image; width: of an embedding; world: ranks.
-    """
-    rows, micro_batch, _ = config.train.rows(world)
-    plans = [
-        plan_loading(
-            rows=rows,
-            micro_batch=micro_batch,
-            workers=config.train.dataloader_num_workers,
-            row_bytes=row_bytes(side, width * config.data.captions_per_image),
-            prefetch_mb=config.train.dataloader_prefetch_mb,
-        )
-    ]
-    batch, workers = config.evaluation.batch, config.evaluation.workers
-    if config.data.validation and workers:
-        plans.append(
-            LoadPlan(
-                rows=batch, part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=row_bytes(side, 0)
-            )
-        )
-    return plans
-
-
-def describe_loading(plans: list[LoadPlan], ranks: int) -> str:
-    """Processes, parts and memory of a rank's loader, and whether this machine has it for ``ranks`` ranks."""
-    train = plans[0]
-    memory = f"{train.host_bytes / 1e6:,.0f} MB of its own memory"
-    if not sum(plan.workers for plan in plans):
-        return f"loader of a rank: no processes (--workers), {memory}"
-    shared = sum(plan.shared_bytes for plan in plans)
-    text = (
-        f"loader of a rank: {train.workers} processes, parts of {train.part} images, {shared / 1e6:,.0f} MB of "
-        f"/dev/shm (--dataloader-prefetch-mb), {memory}"
-    )
-    if reason := lacks_shared_memory(plans, ranks):
-        return f"{text}\n  too much for this machine: {reason}"
-    return text
-
-
-def with_order(config: RunConfig) -> RunConfig:
-    """The run with its ``shuffle_window`` decided by where its data is: it belongs to what a checkpoint records."""
-    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
-    read = dataclasses.replace(config.data.read, shuffle_window=window)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, read=read))
-
-
-# What a run says about its own settings before it starts: lines for settings that are valid and rarely meant.
-
-
-def notes(config: RunConfig, source: Source, device: torch.device) -> list[str]:
-    """The lines for a run on ``device`` whose first training data is ``source``."""
-    lines = []
-    if config.data.augment == quickstart().data.augment and not _is_emoji(source):
-        lines.append(
-            f"the quickstart settings are for its emoji: {source.path} is mirrored, rotated and cropped as they are; "
-            "for other data leave out --recipe quickstart"
-        )
-    if device.type == "cpu" and config.train.precision == "bf16":
-        lines.append("no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32")
-    return [f"note: {line}" for line in lines]
-
-
-def _is_emoji(source: Source) -> bool:
-    """Whether the first readable sample is one of the built-in set, or was made as those are."""
-    for number in range(min(len(source), 10)):
-        try:
-            return EMOJI_FIELD in source.record(number).meta
-        except BrokenSample:
-            continue
-    return False
-
-
 TOWER, TOWER_EMA = "tower", "tower-ema"
 FITTED_FOR_SCORES = HeadsConfig(steps=100, max_images=20_000)
+EVALUATION_PREFETCH = 2  # torch's default
 
 
 def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path:
@@ -279,7 +53,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
     ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
-    see run_files.started_by; recorded in run.json.
+    see files.started_by; recorded in run.json.
     """
     # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says which one failed
     with stop_requests() as stop, training_ranks(config.train) as device:
@@ -290,46 +64,53 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
 
 
 def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
-    """From the opened data on: tower, engine, loop, export."""
+    """From the opened data on: tower, heads, engine, loop, export."""
     with phase("checking the data"):
         check_data(config, data)
-    if rank() == 0:
-        for line in notes(config, data.sources[0], device):
-            print(line, file=sys.stderr)
+    bf16, with_twin = config.train.precision == "bf16", config.loss.needs_reference
+    if rank() == 0 and device.type == "cpu" and bf16:
+        print("note: no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32", file=sys.stderr)
     config = with_order(config)
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, data.caches[0].width))
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
+    if config.heads.target == "clip_text":
+        load_clip_heads(dual, config.tower.path)
     check_patch_layers(dual, config.loss)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     check_shared_memory(load_plans(config, images.size, data.caches[0].width, world_size()), local_world_size())
     trained = trained_parameters(dual, config.optim)
-    run = open_run(config, data, hidden_size=dual.tower.config.hidden_size)
-    run = dataclasses.replace(run, command=command)
+    run = dataclasses.replace(open_run(config, data, hidden_size=dual.tower.config.hidden_size), command=command)
     resumed = run.find_checkpoint()
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
-    check_weights(dual, config, resumed)
-    run.check_space(dual, trained, twin=config.loss.needs_reference)
+    on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
+    run.check_space(dual, trained, twin=with_twin)
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         run.record(run.new_state())
         with phase("heads"):
             curve = fit(dual, data, images, config, config.heads, device, stop, run.folder / UNFINISHED_HEADS)
     # before the engine, which partitions the weights under ZeRO-3
-    twin = Twin(dual, decay=config.distill.twin_decay) if config.loss.needs_reference else None
+    twin = Twin(dual, decay=config.distill.twin_decay) if with_twin else None
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
-        scored = None if resumed is not None else before
-        before, curve = None, []
-        if scored is not None:
+        scored, before = before, None
+        if resumed is None:
             before, curve = measured_before(dual, data, images, config, scored, device, stop)
-    prepare(dual, config, device)
-    if twin is not None:
-        use_fastest_attention(twin.module.tower, device, bf16=config.train.precision == "bf16")
+    use_fastest_attention(dual.tower, device, bf16=bf16)
+    if config.train.gradient_checkpointing:
+        enable_gradient_checkpointing(dual.tower)
+    if config.train.torch_compile:
+        dual.tower.compile()
     engine = run.make_engine(dual, trained, resumed)
     if twin is not None:
+        use_fastest_attention(twin.module.tower, device, bf16=bf16)
         twin.attach(engine, resumed.twin if resumed is not None else {})
+    average = None
+    if config.train.ema_decay:
+        updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
+        average = MovingAverage(engine, config.train.ema_decay, updates=updates, values=values)
     start = run.start_state(resumed)
     loader = make_batches(config, data, images, start.samples)
     state = run.train_to_end(
@@ -351,7 +132,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         before=before,
         heads=curve,
         stop=stop,
-        average=moving_average(engine, config, resumed),
+        average=average,
         twin=twin,
     )
     if rank() == 0:
@@ -383,6 +164,8 @@ def fit(
         seed=config.train.seed,
         bf16=config.train.precision == "bf16",
         caption_weights=config.data.kind_weights,
+        clip_caches=data.clip_caches,
+        workers=config.train.dataloader_num_workers,
         logging_steps=config.train.logging_steps,
         stop=stop,
         unfinished=unfinished,
@@ -418,6 +201,8 @@ def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:
         config, config.train, config.optim, samples=data.samples, world=world_size(), hidden_size=hidden_size
     )
     learned_from = {"teacher": data.teacher.fingerprint, "samples": data.samples}
+    if data.clip_caches:
+        learned_from["clip"] = data.clip_caches[0].fingerprint
     return TrainingRun(
         config=config,
         config_hash=config.hash,
@@ -431,13 +216,11 @@ def open_run(config: RunConfig, data: Data, *, hidden_size: int) -> TrainingRun:
     )
 
 
-def prepare(dual: DualEncoder, config: RunConfig, device: torch.device) -> None:
-    """Choose the tower's attention kernel, set gradient checkpointing and compilation."""
-    use_fastest_attention(dual.tower, device, bf16=config.train.precision == "bf16")
-    if config.train.gradient_checkpointing:
-        enable_gradient_checkpointing(dual.tower)
-    if config.train.torch_compile:
-        dual.tower.compile()
+def with_order(config: RunConfig) -> RunConfig:
+    """The run with its ``shuffle_window`` decided by where its data is: it belongs to what a checkpoint records."""
+    window = shuffle_window(config.data.read.shuffle_window, config.data.path)
+    read = dataclasses.replace(config.data.read, shuffle_window=window)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, read=read))
 
 
 def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: int) -> PairLoader:
@@ -468,13 +251,24 @@ def make_batches(config: RunConfig, data: Data, images: ImageConfig, position: i
     )
 
 
-def moving_average(engine: Engine, config: RunConfig, resumed: Loaded | None) -> MovingAverage | None:
-    """The moving average of the weights, None if the run has none."""
-    if not config.train.ema_decay:
-        return None
-    values = resumed.averages if resumed is not None else None
-    updates = resumed.state.step if resumed is not None else 0
-    return MovingAverage(engine, config.train.ema_decay, updates=updates, values=values)
+def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
+    """What loader processes take: for training, and for evaluation if the run has a held-out split and such processes.
+
+    side: pixels of an image; width: of an embedding; world: ranks.
+    """
+    rows, micro_batch, _ = config.train.rows(world)
+    train = plan_loading(
+        rows=rows,
+        micro_batch=micro_batch,
+        workers=config.train.dataloader_num_workers,
+        row_bytes=row_bytes(side, width * config.data.captions_per_image),
+        prefetch_mb=config.train.dataloader_prefetch_mb,
+    )
+    batch, workers = config.evaluation.batch, config.evaluation.workers
+    if not config.data.validation or not workers:
+        return [train]
+    size = row_bytes(side, 0)
+    return [train, LoadPlan(rows=batch, part=batch, prefetch=EVALUATION_PREFETCH, workers=workers, row_bytes=size)]
 
 
 def evaluation(dual: DualEncoder, data: Data, images: ImageConfig, config: RunConfig) -> Evaluate | None:
@@ -497,3 +291,145 @@ def export_towers(config: RunConfig, step: int) -> None:
     export_run(folder, folder / TOWER, checkpoint=last, replace=True)
     if config.train.ema_decay:
         export_run(folder, folder / TOWER_EMA, checkpoint=last, averaged=True, replace=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Opened sources with their caches, checked against each other."""
+
+    sources: list[Source]
+    caches: list[EmbeddingCache]
+    validation: Source | None
+    validation_cache: EmbeddingCache | None
+    clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
+
+    @property
+    def samples(self) -> int:
+        """Training samples of one epoch over all sources: the sum of weight x size."""
+        return sum(epoch_draws(list(map(len, self.sources)), [source.config.weight for source in self.sources]))
+
+    @property
+    def teacher(self) -> TeacherIdentity:
+        """The LLM whose embeddings the caches hold."""
+        return self.caches[0].teacher
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What is compared between ranks."""
+        own = {}
+        for number, (source, cache) in enumerate(zip(self.sources, self.caches, strict=True), 1):
+            own |= {str(number): source_digest(source), f"{number}, its cache": cache_digest(cache)}
+        for number, cache in enumerate(self.clip_caches, 1):
+            own[f"{number}, its CLIP cache"] = cache_digest(cache)
+        if self.validation is not None and self.validation_cache is not None:
+            own |= {"validation": source_digest(self.validation)}
+            own |= {"validation, its cache": cache_digest(self.validation_cache)}
+        return own
+
+
+def open_data(config: RunConfig) -> Data:
+    """Open every source and cache.
+
+    Raises ContractError if two caches have different teachers, or one doesn't fit its data.
+    """
+    paths = config.data.cache or ("",) * len(config.data.path)
+    sources, caches = [], []
+    teacher = None
+    for item, path in zip(config.data.sources, paths, strict=True):
+        source, cache = open_pair(item, path, teacher)
+        teacher = cache.teacher
+        sources.append(source)
+        caches.append(cache)
+    check_fields(*sources)
+    held_out = config.data.held_out
+    pair = open_pair(held_out, config.data.validation_cache, teacher) if held_out else (None, None)
+    clip_caches = open_clip_caches(config, sources) if config.heads.target == "clip_text" else []
+    return Data(sources=sources, caches=caches, validation=pair[0], validation_cache=pair[1], clip_caches=clip_caches)
+
+
+def open_clip_caches(config: RunConfig, sources: list[Source]) -> list[EmbeddingCache]:
+    """The caches of one CLIP's text features, checked against their sources."""
+    caches: list[EmbeddingCache] = []
+    for source, path in zip(sources, config.data.clip_cache or ("",) * len(sources), strict=True):
+        known = caches[0].fingerprint if caches else None
+        cache = EmbeddingCache.open(path or find_cache(source.config, of_clip=True), expect_fingerprint=known)
+        if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
+            raise ValueError(
+                f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide; expected the "
+                f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
+            )
+        cache.check(source)
+        caches.append(cache)
+    return caches
+
+
+def open_pair(config: SourceConfig, cache_path: str, teacher: TeacherIdentity | None) -> tuple[Source, EmbeddingCache]:
+    """A source and its cache, checked against each other and against the teacher of the caches before it."""
+    if is_url(config.path) and not cache_path:  # before anything is downloaded
+        raise ValueError(
+            f"{config.path} is not a local folder; set its embedding cache with --cache DIR "
+            "(--validation-cache DIR for the held-out split)"
+        )
+    source = open_source(config)
+    cache = EmbeddingCache.open(
+        cache_path or find_cache(config, teacher), expect_fingerprint=teacher.fingerprint if teacher else None
+    )
+    cache.check(source)
+    return source, cache
+
+
+def check_data(config: RunConfig, data: Data) -> None:
+    """Raise ValueError for data on which training or the run's evaluation would fail; warn about what is unusual.
+
+    Every rank must call this; rank 0 reads samples.
+    """
+    on_first_rank(lambda: _check_data(config, data))
+
+
+def _check_data(config: RunConfig, data: Data) -> None:
+    batch, samples, warnings = config.train.global_batch, sum(map(len, data.sources)), []
+    if batch > samples:
+        problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
+        if not config.loss.mask_same_image:
+            raise ValueError(f"{problem}: samples would be their own negatives, as loss.mask_same_image is off")
+        warnings.append(f"{problem}: a sample comes several times in a batch")
+    small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
+    if config.data.one_source_per_batch and len(data.sources) > 1 and small:
+        raise ValueError(
+            f"global_batch {batch} is larger than {', '.join(small)}; lower --global-batch, or mix the sources with "
+            "--no-one-source-per-batch"
+        )
+    check_kinds(data.sources, config.data.kind_weights)
+    if data.validation is not None:
+        check_measurable(data.validation, config.evaluation, option="--evaluation.")
+        warnings.append(trained_on(data))
+    for line in filter(None, warnings):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def trained_on(data: Data) -> str:
+    """A line about a shard of validation whose keys and captions are those of one that is trained on; else ""."""
+    assert data.validation is not None and data.validation_cache is not None
+    shards = {
+        cache.manifest.shards[shard.name]["rows_sha256"]: source.path
+        for source, cache in zip(data.sources, data.caches, strict=True)
+        for shard in source.shards
+    }
+    for shard in data.validation.shards:
+        if same := shards.get(data.validation_cache.manifest.shards[shard.name]["rows_sha256"]):
+            return (
+                f"--validation {data.validation.path}: shard {shard.name!r} is also in the training data {same}, its "
+                "scores say nothing about new images; hold some out with `llm2clip data split`"
+            )
+    return ""
+
+
+def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
+    """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
+    blocks = len(tower_blocks(dual.tower))
+    for reads, layer in loss.patch_layers.items():
+        if not -blocks - 1 <= layer <= blocks:
+            raise ValueError(
+                f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "
+                "change layer in --loss.args (-2: the block before the last)"
+            )

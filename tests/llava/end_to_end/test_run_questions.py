@@ -31,7 +31,7 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
     run("llm2clip data make photos --output tars")
     said = run(f"llm2clip run {words}")
     out = tmp_path / "out"
-    assert "for 16 of 16 stages" in said and "out/questions/compare/compare.html" in said
+    assert "16 of 16 stages to run" in said and "out/questions/compare/compare.html" in said
     checkpoints = [json.loads((out / f"llava-{side}" / "config.json").read_text()) for side in SIDES]
     cards = [json.loads((out / side / "tower" / "llm2clip.json").read_text()) for side in SIDES]
     towers = [card["weights_sha256"] for card in cards]
@@ -41,4 +41,4 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
     assert (row["benchmark"], row["questions"]) == ("questions", 12)
     page = (out / "index.html").read_text()
     assert "own questions" in page and 'href="questions/compare/compare.html"' in page
-    assert "for 0 of 16 stages" in run(f"llm2clip run {words}")
+    assert "0 of 16 stages to run" in run(f"llm2clip run {words}")

@@ -1,6 +1,6 @@
 """The slow Llama tokenizer of transformers 4.37 on the classes of transformers 5.
 
-Ids and decoded texts equal those of 4.37 (``tests/llava/parity``), for ``legacy`` true and false.
+Ids and decoded texts equal those of 4.37 (tests/llava/parity), for ``legacy`` true and false.
 """
 
 from typing import Any, cast
