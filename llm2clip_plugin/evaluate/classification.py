@@ -1,38 +1,28 @@
-"""``llm2clip evaluate probe``: classification from a tower's features without any text: kNN and a linear probe.
+"""Classification: zero-shot by class names (``llm2clip evaluate zeroshot``), and kNN and a linear probe on a tower's
+features without any text (``llm2clip evaluate probe``).
 
-Shapes: N training images, M test images, D width of a feature, C classes.
+Shapes: N training images, M test images, C classes, P prompts of a class, D width of a feature, W of an embedding.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonical_json, sha256_text, sha256_weights
 from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
-from llm2clip_plugin.data.index import scan_tar, split_name
-from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption
-from llm2clip_plugin.data.sources.base import Source, SourceConfig
-from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.config import PROBE_COMMAND, ZEROSHOT_COMMAND, ProbeConfig, ZeroShotConfig
+from llm2clip_plugin.evaluate.images import ImageFeatures, InMemorySource, Row, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.opening import (
-    IMAGE_ENDINGS,
-    InMemorySource,
-    Row,
     Teacher,
     dataset_name,
-    image_files,
     on_all_ranks,
     open_tower,
     print_scores,
@@ -49,10 +39,77 @@ from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.family import DualConfig
 from llm2clip_plugin.vision.towers import load_tower
 
-# The classes of zero-shot classification as text: names, prompt templates, and their vectors.
-
 NAME_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
+PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
+HELD_OUT = 5  # one in five clusters of the training images is held out to choose the penalty
+QUERY_BLOCK = 1024  # test images compared at once
+
+
+def main_zeroshot(argv: list[str]) -> int:
+    """``llm2clip evaluate zeroshot TOWER DATA``."""
+    config = ZEROSHOT_COMMAND.parse(argv)
+    return on_all_ranks(
+        lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
+    )
+
+
+def measure_zeroshot(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
+    """Embed the prompts and the images, and classify each image as the nearest class."""
+    labeled = open_labeled_images(config.data, config.label)
+    names = read_class_names(config.classes, config.data, labeled.classes)
+    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
+    tower = open_tower(config.tower, config.device)
+    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
+    cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
+    class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
+    return dataclasses.replace(
+        classification_scores(features, class_CD, names),
+        benchmark=f"zeroshot:{dataset_name(config.data)}",
+        model=config.tower,
+        provenance=tower_provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
+    )
+
+
+def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequence[str]) -> ScoreFile:
+    """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score split the credit."""
+    image_ND = F.normalize(features.feature_ND, dim=1)
+    ranks, _ = rank_both(image_ND, class_CD, features.label_N, torch.arange(len(class_CD)))
+    top1_N = ranks.hits(1)
+    metrics = {"acc1": float(top1_N.mean())}
+    if len(class_CD) >= 5:
+        metrics["acc5"] = float(ranks.hits(5).mean())
+    metrics["mean_per_class_recall"] = features.mean_per_class(top1_N)
+    items = features.items(names, top1_N)
+    counts = {"images": len(items), "classes": len(class_CD), "left_out": len(features.broken)}
+    notes = [f"left out: {error}" for error in features.broken]
+    return ScoreFile(benchmark="", metrics=metrics, items=items, counts=counts, notes=notes)
+
+
+def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
+    """The scores in CLIP_benchmark's file format, for its tables."""
+    body = {
+        "dataset": scores.benchmark.partition(":")[2],
+        "model": "llm2clip",
+        "pretrained": config.tower,
+        "task": "zeroshot_classification",
+        "metrics": {name: scores.metrics.get(name) for name in ("acc1", "acc5", "mean_per_class_recall")},
+        "language": "en",
+    }
+    return json.dumps(body) + "\n"
+
+
+def zeroshot_report(config: ZeroShotConfig, scores: ScoreFile) -> None:
+    """Print the metrics with the interval of acc1, and write the files that were requested."""
+    print(f"{config.tower} on {config.data}: {scores.counts['images']} images, {scores.counts['classes']} classes")
+    print_scores(scores, {"acc1": "score"})
+    write_scores(scores, config.json)
+    if config.clip_benchmark:
+        with atomic_file(config.clip_benchmark) as temporary:
+            temporary.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
+        print(f"wrote {config.clip_benchmark}")
 
 
 def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
@@ -133,284 +190,6 @@ def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, *,
     return torch.stack([vectors[number] for number in range(len(prompts))])
 
 
-# Images with a class label: ImageNet's folders, tars with .cls members, or a field of a dataset's JSON.
-
-NOT_A_CLASS = (".", "embeddings-")  # prefixes of other folders: hidden ones, the prompts' cache
-
-
-@dataclass(frozen=True)
-class LabeledImages:
-    """N images, each with a label: the index of its class in ``classes``."""
-
-    source: Source
-    classes: list[str]  # the data's own names: folders, values of the field, or the numbers in .cls members
-    labels: list[int]
-    clusters: list[str]  # resampled together in the bootstrap, held out together
-
-
-def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
-    """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
-
-    ``field`` and ``cluster`` are fields of each sample's JSON. Raises FileNotFoundError, or ValueError for another
-    layout.
-    """
-    if field:
-        return _by_field(open_source(SourceConfig(path=path)), field, cluster)
-    root = Path(path)
-    if root.is_file() or any(root.rglob("*.tar")):
-        return _of_tars(root)
-    if any(entry.is_dir() for entry in root.iterdir()):
-        return _of_folders(root)
-    raise ValueError(
-        f"{path} has no class folders and no tars with .cls members; for captioned data pass --label FIELD"
-    )
-
-
-def _by_field(source: Source, field: str, cluster: str) -> LabeledImages:
-    """Any captioned data source."""
-    values, clusters = [], []
-    for record in map(source.record, range(len(source))):
-        for name in filter(None, (field, cluster)):
-            if name not in record.meta:
-                known = ", ".join(sorted(record.meta)) or "none"
-                raise ValueError(f"{source.path}: {record.key!r} has no field {name!r} in its JSON; known: {known}")
-        values.append(str(record.meta[field]))
-        clusters.append(str(record.meta[cluster]) if cluster else record.key)
-    classes = sorted(set(values))
-    number_of = {value: number for number, value in enumerate(classes)}
-    return LabeledImages(source, classes, [number_of[value] for value in values], clusters)
-
-
-def _of_folders(path: Path) -> LabeledImages:
-    """``CLASS/**/IMAGE.jpg``; classes in alphabetical order of their folders."""
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS))
-    images = [(label, file) for label, folder in enumerate(folders) for file in image_files(folder)]
-    rows = [Row(str(file.relative_to(path)), file) for _, file in images]
-    source = InMemorySource(str(path), path, rows)
-    return LabeledImages(source, [folder.name for folder in folders], [label for label, _ in images], _keys(rows))
-
-
-def _of_tars(path: Path) -> LabeledImages:
-    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index as text."""
-    rows, labels = [], []
-    for tar in [path] if path.is_file() else sorted(path.rglob("*.tar")):
-        parts: dict[str, dict[str, partial[bytes]]] = {}
-        for member in scan_tar(tar):
-            key, ending = split_name(member.name)
-            read = partial(_read, tar, member.offset, member.size)
-            parts.setdefault(key, {})["image" if ending in IMAGE_ENDINGS else ending] = read
-        for key, of_key in parts.items():
-            if "image" not in of_key:
-                continue
-            text = of_key["cls"]().decode("utf-8", "replace").strip() if "cls" in of_key else ""
-            if not text.isdecimal():
-                raise ValueError(f"{tar}: {key}.cls contains {text!r}, expected a class index (0, 1, ...)")
-            rows.append(Row(f"{tar.stem}/{key}", of_key["image"]))
-            labels.append(int(text))
-    source = InMemorySource(str(path), path, rows)
-    return LabeledImages(source, [str(number) for number in range(max(labels) + 1)], labels, _keys(rows))
-
-
-def _keys(rows: list[Row]) -> list[str]:
-    return [row.key for row in rows]
-
-
-def _read(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-# Encode the images of a source, each once; and labeled images, on all ranks.
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFeatures:
-    """Features of the readable images, in order."""
-
-    feature_ND: Tensor  # float32, on the CPU
-    label_N: Tensor  # int64
-    keys: list[str]
-    clusters: list[str]
-    broken: list[BrokenSample]
-
-    def mean_per_class(self, hit_N: Tensor) -> float:
-        """The unweighted mean over the classes of their mean hits."""
-        return float(torch.stack([hit_N[self.label_N == label].mean() for label in torch.unique(self.label_N)]).mean())
-
-    def items(self, classes: Sequence[str], hit_N: Tensor) -> list[dict[str, Any]]:
-        """One item of a score file for each image; ``part`` is the name of its class."""
-        rows = zip(self.keys, hit_N.tolist(), self.clusters, self.label_N.tolist(), strict=True)
-        return [
-            {"id": key, "score": hit, "cluster": cluster, "part": classes[label]} for key, hit, cluster, label in rows
-        ]
-
-
-class _Pixels(Dataset):
-    """(number in the source, key, its pixels (S, S, 3) uint8 or the error)."""
-
-    def __init__(self, source: Source, config: ImageConfig, numbers: Sequence[int]) -> None:
-        self.source, self.numbers, self.transform = source, numbers, EvalTransform(config)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, str, np.ndarray | BrokenSample]:
-        number, key = self.numbers[index], ""
-        try:
-            record = self.source.record_with_image(number)
-            key = record.key
-            return number, key, self.transform.pixels(record.read_image())
-        except BrokenImage as error:
-            return number, key, BrokenSample(self.source.locate(number)[0], key, str(error))
-        except BrokenSample as error:
-            return number, key, error
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedImages:
-    """What ``encode_images`` returns: the readable images in order, and the others."""
-
-    numbers: list[int]  # in the source
-    keys: list[str]
-    vectors: list[Tensor]  # of each batch, float32, on the CPU
-    broken: list[BrokenSample]
-
-
-@torch.no_grad()
-def encode_images(
-    encode: Callable[[Tensor], Tensor],
-    source: Source,
-    numbers: Sequence[int],
-    config: ImageConfig,
-    device: torch.device,
-    *,
-    batch: int,
-    workers: int,
-    bar: Any,
-) -> EncodedImages:
-    """Some images of a source through ``encode``, (B, 3, S, S) on ``device`` -> (B, D)."""
-    loader = DataLoader(_Pixels(source, config, numbers), batch, num_workers=workers, collate_fn=list)
-    normalize, found = Normalize(config, device), EncodedImages(numbers=[], keys=[], vectors=[], broken=[])
-    for items in loader:
-        good = [item for item in items if isinstance(item[2], np.ndarray)]
-        found.broken.extend(error for *_, error in items if isinstance(error, BrokenSample))
-        if good:
-            pixels = normalize(torch.from_numpy(np.stack([pixels for *_, pixels in good])))
-            found.vectors.append(encode(pixels).float().cpu())
-            found.numbers.extend(number for number, *_ in good)
-            found.keys.extend(key for _, key, _ in good)
-        bar.update(len(items))
-    return found
-
-
-def image_features(
-    encode: Callable[[Tensor], Tensor],
-    images: LabeledImages,
-    config: ImageConfig,
-    device: torch.device,
-    *,
-    batch: int = 64,
-    workers: int = 0,
-    all_ranks: bool = False,
-) -> ImageFeatures:
-    """Labeled images through ``encode`` (see ``encode_images``); broken ones are left out and listed in ``broken``.
-
-    ``all_ranks``: every rank of the default process group calls this, encodes a part, and gets all features.
-    Raises ValueError if no image is readable.
-    """
-    group, source = group_of(all_ranks), images.source
-    own = np.array_split(np.arange(len(source)), world_size(group))[rank(group)].tolist()
-    with progress_bar(total=len(own), label="images", unit="images", show=rank(group) == 0) as bar:
-        part = encode_images(encode, source, own, config, device, batch=batch, workers=workers, bar=bar)
-    ranks = gather_objects(part, group)
-    numbers = [number for part in ranks for number in part.numbers]
-    broken = [error for part in ranks for error in part.broken]
-    if not numbers:
-        raise ValueError(f"{source.path} contains no readable images: {broken[0]}")
-    return ImageFeatures(
-        feature_ND=torch.cat([vector for part in ranks for vector in part.vectors]),
-        label_N=torch.tensor([images.labels[number] for number in numbers]),
-        keys=[key for part in ranks for key in part.keys],
-        clusters=[images.clusters[number] for number in numbers],
-        broken=broken,
-    )
-
-
-# ``llm2clip evaluate zeroshot``: classification by class names, each embedded as the mean of several prompts.
-
-
-def main_zeroshot(argv: list[str]) -> int:
-    """``llm2clip evaluate zeroshot TOWER DATA``."""
-    config = ZEROSHOT_COMMAND.parse(argv)
-    return on_all_ranks(
-        lambda all_ranks: measure_zeroshot(config, all_ranks=all_ranks), lambda scores: zeroshot_report(config, scores)
-    )
-
-
-def measure_zeroshot(config: ZeroShotConfig, *, all_ranks: bool = False) -> ScoreFile:
-    """Embed the prompts and the images, and classify each image as the nearest class."""
-    labeled = open_labeled_images(config.data, config.label)
-    names = read_class_names(config.classes, config.data, labeled.classes)
-    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
-    tower = open_tower(config.tower, config.device)
-    teacher = Teacher(tower.dual.card, config.teacher, tower.device)
-    cache = teacher.cache(prompts, Path(config.cache) if config.cache else None, all_ranks=all_ranks)
-    class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
-    options = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
-    features = image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
-    return dataclasses.replace(
-        classification_scores(features, class_CD, names),
-        benchmark=f"zeroshot:{dataset_name(config.data)}",
-        model=config.tower,
-        provenance=tower_provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
-    )
-
-
-def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequence[str]) -> ScoreFile:
-    """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score split the credit."""
-    image_ND = F.normalize(features.feature_ND, dim=1)
-    ranks, _ = rank_both(image_ND, class_CD, features.label_N, torch.arange(len(class_CD)))
-    top1_N = ranks.hits(1)
-    metrics = {"acc1": float(top1_N.mean())}
-    if len(class_CD) >= 5:
-        metrics["acc5"] = float(ranks.hits(5).mean())
-    metrics["mean_per_class_recall"] = features.mean_per_class(top1_N)
-    items = features.items(names, top1_N)
-    counts = {"images": len(items), "classes": len(class_CD), "left_out": len(features.broken)}
-    notes = [f"left out: {error}" for error in features.broken]
-    return ScoreFile(benchmark="", metrics=metrics, items=items, counts=counts, notes=notes)
-
-
-def clip_benchmark_json(config: ZeroShotConfig, scores: ScoreFile) -> str:
-    """The scores in CLIP_benchmark's file format, for its tables."""
-    body = {
-        "dataset": scores.benchmark.partition(":")[2],
-        "model": "llm2clip",
-        "pretrained": config.tower,
-        "task": "zeroshot_classification",
-        "metrics": {name: scores.metrics.get(name) for name in ("acc1", "acc5", "mean_per_class_recall")},
-        "language": "en",
-    }
-    return json.dumps(body) + "\n"
-
-
-def zeroshot_report(config: ZeroShotConfig, scores: ScoreFile) -> None:
-    """Print the metrics with the interval of acc1, and write the files that were requested."""
-    print(f"{config.tower} on {config.data}: {scores.counts['images']} images, {scores.counts['classes']} classes")
-    print_scores(scores, {"acc1": "score"})
-    write_scores(scores, config.json)
-    if config.clip_benchmark:
-        with atomic_file(config.clip_benchmark) as temporary:
-            temporary.write_text(clip_benchmark_json(config, scores), encoding="utf-8")
-        print(f"wrote {config.clip_benchmark}")
-
-
-PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
-HELD_OUT = 5  # one in five clusters of the training images is held out to choose the penalty
-QUERY_BLOCK = 1024  # test images compared at once
-
-
 def main_probe(argv: list[str]) -> int:
     """``llm2clip evaluate probe TOWER TRAIN TEST``."""
     config = PROBE_COMMAND.parse(argv)
@@ -428,7 +207,7 @@ def measure_probe(config: ProbeConfig, *, all_ranks: bool = False) -> ScoreFile:
     encoder = DualEncoder(tower, pooling).to(device).eval()
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     sides = [open_labeled_images(path, config.label, config.cluster) for path in (config.train, config.test)]
-    options = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
+    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
     train, test = (image_features(encoder.pool, side, images, device, **options) for side in sides)
     class_number, test_classes = {name: number for number, name in enumerate(sides[0].classes)}, sides[1].classes
     unseen = [name for name in test_classes if name not in class_number]

@@ -31,15 +31,8 @@ from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.evaluate.captions import has_card
 from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST_COMMAND, ForecastConfig, RetrievalConfig
-from llm2clip_plugin.evaluate.opening import (
-    InMemorySource,
-    Row,
-    check_measurable,
-    dataset_name,
-    provenance,
-    wide_console,
-    write_scores,
-)
+from llm2clip_plugin.evaluate.images import InMemorySource, Row
+from llm2clip_plugin.evaluate.opening import check_measurable, dataset_name, provenance, wide_console, write_scores
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
@@ -447,17 +446,6 @@ class RetrievalReport:
                     scores = {f"r{k}": hits[column][row] for column, k in enumerate(self.config.ks)}
                     item = {"id": f"{name}/{side}/{label}", "score": hits[0][row], "cluster": self.cluster_N[image]}
                     out.append(item | {"part": name, "side": side, **scores})
-        return out
-
-    def intervals(self, resamples: int = 2000) -> dict[str, Interval]:
-        """Clustered bootstrap interval of each of `metrics`, except the control's."""
-        out: dict[str, Interval] = {}
-        for name, part in self.parts.items():
-            prefix = "" if name == ALL else f"{name}/"
-            for side, ranks, index in _sides(part):
-                clusters = [self.cluster_N[self._query(side, query)[0]] for query in index]
-                for k in self.config.ks:
-                    out[f"{prefix}{side}_r{k}"] = bootstrap_mean(ranks.hits(k).numpy(), clusters, resamples=resamples)
         return out
 
     def scores(self) -> ScoreFile:

@@ -21,19 +21,9 @@ from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.evaluate.classification import encode_images
 from llm2clip_plugin.evaluate.config import SEARCH_COMMAND, SearchConfig
-from llm2clip_plugin.evaluate.opening import (
-    NOTES_SHOWN,
-    InMemorySource,
-    OpenedTower,
-    Row,
-    Teacher,
-    dataset_name,
-    image_files,
-    on_all_ranks,
-    open_tower,
-)
+from llm2clip_plugin.evaluate.images import InMemorySource, Row, encode_images, image_files
+from llm2clip_plugin.evaluate.opening import NOTES_SHOWN, OpenedTower, Teacher, dataset_name, on_all_ranks, open_tower
 from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.text.config import EncoderConfig

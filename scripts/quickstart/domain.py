@@ -29,8 +29,8 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
-from llm2clip_plugin.evaluate.classification import ImageFeatures, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.images import ImageFeatures, image_features, open_labeled_images
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, RetrievalReport, embed_pairs, report_retrieval
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder

@@ -16,6 +16,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import embed_pairs, evaluate_retrieval, recall
 
@@ -112,7 +113,7 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
     source, cache = opened
     config = RetrievalConfig(group="colour")
     report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES, config)
-    metrics, intervals, items = report.metrics(), report.intervals(200), report.items()
+    metrics, found, items = report.metrics(), intervals(report.scores(), 200), report.items()
     assert len({item["id"] for item in items}) == len(items)
     assert {item["cluster"] for item in items} == set(COLOURS)
     for name in ("all", "long:en"):
@@ -122,8 +123,8 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
             for k in (1, 5, 10):
                 mean = sum(item[f"r{k}"] for item in chosen) / len(chosen)
                 assert mean == pytest.approx(metrics[f"{prefix}{side}_r{k}"])
-                interval = intervals[f"{prefix}{side}_r{k}"]
-                assert interval.mean == pytest.approx(mean) and interval.clusters == len(COLOURS)
+            interval = found[f"{prefix}{side}_r1"]
+            assert interval.mean == pytest.approx(metrics[f"{prefix}{side}_r1"]) and interval.clusters == len(COLOURS)
 
 
 def test_broken_images_are_left_out_and_named(tmp_path):

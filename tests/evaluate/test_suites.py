@@ -266,7 +266,7 @@ def test_hard_negatives_count_a_tie_as_half():
 PHOTOS_100 = '''
 """Photos-100: a hundred photos, one caption each."""
 
-from llm2clip_plugin.evaluate.opening import Row
+from llm2clip_plugin.evaluate.images import Row
 from llm2clip_plugin.evaluate.suites.base import Suite
 from llm2clip_plugin.evaluate.suites.base import read_json, to_captions
 

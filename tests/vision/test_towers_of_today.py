@@ -17,7 +17,7 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
-from llm2clip_plugin.vision.convert.exporting import convert
+from llm2clip_plugin.vision.convert.formats import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE
 from llm2clip_plugin.vision.dual import DualEncoder

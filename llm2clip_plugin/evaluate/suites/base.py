@@ -14,7 +14,8 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.opening import InMemorySource, OpenedTower, Row
+from llm2clip_plugin.evaluate.images import InMemorySource, Row
+from llm2clip_plugin.evaluate.opening import OpenedTower
 from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, embed_pairs, report_retrieval
 from llm2clip_plugin.files import read_json_value as read_json
 

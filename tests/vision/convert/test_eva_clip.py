@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.convert import importing as command
-from llm2clip_plugin.vision.convert.exporting import convert
+from llm2clip_plugin.vision.convert.formats import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.convert.layouts.eva_clip import config_from_tensors, eva_state
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel

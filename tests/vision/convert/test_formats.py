@@ -12,8 +12,8 @@ from tiny_hub import tiny_hub
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.stages.tower import export as export_command
-from llm2clip_plugin.vision.convert.exporting import convert
-from llm2clip_plugin.vision.convert.formats import onnx
+from llm2clip_plugin.vision.convert import formats
+from llm2clip_plugin.vision.convert.formats import convert
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
@@ -142,7 +142,7 @@ def test_a_logit_bias_is_kept(tmp_path):
 
 
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx.PACKAGES), reason="ONNX is not installed"
+    any(importlib.util.find_spec(name) is None for name in formats.ONNX_PACKAGES), reason="ONNX is not installed"
 )
 
 
@@ -156,7 +156,7 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
         import_tower(TRANSFORMERS_TOWERS / "siglip_vision", tmp_path / "tower")
     source = tmp_path / "tower" if name == "siglip" else request.getfixturevalue("eva")
     convert(source, tmp_path / "out", "onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "out" / onnx.FILE))
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / formats.ONNX_FILE))
     size = TowerCard.read(source / "llm2clip.json").image_size
     pixels = torch.randn(5, 3, size, size)
     found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
@@ -169,7 +169,7 @@ def test_onnx_at_another_batch_size(name, tmp_path, request):
 
 
 def test_onnx_without_its_packages_says_what_to_install(clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "PACKAGES", ("onnx_of_another_world",))
+    monkeypatch.setattr(formats, "ONNX_PACKAGES", ("onnx_of_another_world",))
     with pytest.raises(ValueError, match="pip install onnx_of_another_world"):
         convert(clip, tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
