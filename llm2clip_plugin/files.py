@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MAX_WIDTH = 1 << 17  # of a hidden state, an embedding or an MLP; the largest LLMs of today have 1 << 14
-MAX_LAYERS = 1 << 10
-MAX_SIDE = 1 << 14  # along a side of a tower's image
-
-
 class ContractError(ValueError):
     """A file is damaged or does not match what its reader expects; the message names the file and the fix."""
 
@@ -131,12 +126,6 @@ def check_range(value: Any, low: float, high: float, *, name: str, where: str) -
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         raise ContractError(f"{where}: {name} is {_short(value)}, expected a number from {low:g} to {high:g}")
-
-
-def check_whole(value: Any, low: int, high: int, *, name: str, where: str) -> None:
-    """Raise ContractError unless a value is a whole number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ContractError(f"{where}: {name} is {_short(value)}, expected a whole number from {low} to {high}")
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 Caption retrieval accuracy (CRA, the paper's measure): N images with two captions each; every first caption ranks the N
 second ones by cosine similarity, and the top one must be of the same image. Images are not read. Ties count half.
+``--search`` tries how an LLM's captions are best read, without training it.
 
 Shapes: N pairs of captions, W width of an embedding.
 """
@@ -34,6 +35,27 @@ from llm2clip_plugin.text.llm import pool
 from llm2clip_plugin.text.tokens import collate, length_batches
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
+SHOWN = 10  # readings in the table of --search
+READINGS = "search.json"
+
+Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
+
+
+def main(argv: list[str]) -> int:
+    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
+    config = CAPTIONS_COMMAND.parse(argv)
+    if not config.measure.captions:
+        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
+    if config.search:
+        print(search_and_write(config))
+        return 0
+    encoder = CaptionEncoder(config.encoder)
+    scores = measure_captions(encoder, config.measure)
+    print(table(scores))
+    if encoder.count_truncated:
+        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
+    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -55,9 +77,6 @@ def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig) -> list[
     retrieve = [text.replace(":", "->") for text in config.retrieve]
     foreign = [row for name, row in rows.items() if name not in retrieve]
     return [*rows.values(), *([mean_row(foreign)] if foreign else [])]
-
-
-Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
 
 
 def caption_sets(config: CaptionSetConfig) -> dict[str, Pairs]:
@@ -175,12 +194,6 @@ def score_file(scores: Sequence[CaptionScore], encoder: CaptionEncoder, captions
         model=encoder.config.adapter or encoder.config.llm,
         provenance={"teacher": dataclasses.asdict(encoder.identity())},
     )
-
-
-# ``llm2clip evaluate captions --search``: how an LLM's captions are best read, without training it.
-
-SHOWN = 10  # rows of the table
-READINGS = "search.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,20 +334,3 @@ def embed_command(config: EvaluateCaptionsConfig, best: Reading) -> str:
     if best.post is not None:
         words += ["--post-file", str(Path(config.reading.folder or "FOLDER") / POST_FILE)]
     return command("embed", "DATA", *words)
-
-
-def main(argv: list[str]) -> int:
-    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
-    config = CAPTIONS_COMMAND.parse(argv)
-    if not config.measure.captions:
-        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
-    if config.search:
-        print(search_and_write(config))
-        return 0
-    encoder = CaptionEncoder(config.encoder)
-    scores = measure_captions(encoder, config.measure)
-    print(table(scores))
-    if encoder.count_truncated:
-        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
-    write_scores(score_file(scores, encoder, config.measure.captions), config.json, file=sys.stderr)
-    return 0

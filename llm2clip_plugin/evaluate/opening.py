@@ -1,4 +1,4 @@
-"""The tower's teacher: the cache of its embeddings, and the LLM itself for captions that are not cached yet."""
+"""What the commands that measure share: the tower and its teacher, checks of the data, ranks, provenance, output."""
 
 import shlex
 import sys
@@ -30,11 +30,10 @@ from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
-# What the commands of ``llm2clip evaluate`` share: options, the tower, the ranks, provenance and the output.
-
 Result = TypeVar("Result")
 
 NOTES_SHOWN = 10
+LOOKED_AT = 2048  # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +179,6 @@ class Teacher(TeacherLLM):
             return self._open(source, directory)
         except ContractError:
             return None  # embedding redoes incomplete shards, and refuses another teacher's directory
-
-
-# What retrieval needs of its data, checked on samples before a tower is loaded or a run begins.
-
-LOOKED_AT = 2048  # samples whose JSON is read, evenly spaced: what fewer lack is found later
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,11 @@ from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
 from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, sum_over_ranks, world_size
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 
-# The rank of each query's best correct item: what recall, caption retrieval accuracy and their bootstrap read.
+ALL = "all"  # the part with every caption
+BLOCK = 1 << 24  # scores computed at once: 64 MiB
+TEXT_BATCH = 512  # captions in one call of the text adapter
+
+Dual: TypeAlias = DualEncoder | LoadedDualEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +76,6 @@ class QueryRanks:
             factor_Q = (wrong_Q - j).clamp(min=0) / (wrong_Q + correct_Q - j).clamp(min=1)
             miss_Q = torch.where(places_Q > j, miss_Q * factor_Q, miss_Q)
         return miss_Q
-
-
-# Exact ranks in both directions, a block of queries at a time: scores are compared with the best correct item's.
-
-BLOCK = 1 << 24  # scores computed at once: 64 MiB
 
 
 def rank_both(
@@ -239,12 +238,6 @@ def _chance(query_label_Q: Tensor, pool_label_I: Tensor, k: int) -> float:
     return float(1 - miss_Q.mean())
 
 
-# Embed a data source with a dual encoder: every image and every distinct caption once, on all ranks.
-
-Dual = DualEncoder | LoadedDualEncoder
-TEXT_BATCH = 512  # captions in one call of the text adapter
-
-
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedPairs:
     """Images and captions in the space that the dual encoder projects to."""
@@ -308,51 +301,38 @@ def embed_pairs(
     )
     with evaluating(dual) as encoders:
         encoded = _encode_images(encoders, batches, images, group, show=not quiet and rank(group) == 0)
-        if not encoded.index:
-            reason = encoded.broken[0] if encoded.broken else "it is empty"
-            raise ValueError(f"{source.path} contains no usable images: {reason}")
-        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, encoded.index, config)
-        text_UD = encode_texts(encoders, teacher_UW, all_ranks)
+        index, vectors, keys, meta, broken = encoded
+        if not index:
+            raise ValueError(f"{source.path} contains no usable images: {broken[0] if broken else 'it is empty'}")
+        teacher_UW, distinct_M, owner_M, captions = _teacher_rows(source, cache, index, config)
+        text_MD = encode_texts(encoders, teacher_UW, all_ranks)[distinct_M]
+    image_ND = torch.cat(vectors)
     return EmbeddedPairs(
-        image_ND=torch.cat(encoded.vectors),
-        text_MD=text_UD[distinct_M],
-        owner_M=owner_M,
-        captions=captions,
-        keys=encoded.keys,
-        meta=encoded.meta,
-        broken=encoded.broken,
+        image_ND=image_ND, text_MD=text_MD, owner_M=owner_M, captions=captions, keys=keys, meta=meta, broken=broken
     )
 
 
-@dataclass
-class _EncodedImages:
-    """The images of one rank, or of all."""
-
-    index: list[int]  # in the source
-    keys: list[str]
-    meta: list[dict[str, Any]]
-    broken: list[BrokenSample]
-    vectors: list[Tensor]  # (b, D) each
-
-
-def _encode_images(encoders: Dual, batches: EvalPairs, images: ImageConfig, group: Group, show: bool) -> _EncodedImages:
-    """This rank's images through the tower; the images of all ranks."""
+def _encode_images(
+    encoders: Dual, batches: EvalPairs, images: ImageConfig, group: Group, show: bool
+) -> tuple[list[int], list[Tensor], list[str], list[dict[str, Any]], list[BrokenSample]]:
+    """This rank's images through the tower; of all ranks: number in the source, (b, D) of each batch, keys, JSON, and
+    the samples left out."""
     normalize = Normalize(images, next(encoders.parameters()).device)
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of calls.
     calls = max(gather_objects(len(batches), group))
-    own, remaining = _EncodedImages([], [], [], [], []), iter(batches)
+    index, vectors, keys, meta, remaining = [], [], [], [], iter(batches)
     for _ in track(range(calls), total=calls, label="images", unit="batches", show=show):
         batch = next(remaining, None)
         if batch is None:
             encoders.encode_image(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
             continue
-        own.vectors.append(encoders.encode_image(normalize(batch["pixels"])).float().cpu())
-        own.index += batch["image_ids"].tolist()
-        own.keys += batch["keys"]
-        own.meta += batch["meta"]
-    own.broken = batches.broken
-    ranks = gather_objects(own, group)
-    return _EncodedImages(*([item for part in ranks for item in vars(part)[name]] for name in vars(own)))
+        vectors.append(encoders.encode_image(normalize(batch["pixels"])).float().cpu())
+        index += batch["image_ids"].tolist()
+        keys += batch["keys"]
+        meta += batch["meta"]
+    ranks = gather_objects((index, vectors, keys, meta, batches.broken), group)
+    joined: Any = tuple([item for part in parts for item in part] for parts in zip(*ranks, strict=True))
+    return joined
 
 
 def _teacher_rows(
@@ -406,11 +386,6 @@ def evaluating(dual: Dual) -> Iterator[Dual]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-# What `llm2clip evaluate` and the evaluation during training report: recall in total and by part, with intervals.
-
-ALL = "all"  # the part with every caption
 
 
 @dataclass(frozen=True, kw_only=True)

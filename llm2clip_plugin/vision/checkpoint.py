@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file or folder without running any code in it."""
+"""What the files of a source say: its preprocessing, its configuration, and its tensors, without running any code."""
 
 import os
 import pickle

@@ -1,4 +1,8 @@
-"""The README.md of a tower directory, and a line about it for commands."""
+"""A tower directory among people: the places that its card names, its README.md, and its upload to the Hub.
+
+A relative path in a card starts with ``./`` or ``../``, so it is never mistaken for a Hub id, and stays right when a
+folder with the tower and its teacher is moved.
+"""
 
 import dataclasses
 import os
@@ -10,8 +14,6 @@ from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.hub import check_hub_answers
 from llm2clip_plugin.vision.directory import check_card
 from llm2clip_plugin.vision.families import families
-
-# Where a tower's card says that weights are: a Hub id, or a local path, relative to the tower's folder if possible.
 
 TEACHER_ADAPTER = "teacher-adapter"  # folder in a tower directory: the adapter of its teacher, if it is portable
 TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
@@ -191,11 +193,6 @@ def needs_for_texts(card: TowerCard) -> str:
     return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
 
 
-# Publish a tower directory on the Hugging Face Hub.
-
-README = "README.md"
-
-
 def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
     """Upload a tower directory to the Hub as ``owner/name``; returns the URL of the commit.
 
@@ -207,7 +204,9 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
     directory = Path(directory)
     card = check_card(directory)
     message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
-    return upload(directory, repository, message, private=private, replaced=_public(card))
+    public = published(card)
+    replaced = {TowerCard.FILE: public.to_json().encode(), "README.md": model_card(public).encode()}
+    return upload(directory, repository, message, private=private, replaced=replaced if public != card else None)
 
 
 def upload(
@@ -228,9 +227,9 @@ def upload(
         files = [CommitOperationAdd(name, replaced.get(name, directory / name)) for name in sorted(_files(directory))]
         return str(api.create_commit(repository, files, commit_message=message).commit_url)
     except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
-        server = constants.ENDPOINT
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"cannot push {directory} to {repository} on {server}: {_reason(error)}; the directory is complete: "
+            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete: "
             f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `hf upload {repository} {directory}`"
         ) from error
 
@@ -247,21 +246,6 @@ def check_repository(repository: str | None) -> None:
         raise ValueError(f"--push {repository!r}: {str(error).splitlines()[0]}") from error
     if "/" not in repository:
         raise ValueError(f"--push {repository!r} names no owner, expected OWNER/NAME")
-
-
-def _reason(error: BaseException) -> str:
-    """One line: what the client says, and if it wraps another error, that one's words."""
-    head, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if head.endswith(":") and rest:
-        head = f"{head} {rest[0]}"
-    head, cause = head.rstrip("."), error.__cause__
-    return f"{head}: {_reason(cause)}" if isinstance(error, RuntimeError) and cause else head
-
-
-def _public(card: TowerCard) -> dict[str, bytes]:
-    """The files that are uploaded without local paths, in place of the directory's; {} if it has none."""
-    public = published(card)
-    return {} if public == card else {TowerCard.FILE: public.to_json().encode(), README: model_card(public).encode()}
 
 
 def _files(directory: Path) -> list[str]:

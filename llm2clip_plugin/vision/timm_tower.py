@@ -22,7 +22,9 @@ def make_timm(
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
-    settings = allowed(arguments or {}) | ({} if image_size is None else {"img_size": image_size})
+    settings = allowed(arguments or {})
+    if image_size is not None:
+        settings["img_size"] = image_size
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except (TypeError, AssertionError) as error:

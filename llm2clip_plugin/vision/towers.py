@@ -296,16 +296,12 @@ def has_lora(model: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
-def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> None:
+def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
     """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are frozen.
 
     The update of a weight is ``alpha / rank * B @ A``; B starts at zero, so the outputs don't change at first.
-    Raises ValueError for a rank below 1, a tower that already has LoRA layers, or if PEFT is not installed.
+    Raises ValueError if PEFT is not installed.
     """
-    if rank < 1:
-        raise ValueError(f"LoRA rank {rank} must be at least 1")
-    if has_lora(tower):
-        raise ValueError("the tower already has LoRA layers")
     import_without_compiler(BITSANDBYTES)
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -313,7 +309,7 @@ def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> No
         raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
     blocks = {id(module) for module in tower_blocks(tower).modules()}
     linears = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linears, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears, bias="none")
     inject_adapter_in_model(config, tower)
     tower.train(tower.training)  # PEFT creates its layers in training mode
 

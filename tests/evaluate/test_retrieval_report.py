@@ -17,8 +17,8 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.evaluate.commands import intervals
-from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import embed_pairs, evaluate_retrieval, recall
+from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval, recall
 
 IMAGES = ImageConfig(size=32)
 
@@ -99,16 +99,6 @@ def test_concepts_are_right_as_a_group_and_count_once_in_the_pool(opened):
     assert metrics["chance/t2i_r1"] == pytest.approx(1 / 4)
 
 
-def test_a_wrong_part_shows_in_its_own_metrics(opened):
-    source, cache = opened
-    seeing = Seeing(source, cache, mistakes=("nothing but",))
-    report = evaluate_retrieval(seeing, source, cache, IMAGES, RetrievalConfig(group="colour"))
-    metrics = report.metrics()
-    assert metrics["short:en/t2i_r1"] == metrics["short:de/t2i_r1"] == 1.0
-    assert metrics["long:en/t2i_r1"] == 0.5
-    assert metrics["t2i_r1"] == pytest.approx(3 / 4)
-
-
 def test_items_average_to_the_metrics_and_clusters_are_named(opened):
     source, cache = opened
     config = RetrievalConfig(group="colour")
@@ -149,16 +139,6 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
     assert metrics == evaluate_retrieval(tiny_dual(), *opened, IMAGES, RetrievalConfig(group="colour")).metrics()
     assert {name: module.training for name, module in dual.named_modules()} == before
     assert all(parameter.grad is None for parameter in dual.parameters())
-
-
-def test_an_unknown_group_field_lists_the_known_ones(opened):
-    with pytest.raises(ValueError, match=r"'red-0.png' has no field 'shape' in its JSON; known: .*colour"):
-        evaluate_retrieval(tiny_dual(), *opened, IMAGES, RetrievalConfig(group="shape"))
-
-
-def test_limit_takes_the_first_images(opened):
-    pairs = embed_pairs(tiny_dual(), *opened, IMAGES, RetrievalConfig(limit=4), quiet=True)
-    assert pairs.keys == ["red-0.png", "red-20.png", "red-40.png", "green-0.png"]
 
 
 def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, capsys):
@@ -206,14 +186,6 @@ def test_the_command_refuses_another_teachers_cache_and_other_captions(world, tm
     changed.write_text(text, encoding="utf-8")
     assert cli(["evaluate", str(tower), "--data", str(changed), "--cache", str(cache)]) == 2
     assert "a crimson square" in capsys.readouterr().err
-
-
-def test_options_reach_their_fields():
-    words = ["--kinds", "long", "short", "--group", "colour"]
-    for data in (["--data=x.jsonl", "--data.language", "de"], ["x.jsonl", "--language", "de"]):
-        config = RETRIEVAL_COMMAND.parse(["tower", *data, *words])
-        assert config.tower == "tower" and config.data.path == "x.jsonl" and config.data.language == "de"
-        assert config.retrieval.kinds == ("long", "short") and config.retrieval.group == "colour"
 
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):

@@ -5,7 +5,6 @@ The reference of the switches is plain arithmetic on the checkpoint's own tensor
 
 import itertools
 import json
-import shutil
 
 import pytest
 import torch
@@ -45,16 +44,6 @@ def test_eva02_checkpoint_needs_no_config(tmp_path):
     found, _ = import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "found")
     assert (found.weights_sha256, found.adapter_sha256) == (told.weights_sha256, told.adapter_sha256)
     assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "told" / "config.json").read_text()
-
-
-def test_an_unrelated_config_next_to_an_eva_checkpoint_is_ignored(tmp_path):
-    (tmp_path / "hub").mkdir()
-    shutil.copy(CHECKPOINT / "checkpoint.pt", tmp_path / "hub" / "LLM2CLIP-EVA02.pt")
-    (tmp_path / "hub" / "config.json").write_text('{"model_type": "clip"}')
-    card, _ = import_tower(tmp_path / "hub", tmp_path / "tower")
-    assert card.weights_sha256 == import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "plain")[0].weights_sha256
-    with pytest.raises(ValueError, match=r"--config: an EVA-CLIP tower needs vision_cfg.width"):
-        import_tower(CHECKPOINT / "checkpoint.pt", tmp_path / "x", config=tmp_path / "hub" / "config.json")
 
 
 def test_rotary_tables_of_another_architecture_are_refused(tmp_path):
