@@ -1,6 +1,5 @@
 """Zero-shot classification, kNN and linear probe, from each layout of labelled images."""
 
-import dataclasses
 import io
 import json
 import math
@@ -190,7 +189,7 @@ def test_zero_shot_twice_on_folders(tmp_path, capsys):
     assert list(data.glob("embeddings-*")) and metrics[0] == metrics[1]
 
 
-def test_an_imported_clip_is_read_with_its_own_text_tower_and_compared(tmp_path, capsys):
+def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
     """It has no adapter: the CLIP's own features of prompts and images decide, as in transformers."""
     model, clip, imported = save_tiny_clip(tmp_path / "clip", "clip"), tmp_path / "clip", str(tmp_path / "imported")
     data, before = write_folders(tmp_path / "folders"), tmp_path / "before.json"
@@ -218,13 +217,6 @@ def test_an_imported_clip_is_read_with_its_own_text_tower_and_compared(tmp_path,
                 image_D = normalized(model.get_image_features(pixel_values=transform(file.read_bytes())[None]))
                 hits[f"the_{name}/{file.name}"] = float((torch.stack(text_CD) @ image_D).argmax() == number)
     assert {item["id"]: item["score"] for item in ScoreFile.read(before).items} == hits
-    after, report = tmp_path / "after.json", tmp_path / "report"
-    dataclasses.replace(
-        ScoreFile.read(before), model="after", items=[{**item, "score": 1.0} for item in ScoreFile.read(before).items]
-    ).write(after)
-    assert cli(["compare", str(before), str(after), "--output", str(report), "--resamples", "100"]) == 0
-    (row,) = json.loads((report / "compare.json").read_text())["rows"]
-    assert (row["wins"], row["losses"]) == (12 - sum(hits.values()), 0)
 
 
 def test_knn_equals_a_plain_loop():
