@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
 from llm2clip_plugin.data.index import scan_tar, split_name
-from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption, Record, Sample
+from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.train.distributed import gather_objects, group_of, rank, world_size
@@ -48,13 +48,13 @@ class InMemorySource(Source):
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
 
-    def record(self, number: int) -> Record:
+    def record(self, number: int, *, image: bool = False) -> Sample:
         self.place(number)
         row = self.rows[number]
-        return Record(row.key, {}, row.meta, partial(self._read_image, row))
+        return Sample(row.key, {}, row.meta, partial(self._read_image, row))
 
-    def __getitem__(self, number: int) -> Sample:
-        return replace(super().__getitem__(number), captions=self.rows[number].captions)
+    def _with_captions(self, number: int, record: Sample) -> Sample:
+        return replace(record, captions=self.rows[number].captions)
 
     def _read_image(self, row: Row) -> bytes:
         if row.image is None:
@@ -129,7 +129,7 @@ def _of_tars(path: Path) -> LabeledImages:
         parts: dict[str, dict[str, partial[bytes]]] = {}
         for member in scan_tar(tar):
             key, ending = split_name(member.name)
-            read = partial(_read, tar, member.offset, member.size)
+            read = partial(_read, tar, member.offset_data, member.size)
             parts.setdefault(key, {})["image" if ending in IMAGE_ENDINGS else ending] = read
         for key, of_key in parts.items():
             if "image" not in of_key:
@@ -187,7 +187,7 @@ class _Pixels(Dataset):
     def __getitem__(self, index: int) -> tuple[int, str, np.ndarray | BrokenSample]:
         number, key = self.numbers[index], ""
         try:
-            record = self.source.record_with_image(number)
+            record = self.source.record(number, image=True)
             key = record.key
             return number, key, self.transform.pixels(record.read_image())
         except BrokenImage as error:

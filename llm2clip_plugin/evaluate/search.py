@@ -102,7 +102,7 @@ def embed_texts(tower: OpenedTower, texts: Sequence[str], folder: Path, config: 
 
 def _found(source: Source, hit: Hit, *, picture: bool) -> Found:
     try:
-        record = source.record_with_image(hit.number)
+        record = source.record(hit.number, image=True)
         return Found(key=record.key, score=hit.score, picture=thumbnail(record.read_image()) if picture else None)
     except BrokenSample as error:
         return Found(key=error.key, score=hit.score, picture=None)
