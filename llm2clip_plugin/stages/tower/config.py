@@ -25,7 +25,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision.convert.formats import format_helps
+from llm2clip_plugin.vision.convert import FORMATS
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 EXAMPLE = (
@@ -488,7 +488,7 @@ class TowerExportConfig:
     overwrite: bool = False  # replace an existing directory
 
     def __post_init__(self) -> None:
-        if self.format not in (known := ("tower", *format_helps())):
+        if self.format not in (known := ("tower", *FORMATS)):
             raise ValueError(unknown("--format", self.format, known))
 
 
@@ -496,7 +496,7 @@ EXPORT = Command(
     name="export",
     example="llm2clip export runs/l14-336 --output towers/l14-336",
     about="Write a run as a tower directory, or a tower directory in another format: "
-    + "; ".join(f"{name}: {text}" for name, text in format_helps().items())
+    + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     + ".",
     settings=TowerExportConfig,
     arguments="source",

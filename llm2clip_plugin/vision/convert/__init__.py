@@ -4,6 +4,13 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.options import Command
 
+FORMATS = {  # of llm2clip export
+    "clip": "transformers' CLIPVisionModelWithProjection",
+    "onnx": "image encoder for ONNX Runtime",
+    "openclip": "OpenCLIP's tensor names (CLIP, SigLIP) or EVA-CLIP's (EVA02) with the LLM's adapter, for their image "
+    "towers and `llm2clip import`; OpenCLIP's create_model needs a text tower and does not load it",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
