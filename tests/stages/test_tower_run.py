@@ -20,7 +20,7 @@ from forked import Script
 from safetensors.torch import load_file, save_file
 from small_disk import mounted
 from tiny_data import make_all
-from tower_runs import ROOT, STEPS, environment, finish, launch, lines, losses, options, start
+from tower_runs import ROOT, STEPS, environment, finish, killed_at, launch, lines, losses, options, start
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.cli import main
