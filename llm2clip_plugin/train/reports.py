@@ -27,7 +27,7 @@ from llm2clip_plugin.train.checkpoint import Checkpoints, TrainState
 from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_first_rank, rank, world_size
 from llm2clip_plugin.train.engine import Engine
-from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
+from llm2clip_plugin.train.timing import STEP, CudaClock, HostClock, StepTimer, compare_ranks
 
 PROFILE = "profile"  # folder of a run for traces
 COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
@@ -95,7 +95,7 @@ class Reports:
         self._file: MetricsFile | None = None  # of rank 0
         on_first_rank(lambda: self._open(state))
         self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
-        self.timer = StepTimer(make_clock(engine.device))
+        self.timer = StepTimer(CudaClock() if engine.device.type == "cuda" else HostClock())
         self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
         self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
         remaining, steps = total_steps - state.step, train.profile_steps
