@@ -28,7 +28,7 @@ from llm2clip_plugin.evaluate.opening import (
     wide_console,
     write_scores,
 )
-from llm2clip_plugin.evaluate.retrieval import ALL, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import Suite
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
@@ -58,6 +58,18 @@ def main(argv: list[str]) -> int:
 
 
 def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> ScoreFile:
+    """``measure_pairs`` as a score file."""
+    tower, report = measure_pairs(config, all_ranks=all_ranks)
+    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
+    return dataclasses.replace(
+        report.scores(),
+        benchmark=f"retrieval:{dataset_name(config.data.path)}",
+        model=config.tower,
+        provenance=tower_provenance(tower.dual, **facts),
+    )
+
+
+def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
     """Open the tower, the data and the cache, check that they belong together, and measure.
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
@@ -68,14 +80,7 @@ def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> Sco
     tower = open_tower(config.tower, config.device)
     cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
     cache.check(source)
-    report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
-    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
-    return dataclasses.replace(
-        report.scores(),
-        benchmark=f"retrieval:{dataset_name(config.data.path)}",
-        model=config.tower,
-        provenance=tower_provenance(tower.dual, **facts),
-    )
+    return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
 
 
 def intervals(scores: ScoreFile, resamples: int) -> dict[str, Interval]:
