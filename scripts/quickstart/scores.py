@@ -49,8 +49,6 @@ TESTS = {  # row of the table -> (set, kind of caption); "other": names in every
     "unseen style (openmoji), long captions": ("unseen style", "long"),
     "names in languages never trained on": ("test", "other"),
 }
-LONG_CAPTIONS = "test families, long captions"
-MEASURES = ("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10")
 SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
 RETRIEVAL = RetrievalConfig(group="concept", cluster="family", ks=(1, 10))
 TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every language except English
@@ -191,15 +189,15 @@ class Tower:
         parts = (name.split(":") for name in self.reports["test"][0].parts if ":" in name)
         return sorted(language for kind, language in parts if kind == "short" and language != "en")
 
-    def recall(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
-        """Row of the table -> MEASURES, means over styles and languages; a missing set has no row."""
-        rows = {}
-        for test, (set_name, _) in TESTS.items():
-            if set_name in self.reports:
-                parts = [part for _, part in self._parts(test)]
-                values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in parts]
-                rows[test] = {name: float(np.mean([value[name] for value in values])) for name in MEASURES}
-        return rows
+    @property
+    def tests(self) -> dict[str, tuple[str, str]]:
+        """Row of a table -> (test, side); a missing set has none."""
+        return {
+            f"{test}, {title}": (test, side)
+            for test, (set_name, _) in TESTS.items()
+            if set_name in self.reports
+            for side, title in SIDES.items()
+        }
 
     def queries(self, test: str, side: str) -> Measured:
         """Every query of a row of the table, i2t or t2i."""
@@ -276,10 +274,8 @@ def tower_tests(towers: Sequence[Tower], base: str = "raw") -> Tests:
         return {tower.seed: tower.queries(test, side) for tower in groups[name]}
 
     return {
-        f"tower: {test}, {title}": (queries(base, test, side), queries("tuned", test, side))
-        for test, (set_name, _) in TESTS.items()
-        if set_name in towers[0].reports
-        for side, title in SIDES.items()
+        f"tower: {row}": (queries(base, test, side), queries("tuned", test, side))
+        for row, (test, side) in towers[0].tests.items()
     }
 
 
