@@ -192,7 +192,8 @@ class TarImages(LabeledImages):
             parts: dict[str, dict[str, tuple[int, int]]] = {}
             for member in scan_tar(tar):
                 key, ending = split_name(member.name)
-                parts.setdefault(key, {})["image" if ending in IMAGE_ENDINGS else ending] = (member.offset, member.size)
+                part = "image" if ending in IMAGE_ENDINGS else ending
+                parts.setdefault(key, {})[part] = (member.offset_data, member.size)
             for key, of_key in parts.items():
                 if "image" in of_key:
                     keys.append(f"{tar.stem}/{key}")
@@ -234,7 +235,7 @@ class FieldImages(LabeledImages):
         super().__init__(source.path, classes, keys, [number_of[value] for value in values], clusters)
 
     def image(self, number: int) -> bytes:
-        return self.source.record_with_image(number).read_image()
+        return self.source.record(number, image=True).read_image()
 
 
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:

@@ -20,15 +20,7 @@ from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache, differences
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.samples import (
-    BrokenImage,
-    BrokenSample,
-    Caption,
-    Record,
-    Sample,
-    open_header,
-    select_captions,
-)
+from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption, Sample, open_header, select_captions
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.files import ContractError
@@ -315,13 +307,13 @@ class InMemorySource(Source):
         super().__init__(SourceConfig(path=str(folder)), (Shard(name, len(rows), 0),))
         self.name = name
 
-    def record(self, number: int) -> Record:
+    def record(self, number: int, *, image: bool = False) -> Sample:
         self.place(number)
         row = self.rows[number]
-        return Record(row.key, {}, row.meta, partial(self._read_image, row))
+        return Sample(row.key, {}, row.meta, partial(self._read_image, row))
 
-    def __getitem__(self, number: int) -> Sample:
-        return replace(super().__getitem__(number), captions=self.rows[number].captions)
+    def _with_captions(self, number: int, record: Sample) -> Sample:
+        return replace(record, captions=self.rows[number].captions)
 
     def _read_image(self, row: Row) -> bytes:
         if row.image is None:

@@ -176,7 +176,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | BrokenSample]:
         number, key = self.numbers[index], ""
         try:
-            record = self.source.record_with_image(number)
+            record = self.source.record(number, image=True)
             key = record.key
             return number, self.transform.pixels(record.read_image())
         except BrokenImage as error:
@@ -264,7 +264,7 @@ def results(config: SearchConfig, source: Source, hits: Sequence[Sequence[Hit]],
 
 def _found(source: Source, hit: Hit, picture: bool) -> Found:
     try:
-        record = source.record_with_image(hit.number)
+        record = source.record(hit.number, image=True)
         return Found(key=record.key, score=hit.score, picture=thumbnail(record.read_image()) if picture else None)
     except BrokenSample as error:
         return Found(key=error.key, score=hit.score, picture=None)

@@ -13,9 +13,9 @@ from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.data import index as row_sources
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources import row_index as row_sources
 from llm2clip_plugin.data.sources.base import Shard, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
