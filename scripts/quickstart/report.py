@@ -197,7 +197,7 @@ def sentence(one: Claim) -> str:
 
 def as_record(one: Claim) -> dict[str, Any]:
     """The claim for a JSON file."""
-    kept = ("name", "chance", "queries", "families", "better", "worse", "seeds_significant")
+    kept = ("name", "chance", "queries", "better", "worse", "seeds_significant")
     by_seed = {str(seed): _numbers(one.by_seed[seed], one.p_by_seed[seed]) for seed in one.by_seed}
     return {**{name: getattr(one, name) for name in kept}, **_numbers(one.difference, one.p), "by_seed": by_seed}
 
@@ -287,11 +287,11 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 
 def open_captions(data: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[Source, dict[str, scores.Rows]]:
     """The test set in one style, since every style has the same captions, and each cache's embeddings of it."""
-    source = scores.open_source(scores.SourceConfig(path=str(data / "all" / "test-noto.tar")))
+    source = scores.open_sets(data / "all")["test"][0]
     return source, {name: scores.caption_rows(source, cache) for name, cache in caches.items()}
 
 
-def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
+def measure(path: Path, sets: dict[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Tower:
     """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
     dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
     return scores.measure_tower(path.name, dual, sets, scores.cache_of(path, dual.card.teacher, caches), images)
@@ -323,7 +323,7 @@ def make_report(data: Path, output: Path, comparison: str = "") -> Report:
         Path(__file__).with_name("page.html"),
         headlines=report.sentences,
         tables=report.tables,
-        queries=page_queries(towers, sets["test"]),
+        queries=page_queries(towers, sets["test"][0]),
         comparison=comparison,
     )
     for name, text in (("headline.json", json.dumps(report.as_json(), indent=2)), ("index.html", page)):
