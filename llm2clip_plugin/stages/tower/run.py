@@ -400,7 +400,8 @@ def _check_data(config: RunConfig, data: Data) -> None:
         )
     check_kinds(data.sources, config.data.kind_weights)
     if data.validation is not None:
-        warnings += [*check_measurable(data.validation, config.evaluation, option="--evaluation."), trained_on(data)]
+        check_measurable(data.validation, config.evaluation, option="--evaluation.")
+        warnings.append(trained_on(data))
     for line in filter(None, warnings):
         print(f"warning: {line}", file=sys.stderr)
 
