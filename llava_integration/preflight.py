@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from llava_integration import towers
 from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, check_selection, model_name, option_value
 from llava_integration.hook import check_projector
-from llm2clip_plugin.options import read_config
+from llm2clip_plugin.files import ContractError, read_json_value
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")  # names that LLaVA's own builder accepts, besides paths that exist
@@ -130,6 +130,15 @@ def check_language(path: Path) -> Iterator[str]:
             f"--model {path}: its tokenizer has no unk_token, with which LLaVA pads batches; set one in "
             "tokenizer_config.json, such as its pad token"
         )
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of a model's folder; {} if there is none that can be read."""
+    try:
+        config = read_json_value(folder / name)
+    except (OSError, ContractError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:

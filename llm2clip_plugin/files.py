@@ -3,8 +3,11 @@
 Standard library only, as ``contracts``, which re-exports ContractError.
 """
 
+from __future__ import annotations
+
 import ast
 import codecs
+import dataclasses
 import importlib
 import json
 import math
@@ -14,15 +17,15 @@ import shlex
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-MAX_WIDTH = 1 << 17  # of a hidden state, an embedding or an MLP; the largest LLMs of today have 1 << 14
-MAX_LAYERS = 1 << 10
-MAX_SIDE = 1 << 14  # along a side of a tower's image
+Settings = TypeVar("Settings")
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ContractError(ValueError):
@@ -81,56 +84,78 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
         raise ContractError(f"{path} cannot be used ({reason}){fix and '; '}{fix}") from error
 
 
-def check_fields(record: type, values: Mapping[str, Any], *, where: str) -> None:
-    """Compare values from a file with the annotations of a dataclass.
+def from_plain(kind: type[Settings], values: Any, *, where: str, default: Settings | None = None) -> Settings:
+    """A dataclass, and those in its fields, from parsed JSON; ``default`` gives the fields that ``values`` lacks.
 
-    Raises ContractError with the file, the key and the value.
+    Raises ContractError naming ``where`` and the field if one is unknown, missing or of another type, and what the
+    dataclasses' own checks raise.
     """
-    hints = typing.get_type_hints(record)
-    for item in fields(record):
-        if item.name in values and (problem := type_problem(values[item.name], hints[item.name])):
-            raise ContractError(f"{where}: {item.name}{problem}")
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise ContractError(f"{where} is {_short(values)}, expected an object with the fields {', '.join(known)}")
+    if unknown := sorted(set(values) - set(known)):
+        raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
+    hints, given, missing = typing.get_type_hints(kind), {}, []
+    for name, item in known.items():
+        usual = getattr(default, name) if default is not None else default_of(item)
+        if name in values:
+            given[name] = typed(hints[name], values[name], f"{where}: {name}", usual)
+        elif usual is not dataclasses.MISSING:
+            given[name] = usual
+        elif dataclasses.is_dataclass(hints[name]):
+            given[name] = from_plain(hints[name], {}, where=f"{where}: {name}")
+        else:
+            missing.append(name)
+    if missing:
+        raise ContractError(f"{where} is missing the required fields {missing}")
+    return kind(**given)
 
 
-def type_problem(value: Any, expected: Any) -> str:
-    """What is wrong with a JSON value for an annotation, "" if nothing.
+def default_of(item: dataclasses.Field) -> Any:
+    """A field's default; dataclasses.MISSING without one."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
-    >>> type_problem({"a": "b"}, dict[str, int])
-    ".a is 'b', expected int"
-    """
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any:
-        return ""
-    if origin in (typing.Union, types.UnionType):
-        problems = [type_problem(value, one) for one in arguments]
-        return "" if "" in problems else problems[0]
+
+def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:
+    """A JSON value as the type of an annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value, where=where, default=None if default is dataclasses.MISSING else default)
+    if origin in (typing.Union, types.UnionType):  # an optional value: the other type comes first
+        return None if value is None and type(None) in arguments else typed(arguments[0], value, where)
     if origin is typing.Literal:
-        return "" if value in arguments else f" is {_short(value)}, expected one of {', '.join(map(repr, arguments))}"
-    kind = origin or expected
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = is_number if kind is float else isinstance(value, kind) and (kind is not int or is_number)
-    if not fits:
-        return f" is {_short(value)}, expected {getattr(kind, '__name__', kind)}"
-    if isinstance(value, dict) and arguments:
-        parts = [(f".{key}", part, arguments[1]) for key, part in value.items()]
-    elif isinstance(value, list) and arguments:
-        parts = [(f"[{number}]", part, arguments[0]) for number, part in enumerate(value)]
-    else:
-        return ""
-    return next((f"{name}{problem}" for name, part, one in parts if (problem := type_problem(part, one))), "")
+        if value not in arguments:
+            raise ContractError(f"{where} is {_short(value)}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    kind: Any = origin or hint
+    if kind is tuple and isinstance(value, (list, tuple)):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) != len(value):
+            raise ContractError(f"{where} has {len(value)} values, expected {len(hints)}")
+        return tuple(typed(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(hints, value, strict=True)))
+    if kind is float and _is_number(value):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, kind) or (kind is int and not _is_number(value)):
+        raise ContractError(f"{where} is {_short(value)}, expected {kind.__name__}")
+    if kind is dict and arguments:
+        return {key: typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is list and arguments:
+        return [typed(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_range(value: Any, low: float, high: float, *, name: str, where: str) -> None:
     """Raise ContractError unless a number is finite and from ``low`` to ``high``; booleans and texts are no numbers."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
         raise ContractError(f"{where}: {name} is {_short(value)}, expected a number from {low:g} to {high:g}")
-
-
-def check_whole(value: Any, low: int, high: int, *, name: str, where: str) -> None:
-    """Raise ContractError unless a value is a whole number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ContractError(f"{where}: {name} is {_short(value)}, expected a whole number from {low} to {high}")
 
 
 def _short(value: Any) -> str:
@@ -138,7 +163,7 @@ def _short(value: Any) -> str:
     return printable(text if len(text) <= 80 else text[:77] + "...")
 
 
-# The header of a safetensors file, checked against the file's size before anything is allocated.
+# Safetensors files: the header, checked against the file's size before anything is allocated, and the tensors.
 
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
 DTYPE_BYTES = {
@@ -166,8 +191,16 @@ class Header(NamedTuple):
     data_start: int
 
 
+def load_tensors(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU. Raises as ``read_header``."""
+    from safetensors.torch import load_file
+
+    read_header(path, fix=fix)
+    return load_file(path)
+
+
 def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> Header:
-    """Read and check a file's header. Raises ContractError naming the file, OSError."""
+    """Read and check a file's header. Raises ContractError naming the file and ``fix``, OSError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         try:
@@ -184,16 +217,14 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
     """
     head = read(8, 0)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-    if length > size - 8:
-        raise ValueError(f"it has {size} bytes")
-    if length > MAX_HEADER:
-        raise ValueError(f"a header of {length} bytes (at most {MAX_HEADER})")
+    if length > min(size - 8, MAX_HEADER):
+        raise ValueError(f"it has {size} bytes, its header {length}")
     try:
         header = json.loads(read(length, 8))
         metadata = header.pop("__metadata__", None) or {}
         entries = _entries(header)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header has no {error}" if isinstance(error, KeyError) else str(error)) from error
+        raise ValueError(f"damaged header ({error!r})") from error
     end = max((entry.stop for entry in entries.values()), default=0)
     if 8 + length + end != size:
         raise ValueError(f"{size} bytes, expected {8 + length + end}")
@@ -206,11 +237,8 @@ def _entries(header: dict[str, Any]) -> dict[str, Entry]:
     for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = body["data_offsets"]
         entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
-        if not all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop)):
-            raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
-        if entry.dtype not in DTYPE_BYTES:
-            raise ValueError(f"{name} has the unknown dtype {entry.dtype!r}")
-        if start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+        whole = all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop))
+        if not whole or start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
             raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
         entries[name], end = entry, stop
     return entries

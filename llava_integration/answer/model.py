@@ -9,12 +9,12 @@ Shape letters: B questions, T tokens, S image size in pixels.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llava_integration.answer.options import AnswerConfig
 from llava_integration.answer.questions import Question
 from llm2clip_plugin.console import quiet_llava_loading
 from llm2clip_plugin.options import unknown
@@ -29,7 +29,7 @@ Prepared = tuple[int, "torch.Tensor", "torch.Tensor | None", "tuple[int, int]"]
 class Answerer:
     """A LLaVA model with its tokenizer and image processor."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: AnswerConfig):
         """Load the model as LLaVA's own evaluation does."""
         import torch
         from llava.mm_utils import get_model_name_from_path

@@ -1,6 +1,7 @@
 """Questions answered by a served model: several requests at a time, failed ones repeated, answers kept as they come."""
 
-import argparse
+from __future__ import annotations
+
 import base64
 import http.client
 import io
@@ -15,7 +16,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -24,6 +25,9 @@ from llava_integration.answer.questions import AnswersFile, Question, entry
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
+
+if TYPE_CHECKING:
+    from llava_integration.answer.options import AnswerConfig
 
 # An OpenAI-compatible server: the models it serves, and chat completions about an image.
 
@@ -244,7 +248,7 @@ class Requests:
     """Threads that ask the server; their results in the order in which they come."""
 
     def __init__(
-        self, endpoint: Endpoint, options: argparse.Namespace, request: dict[str, Any], questions: list[Question]
+        self, endpoint: Endpoint, options: AnswerConfig, request: dict[str, Any], questions: list[Question]
     ) -> None:
         """``options``: of ``llava evaluate``; ``request``: model, temperature and what else all requests have."""
         self.endpoint, self.options, self.request, self.questions = endpoint, options, request, questions
@@ -306,7 +310,7 @@ class Requests:
 def answer_served(
     endpoint: Endpoint,
     model: str,
-    options: argparse.Namespace,
+    options: AnswerConfig,
     questions: list[Question],
     indices: list[int],
     answers: AnswersFile,

@@ -29,9 +29,9 @@ from llm2clip_plugin.data.samples import (
     parse_fields,
     read_captions,
 )
-from llm2clip_plugin.data.workers import cores, map_in_order, process_pool
+from llm2clip_plugin.data.workers import cores, parallel
 from llm2clip_plugin.files import printable
-from llm2clip_plugin.options import READ_NAMES, Command, command, nearest
+from llm2clip_plugin.options import Command, command, nearest
 
 # The options of ``llm2clip data make``.
 
@@ -76,9 +76,8 @@ COMMAND = Command(
     "image are joined to one sample with several captions. Unreadable pictures, those without a caption and exact "
     "copies are left out and listed.",
     settings=MakeConfig,
-    arguments=("path",),
-    everyday=("output", "images", "image_field", "fields", "file_names", "background", "workers", "overwrite"),
-    shown={**READ_NAMES, "path": "data"},
+    arguments="path",
+    everyday="output image-folder image-field fields file-names background workers overwrite",
 )
 
 
@@ -329,12 +328,8 @@ def _pictures(config: MakeConfig, items: list[Item]) -> Iterator[Picture | str]:
     """Each item's picture, or why it has none."""
     job = partial(read_picture, config.background)
     processes = min(config.workers or cores(), len(items) // 64)
-    label = {"total": len(items), "label": "data make", "unit": "pictures"}
-    if processes <= 1:
-        yield from track(map(job, items), **label)
-        return
-    with process_pool(processes) as pool:
-        yield from track(map_in_order(pool, job, items, ahead=8 * processes), **label)
+    pictures = parallel(job, items, processes=processes)
+    yield from track(pictures, total=len(items), label="data make", unit="pictures")
 
 
 def read_picture(background: str, item: Item) -> Picture | str:

@@ -17,7 +17,7 @@ from torch import nn
 
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, in_phase, loaded, phase
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity, remedy_of
+from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import headline, read_json_value
@@ -283,7 +283,7 @@ class TrainingRun:
             newest = self.checkpoints.latest()
             kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
             kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error}{remedy_of(error)}\n{kept}; when this is fixed, {RERUN} to resume") from error
+            raise kind(f"{error}\n{kept}; when this is fixed, {RERUN} to resume") from error
 
     def write_result(self, write: Callable[[], object]) -> None:
         """Call ``write`` on rank 0; all ranks wait.

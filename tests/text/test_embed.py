@@ -13,9 +13,9 @@ from tower_runs import ROOT, environment, finish, start
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
-from llm2clip_plugin.data import index as row_sources
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.data.sources import row_index as row_sources
 from llm2clip_plugin.data.sources.base import Shard, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.files import ContractError
@@ -207,8 +207,8 @@ LATE = """
 import os, sys, time
 from llm2clip_plugin.cli import leave, run
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.train import watchdog
-watchdog.STRAGGLER_SECONDS, encode = 1.0, CaptionEncoder.encode
+from llm2clip_plugin.train import guard
+guard.STRAGGLER_SECONDS, encode = 1.0, CaptionEncoder.encode
 
 def late(self, *arguments, **options):
     if os.environ["RANK"] == "1":
