@@ -1,7 +1,5 @@
 """Questions answered by a served model: several requests at a time, failed ones repeated, answers kept as they come."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import io
@@ -16,22 +14,19 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
+from llava_integration.answer.options import KEY, AnswerConfig
 from llava_integration.answer.questions import AnswersFile, Question, entry
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
-if TYPE_CHECKING:
-    from llava_integration.answer.options import AnswerConfig
-
 # An OpenAI-compatible server: the models it serves, and chat completions about an image.
 
-KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 PASSING = (408, 425, 429)  # and 5xx: HTTP statuses of errors that may pass
 
 
