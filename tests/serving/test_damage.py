@@ -62,7 +62,7 @@ def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
 TENSORS: dict[str, tuple[Damage, str]] = {
     "empty": (written(WEIGHTS, ""), "is not a complete safetensors file"),
     "index without map": (lambda folder: (written(f"{WEIGHTS}.index.json", "{}")(folder), (folder / WEIGHTS).unlink()),
-                          '"weight_map"'),
+                          "tensors are missing"),
     "nan": (tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)), "q_proj.weight is nan"),
     "int8": (tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)), "quantized checkpoints"),
 }  # fmt: skip
