@@ -1,4 +1,4 @@
-"""The vision tower of a checkpoint, as ``vision_config``, tensors and image processor of the exported model."""
+"""The parts of an exported model: language model and projector, vision tower, and the code of towers that are ours."""
 
 import importlib
 import inspect
@@ -22,7 +22,7 @@ from llm2clip_plugin.vision.family import Family, remove_tokens
 from llm2clip_plugin.vision.positions import check_pixels
 from llm2clip_plugin.vision.publish import published
 
-# The language model and the projector: their settings and tensors, from LLaVA's names to Hugging Face's.
+# The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 
 # fields of a Llama's config.json, of transformers 4 and 5; the others are LLaVA's or of a file
 FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
@@ -32,12 +32,8 @@ PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2
 TOWER = "model.vision_tower."
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # computed; old versions saved it
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LANGUAGE_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)  # there is no Llama without
+# there is no Llama without
+LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
     input_layernorm post_attention_layernorm""".split()
 
@@ -122,7 +118,8 @@ def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
     return LazyTensor(shape=(tokens + 1, rows.shape[1]), read=read, where=rows.where)
 
 
-# The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere.
+# The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere. Where
+# this package is installed, ``register`` is enough, and no code of the model's is run.
 
 MODELING = "modeling_llava_tower"
 # what the package shares between towers becomes part of the file
