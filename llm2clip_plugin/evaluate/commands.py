@@ -29,7 +29,7 @@ from llm2clip_plugin.evaluate.opening import (
     wide_console,
     write_scores,
 )
-from llm2clip_plugin.evaluate.retrieval import ALL, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import Suite
 from llm2clip_plugin.options import EVALUATION_NAMES, Command
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
         return main_suites(argv)
     config = RETRIEVAL_COMMAND.parse(argv)
 
-    def report(scores: ScoreFile) -> None:
+    def report(measured: tuple[ScoreFile, RetrievalReport]) -> None:
+        scores, _ = measured
         found = intervals(scores, config.resamples)
         clusters = len({item["cluster"] for item in scores.items})
         caption = "i2t: image to text; ties count half" + (
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     return on_all_ranks(lambda all_ranks: measure_retrieval(config, all_ranks=all_ranks), report)
 
 
-def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> ScoreFile:
+def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[ScoreFile, RetrievalReport]:
     """Open the tower, the data and the cache, check that they belong together, and measure.
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
@@ -73,12 +74,13 @@ def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> Sco
     cache.check(source)
     report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
     facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
-    return dataclasses.replace(
+    scores = dataclasses.replace(
         report.scores(),
         benchmark=f"retrieval:{dataset_name(config.data.path)}",
         model=config.tower,
         provenance=tower_provenance(tower.dual, **facts),
     )
+    return scores, report
 
 
 def intervals(scores: ScoreFile, resamples: int) -> dict[str, Interval]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import ContractError, errors_about
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.vision.checkpoint import check_pickles, own_preprocessor, read_tensor, weight_files
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, check_hash, fetch_directory
 from llm2clip_plugin.vision.families import families, family_of, read_config
@@ -302,7 +301,6 @@ def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
     The update of a weight is ``alpha / rank * B @ A``; B starts at zero, so the outputs don't change at first.
     Raises ValueError if PEFT is not installed.
     """
-    import_without_compiler(BITSANDBYTES)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
