@@ -13,10 +13,9 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.evaluate import forecast as measures
-from llm2clip_plugin.evaluate.forecast import measure, on_grid, verdict
+from llm2clip_plugin.evaluate.forecast import on_grid
 from llm2clip_plugin.vision.export import export_tower
 
 
@@ -36,12 +35,6 @@ def test_whitening_is_by_the_covariance_of_ledoit_and_wolf(rows: int):
     white_MF = measures.whitened(feature_MF).double().numpy()
     expected = centered_MF @ np.linalg.inv(fitted.covariance_) @ centered_MF.T
     np.testing.assert_allclose(white_MF @ white_MF.T, expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("bad", [torch.ones(9, 4), torch.full((9, 4), torch.nan)])
-def test_constant_and_broken_features_are_refused(bad: Tensor):
-    with pytest.raises(ValueError, match="equal for all images"):
-        measures.whitened(bad)
 
 
 def test_best_match_similarity_by_loops():
@@ -115,18 +108,6 @@ def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
     assert value == pytest.approx(1 - error / total, abs=1e-4) and 0.2 < value < 0.8
     assert float(measures.explained(feature_NH, feature_NH @ normal(10, 6), clusters).mean()) > 0.99
     assert abs(float(measures.explained(feature_NH, normal(100, 6, seed=5), clusters).mean())) < 0.1
-
-
-def test_a_tower_that_sees_more_is_higher_and_a_copy_cannot_be_told():
-    text_NW = normal(150, 8)
-    sees_NPH, blind_NPH = (text_NW[:, None] + noise * normal(150, 4, 8, seed=1) for noise in (0.5, 4.0))
-    clusters = [str(number) for number in range(150)]
-    good, copy, bad = (measure(patch, text_NW, clusters) for patch in (sees_NPH, 2 * sees_NPH, blind_NPH))
-    assert list(good) == ["neighbors", "CKA", "probe"]
-    for name, value_N in good.items():
-        assert verdict(bootstrap_mean((value_N - bad[name]).numpy())).endswith("higher"), name
-        assert verdict(bootstrap_mean((bad[name] - value_N).numpy())).endswith("lower"), name
-        assert verdict(bootstrap_mean((value_N - copy[name]).numpy().round(3))).endswith("cannot tell"), name
 
 
 def test_large_grids_are_averaged():
