@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources.open import check_fields, open_source
-from llm2clip_plugin.evaluate.config import RETRIEVAL_COMMAND, EvaluateConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.opening import (
     NOTES_SHOWN,
     OpenedTower,
@@ -32,8 +31,6 @@ from llm2clip_plugin.evaluate.opening import (
 from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, evaluate_retrieval
 from llm2clip_plugin.evaluate.suites import select_suites, suites
 from llm2clip_plugin.evaluate.suites.base import Suite
-from llm2clip_plugin.options import EVALUATION_NAMES, Command
-from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 SIDES = ("i2t", "t2i")
@@ -41,12 +38,11 @@ SIDES = ("i2t", "t2i")
 
 def main(argv: list[str]) -> int:
     """``llm2clip evaluate TOWER DATA``; with ``--suite`` the benchmarks by name."""
-    if any(word == "--suite" or word.startswith("--suite=") for word in argv):
-        return main_suites(argv)
-    config = RETRIEVAL_COMMAND.parse(argv)
+    config = EVALUATE.parse(argv)
+    if config.suite:
+        return main_suites(config)
 
-    def report(measured: tuple[ScoreFile, RetrievalReport]) -> None:
-        scores, _ = measured
+    def report(scores: ScoreFile) -> None:
         found = intervals(scores, config.resamples)
         clusters = len({item["cluster"] for item in scores.items})
         caption = "i2t: image to text; ties count half" + (
@@ -61,7 +57,19 @@ def main(argv: list[str]) -> int:
     return on_all_ranks(lambda all_ranks: measure_retrieval(config, all_ranks=all_ranks), report)
 
 
-def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[ScoreFile, RetrievalReport]:
+def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> ScoreFile:
+    """``measure_pairs`` as a score file."""
+    tower, report = measure_pairs(config, all_ranks=all_ranks)
+    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
+    return dataclasses.replace(
+        report.scores(),
+        benchmark=f"retrieval:{dataset_name(config.data.path)}",
+        model=config.tower,
+        provenance=tower_provenance(tower.dual, **facts),
+    )
+
+
+def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
     """Open the tower, the data and the cache, check that they belong together, and measure.
 
     Raises FileNotFoundError, ContractError (another teacher, other captions) or ValueError.
@@ -72,15 +80,7 @@ def measure_retrieval(config: EvaluateConfig, *, all_ranks: bool = False) -> tup
     tower = open_tower(config.tower, config.device)
     cache = open_teacher_cache(tower.dual.card, config.cache, config.data, any_teacher=config.any_teacher)
     cache.check(source)
-    report = evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
-    facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
-    scores = dataclasses.replace(
-        report.scores(),
-        benchmark=f"retrieval:{dataset_name(config.data.path)}",
-        model=config.tower,
-        provenance=tower_provenance(tower.dual, **facts),
-    )
-    return scores, report
+    return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
 
 
 def intervals(scores: ScoreFile, resamples: int) -> dict[str, Interval]:
@@ -115,51 +115,9 @@ def score_table(
     return table
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuitesConfig:
-    """Benchmarks by name."""
-
-    tower: str  # tower directory or Hub id, with a text adapter
-    suite: str  # names, separated by commas; paper: those that the paper reports; all: every one
-    root: str  # folder with one folder per suite
-    output: str = ""  # folder of the score files, one per suite; "": <root>/scores-<hash of the tower>
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    resamples: int = 2000  # bootstrap resamples of the intervals; 0: no intervals
-    overwrite: bool = False  # measure again even where a score file exists
-
-
-def command() -> Command[SuitesConfig]:
-    """The command with the names of the suites that there are."""
-    return Command(
-        name="evaluate",
-        example="llm2clip evaluate towers/l14-336 /data/benchmarks --suite paper",
-        about=f"Measure benchmarks by name: {', '.join(suites())}. DATA has one folder for each; those with missing "
-        "files are skipped, with a line that says where to get them. Captions are embedded once, into a cache in the "
-        "suite's folder.",
-        settings=SuitesConfig,
-        arguments=("tower", "root"),
-        everyday=(
-            "suite",
-            "output",
-            "teacher.llm",
-            "teacher.adapter",
-            "retrieval.batch",
-            "retrieval.workers",
-            "retrieval.limit",
-            "resamples",
-            "overwrite",
-            "device",
-        ),
-        shown={**EVALUATION_NAMES, "root": "data"},
-    )
-
-
-def main_suites(argv: list[str]) -> int:
+def main_suites(config: EvaluateConfig) -> int:
     """Measure the suites whose files exist; 0 unless there is none."""
-    config = command().parse(argv)
-    selected, root = select_suites(config.suite), Path(config.root)
+    selected, root = select_suites(config.suite), Path(config.data.path)
     missing = {suite.name: lines for suite in selected if (lines := suite.missing(root))}
     missing_lines = [line for lines in missing.values() for line in lines]
     ready = [suite for suite in selected if suite.name not in missing]
@@ -174,12 +132,12 @@ def main_suites(argv: list[str]) -> int:
     return on_all_ranks(lambda all_ranks: measure_suites(config, ready, all_ranks=all_ranks), report)
 
 
-def measure_suites(config: SuitesConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
+def measure_suites(config: EvaluateConfig, ready: list[Suite], *, all_ranks: bool) -> dict[str, ScoreFile]:
     """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
-    tower, root = open_tower(config.tower, config.device), Path(config.root)
+    tower, root = open_tower(config.tower, config.device), Path(config.data.path)
     card = tower.dual.card
     teacher = Teacher(card, config.teacher, tower.device)
-    output = Path(config.output) if config.output else root / f"scores-{card.weights_sha256[:12]}"
+    output = Path(config.json) if config.json else root / f"scores-{card.weights_sha256[:12]}"
     results = {}
     for suite in ready:
         source = suite.open(root)
