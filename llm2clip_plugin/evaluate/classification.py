@@ -21,10 +21,10 @@ from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile, TowerCard, atomic_file, canonical_json, sha256_text, sha256_weights
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import EvalTransform, ImageConfig, Normalize
-from llm2clip_plugin.data.index import scan_tar, split_name
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.data.sources.tars import scan_tar, split_name
 from llm2clip_plugin.evaluate.config import PROBE_COMMAND, ZEROSHOT_COMMAND, ProbeConfig, ZeroShotConfig
 from llm2clip_plugin.evaluate.opening import (
     InMemorySource,
