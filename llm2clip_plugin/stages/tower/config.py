@@ -34,7 +34,7 @@ from llm2clip_plugin.train.config import (
     TrainConfig,
     local_world_size,
 )
-from llm2clip_plugin.vision.convert.formats import format_helps
+from llm2clip_plugin.vision.convert.options import FORMATS
 from llm2clip_plugin.vision.family import LOG_SCALE, DualConfig
 
 EXAMPLE = (
@@ -124,7 +124,9 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
-        self.loss.check(self.dual)
+        from llm2clip_plugin.train.losses.base import check_terms  # torch
+
+        check_terms(self.loss, self.dual)
         if self.heads.target == "clip_text":
             if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
                 raise ValueError(
@@ -485,9 +487,9 @@ def parser() -> Parser:
     made.add_argument(
         "--format",
         default="tower",
-        choices=["tower", *format_helps()],
+        choices=["tower", *FORMATS],
         help="; ".join(
-            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in format_helps().items())]
+            ["tower: a tower directory (the default)", *(f"{name}: {text}" for name, text in FORMATS.items())]
         ),
     )
     made.add_argument(
