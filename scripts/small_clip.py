@@ -136,8 +136,8 @@ def augmented(pixels_B3SS: Any) -> Any:
 
 def own_text_tower(clip: Path, tower: Path, output: Path) -> None:
     """The imported CLIP as a tower whose teacher is its own text tower: no adapter in between."""
+    from llm2clip_plugin.text.clip_text import ClipTextEncoder
     from llm2clip_plugin.text.config import EncoderConfig
-    from llm2clip_plugin.text.teacher import ClipTextEncoder
     from llm2clip_plugin.vision.dual import DualEncoder, load_dual
     from llm2clip_plugin.vision.export import export_tower
 

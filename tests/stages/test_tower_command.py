@@ -40,7 +40,7 @@ def test_caption_weights_name_the_kinds_that_are_read():
     alone = dataclasses.replace(config.data, read=ReadConfig())
     assert [source.kinds for source in alone.sources] == [("short", "long")] * 2  # other kinds are not drawn
     for weights in (("short=1",), ("short=1", "keywords=1")):
-        with pytest.raises(ValueError, match="data.caption_weights"):
+        with pytest.raises(ValueError, match="caption_weights"):
             dataclasses.replace(config.data, caption_weights=weights)
 
 

@@ -121,7 +121,7 @@ def test_what_cannot_be_reproduced_is_refused(tokenizer, tmp_path: Path) -> None
     with pytest.raises(ContractError, match=r"unsupported pooling .* supported: mean, last token"):
         CaptionEncoder(EncoderConfig(llm=str(by_cls)), "cpu")
     dense = write_bert(tmp_path / "dense", tokenizer, more=("Dense",))
-    with pytest.raises(ContractError, match=r"unsupported modules \['Dense'\]"):
+    with pytest.raises(ContractError, match="'Dense'"):
         CaptionEncoder(EncoderConfig(llm=str(dense)), "cpu")
     mean = write_bert(tmp_path / "mean", tokenizer)
     with pytest.raises(ContractError, match="pooling is 'last', but the files of mean specify 'mean'"):

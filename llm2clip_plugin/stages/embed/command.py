@@ -17,10 +17,10 @@ from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.embed.config import COMMAND, EmbedConfig
 from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
+from llm2clip_plugin.text.clip_text import open_encoder
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
-from llm2clip_plugin.text.teacher import open_encoder
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
