@@ -1,5 +1,7 @@
 """The command line of stage 1: ``llm2clip finetune-llm``."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,26 +24,29 @@ from llm2clip_plugin.text.tokens import literal_template, query_frames, token_id
 from llm2clip_plugin.train.memory import StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 
-# ``llm2clip finetune-llm ... --dry-run``: what a stage 1 run does and costs, from shapes alone.
-
 ASSUMED_TOKENS = 64  # of a text, template and prompt included
 TEXTS = 64  # of the passes that measure activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and length of its texts."""
+def main(argv: list[str]) -> int:
+    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
+    config = parse(argv)
+    return plan_or_train(
+        config.dry_run,
+        lambda: llm_plan(config),
+        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
+        "adapter",
+    )
 
-    pairs: int
-    texts: int  # of a pair: query and positive, and a hard negative if the data has them
-    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
-    found: tuple[str, ...]  # what the surveys of the data say
-    assumed: tuple[str, ...]
 
-    @property
-    def tokens(self) -> float:
-        """Of a text, on average."""
-        return sum(self.lengths) / len(self.lengths)
+def parse(argv: list[str]) -> FinetuneConfig:
+    """The configuration of a command line: a recipe's or the default, with the fields that options set."""
+
+    def default(extras: dict[str, str]) -> FinetuneConfig:
+        name = extras.get("recipe", "")
+        return llm_recipe(name) if name else FinetuneConfig()
+
+    return read_settings(FINETUNE, argv, default)
 
 
 def llm_plan(config: FinetuneConfig) -> str:
@@ -82,6 +87,22 @@ def llm_plan(config: FinetuneConfig) -> str:
             about = f", for pairs of {size.texts} texts of {tokens}"
             parts.append(plans.describe_columns(table, train.global_batch, gpu_gib, about))
     return "\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Size of the data and length of its texts."""
+
+    pairs: int
+    texts: int  # of a pair: query and positive, and a hard negative if the data has them
+    lengths: tuple[int, ...]  # tokens of texts, truncated to max_tokens
+    found: tuple[str, ...]  # what the surveys of the data say
+    assumed: tuple[str, ...]
+
+    @property
+    def tokens(self) -> float:
+        """Of a text, on average."""
+        return sum(self.lengths) / len(self.lengths)
 
 
 def measure_data(config: FinetuneConfig) -> DataSize:
@@ -190,25 +211,4 @@ def describe_llm(config: FinetuneConfig, shape: LlmShape) -> str:
         f"parameters without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}\n"
         f"LoRA: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}\n"
         + plans.describe_parameters(trained, config.optim)
-    )
-
-
-def parse(argv: list[str]) -> FinetuneConfig:
-    """The configuration of a command line: a recipe's or the default, with the fields that options set."""
-
-    def default(extras: dict[str, str]) -> FinetuneConfig:
-        name = extras.get("recipe", "")
-        return llm_recipe(name) if name else FinetuneConfig()
-
-    return read_settings(FINETUNE, argv, default)
-
-
-def main(argv: list[str]) -> int:
-    """``llm2clip finetune-llm DATA [DATA ...] --llm PATH_OR_HUB_ID [options]``."""
-    config = parse(argv)
-    return plan_or_train(
-        config.dry_run,
-        lambda: llm_plan(config),
-        lambda: finetune_llm(config, started_by("finetune-llm", argv)),
-        "adapter",
     )

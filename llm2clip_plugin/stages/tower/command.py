@@ -4,6 +4,8 @@ A recipe or a file gives the full configuration, options override fields. Option
 LLaVA's scripts keep their names.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -25,19 +27,46 @@ from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
 from llm2clip_plugin.vision.dual import DualEncoder
 
-# ``llm2clip train-tower ... --dry-run``: what a run does and costs, from shapes alone.
-
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
 IMAGES = 16  # of the pass that measures activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSize:
-    """Size of the data and width of the teacher's embeddings."""
+def main(argv: list[str]) -> int:
+    """Print the plan or train; exit status 0."""
+    config = read_command(argv)
+    config.validate(needs_data=not config.dry_run)
+    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
+        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
+    return plan_or_train(
+        config.dry_run,
+        lambda: tower_plan(config),
+        lambda: train_tower(config, command=started_by("train-tower", argv)),
+        "tower",
+    )
 
-    samples: int
-    width: int
-    assumed: tuple[str, ...]
+
+def read_command(argv: list[str]) -> RunConfig:
+    """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
+    return read_settings(COMMAND, argv, starting_point)
+
+
+def starting_point(extras: dict[str, str]) -> RunConfig:
+    """The configuration of --config or --recipe, which the other options override."""
+    name, file = extras.get("recipe", ""), extras.get("config", "")
+    if name and file:
+        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
+    return from_file(Path(file)) if file else recipe(name or DEFAULT)
+
+
+def from_file(path: Path) -> RunConfig:
+    """A configuration file, or the run.json of an earlier run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=str(path))
 
 
 def tower_plan(config: RunConfig) -> str:
@@ -69,6 +98,15 @@ def tower_plan(config: RunConfig) -> str:
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
     ]
     return "\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Size of the data and width of the teacher's embeddings."""
+
+    samples: int
+    width: int
+    assumed: tuple[str, ...]
 
 
 def measure_data(config: RunConfig) -> DataSize:
@@ -130,41 +168,3 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
         patches=grid**2 * sum(of_patch[reads] for reads in layers),
     )
-
-
-def main(argv: list[str]) -> int:
-    """Print the plan or train; exit status 0."""
-    config = read_command(argv)
-    config.validate(needs_data=not config.dry_run)
-    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
-        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
-    return plan_or_train(
-        config.dry_run,
-        lambda: tower_plan(config),
-        lambda: train_tower(config, command=started_by("train-tower", argv)),
-        "tower",
-    )
-
-
-def read_command(argv: list[str]) -> RunConfig:
-    """The configuration of a command line. Raises ValueError; prints --help and exits with status 0."""
-    return read_settings(COMMAND, argv, starting_point)
-
-
-def starting_point(extras: dict[str, str]) -> RunConfig:
-    """The configuration of --config or --recipe, which the other options override."""
-    name, file = extras.get("recipe", ""), extras.get("config", "")
-    if name and file:
-        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
-    return from_file(Path(file)) if file else recipe(name or DEFAULT)
-
-
-def from_file(path: Path) -> RunConfig:
-    """A configuration file, or the run.json of an earlier run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=str(path))
