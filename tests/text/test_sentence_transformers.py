@@ -52,9 +52,9 @@ def test_preset_of_released_llms(llama: Path) -> None:
     config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
     assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
     assert not config.include_bos and config.preset == ""
-    with pytest.raises(ContractError, match="pooling is 'last', but preset llm2vec sets 'mean'"):
+    with pytest.raises(ContractError, match="preset llm2vec"):
         CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
-    with pytest.raises(ValueError, match="unknown preset 'gpt'; known: llm2clip-llama3, llm2vec"):
+    with pytest.raises(ValueError, match="'gpt'"):
         EncoderConfig(preset="gpt")
 
 
