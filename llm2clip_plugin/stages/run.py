@@ -19,7 +19,7 @@ from torch import nn
 
 import llm2clip_plugin
 from llm2clip_plugin.console import each_in_phase, in_phase, loaded, phase
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity, remedy_of
+from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.sources.base import SourceConfig
 from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import headline, read_json_value
@@ -38,7 +38,7 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
 from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
-from llm2clip_plugin.train.errors import FirstRankError, StoppedError, StopRequest
+from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.optim import Trained, parameter_groups
@@ -80,7 +80,6 @@ ADVICE = {  # first word of a fact -> what to do
     "DeepSpeed": "every host must read the same DeepSpeed configuration",
     "version": "install the same environment on every host",
 }
-RERUN = "rerun the same command"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +113,17 @@ class TrainingRun:
         Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
         """
         path = on_first_rank(lambda: self.checkpoints.find(self.config.resume))
-        self._agree(path)
+        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
+        if path is not None:
+            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
+        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
+        refuse_disagreement(start | facts, ADVICE)
         if path is None:
             return None
         loaded = load(path)
         refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
         state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
         return dataclasses.replace(loaded, state=state)
-
-    def _agree(self, path: Path | None) -> None:
-        """Compare with the other ranks what this one is about to train from."""
-        facts = run_facts(self.run_settings, self.deepspeed, self.data, total_steps=self.total_steps)
-        start = {"output_dir": shared_folder(self.folder), "checkpoint": "none"}
-        if path is not None:
-            start["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
-        refuse_disagreement(start | facts, ADVICE)
 
     def check_space(
         self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True, twin: bool = False
@@ -187,7 +182,7 @@ class TrainingRun:
         self.record(state)
         if rank() == 0 and (note := warmup_note(self.optim, self.total_steps)):
             print(f"note: {note}", file=sys.stderr)
-        state = self._run_loop(
+        state = run_loop(
             LoopParts(
                 step=in_phase("forward and backward", step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
@@ -214,36 +209,10 @@ class TrainingRun:
             print(line)
         return state
 
-    def _run_loop(self, parts: LoopParts) -> TrainState:
-        """``run_loop``, whose errors say what is kept."""
-        try:
-            return run_loop(parts)
-        except FirstRankError:
-            raise
-        except (ValueError, OSError) as error:
-            if RERUN in str(error):
-                raise
-            newest = self.checkpoints.latest()
-            kept = f"the checkpoint {newest} is kept" if newest else "no checkpoint has been saved yet"
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error}{remedy_of(error)}\n{kept}; when this is fixed, {RERUN} to resume") from error
-
     def write_result(self, write: Callable[[], object]) -> None:
-        """Call ``write`` on rank 0; all ranks wait.
-
-        Raises OSError or ValueError from ``write`` on every rank; the run's last checkpoint stays.
-        """
+        """Call ``write`` on rank 0; all ranks wait. The run's last checkpoint stays if it fails, on every rank."""
         with phase("export"):
-            on_first_rank(lambda: self._write_result(write))
-
-    def _write_result(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except OSError as error:
-            raise OSError(
-                f"the run is complete, but its result could not be written: {error}. Its last checkpoint is in "
-                f"{self.checkpoints.folder}; rerun the same command to write the result"
-            ) from error
+            on_first_rank(write)
 
     def record(self, state: TrainState) -> None:
         """Write run.json, on rank 0. Every rank must call this."""

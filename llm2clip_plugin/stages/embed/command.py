@@ -137,9 +137,9 @@ def cache_plan(config: EmbedConfig) -> str:
 
 def readable(size: float) -> str:
     """A number of bytes in the unit that gives 1 to 999."""
-    units = ("kB", "MB", "GB", "TB")
-    step = next((n for n in range(len(units)) if size < 1000 ** (n + 2)), len(units) - 1)
-    return f"{size / 1000 ** (step + 1):.1f} {units[step]}"
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    unit = next((name for name, factor in units.items() if size < 1000 * factor), "TB")
+    return f"{size / units[unit]:.1f} {unit}"
 
 
 def width_of(config: EncoderConfig) -> int:
