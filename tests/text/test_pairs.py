@@ -199,7 +199,7 @@ def test_data_without_pairs_is_refused_before_training(tmp_path: Path, captions:
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = PairsConfig(data=(str(tmp_path / "c.jsonl"),))
     with pytest.raises(ValueError, match=found):
-        survey(open_pairs(config)[0], config)
+        survey(open_pairs(config)[0])
 
 
 def test_wrong_files_and_settings(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_wrong_files_and_settings(tmp_path: Path) -> None:
     bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "answer": "b"}\n')
     config = PairsConfig(data=(str(bad),))
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2.*'positive'"):
-        survey(open_pairs(config)[0], config)
+        survey(open_pairs(config)[0])
     bad.write_text('{"query": "a", "positive": "b", "negative": "c"}\n{"query": "a", "positive": "b"}\n')
     with pytest.raises(ValueError, match="line 2: no 'negative'"):
         open_pairs(config)

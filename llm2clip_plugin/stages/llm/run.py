@@ -175,7 +175,7 @@ def open_data(config: FinetuneConfig, rank: int, world: int) -> Data:
         mix_kinds=config.pairs.mix_kinds,
     )
     samples = sum(epoch_draws(list(map(len, sources)), config.pairs.weights or [1.0] * len(sources)))
-    return Data(surveys=tuple(survey(source, config.pairs) for source in sources), samples=samples, batches=batches)
+    return Data(surveys=tuple(survey(source) for source in sources), samples=samples, batches=batches)
 
 
 def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> str:
