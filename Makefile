@@ -1,22 +1,27 @@
 # Shortcuts for development; CONTRIBUTING.md explains when to use which.
-.PHONY: setup check format test quick llava gpu mutations quickstart clean
+.PHONY: setup quick check format test llava gpu mutations quickstart house clean
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST = $(TEST_ENV) .venv/bin/python -m pytest -q
+# files whose tests start no other process
+QUICK = tests/foundation tests/train/test_losses.py tests/vision/test_dual.py tests/data/test_sampler.py
 
 setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
 	bash -c 'ROOT=$$PWD; . scripts/environments.sh; train_environment .venv train,dev; llava_environment .venv-llava'
 	.venv/bin/pre-commit install
 
-check: ## style and types
+quick: ## under a minute: style, and tests that start no other process
+	.venv/bin/ruff check .
+	$(PYTEST) $(QUICK)
+
+check: ## under three minutes: style, types, and the fast tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+	$(PYTEST) -n 2 --dist loadfile $(FAST)
 
 format: ## fix style
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-
-quick: ## seconds: structure, commands, contracts
-	.venv/bin/python -m pytest -q tests/foundation
 
 test: ## everything, as CI runs it
 	scripts/test.sh
@@ -32,6 +37,9 @@ mutations: ## planted bugs: each must fail its test (not part of CI)
 
 quickstart: ## the whole method in miniature, small
 	scripts/quickstart.sh --smoke
+
+house: ## files, lines, functions, arrows of this checkout
+	.venv/bin/python scripts/house.py .
 
 clean: ## remove caches and the output of test runs, keep the environments
 	rm -rf .pytest_cache .ruff_cache build dist quickstart-output

@@ -20,11 +20,10 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord, atomic_directory, atomic_file
-from llm2clip_plugin.files import ContractError, read_header, read_json_value
+from llm2clip_plugin.files import ContractError, errors_about, read_header
 from llm2clip_plugin.hub import hub_snapshot
 from llm2clip_plugin.options import Parser, checked, command, unknown
-from llm2clip_plugin.vision.directory import check_card
-from llm2clip_plugin.vision.families import families
+from llm2clip_plugin.vision.directory import check_card, read_json
 
 # A tower directory with its card: what every name of a tower resolves to.
 
@@ -55,11 +54,6 @@ class TowerLocation:
                 f"`{command('import', directory, '--output', 'DIR')}`"
             )
         card = TowerCard.read(directory / TowerCard.FILE)
-        if card.family not in families():
-            raise ContractError(
-                f"{directory / TowerCard.FILE}: unknown tower family {card.family!r}; known: {', '.join(families())}; "
-                "a newer version of this package may know it"
-            )
         return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
 
     @property
@@ -82,8 +76,6 @@ class TowerLocation:
 
 
 # The towers that the user registered by name, and the selected one.
-
-LOCK_SECONDS = 30.0  # to wait for another process that changes the registry, which takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,65 +107,23 @@ class Registry(VersionedRecord):
 
 def registry_file() -> Path:
     """Path of the registry; the file need not exist."""
-    home = os.environ.get("LLM2CLIP_HOME")
-    if home:
-        return Path(home).expanduser() / Registry.FILE
     config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(config).expanduser() / "llm2clip" / Registry.FILE
+    return Path(os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip").expanduser() / Registry.FILE
 
 
 def read() -> Registry:
     """The registry, empty if there is no file. Raises ContractError for a damaged file."""
     path = registry_file()
-    if not path.is_file():
-        return Registry()
-    try:
-        return Registry.read(path)
-    except ContractError as error:
-        raise ContractError(
-            f"{error}; correct the file, or delete it and register your towers again with `llm2clip use`"
-        ) from error
-
-
-@contextmanager
-def locked() -> Iterator[None]:
-    """Hold the registry's lock, so that what is read inside the block is still true when it is written.
-
-    Raises TimeoutError if another process holds it for 30 seconds. On a file system without locks nobody waits.
-    """
-    import filelock  # comes with huggingface_hub
-
-    path = registry_file().with_suffix(".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise TimeoutError(
-            f"another process has changed {registry_file()} for {LOCK_SECONDS:.0f} s (it holds {path}); "
-            "wait for its end or stop it, then try again"
-        ) from error
-    except NotImplementedError:  # filelock's error for ENOSYS
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+    return Registry.read(path) if path.is_file() else Registry()
 
 
 def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
-    """Register a tower (``spec``: absolute path or Hub id), select it and return its name.
-
-    Raises ValueError for a name that cannot be given to ``--vision_tower``, ContractError for a damaged registry.
-    """
-    if name and (name != name.strip() or not name.isprintable()):
-        raise ValueError(f"--name {name!r} contains control characters, or spaces at an end; choose a plain word")
-    with locked():
-        known = read()
-        name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
-        name = name or free_name(spec, known)
-        towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
-        replace(known, chosen=name, towers=towers).write(registry_file())
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name."""
+    known = read()
+    name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
+    name = name or free_name(spec, known)
+    towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
+    replace(known, chosen=name, towers=towers).write(registry_file())
     return name
 
 
@@ -189,12 +139,11 @@ def free_name(spec: str, known: Registry) -> str:
 
 def forget(name: str) -> None:
     """Remove an entry; raises ValueError with the registered names if there is none called ``name``."""
-    with locked():
-        known = read()
-        if name not in known.towers:
-            raise ValueError(f"unknown tower {name!r}; {known.summary()}")
-        towers = {key: entry for key, entry in known.towers.items() if key != name}
-        replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())
+    known = read()
+    if name not in known.towers:
+        raise ValueError(f"unknown tower {name!r}; {known.summary()}")
+    towers = {key: entry for key, entry in known.towers.items() if key != name}
+    replace(known, chosen="" if known.chosen == name else known.chosen, towers=towers).write(registry_file())
 
 
 # From the name given to ``--vision_tower`` to a tower directory.
@@ -241,13 +190,8 @@ def locate_default() -> TowerLocation:
 
 def locate_spec(spec: str, *, how: str) -> TowerLocation:
     """The tower of a path, a registered name or a Hub id, tried in this order."""
-    if not spec.strip():
-        raise TowerNotFoundError(
-            f"{how}: no tower is named; expected a tower directory, a name listed by `llm2clip towers`, or a Hub id, "
-            f"such as {NAME}:PATH"
-        )
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec.strip() and path.is_dir():
         return TowerLocation.of(path, how=how)
     known = read()
     if spec in known.towers and known.towers[spec]["spec"] != spec:
@@ -365,46 +309,32 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     record = getattr(config, KEY, None)
     if not record:
         return find_unrecorded(name, config)
-    check_record(record, where=f"{KEY} in config.json of {checkpoint_of(config) or 'the checkpoint'}")
+    checkpoint = checkpoint_of(config) or "the checkpoint"
+    with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
+        wanted, origin = str(record["weights_sha256"]), str(record["origin"])
     failures: list[str] = []
     other_tower = False
-    for where, locate in candidates(name, record, config):
+    for where, locate in candidates(name, wanted, origin, config):
         try:
             location = locate()
         except (FileNotFoundError, ContractError) as error:
             failures.append(f"{where}: {error}")
             continue
-        if location.sha256 == record["weights_sha256"]:
+        if location.sha256 == wanted:
             if failures:
                 print(f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})")
             return location
         other_tower = True
         failures.append(f"{where}: {location.directory} has sha256 {location.sha256}")
-    message = not_found_message(checkpoint_of(config) or "the checkpoint", record, failures, other_tower=other_tower)
-    raise ContractError(message) if other_tower else TowerNotFoundError(message)
-
-
-def check_record(record: Any, *, where: str) -> None:
-    """Raise ContractError unless a tower's record has the fields that finding it needs."""
-    if not isinstance(record, dict):
-        raise ContractError(f"{where} is {record!r}, expected an object; copy the checkpoint again")
-    for name, kind in (("weights_sha256", str), ("origin", str), ("family", str), ("image_size", int)):
-        if not isinstance(record.get(name), kind):
-            raise ContractError(
-                f"{where}: {name} is {record.get(name)!r}, expected {kind.__name__}; copy the checkpoint again"
-            )
-
-
-def not_found_message(checkpoint: str, record: dict[str, Any], failures: list[str], *, other_tower: bool) -> str:
-    """The recorded tower, the result of every place searched, and the two ways to get the tower back."""
     refusal = "refusing to load a different tower" if other_tower else "which is not on this machine"
     searched = "".join(f"\n  - {failure}" for failure in failures)
-    return (
-        f"{checkpoint} was trained with the tower sha256 {record['weights_sha256']} (origin {record['origin']}, "
-        f"{record['family']}, {record['image_size']} px); {refusal}. Searched:{searched}\n"
+    message = (
+        f"{checkpoint} was trained with the tower sha256 {wanted} (origin {origin}, {record.get('family')}, "
+        f"{record.get('image_size')} px); {refusal}. Searched:{searched}\n"
         "Copy that tower to this machine and run `llm2clip use PATH`, or run "
         f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     )
+    raise ContractError(message) if other_tower else TowerNotFoundError(message)
 
 
 def find_unrecorded(name: str, config: Any) -> TowerLocation:
@@ -418,15 +348,15 @@ def find_unrecorded(name: str, config: Any) -> TowerLocation:
         return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
 
 
-def candidates(name: str, record: dict[str, Any], config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
+def candidates(name: str, wanted: str, origin: str, config: Any) -> Iterator[tuple[str, Callable[[], TowerLocation]]]:
     """(label for messages, function that returns a location or raises), in the order of the search."""
     yield f"by name, {name!r}", lambda: locate(name)
     if checkpoint := checkpoint_of(config):
-        yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, record["origin"])
-    if record["origin"] != name.partition(":")[2]:
-        yield f"at its origin, {record['origin']}", lambda: locate_spec(record["origin"], how="origin")
+        yield f"in {checkpoint}/{BUNDLE}", lambda: locate_bundled(checkpoint, origin)
+    if origin != name.partition(":")[2]:
+        yield f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")
     for known, entry in sorted(read().towers.items()):
-        if entry["weights_sha256"] == record["weights_sha256"]:
+        if entry["weights_sha256"] == wanted:
             spec = entry["spec"]
             yield f"registered as {known!r}", lambda spec=spec: locate_spec(spec, how="registry")
 
@@ -448,9 +378,15 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
 # Whether a LLaVA checkpoint is complete, found out before a model is loaded: seconds instead of minutes, one error.
 
 CONFIG = "config.json"
-WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
 FIX = "copy the checkpoint again"
+
+
+def checkpoint_config(folder: Path) -> dict[str, Any]:
+    """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a damaged one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it")
+    return read_json(folder / CONFIG)
 
 
 def check_checkpoint(path: str, base: str | None = None) -> None:
@@ -464,40 +400,18 @@ def check_checkpoint(path: str, base: str | None = None) -> None:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is not a LLaVA checkpoint: no {CONFIG} in it")
-    _check_config(folder / CONFIG)
-    _check_weights(folder)
+    checkpoint_config(folder)
+    files = {file.name: file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (.safetensors or .bin); {FIX}")
+    for index in sorted(folder.glob("*.index.json")):
+        if missing := sorted({*read_json(index).get("weight_map", {}).values()} - files.keys()):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
+    for file in files.values():
+        if file.suffix == ".safetensors":
+            read_header(file, fix=FIX)
     if not base and not any((folder / name).is_file() for name in TOKENIZERS):
         raise FileNotFoundError(f"{path} has no tokenizer ({' or '.join(TOKENIZERS[:2])}); {FIX}")
-
-
-def _check_config(path: Path) -> None:
-    config = read_json_value(path)
-    if not isinstance(config, dict):
-        raise ContractError(f"{path} contains a {type(config).__name__}, expected an object; {FIX}")
-    fields: dict[str, type] = {"mm_vision_tower": str, "mm_vision_select_layer": int}
-    for name, kind in fields.items():
-        value: Any = config.get(name)
-        if name in config and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ContractError(f"{path}: {name} is {value!r}, expected {kind.__name__}; {FIX}")
-
-
-def _check_weights(folder: Path) -> None:
-    """Every file that an index lists is there, and the headers of safetensors files fit their sizes."""
-    files = {path.name: path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))}
-    for index in sorted(folder.glob("*.index.json")):
-        listed = read_json_value(index)
-        names = listed.get("weight_map") if isinstance(listed, dict) else None
-        if not isinstance(names, dict):
-            raise ContractError(f"{index}: weight_map is {json.dumps(names)[:60]}, expected an object; {FIX}")
-        if missing := sorted({str(name) for name in names.values()} - files.keys()):
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}; {FIX}")
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights ({' or '.join(WEIGHTS)}); {FIX}")
-    for path in files.values():
-        if path.suffix == ".safetensors":
-            read_header(path, fix=FIX)
 
 
 # LLaVA decides by words in a checkpoint's folder name how to load it; checked before anything is loaded.
@@ -534,27 +448,17 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     elif config.get("model_type") == "llava_llama":
         what = next((f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given.lower()), "")
     if what:
+        better = "llava-lora-1" if has_lora else "llava-1"
         raise ValueError(
-            f"LLaVA loads a folder {what}, but {path} ({given!r}) is a LLaVA checkpoint; rename it, for example to "
-            f"{_better(given, has_lora)}"
+            f"LLaVA loads a folder {what}, but {path} ({given!r}) is a LLaVA checkpoint; rename it, such as to {better}"
         )
 
 
 def warn_about(output: str) -> None:
     """Print a line if LLaVA would not load the checkpoint that a training will write to ``output``."""
     if output and WORD not in model_name(output).lower():
-        print(
-            f"llm2clip: warning: --output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load "
-            f"a checkpoint; choose another, for example {WORD}-{model_name(output)}, or rename it before evaluating",
-            file=sys.stderr,
-        )
-
-
-def _better(given: str, has_lora: bool) -> str:
-    for word in OTHERS:
-        given = given.replace(word, "")
-    words = [word for word in (WORD, LORA if has_lora else "") if word and word not in given.lower()]
-    return "-".join([*words, given.strip("-_")])
+        told = f"--output_dir {output} has no {WORD!r} in its name, by which LLaVA decides how to load a checkpoint"
+        print(f"llm2clip: warning: {told}; rename it before evaluating", file=sys.stderr)
 
 
 def config_of(path: str) -> dict[str, Any]:
@@ -639,11 +543,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     without a record of its tower gets one. Raises ContractError if that is not the tower that the checkpoint was
     trained with, FileExistsError if another tower is bundled already and ``overwrite`` is false.
     """
-    if not (checkpoint / CONFIG).is_file():
-        raise FileNotFoundError(f"{checkpoint} is not a LLaVA checkpoint: no {CONFIG} in it")
-    config = read_json_value(checkpoint / CONFIG)
-    if not isinstance(config, dict):
-        raise ContractError(f"{checkpoint / CONFIG} contains a {type(config).__name__}, expected an object")
+    config = checkpoint_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
     if not is_ours(name):
         raise ContractError(
@@ -655,7 +555,7 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
     if already_bundled(target, location):
         return target
     with atomic_directory(target, replace=overwrite) as temporary:
-        for source in tower_files(location.directory):
+        for source in [path for name in FILES for path in sorted(location.directory.glob(name))]:
             shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
     if KEY not in config:
@@ -663,19 +563,6 @@ def bundle(checkpoint: Path, *, tower: str = "", overwrite: bool = False) -> Pat
         with atomic_file(checkpoint / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
-
-
-def tower_files(directory: Path) -> list[Path]:
-    """The files of a tower directory, of those that are there.
-
-    Raises ContractError for a link that leads out of it, other than to a blob of the Hub's cache (snapshots/REVISION).
-    """
-    files = [path for name in FILES for path in sorted(directory.glob(name)) if path.is_file()]
-    inside = (directory.resolve(), directory.resolve().parents[1] / "blobs")
-    for path in files:
-        if path.resolve().parent not in inside:
-            raise ContractError(f"{path} is a link to {path.resolve()}, outside the tower's folder; copy the file")
-    return files
 
 
 def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:

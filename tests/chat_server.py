@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,21 +89,6 @@ def stall(handler: BaseHTTPRequestHandler) -> None:
     """Nothing is sent until the client has lost patience."""
     handler.connection.settimeout(20)
     handler.connection.recv(1)  # b"" once the client closes the connection
-    handler.close_connection = True
-
-
-def drip(handler: BaseHTTPRequestHandler) -> None:
-    """A byte now and then, so that no single read takes long."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    for _ in range(100):
-        try:
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-        except OSError:
-            break
-        time.sleep(0.1)
     handler.close_connection = True
 
 

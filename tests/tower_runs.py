@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,23 @@ from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
+# a training command that stops before the batch that ends at a sample, for ever: a test may kill it in peace
+HELD = """
+import sys, time
+from llm2clip_plugin.cli import leave, run
+from llm2clip_plugin.stages.run import TrainingRun
+
+train_to_end = TrainingRun.train_to_end
+
+def held(batches):
+    for batch in batches:
+        while batch["position"] == {position}:
+            time.sleep(0.05)
+        yield batch
+
+TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=held(batches), **o)
+leave(run("{command}", sys.argv[1:]))
+"""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -57,6 +75,27 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     """``deepspeed --num_gpus 2 WORDS``, to its end; its processes are forked."""
     command = [str(programs() / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *words]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def killed_at(argv: list[str], run: Path, position: int, command: str = "train-tower", world: int = 2) -> None:
+    """Start the command on ``world`` ranks, and kill them before the batch that ends at sample ``position``, when a
+    checkpoint is complete."""
+    script = run.with_name(f"{run.name}-held.py")
+    script.write_text(HELD.format(position=position, command=command))
+    ranks = start(argv, world, script)
+    wait_for(lambda: (run / "checkpoints/latest").is_file(), ranks)
+    for rank in ranks:
+        rank.kill()
+    finish(ranks)
+
+
+def wait_for(ready: Callable[[], object], processes: Sequence[Process] = ()) -> None:
+    """Wait until ``ready``; AssertionError if one of the processes ends before."""
+    deadline = time.monotonic() + 900
+    while not ready():
+        assert all(process.poll() is None for process in processes), processes[0].output[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def finish(processes: Sequence[Process]) -> list[int]:

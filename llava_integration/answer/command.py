@@ -25,11 +25,6 @@ model_vqa_science and model_vqa_mmbench are accepted, and the answers file is th
 and several ranks are added. With --endpoint, any model behind an OpenAI-compatible server answers it
 (vLLM, SGLang, llama.cpp, ...); the key is read from {KEY}."""
 
-# options that have no effect with --endpoint, and without it
-LOCAL = ("model_path", "model_base", "conv_mode", "batch_size", "num_beams", "device", "dtype", "workers")
-LOCAL += ("load_8bit", "load_4bit")
-SERVED = ("served_model_name", "concurrency", "timeout", "retries")
-
 RARE = "conv-mode num-chunks chunk-idx top-p num-beams single-pred-prompt all-rounds lang dtype load-8bit load-4bit"
 RARE += " workers served-model-name concurrency timeout retries"
 
@@ -120,22 +115,15 @@ def main(argv: list[str]) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that are missing, out of their range, or have no effect."""
-    made = parser()
+    """Raise ValueError for options that are missing or out of their range."""
     if options.answers_file.resolve() == options.question_file.resolve():
         raise ValueError(f"--answers-file {options.answers_file} is the question file; choose another")
     if not options.endpoint and not options.model_path:
         raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
-    unused, where = (LOCAL, "with") if options.endpoint else (SERVED, "without")
-    given = [name for name in unused if getattr(options, name) != made.get_default(name)]
-    if given:
-        shown = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{shown} has no effect {where} --endpoint; remove it")
-    for name, least in (("batch_size", 1), ("concurrency", 1), ("retries", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
-    if not 0 < options.timeout < float("inf"):
-        raise ValueError(f"--timeout {options.timeout} must be seconds above 0")
+    if options.endpoint and options.model_path:
+        raise ValueError("--model-path and --endpoint are two models; remove one")
+    if options.concurrency < 1:
+        raise ValueError(f"--concurrency {options.concurrency} must be at least 1")
     if options.model_path:
         refuse_name(options.model_path, base=options.model_base)
         check_checkpoint(options.model_path, options.model_base)

@@ -18,7 +18,6 @@ import shutil
 import struct
 import sys
 import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from llm2clip_plugin.contracts import atomic_file, canonical_json, naming_full_disk, sha256_file, sha256_text
+from llm2clip_plugin.contracts import atomic_file, naming_full_disk
 from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
 from llm2clip_plugin.options import unknown
 
@@ -268,34 +267,6 @@ def conversation_of(model_name: str, mode: str) -> Any:
     return conv_templates[mode]
 
 
-# ``ANSWERS.sha256`` next to a complete answers file, in the format of ``sha256sum``: shows a later change.
-
-
-def checksum_file(answers: Path) -> Path:
-    """Path of the checksum; the file need not exist."""
-    return answers.with_name(answers.name + ".sha256")
-
-
-def write_checksum(answers: Path, text: str) -> None:
-    """Write the checksum of the ``text`` that ``answers`` will have."""
-    with atomic_file(checksum_file(answers)) as temporary:
-        temporary.write_text(f"{sha256_text(text)}  {answers.name}\n", encoding="utf-8")
-
-
-def check_unchanged(answers: Path) -> None:
-    """Compare answers with their checksum, if both exist; raises ContractError with both hashes."""
-    path = checksum_file(answers)
-    if not path.is_file() or not answers.is_file():
-        return
-    expected, actual = path.read_text(encoding="utf-8", errors="replace").split(" ")[0].strip(), sha256_file(answers)
-    if actual != expected:
-        raise ContractError(
-            f"{answers} was changed after it was written: its SHA-256 is {actual[:12]}..., {path.name} says "
-            f"{expected[:12]!r}...; answer the questions again (--overwrite), or, if the change is intended, delete "
-            f"{path}"
-        )
-
-
 # An answers file that several ranks write and a killed run resumes.
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
@@ -331,17 +302,15 @@ class AnswersFile:
         self.path, self.settings, self.total = path, settings, total
         self.partial = path.with_name(path.name + ".partial")
         self.settings_file = settings_file(path)
-        if path.is_dir() or any(above.is_file() for above in path.parents):
-            raise ValueError(f"--answers-file {path} is a folder, or below a file; choose a file to write")
+        if path.is_dir():
+            raise ValueError(f"--answers-file {path} is a folder; choose a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             path.unlink(missing_ok=True)
             self.settings_file.unlink(missing_ok=True)
-            checksum_file(path).unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         if self.settings_file.is_file():
             self.compare_settings()
-            check_unchanged(path)
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
@@ -351,12 +320,7 @@ class AnswersFile:
 
     def compare_settings(self) -> None:
         """Raise ContractError if a previous run saved other settings."""
-        try:
-            before = read_json_value(self.settings_file)
-        except ContractError as error:
-            raise ContractError(f"{error}; {OTHER_FILE}") from error
-        if not isinstance(before, dict):
-            raise ContractError(f"{self.settings_file} contains a {type(before).__name__}, not settings; {OTHER_FILE}")
+        before = read_json_value(self.settings_file)
         compared = {*before, *self.settings} - {*IGNORED_ON_RESUME}
         names = sorted(name for name in compared if before.get(name) != self.settings.get(name))
         if names:
@@ -369,16 +333,14 @@ class AnswersFile:
         return self.path.is_file()
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The answers of all ranks and earlier runs; a line cut short by a kill, or damaged, is ignored."""
+        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
         answers: dict[int, dict[str, Any]] = {}
         for file in sorted(self.partial.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                    index, answer = entry["index"], entry["answer"]
-                    if entry["crc"] == _crc(index, answer):
-                        answers[index] = answer
-                except (ValueError, KeyError, TypeError, RecursionError):
+                    answers[entry["index"]] = entry["answer"]
+                except (ValueError, KeyError, TypeError):
                     continue
         return answers
 
@@ -387,8 +349,7 @@ class AnswersFile:
         self.partial.mkdir(exist_ok=True)
         with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
-                entry = {"index": index, "answer": answer, "crc": _crc(index, answer)}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n")
 
     def finish(self) -> int:
         """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
@@ -401,13 +362,7 @@ class AnswersFile:
         if len(answers) < self.total:
             return self.total - len(answers)
         text = "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
-        write_checksum(self.path, text)
         with atomic_file(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0
-
-
-def _crc(index: Any, answer: Any) -> int:
-    """A checksum of one answer."""
-    return zlib.crc32(canonical_json([index, answer]).encode("utf-8", "surrogatepass"))

@@ -23,13 +23,11 @@ from llava_integration.answer.questions import AnswersFile, Question, entry
 from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.files import printable
 from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
-from llm2clip_plugin.options import nearest
 
 # An OpenAI-compatible server: the models it serves, and chat completions about an image.
 
 KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 PASSING = (408, 425, 429)  # and 5xx: HTTP statuses of errors that may pass
-MOST_BYTES = 1 << 24  # of an answer
 
 
 class EndpointError(ConnectionError):
@@ -92,16 +90,15 @@ class Endpoint:
     def models(self) -> list[ServedModel] | None:
         """The models that are served; None if the server has no list. Raises EndpointError if it is no such server."""
         try:
-            body = self._request("/models", limit=timeout(), option=TIMEOUT)
+            rows = self._request("/models", limit=timeout(), option=TIMEOUT)["data"]
+            return [ServedModel(id=row["id"], root=str(row.get("root") or "")) for row in rows]
         except PassingError as error:
             raise EndpointError(f"{error}; start the server, or correct --endpoint") from error
         except RefusedError:
             return None
-        rows = body.get("data") if isinstance(body, dict) else None
-        if not isinstance(rows, list):
-            raise EndpointError(f"{self.url}/models is not the list of an OpenAI-compatible server; correct --endpoint")
-        found = [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
-        return [ServedModel(id=row["id"], root=str(row.get("root") or "")) for row in found]
+        except (KeyError, TypeError, AttributeError):
+            message = f"{self.url}/models is not the list of an OpenAI-compatible server; correct --endpoint"
+            raise EndpointError(message) from None
 
     def choose(self, name: str) -> ServedModel:
         """The model of that name, or the only one if ``name`` is empty. Raises EndpointError with those served."""
@@ -112,15 +109,12 @@ class Endpoint:
                     f"{self.url} has no list of models; name one with --served-model-name, or correct --endpoint"
                 )
             return ServedModel(id=name)
-        names = [model.id for model in models]
-        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        if not name and len(models) == 1:
-            return models[0]
-        if not name:
-            raise EndpointError(f"{self.url} serves {len(names)} models; choose one with --served-model-name: {shown}")
-        if name not in names:
-            raise EndpointError(f"{self.url} does not serve {name!r}{nearest(name, names, str)}; it serves: {shown}")
-        return models[names.index(name)]
+        chosen = [model for model in models if name in ("", model.id)]
+        if len(chosen) != 1:
+            shown = ", ".join(model.id for model in models[:20])
+            does = f"does not serve {name!r}" if name else f"serves {len(models)} models"
+            raise EndpointError(f"{self.url} {does}; choose one with --served-model-name: {shown}")
+        return chosen[0]
 
     def chat(self, body: dict[str, Any]) -> Reply:
         """A chat completion, as text. Raises EndpointError, PassingError or RefusedError."""
@@ -141,10 +135,9 @@ class Endpoint:
         """The JSON value that the server answers with; ``limit`` in seconds, set by ``option``."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
-        deadline = time.monotonic() + limit
         try:
             with self._opener.open(request, timeout=limit) as response:
-                text = _read(response, deadline)
+                text = response.read()
         except urllib.error.HTTPError as error:
             with error:
                 raise self._status_error(error, path) from None
@@ -186,32 +179,13 @@ class Endpoint:
 
 def base_url(url: str) -> str:
     """The part of a server's URL that the API's paths follow: http://host:8000 -> http://host:8000/v1."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError(f"--endpoint {url!r} is not a URL: {error}") from error
+    parts = urlsplit(url)
     if parts.username or parts.password:
         raise ValueError(f"--endpoint must not contain a user or password; set {KEY} instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError(f"--endpoint {url!r} is not a server's URL; expected one like http://localhost:8000/v1")
     path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/models")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body. Raises TimeoutError after ``deadline``, also of a server that sends a byte now and then."""
-    parts, size = [], 0
-    while chunk := response.read1(1 << 16):
-        parts.append(chunk)
-        size += len(chunk)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > MOST_BYTES:
-            raise http.client.HTTPException(f"an answer of more than {MOST_BYTES >> 20} MiB")
-    if response.length:  # read1 does not raise for a connection that is closed in the middle
-        raise http.client.IncompleteRead(b"".join(parts), response.length)
-    return b"".join(parts)
 
 
 def _error_text(error: urllib.error.HTTPError) -> str:
@@ -223,10 +197,9 @@ def _error_text(error: urllib.error.HTTPError) -> str:
     try:
         body = json.loads(raw)
         inner = body.get("error", body)
-        message = inner if isinstance(inner, str) else inner.get("message") or inner.get("detail")
-    except (ValueError, AttributeError, RecursionError):
-        message = None
-    return _short(message or raw or error.reason)
+        return _short(inner.get("message") or inner.get("detail") or raw)
+    except (ValueError, AttributeError):
+        return _short(raw or error.reason)
 
 
 def _short(value: Any) -> str:
@@ -237,7 +210,7 @@ def _short(value: Any) -> str:
 
 
 MOST_REFUSED = 10  # requests refused one after another, then the run stops: it is not about single questions
-SILENCE = 30.0  # seconds without an answer until the run says what it waits for
+SILENCE = 30.0  # seconds between two messages about retries
 ORIENTATION = 0x0112  # EXIF tag, which some servers apply and LLaVA does not
 
 
@@ -296,17 +269,6 @@ class Requests:
         for _ in range(min(self.asking.concurrency, self.todo.qsize())):
             threading.Thread(target=self._work, daemon=True).start()
 
-    def next(self) -> tuple[int, Reply | Exception]:
-        """A question's index, and its reply or what came instead; says so if nothing comes for a while."""
-        waited = 0.0
-        while True:
-            try:
-                return self.results.get(timeout=SILENCE)
-            except queue.Empty:
-                waited += SILENCE
-                limit = self.endpoint.timeout
-                print(f"no answer for {waited:g} s (--timeout {limit:g} for each request)", file=sys.stderr)
-
     def _work(self) -> None:
         while not self.stopped.is_set():
             try:
@@ -364,7 +326,7 @@ def answer_served(
     try:
         with progress_bar(total=len(questions), initial=done, label="answers", unit="questions") as bar:
             for _ in indices:
-                index, result = requests.next()
+                index, result = requests.results.get()
                 if isinstance(result, Reply):
                     metadata = {"endpoint": endpoint.url, "finish_reason": result.finish_reason}
                     answers.write({index: entry(questions[index], result.text, asking.model, metadata)})

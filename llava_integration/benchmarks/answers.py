@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava_integration.answer.questions import check_unchanged
 from llm2clip_plugin.files import refuse_encoding
 
 Row = dict[str, Any]
@@ -106,7 +105,6 @@ def read_answers(path: str | Path, *, tasks: Sequence[str] = ()) -> Answers:
         return _read_folder(path, tasks)
     if not path.exists():
         raise FileNotFoundError(f"no answers at {path}")
-    check_unchanged(path)
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -155,17 +153,12 @@ def _from_rows(
     answers = []
     for row, line in zip(rows, lines, strict=True):
         if isinstance(row, dict):
-            identifier, text, prompt = FIELDS[layout](row)
-            answers.append(
-                Answer(
-                    id=_int_if_integral(identifier),
-                    text=_text_or_none(text),
-                    prompt=prompt,
-                    line=line,
-                    row=row,
-                    layout=layout,
-                )
-            )
+            identifier, text, prompt = _fields(layout, row)
+            if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
+                identifier = int(identifier)
+            kept: Any = identifier  # of any type, compared as a text
+            text = _text_or_none(text)
+            answers.append(Answer(id=kept, text=text, prompt=prompt, line=line, row=row, layout=layout))
         else:
             unparsable += 1
             first = first or f"row {line} (not an object)"
@@ -199,49 +192,26 @@ def _text_or_none(value: Any) -> str | None:
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else None
 
 
-def _int_if_integral(identifier: Any) -> Any:
-    """An id as written, but 7.0 becomes 7: tables turn integers into floats where one is missing."""
-    return int(identifier) if isinstance(identifier, float) and identifier.is_integer() else identifier
-
-
-Fields = tuple[Any, Any, str]  # id, text and prompt of a row, not yet checked
-
-
-def _llava_fields(row: Row) -> Fields:
-    prompt = row.get("prompt")
-    return row.get("question_id"), row.get("text"), prompt if isinstance(prompt, str) else ""
-
-
-def _submission_fields(row: Row) -> Fields:
-    keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
-    text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
-    return row[keys[0]] if keys else None, text, ""
-
-
-def _judge_fields(row: Row) -> Fields:
-    return row.get("question_id"), row.get("content"), ""
-
-
-def _lmms_fields(row: Row) -> Fields:
-    """Of a log row of any version: the response is wrapped in none, one or two lists."""
-    response = row.get("filtered_resps", row.get("resps"))
-    while isinstance(response, list) and len(response) == 1:
+def _fields(layout: str, row: Row) -> tuple[Any, Any, str]:
+    """Id, text and prompt of a row, not yet checked."""
+    if layout == "judge":
+        return row.get("question_id"), row.get("content"), ""
+    if layout == "llava":
+        prompt = row.get("prompt")
+        return row.get("question_id"), row.get("text"), prompt if isinstance(prompt, str) else ""
+    if layout == "submission":
+        keys = [key for key in ("question_id", "questionId", "index", "image") if key in row]
+        text = row["answer"] if "answer" in row and "prediction" not in row else row.get("prediction")
+        return row[keys[0]] if keys else None, text, ""
+    response, prompt = row.get("filtered_resps", row.get("resps")), row.get("input")
+    while isinstance(response, list) and len(response) == 1:  # in none, one or two lists, by lmms-eval's version
         response = response[0]
-    prompt = row.get("input")
     while isinstance(prompt, list) and prompt:
         prompt = prompt[0]
     if not isinstance(prompt, str):
         document = row.get("doc")
         prompt = str(document.get("question", "")) if isinstance(document, dict) else ""
     return None, response, prompt
-
-
-FIELDS = {
-    "lmms_eval": _lmms_fields,
-    "judge": _judge_fields,
-    "llava": _llava_fields,
-    "submission": _submission_fields,
-}
 
 
 def _from_mapping(path: Path, value: dict[str, Any]) -> Answers:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from llava_integration.benchmarks.rules import benchmark, benchmark_names, bench
 from llava_integration.benchmarks.score import score_answers
 from llava_integration.compare import report as tables
 from llava_integration.towers import check_checkpoint, refuse_name
-from llm2clip_plugin.contracts import atomic_file, sha256_file, sha256_text
+from llm2clip_plugin.contracts import atomic_file, sha256_file
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.options import Parser, add_data, command, data_of
 
@@ -120,7 +119,8 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task | Miss
     """Look for a benchmark's files in one folder."""
     unscored = ""
     try:
-        member.questions(folder)
+        with errors_about(f"the {member.title} files in {folder}", fix="download them again"):
+            member.load(folder)
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
     questions = question_file(member, folder, generated, scored=not unscored)
@@ -270,34 +270,23 @@ def run_provenance(model_path: str, question_file: Path, command: list[str]) -> 
     ``model_path`` is "" for a served model, which the answers' settings name (``score.provenance``).
     """
     record: dict[str, Any] = {
-        **({"checkpoint": model_path} if model_path else {}),
         "question_file": str(question_file),
         "question_file_sha256": sha256_file(question_file),
         "command": command,
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
     }
     config = Path(model_path) / "config.json"
+    if model_path:
+        record["checkpoint"] = model_path
     if model_path and config.is_file():
         body = json.loads(config.read_text(encoding="utf-8"))
-        tower = body.get("llm2clip_tower") or {}
         record |= {
             "checkpoint_config_sha256": sha256_file(config),
-            "checkpoint_weights": weights_digest(Path(model_path)),
             "llm": body.get("_name_or_path", ""),
             "tower": body.get("mm_vision_tower", ""),
-            "tower_sha256": tower.get("weights_sha256", ""),
+            "tower_sha256": (body.get("llm2clip_tower") or {}).get("weights_sha256", ""),
         }
     return record
-
-
-def weights_digest(folder: Path) -> str:
-    """A hash of a checkpoint's weights that does not read gigabytes: names, sizes and first MiB of the files."""
-    parts = []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            head = file.read(1 << 20)
-        parts.append(f"{path.name} {path.stat().st_size} {sha256_text(head.hex())}")
-    return sha256_text("\n".join(parts))
 
 
 def versions() -> dict[str, str]:
@@ -331,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     args.data = data_of(parse, args)
     if args.engine == "lmms-eval" and find_spec("lmms_eval") is None:
         raise ValueError("lmms-eval is not installed in this environment; pip install lmms-eval, or use --engine llava")
-    check_model(parse, args)
+    check_model(args)
     tasks = plans(args.benchmarks, args.data, args.output / "questions")
     print(describe_plan(tasks))
     if not any(isinstance(task, Task) for task in tasks):
@@ -352,21 +341,13 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
-LOCAL = ("model_path", "model_base", "engine", "gpus", "batch_size", "conv_mode", "device", "dtype")  # of a checkpoint
-
-
-def check_model(parse: Parser, args: argparse.Namespace) -> None:
-    """Raise ValueError unless there is one model, a checkpoint or a served one, and no option of the other."""
-    if not args.endpoint:
-        if not args.model_path:
-            raise ValueError("--model-path is missing: a LLaVA checkpoint; or --endpoint URL to ask a server")
-        if args.served_model_name:
-            raise ValueError("--served-model-name has no effect without --endpoint; remove it")
+def check_model(args: argparse.Namespace) -> None:
+    """Raise ValueError unless there is one model, a checkpoint or a served one."""
+    if bool(args.model_path) == bool(args.endpoint):
+        raise ValueError("one of --model-path, a LLaVA checkpoint, and --endpoint URL, a served model, is needed")
+    if args.model_path:
         refuse_name(args.model_path, base=args.model_base)
         check_checkpoint(args.model_path, args.model_base)
-    elif given := [name for name in LOCAL if getattr(args, name) != parse.get_default(name)]:
-        shown = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{shown} has no effect with --endpoint; remove it")
 
 
 def describe_plan(tasks: list[Task | Missing]) -> str:
@@ -416,7 +397,7 @@ def score_task(task: Task, args: argparse.Namespace, path: Path, answered_by: li
         member.write_submission(task.folder, answers, upload)
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
-    record = score_answers(name, task.folder, answers, Options(corrected=True), model=model)
+    record = score_answers(name, task.folder, answers, Options(), model=model)
     record.provenance.update(run_provenance(args.model_path, task.question_file, answered_by))
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale

@@ -42,7 +42,6 @@ class Options:
     """What a user can choose about scoring."""
 
     allow: float = 0.10  # largest fraction of missing, duplicate, unreadable or unknown answers; below one chunk of 8
-    corrected: bool = False  # also report the rule without the official script's quirks
     reviews: Path | None = None  # the judge's file, for benchmarks that need one
 
 
@@ -168,10 +167,6 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 SUFFIXES = (" answer the question using", " answer with the option", " please answer")  # lmms-eval's, behind a question
 
 
-class OtherBenchmarkError(ValueError):
-    """The answers are to other questions than the benchmark's."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Matched:
     """The answer to each question, in the questions' order (None: no answer), with counts and notes of the problems."""
@@ -184,11 +179,12 @@ class Matched:
 class Places:
     """Questions by key: of several questions with one key, the k-th answer is the k-th's, later ones the last's."""
 
-    def __init__(self, questions: Sequence[Question], question_keys: Callable[[Question], Sequence[Hashable]]):
+    def __init__(self, keys: Sequence[Sequence[Hashable]]):
+        """``keys``: of each question."""
         self._places: dict[Hashable, list[int]] = {}
         self._seen: Counter[Hashable] = Counter()
-        for place, question in enumerate(questions):
-            for key in question_keys(question):
+        for place, of_question in enumerate(keys):
+            for key in of_question:
                 self._places.setdefault(key, []).append(place)
 
     def next(self, key: Hashable | None) -> int | None:
@@ -206,107 +202,85 @@ def squeeze(text: str) -> str:
 
 
 def match(
-    questions: Sequence[Question],
-    answers: Answers,
-    options: Options,
-    *,
-    name: str,
-    question_keys: Callable[[Question], Sequence[Hashable]],
-    answer_key: Callable[[Answer], Hashable | None],
-    logged_key: Callable[[Answer], Hashable | None],
-    joined_by_prompt: bool,
+    questions: Sequence[Question], answers: Answers, targets: Sequence[int | None], *, allow: float, name: str
 ) -> Matched:
-    """Join ``answers`` to ``questions``.
+    """Count and check what was joined; ``targets``: the place of each row's question, None for an unknown one.
 
-    ``answer_key`` gives the key of the question that a row of LLaVA's or a submission answers, ``logged_key`` the same
-    for lmms-eval's rows; those without a key are joined by doc_id, then by the question's text. Raises
-    OtherBenchmarkError for answers to another benchmark, ValueError if too many are missing, duplicate or unreadable.
+    Raises ValueError for answers to another benchmark than ``name``, or if more than the fraction ``allow`` is missing,
+    duplicate or unreadable.
     """
-    places = Places(questions, question_keys)
-    ambiguous: list[Answer] = []
-    if answers.layout == "lmms_eval":
-        targets = _match_log(questions, answers, places, logged_key, ambiguous)
-    else:
-        targets = [places.next(answer_key(answer)) for answer in answers.rows]
-    joined, unknown, counts = _collect(len(questions), answers, targets)
-    if len(ambiguous) > options.allow * len(answers.rows):
-        raise ValueError(
-            f"{len(ambiguous)} rows of {answers.path} name no question, and several questions of {name} have their "
-            f"text (line {ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log is in another order than --data; "
-            "score with the annotations that lmms-eval used, or evaluate with LLaVA's questions"
-        )
-    _refuse_other_benchmark(questions, answers, joined, unknown, options, name, joined_by_prompt)
-    _refuse_faults(counts, answers, options, name)
-    return Matched(answers=tuple(joined), counts=counts, notes=_notes(counts, answers, name))
-
-
-def _collect(
-    questions: int, answers: Answers, targets: Sequence[int | None]
-) -> tuple[list[Answer | None], list[Answer], dict[str, int]]:
-    """The last answer to each question, the answers to no known question, and the score file's counts."""
-    joined: list[Answer | None] = [None] * questions
-    duplicate, textless, unknown = 0, 0, []
+    joined: list[Answer | None] = [None] * len(questions)
+    doubled, textless, unknown = 0, 0, []
     for answer, place in zip(answers.rows, targets, strict=True):
         if place is None:
             unknown.append(answer)
         elif answer.text is None:
             textless += 1
         else:
-            duplicate += joined[place] is not None
+            doubled += joined[place] is not None
             joined[place] = answer
     given = [answer for answer in joined if answer is not None]
     counts = {
-        "questions": questions,
+        "questions": len(questions),
         "answered": len(given),
-        "missing": questions - len(given),
-        "doubled": duplicate,
+        "missing": len(questions) - len(given),
+        "doubled": doubled,
         "foreign": len(unknown),
         "unparsable": answers.unparsable + textless,
         "empty": sum(not (answer.text or "").strip() for answer in given),
     }
-    return joined, unknown, counts
+    _refuse_other_benchmark(questions, answers, joined, unknown, allow, name)
+    for fault, total in (
+        ("missing", len(questions)),
+        ("doubled", len(questions)),
+        ("unparsable", len(answers.rows) + answers.unparsable),
+    ):
+        if counts[fault] > allow * total:
+            raise ValueError(
+                f"{answers.path}: {_note(fault, counts, answers, name)}, more than the allowed {allow:.0%}. Finish the "
+                "evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
+            )
+    faults = ("missing", "doubled", "foreign", "unparsable", "empty")
+    notes = [_note(fault, counts, answers, name) for fault in faults if counts[fault]]
+    return Matched(answers=tuple(joined), counts=counts, notes=[*answers.notes, *notes])
 
 
-def _match_log(
-    questions: Sequence[Question],
-    answers: Answers,
-    places: Places,
-    logged_key: Callable[[Answer], Hashable | None],
-    ambiguous: list[Answer],
+def match_log(
+    questions: Sequence[Question], answers: Answers, keyed: Sequence[int | None], *, allow: float
 ) -> list[int | None]:
-    """Places of lmms-eval's rows: by the key in the row, by doc_id, by the question's text.
+    """Places of lmms-eval's rows: by the key in the row (``keyed``), by doc_id, by the question's text.
 
-    Rows whose text several questions share and whose doc_id is none of theirs are appended to ``ambiguous``.
+    Raises ValueError if many rows have a text that several questions share and a doc_id that is none of theirs.
     """
     texts = [squeeze(question.text) for question in questions]
     by_text: dict[str, list[int]] = {}
     for place, text in enumerate(texts):
         by_text.setdefault(text, []).append(place)
     targets: list[int | None] = []
-    taken: set[int] = set()
-    for answer in answers.rows:
-        prompt = squeeze(answer.prompt)
-        place = places.next(logged_key(answer))
-        number = answer.row.get("doc_id")
+    taken: set[int | None] = set()
+    ambiguous: list[Answer] = []
+    for answer, place in zip(answers.rows, keyed, strict=True):
+        prompt, number = squeeze(answer.prompt), answer.row.get("doc_id")
         if place is None and isinstance(number, int) and 0 <= number < len(questions) and texts[number] in prompt:
             place = number
         if place is None:
-            known = next((text for text in _without_suffix(prompt) if text in by_text), "")
+            ends = [prompt.find(suffix) for suffix in SUFFIXES]
+            beginnings = [prompt, *(prompt[:end] for end in ends if end > 0)]
+            known = next((text for text in beginnings if text in by_text), "")
             free = [p for p in by_text.get(known, []) if p not in taken]
             same_truth = [p for p in free if questions[p].truth == answer.row.get("target")] or free
             place = same_truth[0] if same_truth else None
             if len(same_truth) > 1:
                 ambiguous.append(answer)
-        if place is not None:
-            taken.add(place)
+        taken.add(place)
         targets.append(place)
+    if len(ambiguous) > allow * len(answers.rows):
+        raise ValueError(
+            f"{len(ambiguous)} rows of {answers.path} name no question, and several questions have their text (line "
+            f"{ambiguous[0].line}: {ambiguous[0].prompt[:80]!r}): the log is in another order than --data; score with "
+            "the annotations that lmms-eval used, or evaluate with LLaVA's questions"
+        )
     return targets
-
-
-def _without_suffix(prompt: str) -> list[str]:
-    """Beginnings of a squeezed prompt that may be the question."""
-    ends = [prompt.find(suffix) for suffix in SUFFIXES]
-    return [prompt, *(prompt[:end] for end in ends if end > 0)]
 
 
 def _refuse_other_benchmark(
@@ -314,65 +288,41 @@ def _refuse_other_benchmark(
     answers: Answers,
     joined: Sequence[Answer | None],
     unknown: Sequence[Answer],
-    options: Options,
+    allow: float,
     name: str,
-    joined_by_prompt: bool,
 ) -> None:
-    """OtherBenchmarkError if the ids are not this benchmark's, or the prompts ask other questions."""
+    """ValueError if the ids are not this benchmark's, or the prompts ask other questions."""
     answered = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
-    if not answered or len(unknown) > max(options.allow, 1 / len(answers.rows)) * len(answers.rows):
+    if not answered or len(unknown) > max(allow, 1 / len(answers.rows)) * len(answers.rows):
         example = unknown[0] if unknown else answers.rows[0]
         shown = f"id {example.id!r}" if example.id is not None else f"doc_id {example.row.get('doc_id')!r}"
-        no_prompt = joined_by_prompt and answers.layout == "llava" and not answers.rows[0].prompt
-        raise OtherBenchmarkError(
+        raise ValueError(
             f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name} "
-            f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, "
-            f"prompt {example.prompt[:80]!r})."
-            + f" The rows have no prompt, which joins answers to {name}." * no_prompt
-            + " Check BENCHMARK, --data and --answers; if --data is a subset of what was answered, pass --allow-missing"
+            f"({len(questions)} questions, first id {questions[0].id!r}; line {example.line} has {shown}, prompt "
+            f"{example.prompt[:80]!r}). Check BENCHMARK, --data and --answers; if --data is a subset of what was "
+            "answered, pass --allow-missing"
         )
     prompted = [(question, answer) for question, answer in answered if answer.prompt]
     wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
-        raise OtherBenchmarkError(
+        raise ValueError(
             f"{answers.path} has ids of {name}, but other questions: line {answer.line}, id {question.id!r}, has the "
-            f"prompt {answer.prompt[:80]!r}, and the question is {question.text[:80]!r}. "
-            "Check BENCHMARK, --data and --answers"
+            f"prompt {answer.prompt[:80]!r}, and the question is {question.text[:80]!r}. Check BENCHMARK, --data and "
+            "--answers"
         )
 
 
-def _refuse_faults(counts: dict[str, int], answers: Answers, options: Options, name: str) -> None:
-    """ValueError if more than the allowed fraction is missing, duplicate or unreadable."""
-    for fault, total, meaning in (
-        ("missing", counts["questions"], f"of {counts['questions']} questions of {name} have no answer"),
-        ("doubled", counts["questions"], "answers are to a question that an earlier line answered"),
-        ("unparsable", len(answers.rows) + answers.unparsable, "lines have no answer"),
-    ):
-        if counts[fault] > options.allow * total:
-            where = f"; first: {answers.first_unparsable}" if fault == "unparsable" and answers.first_unparsable else ""
-            raise ValueError(
-                f"{counts[fault]} {meaning} in {answers.path}{where}: more than the allowed {options.allow:.0%}. "
-                "Finish the evaluation (an incomplete file, or chunks of different runs?), or pass --allow-missing"
-            )
-
-
-def _notes(counts: dict[str, int], answers: Answers, name: str) -> list[str]:
-    """One sentence per kind of fault, for the terminal and the report."""
-    notes = list(answers.notes)
-    if counts["missing"]:
-        notes.append(f"{counts['missing']} of {counts['questions']} questions of {name} have no answer")
-    if counts["doubled"]:
-        notes.append(f"{counts['doubled']} duplicate answers; the last one to a question counts")
-    if counts["foreign"]:
-        notes.append(f"{counts['foreign']} answers match no question; ignored")
-    if counts["unparsable"]:
-        first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
-        notes.append(f"{counts['unparsable']} lines have no answer{first}")
-    if counts["empty"]:
-        most = 2 * counts["empty"] > counts["answered"]
-        notes.append(f"{counts['empty']} answers are empty" + (": did the evaluation fail?" if most else ""))
-    return notes
+def _note(fault: str, counts: dict[str, int], answers: Answers, name: str) -> str:
+    """One kind of fault in a sentence."""
+    first = f", first at {answers.first_unparsable}" if answers.first_unparsable else ""
+    return {
+        "missing": f"{counts['missing']} of {counts['questions']} questions of {name} have no answer",
+        "doubled": f"{counts['doubled']} duplicate answers; the last one to a question counts",
+        "foreign": f"{counts['foreign']} answers match no question; ignored",
+        "unparsable": f"{counts['unparsable']} lines have no answer{first}",
+        "empty": f"{counts['empty']} answers are empty",
+    }[fault]
 
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix
@@ -403,8 +353,6 @@ class Benchmark(ABC):
     scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of llava_integration.evaluate, as in LLaVA's scripts/v1_5/eval
-    joined_by_prompt: bool = False  # several questions share the id in LLaVA's answers
-    prompt_marker: str = ""  # text in its prompts that few other benchmarks have
     lmms_eval_tasks: tuple[str, ...] = ()  # lmms-eval's task names
     logged_id: tuple[str, ...] = ()  # the id in lmms-eval's logs: field, and the row's entries that may have it
     judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
@@ -416,17 +364,12 @@ class Benchmark(ABC):
     def load(self, folder: Path) -> list[Question]:
         """Questions with their truth. Raises FileNotFoundError or ValueError for missing or unusable annotations."""
 
-    def questions(self, folder: Path) -> list[Question]:
-        """As ``load``; ValueError, naming the folder, for files of another layout too."""
-        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
-            return self.load(folder)
-
     @abstractmethod
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """One question's item (see ``item_of``); ``answer`` is None if the question has none."""
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """All numbers; those that begin with ``corrected_`` are reported with --corrected only."""
+        """All numbers, under the official script's names."""
         return {"accuracy_percent": 100 * mean_of(items)}
 
     def counts(self, items: Sequence[Item]) -> dict[str, int]:
@@ -451,43 +394,33 @@ class Benchmark(ABC):
         """The key of the question that a row of lmms-eval's log names; None: looked up by doc_id or text."""
         return logged_field(answer, *self.logged_id) if self.logged_id else None
 
-    def recognizes(self, answer: Answer) -> bool:
-        """Whether an answer looks like one to this benchmark, which the error then names if it is scored as another."""
-        return bool(self.prompt_marker) and self.prompt_marker in answer.prompt and "round_id" not in answer.row
-
     # Scoring
 
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Score answers with the annotations in ``folder``. Raises ValueError for answers to another benchmark."""
         questions, matched = self.join(folder, answers, options)
-        try:
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
             items = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
-            metrics, counts = self.metrics(items), self.counts(items)
-        except (TypeError, AttributeError, LookupError) as error:  # a truth of another type than the rule's
-            reason = f"{type(error).__name__}: {error}"
-            message = f"the {self.title} files in {folder} cannot be used ({reason}); download them again"
-            raise ValueError(message) from error
-        return Scored(metrics=metrics, items=items, counts={**matched.counts, **counts}, notes=matched.notes)
+            counts = {**matched.counts, **self.counts(items)}
+            return Scored(metrics=self.metrics(items), items=items, counts=counts, notes=matched.notes)
 
     def join(self, folder: Path, answers: Answers, options: Options) -> tuple[list[Question], Matched]:
         """The questions, and the answer to each."""
         if self.judge:
             answers = self.read_reviews(answers, options)
-        questions, answers = self.prepare(self.questions(folder), answers)
-        return questions, match(
-            questions,
-            answers,
-            options,
-            name=self.name,
-            question_keys=self.question_keys,
-            answer_key=self.answer_key,
-            logged_key=self.logged_key,
-            joined_by_prompt=self.joined_by_prompt,
-        )
+        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+            questions = self.arrange(self.load(folder), answers)
+        places = Places([self.question_keys(question) for question in questions])
+        if answers.layout == "lmms_eval":
+            keyed = [places.next(self.logged_key(answer)) for answer in answers.rows]
+            targets = match_log(questions, answers, keyed, allow=options.allow)
+        else:
+            targets = [places.next(self.answer_key(answer)) for answer in answers.rows]
+        return questions, match(questions, answers, targets, allow=options.allow, name=self.name)
 
-    def prepare(self, questions: list[Question], answers: Answers) -> tuple[list[Question], Answers]:
-        """Hook that may change questions and answers before they are joined."""
-        return questions, answers
+    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
+        """Hook that may choose among or reorder the questions for answers of a layout."""
+        return questions
 
     def read_reviews(self, answers: Answers, options: Options) -> Answers:
         """The judge's reviews in place of the answers, whose texts go into each row as ``model_answer``."""
@@ -606,7 +539,6 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOPS_AT_MOST = 32  # re.UNICODE, passed where the count belongs
 DIGIT_COMMA = re.compile(r"\d,\d")
-DIGIT_COMMAS = re.compile(r"(?<=\d),+(?=\d)")  # M4C's: one or more commas
 
 CACHED = 1 << 16  # texts: human answers are few words, ten times over
 
@@ -623,27 +555,24 @@ you'll you're you've
 """.split()
 
 
-def _contractions() -> dict[str, str]:
-    table = {
+CONTRACTIONS = {
+    **{
         word[:place] + word[place + 1 :]: word
         for word in _CONTRACTED
         for place, letter in enumerate(word)
         if letter == "'"
-    }
-    table["somebody'd"] = "somebodyd"  # the wrong way round in the original
-    return table
+    },
+    "somebody'd": "somebodyd",  # the wrong way round in the original
+}
 
 
-CONTRACTIONS = _contractions()
-
-
-def strip_punctuation(text: str, *, digit_commas: re.Pattern[str] = DIGIT_COMMA) -> str:
+def strip_punctuation(text: str) -> str:
     """Delete a punctuation mark that touches a space anywhere, else make it a space; then full stops.
 
     A comma between digits anywhere makes every mark go without a space.
     """
     out = text
-    delete_all = digit_commas.search(text) is not None
+    delete_all = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION:
         out = out.replace(mark, "" if delete_all or mark + " " in text or " " + mark in text else " ")
     return FULL_STOP.sub("", out, count=FULL_STOPS_AT_MOST)
@@ -670,7 +599,7 @@ def vqa_api(text: str) -> str:
 def m4c(text: str) -> str:
     """The M4C normal form: commas and question marks go first, and ``'s`` becomes a word."""
     split = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return digits_and_articles(strip_punctuation(one_line(split), digit_commas=DIGIT_COMMAS))
+    return digits_and_articles(strip_punctuation(one_line(split)))
 
 
 def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
@@ -683,21 +612,13 @@ def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
 
 
 def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """Accuracy of the VQA API: texts are normalized only where the humans disagree.
-
-    So 'Yes' against ten times 'yes' is 0; ``corrected_accuracy`` is without that.
-    """
+    """Accuracy of the VQA API: texts are normalized only where the humans disagree, so 'Yes' against 'yes' may be 0."""
     prediction, humans = one_line(prediction), [one_line(answer) for answer in humans]
     if len(set(humans)) > 1:
         prediction, humans = vqa_api(prediction), [vqa_api(answer) for answer in humans]
     return leave_one_out(prediction, humans)
 
 
-def corrected_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """The same normal form on both sides, always: what lmms-eval's vqav2 computes."""
-    return leave_one_out(vqa_api(one_line(prediction)), [vqa_api(one_line(answer)) for answer in humans])
-
-
 def m4c_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """The M4C normal form on both sides, always: TextVQA's rule, and lmms-eval's of VizWiz."""
+    """The M4C normal form on both sides, always: TextVQA's rule."""
     return leave_one_out(m4c(prediction), [m4c(answer) for answer in humans])

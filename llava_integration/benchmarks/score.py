@@ -8,8 +8,8 @@ import numpy as np
 
 from llava_integration.answer.questions import settings_file
 from llava_integration.benchmarks.answers import Answers, read_answers, read_json
-from llava_integration.benchmarks.benchmark import Benchmark, Options, OtherBenchmarkError
-from llava_integration.benchmarks.rules import benchmark, benchmark_names, benchmarks
+from llava_integration.benchmarks.benchmark import Benchmark, Options
+from llava_integration.benchmarks.rules import benchmark, benchmark_names
 from llm2clip_plugin.contracts import ScoreFile, sha256_file
 from llm2clip_plugin.files import printable_lines
 from llm2clip_plugin.options import Parser, add_data, data_of
@@ -37,7 +37,6 @@ def parser() -> Parser:
     parse.add_argument("--submission", type=Path, help="file to write for the benchmark's server")
     parse.add_argument("--reviews", type=Path, help="the judge's file, of a benchmark that has a judge")
     parse.add_argument("--model", default="", help="the model's name in reports (default: from the answers file)")
-    parse.add_argument("--corrected", action="store_true", help="also score without the official script's quirks")
     parse.add_argument(
         "--allow-missing",
         dest="allow",
@@ -53,36 +52,21 @@ def parser() -> Parser:
 
 
 def score_answers(name: str, data: Path, answers: Answers, options: Options, *, model: str = "") -> ScoreFile:
-    """Score answers. Raises ValueError for answers to another benchmark, which the message names."""
+    """Score answers. Raises ValueError for answers to another benchmark."""
     member = benchmark(name)
-    try:
-        scored = member.score(data, answers, options)
-    except OtherBenchmarkError as error:
-        raise OtherBenchmarkError(f"{error}{_lookalikes(member, answers)}") from error
+    scored = member.score(data, answers, options)
     notes = list(scored.notes)
     if answers.layout == "lmms_eval":
         notes.append("answers from lmms-eval: its prompts may differ from LLaVA's (TextVQA has no OCR tokens)")
-    metrics = {
-        key: value for key, value in scored.metrics.items() if options.corrected or not key.startswith("corrected_")
-    }
     return ScoreFile(
         benchmark=name,
-        metrics=metrics,
+        metrics=scored.metrics,
         items=scored.items,
         counts=scored.counts,
         model=model or answers.model,
         provenance=provenance(member, data, answers),
         notes=notes,
     )
-
-
-def _lookalikes(member: Benchmark, answers: Answers) -> str:
-    """Which other benchmarks the answers look like; "" for none."""
-    first = answers.rows[0]
-    if member.recognizes(first):
-        return ""
-    names = [name for name, other in benchmarks().items() if other.recognizes(first)]
-    return f". The answers look like {' or '.join(names)}" if names else ""
 
 
 def provenance(member: Benchmark, data: Path, answers: Answers) -> dict:
@@ -131,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    options = Options(allow=args.allow, corrected=args.corrected, reviews=args.reviews)
+    options = Options(allow=args.allow, reviews=args.reviews)
     record = score_answers(args.benchmark, args.data, answers, options, model=args.model)
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)

@@ -3,10 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from llava_integration.compare import report as tables
 from llava_integration.compare.comparison import Comparison, Side, load_sides
@@ -83,11 +80,9 @@ def parser() -> Parser:
 
 def outputs(args: argparse.Namespace) -> dict[str, Path]:
     """Which files to write."""
-    chosen = {kind: getattr(args, kind) for kind in ("json", "markdown", "html")}
-    if args.output:
-        endings = {"json": "json", "markdown": "md", "html": "html"}
-        chosen = {kind: path or args.output / f"compare.{endings[kind]}" for kind, path in chosen.items()}
-    return {kind: path for kind, path in chosen.items() if path}
+    endings = {"json": "json", "markdown": "md", "html": "html"}
+    below = {kind: args.output / f"compare.{ending}" if args.output else None for kind, ending in endings.items()}
+    return {kind: path for kind in endings if (path := getattr(args, kind) or below[kind])}
 
 
 def write(comparison: Comparison, sides: list[Side], files: dict[str, Path], options: PageOptions) -> None:
@@ -115,8 +110,6 @@ def planned(sides: list[Side], args: argparse.Namespace) -> list[str]:
     ):
         if not fits:
             raise ValueError(f"--{name} {value} does not fit; expected {expected}")
-    if files := [f"--{kind}" for kind in outputs(args)]:
-        raise ValueError(f"--plan writes no report; remove --output and {', '.join(files)}")
     noises = plan(
         sides, spread=args.spread, correlation=args.correlation, resamples=min(args.resamples, 1000), seed=args.seed
     )
@@ -136,17 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print(printable_lines("\n".join(planned(sides, args))))
         return 0
-
-    def progress(tasks: list) -> Iterable:
-        return tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
-
     comparison = build(
-        sides,
-        resamples=args.resamples,
-        level=args.level,
-        seed=args.seed,
-        references=not args.no_references,
-        progress=progress,
+        sides, resamples=args.resamples, level=args.level, seed=args.seed, references=not args.no_references
     )
     options = PageOptions(images=args.image_folder, with_images=not args.no_images, questions=args.questions)
     write(comparison, sides, outputs(args), options)  # before printing, which `| head` may end

@@ -23,7 +23,6 @@ class Row:
     new: str
     result: Difference
     p_holm: float  # adjusted over the benchmarks of this pair of sides
-    p_mcnemar: float | None  # None unless scores are 0 or 1 and each side has one run
     wins: int  # questions with a higher score in new
     losses: int
     ties: int
@@ -203,8 +202,6 @@ def _check(path: Path, record: ScoreFile) -> None:
         for key, value in {**numbers, "score": item["score"]}.items():
             number = int(value) if isinstance(value, bool) else value
             check_range(number, -1e12, 1e12, name=f"{key} of item {item['id']!r}", where=str(path))
-        if isinstance(item.get("cluster"), (list, dict)):
-            raise ContractError(f"{path}: item {item['id']!r} has the cluster {item['cluster']!r}, expected a text")
     names = [str(item["id"]) for item in record.items]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -216,14 +213,13 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
     if names and len(names) != len(paths):
         raise ValueError(f"{len(names)} --names for {len(paths)} sides; pass one name per side, base first")
     sides = [load_side(path, names[place] if names else "") for place, path in enumerate(paths)]
-    shown = [side.name for side in sides]
-    for place, side in enumerate(sides):
-        if shown.count(side.name) > 1:
-            parent = side.path.resolve().parent.name
-            unique = f"{parent}/{side.path.stem}" if parent else side.name
-            if [s.name for s in sides].count(unique):
-                unique = f"{unique} #{place}"
-            sides[place] = replace(side, name=unique)
-    if len({side.name for side in sides}) < len(sides):
-        sides = [replace(side, name=f"{side.name} #{place}") for place, side in enumerate(sides)]
+    for rename in (
+        lambda place, side: f"{side.path.resolve().parent.name}/{side.path.stem}",
+        lambda place, side: f"{side.name} #{place}",
+    ):
+        shown = [side.name for side in sides]
+        sides = [
+            replace(side, name=rename(place, side)) if shown.count(side.name) > 1 else side
+            for place, side in enumerate(sides)
+        ]
     return sides

@@ -2,10 +2,9 @@
 
 The variance of a difference has three parts: what an image means to both sides, which falls with the number of images;
 what a training makes of an image, which falls with images and runs; and a training's luck, which falls with the runs
-(seeds) of each side. They are read off score files that exist, pilot runs or an earlier comparison on the benchmark,
-and put together as ``compare`` does. A difference is detected with the given power if it is t(1 - alpha/2) + t(power)
-standard errors large, with Welch and Satterthwaite's degrees of freedom (the usual approximation to the noncentral t;
-Chow, Shao and Wang, Sample Size Calculations in Clinical Research, chapter 3).
+(seeds) of each side. They are read off score files that exist, and put together as ``compare`` does. A difference is
+detected with the given power if it is t(1 - alpha/2) + t(power) standard errors large, with Welch and Satterthwaite's
+degrees of freedom (Chow, Shao and Wang, Sample Size Calculations in Clinical Research, chapter 3).
 """
 
 import math
@@ -16,7 +15,7 @@ import numpy as np
 
 from llava_integration.benchmarks.benchmark import Statistic
 from llava_integration.compare.comparison import Side
-from llava_integration.compare.report import ordered, questions_in_common, statistic_of
+from llava_integration.compare.report import ordered, pick, questions_in_common, statistic_of
 from llava_integration.compare.statistics import Paired, combine, pair, resampled_values
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 
@@ -28,7 +27,6 @@ MOST_TIMES = 1e6  # as many times the images at most
 class Noise:
     """What a difference on one benchmark varies by, in the benchmark's unit."""
 
-    benchmark: str
     title: str
     unit: str
     questions: int
@@ -38,7 +36,6 @@ class Noise:
     answer_error: float  # more of it with one run a side: what trainings make of an image; 0 if runs can't tell
     spread: float | None  # standard deviation of one side's score over trainings, apart from that; None: unknown
     spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
-    assumed: str = ""  # what was assumed for lack of a second side
 
     def error(self, images: float, runs: int) -> tuple[float, int]:
         """Standard error of the difference, and its degrees of freedom, with that many images and runs a side."""
@@ -70,43 +67,47 @@ class Noise:
         """How many runs a side detect ``effect`` on these images; None if no number does, or the spread is unknown."""
         if self.spread is None or self.detectable(self.images, MOST_RUNS, **test) > effect:
             return None
-        first = 2 if self.spread else 1
-        return next(
-            runs for runs in range(first, MOST_RUNS + 1) if self.detectable(self.images, runs, **test) <= effect
-        )
+        counts = range(2 if self.spread else 1, MOST_RUNS + 1)
+        return next(runs for runs in counts if self.detectable(self.images, runs, **test) <= effect)
 
 
-def measure(
-    base: Side,
-    new: Side | None,
-    name: str,
+def plan(
+    sides: Sequence[Side],
     *,
     spread: float | None = None,
     correlation: float = 0.5,
     resamples: int = 1000,
     seed: int = 0,
-) -> Noise:
-    """The noise of one benchmark, from one side or two.
+) -> list[Noise]:
+    """The noise of every benchmark of the base, or of both sides where there are two.
 
     With one side, the other is taken to vary as much over images, with ``correlation`` between the two, so that the
     difference has the variance 2 (1 - correlation) times that of the side. ``spread``, if given, replaces what the
-    runs show. Raises ContractError for sides with other questions.
+    runs show. Raises ValueError for more than two sides, ContractError for sides with other questions.
     """
-    sides = [base] if new is None else [base, new]
-    common, _ = questions_in_common(name, base, new or base)
-    picked = []
-    for side in sides:
-        by_id = [{str(item["id"]): item for item in run.items} for run in side.runs[name]]
-        picked.append([[items[key] for key in common] for items in by_id])
+    if len(sides) > 2:
+        raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
+    base, new = sides[0], sides[-1]
+    names = ordered(set(base.runs) & set(new.runs))
+    if not names:
+        raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
+    times = math.sqrt(2 * (1 - correlation)) if base is new else None
+    return [_measure(base, new, name, spread, times, resamples, seed) for name in names]
+
+
+def _measure(
+    base: Side, new: Side, name: str, spread: float | None, times_one_side: float | None, resamples: int, seed: int
+) -> Noise:
+    common, _ = questions_in_common(name, base, new)
+    picked = [[pick(record, common) for record in side.runs[name]] for side in (base, new)]
     _, title, unit, _ = statistic_of(name, picked[0][0])
     statistics = [[statistic_of(name, items)[0] for items in runs] for runs in picked]
     clusters = [str(item.get("cluster", item["id"])) for item in picked[0][0]]
-    paired = pair(statistics[0], statistics[-1], clusters)
-    image, answer = _image_errors(paired, resamples, seed, None if new else math.sqrt(2 * (1 - correlation)))
+    paired = pair(statistics[0], statistics[1], clusters)
+    image, answer = _image_errors(paired, resamples, seed, times_one_side)
     strata = len(np.unique(paired.strata))
     wider = expansion(paired.clusters, max(1, paired.clusters - strata))
     noise = Noise(
-        benchmark=name,
         title=title,
         unit=unit,
         questions=len(common),
@@ -115,9 +116,8 @@ def measure(
         image_error=image * wider,
         answer_error=answer * wider,
         spread=spread,
-        assumed="" if new else f"correlation {correlation:g}",
     )
-    return noise if spread is not None else _with_spread(noise, statistics)
+    return noise if spread is not None else _with_spread(noise, statistics if new is not base else statistics[:1])
 
 
 def _image_errors(paired: Paired, resamples: int, seed: int, times_one_side: float | None) -> tuple[float, float]:
@@ -150,61 +150,28 @@ def _with_spread(noise: Noise, statistics: Sequence[Sequence[Statistic]]) -> Noi
     return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
 
 
-def plan(
-    sides: Sequence[Side],
-    *,
-    spread: float | None = None,
-    correlation: float = 0.5,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Noise]:
-    """The noise of every benchmark of the base, or of both sides where there are two. Raises ValueError for more."""
-    if len(sides) > 2:
-        raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
-    base, new = sides[0], sides[1] if len(sides) == 2 else None
-    names = set(base.runs) if new is None else set(base.runs) & set(new.runs)
-    if not names:
-        raise ValueError(f"{base.name} and {sides[-1].name} have no benchmark in common")
-    return [
-        measure(base, new, name, spread=spread, correlation=correlation, resamples=resamples, seed=seed)
-        for name in ordered(names)
-    ]
-
-
 def lines(noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float, power: float) -> list[str]:
     """The plan as text: per benchmark what is detectable, and what ``effect`` needs."""
     test = {"level": level, "power": power}
     lines = [f"A difference of {effect:g} with {power:.0%} power, two-sided at {1 - level:.0%}:"]
     for noise in noises:
         of = "points" if noise.unit == "%" else noise.unit
-        lines += ["", f"{noise.title}: {noise.questions} questions on {noise.images} images"]
-        lines.append(
-            f"  varies by {math.hypot(noise.image_error, noise.answer_error):.2f} {of} over images"
-            + (f" ({noise.assumed} of the two sides assumed)" if noise.assumed else "")
-            + (
-                f", by {noise.spread:.2f} over trainings"
-                if noise.spread is not None
-                else "; over trainings unknown: score several runs a side, or set --spread"
-            )
-        )
-        known = runs if noise.spread is not None else runs[:1]
-        for count in known:
-            lines.append(f"  {_sides(count, noise)}: {_needs(noise, effect, count, of, test)}")
-        enough = noise.runs_needed(effect, **test)
+        over_images = f"varies by {math.hypot(noise.image_error, noise.answer_error):.2f} {of} over images"
+        trainings = "; over trainings unknown: score several runs a side, or set --spread"
+        if noise.spread is not None:
+            trainings = f", by {noise.spread:.2f} over trainings"
+        lines += [
+            "",
+            f"{noise.title}: {noise.questions} questions on {noise.images} images",
+            f"  {over_images}{trainings}",
+        ]
+        for count in runs if noise.spread is not None else runs[:1]:
+            of_runs = "these trainings only" if noise.spread is None else f"{count} run{'s' * (count > 1)} a side"
+            needed = noise.images_needed(effect, count, **test)
+            images = f"{needed} images ({needed / noise.images:.2g} times these)" if needed else "what no images give"
+            detectable = f"{noise.detectable(noise.images, count, **test):.2f} {of} detectable"
+            lines.append(f"  {of_runs}: {detectable}; {effect:g} needs {images}")
         if noise.spread:
+            enough = noise.runs_needed(effect, **test)
             lines.append(f"  on these images: {f'{enough} runs a side' if enough else 'no number of runs detects it'}")
     return lines
-
-
-def _sides(runs: int, noise: Noise) -> str:
-    if noise.spread is None:
-        return "these trainings only"
-    return "1 run a side" if runs == 1 else f"{runs} runs a side"
-
-
-def _needs(noise: Noise, effect: float, runs: int, of: str, test: dict[str, float]) -> str:
-    needed = noise.images_needed(effect, runs, **test)
-    detectable = f"{noise.detectable(noise.images, runs, **test):.2f} {of} detectable"
-    if needed is None:
-        return f"{detectable}; no number of images detects {effect:g}"
-    return f"{detectable}; {effect:g} needs {needed} images ({needed / noise.images:.2g} times these)"

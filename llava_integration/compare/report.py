@@ -1,14 +1,16 @@
 """From score files to a comparison: questions paired by id, statistics for each benchmark."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from llava_integration.benchmarks.benchmark import Item, Statistic, find_image, mean_of_parts, mean_statistic
 from llava_integration.benchmarks.rules import benchmarks, published
 from llava_integration.compare.comparison import Comparison, Row, Side
-from llava_integration.compare.statistics import compare, counted, holm, mcnemar_p, pair
+from llava_integration.compare.statistics import compare, counted, holm, pair
 from llm2clip_plugin.contracts import ScoreFile, sha256_text
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.pages import thumbnail
@@ -48,9 +50,8 @@ def build(
     level: float = 0.95,
     seed: int = 0,
     references: bool = True,
-    progress: Callable[[list], Iterable] = list,
 ) -> Comparison:
-    """Compare every side with the first; ``progress`` wraps the list of comparisons."""
+    """Compare every side with the first."""
     base, *others = sides
     notes = [note for side in sides for note in side.notes]
     tasks = [(new, name) for new in others for name in ordered(set(base.runs) & set(new.runs))]
@@ -62,9 +63,8 @@ def build(
             )
         for name in ordered(set(base.runs) ^ set(new.runs)):
             notes.append(f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores")
-    rows = [
-        compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in progress(tasks)
-    ]
+    bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
+    rows = [compare_benchmark(base, new, name, resamples=resamples, level=level, seed=seed) for new, name in bar]
     rows = [row for new in others for row in _adjust([row for row in rows if row.new == new.name])]
     titles, units, scores = _scores(sides)
     shared = {row.benchmark for row in rows}
@@ -129,7 +129,7 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     """One benchmark: pair the questions, resample, count wins."""
     base_runs, new_runs = base.runs[name], new.runs[name]
     common, notes = questions_in_common(name, base, new)
-    base_items, new_items = ([_pick(record, common) for record in runs] for runs in (base_runs, new_runs))
+    base_items, new_items = ([pick(record, common) for record in runs] for runs in (base_runs, new_runs))
     statistics = [[statistic_of(name, items) for items in side] for side in (base_items, new_items)]
     _, title, unit, note = statistics[0][0]
     clusters = [str(item.get("cluster", item["id"])) for item in base_items[0]]
@@ -140,7 +140,6 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
     clusters = [clusters[place] for place in keep]
     wins = sum(b > a for a, b in zip(old, now, strict=True))
     losses = sum(b < a for a, b in zip(old, now, strict=True))
-    binary = len(base_runs) == len(new_runs) == 1 and {*old, *now} <= {0.0, 1.0}
     if len(set(clusters)) == 1 and len(clusters) > 1:
         notes.append("all questions are about one image, so the interval is meaningless")
     return Row(
@@ -151,7 +150,6 @@ def compare_benchmark(base: Side, new: Side, name: str, *, resamples: int, level
         new=new.name,
         result=result,
         p_holm=result.p,
-        p_mcnemar=mcnemar_p(losses, wins) if binary else None,
         wins=wins,
         losses=losses,
         ties=len(old) - wins - losses,
@@ -195,7 +193,8 @@ def questions_in_common(name: str, base: Side, new: Side) -> tuple[list[str], li
     return order, notes
 
 
-def _pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
+def pick(record: ScoreFile, common: Sequence[str]) -> list[Item]:
+    """The items of these ids, in their order."""
     items = {str(item["id"]): item for item in record.items}
     return [items[identifier] for identifier in common]
 
@@ -308,37 +307,20 @@ def terminal(comparison: Comparison) -> str:
     lines = [f"warning: {warning}" for warning in comparison.warnings]
     for name, rows in comparison.pairs():
         lines += [f"{name} (new) against {comparison.names[0]} (base)", ""]
-        lines += aligned(HEADER, [cells(row) for row in rows])
-        lines += ["", *(f"  {row.title}: {row.power_line()}" for row in rows)]
-        lines += [f"  {row.title}: McNemar p {p_value(row.p_mcnemar)}" for row in rows if row.p_mcnemar is not None]
+        lines += [*aligned(HEADER, [cells(row) for row in rows]), ""]
+        lines += [f"  {row.title}: {row.power_line()}" for row in rows]
         lines += [f"  {row.title}: note: {note}" for row in rows for note in row.notes]
         lines.append("")
     if comparison.references:
-        names = _published_names(comparison)
-        lines += [f"Published, not measured here ({NOTE}):", ""]
-        lines += aligned(
-            ["", *(comparison.titles[name] for name in names), ""],
-            [[label, *_reference(values, names), ""] for label, values in comparison.references.items()],
-        )
-        lines.append("")
+        header, *models = _published(comparison)
+        lines += [
+            f"Published, not measured here ({NOTE}):",
+            "",
+            *aligned([*header, ""], [[*row, ""] for row in models]),
+            "",
+        ]
     lines += [f"note: {note}" for note in comparison.notes]
     return "\n".join([*lines, *method_lines(comparison)])
-
-
-def _published_names(comparison: Comparison) -> list[str]:
-    """The benchmarks with a published number."""
-    return [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
-
-
-def _reference(values: dict[str, float], names: Sequence[str]) -> list[str]:
-    return [f"{values[name]:g}" if name in values else "" for name in names]
-
-
-def escape_markdown(text: str) -> str:
-    """Text without Markdown's markup and column separators."""
-    for letter in "\\`*_{}[]<>|#":
-        text = text.replace(letter, "\\" + letter)
-    return text.replace("\n", " ")
 
 
 def markdown(comparison: Comparison) -> str:
@@ -346,22 +328,37 @@ def markdown(comparison: Comparison) -> str:
     lines = ["# Comparison", "", *(f"**Warning**: {escape_markdown(one)}.\n" for one in comparison.warnings)]
     for name, rows in comparison.pairs():
         lines += [f"## {escape_markdown(name)} (new) against {escape_markdown(comparison.names[0])} (base)", ""]
-        lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
-        lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in rows]
-        lines += ["", *(f"- {escape_markdown(row.title)}: {row.power_line()}." for row in rows)]
-        lines += [f"- {escape_markdown(row.title)}: {escape_markdown(note)}." for row in rows for note in row.notes]
+        lines += [*_markdown_table([HEADER, *map(cells, rows)]), ""]
+        lines += [f"- {escape_markdown(f'{row.title}: {row.power_line()}')}." for row in rows]
+        lines += [f"- {escape_markdown(f'{row.title}: {note}')}." for row in rows for note in row.notes]
         lines.append("")
     if comparison.references:
-        names = _published_names(comparison)
-        lines += [f"Published, not measured here ({NOTE}):", ""]
-        lines += ["| | " + " | ".join(comparison.titles[name] for name in names) + " |", "|---|" + "---:|" * len(names)]
-        lines += [
-            f"| *{label}* | " + " | ".join(_reference(values, names)) + " |"
-            for label, values in comparison.references.items()
-        ]
-        lines.append("")
+        lines += [f"Published, not measured here ({NOTE}):", "", *_markdown_table(_published(comparison)), ""]
     lines += [f"Note: {escape_markdown(note)}." for note in comparison.notes]
     return "\n".join([*lines, *method_lines(comparison)]) + "\n"
+
+
+def _published(comparison: Comparison) -> list[list[str]]:
+    """A header and a row for each model with published numbers."""
+    names = [name for name in comparison.titles if any(name in values for values in comparison.references.values())]
+    rows = [
+        [model, *(f"{values[name]:g}" if name in values else "" for name in names)]
+        for model, values in comparison.references.items()
+    ]
+    return [["", *(comparison.titles[name] for name in names)], *rows]
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first row is the header."""
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
+    return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]
+
+
+def escape_markdown(text: str) -> str:
+    """Text without Markdown's markup and column separators."""
+    for letter in "\\`*_{}[]<>|#":
+        text = text.replace(letter, "\\" + letter)
+    return text.replace("\n", " ")
 
 
 # Pictures of the questions, read from the benchmarks' folders and embedded into the report as small JPEGs.
@@ -425,10 +422,15 @@ def _folders(name: str, root: Path | None, scored: Sequence[Mapping[str, Any]]) 
     if root is not None:
         below = [root / folder for folder in (known.folders if known else ())]
         return [folder for folder in (*below, root) if folder.is_dir()]
+    if known is None:
+        return []
     folders = {Path(str(one.get("data"))): one.get("data_sha256") for one in scored if one.get("data")}
-    there = {folder: digest for folder, digest in folders.items() if known and folder.exists()}
     nothing = sha256_text("")  # of a folder without annotations
-    return [folder for folder, digest in there.items() if known and nothing != digest == known.data_digest(folder)]
+    return [
+        folder
+        for folder, digest in folders.items()
+        if folder.exists() and nothing != digest == known.data_digest(folder)
+    ]
 
 
 # The questions whose score differs between two sides, as the page's browser shows them.

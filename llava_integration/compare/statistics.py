@@ -171,15 +171,6 @@ def t_test_p(estimate: float, error: float, freedom: int) -> float:
     return 2 * (1 - t_cdf(abs(estimate) / error, freedom))
 
 
-def mcnemar_p(only_base: int, only_new: int) -> float:
-    """Exact two-sided McNemar p from the questions that one side alone gets right; ignores shared images."""
-    total, fewer = only_base + only_new, min(only_base, only_new)
-    if total == 0:
-        return 1.0
-    logs = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(fewer + 1)]
-    return min(1.0, 2 * sum(math.exp(value - total * math.log(2)) for value in logs))
-
-
 def holm(values: list[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
     order = sorted(range(len(values)), key=lambda place: values[place])

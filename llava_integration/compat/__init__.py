@@ -1,7 +1,6 @@
-"""LLaVA 1.5's unmodified code on today's libraries: one file per function that is completed, found because it is there.
+"""LLaVA 1.5's unmodified code on today's libraries.
 
-Each file defines ``COMPLETION`` (`completion.Completion`): the module of LLaVA that it belongs to, whether it runs
-before or after that module executes, the versions of libraries for which it is needed, and one function; its docstring
-says why. ``boot`` runs them through `runner`. Where no installed version needs one, as with LLaVA's own pins, nothing
-is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables them all.
+``runner`` runs the functions that ``runner.completes`` marks in the files of this folder, found because they are there:
+each completes one module of LLaVA, before or after it executes, for the versions of libraries that need it. Where no
+installed version needs one, as with LLaVA's own pins, nothing is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables all.
 """

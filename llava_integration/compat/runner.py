@@ -1,20 +1,91 @@
-"""Runs the completions of a module of LLaVA, and names the file whose completion fails."""
+"""Which completions the installed libraries need, when they run, what is said of versions, and which one has failed."""
 
+import functools
+import importlib
+import inspect
 import os
+import pkgutil
 import sys
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
-from llava_integration.compat import versions
-from llava_integration.compat.completion import Completion, installed_version
-from llm2clip_plugin.files import discover
+from llava_integration import compat
+from llm2clip_plugin.console import quiet_peft
 
-done: set[str] = set()  # names of completions that have run
+When = Literal["before", "after"]
+NOT_COMPLETIONS = ("runner", "tokenizer")  # files of the folder; the second one imports what 4.37 lacks
+TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
+ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
+TRAINER = "llava.train.llava_trainer"
+REFUSED = {  # module -> versions of transformers with which it cannot run, why and what works
+    TRAINER: (
+        ">4.46.3,<5",
+        "its trainer has neither the names of 4.37 nor those of 5; install transformers==4.37.2 (LLaVA's own) or "
+        "transformers==5.24.0",
+    ),
+    "llava.train.llama_xformers_attn_monkey_patch": (
+        ">=5",
+        "it replaces the attention of transformers 4; train with train.py or train_mem.py, or install "
+        "transformers==4.37.2",
+    ),
+}
 
 
 class CompletionError(ImportError):
     """A completion failed, or the installed version of a library cannot run the module at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One addition to a module of LLaVA, or to what it uses of a library."""
+
+    module: str  # dotted name of LLaVA's module
+    when: When  # of the execution of the module
+    libraries: Mapping[str, str]  # distribution -> versions that need it, such as {"transformers": ">=5"}; any suffices
+    complete: Callable[[ModuleType], None]  # takes the module, which is still empty if ``when`` is "before"
+
+    @property
+    def name(self) -> str:
+        """Its file and function, for messages."""
+        return f"{self.complete.__module__.rpartition('.')[2]}.py, {self.complete.__name__}"
+
+    @property
+    def needed(self) -> bool:
+        """Whether an installed library has one of the versions."""
+        return any(has_version(library, versions) for library, versions in self.libraries.items())
+
+
+completions: list[Completion] = []  # in the order of the files and of the functions in them
+done: set[str] = set()  # names of completions that have run
+
+
+def completes(module: str, when: When, **libraries: str) -> Callable[[Any], Any]:
+    """Decorator of a function that completes a module of LLaVA; its docstring says why."""
+
+    def mark(function: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        completions.append(Completion(module=module, when=when, libraries=libraries, complete=function))
+        return function
+
+    return mark
+
+
+def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator that sets ``owner.name`` to the function, whose first argument is the original."""
+    is_class_method = isinstance(inspect.getattr_static(owner, name), classmethod)
+    original = getattr(owner, name).__func__ if is_class_method else getattr(owner, name)
+
+    def decorate(function: Callable[..., Any]) -> None:
+        @functools.wraps(original)
+        def replacement(*arguments: Any, **options: Any) -> Any:
+            return function(original, *arguments, **options)
+
+        setattr(owner, name, classmethod(replacement) if is_class_method else replacement)
+
+    return decorate
 
 
 def enabled() -> bool:
@@ -22,53 +93,50 @@ def enabled() -> bool:
     return os.environ.get("LLM2CLIP_LLAVA_COMPAT") != "0"
 
 
-@cache
-def needed() -> dict[str, Completion]:
-    """The completions that the installed versions need, by name."""
-    try:
-        members: dict[str, Completion] = discover("llava_integration.compat", "COMPLETION")
-    except Exception as error:
-        raise CompletionError(f"a file of llava_integration/compat cannot be imported: {error!r}") from error
-    return {name: member for name, member in members.items() if member.needed}
+@functools.cache
+def needed() -> list[Completion]:
+    """The completions that the installed versions need."""
+    for found in pkgutil.iter_modules(compat.__path__):
+        if found.name not in NOT_COMPLETIONS:
+            importlib.import_module(f"{compat.__name__}.{found.name}")
+    return [completion for completion in completions if completion.needed]
 
 
 def watched() -> set[str]:
     """The modules of LLaVA that something is to be done for."""
-    return {member.module for member in needed().values()} | versions.refused() if enabled() else set()
+    return {completion.module for completion in needed()} | {*problems()} if enabled() else set()
 
 
-def run(module: ModuleType, when: Literal["before", "after"], name: str = "") -> None:
+def run(module: ModuleType, when: When) -> None:
     """Run the completions of ``module`` for that moment; each runs once in a process.
 
-    ``name``: the module's name, where it runs as ``__main__``. Raises CompletionError, which names the file, its module
-    and the versions of the libraries.
+    Raises CompletionError, which names the function, its module and the versions of the libraries.
     """
     if not enabled():
         return
     try:
-        if when == "before":
-            versions.refuse(module.__name__)
-        for key, member in needed().items():
-            if (member.module, member.when) != (name or module.__name__, when) or key in done:
-                continue
-            versions.warn_if_untried()
-            try:
-                member.complete(module)
-            except Exception as error:
-                raise CompletionError(explain(member, error)) from error
-            done.add(key)
+        if when == "before" and module.__name__ in problems():
+            raise ImportError(problems()[module.__name__])
+        for completion in needed():
+            if (completion.module, completion.when) == (module.__name__, when) and completion.name not in done:
+                warn_if_untried()
+                try:
+                    completion.complete(module)
+                except Exception as error:
+                    raise CompletionError(explain(completion, error)) from error
+                done.add(completion.name)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
             tell_importers(sys.modules.get("llava.model"), error)
         raise
 
 
-def explain(member: Completion, error: Exception) -> str:
+def explain(completion: Completion, error: Exception) -> str:
     """The message of a completion that failed."""
-    found = ", ".join(f"{library} {installed_version(library)}" for library in member.libraries)
+    found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
     return (
-        f"llava_integration/compat/{member.name}.py could not complete {member.module} for {found}: {error!r}; "
-        f"{versions.ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run LLaVA without completions"
+        f"llava_integration/compat/{completion.name} could not complete {completion.module} for {found}: {error!r}; "
+        f"{ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run LLaVA without completions"
     )
 
 
@@ -82,3 +150,63 @@ def tell_importers(package: ModuleType | None, error: ImportError) -> None:
 
     if package is not None:
         package.__getattr__ = missing
+
+
+# Versions of libraries
+
+
+def installed_version(library: str) -> str:
+    """The version of an installed distribution, "" if it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def has_version(library: str, versions: str) -> bool:
+    """Whether a library is installed in one of the versions, such as ``>=5``."""
+    from packaging.specifiers import SpecifierSet
+
+    installed = installed_version(library)
+    return bool(installed) and SpecifierSet(versions).contains(installed, prereleases=True)
+
+
+@functools.cache
+def problems() -> dict[str, str]:
+    """module of LLaVA -> why the installed transformers cannot run it, and what can."""
+    return {
+        module: f"{module} cannot run with transformers {installed_version('transformers')}: {reason}"
+        for module, (versions, reason) in REFUSED.items()
+        if has_version("transformers", versions)
+    }
+
+
+def untried() -> list[str]:
+    """The installed libraries whose version was never tried with LLaVA, with the versions that were."""
+    found = []
+    for library, known in TRIED.items():
+        installed = installed_version(library)
+        if installed and not any(f"{installed}.".startswith(f"{version}.") for version in known):
+            found.append(f"{library} {installed} (tried: {', '.join(known)})")
+    return found
+
+
+@functools.cache
+def warn_if_untried() -> None:
+    """One line on stderr, once and on the first rank alone, about versions never tried."""
+    if untried() and os.environ.get("RANK", "0") == "0":
+        print(f"llm2clip: LLaVA 1.5 is untested with {' and '.join(untried())}; {ADVICE}", file=sys.stderr)
+
+
+@functools.cache
+def adapters_stay_fp32() -> bool:
+    """Whether this environment's peft keeps the adapter of an fp16 model in fp32, and so rounds the sum alone.
+
+    peft 0.10, which LLaVA's environment has, rounds the halves and their product too. True without peft.
+    """
+    if find_spec("peft") is None:
+        return True
+    quiet_peft()
+    from peft import PeftModel
+
+    return "autocast_adapter_dtype" in inspect.signature(PeftModel.from_pretrained).parameters

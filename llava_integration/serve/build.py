@@ -1,4 +1,4 @@
-"""The language model and the projector: their settings and tensors, from LLaVA's names to Hugging Face's."""
+"""The vision tower of a checkpoint, as ``vision_config``, tensors and image processor of the exported model."""
 
 import importlib
 import inspect
@@ -23,6 +23,8 @@ from llm2clip_plugin.vision.family import Family, remove_tokens
 from llm2clip_plugin.vision.positions import check_pixels
 from llm2clip_plugin.vision.publish import published
 
+# The language model and the projector: their settings and tensors, from LLaVA's names to Hugging Face's.
+
 # fields of a Llama's config.json, of transformers 4 and 5; the others are LLaVA's or of a file
 FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
     max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id
@@ -37,24 +39,12 @@ LANGUAGE_SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )  # there is no Llama without
-# optional settings: their type, and its words; one of another type is an error here rather than in the server
-OPTIONAL: dict[str, tuple[type | tuple[type, ...], str]] = {
-    **dict.fromkeys(
-        ("rms_norm_eps", "rope_theta", "initializer_range", "attention_dropout"), ((int, float), "a number")
-    ),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings"), (int, "a whole number")),
-    **dict.fromkeys(("rope_parameters", "rope_scaling"), (dict, "an object")),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"), (bool, "true or false")),
-    "hidden_act": (str, "a name"),
-}
+BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
+    input_layernorm post_attention_layernorm""".split()
 
 
 def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """``text_config`` of the exported model: a Llama of ``tokens`` tokens.
-
-    Raises ContractError for settings without which there is no Llama.
-    """
-    check_settings(config)
+    """``text_config`` of the exported model: a Llama of ``tokens`` tokens."""
     text = {name: config[name] for name in FIELDS if config.get(name) is not None}
     rope = text.get("rope_parameters") or {}
     text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))  # transformers 4's name
@@ -62,15 +52,11 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def check_settings(config: dict[str, Any]) -> None:
-    """Raise ContractError for settings without which there is no Llama, or of another type."""
+    """Raise ContractError for settings without which there is no Llama."""
     for name in LANGUAGE_SIZES:
         value = config.get(name)
         if type(value) is not int or value < 1:
             raise ContractError(f"config.json: {name} is {value!r}, expected a positive whole number; {FIX}")
-    for name, (kind, words) in OPTIONAL.items():
-        value = config.get(name)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ContractError(f"config.json: {name} is {value!r}, expected {words}; {FIX}")
 
 
 def hf_name(name: str) -> str:
@@ -86,15 +72,9 @@ def hf_name(name: str) -> str:
 
 
 def expected(config: dict[str, Any]) -> list[str]:
-    """The weights that every checkpoint of this configuration has, under LLaVA's names.
-
-    Raises ContractError for settings without which there is no Llama.
-    """
-    check_settings(config)
+    """The weights that every checkpoint of this configuration has, under LLaVA's names."""
     head = [] if config.get("tie_word_embeddings") else [HEAD]
-    blocks = [
-        f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in block_shapes(config)
-    ]
+    blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
     return [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
 
@@ -102,8 +82,8 @@ def expected(config: dict[str, Any]) -> list[str]:
 def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> LazyTensors:
     """The language model's and the projector's tensors under Hugging Face's names, with a row for ``<image>``.
 
-    ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are missing, unknown or
-    of another shape than ``config`` says.
+    ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are missing or unknown, or
+    an embedding with fewer rows.
     """
     own = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name) and not name.startswith(TOWER)}
     wanted = expected(config)
@@ -113,7 +93,9 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
         )
     biases = {f"{name.removesuffix('.weight')}.bias" for name in wanted if ".layers." in name and "norm" not in name}
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
-    check_shapes(own, config, tokens, where)
+    for name in {EMBEDDING, HEAD} & set(own):
+        if own[name].shape[0] < tokens:
+            raise ContractError(f"{where}: {name} has {own[name].shape[0]} rows, the tokenizer {tokens} tokens; {FIX}")
     out = {}
     for name in sorted(own, key=_order):
         if name == HEAD and config.get("tie_word_embeddings"):
@@ -125,44 +107,6 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
 def _order(name: str) -> list[tuple[int, str]]:
     """Layer 2 precedes layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def block_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a block's weights, by their names in it."""
-    width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    per_head = config.get("head_dim") or width // heads
-    queries, values = heads * per_head, (config.get("num_key_value_heads") or heads) * per_head
-    return {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (values, width),
-        "self_attn.v_proj": (values, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (mlp, width),
-        "mlp.up_proj": (mlp, width),
-        "mlp.down_proj": (width, mlp),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-
-
-def check_shapes(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> None:
-    """Raise ContractError, with both shapes, for a tensor of another shape than the configuration's."""
-    width, vision = config["hidden_size"], config.get("mm_hidden_size")
-    shapes: dict[str, tuple[int | None, ...]] = {"model.norm.weight": (width,)}
-    for layer in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in block_shapes(config).items()}
-    shapes |= {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()}
-    shapes |= {"model.mm_projector.0.weight": (width, vision), "model.mm_projector.2.weight": (width, width)}
-    shapes |= {"model.mm_projector.0.bias": (width,), "model.mm_projector.2.bias": (width,)}
-    for name, shape in shapes.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            raise ContractError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}")
-    for name in (EMBEDDING, HEAD):
-        if name in tensors and (tensors[name].shape[1:] != (width,) or tensors[name].shape[0] < tokens):
-            raise ContractError(
-                f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the tokenizer has {tokens} tokens of "
-                f"width {width}; {FIX}"
-            )
 
 
 def with_image_row(rows: LazyTensor, tokens: int) -> LazyTensor:
@@ -312,8 +256,6 @@ def write_code(family: str, directory: Path) -> dict[str, str]:
     model = f"{MODELING}.LlavaTowerForConditionalGeneration"
     return {"AutoConfig": f"{MODELING}.LlavaTowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}
 
-
-# The vision tower of a checkpoint, as ``vision_config``, tensors and image processor of the exported model.
 
 VISION_SIZES = (
     "hidden_size",

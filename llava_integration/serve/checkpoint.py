@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_integration.compat.versions import adapters_stay_fp32
-from llm2clip_plugin.files import DTYPE_BYTES, ContractError, errors_about, read_header, read_json_value
+from llava_integration.compat.runner import adapters_stay_fp32
+from llava_integration.towers import checkpoint_config
+from llm2clip_plugin.files import DTYPE_BYTES, ContractError, errors_about, read_header
 from llm2clip_plugin.options import command
 from llm2clip_plugin.vision.checkpoint import read_tensors, weight_files
+from llm2clip_plugin.vision.directory import read_json
 
 # Tensors of checkpoints, read one by one when they are needed, and written in shards.
 
@@ -44,18 +46,13 @@ def open_tensors(directory: Path, files: ExitStack) -> LazyTensors:
     """Every tensor of a folder's checkpoint: .safetensors or .bin, one file or the shards of an index.
 
     ``files`` keeps the files open. Raises FileNotFoundError for a folder without weights or a missing shard,
-    ContractError for a file that is not complete, or tensors that are not where the index says.
+    ContractError for a file that is not complete.
     """
     tensors: LazyTensors = {}
     for path in weight_files(directory):
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {directory}, which its index lists; {FIX}")
         tensors |= open_file(path, files)
-    for index in sorted(directory.glob("*.index.json")):
-        body = read_json_value(index)
-        listed = body.get("weight_map") if isinstance(body, dict) else None
-        if lost := sorted(set(listed or ()) - set(tensors)):
-            raise ContractError(f"{index} lists {len(lost)} tensors that no file has, such as {lost[0]}; {FIX}")
     return tensors
 
 
@@ -169,7 +166,7 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     Computed in fp16, as by LLaVA's loader with this environment's peft. Raises ContractError for an adapter
     of another kind, a half that is missing, or a module that the model doesn't have.
     """
-    config = read_json_value(directory / LORA_FILE)
+    config = read_json(directory / LORA_FILE)
     scale = _scale(config, directory / LORA_FILE)
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if path is None:
@@ -188,10 +185,7 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     for name, pair in halves.items():
         if len(pair) != 2:
             raise ContractError(f"{path}: {name} has one half of its LoRA, expected lora_A and lora_B; {FIX}")
-        a, b, rank = pair["A"].shape, pair["B"].shape, config["r"]
-        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-            raise ContractError(f"{path}: the LoRA of {name} has shapes {a} and {b}, {LORA_FILE} says r {rank}; {FIX}")
-        shape = (b[0], a[1])
+        shape = (pair["B"].shape[0], pair["A"].shape[-1])
         if shape != tensors[name].shape:
             raise ContractError(
                 f"{path}: the LoRA of {name} has shape {shape}, the base model's weight {tensors[name].shape}; "
@@ -223,18 +217,17 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return weight.half() + delta.half()
 
 
-def _scale(config: Any, where: Path) -> float:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+def _scale(config: dict[str, Any], where: Path) -> float:
+    if config.get("peft_type") != "LORA":
         raise ContractError(f"{where} is not a LoRA's configuration; {FIX}")
     for name, plain in PLAIN.items():
         if (value := config.get(name)) and value != plain:
             raise ContractError(f"{where}: {name} is {value!r}, which LLaVA's training does not set")
     if config.get("bias", "none") != "none":
         raise ContractError(f"{where}: bias is {config['bias']!r}; LLaVA's loader merges LoRA without biases")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ContractError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, expected positive numbers; {FIX}")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    with errors_about(where, fix=FIX):
+        rank, alpha = config["r"], config["lora_alpha"]
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 CONFIG, PROJECTOR, ADAPTER = "config.json", "mm_projector.bin", "adapter_config.json"
@@ -264,7 +257,9 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
     Raises FileNotFoundError or ContractError if it is not a checkpoint of LLaVA 1.5, needs a base model, or has what
     Hugging Face's LLaVA cannot express.
     """
-    config = _config(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a folder; download a checkpoint of the Hub first")
+    config = checkpoint_config(directory)
     refuse_unsupported(config, directory / CONFIG)
     weights = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
     if (directory / ADAPTER).is_file():
@@ -273,22 +268,10 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
         kind = "projector"
     else:
         kind = "full"
-    if kind == "full":
-        if base is not None:
-            raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
-        return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=None)
-    return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=_base(directory, kind, config, base))
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a folder; download a checkpoint of the Hub first")
-    if not (directory / CONFIG).is_file():
-        raise FileNotFoundError(f"{directory} is not a LLaVA checkpoint: no {CONFIG} in it")
-    config = read_json_value(directory / CONFIG)
-    if not isinstance(config, dict):
-        raise ContractError(f"{directory / CONFIG} contains a {type(config).__name__}, expected an object; {FIX}")
-    return config
+    if kind == "full" and base is not None:
+        raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
+    found = None if kind == "full" else _base(directory, kind, config, base)
+    return LlavaCheckpoint(directory=directory, kind=kind, config=config, base=found)
 
 
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
@@ -304,15 +287,10 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
         )
     if (projector := config.get("mm_projector_type", "linear")) != PROJECTOR_TYPE:
         raise ContractError(f"{where}: mm_projector_type is {projector!r}, Hugging Face's LLaVA has {PROJECTOR_TYPE}")
-    reasons = {
-        "mm_use_im_start_end": "tokens around an image, which LLaVA 1.5 does not use",
-        "mm_use_im_patch_token": "a token for patches, which LLaVA 1.5 does not use",
-        "s2": "features of several scales (S2)",
-    }
     loaded = {"mm_use_im_patch_token": True, **config}  # what LLaVA's loader takes for granted
-    for name, reason in reasons.items():
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "s2"):
         if loaded.get(name):
-            raise ContractError(f"{where}: {name} is set: Hugging Face's LLaVA has no {reason}")
+            raise ContractError(f"{where}: {name} is set, which Hugging Face's LLaVA cannot express")
     if quantized := config.get("quantization_config"):
         kind = quantized.get("quant_method", "") if isinstance(quantized, dict) else quantized
         raise ContractError(f"{where}: the checkpoint is quantized ({kind}); use the one that it was made from")
@@ -324,10 +302,7 @@ def _base(directory: Path, kind: str, config: dict[str, Any], given: Path | None
     """The base model's folder: the one given, or else the recorded one if it exists."""
     recorded = str(config.get("_name_or_path", ""))
     if kind == "lora":
-        adapter = read_json_value(directory / ADAPTER)
-        if not isinstance(adapter, dict):
-            raise ContractError(f"{directory / ADAPTER} contains a {type(adapter).__name__}, expected an object; {FIX}")
-        recorded = str(adapter.get("base_model_name_or_path") or recorded)
+        recorded = str(read_json(directory / ADAPTER).get("base_model_name_or_path") or recorded)
     base = Path(recorded) if given is None else given
     if base.is_dir():
         return base

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.files import ContractError, errors_about, read_json_value
+from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.options import nearest
+from llm2clip_plugin.vision.directory import read_json
 
 # LLaVA's conversation templates as Jinja chat templates, which servers and transformers read.
 
@@ -297,10 +298,7 @@ def write_tokenizer(files: TokenizerFiles, directory: Path, *, max_length: int |
 
 
 def _json(path: Path) -> dict[str, Any]:
-    body = read_json_value(path) if path.is_file() else {}
-    if not isinstance(body, dict):
-        raise ContractError(f"{path} contains a {type(body).__name__}, expected an object; {FIX}")
-    return body
+    return read_json(path) if path.is_file() else {}
 
 
 def _tokenizer(files: TokenizerFiles) -> Any:

@@ -59,7 +59,7 @@ class PipelineConfig(SourceConfig):
             raise ValueError(f"--questions needs a checkout of this project: {PRETRAIN} is missing")
         if find_spec("llava") is None:
             raise ValueError("--questions needs LLaVA: pip install --no-deps llava-torch==1.2.2.post1")
-        benchmark("questions").questions(Path(self.questions))
+        benchmark("questions").load(Path(self.questions))
         for problem in check_model(self.llava_llm):
             raise ValueError(problem.replace("--model", "--llava-llm"))
 

@@ -25,15 +25,7 @@ from llm2clip_plugin.data.sources.tars import data_folder
 from llm2clip_plugin.files import headline, read_json_value
 from llm2clip_plugin.stages.settings import TrainingConfig, flat, refuse_changes
 from llm2clip_plugin.text.teacher import embed_command
-from llm2clip_plugin.train.checkpoint import (
-    RESUME_AUTO,
-    Checkpoints,
-    Loaded,
-    TrainState,
-    check_space,
-    checkpoint_bytes,
-    load,
-)
+from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_full_determinism, set_tf32
@@ -42,7 +34,7 @@ from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.guard import readable_checkpoint, refuse_disagreement, shared_folder, watched
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, StepFunction, run_loop
 from llm2clip_plugin.train.optim import Trained, parameter_groups
-from llm2clip_plugin.train.reference import MovingAverage, Twin
+from llm2clip_plugin.train.reference import Reference
 from llm2clip_plugin.train.reports import Queue
 from llm2clip_plugin.train.step import Batch
 from llm2clip_plugin.vision.export import library_versions
@@ -125,14 +117,6 @@ class TrainingRun:
         state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config_hash)
         return dataclasses.replace(loaded, state=state)
 
-    def check_space(
-        self, module: nn.Module, trained: Iterable[Trained], *, keep_frozen: bool = True, twin: bool = False
-    ) -> None:
-        """Raise OSError if the disk of the run's folder has no space for a checkpoint. Every rank must call this."""
-        averages = bool(self.train.ema_decay) + twin
-        needed = checkpoint_bytes(module, trained, self.optim, averages=averages, keep_frozen=keep_frozen)
-        on_first_rank(lambda: check_space(self.folder, needed, fallback=self.train.save_fallback_dir))
-
     def make_engine(
         self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
     ) -> Engine:
@@ -169,8 +153,7 @@ class TrainingRun:
         before: Evaluate | None = None,
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
-        average: MovingAverage | None = None,
-        twin: Twin | None = None,
+        references: Mapping[str, Reference] | None = None,
         queue: Queue | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its end.
@@ -187,8 +170,7 @@ class TrainingRun:
                 step=in_phase("forward and backward", step),
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
-                average=average,
-                twin=twin,
+                references=references or {},
                 checkpoints=self.checkpoints,
                 evaluate=in_phase("evaluation", evaluate) if evaluate else None,
                 before=in_phase("evaluation before training", before) if before else None,

@@ -22,7 +22,6 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.text.config import ALL_LINEAR, LoraSettings
 
 # The files of an LLM or adapter: found or downloaded, and hashed.
@@ -126,7 +125,6 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
     Raises ValueError for unknown target names, listing the known ones.
     """
     quiet_peft()
-    import_without_compiler(BITSANDBYTES)
     from peft import LoraConfig, PeftModel
 
     linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)})
@@ -179,7 +177,6 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     other tensor is missing, unexpected or of another shape.
     """
     quiet_peft()
-    import_without_compiler(BITSANDBYTES)
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     config, tensors = read_adapter(folder)

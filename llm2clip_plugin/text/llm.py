@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, P
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import errors_about
 from llm2clip_plugin.hub import check_hub_answers
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.options import check_path
 from llm2clip_plugin.text.adapter import add_lora
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings, is_sentence_transformers
@@ -160,7 +159,6 @@ def nf4(dtype: torch.dtype):
     """bitsandbytes' settings: NF4 weights, double quantization, computation in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
-    import_without_compiler(BITSANDBYTES)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,67 +1,41 @@
-"""The settings of a training: tower, heads, optimizer, loop; read without torch. The loss's: loss_config.py."""
+"""The settings of a training: tower, heads, loss, optimizer, loop; read without torch."""
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from llm2clip_plugin.data.workers import PREFETCH_MB
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.family import DualConfig
-
-if TYPE_CHECKING:
-    from llm2clip_plugin.train.losses.base import LossTerm
-    from llm2clip_plugin.train.optimizers.base import OptimizerSpec
-
-
-# Types and defaults that settings share with the code that they set; without torch.
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ReductionType = Literal["", "fp32", "bf16", "fp16"]
 Tf32 = Literal["auto", "on", "off"]
 DDP_TIMEOUT = 1800.0  # seconds, as in Hugging Face's Trainer; torch's is 600 on NCCL, DeepSpeed's 600 since 0.19.6
 STRAGGLER_SECONDS = 300.0  # without progress, after which a rank is named
-
-
-# Settings given as ``NAME=VALUE`` words, for losses and optimizers, whose settings the configuration does not list.
-
 Member = TypeVar("Member")
-
-
-def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -> Member:
-    """An instance of the dataclass ``member``: fields from ``words``, the others with their defaults.
-
-    Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another type than the
-    field's default; ``where`` is the option, for the message.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(member)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or name not in defaults:
-            known = ", ".join(f"{name}={default}" for name, default in defaults.items()) or "none"
-            raise ValueError(f"{where}: unknown setting {word!r} of {member.__name__}; known: {known}")
-        expected = type(defaults[name])
-        try:
-            value = text if expected is str else json.loads(text.lower() if expected is bool else text)
-        except ValueError:
-            value = None
-        value = float(value) if expected is float and type(value) is int else value
-        if type(value) is not expected:
-            raise ValueError(f"{where}: {name} is {text!r}, expected {expected.__name__}")
-        values[name] = value
-    return member(**values)
-
-
 Monitor = Literal["tensorboard", "wandb", "csv"]
 Schedule = Literal["cosine", "linear", "constant"]
 Reference = Literal["ema", "start"]
 HeadsTarget = Literal["images", "clip_text"]
+BELOW_1 = math.nextafter(1, 0)
+
+
+def check_choices(section: str, config: Any) -> None:
+    """Raise ValueError for a field whose value its Literal type does not list."""
+    for field in fields(config):
+        value, known = getattr(config, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in known:
+            raise ValueError(unknown(f"{section}.{field.name}", value, filter(None, known)))
+
+
+def check_bounds(section: str, config: Any, **bounds: tuple[float, float]) -> None:
+    """Raise ValueError for a field outside its lowest and highest value."""
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{section}.{name} {getattr(config, name)} must be between {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +53,18 @@ class TowerConfig:
     lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        if self.lora_rank and (self.freeze or self.freeze_first_blocks):
-            raise ValueError("tower.lora_rank freezes the tower; leave tower.freeze* unset")
-        if self.from_scratch and (self.path or not self.architecture):
-            raise ValueError(
-                f"tower.from_scratch makes a tower of tower.architecture ({self.architecture or 'not set'}); leave "
-                f"--tower {self.path} out"
-                if self.path
-                else "tower.from_scratch needs --architecture"
-            )
-        if self.from_scratch and (self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads):
-            raise ValueError("tower.from_scratch trains all of a new tower; leave freeze*, lora_rank, keep_heads unset")
-        if self.freeze and self.freeze_first_blocks:
-            raise ValueError("tower.freeze freezes all blocks; leave tower.freeze_first_blocks unset")
+        if self.from_scratch:
+            if self.path or not self.architecture:
+                raise ValueError(
+                    f"tower.from_scratch makes a tower of tower.architecture ({self.architecture or 'not set'}); leave "
+                    f"tower.path ({self.path or 'not set'}) unset"
+                )
+            if self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads:
+                raise ValueError(
+                    "tower.from_scratch trains all of a new tower; leave freeze*, lora_rank, keep_heads unset"
+                )
+        if sum(map(bool, (self.lora_rank, self.freeze, self.freeze_first_blocks))) > 1:
+            raise ValueError("tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,31 +81,25 @@ class HeadsConfig:
     max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
 
     def __post_init__(self) -> None:
-        if self.target not in get_args(HeadsTarget):
-            raise ValueError(unknown("heads.target", self.target, get_args(HeadsTarget)))
-        if self.steps < 0 or self.batch < 2 or self.max_images < 2:
-            raise ValueError(
-                f"heads.steps {self.steps} must be >= 0, heads.batch {self.batch} and max_images {self.max_images} >= 2"
-            )
+        check_choices("heads", self)
+        check_bounds("heads", self, steps=(0, math.inf), batch=(2, math.inf), max_images=(2, math.inf))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The frozen twin that the loss terms distill and patch_reference compare the tower with."""
+    """The frozen tower that the loss terms distill and patch_reference compare with."""
 
     reference: Reference = "ema"  # ema: a moving average of the tower | start: the tower as it was before step 1
     decay: float = 0.999  # of that moving average, a step
 
     def __post_init__(self) -> None:
-        if self.reference not in get_args(Reference):
-            raise ValueError(unknown("distill.reference", self.reference, get_args(Reference)))
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"distill.decay {self.decay} must be in [0, 1)")
+        check_choices("distill", self)
+        check_bounds("distill", self, decay=(0, BELOW_1))
 
     @property
-    def twin_decay(self) -> float | None:
-        """Decay of the twin's moving average; None for the tower as it was."""
-        return self.decay if self.reference == "ema" else None
+    def reference_decay(self) -> float:
+        """Decay of the moving average; 1 for the tower as it was."""
+        return self.decay if self.reference == "ema" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,35 +122,14 @@ class OptimConfig:
     min_lr_ratio: float = 0.0  # where the schedule ends, as a fraction of the peak
 
     def __post_init__(self) -> None:
-        if (self.name, self.args) != ("adamw", ()):
-            self.optimizer()
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(unknown("optim.schedule", self.schedule, get_args(Schedule)))
+        check_choices("optim", self)
+        check_bounds("optim", self, layer_decay=(1e-3, 1), eps=(1e-20, 1), max_grad_norm=(0, math.inf))
+        check_bounds("optim", self, **dict.fromkeys(("lr", "head_lr", "weight_decay"), (0, 10)))
+        check_bounds("optim", self, **dict.fromkeys(("warmup_ratio", "min_lr_ratio"), (0, 1)))
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 f"optim.warmup_steps {self.warmup_steps} and optim.warmup_ratio {self.warmup_ratio}: set only one"
             )
-        bounds = {
-            "lr": (0.0, 10.0),
-            "head_lr": (0.0, 10.0),
-            "weight_decay": (0.0, 10.0),
-            "layer_decay": (1e-3, 1.0),
-            "eps": (1e-20, 1.0),
-            "max_grad_norm": (0.0, math.inf),
-            "warmup_ratio": (0.0, 1.0),
-            "min_lr_ratio": (0.0, 1.0),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= vars(self)[name] <= high:
-                raise ValueError(f"optim.{name} {vars(self)[name]} must be between {low} and {high}")
-
-    def optimizer(self) -> OptimizerSpec:
-        """The chosen optimizer with its settings; ValueError names a setting that it does not have."""
-        from llm2clip_plugin.train.optimizers import optimizers  # torch
-
-        if self.name not in (known := optimizers()):
-            raise ValueError(unknown("optimizer", self.name, known))
-        return from_named_args(known[self.name], self.args, where="optim.args")
 
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up in a run of ``total_steps``."""
@@ -228,39 +174,16 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            raise ValueError(unknown("train.precision", self.precision, get_args(Precision)))
-        if self.tf32 not in get_args(Tf32):
-            raise ValueError(unknown("train.tf32", self.tf32, get_args(Tf32)))
-        if self.communication_data_type not in get_args(ReductionType):
-            raise ValueError(
-                f"unknown train.communication_data_type {self.communication_data_type!r}; known: "
-                f"{', '.join(filter(None, get_args(ReductionType)))}, or leave it empty"
-            )
+        check_choices("train", self)
         if others := sorted(set(self.report_to) - set(get_args(Monitor))):
             raise ValueError(unknown("train.report_to", others[0], get_args(Monitor)))
-        if self.global_batch < 2 or self.micro_batch < 0:
-            raise ValueError(
-                f"train.global_batch {self.global_batch} must be >= 2, micro_batch {self.micro_batch} >= 0"
-            )
+        counts = ("micro_batch", "save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
+        counts = (*counts, "dataloader_num_workers", "skip_bad_batches", "straggler_seconds")
+        check_bounds("train", self, **dict.fromkeys(counts, (0, math.inf)))
+        check_bounds("train", self, global_batch=(2, math.inf), logging_steps=(1, math.inf), ddp_timeout=(1, math.inf))
+        check_bounds("train", self, ema_decay=(0, BELOW_1), max_broken=(0, 1), dataloader_prefetch_mb=(1, math.inf))
         if self.max_steps <= 0 and self.num_train_epochs < 0:
             raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must not be negative")
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.max_broken <= 1:
-            raise ValueError(
-                f"train.ema_decay {self.ema_decay} must be in [0, 1), max_broken {self.max_broken} in [0, 1]"
-            )
-        if self.dataloader_prefetch_mb < 1:
-            raise ValueError(f"train.dataloader_prefetch_mb {self.dataloader_prefetch_mb} must be at least 1")
-        if self.ddp_timeout <= 0 or self.straggler_seconds < 0:
-            raise ValueError(
-                f"train.ddp_timeout {self.ddp_timeout} must be above 0, straggler_seconds {self.straggler_seconds} >= 0"
-            )
-        counts = ("save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
-        for name in (*counts, "dataloader_num_workers", "skip_bad_batches"):
-            if vars(self)[name] < 0:
-                raise ValueError(f"train.{name} {vars(self)[name]} must not be negative")
-        if self.logging_steps < 1:
-            raise ValueError(f"train.logging_steps {self.logging_steps} must be at least 1")
 
     def rows(self, world: int) -> tuple[int, int, int]:
         """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
@@ -288,9 +211,6 @@ class TrainConfig:
         if self.max_steps > 0 or not self.has_steps:
             return max(0, self.max_steps)
         return max(1, round(self.num_train_epochs * samples / self.global_batch))
-
-
-# The settings of the training loss: which terms, with which weights over the run; read without torch.
 
 
 @dataclass(frozen=True)
@@ -323,12 +243,8 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
         schedule, at, until = values.partition("@")
         start, colon, end = schedule.partition(":")
         try:
-            term = TermWeight(
-                name,
-                float(start) if equals else 1.0,
-                float(end if colon else start) if equals else 1.0,
-                float(until) if at else 1.0,
-            )
+            first = float(start) if equals else 1.0
+            term = TermWeight(name, first, float(end) if colon else first, float(until) if at else 1.0)
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
         numbers = term.start >= 0 and term.end >= 0 and term.peak < math.inf and 0 < term.until <= 1
@@ -337,8 +253,6 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
                 f"loss.terms: {word!r} is not NAME, NAME=WEIGHT, NAME=START:END or NAME=START:END@FRACTION, with "
                 "weights of at least 0, as in infonce=1 distill=0.2 or distill=0:0.2@0.1"
             )
-        if not term.peak:
-            raise ValueError(f"loss.terms: {word!r} never counts; give {name} a weight above 0, or leave it out")
         terms.append(term)
     if twice := sorted({term.name for term in terms if [other.name for other in terms].count(term.name) > 1}):
         raise ValueError(f"loss.terms {' '.join(words)} names {', '.join(twice)} twice")
@@ -365,61 +279,34 @@ class LossConfig:
     args: tuple[str, ...] = ()  # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
 
     def __post_init__(self) -> None:
-        if self.terms != ("infonce",) or self.args:  # the default is valid, so that --help need not import torch
-            self.weighted()
+        parse_terms(self.terms)
         if self.block < 0 or not math.isfinite(self.weight):
             raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
 
-    def weighted(self) -> list[tuple[TermWeight, LossTerm]]:
-        """The chosen terms with their settings; ValueError names a setting that none of them has."""
-        from llm2clip_plugin.train.losses import loss_terms  # torch
 
-        known, weights = loss_terms(), parse_terms(self.terms)
-        for weight in weights:
-            if weight.name not in known:
-                raise ValueError(unknown("loss term", weight.name, known))
-        words = self._words([weight.name for weight in weights])
-        return [(w, from_named_args(known[w.name], words[w.name], where="loss.args")) for w in weights]
+def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -> Member:
+    """An instance of the dataclass ``member``: fields from ``words``, the others with their defaults.
 
-    def _words(self, names: list[str]) -> dict[str, list[str]]:
-        """The words of ``args`` by term, without its name."""
-        words: dict[str, list[str]] = {name: [] for name in names}
-        for word in self.args:
-            term, dot, rest = word.partition(".")
-            if dot and term in words:
-                words[term].append(rest)
-            elif len(names) == 1:
-                words[names[0]].append(word)
-            else:
-                raise ValueError(f"loss.args: {word!r} names none of the terms {', '.join(names)}; write TERM.{word}")
-        return words
-
-    def check(self, dual: DualConfig) -> None:
-        """Raise ValueError if a term and the dual encoder are incompatible."""
-        terms = [term for _, term in self.weighted()]
-        if dual.logit_bias_init is None:
-            for term in terms:
-                if term.uses_bias:
-                    raise ValueError(
-                        f"loss term {term.name} learns a logit bias: set --dual.logit-bias-init (SigLIP starts at -10)"
-                    )
-        elif not any(term.uses_bias for term in terms):
-            names = ", ".join(term.name for term in terms)
-            raise ValueError(f"loss.terms {names} does not use a logit bias: leave dual.logit_bias_init unset")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a term compares the tower with a frozen one."""
-        return any(term.needs_reference for _, term in self.weighted())
-
-    @property
-    def patch_layers(self) -> dict[str, int]:
-        """The hidden states whose patches the terms read: keyword arguments of DualEncoder.forward."""
-        terms: list[Any] = [term for _, term in self.weighted()]
-        return {term.reads: term.layer for term in terms if term.reads}
-
-
-# What the launcher says about this process; without torch.
+    Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another type than the
+    field's default; ``where`` is the option, for the message.
+    """
+    defaults = {field.name: field.default for field in fields(member)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in defaults:
+            known = ", ".join(f"{name}={default}" for name, default in defaults.items()) or "none"
+            raise ValueError(f"{where}: unknown setting {word!r} of {member.__name__}; known: {known}")
+        expected = type(defaults[name])
+        try:
+            value = text if expected is str else json.loads(text.lower() if expected is bool else text)
+        except ValueError:
+            value = None
+        value = float(value) if expected is float and type(value) is int else value
+        if type(value) is not expected:
+            raise ValueError(f"{where}: {name} is {text!r}, expected {expected.__name__}")
+        values[name] = value
+    return member(**values)
 
 
 def local_world_size() -> int:

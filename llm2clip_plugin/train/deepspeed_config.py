@@ -7,107 +7,25 @@ Settings of ZeRO, offload, buckets, loss scaling, profilers and monitors are pas
 import copy
 import importlib.util
 import json
-import os
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from llm2clip_plugin.options import closest, nearest
+from llm2clip_plugin.options import closest
 from llm2clip_plugin.train.config import OptimConfig, Precision, ReductionType
+from llm2clip_plugin.train.optim import AdamW, chosen_optimizer
 
-# A DeepSpeed JSON against what DeepSpeed itself reads: unknown keys and refused values, named with the file.
-
-SECTIONS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "data_types", "aio", "flops_profiler")
-MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
-STAGES = (0, 1, 2, 3)
-COMMENTS = ("_", "/", "#")  # names that begin so are nobody's
-SIMILAR = 0.85  # a misspelling
-
-
-class _LookedUp(dict[str, Any]):
-    """A configuration that notes which names are looked up in it; so do its copies, in the same set."""
-
-    names: set[str]
-
-    def __contains__(self, name: object) -> bool:
-        self._note(name)
-        return super().__contains__(name)
-
-    def __getitem__(self, name: str) -> Any:
-        self._note(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._note(name)
-        return super().get(name, default)
-
-    def _note(self, name: object) -> None:
-        if hasattr(self, "names"):
-            self.names.add(str(name))
-
-
-def check_sections(config: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a section that is no object, or a ZeRO stage that does not exist."""
-    for name in (*SECTIONS, *MONITOR_SECTIONS):
-        section = config.get(name, {})
-        if not isinstance(section, dict):
-            raise ValueError(f'{where}: {name} is {section!r}, expected an object such as {{"enabled": true}}')
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in STAGES:
-        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: {', '.join(map(str, STAGES))}")
-
-
-def check_keys(
-    config: dict[str, Any], where: str, *, read: Callable[[dict[str, Any]], object], models: Iterable[type[BaseModel]]
-) -> None:
-    """Let DeepSpeed ``read`` a completed configuration. Raises ValueError that names the file, the key and, for a
-    misspelled one, the nearest; a name that nothing looks up and that resembles none is a warning on stderr.
-
-    models: DeepSpeed's sections, whose fields are the known names in them.
-    """
-    looked_up = _LookedUp(config)
-    looked_up.names = set()
-    try:
-        read(looked_up)
-    except ValidationError as error:
-        raise ValueError(f"{where}: {_describe(error, config, models)}") from error
-    except (ValueError, TypeError, AssertionError, KeyError) as error:
-        raise ValueError(f"{where}: DeepSpeed refuses it: {error}") from error
-    for name in config:
-        if name in looked_up.names or name.startswith(COMMENTS):
-            continue
-        if near := closest(name, sorted(looked_up.names), SIMILAR):
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
-        if os.environ.get("RANK", "0") == "0":
-            print(f"warning: {where}: DeepSpeed does not read the key {name!r}; it has no effect", file=sys.stderr)
-
-
-def _describe(error: ValidationError, config: dict[str, Any], models: Iterable[type[BaseModel]]) -> str:
-    """The first refused value: its dotted path, what it is, and what is expected."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    sections = [name for name, value in config.items() if isinstance(value, dict) and path and path[0] in value]
-    section = sections[0] if sections else ""
-    name = ".".join([section, *path] if section else path)
-    if first["type"] == "extra_forbidden":
-        fields = sorted({field for model in models for field in model.model_fields})
-        parents = name.split(".")[:-1]
-        return f"unknown key {name!r}" + nearest(path[-1], fields, lambda near: repr(".".join([*parents, near])))
-    expected = first["msg"].removeprefix("Input should be ")
-    return f"{name} is {first['input']!r}, expected {expected}"
-
-
-SCHEDULERS = {  # DeepSpeed's scheduler -> optim.schedule
-    "WarmupLR": "constant",
-    "WarmupDecayLR": "linear",
-    "WarmupCosineLR": "cosine",
-}
 FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
+SECTIONS = (
+    *("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "data_types", "aio", "flops_profiler"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing", "comms_logger"),
+)
+VALUES = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("communication_data_type", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer"),
+)
+SIMILAR = 0.85  # of a misspelling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +69,8 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     neither the file nor the run sets a type.
     """
     config = copy.deepcopy(user)
-    check_sections(config, where)
-    conflicts: list[str] = []
-    for path, value, option in _run_settings(plan, config):
-        _set_or_conflict(config, path.split("."), value, option, conflicts)
-    _check_optimizer(config.pop("optimizer", None), plan, conflicts)
-    _check_scheduler(config.pop("scheduler", None), plan, conflicts)
+    _check_names(config, where)
+    conflicts = _set_run_values(config, plan) + _remove_schedule(config, plan)
     if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
     ranks = plan.global_batch // (plan.micro_batch * plan.accumulation)
@@ -164,7 +78,13 @@ def complete(user: dict[str, Any], plan: EnginePlan, *, where: str = "the DeepSp
     if plan.precision != "fp32" and ranks >= FP32_REDUCTION_RANKS and reduced == "auto":
         config["communication_data_type"] = "fp32"
     _fill_zero(config, plan)
-    _set_up_optimizer(config, plan, where)
+    if type(chosen_optimizer(plan.optim)) is not AdamW:
+        if offloads_optimizer(config):
+            raise ValueError(
+                f"{where} offloads optimizer states, which optim.name {plan.optim.name} does not support: remove "
+                "zero_optimization.offload_optimizer, or set --optimizer adamw"
+            )
+        config.setdefault("zero_allow_untested_optimizer", True)
     _add_monitors(config, plan)
     if unresolved := sorted(_paths_with_auto(config)):
         raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
@@ -183,72 +103,56 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return device not in ("none", None)
 
 
-def _run_settings(plan: EnginePlan, config: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """(path in the JSON, the run's value, the option that sets it)."""
-    rows = [
+def _check_names(config: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a misspelled name, which DeepSpeed would ignore (``zero_optimizaton`` would train without
+    ZeRO), a section that is no object, or a ZeRO stage that does not exist."""
+    for name, value in config.items():
+        if name not in SECTIONS + VALUES and (near := closest(name, SECTIONS + VALUES, SIMILAR)):
+            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near!r}?")
+        if name in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f'{where}: {name} is {value!r}, expected an object such as {{"enabled": true}}')
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage is {stage!r}; known: 0, 1, 2, 3")
+
+
+def _set_run_values(config: dict[str, Any], plan: EnginePlan) -> list[str]:
+    """Set what the run decides; returns what the user has set to another value."""
+    rows: list[tuple[str, Any, str]] = [
         ("train_batch_size", plan.global_batch, "--global-batch"),
         ("train_micro_batch_size_per_gpu", plan.micro_batch, "--micro-batch"),
         ("gradient_accumulation_steps", plan.accumulation, "--micro-batch"),
         ("gradient_clipping", plan.optim.max_grad_norm, "--max-grad-norm"),
     ]
     if plan.communication_data_type:
-        rows.append(
-            ("communication_data_type", plan.communication_data_type, "--communication-data-type"),
-        )
+        rows.append(("communication_data_type", plan.communication_data_type, "--communication-data-type"))
     for kind in ("bf16", "fp16"):
         if kind in config or plan.precision == kind:
             rows.append((f"{kind}.enabled", plan.precision == kind, "--precision"))
-    return rows
+    conflicts = []
+    for path, value, option in rows:
+        section, _, name = path.rpartition(".")
+        inside = config.setdefault(section, {}) if section else config
+        given = inside.get(name, "auto")
+        if given not in ("auto", value):
+            conflicts.append(f"{path} is {given!r}, but the run uses {value!r} ({option})")
+        inside[name] = value
+    return conflicts
 
 
-def _set_or_conflict(config: dict[str, Any], path: list[str], value: Any, option: str, conflicts: list[str]) -> None:
-    """Set ``value`` at ``path``; add to ``conflicts`` if the user set another one."""
-    for name in path[:-1]:
-        config = config.setdefault(name, {})
-    given = config.get(path[-1], "auto")
-    if given != "auto" and not _same(given, value):
-        conflicts.append(f"{'.'.join(path)} is {given!r}, but the run uses {value!r} ({option})")
-    config[path[-1]] = value
-
-
-def _same(given: Any, value: Any) -> bool:
-    """Equality in which a JSON list equals a tuple."""
-    return list(given) == list(value) if isinstance(given, list) and isinstance(value, tuple) else given == value
-
-
-def _check_optimizer(section: dict[str, Any] | None, plan: EnginePlan, conflicts: list[str]) -> None:
-    if section is None:
-        return
-    if section.get("type") not in plan.optim.optimizer().deepspeed_types:
-        conflicts.append(
-            f"optimizer.type is {section.get('type')!r}, but the run uses {plan.optim.name!r} (--optimizer); remove "
-            "the section"
-        )
-    known = {name: getattr(plan.optim, name) for name in ("lr", "betas", "eps", "weight_decay")}
-    for name, given in section.get("params", {}).items():
-        if name in known and given != "auto" and not _same(given, known[name]):
-            conflicts.append(f"optimizer.params.{name} is {given!r}, but the run uses {known[name]!r} (--optim)")
-
-
-def _check_scheduler(section: dict[str, Any] | None, plan: EnginePlan, conflicts: list[str]) -> None:
-    if section is None:
-        return
-    kind, params = section.get("type"), section.get("params", {})
-    if SCHEDULERS.get(str(kind)) != plan.optim.schedule:
-        schedule = f" ({SCHEDULERS[kind]})" if kind in SCHEDULERS else ""
-        conflicts.append(
-            f"scheduler.type is {kind!r}{schedule}, but the run uses {plan.optim.schedule!r} (--schedule); "
-            "remove the section"
-        )
-    known = {
-        "warmup_num_steps": plan.warmup_steps,
-        "total_num_steps": plan.total_steps,
-        "warmup_max_lr": plan.optim.lr,
-        "warmup_min_lr": 0,
-    }
-    for name, given in params.items():
-        if name in known and given != "auto" and given != known[name]:
-            conflicts.append(f"scheduler.params.{name} is {given!r}, but the run uses {known[name]!r} (--optim)")
+def _remove_schedule(config: dict[str, Any], plan: EnginePlan) -> list[str]:
+    """Remove the optimizer's and the scheduler's sections; returns what they set to another value than the run."""
+    own = {name: getattr(plan.optim, name) for name in ("lr", "eps", "weight_decay")}
+    own |= {"betas": list(plan.optim.betas), "warmup_max_lr": plan.optim.lr, "warmup_min_lr": 0}
+    own |= {"warmup_num_steps": plan.warmup_steps, "total_num_steps": plan.total_steps}
+    conflicts = []
+    if (kind := config.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
+        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {plan.optim.name!r} (--optimizer)")
+    for section in ("optimizer", "scheduler"):
+        for name, given in config.pop(section, {}).get("params", {}).items():
+            if name in own and given not in ("auto", own[name]):
+                conflicts.append(f"{section}.params.{name} is {given!r}, but the run uses {own[name]!r} (--optim)")
+    return conflicts
 
 
 def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
@@ -260,11 +164,10 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
         ("allgather_bucket_size", square),
         ("stage3_prefetch_bucket_size", int(0.9 * square)),
         ("stage3_param_persistence_threshold", 10 * plan.hidden_size),
+        ("stage3_gather_16bit_weights_on_model_save", False),
     ):
         if zero.get(name) == "auto":
             zero[name] = value
-    if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
     if plan.precision != "fp32" and zero.get("stage", 0) == 0:
         # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
         # was never applied, and starts AdamW with a step of zero gradients
@@ -274,19 +177,6 @@ def _fill_zero(config: dict[str, Any], plan: EnginePlan) -> None:
     if plan.precision == "bf16" and plan.accumulation > 1 and zero.get("stage", 0) >= 1:
         # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-
-
-def _set_up_optimizer(config: dict[str, Any], plan: EnginePlan, where: str) -> None:
-    """Add the settings that the optimizer needs; ValueError if it cannot run under this configuration."""
-    optimizer = plan.optim.optimizer()
-    if offloads_optimizer(config) and not optimizer.supports_offload:
-        raise ValueError(
-            f"{where} offloads optimizer states, which optim.name {optimizer.name} does not support: remove "
-            "zero_optimization.offload_optimizer, or set --optimizer adamw"
-        )
-    if zero_stage(config) > 0:
-        for name, value in optimizer.deepspeed_settings.items():
-            config.setdefault(name, value)
 
 
 def _add_monitors(config: dict[str, Any], plan: EnginePlan) -> None:

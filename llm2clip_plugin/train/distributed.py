@@ -9,6 +9,8 @@ import math
 import os
 import pickle
 import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,11 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from llm2clip_plugin.train.config import DDP_TIMEOUT, Tf32, local_world_size
+from llm2clip_plugin.train.config import DDP_TIMEOUT, Tf32
 from llm2clip_plugin.train.errors import FirstRankError
 from llm2clip_plugin.train.timing import timed
 
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
 
 Value = TypeVar("Value")
 
@@ -57,25 +60,15 @@ def rank(group: Group = None) -> int:
 
 
 def choose_device(name: str = "") -> torch.device:
-    """The named device; by default this rank's GPU, or the CPU if there is none."""
-    if name:
-        return _named_device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def _named_device(name: str) -> torch.device:
-    """Raises ValueError for one that this machine does not have."""
-    known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    """The named device; by default this rank's GPU, or the CPU if there is none. Raises ValueError for one that this
+    machine does not have."""
+    if not name:
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and f"cuda:{device.index or 0}" not in known:
-            raise RuntimeError
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} is not there; this machine has {', '.join(known)}") from error
-    return device
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
 def set_default_timeout(seconds: float) -> None:
@@ -97,17 +90,35 @@ def process_group() -> Iterator[tuple[int, int]]:
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=DDP_TIMEOUT))
-    except RuntimeError as error:
-        if message := port_in_use(error):
-            raise OSError(message) from error
-        raise
+    with joining():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=DDP_TIMEOUT))
     try:
         yield dist.get_rank(), world
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Around the start of a process group: a line if this rank has waited for others for MISSING_SECONDS, and OSError
+    if another process listens on the launcher's port."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
+    timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
+            raise
+        raise OSError(
+            f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} is in use by another process; "
+            f"choose another one, as in `deepspeed --master_port {free_port()} ...` (torchrun: --master-port)"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def free_port() -> int:
@@ -117,21 +128,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def port_in_use(error: RuntimeError) -> str:
-    """The message for a process group whose port, MASTER_PORT, another process listens on; "" for another error."""
-    if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
-        return ""
-    return (
-        f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} is in use by another process; choose "
-        f"another one, as in `deepspeed --master_port {free_port()} ...` (torchrun: --master-port)"
-    )
-
-
 def set_single_process_environment() -> None:
     """Without a launcher, set what one would set for a single process; DeepSpeed needs mpi4py otherwise.
 
-    Raises ValueError for one of several tasks of srun or mpirun: each of them would train alone, in the same folder;
-    and on CPUs for a host whose own name is a loopback address, if other hosts take part.
+    Raises ValueError for one of several tasks of srun or mpirun: each of them would train alone, in the same folder.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         for program, variable in TASKS.items():
@@ -142,34 +142,11 @@ def set_single_process_environment() -> None:
                 )
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        return
-    if "MASTER_ADDR" not in os.environ and not dist.is_initialized():
+    elif "MASTER_ADDR" not in os.environ and not dist.is_initialized():
         raise ValueError(
             f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, MASTER_ADDR is "
             "not; start the ranks with `torchrun` or `deepspeed`, or unset RANK and WORLD_SIZE for one process"
         )
-    if int(os.environ["WORLD_SIZE"]) > local_world_size() and not (
-        torch.cuda.is_available() or os.environ.get("GLOO_SOCKET_IFNAME")
-    ):
-        _refuse_loopback(socket.gethostname(), os.environ.get("MASTER_ADDR", "127.0.0.1"))
-
-
-def _refuse_loopback(own_name: str, master: str) -> None:
-    """ValueError if gloo would announce a loopback address to other hosts: it then hangs, whatever its timeout."""
-    own, others = _address(own_name), _address(master)
-    if own.startswith("127.") and not others.startswith("127."):
-        raise ValueError(
-            f"{own_name} resolves to {own} (/etc/hosts), which other hosts cannot reach; set GLOO_SOCKET_IFNAME to the "
-            "network interface, such as eth0, on every host (docs/scaling.md)"
-        )
-
-
-def _address(name: str) -> str:
-    """IPv4 address; "" if the name does not resolve."""
-    try:
-        return socket.gethostbyname(name)
-    except OSError:
-        return ""
 
 
 def gather_rows(local: Tensor, group: Group = None) -> Tensor:
@@ -233,7 +210,7 @@ def broadcast_object(value: Value, group: Group = None) -> Value:
     return box[0]
 
 
-_turns = itertools.count()  # of on_first_rank: the same on every rank
+_turns = itertools.count()  # of on_first_rank and leaving_together: the same on every rank
 
 
 def on_first_rank(work: Callable[[], Value]) -> Value:
@@ -244,8 +221,7 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
     """
     if world_size() == 1:
         return work()
-    store = dist.distributed_c10d._get_default_store()
-    key = f"llm2clip/{_session(store)}/{next(_turns)}"
+    store, key = _turn()
     if rank() == 0:
         try:
             result, error = work(), None
@@ -274,12 +250,17 @@ def leaving_together() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    store = dist.distributed_c10d._get_default_store()
-    key = f"llm2clip/{_session(store)}/{next(_turns)}"
+    store, key = _turn()
     yield
     store.add(key, 1)
     _poll(lambda: store.add(key, 0) == world_size(), limit=math.inf)
     barrier()  # rank 0 may host the store: if it left now, the others would not see that all are here
+
+
+def _turn() -> tuple[dist.Store, str]:
+    """The group's store, and a key in it that the ranks use once."""
+    store = dist.distributed_c10d._get_default_store()
+    return store, f"llm2clip/{_session(store)}/{next(_turns)}"
 
 
 @functools.cache
@@ -300,9 +281,6 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier()
-
-
-# How a device computes: TF32 in products of fp32 tensors, deterministic kernels.
 
 
 def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:

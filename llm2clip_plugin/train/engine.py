@@ -1,24 +1,23 @@
-"""The only import of DeepSpeed: an engine that trains a module."""
+"""The only import of DeepSpeed: an engine that trains a module, and reads and writes its state."""
 
 import atexit
 import contextlib
 import io
 import math
 import os
-import sys
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
+
+import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -27,53 +26,224 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 
 from llm2clip_plugin.console import quiet_deepspeed
-from llm2clip_plugin.lazy_compile import MUON, import_without_compiler
 from llm2clip_plugin.train.checkpoint import HostCopies
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
-from llm2clip_plugin.train.deepspeed_config import check_keys, offloads_optimizer, zero_stage
+from llm2clip_plugin.train.deepspeed_config import offloads_optimizer, zero_stage
 from llm2clip_plugin.train.distributed import (
     choose_device,
-    port_in_use,
+    joining,
     rank,
     set_default_timeout,
     set_single_process_environment,
     world_size,
 )
-from llm2clip_plugin.train.optimizers.base import OptimizerSpec
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.train.timing import timed
-
-# Weights and optimizer states of an engine, complete and under the module's own names.
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class EngineStates(ABC):
-    """The part of an engine that checkpoints use. Every rank calls each method."""
+def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
+    """Join the process group (of one process, without a launcher); returns this rank's device.
 
-    device_engine: Any  # DeepSpeed's; its optimizer is one of a dozen classes
-    stage: int  # of ZeRO
-    device: torch.device
-    module: nn.Module
-    optimizer: OptimizerSpec
-    trained: list[tuple[str, nn.Parameter]]
-    frozen: list[tuple[str, nn.Parameter]]
-    keep_frozen: bool  # weights() includes what is frozen
+    Raises OSError if another process listens on the launcher's port.
+    timeout: seconds after which a collective that a rank does not join fails, in this group and DeepSpeed's own.
+    """
+    set_single_process_environment()
+    prepare_deepspeed()
+    accelerator: Any = deepspeed.get_accelerator()
+    backend = accelerator.communication_backend_name()
+    if not dist.is_initialized():
+        atexit.register(_leave_ranks)
+    set_default_timeout(timeout)
+    with joining():
+        deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
+    device = choose_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
-    @abstractmethod
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
-        """Full values of parameters that ZeRO-3 has partitioned."""
 
-    @abstractmethod
-    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
+def _leave_ranks() -> None:
+    """Destroy the process group before the interpreter exits: its threads could abort the process then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
-    @abstractmethod
-    def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """The inverse of ``_read``: each rank writes its part of ``value``."""
+
+def prepare_deepspeed() -> None:
+    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension from being built.
+
+    That C++ extension only serves tensor-parallel inference on CPUs, but is compiled for a minute at first use, needs
+    a compiler, and leaves a lock behind if the build is killed, which every later run waits for.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    quiet_deepspeed()
+
+
+def check_deepspeed(config: dict[str, Any], where: str) -> None:
+    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError."""
+    prepare_deepspeed()
+    world = world_size()  # of a plan's ranks there may be none yet
+    batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    try:
+        deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
+    except (ValueError, TypeError, AssertionError, KeyError) as error:  # pydantic's is a ValueError
+        raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+
+
+class Engine:
+    """A module, its optimizer and DeepSpeed's engine over both.
+
+    One optimizer step is ``accumulation`` times forward, ``backward`` and ``step``. Gradients are summed over the
+    micro-batches and averaged over the ranks.
+
+    Weights and moments are read and written one parameter at a time, complete, in fp32 and under the module's own
+    names, whatever the ZeRO stage, the precision and the number of ranks: a checkpoint of 8 ranks under ZeRO-3 resumes
+    on 2 under ZeRO-1. (DeepSpeed's universal checkpoints give every parameter group the settings of the first.) The
+    moments of an optimizer ``by_rank`` are the exception. Every rank calls each of these methods.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        config: dict[str, Any],
+        *,
+        keep_frozen: bool = True,
+    ) -> None:
+        """groups: see optim.parameter_groups. config: of deepspeed_config.complete. keep_frozen: checkpoints include
+        what is frozen; not so for an LLM, whose weights are in its own files."""
+        self.stage = zero_stage(config)
+        self.module = module
+        # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
+        whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
+        self.optimizer = chosen_optimizer(optim)
+        hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        if torch.cuda.is_available() and offloads_optimizer(config):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **hyper)
+        else:
+            optimizer = self.optimizer.make(groups, **hyper)
+        prepare_deepspeed()
+        # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute it again
+        self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
+        config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
+            device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.device_engine: Any = device_engine  # its optimizer is one of a dozen classes
+        # DeepSpeed would also write the learning rate, by samples since the last start
+        self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
+        self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
+        self.accumulation: int = self.device_engine.gradient_accumulation_steps()
+        self.device = torch.device(self.device_engine.device)
+        self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.keep_frozen = keep_frozen
+        self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
+        self._local_norm: float | None = None
+        self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
+        if any(p.dtype != torch.float32 for _, p in self.trained):
+            self.write_trained(whole)
+        self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
+        if self.stage == 0 and world_size() == 1:
+            self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
+        if self.stage == 3 and self.device.type == "cpu":
+            _wait_for_every_gather()
+
+    def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
+        """The forward pass of the module."""
+        return self.device_engine(*inputs, **options)
+
+    @timed("backward")
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""
+        self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
+
+    @timed("optimizer")
+    def step(self) -> None:
+        """To be called after each micro-batch; the last call of a step updates the parameters."""
+        if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
+            grads = [p.grad for _, p in self.trained if p.grad is not None]
+            norms = [torch.linalg.vector_norm(grad) for grad in grads]
+            self._local_norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+            if not math.isfinite(self._local_norm):  # DeepSpeed leaves such an update out from ZeRO-1 on
+                self._left_out += 1
+                for _, parameter in self.trained:
+                    parameter.grad = None
+            elif 0 < self._clip < self._local_norm:
+                torch._foreach_mul_(grads, self._clip / self._local_norm)
+        self.device_engine.step()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradient before clipping; None if DeepSpeed does not report it."""
+        norm = self._local_norm if self._local_norm is not None else self.device_engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out so far because their gradient was not finite."""
+        return int(self.device_engine.skipped_steps) + self._left_out
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether the next overflow in fp16 makes the loss scale smaller: a dynamic one, not at its minimum yet."""
+        scaler = self._scaler
+        return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, to set the learning rate."""
+        return self.device_engine.optimizer.param_groups
+
+    def fp32(self, parameter: nn.Parameter) -> Tensor:
+        """The full value of a trained parameter, or of a frozen one of one element, as it was before DeepSpeed rounded
+        it; a collective if the weights are partitioned or rounded."""
+        if not parameter.requires_grad:
+            return self._constants[parameter].to(self.device, torch.float32)
+        exact = self.stage < 3 and parameter.dtype == torch.float32
+        value = parameter.detach() if exact else self._read(parameter, None)
+        assert value is not None
+        return value.to(self.device, torch.float32)
+
+    @timed("optimizer")
+    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> Tensor:
+        """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
+        master = self.fp32(parameter)
+        clamped = master.clamp(low, high)
+        if not torch.equal(master, clamped):
+            self._write(parameter, None, clamped)
+            with self.gathered([parameter], modify=True):
+                parameter.data.clamp_(low, high)
+        return clamped
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+        """Full values of parameters that ZeRO-3 has partitioned; ``modify``: rank 0's changes are kept."""
+        if self.stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
+            yield
+
+    def report(self, values: dict[str, float], samples: int) -> None:
+        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; x is ``samples``."""
+        if self._monitor.enabled:
+            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+
+    def report_at(self, values: dict[str, float], x: float) -> None:
+        """Send labeled values whose ``x`` does not belong to the run's samples, to the monitors with an axis per label.
+
+        Not to W&B, whose one axis only goes forward: it would drop all values of the run that come at a smaller x.
+        """
+        if self._monitor.enabled:
+            for monitor in filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor)):
+                monitor.write_events([(label, value, x) for label, value in values.items()])
 
     def weights(self, copy: HostCopies | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
@@ -87,19 +257,23 @@ class EngineStates(ABC):
             values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
         return values
 
-    def read_trained(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """The masters of all trained parameters, as made by ``copy``; {} on ranks without one."""
+    def read_trained(
+        self, copy: Callable[[str, Tensor], Tensor] | None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The masters of trained parameters, as made by ``copy``; {} on ranks without one. names: all by default."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.trained:
-            master = self._read(parameter, None)
-            if copy and master is not None:
-                values[name] = copy(name, master)
+            if names is None or name in names:
+                master = self._read(parameter, None)
+                if copy and master is not None:
+                    values[name] = copy(name, master)
         return values
 
     def write_trained(self, values: Mapping[str, Tensor]) -> None:
         """The inverse of ``read_trained``: each rank writes its part of the masters."""
         for name, parameter in self.trained:
-            self._write(parameter, None, values[name].to(self.device))
+            if name in values:
+                self._write(parameter, None, values[name].to(self.device))
 
     @contextmanager
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
@@ -172,20 +346,18 @@ class EngineStates(ABC):
                 setattr(scaler, field, value)
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        names = {
-            f"{name}.{moment}": (parameter, moment)
-            for moment in self.optimizer.moments
-            for name, parameter in self.trained
-        }
-        if not names.keys() & moments.keys():
+        self._link()
+        restored = 0  # a parameter without gradient has no moments
+        for moment in self.optimizer.moments:
+            for name, parameter in self.trained:
+                if (saved := moments.get(f"{name}.{moment}")) is not None:
+                    self._write(parameter, moment, saved.to(self.device))
+                    restored += 1
+        if not restored:
             raise ValueError(
                 f"the checkpoint's moments ({next(iter(moments))}, ...) are not those of {self.optimizer.name}: resume "
                 "with the --optimizer that wrote it"
             )
-        self._link()
-        for name, (parameter, moment) in names.items():
-            if name in moments:
-                self._write(parameter, moment, moments[name].to(self.device))
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
         for number, master in enumerate(self.masters()):
@@ -208,6 +380,31 @@ class EngineStates(ABC):
         """Updates, and the fields of the fp16 loss scale."""
         fields = vars(self._scaler) if self._scaler is not None else {}
         return {"updates": self.updates, "scaler": {key: fields[key] for key in SCALER_FIELDS if key in fields}}
+
+    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
+        """The full fp32 master (``key`` None) or a tensor of the optimizer's state; a collective under ZeRO."""
+        if self.stage > 0:
+            return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        return parameter.data if key is None else self._base.state.get(parameter, {}).get(key)
+
+    def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        """The inverse of ``_read``: each rank writes its part of ``value``."""
+        if self.stage == 3:
+            # safe_set_full_* run past the end of a parameter whose size is not a multiple of the ranks
+            size = parameter.ds_tensor.numel()
+            padded = value.new_zeros(size * world_size())
+            padded[: value.numel()] = value.flatten()
+            own = padded.narrow(0, size * rank(), size)
+            if key is None:
+                safe_set_local_fp32_param(parameter, own)
+            else:
+                safe_set_local_optimizer_state(parameter, own, key)
+        elif self.stage > 0 and key is None:
+            safe_set_full_fp32_param(parameter, value)
+        elif self.stage > 0:
+            safe_set_full_optimizer_state(parameter, value, str(key))
+        elif (own := self._read(parameter, key)) is not None:
+            own.copy_(value)
 
     @property
     def _base(self) -> torch.optim.Optimizer:
@@ -237,281 +434,6 @@ class EngineStates(ABC):
         if self.stage in (1, 2):
             self.device_engine.optimizer._hp_optimizer_states_linked = False
             self.device_engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-
-MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a warning
-
-
-def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
-    """Join the process group (of one process, without a launcher); returns this rank's device.
-
-    Raises OSError if another process listens on the launcher's port.
-    timeout: seconds after which a collective that a rank does not join fails, in this group and DeepSpeed's own.
-    """
-    set_single_process_environment()
-    prepare_deepspeed()
-    note_build_locks()
-    accelerator: Any = deepspeed.get_accelerator()
-    backend = accelerator.communication_backend_name()
-    if not dist.is_initialized():
-        atexit.register(_leave_ranks)
-    set_default_timeout(timeout)
-    try:
-        with naming_missing_ranks():
-            deepspeed.init_distributed("gloo" if backend == "ccl" else backend, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        if message := port_in_use(error):
-            raise OSError(message) from error
-        raise
-    device = choose_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def naming_missing_ranks() -> Iterator[None]:
-    """Say that this rank waits for others, after MISSING_SECONDS."""
-    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    found = ", ".join(f"{name}={os.environ.get(name)}" for name in variables)
-    line = f"waiting for the other ranks of this launch ({found}); for a run in one process unset these variables"
-    timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def note_build_locks() -> None:
-    """Name the locks of C++ extensions on stderr, on rank 0: torch waits for them in silence, for ever if their holder
-    was killed."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted(folder.glob("**/lock")):
-        print(
-            f"note: {lock} exists: another process compiles {lock.parent.name}, or was killed while it did. If this "
-            "run does not go on, delete the file",
-            file=sys.stderr,
-        )
-
-
-def _leave_ranks() -> None:
-    """Destroy the process group before the interpreter exits: its threads could abort the process then."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def prepare_deepspeed() -> None:
-    """Keep DeepSpeed's informational log lines off the terminal, its shared-memory extension from being built, and a
-    compiler from being imported.
-
-    That C++ extension only serves tensor-parallel inference on CPUs, but is compiled for a minute at first use, needs
-    a compiler, and leaves a lock behind if the build is killed, which every later run waits for.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    quiet_deepspeed()
-    import_without_compiler(MUON)
-
-
-def check_deepspeed(config: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError; see check_keys."""
-    prepare_deepspeed()
-    world = world_size()  # of a plan's ranks there may be none yet
-    batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
-    models = [DeepSpeedConfigModel]
-    for model in models:
-        models += model.__subclasses__()
-    check_keys({**config, "train_batch_size": batch}, where, read=deepspeed.DeepSpeedConfig, models=models)
-
-
-class Engine(EngineStates):
-    """A module, its optimizer and DeepSpeed's engine over both.
-
-    One optimizer step is ``accumulation`` times forward, ``backward`` and ``step``. Gradients are summed over the
-    micro-batches and averaged over the ranks.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        groups: list[dict[str, Any]],
-        optim: OptimConfig,
-        config: dict[str, Any],
-        *,
-        keep_frozen: bool = True,
-    ) -> None:
-        """groups: see optim.parameter_groups. config: of deepspeed_config.complete. keep_frozen: checkpoints include
-        what is frozen; not so for an LLM, whose weights are in its own files."""
-        self.stage = zero_stage(config)
-        self.module = module
-        # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
-        whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
-        self.optimizer = optim.optimizer()
-        hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-        if torch.cuda.is_available() and offloads_optimizer(config):
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **hyper)
-        else:
-            optimizer = self.optimizer.make(groups, **hyper)
-        prepare_deepspeed()
-        # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute it again
-        self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
-        config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
-            self.device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        # DeepSpeed would also write the learning rate, by samples since the last start
-        self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
-        self.device_engine.allreduce_gradients = _timed_reduction(self.device_engine.allreduce_gradients)
-        self.accumulation: int = self.device_engine.gradient_accumulation_steps()
-        self.device = torch.device(self.device_engine.device)
-        self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.keep_frozen = keep_frozen
-        self.frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and keep_frozen]
-        self._local_norm: float | None = None
-        self._left_out = 0  # updates of ZeRO-0 whose gradient was not finite
-        if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
-        if any(p.dtype != torch.float32 for _, p in self.trained):
-            self.write_trained(whole)
-        scalars = [(name, p) for name, p in module.named_parameters() if name in whole and not p.requires_grad]
-        self._constants = {p: whole[name] for name, p in scalars}
-        if self.stage == 0 and world_size() == 1:
-            self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
-        if self.stage == 3 and self.device.type == "cpu":
-            _wait_for_every_gather()
-
-    def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
-        """The forward pass of the module."""
-        return self.device_engine(*inputs, **options)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""
-        with timed("backward"):
-            self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
-
-    def step(self) -> None:
-        """To be called after each micro-batch; the last call of a step updates the parameters."""
-        with timed("optimizer"):
-            self._step()
-
-    def _step(self) -> None:
-        if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
-            grads = [p.grad for _, p in self.trained if p.grad is not None]
-            norms = [torch.linalg.vector_norm(grad) for grad in grads]
-            self._local_norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-            if not math.isfinite(self._local_norm):  # DeepSpeed leaves such an update out from ZeRO-1 on
-                self._left_out += 1
-                for _, parameter in self.trained:
-                    parameter.grad = None
-            elif 0 < self._clip < self._local_norm:
-                torch._foreach_mul_(grads, self._clip / self._local_norm)
-        self.device_engine.step()
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradient before clipping; None if DeepSpeed does not report it."""
-        norm = self._local_norm if self._local_norm is not None else self.device_engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-    @property
-    def skipped(self) -> int:
-        """Updates left out so far because their gradient was not finite."""
-        return int(self.device_engine.skipped_steps) + self._left_out
-
-    @property
-    def can_lower_loss_scale(self) -> bool:
-        """Whether the next overflow in fp16 makes the loss scale smaller: a dynamic one, not at its minimum yet."""
-        scaler = self._scaler
-        return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, to set the learning rate."""
-        return self.device_engine.optimizer.param_groups
-
-    def fp32(self, parameter: nn.Parameter) -> Tensor:
-        """The full value of a trained parameter, or of a frozen one of one element, as it was before DeepSpeed rounded
-        it; a collective if the weights are partitioned or rounded."""
-        if not parameter.requires_grad:
-            return self._constants[parameter].to(self.device, torch.float32)
-        exact = self.stage < 3 and parameter.dtype == torch.float32
-        value = parameter.detach() if exact else self._read(parameter, None)
-        assert value is not None
-        return value.to(self.device, torch.float32)
-
-    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> Tensor:
-        """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
-        with timed("optimizer"):
-            master = self.fp32(parameter)
-            clamped = master.clamp(low, high)
-            if not torch.equal(master, clamped):
-                self._write(parameter, None, clamped)
-                with self.gathered([parameter], modify=True):
-                    parameter.data.clamp_(low, high)
-            return clamped
-
-    @contextmanager
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
-        """Full values of parameters that ZeRO-3 has partitioned; ``modify``: rank 0's changes are kept."""
-        if self.stage < 3:
-            yield
-            return
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
-            yield
-
-    def report(self, values: dict[str, float], samples: int) -> None:
-        """Send labeled values to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; x is ``samples``."""
-        if self._monitor.enabled:
-            self._monitor.write_events([(label, value, samples) for label, value in values.items()])
-
-    def report_at(self, values: dict[str, float], x: float) -> None:
-        """Send labeled values whose ``x`` does not belong to the run's samples, to the monitors with an axis per label.
-
-        Not to W&B, whose one axis only goes forward: it would drop all values of the run that come at a smaller x.
-        """
-        if self._monitor.enabled:
-            for monitor in filter(None, (self._monitor.tb_monitor, self._monitor.csv_monitor)):
-                monitor.write_events([(label, value, x) for label, value in values.items()])
-
-    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-        if self.stage > 0:
-            return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        return parameter.data if key is None else self._base.state.get(parameter, {}).get(key)
-
-    def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
-        if self.stage == 3:
-            # safe_set_full_* run past the end of a parameter whose size is not a multiple of the ranks
-            size = parameter.ds_tensor.numel()
-            padded = value.new_zeros(size * world_size())
-            padded[: value.numel()] = value.flatten()
-            own = padded.narrow(0, size * rank(), size)
-            if key is None:
-                safe_set_local_fp32_param(parameter, own)
-            else:
-                safe_set_local_optimizer_state(parameter, own, key)
-        elif self.stage > 0 and key is None:
-            safe_set_full_fp32_param(parameter, value)
-        elif self.stage > 0:
-            safe_set_full_optimizer_state(parameter, value, str(key))
-        elif (own := self._read(parameter, key)) is not None:
-            own.copy_(value)
-
-
-def _timed_reduction(reduce: Callable[..., None]) -> Callable[..., None]:
-    """DeepSpeed's reduction of gradients after a backward pass, as communication."""
-
-    def timed_reduction(*args: Any, **kwargs: Any) -> None:
-        with timed("communication"):
-            reduce(*args, **kwargs)
-
-    return timed_reduction
 
 
 def _wait_for_every_gather() -> None:

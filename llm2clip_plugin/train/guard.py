@@ -1,18 +1,9 @@
-"""A watch over all ranks: who is late and in which phase, and an end for all of them within seconds if one fails.
-
-Every rank sends a sign of life through the process group's store. Rank 0 reads them and names the late ones; the late
-rank prints where it is. Two threads a rank: one talks to the store and may be blocked by it (rank 0 can host it, and be
-the one that is stopped), one only looks at what the other has read. Both are daemons and wait in no collective, so they
-delay no exit. A sign of life is about a hundred bytes every few seconds.
-
-Why an error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
-reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+"""What keeps ranks from hanging and from training on different things: a watch over all of them, facts that are
+compared before the first step, one run in a folder, weights that are finite.
 """
 
-import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -24,7 +15,6 @@ import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -36,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 import llm2clip_plugin.console as phases
-from llm2clip_plugin.contracts import canonical_json, sha256_text
+from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text
 from llm2clip_plugin.files import LOCK
 from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
@@ -60,9 +50,15 @@ from llm2clip_plugin.train.errors import (
 GRACE = 10.0  # seconds in which a rank may end by itself after another has failed
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_BEAT = 5.0  # seconds between signs of life, at most
-NAMED = 4  # late ranks that are named in detail
+NAMED = 4  # late ranks that are named
 WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
 WAITING_FUNCTIONS = ("_poll", "gather_and_wait")  # of this package, which do so, too
+SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
+LISTED = 12  # differing facts that a message lists
+LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 
 @contextmanager
@@ -86,8 +82,7 @@ def watched(*, straggler_seconds: float, timeout: float) -> Iterator[None]:
         watch.end_within(GRACE)
         raise
     except BaseException as error:
-        other = watch.failed(error)
-        if other:
+        if other := watch.failed(error):
             raise RankFailedError(other) from error
         raise
     finally:
@@ -102,12 +97,10 @@ def watched_group() -> Iterator[tuple[int, int]]:
 
 
 class Rank:
-    """What is known of a rank."""
+    """What is known of a rank: its latest sign of life (Watch._beat), and when that came."""
 
     def __init__(self, number: int, beat: dict[str, Any]) -> None:
-        self.number = number
-        self.beat = beat  # its latest sign of life, see Watch._beat
-        self.heard = time.monotonic()  # when that came
+        self.number, self.beat, self.heard = number, beat, time.monotonic()
         self.silence_told = 0.0  # seconds of silence that were reported
 
     def update(self, beat: dict[str, Any]) -> None:
@@ -118,14 +111,17 @@ class Rank:
     def __str__(self) -> str:
         return f"rank {self.number} ({self.beat['host']}, pid {self.beat['pid']})"
 
-    @property
-    def doing(self) -> str:
-        """``data of step 7``."""
-        return self.beat["phase"] + (f" of step {self.beat['step']}" if self.beat["step"] else "")
-
 
 class Watch:
-    """The threads of one rank. ``start`` and the rest are called by its main thread."""
+    """Two threads of a rank, which end with it. ``start``, ``stop``, ``failed`` are called by its main thread.
+
+    Every rank sends a sign of life, about a hundred bytes every few seconds, through the process group's store. Rank 0
+    reads them and names the late ones; the late rank prints where it is. One thread talks to the store and may be
+    blocked by it (rank 0 can host it, and be the one that is stopped), the other only looks at what the first has read.
+
+    An error ends all ranks on NCCL, too: the others wait in a kernel that no Python exception and no signal handler
+    reaches. Their watch reads the failure from the store and ends the process without asking its main thread.
+    """
 
     def __init__(self, *, straggler_seconds: float, timeout: float) -> None:
         self.straggler_seconds, self.timeout = straggler_seconds, timeout
@@ -138,12 +134,9 @@ class Watch:
         self.deadline = math.inf  # when this process ends, whatever its main thread does
         self._beats = 0
         self._outbox: list[tuple[str, str]] = []  # keys and values that _talk sends
-        self._lateness_told: dict[int, float] = {}  # number of a phase -> seconds of lateness that were reported
+        self._lateness_told = (0, 0.0)  # number of a phase, seconds of lateness in it that were reported
         self._main = threading.get_ident()
         self._stopped = threading.Event()
-        self._threads = [
-            threading.Thread(target=work, daemon=True, name=work.__name__) for work in (self._talk, self._look)
-        ]
 
     def start(self) -> None:
         """Begin to watch."""
@@ -153,13 +146,12 @@ class Watch:
         self.store.set_timeout(timedelta(seconds=30))
         # rank 0 watches all, rank 1 watches rank 0
         watches = range(1, world_size()) if self.rank == 0 else [0] if self.rank == 1 else []
-        for number, beat in enumerate(gather_objects(json.loads(self._beat()))):
-            if number in watches:
-                self.others[number] = Rank(number, beat)
+        beats = gather_objects(json.loads(self._beat()))
+        self.others = {number: Rank(number, beats[number]) for number in watches}
         self.store.set(f"beat/{self.rank}", self._beat())
         barrier()  # all beats are there
-        for thread in self._threads:
-            thread.start()
+        for work in (self._talk, self._look):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
     def stop(self) -> None:
         """Stop watching, unless this process is to end."""
@@ -170,42 +162,31 @@ class Watch:
         """Publish this rank's error; returns what to say instead if it follows from another rank's."""
         self.end_within(GRACE)
         if isinstance(error, RuntimeError) and lost_rank(error):
-            return self._published()
+            until = time.monotonic() + 3.0  # in which the other rank publishes its error
+            while not self.failure and time.monotonic() < until:
+                with suppress(RuntimeError):  # the store's host may be gone
+                    self._read_failure()
+                time.sleep(0.1)
+            return self.failure
         name = f"rank {self.rank} on {socket.gethostname()} failed in phase {_doing()}"
-        text = f"{name}: {type(error).__name__}: {error}"
-        with contextlib.suppress(Exception):  # the store's host may be gone
-            self.store.set("failed", text)
+        with suppress(Exception):  # the store's host may be gone
+            self.store.set("failed", f"{name}: {type(error).__name__}: {error}")
         return ""
-
-    def _published(self) -> str:
-        """The error that another rank publishes within three seconds, "" if none does."""
-        until = time.monotonic() + 3.0
-        while not self.failure and time.monotonic() < until:
-            with contextlib.suppress(RuntimeError):  # the store's host may be gone
-                if self.store.check(["failed"]):
-                    self.failure = self.store.get("failed").decode()
-            time.sleep(0.1)
-        return self.failure
 
     def end_within(self, seconds: float) -> None:
         """End this process so many seconds from now, if it still runs."""
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
+    def _read_failure(self) -> None:
+        if not self.failure and self.store.check(["failed"]):
+            self.failure = self.store.get("failed").decode()
+
     def _beat(self) -> str:
-        now, frame = phases.current(), sys._current_frames().get(self._main)
+        now = phases.current()
         self._beats += 1
-        return json.dumps(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "phase": now.name,
-                "step": now.step,
-                "number": now.number,
-                "seconds": time.monotonic() - now.since,
-                "waits": waits(frame),
-                "beat": self._beats,
-            }
-        )
+        beat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats, "phase": _doing()}
+        beat |= {"number": now.number, "seconds": time.monotonic() - now.since}
+        return json.dumps({**beat, "waits": waits(sys._current_frames()[self._main])})
 
     def _talk(self) -> None:
         """Send signs of life and read those of others; may block for long."""
@@ -217,8 +198,7 @@ class Watch:
                     self.others[number].update(json.loads(beat))
                 while self._outbox:
                     self.store.set(*self._outbox.pop())
-                if self.store.check(["failed"]):
-                    self.failure = self.failure or self.store.get("failed").decode()
+                self._read_failure()
                 if self.store.check([f"where/{self.rank}"]) and self.store.delete_key(f"where/{self.rank}"):
                     self._print_stack()
                 self.answered, self._gone = time.monotonic(), math.inf
@@ -268,28 +248,26 @@ class Watch:
             if silence > max(limit, 2 * other.silence_told):
                 other.silence_told = silence
                 _say(
-                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.doing}: "
+                    f"late: {other} has sent no sign of life for {silence:.0f} s, since phase {other.beat['phase']}: "
                     "its process is stopped, or its host is down or cut off"
                 )
             elif other.silence_told and silence < limit:
-                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.doing}")
+                _say(f"{other} is back after {other.silence_told:.0f} s or more, in phase {other.beat['phase']}")
                 other.silence_told = 0.0
 
     def _name_late(self) -> None:
         """Ranks that run, but make no progress and wait for nobody; of these, the ones that are furthest behind."""
-        own = Rank(0, json.loads(self._beat()))
-        ranks = [own, *self.others.values()]
+        ranks = [Rank(0, json.loads(self._beat())), *self.others.values()]
         stuck = [one for one in ranks if one.beat["seconds"] > self.straggler_seconds and not one.beat["waits"]]
         behind = min((one.beat["number"] for one in stuck), default=0)
-        late = [one for one in stuck if one.beat["number"] == behind]
+        late = [one for one in stuck if one.beat["number"] == behind][:NAMED]
         seconds = min((one.beat["seconds"] for one in late), default=0.0)
-        if not late or seconds < max(self.straggler_seconds, 2 * self._lateness_told.get(behind, 0.0)):
+        phase, told = self._lateness_told
+        if not late or seconds < max(self.straggler_seconds, 2 * told if phase == behind else 0.0):
             return
-        self._lateness_told = {behind: seconds}
-        named = ", ".join(map(str, late[:NAMED])) + (f" and {len(late) - NAMED} more" if len(late) > NAMED else "")
-        has = "has" if len(late) == 1 else "have"
-        _say(f"late: {named} {has} been in phase {late[0].doing} for {seconds:.0f} s")
-        for one in late[:NAMED]:
+        self._lateness_told = behind, seconds
+        for one in late:
+            _say(f"late: {one} has been in phase {one.beat['phase']} for {seconds:.0f} s")
             if one.number == 0:
                 self._print_stack()
             else:
@@ -311,95 +289,65 @@ def _say(text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def waits(frame: FrameType | None) -> bool:
+def waits(frame: FrameType) -> bool:
     """Whether the innermost Python function of a thread waits for other ranks. Kernels of NCCL are not seen."""
-    if frame is None:
-        return False
     code = frame.f_code
     return code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
 
 
-# Before the first step, all ranks compare what they must have in common; one message names what differs, and where.
-
-SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
-LISTED = 12  # differing facts that a message lists
-HOSTS = 4  # groups of ranks that a fact's line lists
-
-Facts = Mapping[str, str]  # what is compared -> this rank's value
-
-
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
-    """Compare the facts of all ranks; every rank must call this.
+    """Compare what all ranks must have in common before the first step; every rank must call this.
 
-    ``advice``: the first word of a fact -> what to do if it differs. Raises DisagreementError on every rank, with every
-    value and the hosts and ranks that have it.
+    Ranks that disagree would train on with plausible losses (one resumes, another starts over) or wait for each other
+    forever (one evaluates, another does not). ``advice``: the first word of a fact -> what to do if it differs. Raises
+    DisagreementError on every rank, with every value and the hosts and ranks that have it.
     """
     digests = gather_objects(sha256_text(canonical_json(dict(facts))))
-    if len(set(digests)) == 1:
-        return
-    raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
+    if len(set(digests)) > 1:
+        raise DisagreementError(disagreement(gather_objects((socket.gethostname(), dict(facts))), advice))
 
 
 def disagreement(ranks: Sequence[tuple[str, Facts]], advice: Mapping[str, str]) -> str:
     """The message about the facts of all ranks, given as (host, facts) in order of rank."""
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
-    lines, advised = [], set()
+    lines, advised = ["the ranks disagree before the first step:"], set()
     for name in differing[:LISTED]:
-        holders: dict[str, list[int]] = {}
-        for number, (_, facts) in enumerate(ranks):
-            holders.setdefault(facts.get(name, "absent"), []).append(number)
-        groups = [f"{value} on {_where(numbers, ranks)}" for value, numbers in holders.items()]
-        more = f"; {len(groups) - HOSTS} other values" if len(groups) > HOSTS else ""
-        lines.append(f"  {name}: {'; '.join(groups[:HOSTS])}{more}")
+        holders: dict[str, dict[str, list[int]]] = {}  # value -> host -> ranks
+        for number, (host, facts) in enumerate(ranks):
+            holders.setdefault(facts.get(name, "absent"), {}).setdefault(host, []).append(number)
+        groups = [
+            f"{value} on " + ", ".join(f"{host} (ranks {', '.join(map(str, own))})" for host, own in hosts.items())
+            for value, hosts in holders.items()
+        ]
+        lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
     if len(differing) > LISTED:
         lines.append(f"  and {len(differing) - LISTED} more")
-    return "\n".join(["the ranks disagree before the first step:", *lines, *sorted(advised - {""})])
-
-
-def _where(numbers: list[int], ranks: Sequence[tuple[str, Facts]]) -> str:
-    """``node-1 (ranks 0-7), node-2 (rank 8)``."""
-    hosts: dict[str, list[int]] = {}
-    for number in numbers:
-        hosts.setdefault(ranks[number][0], []).append(number)
-    shown = [f"{host} (rank{'s' if len(own) > 1 else ''} {_ranges(own)})" for host, own in hosts.items()]
-    return ", ".join(shown[:HOSTS]) + (f" and {len(shown) - HOSTS} more hosts" if len(shown) > HOSTS else "")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as ``0-3, 6``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    return "\n".join([*lines, *sorted(advised - {""})])
 
 
 def shared_folder(folder: Path) -> str:
     """Whether this rank sees what rank 0 writes into ``folder``, as a fact; every rank must call this.
 
-    Raises OSError on rank 0 if it cannot write there.
+    Raises OSError if rank 0 cannot write there.
     """
     if world_size() == 1:
         return "shared"
-    name = broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
-    failure = None
-    if rank() == 0:
+    file = folder / broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
+
+    def write() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
+            file.touch()
         except OSError as error:
-            failure = f"cannot write in --output {folder}: {error.strerror}"
-    failure = broadcast_object(failure)
-    if failure:
-        raise OSError(failure)
-    seen = _appears(folder / name)
+            raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
+
+    on_first_rank(write)
+    seen = _appears(file)
     gather_objects(seen)  # all have looked
     if rank() == 0:
-        (folder / name).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     return "shared with rank 0" if seen else f"{folder.absolute()} lacks a file that rank 0 has just written"
 
 
@@ -418,33 +366,10 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     if not _appears(path / state_file):
         return f"{path.name} is missing"
     try:
-        digest = hashlib.sha256((path / state_file).read_bytes()).hexdigest()
-        sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
-        for name in sizes:
-            with open(path / name, "rb") as file:
-                file.read(8)
+        sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
+        return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
-    return f"{path.name} {digest[:12]}, {', '.join(f'{name} {size} bytes' for name, size in sizes.items())}"
-
-
-# One training at a time in a run folder: ``run.lock``, held by rank 0, says who.
-
-LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """The content of ``run.lock``."""
-
-    host: str
-    pid: int
-    started: float  # of the process, in seconds since the epoch: a pid is used again
-
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
-        return f"process {self.pid} on {self.host}, started {since}"
 
 
 @contextmanager
@@ -452,7 +377,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. A folder that was
     created here and is empty at the end is removed.
 
-    Raises OSError on every rank if another process trains in the folder, or if it cannot be written.
+    The lock is the kernel's (fcntl), so it ends with rank 0, however that ends; NFS and Lustre pass it on to other
+    hosts. Loader workers, which may outlive a killed rank, do not inherit it. ``run.lock`` says who holds it. Raises
+    OSError on every rank if another process trains in the folder, or if it cannot be written.
     """
     held: list[tuple[bool, int]] = []
     on_first_rank(lambda: held.append((folder.exists(), acquire(folder))))
@@ -461,7 +388,8 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if rank() == 0:
             existed, descriptor = held.pop()
-            release(folder, descriptor)
+            (folder / LOCK).unlink(missing_ok=True)  # before the lock ends, so never the next holder's
+            os.close(descriptor)
             if not existed:
                 with suppress(OSError):  # what it holds stays
                     folder.rmdir()
@@ -479,83 +407,49 @@ def acquire(folder: Path, *, patience: float = LEASE) -> int:
         except OSError as error:
             raise OSError(f"cannot write in --output {folder}: {error.strerror}") from error
         try:
-            return _lock(descriptor, path)
-        except BlockingIOError:
-            holder = _holder(path)
-            os.close(descriptor)
+            if _lock(descriptor, path):
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        same_host = holder is not None and holder.host == socket.gethostname()
-        if same_host or time.monotonic() > deadline:
+        os.close(descriptor)
+        holder = _holder(path)
+        if holder.get("host") == socket.gethostname() or time.monotonic() > deadline:
             raise FileExistsError(
-                f"{folder} is in use by {holder or 'another process'} ({path}): wait for its end, stop it, or choose "
-                f"another --output. If that host is down, delete {path}"
+                f"{folder} is in use by process {holder.get('pid')} on {holder.get('host')} ({path}): wait for its "
+                f"end, stop it, or choose another --output. If that host is down, delete {path}"
             )
-        if holder is not None and not reported:
-            print(f"{folder} is locked by {holder}; waiting up to {patience:.0f} s for that host", file=sys.stderr)
+        if holder and not reported:
+            print(f"{folder} is locked from {holder['host']}; waiting up to {patience:.0f} s", file=sys.stderr)
             reported = True
         time.sleep(0.2)  # without a holder: another process is just starting or ending
 
 
-def release(folder: Path, descriptor: int) -> None:
-    """Give the lock back and remove its file."""
-    (folder / LOCK).unlink(missing_ok=True)  # before the lock ends, so never the next holder's
-    os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> int:
-    """Lock and sign the file; BlockingIOError if another process holds it."""
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock and sign the file; False if another process holds it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError from error
+            return False
         if error.errno not in NO_LOCKS:
             raise
-        _check_holder(path)
+        print(f"warning: the file system of {path} has no locks: start only one run in this folder", file=sys.stderr)
     if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-        raise BlockingIOError  # its holder removed it meanwhile
-    me = Holder(host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time())
+        return False  # its holder removed it meanwhile
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(me).encode(), 0)
+    os.fsync(descriptor)
+    return True
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Host, pid and start of the process that the file names; {} for an empty or damaged one."""
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(me)).encode(), 0)
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(f"cannot write in --output {path.parent}: {error.strerror}") from error
-    return descriptor
-
-
-def _check_holder(path: Path) -> None:
-    """Without locks: BlockingIOError if the file names a living process of this host, a warning for another host."""
-    holder = _holder(path)
-    if holder is None:
-        return
-    if holder.host != socket.gethostname():
-        print(
-            f"warning: {path} names {holder}, and this file system has no locks: make sure that it has ended",
-            file=sys.stderr,
-        )
-        return
-    try:
-        alive = abs(psutil.Process(holder.pid).create_time() - holder.started) < 1
-    except psutil.NoSuchProcess:
-        return
-    if alive and holder.pid != os.getpid():
-        raise BlockingIOError
-
-
-def _holder(path: Path) -> Holder | None:
-    """Who the file names; None for an empty or damaged one."""
-    try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return None
-
-
-# Weights that are NaN or infinite, found before the first step and named.
-
-CHECKED = (torch.float32, torch.bfloat16, torch.float16)
+        return {}
 
 
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
@@ -564,7 +458,7 @@ def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
     One pass over the weights, .6 s of a CPU for a billion.
     """
     for name, value in module.state_dict().items():
-        if value.dtype not in CHECKED or not value.numel():
+        if not value.is_floating_point() or not value.numel():
             continue
         low, high = torch.aminmax(value.detach())  # NaN in both if there is one; isfinite takes 17 times as long
         if not bool(torch.isfinite(low) & torch.isfinite(high)):

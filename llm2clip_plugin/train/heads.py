@@ -16,10 +16,8 @@ D width of the joint space.
 
 import dataclasses
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -39,7 +37,7 @@ from llm2clip_plugin.data.loader import make_loader
 from llm2clip_plugin.data.pairs import PairDataset, eval_pairs
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash
 from llm2clip_plugin.data.sources.base import Source, caption_shares
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, local_world_size
+from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
 from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import StoppedError, StopRequest
 from llm2clip_plugin.train.losses.base import Features, heads_terms
@@ -71,7 +69,7 @@ class FrozenFeatures:
     caption_hashes_M: Tensor
     first_I: Tensor  # index of an image's first caption
     count_I: Tensor  # number of its captions
-    share_M: Tensor | None  # float64, probability of each of an image's captions; None: all equal
+    share_M: Tensor  # float64, probability of each of an image's captions
 
 
 def fit_heads(
@@ -110,11 +108,10 @@ def fit_heads(
                 model, sources, caches, images, config.max_images, device, caption_weights or {}, stop
             )
         make_batches = partial(ImageBatches, model, features, config.batch, seed, products, device)
-    with _threads_of_all_ranks():
-        # the others wait in no collective, whose timeout a long fit would exceed
-        curve, done = on_first_rank(
-            lambda: _fit(model, make_batches(), config, loss, device, seed, logging_steps, stop, unfinished)
-        )
+    # the others wait in no collective, whose timeout a long fit would exceed
+    curve, done = on_first_rank(
+        lambda: _fit(model, make_batches(), config, loss, device, seed, logging_steps, stop, unfinished)
+    )
     if done < config.steps:
         saved = f"saved in {unfinished}" if unfinished else "not saved"
         raise StoppedError(
@@ -136,17 +133,6 @@ def load_clip_heads(model: DualEncoder, source: str) -> None:
     own = DualEncoder(model.tower, config)
     load_heads(own, source)
     model.load_state_dict(heads_state(own), strict=False)  # all but the text adapter
-
-
-@contextmanager
-def _threads_of_all_ranks() -> Iterator[None]:
-    """Give this rank the CPU threads of this machine's other ranks, which are waiting."""
-    own = torch.get_num_threads()
-    torch.set_num_threads(max(own, min(own * local_world_size(), os.cpu_count() or 1)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)
 
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
@@ -199,13 +185,16 @@ def frozen_features(
     model.train()
     if any(gather_objects(bool(stop))):
         raise StoppedError("stopped before the heads' fit: nothing to save; rerun the same command to resume")
-    merged: dict[int, list[tuple[Tensor, ...]]] = {}
-    for part in gather_to_first(encoded):
-        merged |= part
-    left_out = [sample for part in gather_to_first(broken) for sample in part]
+    parts = gather_to_first((encoded, broken))
     if rank() > 0:
         return None
-    _report(left_out, sum(len(indices) for _, indices in blocks))
+    if left_out := [sample for _, samples in parts for sample in samples]:
+        total = sum(len(indices) for _, indices in blocks)
+        counted = f"{len(left_out)} of {total} samples are broken, the first: {left_out[0]}"
+        if len(left_out) == total:
+            raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
+        log.warning("fitting the heads without some samples: %s", counted)
+    merged = {number: items for part, _ in parts for number, items in part.items()}
     columns = zip(*(item for number in sorted(merged) for item in merged[number]), strict=True)
     pooled, embedding, ids, counts, shares = (torch.cat(column) for column in columns)
     return FrozenFeatures(
@@ -214,18 +203,8 @@ def frozen_features(
         caption_hashes_M=ids,
         first_I=counts.cumsum(0) - counts,
         count_I=counts,
-        share_M=shares if caption_weights else None,
+        share_M=shares,
     )
-
-
-def _report(broken: Sequence[BrokenSample], images: int) -> None:
-    """Warn of samples that the fit leaves out; ValueError if that is all of them."""
-    if not broken:
-        return
-    counted = f"{len(broken)} of {images} samples are broken, the first: {broken[0]}"
-    if len(broken) == images:
-        raise ValueError(f"{counted}; run `llm2clip data check DATA` to list them")
-    log.warning("fitting the heads without some samples: %s", counted)
 
 
 def _blocks(length: int, limit: int) -> list[list[int]]:
@@ -420,10 +399,8 @@ def _features(
 
 
 def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:
-    """(B,) a caption of each chosen image by a number in [0, 1): evenly, or by the captions' shares."""
+    """(B,) a caption of each chosen image by a number in [0, 1), by the captions' shares."""
     first_B, count_B = features.first_I[chosen_B], features.count_I[chosen_B]
-    if features.share_M is None:
-        return first_B + (draw_B * count_B).long()
     # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum
     caption_B = torch.searchsorted(features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True)
     return caption_B.clamp(first_B, first_B + count_B - 1)

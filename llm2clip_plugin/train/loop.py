@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, sum_over_rank
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError, StopRequest
 from llm2clip_plugin.train.optim import lr_factor, set_lr
-from llm2clip_plugin.train.reference import MovingAverage, Twin
+from llm2clip_plugin.train.reference import Reference
 from llm2clip_plugin.train.reports import Queue, Reports, peak_memory
 from llm2clip_plugin.train.step import Batch, first_samples
 from llm2clip_plugin.train.timing import timed
@@ -31,8 +31,7 @@ class LoopParts:
     step: StepFunction
     batches: Iterator[Batch]
     engine: Engine
-    average: MovingAverage | None
-    twin: Twin | None = None
+    references: Mapping[str, Reference] = field(default_factory=dict)  # by the name of their file in a checkpoint
     checkpoints: Checkpoints
     evaluate: Evaluate | None  # called on every rank
     before: Evaluate | None = None  # the same before step 1, in a new run
@@ -52,22 +51,21 @@ def run_loop(parts: LoopParts) -> TrainState:
     Raises NonFiniteLossError on every rank, and OSError if the final state cannot be saved; the last complete
     checkpoint is unchanged.
     """
+    train, fallback = parts.train, parts.train.save_fallback_dir
     with Reports(
         parts.engine,
         parts.run_folder,
         parts.state,
         total_steps=parts.total_steps,
-        global_batch=parts.train.global_batch,
-        logging_steps=parts.train.logging_steps,
+        global_batch=train.global_batch,
+        logging_steps=train.logging_steps,
         queue=parts.queue,
-        profile_steps=parts.train.profile_steps if parts.train.profile_all_ranks or rank() == 0 else 0,
+        profile_steps=train.profile_steps if train.profile_all_ranks or rank() == 0 else 0,
     ) as reports:
-        fallback = parts.train.save_fallback_dir
         with Saver(
             parts.checkpoints,
             parts.engine,
-            parts.average,
-            parts.twin,
+            parts.references,
             fallback=Path(fallback) / parts.run_folder.name if fallback else None,
             note=reports.note,
             event=reports.event,
@@ -99,20 +97,7 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     if state.evaluated < state.step and _evaluation_due(parts, state):
         state = _evaluate(parts, state, reports, saver)  # killed between a checkpoint and its evaluation
     while state.step < parts.total_steps:
-        started = time.perf_counter()
-        reports.timer.start()
-        batch = next(parts.batches)
-        waited = time.perf_counter() - started
-        reports.timer.switch("forward")
-        bad = len(state.bad_batches)
-        with reports.count_flops():
-            state, values = _one_step(parts, state, batch)
-        if len(state.bad_batches) > bad:
-            reports.left_out(state, parts.train.skip_bad_batches)
-        reports.timer.stop()
-        seconds = time.perf_counter() - started
-        state = replace(state, seconds=state.seconds + seconds)
-        values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
+        state, seconds, values = _timed_step(parts, state, reports)
         minutes_over = 0 < parts.train.save_minutes * 60 <= time.monotonic() - saved_at
         stop, due, busy = _any_rank(parts, bool(parts.stop), minutes_over or saver.retry_due, saver.busy)
         last = stop or state.step == parts.total_steps
@@ -151,6 +136,24 @@ def _evaluate(parts: LoopParts, state: TrainState, reports: Reports, saver: Save
     return state
 
 
+def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[TrainState, float, dict[str, float]]:
+    """Wait for a batch and make its step; also returns the seconds of both, and values to report."""
+    started = time.perf_counter()
+    reports.timer.start()
+    batch = next(parts.batches)
+    waited = time.perf_counter() - started
+    reports.timer.switch("forward")
+    bad = len(state.bad_batches)
+    with reports.count_flops():
+        state, values = _one_step(parts, state, batch)
+    if len(state.bad_batches) > bad:
+        reports.left_out(state, parts.train.skip_bad_batches)
+    reports.timer.stop()
+    seconds = time.perf_counter() - started
+    values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
+    return replace(state, seconds=state.seconds + seconds), seconds, values
+
+
 def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     """Learning rate, update, moving averages.
 
@@ -167,9 +170,8 @@ def _one_step(parts: LoopParts, state: TrainState, batch: Batch) -> tuple[TrainS
         bad = {"step": state.step + 1, "samples": batch["position"], "reason": error.what}
         state, values = replace(state, bad_batches=[*state.bad_batches, bad]), {}
     with timed("optimizer"):
-        for average in (parts.average, parts.twin):
-            if average is not None:
-                average.update()
+        for reference in parts.references.values():
+            reference.update()
     values["lr"] = parts.optim.lr * factor
     if parts.train.precision == "fp16":
         values["skipped"] = parts.engine.skipped

@@ -82,7 +82,8 @@ class StepMemory:
     width: int  # of a feature
     state_bytes: float  # of the optimizer's states of a parameter: OptimizerSpec.state_bytes
     pixels: int = 0  # values of an image; 0 for texts
-    twin_bytes: float = 0.0  # of a frozen twin, complete on every rank
+    averages: int = 0  # fp32 copies of what trains: a moving average, the averages of the frozen tower
+    frozen_tower_bytes: float = 0.0  # that loss terms compare with, whole on every rank
     patches: int = 0  # fp32 values of an image that terms over patches hold: patches, gradients, a reference's
 
 
@@ -91,19 +92,24 @@ def rank_bytes(
 ) -> dict[str, float]:
     """Expected bytes of one rank by what they hold; ``zero`` is DeepSpeed's zero_optimization section.
 
-    ZeRO-1 partitions the optimizer's states, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al. 2020, arXiv
-    1910.02054, section 5). Fp32 masters are added except under ZeRO-0; bf16 gradients of several micro-batches are
-    summed in fp32. CUDA's context and the allocator's gaps come on top.
+    ZeRO-1 partitions the optimizer's states and the averages, ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et
+    al. 2020, arXiv 1910.02054, section 5). Fp32 masters are added except under ZeRO-0; bf16 gradients of several
+    micro-batches are summed in fp32. CUDA's context and the allocator's gaps come on top.
     """
     stage, size = int(zero.get("stage", 0)), BYTES[memory.precision]
     local = global_batch // world
     summed = 4 if memory.precision == "bf16" and micro_batch < local else 0
-    each = {"weights": size, "gradients": size + summed, "AdamW": memory.state_bytes + (4 if stage else 0)}
-    partitioned = {"weights": stage >= 3, "gradients": stage >= 2, "AdamW": stage >= 1}
-    parts = {name: memory.trained * value / (world if partitioned[name] else 1) for name, value in each.items()}
-    parts["weights"] += memory.frozen_bytes / (world if stage >= 3 else 1)
-    if memory.twin_bytes:
-        parts["twin"] = memory.twin_bytes
+    shares = [world if stage >= first else 1 for first in (1, 2, 3)]  # ranks that share states, gradients, weights
+    states = memory.state_bytes + (4 if stage else 0)
+    parts = {
+        "weights": (memory.trained * size + memory.frozen_bytes) / shares[2],
+        "gradients": memory.trained * (size + summed) / shares[1],
+        "AdamW": memory.trained * states / shares[0],
+    }
+    if memory.averages:
+        parts["averages"] = memory.trained * memory.averages * 4 / shares[0]
+    if memory.frozen_tower_bytes:
+        parts["frozen tower"] = memory.frozen_tower_bytes
     if offloads_optimizer({"zero_optimization": zero}):
         parts.pop("AdamW")  # in the host's memory
     parts["activations"] = micro_batch * memory.pair_bytes

@@ -1,8 +1,9 @@
-"""The frozen twin of a dual encoder's image side, which loss terms compare the tower with.
+"""Copies of the weights that follow the training: the moving average that is exported, and the frozen tower that loss
+terms compare with.
 
-It is the tower as it was, or follows it as a moving average: twin <- d twin + (1 - d) weight after each step, of the
-fp32 masters, with d constant: early weights are what it is there to keep. Every rank holds all of it and computes the
-same from the same weights, which are gathered where they are partitioned (ZeRO-3) or rounded (bf16, fp16).
+average <- d average + (1 - d) weight after each step, of the fp32 masters: an average of bf16 weights would not move
+with updates below a bf16 ulp. Under ZeRO each rank averages its partition of the masters, without ZeRO all weights;
+nothing is sent until the values are read.
 """
 
 import copy
@@ -13,92 +14,76 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.checkpoint import HostCopies
-from llm2clip_plugin.train.distributed import rank
 from llm2clip_plugin.train.engine import Engine
 
-# An exponential moving average of the trained weights: of the fp32 masters, by the rank that updates them.
 
+class Reference:
+    """A moving average of the trained weights, and the frozen module that computes with it, if there is one."""
 
-class MovingAverage:
-    """fp32 averages, in the layout of the optimizer's flat partitions."""
-
-    def __init__(self, engine: Engine, decay: float, *, updates: int = 0, values: Mapping[str, Tensor] | None = None):
-        """values: of a checkpoint, by name; without them the average starts at the weights. Raises ValueError if the
-        masters are on NVMe."""
-        self.engine = engine
-        self.decay = decay
-        self.updates = updates
+    def __init__(
+        self,
+        engine: Engine,
+        decay: float,
+        *,
+        warmup: bool = False,
+        module: Any = None,
+        updates: int = 0,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """decay: d; 1 stays at the weights of the start. warmup: d = min(decay, (1 + n) / (10 + n)) after n updates, so
+        that early weights are forgotten quickly. module: of ``frozen_copy``. values: of a checkpoint, by name; without
+        them the average starts at the weights. Raises ValueError if the masters are on NVMe."""
+        self.engine, self.decay, self.warmup, self.updates = engine, decay, warmup, updates
         self.averages = [master.detach().clone() for master in engine.masters()]
         if not all(average.numel() for average in self.averages):
-            raise ValueError("train.ema_decay does not support offload_optimizer to NVMe; use the device cpu, or 0")
+            raise ValueError("moving averages do not support offload_optimizer to NVMe; use the device cpu")
         if values:
             with engine.exchanged(self.averages):
                 engine.write_trained(values)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Add the weights after a step to the average."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.averages, self.engine.masters(), 1 - decay)
-
-    def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """All averages by name, as made by ``copy``, {} on ranks without one; every rank must call this."""
-        with self.engine.exchanged(self.averages):
-            return self.engine.read_trained(copy)
-
-
-class Twin:
-    """A copy of ``dual`` without text adapter, in evaluation mode. It is made before the engine, which may partition
-    ``dual``, and then attached to it."""
-
-    engine: Engine
-
-    def __init__(self, dual: Any, *, decay: float | None) -> None:
-        """decay: of the moving average; None: the twin stays as it is."""
-        self.decay = decay
-        self.module = copy.deepcopy(dual)
-        self.module.text_adapter = None
-        self.module.eval().requires_grad_(False)
-        trained = {name for name, parameter in dual.named_parameters() if parameter.requires_grad}
-        self._copied = {name: p for name, p in self.module.named_parameters() if name in trained}
-        self._averages: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def attach(self, engine: Engine, values: Mapping[str, Tensor]) -> None:
-        """Follow an engine over the module that was copied. values: of a checkpoint; {}: as copied."""
-        self.engine = engine
-        # copies, as the parameters below change their type in place
-        start = {n: (values[n] if values else p).to(torch.float32, copy=True) for n, p in self._copied.items()}
-        dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
-        self.module.to(engine.device, dtype)
-        # the averages are the parameters themselves if these are fp32
-        for name, parameter in self._copied.items():
-            parameter.copy_(start[name])
-            whole = parameter.dtype == torch.float32
-            self._averages[name] = parameter.data if whole else start[name].to(engine.device)
-
-    @torch.no_grad()
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32, without gradient."""
-        return self.module.encode_image(pixel_values)
-
-    @torch.no_grad()
-    def encode_with_patches(self, pixel_values: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-        """``encode_image``, and the patches (B, T, H) of the hidden state with this number, float32."""
-        image_BD, patches_BTH, _ = self.module.encode_with_patches(pixel_values, patches=patches)
-        return image_BD, patches_BTH
+        self.names = [name for name, _ in engine.trained]
+        self.module = module
+        if module is not None:
+            dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+            module.to(engine.device, dtype)
+            own = dict(module.named_parameters())
+            self.names = [name for name in self.names if name in own]
+            self._show()
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the weights after a step to the average. Every rank must call this."""
-        if self.decay is None:
+        self.updates += 1
+        if self.decay == 1:
             return
-        for name, parameter in self.engine.trained:
-            if name in self._averages:
-                self._averages[name].lerp_(self.engine.fp32(parameter), 1 - self.decay)
-                self._copied[name].copy_(self._averages[name])
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        torch._foreach_lerp_(self.averages, self.engine.masters(), 1 - decay)
+        if self.module is not None:
+            self._show()
 
     def values(self, copy: HostCopies | None) -> dict[str, Tensor]:
-        """fp32 values of what the engine trains, as made by ``copy``; {} on ranks without one."""
-        return {name: copy(name, value) for name, value in self._averages.items()} if copy and rank() == 0 else {}
+        """The averages by name, as made by ``copy``, {} on ranks without one; every rank must call this."""
+        with self.engine.exchanged(self.averages):
+            return self.engine.read_trained(copy, self.names)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, S, S) preprocessed pixels -> the module's features (B, D), L2-normalized, and the patches (B, T, H) of
+        its hidden state ``layer``, None without one; float32, without gradient."""
+        if layer is None:
+            return self.module.encode_image(pixel_values), None
+        image_BD, patches_BTH, _ = self.module.encode_with_patches(pixel_values, patches=layer)
+        return image_BD, patches_BTH
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Copy the averages into the module, which every rank holds whole."""
+        own = dict(self.module.named_parameters())
+        with self.engine.exchanged(self.averages):
+            self.engine.read_trained(lambda name, value: own[name].copy_(value), self.names)
+
+
+def frozen_copy(dual: Any) -> Any:
+    """The image side of a dual encoder in evaluation mode, to be made before DeepSpeed may partition ``dual``."""
+    module = copy.deepcopy(dual)
+    module.text_adapter = None
+    return module.eval().requires_grad_(False)

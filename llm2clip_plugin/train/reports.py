@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,198 @@ from llm2clip_plugin.train.distributed import gather_objects, gather_rows, on_fi
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.timing import STEP, StepTimer, compare_ranks, make_clock
 
-# What a run reports: metrics.jsonl and a progress bar.
-
-SMOOTHING = 0.9  # of samples per second
+PROFILE = "profile"  # folder of a run for traces
+COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
+WARM_UP = 5  # steps before the traced ones, if the run has as many
+OPERATORS = 10  # rows of a profile's table
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 # Values of a step that are labeled time/ for DeepSpeed's monitors; the others are train/, scores are eval/.
 TIME_VALUES = {"samples_per_second", "wait_share", "peak_gib", "mfu", "tflops", "slowest_rank"}
 TIME_PARTS = ("_seconds", "loader_")
+
+_aten = torch.ops.aten
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    # torch's counter lacks attention on CPUs
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+# Name of a device -> dense TFLOP/s with fp32 accumulation, without sparsity: (bf16 and fp16, TF32, fp32); 0: none.
+# Sources: the makers' data sheets and architecture white papers of each product. The first match counts.
+PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
+    (r"\bMIG\b|Laptop|Max-Q|4090 D\b|H100 NVL", (0, 0, 0)),  # a part of a GPU, or one with other clocks: unknown
+    (r"\bGB200\b", (2500, 1250, 80)),
+    (r"\bB200\b", (2250, 1125, 75)),
+    (r"\bH100 PCIe\b", (756, 378, 51)),
+    (r"\b(H100|H200|H800|GH200)\b", (989, 494, 67)),
+    (r"\b(A100|A800)\b", (312, 156, 19.5)),
+    (r"\bA10G\b", (70, 35, 35)),
+    (r"\bRTX A6000\b", (154.8, 77.4, 38.7)),
+    (r"\bL40S\b", (362, 183, 91.6)),
+    (r"\bL4\b", (121, 60, 30.3)),
+    (r"\bRTX 5090\b", (209.5, 104.8, 104.8)),
+    (r"\bRTX 4090\b", (165.2, 82.6, 82.6)),
+    (r"\bRTX 3090\b(?! Ti)", (71, 35.6, 35.6)),
+    (r"\bMI(300X|325X)\b", (1307, 653.7, 163.4)),
+    (r"\bV100-SXM", (125, 0, 15.7)),
+)
+
+Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
+
+
+class Reports:
+    """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
+
+    None of them ends a run: what cannot be written is said once. Every rank calls ``step`` for the same steps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        run_folder: Path,
+        state: TrainState,
+        *,
+        total_steps: int,
+        global_batch: int,
+        logging_steps: int,
+        queue: Queue | None = None,
+        profile_steps: int = 0,
+    ) -> None:
+        """state: where training starts. profile_steps: steps that this rank traces."""
+        self.engine, self.run_folder, self.queue = engine, run_folder, queue
+        self.total_steps, self.global_batch, self.logging_steps = total_steps, global_batch, logging_steps
+        self._step = state.step  # the last one that was reported
+        self._file: MetricsFile | None = None  # of rank 0
+        on_first_rank(lambda: self._open(state))
+        self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
+        self.timer = StepTimer(make_clock(engine.device))
+        self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
+        self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
+        remaining = total_steps - state.step
+        self._profiler: StepProfiler | None = None
+        if min(profile_steps, remaining) > 0:
+            self._profiler = StepProfiler(run_folder / PROFILE, profile_steps, remaining=remaining, note=self.note)
+        self._hosts = gather_objects(socket.gethostname())
+        self._failed = False
+
+    def _open(self, state: TrainState) -> None:
+        new = state.step == 0 and not state.before and Checkpoints(self.run_folder, keep=0).latest() is None
+        self._file = MetricsFile(self.run_folder / METRICS, from_step=-1 if new else state.step)
+
+    def __enter__(self) -> "Reports":
+        self.timer.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.__exit__(*error)
+        if self._profiler is not None:
+            self._profiler.close()
+        if self._file is not None:
+            self._attempt(self._file.close)
+        self.progress.close()
+
+    @contextmanager
+    def count_flops(self) -> Iterator[None]:
+        """Count those of a step, on rank 0, the first time."""
+        if self._flops is not None or rank() > 0:
+            yield
+            return
+        with count_model_flops() as flops:
+            yield
+        self._flops = flops
+
+    def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
+        """A finished step of ``seconds``; ``always``: write a line of it."""
+        self._step = state.step
+        if always or state.step % self.logging_steps == 0:
+            values = values | self._speed(last=always)
+            self._values(state, values)
+        self.progress.advance(self.global_batch, seconds, values)
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def left_out(self, state: TrainState, allowed: int) -> None:
+        """The last batch had no update; ``allowed``: as many as the run may leave out."""
+        bad = state.bad_batches[-1]
+        self.event({**bad, "event": LEFT_OUT})
+        self.note(f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}")
+
+    def scores(self, state: TrainState, scores: dict[str, float]) -> None:
+        """An evaluation, in ``state``."""
+        self.progress.show_values(scores)
+        self._values(state, scores, phase="eval")
+
+    def heads(self, curve: Iterable[dict[str, float]]) -> None:
+        """The fit of the heads before step 1, on lines of its own; its ``samples`` are the monitors' x."""
+        for line in curve:
+            self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
+            if self._file is not None:
+                numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
+                self._attempt(self.engine.report_at, numbers, int(line["samples"]))
+
+    def failed(self, error: BaseException) -> None:
+        """The run ends by an error, after the last step that was reported."""
+        self._ended(FAILED, self._step, str(error) or type(error).__name__)
+
+    def stopped(self, state: TrainState, reason: str) -> None:
+        """The run stops before its end."""
+        self._ended(STOPPED, state.step, reason)
+        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
+
+    def _ended(self, event: str, step: int, reason: str) -> None:
+        """A line of metrics.jsonl that says why no more follow."""
+        self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def event(self, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self._file is not None:
+            self._attempt(self._file.write, values)
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.progress.note(text)
+
+    def _speed(self, *, last: bool) -> dict[str, Any]:
+        """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""
+        now = self.timer.totals(wait=last)
+        mean = now.mean_since(self._line)
+        self._line = now
+        values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
+        if mean and self._flops:
+            values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
+            least = least_seconds(self._flops, self.engine.device)
+            values |= {"mfu": least / mean[STEP]} if least else {}
+        if self.queue is not None:
+            values["loader_ready"], values["loader_capacity"] = self.queue()
+        if world_size() > 1 and (last or now.steps - self._compared.steps >= COMPARE_EVERY):
+            values |= self._compare()
+        return values
+
+    def _compare(self) -> dict[str, Any]:
+        """Smallest and largest over ranks of the mean step since the last comparison."""
+        now = self.timer.totals(wait=True)
+        mean = now.mean_since(self._compared)
+        self._compared = now
+        own = torch.tensor([[mean.get(name, math.nan) for name in (STEP, "data", "communication")]])
+        return compare_ranks(gather_rows(own.to(self.engine.device)).tolist(), self._hosts)
+
+    def _values(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
+        self.event({"step": state.step, "samples": state.samples, **values})
+        if self._file is not None:
+            numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
+            self._attempt(self.engine.report, numbers, state.samples)
+
+    def _attempt(self, write: Callable[..., object], *values: object) -> None:
+        try:
+            write(*values)
+        except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
+            if not self._failed:
+                self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
+            self._failed = True
 
 
 def label(name: str, phase: str) -> str:
@@ -71,7 +255,7 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
 
 
 def peak_memory(device: torch.device) -> float:
@@ -81,7 +265,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-class Progress(AbstractContextManager):
+class Progress:
     """A bar on stderr: steps, time left, loss, samples/s, held-out recall, peak memory. Silent unless ``show``."""
 
     def __init__(self, total_steps: int, *, start: int, show: bool) -> None:
@@ -90,15 +274,14 @@ class Progress(AbstractContextManager):
         self.samples_per_second = 0.0  # smoothed
         self._bar = progress_bar(total=total_steps, label="train", unit="steps", initial=start, show=show, delay=0.0)
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
         self._bar.close()
 
     def advance(self, samples: int, seconds: float, values: dict[str, Any]) -> None:
         """Show a finished step of ``samples`` pairs."""
         rate = samples / max(seconds, 1e-9)
-        self.samples_per_second = (
-            SMOOTHING * self.samples_per_second + (1 - SMOOTHING) * rate if self.samples_per_second else rate
-        )
+        self.samples_per_second = 0.9 * (self.samples_per_second or rate) + 0.1 * rate
         self.values |= values
         self._bar.set_postfix_str(self.description(), refresh=False)
         self._bar.update()
@@ -114,34 +297,29 @@ class Progress(AbstractContextManager):
         TFLOP/s where the peak is unknown. data: fraction of the step spent waiting for it, from 5 % on. save: how long
         training waited for the last checkpoint. slow: a rank that computes at least 1.2 times as long as the fastest.
         """
-        loss = f"loss {self.values['loss']:.4g}" if "loss" in self.values else ""
-        parts = [loss, f"{self.samples_per_second:.3g} samples/s"]
-        if "mfu" in self.values:
-            parts.append(f"MFU {100 * self.values['mfu']:.3g} %")
-        elif "tflops" in self.values:
-            parts.append(f"{self.values['tflops']:.3g} TFLOP/s")
-        if self.values.get("wait_share", 0) >= 0.05:
-            parts.append(f"waiting for data {100 * self.values['wait_share']:.0f} %")
-        if "i2t_r1" in self.values:
-            parts.append(f"R@1 image->text {self.values['i2t_r1']:.3f}, text->image {self.values['t2i_r1']:.3f}")
-        if "peak_gib" in self.values:
-            parts.append(f"{self.values['peak_gib']:.2f} GiB memory")
-        if "save_seconds" in self.values:
-            parts.append(f"save {self.values['save_seconds']:.1f} s")
-        if self.values.get("busy_seconds_max", 0) > SLOW_RANK * self.values.get("busy_seconds_min", math.inf):
-            parts.append(f"slow: rank {self.values['slowest_rank']} ({self.values['slowest_host']})")
-        return "  ".join(part for part in parts if part)
+        values = self.values
+        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        parts.append(f"{self.samples_per_second:.3g} samples/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.3g} %")
+        elif "tflops" in values:
+            parts.append(f"{values['tflops']:.3g} TFLOP/s")
+        if values.get("wait_share", 0) >= 0.05:
+            parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
+        if "i2t_r1" in values:
+            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+        if "peak_gib" in values:
+            parts.append(f"{values['peak_gib']:.2f} GiB memory")
+        if "save_seconds" in values:
+            parts.append(f"save {values['save_seconds']:.1f} s")
+        if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
+            parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
+        return "  ".join(parts)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         if self.show:
             self._bar.write(text, file=sys.stderr)
-
-
-# A trace of a few steps by torch.profiler, and a table of their most expensive operators.
-
-WARM_UP = 5  # steps before the traced ones, if the run has as many: allocation, compilation, filling queues
-OPERATORS = 10  # rows of the table
 
 
 class StepProfiler:
@@ -153,23 +331,16 @@ class StepProfiler:
 
     def __init__(self, folder: Path, steps: int, *, remaining: int, note: Callable[[str], object]) -> None:
         """remaining: steps that the run still makes; the trace has no more. note: called with where it was written."""
-        self.folder = folder
-        self.note = note
-        traced = min(steps, remaining)
-        warm_up = min(WARM_UP, remaining - traced)
-        self._left = warm_up + traced  # steps until the trace is complete
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.folder, self.note = folder, note
+        steps = min(steps, remaining)
+        skipped = min(WARM_UP, remaining - steps)
+        self._left = skipped + steps  # until the trace is complete
+        warm = min(skipped, 1)  # in which the profiler itself warms up
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a run of few steps has none to warm up
-            schedule = torch.profiler.schedule(
-                skip_first=max(warm_up - 1, 0), wait=0, warmup=min(warm_up, 1), active=traced, repeat=1
-            )
-        self._profile: Any = torch.profiler.profile(
-            activities=activities, schedule=schedule, on_trace_ready=self._write
-        )
-        self._profile.start()
+            warnings.simplefilter("ignore")  # of a run that has no step for that
+            schedule = torch.profiler.schedule(skip_first=skipped - warm, wait=0, warmup=warm, active=steps, repeat=1)
+            self._profile: Any = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
+            self._profile.start()
 
     def step(self) -> None:
         """A step has ended."""
@@ -186,65 +357,26 @@ class StepProfiler:
             self._profile = None
 
     def _write(self, profile: Any) -> None:
+        table = self.folder / f"operators-rank{rank()}.txt"
+        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.profiler.tensorboard_trace_handler(str(self.folder), f"{socket.gethostname()}-rank{rank()}")(profile)
-            table = self.folder / f"operators-rank{rank()}.txt"
-            order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-            text = profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
             with atomic_file(table) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(profile.key_averages().table(sort_by=order, row_limit=OPERATORS), encoding="utf-8")
         except (OSError, RuntimeError) as error:
             self.note(f"warning: cannot write the profile to {self.folder}: {error}; training continues")
             return
         self.note(f"profile: trace in {self.folder} (chrome://tracing, TensorBoard), {OPERATORS} operators in {table}")
 
 
-# FLOPs of a training step, and the fraction of a device's peak that they are (MFU).
-
-_aten = torch.ops.aten
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    # torch's counter lacks attention on CPUs
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
-
-# Name of a device -> dense TFLOP/s with fp32 accumulation, without sparsity: (bf16 and fp16, TF32, fp32); 0: none.
-# Sources: NVIDIA's data sheets and architecture white papers of each product, AMD's data sheets of the Instinct series.
-# An MI250X is two devices. The first match counts.
-PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
-    (r"\bMIG\b|Laptop|Max-Q|4090 D\b", (0, 0, 0)),  # a part of a GPU, or one with other clocks: unknown
-    (r"\bGB200\b", (2500, 1250, 80)),
-    (r"\bB200\b", (2250, 1125, 75)),
-    (r"\bH100 PCIe\b", (756, 378, 51)),
-    (r"\bH100 NVL\b", (835, 417, 60)),
-    (r"\b(H100|H200|H800|GH200)\b", (989, 494, 67)),
-    (r"\bH20\b", (148, 74, 44)),
-    (r"\b(A100|A800)\b", (312, 156, 19.5)),
-    (r"\bA30\b", (165, 82, 10.3)),
-    (r"\bA40\b", (149.7, 74.8, 37.4)),
-    (r"\bA10G\b", (70, 35, 35)),
-    (r"\bA10\b", (125, 62.5, 31.2)),
-    (r"\bRTX A6000\b", (154.8, 77.4, 38.7)),
-    (r"\bL40S\b", (362, 183, 91.6)),
-    (r"\bL40\b", (181, 90.5, 90.5)),
-    (r"\bL4\b", (121, 60, 30.3)),
-    (r"\bRTX 6000 Ada\b", (364.2, 182.1, 91.1)),
-    (r"\bRTX 5090\b", (209.5, 104.8, 104.8)),
-    (r"\bRTX 4090\b", (165.2, 82.6, 82.6)),
-    (r"\bRTX 3090\b(?! Ti)", (71, 35.6, 35.6)),
-    (r"\bMI(300X|325X)\b", (1307, 653.7, 163.4)),
-    (r"\bMI250X\b", (191.5, 0, 47.9)),
-    (r"\bV100-SXM", (125, 0, 15.7)),
-    (r"\bT4\b", (65, 0, 8.1)),
-)
-
-
 class ModelFlops(TorchDispatchMode):
-    """Counts, by the dtype that they run in, the FLOPs of everything that is computed under it for the first time."""
+    """Counts the FLOPs of matrix products, convolutions and attention under it, by the dtype that they run in.
+
+    They are those that the model needs, one forward and one backward pass over each sample (Chowdhery et al. 2022,
+    PaLM, arXiv 2204.02311, appendix B): what is computed again (gradient checkpointing, the first pass of gradient
+    caching) does not count.
+    """
 
     supports_higher_order_operators = True  # passed through, not counted
 
@@ -314,165 +446,3 @@ def count_model_flops() -> Iterator[Counter[torch.dtype]]:
         else:
             with eager:
                 yield mode.by_dtype
-
-
-PROFILE = "profile"  # folder of a run for traces
-COMPARE_EVERY = 10  # steps at least between comparisons of ranks, each a collective
-
-Queue = Callable[[], tuple[float, float]]  # batches that are ready, and that the loader has space for
-
-
-class Reports:
-    """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
-
-    None of them ends a run: what cannot be written is said once. Every rank calls ``step`` for the same steps.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        run_folder: Path,
-        state: TrainState,
-        *,
-        total_steps: int,
-        global_batch: int,
-        logging_steps: int,
-        queue: Queue | None = None,
-        profile_steps: int = 0,
-    ) -> None:
-        """state: where training starts. profile_steps: steps that this rank traces."""
-        self.engine = engine
-        self.run_folder = run_folder
-        self.total_steps = total_steps
-        self._step = state.step  # the last one that was reported
-        self.global_batch = global_batch
-        self.logging_steps = logging_steps
-        self.queue = queue
-        self._file: MetricsFile | None = None  # of rank 0
-        on_first_rank(lambda: self._open(state))
-        self.progress = Progress(total_steps, start=state.step, show=rank() == 0)
-        self.timer = StepTimer(make_clock(engine.device))
-        self._line = self._compared = self.timer.totals()  # as of the last line, and of the last comparison of ranks
-        self._flops: Counter[torch.dtype] | None = None  # of a step on this rank; counted by rank 0 alone
-        remaining = total_steps - state.step
-        self._profiler: StepProfiler | None = None
-        if min(profile_steps, remaining) > 0:
-            self._profiler = StepProfiler(run_folder / PROFILE, profile_steps, remaining=remaining, note=self.note)
-        self._hosts = gather_objects(socket.gethostname())
-        self._failed = False
-
-    def _open(self, state: TrainState) -> None:
-        new = state.step == 0 and not state.before and Checkpoints(self.run_folder, keep=0).latest() is None
-        self._file = MetricsFile(self.run_folder / METRICS, from_step=-1 if new else state.step)
-
-    def __enter__(self) -> "Reports":
-        self.progress.__enter__()
-        self.timer.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.timer.__exit__(*error)
-        if self._profiler is not None:
-            self._profiler.close()
-        if self._file is not None:
-            self._attempt(self._file.close)
-        self.progress.__exit__(*error)
-
-    @contextmanager
-    def count_flops(self) -> Iterator[None]:
-        """Count those of a step, on rank 0, the first time."""
-        if self._flops is not None or rank() > 0:
-            yield
-            return
-        with count_model_flops() as flops:
-            yield
-        self._flops = flops
-
-    def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
-        """A finished step of ``seconds``; ``always``: write a line of it."""
-        self._step = state.step
-        if always or state.step % self.logging_steps == 0:
-            values = values | self._speed(last=always)
-            self._values(state, values)
-        self.progress.advance(self.global_batch, seconds, values)
-        if self._profiler is not None:
-            self._profiler.step()
-
-    def left_out(self, state: TrainState, allowed: int) -> None:
-        """The last batch had no update; ``allowed``: as many as the run may leave out."""
-        bad = state.bad_batches[-1]
-        self.event({**bad, "event": LEFT_OUT})
-        self.note(f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}")
-
-    def scores(self, state: TrainState, scores: dict[str, float]) -> None:
-        """An evaluation, in ``state``."""
-        self.progress.show_values(scores)
-        self._values(state, scores, phase="eval")
-
-    def heads(self, curve: Iterable[dict[str, float]]) -> None:
-        """The fit of the heads before step 1, on lines of its own; its ``samples`` are the monitors' x."""
-        for line in curve:
-            self.event({"step": 0, "samples": 0, "event": HEADS, **{f"heads_{name}": x for name, x in line.items()}})
-            if self._file is not None:
-                numbers = {label(name, "heads"): x for name, x in line.items() if name not in ("step", "samples")}
-                self._attempt(self.engine.report_at, numbers, int(line["samples"]))
-
-    def failed(self, error: BaseException) -> None:
-        """The run ends by an error, after the last step that was reported."""
-        self._ended(FAILED, self._step, str(error) or type(error).__name__)
-
-    def _ended(self, event: str, step: int, reason: str) -> None:
-        """A line of metrics.jsonl that says why no more follow."""
-        self.event({"step": step, "event": event, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
-
-    def event(self, values: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
-        if self._file is not None:
-            self._attempt(self._file.write, values)
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self.progress.note(text)
-
-    def stopped(self, state: TrainState, reason: str) -> None:
-        """The run stops before its end."""
-        self._ended(STOPPED, state.step, reason)
-        self.note(f"{reason}: saved step {state.step} of {self.total_steps}; rerun the same command to resume")
-
-    def _speed(self, *, last: bool) -> dict[str, Any]:
-        """Time by phase and MFU of the mean step since the last line, ranks compared, the loader's queue."""
-        now = self.timer.totals(wait=last)
-        mean = now.mean_since(self._line)
-        self._line = now
-        values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
-        if mean and self._flops:
-            values["tflops"] = sum(self._flops.values()) / mean[STEP] / 1e12
-            least = least_seconds(self._flops, self.engine.device)
-            values |= {"mfu": least / mean[STEP]} if least else {}
-        if self.queue is not None:
-            values["loader_ready"], values["loader_capacity"] = self.queue()
-        if world_size() > 1 and (last or now.steps - self._compared.steps >= COMPARE_EVERY):
-            values |= self._compare()
-        return values
-
-    def _compare(self) -> dict[str, Any]:
-        """Smallest and largest over ranks of the mean step since the last comparison."""
-        now = self.timer.totals(wait=True)
-        mean = now.mean_since(self._compared)
-        self._compared = now
-        own = torch.tensor([[mean.get(name, math.nan) for name in (STEP, "data", "communication")]])
-        return compare_ranks(gather_rows(own.to(self.engine.device)).tolist(), self._hosts)
-
-    def _values(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
-        self.event({"step": state.step, "samples": state.samples, **values})
-        if self._file is not None:
-            numbers = {label(name, phase): value for name, value in values.items() if not isinstance(value, str)}
-            self._attempt(self.engine.report, numbers, state.samples)
-
-    def _attempt(self, write: Callable[..., object], *values: object) -> None:
-        try:
-            write(*values)
-        except OSError as error:  # metrics.jsonl keeps its lines in memory until the disk has space again
-            if not self._failed:
-                self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
-            self._failed = True

@@ -27,7 +27,7 @@ from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ran
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.errors import NonFiniteLossError
 from llm2clip_plugin.train.losses.base import Features, Terms
-from llm2clip_plugin.train.reference import Twin
+from llm2clip_plugin.train.reference import Reference
 from llm2clip_plugin.train.reports import repeated
 from llm2clip_plugin.train.timing import timed
 
@@ -54,8 +54,8 @@ SCALARS = ("log_scale", "bias")  # fields of Encoded that belong to no row
 class ContrastiveStep(ABC):
     """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are.
 
-    ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples consumed by the run after this
-    batch), and what the subclass encodes.
+    ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that the run has consumed after it),
+    and what the subclass encodes.
     """
 
     def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
@@ -79,7 +79,7 @@ class ContrastiveStep(ABC):
         """Encode a micro-batch; ``micro["first"]`` is the position of its first sample in the run."""
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Of a frozen twin, for the same anchors: features (m, D), L2-normalized, and patches (m, T, H); None for what
+        """Of a frozen tower, for the same anchors: features (m, D), L2-normalized, and patches (m, T, H); None for what
         no term reads."""
         return None, None
 
@@ -180,7 +180,7 @@ class ContrastiveStep(ABC):
         means = (sums / world_size()).tolist()
         values = dict(zip(("loss", *(f"loss_{name}" for name in losses)), means, strict=True))
         if not math.isfinite(values["loss"]):
-            if not (self.engine.can_lower_loss_scale and _has_finite_embeddings(batch)):
+            if not self.engine.can_lower_loss_scale:
                 raise _non_finite(values, encoded, batch)
             loss = loss * math.nan  # DeepSpeed finds it in the gradient: no update, a smaller loss scale
         values["logit_scale"] = float(encoded.log_scale.detach().exp())
@@ -190,10 +190,6 @@ class ContrastiveStep(ABC):
         """``accumulation`` equal parts of this rank's rows, each with the position of its first sample."""
         rows = len(batch["keys"])
         size = rows // self.engine.accumulation
-        if size * self.engine.accumulation != rows:
-            raise ValueError(
-                f"{rows} rows on this rank cannot be split into {self.engine.accumulation} equal micro-batches"
-            )
         first = batch["position"] - (world_size() - rank()) * rows
         starts = range(0, rows, size)
         return [{**self._rows(batch, slice(start, start + size)), "first": first + start} for start in starts]
@@ -203,11 +199,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The rows of micro-batches together; None if they have none."""
     rows = [part for part in parts if part is not None]
     return torch.cat(rows) if rows else None
-
-
-def _has_finite_embeddings(batch: Batch) -> bool:
-    """Whether the cached embeddings of the global batch are finite, if it has any."""
-    return "embeddings" not in batch or all(gather_objects(bool(torch.isfinite(batch["embeddings"]).all())))
 
 
 def first_samples(batch: Batch) -> str:
@@ -224,19 +215,15 @@ def _non_finite(values: dict[str, float], encoded: Encoded, batch: Batch) -> Non
     finite_b = torch.isfinite(encoded.anchor_mD).all(1) & torch.isfinite(encoded.positive_mkD).flatten(1).all(1)
     bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
     ranks = gather_objects((len(bad), bad[:NAMED_KEYS]))
-    count = sum(bad_count for bad_count, _ in ranks)
-    named = _by_rank([keys for _, keys in ranks]) if count else first_samples(batch)
-    if count and not _has_finite_embeddings(batch):
-        return NonFiniteLossError(
-            f"cached embeddings of the batch that ends at sample {batch['position']} are not finite, among {named}",
-            "check the cache with `llm2clip embed --verify`, and delete the shards that it names before you rerun "
-            "`llm2clip embed`",
-        )
-    samples = f"{count} samples have non-finite features" if count else "all features are finite; the batch starts with"
+    if count := sum(bad_count for bad_count, _ in ranks):
+        samples = f"{count} samples have non-finite features: {_by_rank([keys for _, keys in ranks])}"
+    else:
+        samples = f"all features are finite; the batch starts with {first_samples(batch)}"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
     return NonFiniteLossError(
-        f"the loss is not finite in the batch that ends at sample {batch['position']} ({terms}). {samples}: {named}",
-        "lower the learning rate, check these samples, or leave such batches out with --skip-bad-batches",
+        f"the loss is not finite in the batch that ends at sample {batch['position']} ({terms}). {samples}",
+        "lower the learning rate, check these samples (a cache: `llm2clip embed --verify`), or leave such batches out "
+        "with --skip-bad-batches",
     )
 
 
@@ -255,13 +242,13 @@ class TowerStep(ContrastiveStep):
         text_noise: bool,
         normalize: Callable[[Tensor], Tensor],
         total_samples: int = 0,
-        twin: Twin | None = None,
+        reference: Reference | None = None,
         patch_layers: Mapping[str, int] | None = None,
     ) -> None:
         """patch_layers: LossConfig.patch_layers of the terms."""
         super().__init__(engine, terms, seed=seed, total_samples=total_samples)
         self.normalize = normalize
-        self.twin = twin
+        self.reference = reference
         self.patch_layers = patch_layers or {}
         self.text_noise = text_noise  # whether the text adapter adds noise to its input
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
@@ -288,12 +275,10 @@ class TowerStep(ContrastiveStep):
         return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others)
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
-        if self.twin is None:
+        if self.reference is None:
             return None, None
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
-        if "patches" in self.patch_layers:
-            return self.twin.encode_with_patches(pixel_values, self.patch_layers["patches"])
-        return self.twin.encode_image(pixel_values), None
+        return self.reference.encode(pixel_values, self.patch_layers.get("patches"))
 
     def _noise(self, micro: Batch) -> Tensor:
         """Standard normal values like the embeddings; each row is a function of the seed and its sample's position."""

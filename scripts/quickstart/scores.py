@@ -1,26 +1,30 @@
-"""The quickstart's measurements of a tower: retrieval on families, a style and languages that training never saw.
+"""What the quickstart measures: retrieval on families, a style and languages that training never saw, and two teachers
+compared on it query by query.
 
-Each style is a separate gallery with one drawing, and one caption of each kind, per concept, so that chance is
-1 / concepts both ways; scores are means over the styles.
+Each style is a gallery of its own with one drawing, and one caption of each kind, per concept, so that chance is
+1 / concepts both ways. The measure is the mean reciprocal rank: every query counts by the rank of its right answer. The
+same queries are compared in pairs, as by ``llm2clip compare``; families of emoji are drawn as a whole, because their
+members are right or wrong together, and p is adjusted for the number of claims (Holm).
 
-Shape letters: N images, M captions, D projection dimension, W LLM embedding width.
+Shapes: N images, M captions, Q queries, S seeds, W width of an embedding.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from claims import Measured, Seeds, chance_of, reciprocal_ranks
+from shards import RANDOM
 from torch import Tensor
 
+from llava_integration.benchmarks.benchmark import Statistic
+from llava_integration.compare.statistics import Difference, compare, holm, pair
+from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources.base import Source, SourceConfig
 from llm2clip_plugin.data.sources.open import open_source
 from llm2clip_plugin.evaluate.captions import caption_ranks
@@ -33,13 +37,12 @@ from llm2clip_plugin.evaluate.retrieval import (
     embed_pairs,
     report_retrieval,
 )
+from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
 
 SEEN_STYLES = "{noto,twemoji,fluent}"
-SETS = {  # name -> shards
-    "test": f"test-{SEEN_STYLES}.tar",
-    "unseen style": "test-openmoji.tar",
-}
+SETS = {"test": f"test-{SEEN_STYLES}.tar", "unseen style": "test-openmoji.tar"}  # name -> shards
 TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
     "test families, long captions": ("test", "long"),
     "test families, names": ("test", "short"),
@@ -55,34 +58,130 @@ TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every la
     "name → long caption": ("short", "long"),
     "names in languages never trained on → English": ("other", "short"),
 }
+TEACHERS = {  # part of a folder's name -> what the tables call it
+    "raw": "raw LLM, read well",
+    "tuned": "fine-tuned LLM",
+    "plain": "raw LLM, as it comes",
+    "random": "random embeddings",
+    "shuffled": "control: wrong pictures",
+}
+LEVEL = 0.05  # of the test, after Holm's adjustment
+AGAIN = "delete it and rerun scripts/quickstart.sh"
 
 
-def open_sets(data: Path) -> dict[str, Source]:
-    """Set -> its samples; the unseen style may be missing."""
-    sources = {name: str(data / pattern) for name, pattern in SETS.items()}
-    if not (data / SETS["unseen style"]).is_file():
-        del sources["unseen style"]
-    return {name: open_source(SourceConfig(path=path)) for name, path in sources.items()}
+def seed_of(folder: str) -> int:
+    """The number at the end of ``tuned-seed0``."""
+    return int(folder.rpartition("-seed")[2])
 
 
-def open_captions(data: Path) -> Source:
-    """The test set in one style: every style has the same captions."""
-    return open_source(SourceConfig(path=str(data / "test-noto.tar")))
-
-
-class Place(NamedTuple):
-    """The place of a caption's right drawing."""
-
-    caption: Caption
-    key: str  # of the drawing
-    place: float  # 1: first; between two if scores are equal
-    pool: int  # drawings
+# ------------------------------------------------------------------------------------------------- claims
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerScores:
-    """The measurements of one tower."""
+class Measured:
+    """The score of every query in one test."""
 
+    scores: np.ndarray  # (Q,) reciprocal ranks
+    clusters: list[str]  # Q: the queries' families
+    chance: float  # mean of a random order
+
+
+Seeds = Mapping[int, Measured]
+Tests = dict[str, tuple[Seeds, Seeds]]  # test -> base and new side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One test of two teachers on the same queries, over all seeds and for each."""
+
+    name: str
+    difference: Difference
+    p: float  # adjusted for the number of claims
+    by_seed: dict[int, Difference]
+    p_by_seed: dict[int, float]  # adjusted
+    chance: float
+    queries: int
+    families: int
+    better: float  # fraction of the queries, over all seeds, with a higher score
+    worse: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference over all seeds is."""
+        return self.p < LEVEL
+
+    @property
+    def seeds_significant(self) -> int:
+        """Number of seeds whose own difference is."""
+        return sum(p < LEVEL for p in self.p_by_seed.values())
+
+
+def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
+    """(Q,) 1 / rank of the best correct item: the expected value, as items of equal score are in random order."""
+    wrong, correct = ranks.wrong_equal_Q.double(), ranks.correct_equal_Q.double()
+    ahead, value = torch.ones_like(wrong), torch.zeros_like(wrong)  # ahead: the first j of the equals are all wrong
+    for j in range(int(wrong.max()) + 1):
+        still = ahead * (wrong - j).clamp(min=0) / (wrong + correct - j).clamp(min=1)
+        value += (ahead - still) / (ranks.higher_Q + 1 + j)
+        ahead = still
+    return value.numpy()
+
+
+def chance_of(pool: int) -> float:
+    """Mean reciprocal rank of one right answer among ``pool`` in random order."""
+    return float(np.mean(1 / np.arange(1, pool + 1)))
+
+
+def make_claims(tests: Tests) -> list[Claim]:
+    """A claim for each test, on the seeds that all of them have; [] without one.
+
+    With several seeds, the interval of their mean contains the spread over seeds; that of each seed does not.
+    """
+    seeds = sorted(set.intersection(*(set(side) for sides in tests.values() for side in sides))) if tests else []
+    if not seeds:
+        return []
+    total = [_compare([base[s] for s in seeds], [new[s] for s in seeds]) for base, new in tests.values()]
+    each = {s: [_compare([base[s]], [new[s]]) for base, new in tests.values()] for s in seeds if len(seeds) > 1}
+    each = each or {seeds[0]: total}
+    p, p_each = holm([one.p for one in total]), {s: holm([one.p for one in each[s]]) for s in seeds}
+    first = [base[seeds[0]] for base, _ in tests.values()]
+    changes = [np.sign([new[s].scores - base[s].scores for s in seeds]) for base, new in tests.values()]
+    return [
+        Claim(
+            name=name,
+            difference=total[place],
+            p=p[place],
+            by_seed={s: each[s][place] for s in seeds},
+            p_by_seed={s: p_each[s][place] for s in seeds},
+            chance=first[place].chance,
+            queries=len(first[place].scores),
+            families=len(set(first[place].clusters)),
+            better=float(np.mean(changes[place] > 0)),
+            worse=float(np.mean(changes[place] < 0)),
+        )
+        for place, name in enumerate(tests)
+    ]
+
+
+def _compare(base: Sequence[Measured], new: Sequence[Measured]) -> Difference:
+    """The paired comparison of `llm2clip compare`."""
+    sides = [[Statistic(np.stack([one.scores, np.ones(len(one.scores))], 1), _ratio) for one in s] for s in (base, new)]
+    return compare(pair(sides[0], sides[1], base[0].clusters))
+
+
+def _ratio(totals: np.ndarray) -> np.ndarray:
+    return totals[..., 0] / totals[..., 1]
+
+
+# ------------------------------------------------------------------------------------------------- towers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """An exported tower and its measurements."""
+
+    name: str  # of TEACHERS
+    seed: int
     reports: dict[str, list[RetrievalReport]]  # set -> a report for each style
     pairs: EmbeddedPairs  # the test set, all styles, in the tower's joint space
 
@@ -92,36 +191,19 @@ class TowerScores:
         parts = (name.split(":") for name in self.reports["test"][0].parts if ":" in name)
         return sorted(language for kind, language in parts if kind == "short" and language != "en")
 
-    def part(self, set_name: str, kind: str, language: str = "en", *, chance: bool = False) -> dict[str, float]:
-        """MEASURES of one kind and language of captions on one set; with ``chance``, those of a random order."""
-        parts = [report.parts[f"{kind}:{language}"] for report in self.reports[set_name]]
-        values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in parts]
-        return {name: float(np.mean([value[name] for value in values])) for name in MEASURES}
-
-    def tests(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
-        """Row of the table -> MEASURES; a missing set has no row."""
+    def recall(self, *, chance: bool = False) -> dict[str, dict[str, float]]:
+        """Row of the table -> MEASURES, means over styles and languages; a missing set has no row."""
         rows = {}
-        for row, (set_name, kind) in TESTS.items():
-            if set_name not in self.reports:
-                continue
-            languages = self.languages if kind == "other" else ["en"]
-            each = [self.part(set_name, "short" if kind == "other" else kind, tag, chance=chance) for tag in languages]
-            rows[row] = {name: float(np.mean([values[name] for values in each])) for name in MEASURES}
+        for test, (set_name, _) in TESTS.items():
+            if set_name in self.reports:
+                parts = [part for _, part in self._parts(test)]
+                values = [part.chance((1, 10)) if chance else part.metrics((1, 10)) for part in parts]
+                rows[test] = {name: float(np.mean([value[name] for value in values])) for name in MEASURES}
         return rows
 
     def queries(self, test: str, side: str) -> Measured:
         """Every query of a row of the table, i2t or t2i."""
         return query_scores(self._parts(test), side)
-
-    def places(self, test: str) -> list[Place]:
-        """Where each caption's right drawing is among those of its style, in the order of ``queries(test, "t2i")``."""
-        found = []
-        for report, part in self._parts(test):
-            ahead_Q = part.t2i.higher_Q + part.t2i.wrong_equal_Q / 2
-            for caption, ahead in zip(part.caption_index_Q.tolist(), ahead_Q.tolist(), strict=True):
-                key = report.pairs.keys[report.pairs.owner_M[caption]]
-                found.append(Place(report.pairs.captions[caption], key, 1 + ahead, len(report.cluster_N)))
-        return found
 
     def _parts(self, test: str) -> Iterator[tuple[RetrievalReport, Retrieval]]:
         """Each style's report with the ranks of each of the test's languages."""
@@ -139,26 +221,27 @@ def query_scores(parts: Iterable[tuple[RetrievalReport, Retrieval]], side: str) 
         images = part.image_index_Q if side == "i2t" else report.pairs.owner_M[part.caption_index_Q]
         scores.append(reciprocal_ranks(part.i2t if side == "i2t" else part.t2i))
         clusters += [report.cluster_N[image] for image in images.tolist()]
-        pool = (part.caption_label_Q if side == "i2t" else part.image_label_N).tolist()
-        size = Counter(pool)  # label -> right answers
-        queries = Counter(size[label] for label in part.image_label_N[images].tolist())
-        chances.append(sum(chance_of(len(pool), right) * n for right, n in queries.items()) / len(images))
+        chances.append(chance_of(len(part.caption_label_Q if side == "i2t" else part.image_label_N)))
     return Measured(scores=np.concatenate(scores), clusters=clusters, chance=float(np.mean(chances)))
 
 
-def tower_scores(
-    dual: LoadedDualEncoder, sets: dict[str, Source], cache: EmbeddingCache, images: ImageConfig
-) -> TowerScores:
-    """Measure a tower on every set."""
-    pairs = {
-        name: embed_pairs(dual, source, cache, images, RetrievalConfig(kinds=("short", "long")), quiet=True)
-        for name, source in sets.items()
-    }
+def open_sets(data: Path) -> dict[str, Source]:
+    """Set -> its samples; the unseen style may be missing."""
+    present = {name: data / pattern for name, pattern in SETS.items() if name == "test" or (data / pattern).is_file()}
+    return {name: open_source(SourceConfig(path=str(path))) for name, path in present.items()}
+
+
+def measure_tower(
+    folder: str, dual: LoadedDualEncoder, sets: dict[str, Source], cache: EmbeddingCache, images: ImageConfig
+) -> Tower:
+    """Measure a tower, loaded from a folder ``tuned-seed0`` or the like, on every set."""
+    config = RetrievalConfig(kinds=("short", "long"))
+    pairs = {name: embed_pairs(dual, source, cache, images, config, quiet=True) for name, source in sets.items()}
     reports = {
         name: [report_retrieval(of_style(embedded, s), RETRIEVAL) for s in sorted(set(embedded.meta_values("style")))]
         for name, embedded in pairs.items()
     }
-    return TowerScores(reports=reports, pairs=pairs["test"])
+    return Tower(name=folder.split("-")[0], seed=seed_of(folder), reports=reports, pairs=pairs["test"])
 
 
 def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
@@ -177,8 +260,30 @@ def of_style(pairs: EmbeddedPairs, style: str) -> EmbeddedPairs:
     )
 
 
-# ----------------------------------------------------------------------------------------------- teachers
+def by_name(towers: Sequence[Tower]) -> dict[str, list[Tower]]:
+    """Name -> towers of its seeds, in the order of ``TEACHERS``."""
+    groups = {name: [tower for tower in towers if tower.name == name] for name in TEACHERS}
+    return {name: seeds for name, seeds in groups.items() if seeds}
 
+
+def tower_tests(towers: Sequence[Tower], base: str = "raw") -> Tests:
+    """The queries of the towers of the teacher ``base`` and of the fine-tuned one by seed; {} without both."""
+    groups = by_name(towers)
+    if base not in groups or "tuned" not in groups:
+        return {}
+
+    def queries(name: str, test: str, side: str) -> Seeds:
+        return {tower.seed: tower.queries(test, side) for tower in groups[name]}
+
+    return {
+        f"tower: {test}, {title}": (queries(base, test, side), queries("tuned", test, side))
+        for test, (set_name, _) in TESTS.items()
+        if set_name in towers[0].reports
+        for side, title in SIDES.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------- teachers
 
 Rows = dict[tuple[str, str], dict[str, Tensor]]  # (kind, language) -> concept -> (W,) embedding, each concept once
 
@@ -194,22 +299,11 @@ def caption_rows(source: Source, cache: EmbeddingCache) -> Rows:
     return embeddings
 
 
-def teacher_scores(rows: Rows) -> dict[str, float]:
-    """Top-1 caption retrieval of the teacher, without images: plain, and with the mean embedding subtracted."""
-    return {
-        f"{test}, {label}": float(np.mean([ranks.hits(1).mean() for ranks, _ in teacher_ranks(rows, test, center)]))
-        for center, label in ((False, "plain"), (True, "centered"))
-        for test in TEACHER_TESTS
-    }
-
-
-def teacher_queries(
-    rows: Rows, family: Mapping[str, str], tests: Iterable[str] = tuple(TEACHER_TESTS)
-) -> dict[str, Measured]:
-    """Test -> every query of the teacher's caption retrieval, plain; ``family`` of each concept."""
+def teacher_queries(rows: Rows, family: Mapping[str, str]) -> dict[str, Measured]:
+    """Test -> every query of the teacher's caption retrieval, ``family`` of each concept."""
     found = {}
-    for test in tests:
-        ranked = teacher_ranks(rows, test, center=False)
+    for test in TEACHER_TESTS:
+        ranked = teacher_ranks(rows, test)
         found[test] = Measured(
             scores=np.concatenate([reciprocal_ranks(ranks) for ranks, _ in ranked]),
             clusters=[family[concept] for _, concepts in ranked for concept in concepts],
@@ -218,7 +312,7 @@ def teacher_queries(
     return found
 
 
-def teacher_ranks(rows: Rows, test: str, center: bool) -> list[tuple[QueryRanks, list[str]]]:
+def teacher_ranks(rows: Rows, test: str) -> list[tuple[QueryRanks, list[str]]]:
     """Ranks of a test's queries and their concepts, for each language of the queries."""
     asked, answered = TEACHER_TESTS[test]
     items = rows[answered, "en"]
@@ -228,21 +322,14 @@ def teacher_ranks(rows: Rows, test: str, center: bool) -> list[tuple[QueryRanks,
     for of_language in queries:
         shared = [concept for concept in of_language if concept in items]
         query, item = (torch.stack([side[concept] for concept in shared]) for side in (of_language, items))
-        ranked.append((caption_ranks(query, item, center=center)[0], shared))
+        ranked.append((caption_ranks(query, item)[0], shared))
     return ranked
 
 
-def read_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
-    """Cache -> its embeddings of the test captions, which are the same in every style."""
-    return {name: caption_rows(source, cache) for name, cache in caches.items()}
-
-
-def teacher_claims(
-    source: Source, teachers: Mapping[str, Rows], tests: Iterable[str] = tuple(TEACHER_TESTS), base: str = "raw"
-) -> dict[str, tuple[Seeds, Seeds]]:
-    """Test -> queries of the LLM ``base``, the same for every seed, and of each adapter; {} without either."""
+def teacher_tests(source: Source, teachers: Mapping[str, Rows], base: str = "raw") -> Tests:
+    """The queries of the LLM ``base``, the same for every seed, and of each adapter; {} without either."""
     family = {meta["concept"]: meta["family"] for meta in (source[number].meta for number in range(len(source)))}
-    measured = {name: teacher_queries(rows, family, tests) for name, rows in teachers.items()}
+    measured = {name: teacher_queries(rows, family) for name, rows in teachers.items()}
     tuned = {seed_of(name): scores for name, scores in measured.items() if name.startswith("tuned-")}
     if base not in measured or not tuned:
         return {}
@@ -252,6 +339,57 @@ def teacher_claims(
     }
 
 
-def seed_of(folder: str) -> int:
-    """The number at the end of ``tuned-seed0``."""
-    return int(folder.rpartition("-seed")[2])
+# ------------------------------------------------------------------ what was trained on what, by the records
+
+
+def check_caches(data: Path, caches: Mapping[str, EmbeddingCache]) -> None:
+    """Raise ContractError for a cache embedded without the adapter of its name, and an adapter of other captions."""
+    for name, cache in caches.items():
+        teacher, expected = cache.manifest.teacher, ""
+        if (teacher["llm"] == RANDOM) != (name == "random"):
+            raise ContractError(f"{cache.directory} holds embeddings of {teacher['llm']}; {AGAIN}")
+        if name.startswith("tuned-"):
+            run = data / "llm" / name.removeprefix("tuned-")
+            expected = adapter_sha256(run / "adapter")
+            for path in map(Path, RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]):
+                if not path.name.startswith("train-"):
+                    raise ContractError(f"{run} was fine-tuned on {path}, which is not a training shard; {AGAIN}")
+        used, read = teacher["adapter_sha256"], (teacher["pooling"], bool(teacher["post"]))
+        if used != expected:
+            adapters = f"adapter {used[:12] or 'none'}, expected {expected[:12] or 'none'}"
+            raise ContractError(f"{cache.directory} was embedded with {adapters}; {AGAIN}")
+        if name != "random" and read != ("mean" if name == "plain" else "last", name == "raw"):
+            raise ContractError(f"{cache.directory} pools {read[0]}, {'with' if read[1] else 'no'} post file; {AGAIN}")
+
+
+def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
+    """The cache that a tower of this name is trained against; raises ContractError if its teacher is another."""
+    side, _, seed = tower.name.partition("-")
+    names = {"shuffled": ("tuned-seed0", "raw"), "tuned": (f"tuned-{seed}",)}.get(side, (side,))
+    fingerprint = TeacherIdentity(**teacher).fingerprint
+    for name in names:
+        if name in caches and caches[name].fingerprint == fingerprint:
+            return caches[name]
+    known = {name: cache.fingerprint for name, cache in caches.items()}
+    raise ContractError(
+        f"{tower} was trained with teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}"
+    )
+
+
+def check_run(tower: Path) -> dict[str, Any]:
+    """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``.
+
+    Raises ContractError if it read other shards than those of its name, or validated on the test's.
+    """
+    side, _, seed = tower.name.partition("-")
+    config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
+    folder = "shuffled" if side == "shuffled" else "all"
+    for path in map(Path, config["data"]["path"]):
+        if path.parent.name != folder or not path.name.startswith("train-"):
+            raise ContractError(f"{tower} was trained on {path}, expected {folder}/train-*.tar; {AGAIN}")
+    validation = Path(config["data"]["validation"])
+    if validation.name and not validation.name.startswith("validation-"):
+        raise ContractError(f"{tower} was validated on {validation}, expected a validation shard; {AGAIN}")
+    if config["train"]["seed"] != int(seed.removeprefix("seed")):
+        raise ContractError(f"{tower} was trained with seed {config['train']['seed']}; {AGAIN}")
+    return {name: config["data"][name] for name in ("path", "cache", "validation")}

@@ -1,15 +1,22 @@
 #!/usr/bin/env python3
-"""Make the quickstart's data folders from the built-in emoji set.
+"""The quickstart's data from the built-in emoji set, and the caches of its controls.
 
-    scripts/quickstart/shards.py --output quickstart-output/data [--concepts 300 60 100] [--languages de zh]
+    shards.py make --output DATA [--concepts 300 60 100] [--languages de zh]
+    shards.py control DATA/shuffled --cache DATA/cache/raw --output DATA/shuffled/cache
+    shards.py control DATA/all --cache DATA/cache/raw --output DATA/cache/random --random 0
+    shards.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --folder DIR
 
-``all/``        train, validation and test shards, and the unseen style (openmoji) of validation and test
-``shuffled/``   the control: training shards with the pictures of concepts exchanged. Keys and captions are the same;
-                control_cache.py makes its cache from that of ``all/``.
+``make`` writes ``all/`` (train, validation and test shards, and validation and test in the unseen style, openmoji) and
+``shuffled/`` (the training shards with the pictures of concepts exchanged; keys and captions are the same). Training
+and validation use names and long captions in English; keywords and other languages are for the test alone.
+``--concepts`` limits the concepts of each split, ``--languages`` the other languages, for a short run.
 
-Training and validation use names and long captions in English; keywords and other languages are for the test only.
-For a short run, ``--concepts`` limits the training, validation and test concepts, and ``--languages`` the languages of
-the names, in addition to English.
+``control`` makes a control's cache. Training refuses a picture that is not the one whose captions were embedded; those
+of ``shuffled`` are exchanged on purpose, so its cache notes them, and the embeddings are copied. With ``--random SEED``
+each text has a random vector of its own, the same wherever it occurs: a tower learns to tell its concepts apart, and
+nothing about what they mean.
+
+``components`` fits what the raw LLM's embeddings are read without: their mean, and their largest component.
 """
 
 import argparse
@@ -23,12 +30,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import atomic_directory
+from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 EMOJI = SCRIPTS.parent / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
 UNSEEN = "openmoji"
+RANDOM = "random embeddings"  # the name of that control's teacher
 Description = dict[str, Any]
 Sample = tuple[str, bytes, Description]  # key, png, description
 
@@ -73,16 +81,10 @@ def read_tar(path: Path) -> list[Sample]:
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            samples.setdefault(key, {})[suffix] = read_member(tar, member)
+            file = tar.extractfile(member)
+            assert file is not None, f"{path}: {member.name} is not a file"
+            samples.setdefault(key, {})[suffix] = file.read()
     return [(key, parts["png"], json.loads(parts["json"])) for key, parts in samples.items()]
-
-
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The bytes of a file in an archive. Raises ValueError for a folder, device or link."""
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f"{tar.name}: {member.name} is not a file")
-    return file.read()
 
 
 def write_tar(path: Path, samples: list[Sample]) -> None:
@@ -115,62 +117,123 @@ def shipped() -> Iterator[tuple[str, Path]]:
             yield split, path
 
 
-def draw_unseen(folder: Path, part: Part) -> str:
-    """Draw the unseen style's shards into ``folder``; returns "", or why that failed."""
+def draw_unseen(folder: Path, part: Part) -> None:
+    """Draw the unseen style's shards into ``folder``; without the packages that this needs, print a note."""
     sys.path.insert(0, str(SCRIPTS))
     import build_emoji
 
     try:
-        build_emoji.build([UNSEEN], folder, folder, size=98, colors=64, choose=part.of_unseen)
+        build_emoji.build([UNSEEN], folder, folder, choose=part.of_unseen)
     except (FileNotFoundError, ImportError) as error:
-        return f"the unseen style (openmoji) is left out: {error}"
-    return ""
-
-
-def make_all(folder: Path, part: Part) -> str:
-    """Write ``all/``; returns why the unseen style is missing, or ""."""
-    with atomic_directory(folder, replace=True) as temporary:
-        missing = draw_unseen(temporary, part)
-        paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(temporary.glob("*.tar")))]
-        for split, path in paths:
-            write_tar(temporary / path.name, part.of(split, read_tar(path)))
-    return missing
-
-
-def make_shuffled(everything: Path, folder: Path) -> None:
-    """Write ``shuffled/`` from the training shards of ``all/``."""
-    with atomic_directory(folder, replace=True) as temporary:
-        for path in sorted(everything.glob("train-*.tar")):
-            write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
+        print(f"note: the unseen style (openmoji) is left out: {error}", file=sys.stderr)
 
 
 def prepare(output: Path, part: Part) -> None:
-    """Make both folders, unless they exist for the same subset of the same set."""
-    recipe = {
-        **{name: list(values) for name, values in asdict(part).items()},
-        "built_from": [path.stat().st_size for _, path in shipped()],
-    }
-    stamp = output / "made-for.json"
-    complete = (output / "all" / f"test-{UNSEEN}.tar").is_file()
+    """Make ``all/`` and ``shuffled/``, unless they exist for the same subset of the same set."""
+    sizes = [path.stat().st_size for _, path in shipped()]
+    recipe = {**{name: list(values) for name, values in asdict(part).items()}, "built_from": sizes}
+    stamp, everything = output / "made-for.json", output / "all"
+    complete = (everything / f"test-{UNSEEN}.tar").is_file()
     if complete and stamp.is_file() and json.loads(stamp.read_text()) == recipe:
         return
     stamp.unlink(missing_ok=True)
-    missing = make_all(output / "all", part)
-    make_shuffled(output / "all", output / "shuffled")
-    if missing:
-        print(f"note: {missing}", file=sys.stderr)
+    with atomic_directory(everything, replace=True) as temporary:
+        draw_unseen(temporary, part)
+        paths = [*shipped(), *((path.name.split("-")[0], path) for path in sorted(temporary.glob("*.tar")))]
+        for split, path in paths:
+            write_tar(temporary / path.name, part.of(split, read_tar(path)))
+    with atomic_directory(output / "shuffled", replace=True) as temporary:
+        for path in sorted(everything.glob("train-*.tar")):
+            write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
     stamp.write_text(json.dumps(recipe), encoding="utf-8")
 
 
+# ----------------------------------------------------------------------------------------------- controls
+
+
+def write_control(data: Path, cache: Path, output: Path, seed: int | None = None) -> None:
+    """Write the cache of the shards in ``data``; ``seed``: of random embeddings, None to copy those of ``cache``.
+
+    Raises ValueError if the captions are not those of ``cache``, whose embeddings are to be copied.
+    """
+    import torch
+
+    from llm2clip_plugin.contracts import shard_file
+    from llm2clip_plugin.data.cache import CacheWriter, ShardFile, caption_rows, rows_digest, shard_contents
+    from llm2clip_plugin.data.sources.base import SourceConfig
+    from llm2clip_plugin.data.sources.open import open_source
+
+    manifest = CacheManifest.read(cache / CacheManifest.FILE)
+    teacher = manifest.teacher
+    if seed is not None:
+        weights = sha256_text(f"{RANDOM} {seed}")
+        teacher = {**teacher, "llm": RANDOM, "weights_sha256": weights, "adapter_sha256": "", "adapter": ""}
+    source = open_source(SourceConfig(path=str(data / ("train-*.tar" if seed is None else "*.tar"))))
+    with atomic_directory(output, replace=True) as temporary:
+        writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
+        for shard in source.shards:
+            keys, captions, image_checks = shard_contents(source, shard)
+            rows = caption_rows(captions)
+            if seed is None:
+                file = ShardFile(cache / shard_file(shard.name))
+                if rows_digest(keys, rows) != file.meta["rows_sha256"]:
+                    raise ValueError(f"the captions of shard {shard.name} in {data} are not those of {file.path}")
+                embeddings = torch.from_numpy(file["embeddings"]).float() * torch.from_numpy(file["scales"])[:, None]
+            else:
+                embeddings = torch.stack([random_vector(text, seed, teacher["width"]) for _, text in rows])
+            writer.write_shard(shard.name, keys, rows, embeddings, image_checks=image_checks)
+        writer.finish()
+
+
+def random_vector(caption_hash: int, seed: int, width: int) -> Any:
+    """(W,) standard normal, decided by the caption's hash and the seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(int(sha256_text(f"{seed} {caption_hash}")[:15], 16))
+    return torch.randn(width, generator=generator)
+
+
+def fit_components(captions: str, folder: Path, reading: dict[str, Any]) -> None:
+    """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions --search` tries."""
+    from llm2clip_plugin.text.config import EncoderConfig
+    from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
+
+    encoder = CaptionEncoder(EncoderConfig(**reading))
+    (post,) = remove_components(encoder.encode(first_captions(captions, 500)), [1])
+    with atomic_directory(folder) as temporary:
+        post.save(temporary)
+
+
 def main() -> None:
-    """Parse the command line and make the folders."""
+    """Parse the command line and run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
-    parser.add_argument("--languages", nargs="+", default=[])
-    options = parser.parse_args()
-    prepare(options.output, Part(concepts=tuple(options.concepts), languages=tuple(options.languages)))
+    parts = parser.add_subparsers(dest="part", required=True)
+    make, control, components = (parts.add_parser(name) for name in ("make", "control", "components"))
+    make.add_argument("--output", type=Path, required=True)
+    make.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
+    make.add_argument("--languages", nargs="+", default=[])
+    control.add_argument("data", type=Path, help="folder of the control's shards")
+    control.add_argument("--cache", type=Path, required=True, help="the teacher's cache of the same captions")
+    control.add_argument("--output", type=Path, required=True, help="folder of the control's cache")
+    control.add_argument("--random", type=int, metavar="SEED", help="random embeddings instead of the teacher's")
+    components.add_argument("captions", help="training captions")
+    components.add_argument("--folder", type=Path, required=True, help="folder to write")
+    for name in ("llm", "attention", "pooling", "chat-template", "compute-dtype"):
+        components.add_argument(f"--{name}", required=True)
+    components.add_argument("--layer", type=int, default=-1)
+    options = vars(parser.parse_args())
+    match options.pop("part"):
+        case "make":
+            subset = Part(concepts=tuple(options["concepts"]), languages=tuple(options["languages"]))
+            prepare(options["output"], subset)
+        case "control":
+            write_control(options["data"], options["cache"], options["output"], options["random"])
+        case "components":
+            fit_components(options.pop("captions"), options.pop("folder"), options)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

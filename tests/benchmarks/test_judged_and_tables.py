@@ -8,7 +8,7 @@ from golden_mllm import ROOT, answers
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.rules import benchmark
-from llava_integration.benchmarks.score import main, score_answers
+from llava_integration.benchmarks.score import score_answers
 
 
 def write_lines(path, rows):
@@ -39,11 +39,10 @@ def llava_bench(tmp_path):
 def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     """Means over reviews, the failed one averaged in: reference 26/4 = 6.5, model 20/4 = 5, relative 76.9."""
     folder, said, reviews = llava_bench
-    record = score_answers("llava_bench", folder, read_answers(said), Options(corrected=True, reviews=reviews))
+    record = score_answers("llava_bench", folder, read_answers(said), Options(reviews=reviews))
     assert record.metrics["all"] == 76.9
     assert (record.metrics["all.reference"], record.metrics["all.model"]) == (65.0, 50.0)
     assert record.metrics["llava_bench_conv"] == round(5.5 / 8.5 * 100, 1)
-    assert record.metrics["corrected_all"] == round(7 / 9 * 100, 1)
     assert record.counts["failed_reviews"] == 1 and record.items[1]["answer"] == "It is 1."
     assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(100 * 20 / 26)
     alone = score_answers("llava_bench", folder, read_answers(reviews), Options())  # the reviews as --answers
@@ -52,7 +51,7 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
 
 def test_answers_are_not_reviews(llava_bench):
     folder, said, _ = llava_bench
-    with pytest.raises(ValueError, match="contains no judge scores"):
+    with pytest.raises(ValueError, match="--reviews"):
         score_answers("llava_bench", folder, read_answers(said), Options(reviews=said))
 
 
@@ -109,14 +108,5 @@ def test_log_in_another_order_is_joined_or_refused(tmp_path):
         {**row, "doc_id": 1000 + n, "input": rows[0]["input"], "target": "none of them"} for n, row in enumerate(rows)
     ]
     assert texts.count(rows[0]["input"]) > 1
-    with pytest.raises(ValueError, match=r"name no question, and several|match no question"):
+    with pytest.raises(ValueError, match="name no question"):
         score_answers("gqa", ROOT / "gqa", read_answers(write_lines(tmp_path / "y_samples_gqa.jsonl", same)), Options())
-
-
-def test_half_a_surrogate_pair_in_an_answer_is_written(tmp_path):
-    lines = answers("gqa", "model-a").read_text(encoding="utf-8").splitlines()
-    row = json.loads(lines[0])
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([json.dumps({**row, "text": "red \ud83d"}), *lines[1:]]), encoding="utf-8")
-    main(["gqa", "--data", str(ROOT / "gqa"), "--answers", str(path), "--json", str(tmp_path / "out.json")])
-    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["items"][0]["answer"].startswith("red ")

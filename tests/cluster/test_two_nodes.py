@@ -148,7 +148,7 @@ def test_a_folder_on_a_disk_of_one_host_is_refused(cluster: Cluster, tmp_path: P
     two.check("umount", str(run))
     said = "".join(log.read_text() for log in logs)
     assert re.search(
-        r"output_dir: shared with rank 0 on node-\d \(rank 0\); .* lacks a file .* on node-\d \(rank 1\)", said
+        r"output_dir: shared with rank 0 on node-\d \(ranks 0\); .* lacks a file .* on node-\d \(ranks 1\)", said
     )
     assert said.count("output_dir must be a folder that all hosts share") == 1
     assert not re.search(r'File ".*(llm2clip_plugin|train_tower)', said)  # torchrun itself prints tracebacks

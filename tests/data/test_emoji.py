@@ -165,6 +165,14 @@ def test_notices_name_every_style_and_license_texts_exist() -> None:
     assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"
 
 
+def test_an_installed_package_without_the_pictures_says_so(tmp_path, monkeypatch) -> None:
+    from llm2clip_plugin.data.sources import open as sources
+
+    monkeypatch.setattr(sources, "EMOJI", tmp_path)
+    with pytest.raises(FileNotFoundError, match="built-in emoji"):
+        sources.open_source(sources.SourceConfig(path=str(tmp_path / "train-*.tar")))
+
+
 def test_families(builder) -> None:
     family = builder.family_of
     assert family("1f469-200d-1f33e", "person-role") == family("1f468-200d-1f33e", "person-role") == "1f33e"

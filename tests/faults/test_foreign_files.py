@@ -12,9 +12,7 @@ from tiny_llm import tiny_tokenizer
 from llava_integration.answer.questions import Question
 from llava_integration.compare.command import main as compare
 from llava_integration.preflight import check_language
-from llava_integration.towers import tower_files
 from llm2clip_plugin.contracts import ScoreFile, sha256_text
-from llm2clip_plugin.files import ContractError
 
 HOSTILE = 'x"/><meta http-equiv="refresh" content="0;url=//elsewhere">\x1b[2Jx'
 
@@ -49,30 +47,6 @@ def test_a_score_file_brings_no_markup_no_escape_and_no_picture(
     assert "form-action &#39;none&#39;" in text and "base-uri &#39;none&#39;" in text
     assert pictures_of(page) == {}
     assert compare([*command, "--image-folder", str(private)]) == 0 and pictures_of(page)
-
-
-def test_only_the_files_of_a_tower_are_bundled(tmp_path: Path) -> None:
-    tower, secret = tmp_path / "tower", tmp_path / "id_rsa"
-    tower.mkdir()
-    secret.write_text("private key")
-    for name in ("config.json", "model.safetensors", "llm2clip.json", "notes.txt"):
-        (tower / name).write_text("{}")
-    (tower / "key.txt").symlink_to(secret)
-    assert {path.name for path in tower_files(tower)} == {"config.json", "llm2clip.json", "model.safetensors"}
-    (tower / "README.md").symlink_to(secret)
-    with pytest.raises(ContractError, match=r"README\.md is a link to .*id_rsa"):
-        tower_files(tower)
-
-
-def test_a_tower_in_the_hubs_cache_is_bundled(tmp_path: Path) -> None:
-    """Its files are links to blobs."""
-    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (blobs / name[::-1]).write_text("{}")
-        (snapshot / name).symlink_to(Path("../../blobs") / name[::-1])
-    assert len(tower_files(snapshot)) == 2
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{folder}/secret.png", "a/../../secret.png"])

@@ -22,7 +22,7 @@ from tiny_data import make_cache, make_shards
 from llava_integration import towers as names
 from llava_integration import towers as provenance
 from llava_integration import towers as registry
-from llava_integration.answer.questions import AnswersFile, read_questions
+from llava_integration.answer.questions import read_questions
 from llava_integration.benchmarks.answers import read_answers
 from llava_integration.benchmarks.benchmark import Options
 from llava_integration.benchmarks.score import score_answers
@@ -183,40 +183,6 @@ def load_scores(folder: Path) -> str:
     return json.dumps(comparison.to_dict())
 
 
-SETTINGS = {"model": "m", "temperature": 0.0, "questions": "q"}
-
-
-def make_partial_answers(folder: Path) -> None:
-    for numbers in (range(4), range(4, 8)):
-        AnswersFile(folder / "answers.jsonl", SETTINGS, 9).write(
-            {number: {"question_id": number, "text": f"a {number}"} for number in numbers}
-        )
-
-
-def load_partial_answers(folder: Path) -> list[str]:
-    """As a resumed run does: what is lost is answered again."""
-    book = AnswersFile(folder / "answers.jsonl", SETTINGS, 9)
-    done = book.done()
-    book.write({number: {"question_id": number, "text": f"a {number}"} for number in range(9) if number not in done})
-    assert book.finish() == 0
-    return (folder / "answers.jsonl").read_text().splitlines()
-
-
-def make_answers(folder: Path) -> None:
-    book = AnswersFile(folder / "answers.jsonl", SETTINGS, 9)
-    book.write(
-        {number: {"question_id": number, "prompt": "p", "text": f"a {number}", "model_id": "m"} for number in range(9)}
-    )
-    assert book.finish() == 0
-
-
-def load_answers(folder: Path) -> Any:
-    """As bench-mllm does: complete answers are scored."""
-    AnswersFile(folder / "answers.jsonl", SETTINGS, 9)
-    answers = read_answers(folder / "answers.jsonl")
-    return [(answer.id, answer.text, answer.prompt) for answer in answers.rows]
-
-
 FORMATS = [
     (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*",)), 60),
     (Format("run.json", make_run, load_record, files=("run.json",), free_text=True), 25),
@@ -230,8 +196,6 @@ FORMATS = [
     (Format("cache", make_cached, load_cache, files=("data/embeddings-*/**/*",)), 50),
     (Format("proof", make_cached, load_cache, files=("data/.llm2clip/*",)), 25),
     (Format("scores", make_scores, load_scores, free_text=True), 40),
-    (Format("partial answers", make_partial_answers, load_partial_answers), 30),
-    (Format("answers", make_answers, load_answers), 30),
 ]
 
 

@@ -19,8 +19,8 @@ from tower_runs import ROOT, environment
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.train import engine
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, check_space, load, write_checkpoint
+from llm2clip_plugin.train import distributed
+from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
 
 LAST, BEFORE = "run/checkpoints/step-00000004", "run/checkpoints/step-00000002"
 AT = "{w}/" + LAST
@@ -150,7 +150,6 @@ def deepspeed(name: str, body: str, says: str) -> Fault:
 
 @rows(
     deepspeed("not JSON", '{"zero', "{w}/zero.json is not valid JSON: ..."),
-    deepspeed("a list", "[1]", "{w}/zero.json contains a list, expected a JSON object of DeepSpeed settings"),
     deepspeed(
         "misspelled section",
         '{"zero_optimizaton": {"stage": 1}}',
@@ -159,44 +158,12 @@ def deepspeed(name: str, body: str, says: str) -> Fault:
     deepspeed(
         "misspelled key",
         '{"zero_optimization": {"stage": 1, "reduce_bucket_sze": 5}}',
-        "{w}/zero.json: unknown key 'zero_optimization.reduce_bucket_sze'; did you mean "
-        "'zero_optimization.reduce_bucket_size'?",
-    ),
-    deepspeed(
-        "misspelled key of a nested section",
-        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memry": true}}}',
-        "{w}/zero.json: unknown key 'zero_optimization.offload_optimizer.pin_memry'; did you mean "
-        "'zero_optimization.offload_optimizer.pin_memory'?",
-    ),
-    deepspeed(
-        "stage 7",
-        '{"zero_optimization": {"stage": 7}}',
-        "{w}/zero.json: zero_optimization.stage is 7; known: 0, 1, 2, 3",
-    ),
-    deepspeed(
-        "stage as a word",
-        '{"zero_optimization": {"stage": "two"}}',
-        "{w}/zero.json: zero_optimization.stage is 'two'; known: 0, 1, 2, 3",
-    ),
-    deepspeed(
-        "section as a number",
-        '{"zero_optimization": 3}',
-        '{w}/zero.json: zero_optimization is 3, expected an object such as {"enabled": true}',
-    ),
-    deepspeed(
-        "unknown device",
-        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}',
-        "{w}/zero.json: zero_optimization.offload_optimizer.device is 'gpu', expected 'none', 'cpu' or 'nvme'",
+        "{w}/zero.json: DeepSpeed refuses it: ...reduce_bucket_sze...",
     ),
     deepspeed(
         "value of another type",
         '{"fp16": {"enabled": false, "hysteresis": "big"}}',
-        "{w}/zero.json: fp16.hysteresis is 'big', expected a valid integer...",
-    ),
-    deepspeed(
-        "unknown dtype",
-        '{"communication_data_type": "fp7"}',
-        "{w}/zero.json: DeepSpeed refuses it: Invalid communication_data_type...",
+        "{w}/zero.json: DeepSpeed refuses it: ...hysteresis...",
     ),
     Fault("missing", "--deepspeed {w}/no.json", "no DeepSpeed configuration at {w}/no.json"),
 )
@@ -264,21 +231,14 @@ def test_ranks_without_an_address(
 def test_a_rank_that_waits_for_others_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "MISSING_SECONDS", 0.01)
+    monkeypatch.setattr(distributed, "MISSING_SECONDS", 0.01)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with engine.naming_missing_ranks():
-        time.sleep(0.3)
-    told = capsys.readouterr().err
+    told = ""
+    with distributed.joining():
+        while not told:
+            time.sleep(0.01)
+            told = capsys.readouterr().err
     assert told.count("\n") == 1 and "WORLD_SIZE=2" in told and "unset these variables" in told
-
-
-def test_a_key_that_deepspeed_does_not_know_and_that_resembles_none_is_a_warning(
-    world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    world.path("zero.json").write_text('{"_why": "a note", "my_own": 1}')
-    fault = Fault("", "", "{w}/zero.json: DeepSpeed does not read the key 'my_own'; it has no effect", status=0)
-    told = meet(fault, world, world.train("--dry-run --deepspeed {w}/zero.json"), capsys)
-    assert told.count("warning: ") == 1
 
 
 def nan_in_checkpoint(world: World) -> None:
@@ -294,18 +254,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def edit_step(world: World) -> None:
-    path = world.path(f"{LAST}/state.json")
-    path.write_text(path.read_text().replace('"step": 4', '"step": 2'))
-
-
 MORE = f"{AGAIN} --max_steps 6 --allow-changed train.max_steps"
 FELL_BACK = "falling back to {w}/" + BEFORE
 
 
 @rows(
     Fault("cut state.json", MORE, AT + "/state.json is not valid JSON...", lambda w: cut(w.path(LAST) / "state.json")),
-    Fault("edited state.json", MORE, AT + "/state.json is damaged: its fields do not have the checksum ...", edit_step),
     Fault(
         "flipped weight",
         MORE,
@@ -344,13 +298,6 @@ def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys
         lambda w: [cut(path) for path in w.folder.glob("run/checkpoints/*/state.json")],
     ),
     Fault(
-        "emptied checkpoints",
-        AGAIN,
-        "{w}/run/checkpoints has no checkpoint, but the run in {w}/run had saved step 4: restore the checkpoints, "
-        "choose another --output, or start over with --resume never (replaces its metrics and results)",
-        lambda w: shutil.rmtree(w.path("run/checkpoints")),
-    ),
-    Fault(
         "NaN in a checkpoint",
         MORE,
         AT + ": 1 of the ... values of visual_projection.weight are NaN or infinite, ...",
@@ -364,7 +311,7 @@ def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys
     Fault(
         "resume by the name of a damaged one",
         f"{MORE} --resume {{w}}/{LAST}",
-        AT + "/model.safetensors is damaged: ...; available checkpoints of this run: ['step-00000002']",
+        AT + "/model.safetensors is damaged: ...",
         lambda w: flip(w.path(LAST) / MODEL),
     ),
     Fault("another learning rate", f"{AGAIN} --optim.lr 1e-3", AT + " was saved with other settings:"),
@@ -380,17 +327,6 @@ def test_not_resumed(fault: Fault, trained: World, capsys: pytest.CaptureFixture
     before = {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
     meet(fault, world, world.train(fault.words), capsys)
     assert before == {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
-
-
-def test_no_space_for_the_first_checkpoint(tmp_path: Path) -> None:
-    needed = 10**18
-    with pytest.raises(
-        OSError, match=r"^a checkpoint of this run takes 1000000000\.00 GB, but .* has .* free; free space"
-    ):
-        check_space(tmp_path, needed)
-    with pytest.raises(OSError, match="free space, or choose an --output on another disk"):
-        check_space(tmp_path, needed, fallback=str(tmp_path / "not/yet/there"))
-    check_space(tmp_path, 1)
 
 
 def test_a_port_in_use_is_one_line(world: World) -> None:

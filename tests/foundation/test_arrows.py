@@ -20,7 +20,6 @@ FLOORS = (
         "discovery",
         "finding",
         "interrupt",
-        "lazy_compile",
         "limits",
         "paths",
         "progress",

@@ -76,17 +76,17 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
 
 @pytest.mark.parametrize("name", AFTER)
 def test_recipes_of_later_methods_are_planned(name: str, capsys: pytest.CaptureFixture[str]):
-    """Without weights: ProCLIP's weight, with a twin on every rank, and LIFT's tower from scratch."""
+    """Without weights: ProCLIP's weight, with a frozen tower on every rank, and LIFT's tower from scratch."""
     config = recipe(name)
     told = planned(capsys, "--recipe", f"{name}/llama-8b")
     joint = 4096 if name == "lift_b16" else 768 if "l14" in name else 512
     assert f"projection_dim {joint}, LLM embeddings 4096 wide" in told
     if name == "lift_b16":
-        assert "twin" not in told and config.tower.from_scratch
+        assert "frozen tower" not in told and config.tower.from_scratch
         assert "peak learning rates 0.001" in told
     else:
         assert config.loss.terms == ("infonce=1", "distill=0.2048") and config.distill.decay == 0.999
-        assert ", twin " in told
+        assert ", frozen tower " in told
         assert (config.heads.target, config.heads.batch, config.heads.lr) == ("clip_text", 1024, 1e-5)
 
 

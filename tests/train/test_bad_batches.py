@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from train_helpers import allow_fp16, new_state, parts_of, run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.files import LEFT_OUT
-from llm2clip_plugin.train.checkpoint import Checkpoints, HostCopies, load
+from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, HostCopies, load
 from llm2clip_plugin.train.errors import NonFiniteLossError
-from llm2clip_plugin.train.reference import MovingAverage
+from llm2clip_plugin.train.reference import Reference
 
 STEPS, BAD = 8, 7  # the seventh batch has a NaN on the last rank
 WAYS: dict[str, dict[str, Any]] = {
@@ -46,10 +45,10 @@ def train(rank: int, world: int, run: Path, way: dict[str, Any], *, allowed: int
     if loaded:
         engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
         state, values = loaded.state, loaded.averages
-    average = MovingAverage(engine, 0.9, updates=state.step, values=values)
+    average = Reference(engine, 0.9, warmup=True, updates=state.step, values=values)
     stream, settings = batches(state.step, rank, world, bad), {"skip_bad_batches": allowed, "save_total_limit": 0}
     try:
-        state = run_loop(parts_of(run, engine, state, stream, average=average, train=settings, **more))
+        state = run_loop(parts_of(run, engine, state, stream, references={AVERAGES: average}, train=settings, **more))
     except NonFiniteLossError as error:
         return {"error": str(error), "status": error.status}
     return {
@@ -185,10 +184,3 @@ def test_fp16_lowers_its_loss_scale_after_an_overflow_in_the_forward_pass(tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "once/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "skipped" in line and "loss" not in line] == [3, 4]
     assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
-
-
-def test_a_negative_number_of_bad_batches_is_refused():
-    from llm2clip_plugin.train.config import TrainConfig
-
-    with pytest.raises(ValueError, match=r"train\.skip_bad_batches -1"):
-        TrainConfig(skip_bad_batches=-1)

@@ -15,7 +15,8 @@ from llm2clip_plugin.stages.tower.config import DataConfig, RunConfig
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete, read_deepspeed_json
 from llm2clip_plugin.train.distributed import set_tf32
-from llm2clip_plugin.train.optim import lr_factor
+from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
+from llm2clip_plugin.train.optim import AdamW, lr_factor
 from llm2clip_plugin.vision.family import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -62,18 +63,22 @@ def test_auto_values_are_filled():
 
 
 @pytest.mark.parametrize(
-    ("user", "message"),
+    ("user", "named"),
     [
-        ({"train_batch_size": 256}, r"train_batch_size is 256, but the run uses 512 \(--global-batch\)"),
-        ({"fp16": {"enabled": True}}, r"fp16.enabled is True, but the run uses False"),
-        ({"optimizer": {"type": "Lamb"}}, r"optimizer.type is 'Lamb'"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, r"lr is 0.001, but the run uses 1e-05"),
-        ({"scheduler": {"type": "WarmupLR", "params": {}}}, r"'WarmupLR' \(constant\), but the run uses 'cosine'"),
-        ({"aio": {"block_size": "auto"}}, r'cannot resolve "auto" of aio.block_size'),
+        ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"optimizer": {"type": "Lamb"}}, "Lamb"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.* 1e-05"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps"),
+        ({"aio": {"block_size": "auto"}}, "aio.block_size"),
+        ({"zero_optimizaton": {"stage": 1}}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": 3}, "zero_optimization is 3"),
+        ({"zero_optimization": {"stage": 7}}, "stage is 7"),
+        ({"zero_optimization": {"stage": "two"}}, "stage is 'two'"),
     ],
 )
-def test_contradictions_are_refused_with_both_values(user: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
+def test_contradictions_and_misspellings_are_refused(user: dict[str, Any], named: str):
+    with pytest.raises(ValueError, match=named):
         complete(user, PLAN, where="zero.json")
 
 
@@ -82,10 +87,8 @@ def test_8_bit_adamw_is_set_up_and_refused_where_it_cannot_run():
     assert complete({}, plan)["zero_allow_untested_optimizer"] is True
     assert "zero_allow_untested_optimizer" not in complete({}, PLAN)
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ValueError, match=r"zero.json offloads optimizer states(.|\n)*set --optimizer adamw"):
+    with pytest.raises(ValueError, match="adamw_8bit"):
         complete(offload, plan, where="zero.json")
-    with pytest.raises(ValueError, match=r"optimizer.type is 'AdamW', but the run uses 'adamw_8bit' \(--optim"):
-        complete({"optimizer": {"type": "AdamW"}}, plan)
 
 
 def test_gradients_are_reduced_in_the_type_of_the_option():
@@ -97,21 +100,13 @@ def test_gradients_are_reduced_in_the_type_of_the_option():
     chosen = dataclasses.replace(many, communication_data_type="bf16")
     assert complete({}, chosen)["communication_data_type"] == "bf16"
     assert "communication_data_type" not in complete({}, dataclasses.replace(many, precision="fp32"))
-    with pytest.raises(ValueError, match=r"communication_data_type is 'bf16', but the run uses 'fp32' \(--comm"):
+    with pytest.raises(ValueError, match="communication_data_type"):
         complete({"communication_data_type": "bf16"}, REDUCED)
-    with pytest.raises(ValueError, match=r"unknown train.communication_data_type 'fp64'; known: fp32, bf16, fp16, or"):
-        TrainConfig(communication_data_type="fp64")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    "tf32, precision, expected",
-    [
-        ("auto", "fp32", False),
-        ("auto", "bf16", True),
-        ("auto", "fp16", True),
-        ("on", "fp32", True),
-        ("off", "bf16", False),
-    ],
+    ("tf32", "precision", "expected"),
+    [("auto", "fp32", False), ("auto", "bf16", True), ("on", "fp32", True), ("off", "bf16", False)],
 )
 def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, precision: str, expected: bool):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not expected)
@@ -124,20 +119,18 @@ def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, pre
         assert torch.backends.cudnn.allow_tf32 is expected
     finally:
         torch.set_float32_matmul_precision(before)
-    with pytest.raises(ValueError, match=r"unknown train.tf32 'yes'; known: auto, on, off"):
-        TrainConfig(tf32="yes")  # type: ignore[arg-type]
 
 
 def test_adamw_is_fused_on_gpus(monkeypatch):
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        made = OptimConfig().optimizer().make(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+        made = AdamW().make(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
         assert made.defaults["fused"] is gpu
 
 
-def test_equal_values_and_a_matching_scheduler_are_accepted():
-    user = {"train_batch_size": 512, "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": "auto"}}}
+def test_equal_values_and_a_scheduler_without_values_are_accepted():
+    user = {"train_batch_size": 512, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
     assert "scheduler" not in complete(user, PLAN)
     assert complete({}, PLAN)["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see deepspeed_config
     assert complete({}, dataclasses.replace(PLAN, precision="fp32"))["zero_optimization"]["stage"] == 0
@@ -151,62 +144,47 @@ def test_our_own_files_are_complete(path: Path):
 
 
 def test_files_that_are_not_a_configuration(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no DeepSpeed configuration at /nowhere\.json"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere\.json"):
         read_deepspeed_json("/nowhere.json")
-    (tmp_path / "x.json").write_text("{,")
-    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
-        read_deepspeed_json(str(tmp_path / "x.json"))
+    for body in ("{,", "[1]"):
+        (tmp_path / "x.json").write_text(body)
+        with pytest.raises(ValueError, match=r"x\.json"):
+            read_deepspeed_json(str(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "named"),
     [
-        (
-            lambda: OptimConfig(schedule="cosin"),
-            r"unknown optim.schedule 'cosin'; did you mean 'cosine'\? known: cosine, linear, constant",
-        ),  # type: ignore[arg-type]
-        (lambda: OptimConfig(lr=-1), "optim.lr -1 must be between"),
-        (lambda: OptimConfig(name="lamb"), "unknown optimizer 'lamb'; known: adamw, adamw_8bit"),
-        (lambda: OptimConfig(name="adamw_8bit", args=("min_8bit_size=a",)), "min_8bit_size is 'a', expected int"),
-        (lambda: OptimConfig(args=("beta3=1",)), r"optim.args: unknown setting 'beta3=1' of AdamW; known: none"),
-        (
-            lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1),
-            "warmup_ratio 0.1: set only one",
-        ),
-        (lambda: TrainConfig(precision="fp8"), "unknown train.precision 'fp8'; known: fp32, bf16, fp16"),  # type: ignore[arg-type]
-        (lambda: TrainConfig(report_to=("mlflow",)), "unknown train.report_to"),  # type: ignore[arg-type]
-        (lambda: TrainConfig(max_steps=0, num_train_epochs=-1), "num_train_epochs -1 must not be negative"),
+        (lambda: OptimConfig(schedule="cosin"), "optim.schedule 'cosin'"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(lr=-1), "optim.lr -1"),
+        (lambda: OptimConfig(warmup_steps=5, warmup_ratio=0.1), "warmup_ratio 0.1"),
+        (lambda: TrainConfig(precision="fp8"), "train.precision 'fp8'"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(report_to=("mlflow",)), "train.report_to"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(max_steps=0, num_train_epochs=-1), "num_train_epochs"),
+        (lambda: TrainConfig(skip_bad_batches=-1), "skip_bad_batches"),
+        (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "--global-batch 64"),
+        (lambda: chosen_terms(LossConfig(terms=("infonse",))), "infonse"),
+        (lambda: chosen_terms(LossConfig(args=("margin=1",))), "margin=1"),
+        (lambda: chosen_terms(LossConfig(terms=("infonce", "distill"), args=("structure=1",))), "TERM.structure=1"),
+        (lambda: LossConfig(terms=("infonce=1", "infonce")), "infonce twice"),
+        (lambda: LossConfig(terms=("infonce=0",)), "infonce=0"),
+        (lambda: LossConfig(terms=("infonce=1:0",)), "100%"),
+        (lambda: LossConfig(terms=("infonce=1@0.5",)), "infonce=1@0.5"),
+        (lambda: LossConfig(terms=("infonce=-1",)), "infonce=-1"),
+        (lambda: LossConfig(terms=()), "loss.terms"),
+        (lambda: check_terms(LossConfig(terms=("sigmoid",)), DualConfig()), "--dual.logit-bias-init"),
+        (lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)), "logit_bias_init"),
+        (lambda: RunConfig().validate(), "no training data.*no tower to train"),
         (
             lambda: RunConfig(
                 data=DataConfig(path=("x",)), tower=TowerConfig(path="y"), train=TrainConfig(num_train_epochs=0)
             ).validate(),
-            "heads.steps are all 0: nothing to train",
-        ),
-        (lambda: TrainConfig(global_batch=100, micro_batch=16).rows(4), "try --global-batch 64"),
-        (lambda: LossConfig(args=("margin=1",)), r"loss.args: unknown setting 'margin=1' of InfoNCE; known: none"),
-        (lambda: LossConfig(terms=("infonce", "distill"), args=("structure=1",)), "write TERM.structure=1"),
-        (lambda: LossConfig(terms=("infonce=1", "infonce")), "names infonce twice"),
-        (lambda: LossConfig(terms=("infonce=0",)), "'infonce=0' never counts"),
-        (lambda: LossConfig(terms=("infonce=1:0",)), "all weights are 0 after 100% of the run"),
-        (lambda: LossConfig(terms=("infonce=1@0.5",)), "'infonce=1@0.5' is not NAME, NAME=WEIGHT"),
-        (lambda: LossConfig(terms=("infonce=-1",)), "'infonce=-1' is not NAME"),
-        (lambda: LossConfig(terms=()), "loss.terms is empty"),
-        (
-            lambda: LossConfig(terms=("sigmoid",)).check(DualConfig()),
-            "sigmoid learns a logit bias: set --dual.logit-bias",
-        ),
-        (
-            lambda: LossConfig().check(DualConfig(logit_bias_init=-10.0)),
-            "infonce does not use a logit bias: leave",
-        ),
-        (
-            lambda: RunConfig().validate(),
-            "no training data: add .* and no tower to train: add .* For example: llm2clip train-tower .* --tower",
+            "nothing to train",
         ),
     ],
 )
-def test_contradictions_are_refused_with_values(make: Any, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_cannot_be_are_named(make: Any, named: str):
+    with pytest.raises(ValueError, match=named):
         make()
 
 

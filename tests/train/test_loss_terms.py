@@ -13,7 +13,6 @@ from test_loss import naive
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
-from llm2clip_plugin.stages.tower.command import read_command
 from llm2clip_plugin.text.contrast import pair_loss
 from llm2clip_plugin.train.config import LossConfig, parse_terms
 from llm2clip_plugin.train.losses.base import Features, heads_terms, weighted_terms
@@ -153,13 +152,12 @@ def pairs_on_ranks(rank: int, world: int) -> dict[tuple[bool, int], dict[str, Te
     return results
 
 
-PAIR_LOSSES = [(False, 0), (False, 1), (True, 0), (True, 1), (False, 2)]
+PAIR_LOSSES = [(False, 0), (True, 1), (False, 2)]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_pairs_of_texts_in_one_direction_and_in_both(world: int):
-    """Against full matrices in fp64, as in ``test_a_term_is_its_formula``."""
-    ranks = run_ranks(pairs_on_ranks, world)
+def test_pairs_of_texts_in_one_direction_and_in_both():
+    """On two ranks against full matrices in fp64, as in ``test_a_term_is_its_formula``."""
+    ranks = run_ranks(pairs_on_ranks, 2)
     ids = torch.cat([HASHES[:1], IDS[None]])
     same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(PAIRS, dtype=torch.bool)
     for symmetric, negatives in PAIR_LOSSES:
@@ -176,7 +174,7 @@ def test_pairs_of_texts_in_one_direction_and_in_both(world: int):
             torch.stack([result["loss"] for result in found]).mean().double(), expected.detach(), atol=1e-5, rtol=1e-5
         )
         for key in ("anchor", "positive"):
-            mine = torch.cat([result[key] for result in found]).double() / world
+            mine = torch.cat([result[key] for result in found]).double() / 2
             torch.testing.assert_close(mine, x[key].grad, atol=1e-5, rtol=1e-5)
         scale = torch.stack([result["log_scale"] for result in found]).mean(0).double()
         torch.testing.assert_close(scale, log_scale.grad, atol=1e-5, rtol=1e-5)
@@ -236,10 +234,3 @@ def test_weights_over_the_run():
         heads_terms(LossConfig(terms=("distill",)))
     terms = ("infonce=1:0", "cosine", "distill", "patch_reference", "patch_captions")
     assert list(heads_terms(LossConfig(terms=terms))) == ["infonce", "cosine"]
-
-
-def test_terms_of_a_command_line():
-    several = read_command("data --loss.terms infonce=1 cosine=0:1@0.5 --loss.terms infonce=1 cosine=0.5".split())
-    assert several.loss.terms == ("infonce=1", "cosine=0.5")
-    with pytest.raises(ValueError, match=r"captions-per-image 2 has no effect: loss.terms infonce uses one caption"):
-        read_command(["data", "--captions-per-image", "2"])

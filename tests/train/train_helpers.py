@@ -157,14 +157,14 @@ def tiny_engine(
     return Engine(module, parameter_groups(trained, 0.1), optim, complete(user, plan))
 
 
-def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, twin: Any = None) -> Any:
+def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, reference: Any = None) -> Any:
     """The step over a tiny engine."""
     from llm2clip_plugin.train.config import LossConfig
-    from llm2clip_plugin.train.losses.base import weighted_terms
+    from llm2clip_plugin.train.losses.base import patch_layers, weighted_terms
     from llm2clip_plugin.train.step import TowerStep
 
     config = LossConfig(terms=terms)
-    options = {"total_samples": 128, "twin": twin, "patch_layers": config.patch_layers}
+    options = {"total_samples": 128, "reference": reference, "patch_layers": patch_layers(config)}
     # pixels are floats already
     return TowerStep(engine, weighted_terms(config), seed=5, text_noise=noisy, normalize=lambda x: x, **options)
 
@@ -178,7 +178,6 @@ def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> A
 
     defaults = {
         "step": tiny_step(engine),
-        "average": None,
         "checkpoints": Checkpoints(run, keep=2),
         "evaluate": None,
         "train": TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {})),
@@ -189,10 +188,10 @@ def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> A
     return LoopParts(engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more))
 
 
-def new_state() -> Any:
+def new_state(step: int = 0) -> Any:
     from llm2clip_plugin.train.checkpoint import TrainState
 
-    return TrainState(step=0, samples=0, config={}, config_hash="", seed=5)
+    return TrainState(step=step, samples=32 * step, config={"a": (1, 0.1)}, config_hash="", seed=5)
 
 
 def allow_fp16() -> None:
@@ -205,6 +204,16 @@ def allow_fp16() -> None:
 
 def trainable_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def save_now(run: Path, state: Any, engine: Any, references: Mapping[str, Any] | None = None, keep: int = 1) -> Path:
+    """Write a checkpoint to its end."""
+    from llm2clip_plugin.train.checkpoint import Checkpoints, Saver
+
+    with Saver(Checkpoints(run, keep=keep), engine, references) as saver:
+        saver.save(state)
+        saver.finish()
+    return saver.checkpoints.path(state.step)
 
 
 class Engineless:

@@ -2,10 +2,9 @@
 
 Rule: https://cs.stanford.edu/people/dorarad/gqa/evaluate.html on LLaVA's ``convert_gqa_for_eval.py`` of the answers:
 final full stops are removed, lower case, nothing else ('red .' becomes 'red '). Validity and plausibility are 0, as the
-official script gives them without the choices file. ``corrected`` strips spaces and ignores case and punctuation.
+official script gives them without the choices file.
 """
 
-import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from llava_integration.benchmarks.benchmark import (
 )
 
 NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 BREAKDOWNS = {  # metric -> field of the items
     "per_structural_type": "category",
     "per_semantic_type": "semantic",
@@ -69,7 +67,6 @@ class GQA(Benchmark):
             answer,
             score=int(answer is not None and prediction == question.truth),
             prediction=prediction,
-            score_lmms_eval=float(loose(text) == loose(question.truth)),
             **question.extra,
         )
 
@@ -84,9 +81,6 @@ class GQA(Benchmark):
             "distribution": chi_square(items) / 100,
             "validity": 0.0,
             "plausibility": 0.0,
-            "lmms_eval.exact_match": mean_of(items, "score_lmms_eval"),
-            "corrected_accuracy_percent": 100
-            * mean([float(loose(item["answer"]).strip() == loose(item["truth"]).strip()) for item in items]),
         }
         for name, part in BREAKDOWNS.items():
             groups = by_group(items, part)
@@ -108,11 +102,6 @@ def _steps(program: Sequence[dict]) -> int:
 def convert(text: str) -> str:
     """LLaVA's conversion for the evaluation."""
     return text.rstrip(".").lower()
-
-
-def loose(text: str) -> str:
-    """lmms-eval's normal form: lower case without punctuation."""
-    return text.lower().translate(NO_PUNCTUATION)
 
 
 def chi_square(items: Sequence[Item]) -> float:

@@ -3,7 +3,7 @@
 The judge is a GPT model that this package never calls: ``--reviews`` is the file of LLaVA's
 ``eval_gpt_review_bench.py``, one JSON line per question with ``tuple: [reference, model]``. Score of
 ``summarize_gpt_review.py``: 100 x mean(model) / mean(reference), means rounded to 3 places, the score to 1. A review
-that cannot be parsed is [-1, -1], which the official script averages in; ``corrected`` leaves it out.
+that cannot be parsed is [-1, -1], which the official script averages in.
 """
 
 from collections.abc import Sequence
@@ -73,10 +73,8 @@ class LLaVABench(Benchmark):
         return {"failed_reviews": sum(item["failed"] for item in items)}
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """See ``numbers``, over all reviews and without the failed ones."""
-        reviewed = [item for item in items if not item["missing"]]
-        corrected = numbers([item for item in reviewed if not item["failed"]])
-        return {**numbers(reviewed), **{f"corrected_{key}": value for key, value in corrected.items()}}
+        """See ``numbers``."""
+        return numbers([item for item in items if not item["missing"]])
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
         """100 x sum of the model's scores / sum of the reference's."""

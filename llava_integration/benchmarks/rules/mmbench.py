@@ -1,10 +1,9 @@
 """MMBench dev, circular: a question is right only if every rotation of its options is answered right.
 
-Rules: VLMEvalKit's exact matching on LLaVA's ``convert_mmbench_for_submission.py`` of the answers (the headline), and
-lmms-eval's static one (``lmms_eval_static``). Neither uses a judge: what they cannot read is wrong, whereas the MMBench
-server has a GPT model read it, so its numbers are a little higher. Quirks kept: the article 'A' alone is option A; an
-option text contained in another is ambiguous; texts that pandas reads as missing values ('None', 'NA') are no options,
-and as answers they are 'nan'. ``corrected`` is without the pandas quirk.
+Rule: that of VLMEvalKit, MMBench's own evaluator, by exact matching on LLaVA's ``convert_mmbench_for_submission.py`` of
+the answers. It uses no judge: what it cannot read is wrong, whereas the MMBench server has a GPT model read it, so its
+numbers are a little higher. Quirks kept: the article 'A' alone is option A; an option text contained in another is
+ambiguous; texts that pandas reads as missing values ('None', 'NA') are no options, and as answers they are 'nan'.
 """
 
 import base64
@@ -14,6 +13,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from llava_integration.benchmarks.answers import Answer, Answers, Row, read_text
@@ -30,10 +30,10 @@ from llava_integration.benchmarks.benchmark import (
     mean,
     mean_of,
     published_scores,
+    text_of,
 )
 
-# The option in a free answer: heuristics of VLMEvalKit's exact matching (at e8e78f0) and lmms-eval's static MMBench
-# (at 75571cf). Golden answers in the tests pin both.
+# The option in a free answer, as VLMEvalKit's exact matching reads it (at e8e78f0; golden answers pin it).
 
 API_FAILED = "Failed to obtain answer via API"
 REFUSALS = (
@@ -47,17 +47,12 @@ ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 LAST_WORDS = 4  # a letter counts only among the last words
 
 
-def letter_vlmevalkit(answer: str, options: Mapping[str, str]) -> str | None:
-    """The option that VLMEvalKit's exact matching reads: by letter, else by the option's text; None if neither.
-
-    'Z' stands for a refusal, which is no option and so wrong.
-    """
-    return _letter_by_word(answer, options) or _letter_by_text(
-        answer, options, longest=2 * sum(map(len, options.values()))
-    )
+def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
+    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
+    return _by_letter(answer, options) or _by_text(answer, options)
 
 
-def _letter_by_word(answer: str, options: Mapping[str, str]) -> str | None:
+def _by_letter(answer: str, options: Mapping[str, str]) -> str | None:
     if API_FAILED in answer:
         return None
     if any(refusal in answer for refusal in REFUSALS):
@@ -72,76 +67,12 @@ def _letter_by_word(answer: str, options: Mapping[str, str]) -> str | None:
     return named_after[1].upper() if named_after and named_after[1].upper() in options else None
 
 
-def _letter_by_text(answer: str, options: Mapping[str, str], longest: int | None = None) -> str | None:
-    """The only option whose text the answer contains, in any case."""
-    answer = answer.lower()
-    if longest is not None and len(answer) > longest:
+def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
+    """The only option whose text the answer, if not much longer than all options, contains in any case."""
+    if len(answer) > 2 * sum(map(len, options.values())):
         return None
-    contained = [letter for letter, text in options.items() if text.lower() in answer]
+    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
     return contained[0] if len(contained) == 1 else None
-
-
-# the ways of writing a letter that lmms-eval's prefetch knows, after the bare letter
-AROUND = (
-    ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
-    (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."),
-)  # fmt: skip
-
-
-def letter_lmms_eval(answer: str, options: Mapping[str, str]) -> str | None:
-    """The option that lmms-eval's prefetch reads; E counts as a letter whether there is such an option or not."""
-    return _prefetched_letter(answer) or _letter_by_text(answer, options)
-
-
-def _prefetched_letter(answer: str) -> str | None:
-    if API_FAILED in answer:
-        return None
-    words = answer.split()
-    named = [letter for letter in "ABCDE" if letter in words]
-    article = "A" in words and len(words) > 3
-    if len(named) == 1 and not article:
-        return named[0]
-    for before, behind in AROUND:
-        written = [letter for letter in "ABCDE" if before + letter + behind in words]
-        if len(written) == 1:
-            return written[0]
-    return None
-
-
-PHRASES = (
-    "the answer is", "answer is", "the correct answer is", "correct answer is", "the best answer is", "best answer is",
-    "the correct option is", "correct option is", "the best option is", "best option is", "the choice is", "choice is",
-    "the correct choice is", "correct choice is", "i choose", "i select", "i pick", "my answer is", "my choice is",
-    "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
-)  # fmt: skip
-
-
-def mcq_letter(answer: str, letters: Sequence[str]) -> str:
-    """lmms-eval's extraction where its prefetch gives None: the letter with the highest rank, '' without any.
-
-    Ranks: a letter at the start, at the end, behind a phrase like 'the answer is', in parentheses, before '.', ':',
-    ')', a space, anywhere; within a rank the last place wins, at one place the earlier letter of the alphabet.
-    """
-    if not answer.strip():
-        return ""
-    text = answer.strip()
-    for mark in (",", ".", "!", "?", ";", ":", "'", '"'):
-        text = text.strip(mark)
-    bare = text.strip()
-    text = f" {text} "
-    candidates: list[tuple[int, int, str]] = []  # rank, place, letter
-    for rank, (before, behind) in ((6, ("(", ")")), (5, ("", ".")), (4, ("", ":")), (3, ("", ")")), (2, ("", " "))):
-        candidates += [(rank, text.rfind(before + x + behind), x) for x in letters if before + x + behind in text]
-    low = text.lower()
-    for phrase in PHRASES:
-        if (start := low.find(phrase)) != -1:
-            places = [(text.find(x, start + len(phrase)), x) for x in letters]
-            candidates += [(7, place, x) for place, x in places if place != -1]
-    candidates += [(10, 0, x) for x in letters if bare.startswith(x) and not bare[1:2].isalpha()]
-    candidates += [(9, len(text) - 1, x) for x in letters if bare.endswith(x) and not bare[-2:-1].isalpha()]
-    if not candidates:
-        candidates = [(0, text.rfind(x), x) for x in letters if x in text]
-    return max(candidates, key=lambda entry: entry[:2])[2] if candidates else ""
 
 
 WHERE = "https://github.com/open-compass/MMBench"
@@ -161,11 +92,10 @@ SHORT_NAMES = {
 }
 NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category", "prediction"}
 PREDICTION_COLUMN = 6  # where the official converter puts it
-_ENCODED_IMAGES: dict[str, dict[str, str]] = {}  # of one table, since it has every picture
 
 
 class MMBench(Benchmark):
-    """Circular accuracy by both rules, by category. Items are groups of rotations, questions single rotations."""
+    """Circular accuracy, by category. Items are groups of rotations, questions single rotations."""
 
     def load(self, folder: Path) -> list[Question]:
         """One question per row of the table (a rotation), in its order."""
@@ -198,21 +128,15 @@ class MMBench(Benchmark):
             )
         return questions
 
-    def recognizes(self, answer: Answer) -> bool:
-        """By the fields of LLaVA's model_vqa_mmbench."""
-        return "round_id" in answer.row or "option_char" in answer.row
-
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Scores every rotation, then the groups."""
         questions, matched = self.join(folder, answers, options)
         rows = [self.score_item(*pair) for pair in zip(questions, matched.answers, strict=True)]
         items = group_items(questions, rows)
-        rotations = flatten(
-            {
-                "vanilla.all_rows": mean_of(rows, "correct"),
-                "vanilla.index_lt_1e6": mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
-            }
-        )
+        rotations = {
+            "vanilla.all_rows": mean_of(rows, "correct"),
+            "vanilla.index_lt_1e6": mean_of([row for row in rows if row["index"] < ROTATION], "correct"),
+        }
         unread = sum(row["inferred"] is None and not row["missing"] for row in rows)
         return Scored(
             metrics={**self.metrics(items), **rotations},
@@ -222,52 +146,29 @@ class MMBench(Benchmark):
         )
 
     def score_item(self, question: Question, answer: Answer | None) -> Item:
-        """One rotation: the letter that each rule reads."""
-        row = question.extra["row"]
-        said = answer.text or "" if answer else ""
+        """One rotation: the letter that the rule reads."""
+        said = text_of(answer)
         text = "nan" if said in PANDAS_MISSING else said  # through a spreadsheet and back
-        choices = choices_of(row)
-        letter = letter_vlmevalkit(text, choices)
-        prefetched = letter_lmms_eval(said.strip(), choices)
-        corrected = letter_vlmevalkit(said, choices_of(row, missing=frozenset({""})))
+        letter = letter_of(text, choices_of(question.extra["row"]))
         return {
             "index": question.id,
             "inferred": letter,
             "answer": question.truth,
             "correct": int(letter == question.truth),
-            "prefetched_lmms_eval": prefetched,
-            "correct_lmms_eval": int((prefetched or mcq_letter(said.strip(), sorted(choices))) == question.truth),
-            "correct_corrected": int(answer is not None and corrected == question.truth),
             "text": said,
             "missing": answer is None,
         }
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """Circular accuracy by both rules."""
-
-        def means(group: str, field: str) -> dict[str, float]:
-            return {key: mean(values) for key, values in by_group(items, group, field).items() if key}
-
-        abilities = means("l2_category", "hit_vlmevalkit")
-        return flatten(
-            {
-                "vlmevalkit_exact_matching": {
-                    "overall": mean_of(items),
-                    "by_l2_and_category": {
-                        **{SHORT_NAMES.get(key, key): value for key, value in abilities.items()},
-                        **means("category", "hit_vlmevalkit"),
-                    },
-                    "n_groups": len(items),
-                    "hits": sum(item["score"] for item in items),
-                },
-                "lmms_eval_static": {
-                    "overall": mean_of(items, "hit_lmms_static"),
-                    "category": means("category", "hit_lmms_static"),
-                    "l2_category": means("l2_category", "hit_lmms_static"),
-                },
-                "corrected_overall": mean_of(items, "hit_corrected"),
-            }
-        )
+        """Circular accuracy, overall and by ability and category."""
+        groups = {**by_group(items, "l2_category"), **by_group(items, "category")}
+        numbers = {
+            "overall": mean_of(items),
+            "by_l2_and_category": {SHORT_NAMES.get(key, key): mean(values) for key, values in groups.items() if key},
+            "n_groups": len(items),
+            "hits": sum(item["score"] for item in items),
+        }
+        return flatten({"vlmevalkit_exact_matching": numbers})
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The picture of a group, from the table's base64 column."""
@@ -304,9 +205,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def choices_of(row: dict[str, str], *, missing: frozenset[str] = PANDAS_MISSING) -> dict[str, str]:
+def choices_of(row: dict[str, str]) -> dict[str, str]:
     """The options of a row by letter."""
-    return {letter: row[letter] for letter in "ABCD" if row.get(letter) is not None and row[letter] not in missing}
+    cells = {letter: row.get(letter) for letter in "ABCD"}
+    return {letter: text for letter, text in cells.items() if text is not None and text not in PANDAS_MISSING}
 
 
 def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Item]:
@@ -321,21 +223,11 @@ def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Ite
             continue
         question, row = first
         table_row, rotations = question.extra["row"], [member for _, member in members]
-        hits = {
-            name: int(all(rotation[field] for rotation in rotations))
-            for name, field in (
-                ("hit_vlmevalkit", "correct"),
-                ("hit_lmms_static", "correct_lmms_eval"),
-                ("hit_corrected", "correct_corrected"),
-            )
-        }
         items.append(
             item_of(
                 question,
                 None,
-                score=hits["hit_vlmevalkit"],
-                g_index=group,
-                **hits,
+                score=int(all(rotation["correct"] for rotation in rotations)),
                 answer=row["text"],
                 missing=any(rotation["missing"] for rotation in rotations),
                 choices=list(choices_of(table_row).values()),
@@ -347,13 +239,10 @@ def group_items(questions: Sequence[Question], rows: Sequence[Item]) -> list[Ite
     return items
 
 
+@lru_cache(maxsize=1)  # since a table has every picture
 def _encoded_images(table: Path) -> dict[str, str]:
-    """Base64 pictures by index; of one table at a time."""
-    key = str(table.resolve())
-    if key not in _ENCODED_IMAGES:
-        _ENCODED_IMAGES.clear()
-        _ENCODED_IMAGES[key] = {row["index"]: row.get("image") or "" for row in read_table(table)}
-    return _ENCODED_IMAGES[key]
+    """Base64 pictures by index."""
+    return {row["index"]: row.get("image") or "" for row in read_table(table)}
 
 
 PATTERNS = ("mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "mmbench_test_2*.tsv", "mmbench_test_en*.tsv")

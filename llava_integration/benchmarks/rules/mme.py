@@ -3,11 +3,9 @@
 Rule of its ``eval_tool/calculation.py`` after LLaVA's ``convert_answer_to_mme.py``: the first four characters of the
 lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which is wrong ('Not sure' and 'Snow' are no,
 'Y' is other). The official tool takes two consecutive lines for an image; here a pair is the two questions of an image
-file, in any order. Perception sums ten subtasks (2000), cognition four (800). ``corrected`` reads the first word yes or
-no of the answer.
+file, in any order. Perception sums ten subtasks (2000), cognition four (800).
 """
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -37,7 +35,6 @@ PERCEPTION = (
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUFFIXES = ("answer the question using a single word or phrase.", "please answer yes or no.")
-FIRST_WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 LOGGED_SCORES = ("mme_perception_score", "mme_percetion_score", "mme_cognition_score")  # percetion: up to v0.2.4
 
 
@@ -83,10 +80,6 @@ class MME(Benchmark):
         identifier = logged_field(answer, "question_id", *LOGGED_SCORES)
         return None if identifier is None else _key(identifier, answer.prompt)
 
-    def recognizes(self, answer: Answer) -> bool:
-        """By the id, an image's path."""
-        return "/" in str(answer.id) and "." in str(answer.id)
-
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """A missing answer is 'other', so wrong."""
         text = text_of(answer)
@@ -97,8 +90,6 @@ class MME(Benchmark):
             question_id=question.image,
             gt=question.truth,
             parsed=parse(text),
-            parsed_lmms_eval=parse_lmms_eval(text),
-            parsed_corrected=parse_corrected(text),
             **question.extra,
         )
 
@@ -107,21 +98,23 @@ class MME(Benchmark):
         return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """By the official rule, by lmms-eval's, and corrected."""
-        logged, corrected = numbers(items, "parsed_lmms_eval"), numbers(items, "parsed_corrected")
-        return {
-            **numbers(items, "parsed"),
-            "lmms_eval.mme_perception_score": logged["perception"],
-            "lmms_eval.mme_cognition_score": logged["cognition"],
-            **{f"corrected_{name}": corrected[name] for name in ("perception", "cognition", "total")},
-        }
+        """Each subtask's numbers and the sums."""
+        categories = {}
+        for category in (*PERCEPTION, *COGNITION):
+            if chosen := [item for item in items if item["category"] == category]:
+                categories[category] = subtask(chosen)
+        perception, cognition = (
+            sum(categories[name]["score"] for name in names if name in categories) for names in (PERCEPTION, COGNITION)
+        )
+        sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
+        return flatten({"categories": categories, **sums})
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
         """Perception, of 2000, which LLaVA's table calls MME; images are resampled within a subtask.
 
         Sum over subtasks of 100 x right / questions + 100 x complete pairs / images.
         """
-        complete = complete_pairs(items, [bool(item["score"]) for item in items])
+        complete = complete_pairs(items)
         sums = np.zeros((len(items), 4 * len(PERCEPTION)))
         seen: set[str] = set()
         for row, item in enumerate(items):
@@ -190,50 +183,21 @@ def parse(text: str) -> str:
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 
-def parse_corrected(text: str) -> str:
-    """The first word yes or no, in any case; 'other' without one."""
-    word = FIRST_WORD.search(text)
-    return word[1].lower() if word else "other"
-
-
-def parse_lmms_eval(text: str) -> str:
-    """lmms-eval's reading: stripped, full stops deleted, single letters accepted."""
-    text = text.lower().strip().replace(".", "")
-    if text in ("yes", "no"):
-        return text
-    if len(text) == 1:
-        return {"y": "yes", "n": "no"}.get(text, "other")
-    return parse(text)
-
-
-def numbers(items: Sequence[Item], field: str) -> dict[str, float]:
-    """Each subtask's numbers and the sums."""
-    categories = {}
-    for category in (*PERCEPTION, *COGNITION):
-        if chosen := [item for item in items if item["category"] == category]:
-            categories[category] = subtask(chosen, field)
-    perception, cognition = (
-        sum(categories[name]["score"] for name in names if name in categories) for names in (PERCEPTION, COGNITION)
-    )
-    sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
-    return flatten({"categories": categories, **sums})
-
-
-def complete_pairs(items: Sequence[Item], right: Sequence[bool]) -> dict[str, bool]:
+def complete_pairs(items: Sequence[Item]) -> dict[str, bool]:
     """Whether all questions of an image are right, by image."""
     complete: dict[str, bool] = {}
-    for item, is_right in zip(items, right, strict=True):
-        complete[item["cluster"]] = complete.get(item["cluster"], True) and is_right
+    for item in items:
+        complete[item["cluster"]] = complete.get(item["cluster"], True) and bool(item["score"])
     return complete
 
 
-def subtask(items: Sequence[Item], field: str) -> dict[str, float]:
+def subtask(items: Sequence[Item]) -> dict[str, float]:
     """One subtask: confusion counts, accuracy, accuracy of complete pairs, score; 'other' is in no confusion count."""
-    counts = Counter((item[field], item["gt"]) for item in items)
+    counts = Counter((item["parsed"], item["gt"]) for item in items)
     true_yes, false_no = counts["yes", "yes"], counts["no", "yes"]
     true_no, false_yes = counts["no", "no"], counts["yes", "no"]
     precision, recall, _ = precision_recall_f1(true_yes, false_yes, false_no)
-    complete = complete_pairs(items, [item[field] == item["gt"] for item in items])
+    complete = complete_pairs(items)
     accuracy = (true_yes + true_no) / len(items)
     accuracy_plus = sum(complete.values()) / len(complete)
     return {
@@ -260,7 +224,6 @@ BENCHMARK = MME(
     annotations=(f"{RELEASE}/**/*.txt",),
     question_files=("llava_mme.jsonl", "llava_mme*.jsonl"),
     image_folders=(RELEASE, ""),
-    joined_by_prompt=True,
     lmms_eval_tasks=("mme",),
     item_fields=("category", "cluster"),
     published=published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),

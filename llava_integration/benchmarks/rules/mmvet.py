@@ -70,7 +70,7 @@ class MMVet(Benchmark):
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
         """Total, capabilities, and the total's standard deviation over the judge's runs, percent."""
         graded = [item for item in items if not item["missing"]]
-        metrics = {"total": 100 * mean_of(graded), "corrected_total": 100 * mean_of(items)}
+        metrics = {"total": 100 * mean_of(graded)}
         for name in sorted({name for item in graded for name in item["capabilities"]}):
             metrics[f"capability.{name}"] = 100 * mean_of([item for item in graded if name in item["capabilities"]])
         runs = min((len(item["runs"]) for item in graded), default=0)

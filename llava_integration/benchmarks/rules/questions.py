@@ -72,7 +72,7 @@ class Questions(Benchmark):
 
     def question_rows(self, folder: Path) -> list[Row]:
         """LLaVA's question file, with its request for a short answer."""
-        return [question_row(one.id, one.image, f"{one.text}\n{SHORT_ANSWER}") for one in self.questions(folder)]
+        return [question_row(one.id, one.image, f"{one.text}\n{SHORT_ANSWER}") for one in self.load(folder)]
 
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """Right or wrong; a missing answer is wrong."""

@@ -2,8 +2,7 @@
 
 Rule of LLaVA's ``eval_science_qa.py``: the answer is exactly a letter A-E, or begins with 'X. ', or has exactly one
 'The answer is X' followed by any character. Its IMG part is the questions whose *prompt* has ``<image>``, so a missing
-answer is not in the IMG denominator; ``corrected`` counts every question of the split that has an image, and accepts
-'A.', '(A)', 'a' and a final 'The answer is A'.
+answer is not in the IMG denominator.
 """
 
 import re
@@ -28,7 +27,6 @@ from llava_integration.benchmarks.benchmark import (
 
 LETTERS = ("A", "B", "C", "D", "E")
 ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
-LOOSE = re.compile(r"\s*\(?([A-Ea-e])\)?[.):,]?(?:\s.*)?|.*\b[Aa]nswer is:?\s*\(?([A-E])\)?\b.*", re.DOTALL)
 
 
 class ScienceQA(Benchmark):
@@ -51,13 +49,13 @@ class ScienceQA(Benchmark):
             for identifier in splits["test"]
         ]
 
-    def prepare(self, questions: list[Question], answers: Answers) -> tuple[list[Question], Answers]:
+    def arrange(self, questions: list[Question], answers: Answers) -> list[Question]:
         """lmms-eval's prompts have no ``<image>``, and its scienceqa_img has the questions with an image only."""
         if answers.layout == "lmms_eval":
             questions = [replace(q, extra={**q.extra, "img": bool(q.image)}) for q in questions]
             pictured = [question for question in questions if question.image]
             questions = pictured if len(answers.rows) <= len(pictured) else questions
-        return questions, answers
+        return questions
 
     def score(self, folder: Path, answers: Answers, options: Options) -> Scored:
         """Raises ValueError if the model answered without the images."""
@@ -86,8 +84,6 @@ class ScienceQA(Benchmark):
             pred_idx=index,
             is_multimodal=question.extra.get("img", bool(answer and "<image>" in answer.prompt)),
             has_image=bool(question.image),
-            score_corrected=int(answer is not None and parse_corrected(text) == question.truth),
-            score_lmms_eval=parse_lmms_eval(text, question.truth) if answer else 0.0,
             ground_truth=question.truth,
             choices=choices,
         )
@@ -99,7 +95,6 @@ class ScienceQA(Benchmark):
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
         """The official script's numbers."""
         img = [item for item in items if item["is_multimodal"]]
-        pictured = [item for item in items if item["has_image"]]
         return {
             "total": float(len(items)),
             "correct": float(sum(item["score"] for item in items)),
@@ -108,10 +103,7 @@ class ScienceQA(Benchmark):
             "img_correct": float(sum(item["score"] for item in img)),
             "img_accuracy_percent": 100 * mean_of(img),
             "img_accuracy_printed": round(100 * mean_of(img), 2),
-            "problems_with_image_in_split": float(len(pictured)),
-            "lmms_eval.exact_match": mean_of(pictured, "score_lmms_eval"),
-            "corrected_accuracy_percent": 100 * mean_of(items, "score_corrected"),
-            "corrected_img_accuracy_percent": 100 * mean_of(pictured, "score_corrected"),
+            "problems_with_image_in_split": float(sum(item["has_image"] for item in items)),
         }
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
@@ -130,22 +122,6 @@ def parse(text: str) -> str:
     return letters[0] if len(letters) == 1 else "FAILED"
 
 
-def parse_corrected(text: str) -> str:
-    """The letter that a reader would see: by the official rule, or in the forms that it should accept."""
-    if (letter := parse(text)) != "FAILED":
-        return letter
-    letters = LOOSE.fullmatch(text)
-    return (letters[1] or letters[2]).upper() if letters else "FAILED"
-
-
-def parse_lmms_eval(text: str, truth: str) -> float:
-    """lmms-eval's score: the letter in either case, or a capital followed by a full stop."""
-    text = text.strip()
-    if text.lower() == truth.lower():
-        return 1.0
-    return float(len(text) >= 2 and text[0].isupper() and text[1] == "." and text[0] == truth)
-
-
 BENCHMARK = ScienceQA(
     name="scienceqa",
     title="ScienceQA-IMG",
@@ -156,7 +132,6 @@ BENCHMARK = ScienceQA(
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     evaluate_options=("--single-pred-prompt", *LONG_ANSWERS),
-    prompt_marker="Answer with the option's letter",
     lmms_eval_tasks=("scienceqa_img", "scienceqa"),
     published=published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
 )

@@ -2,10 +2,9 @@
 
 Rule of LLaVA's ``convert_seed_for_submission.py``: ``text == answer`` exactly ('A.', 'a' and 'A. cat' are wrong). The
 headline is the accuracy over all questions, as in LLaVA's table; image and video are reported too. An unanswered
-question is wrong. ``corrected`` reads the letter at the start of the answer, in either case.
+question is wrong.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from llava_integration.benchmarks.benchmark import (
     texts_by_id,
 )
 
-LETTER = re.compile(r"\s*\(?([A-Da-d])\)?(?:[.):,]|\s|$)|.*\b[Aa]nswer is:?\s*\(?([A-D])\b", re.DOTALL)
 PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's
 
 
@@ -58,30 +56,16 @@ class SEEDBench(Benchmark):
 
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """The letter, exactly."""
-        text = text_of(answer)
-        return item_of(
-            question,
-            answer,
-            score=int(text == question.truth),
-            score_lmms_eval=float(text.strip()[:1].lower() == question.truth.lower()),
-            score_corrected=int(parse_corrected(text) == question.truth),
-            **question.extra,
-        )
-
-    def counts(self, items: Sequence[Item]) -> dict[str, int]:
-        """Answers without a letter."""
-        return {"no_letter": sum(not item["missing"] and not parse_corrected(item["answer"]) for item in items)}
+        return item_of(question, answer, score=int(text_of(answer) == question.truth), **question.extra)
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """The official script's printed percentages, the same unrounded, and lmms-eval's."""
+        """The official script's printed percentages, and the same unrounded."""
         types = by_group(items, "category")
         printed = percents(items, "category")
         metrics = {}
         for part, name in PRINTED.items():
             if chosen := [item for item in items if part in ("all", item["data_type"])]:
                 metrics[f"{part}_accuracy_percent"] = 100 * mean_of(chosen)
-                metrics[f"lmms_eval.seed_{part}"] = mean_of(chosen, "score_lmms_eval")
-                metrics[f"corrected_{part}_accuracy_percent"] = 100 * mean_of(chosen, "score_corrected")
                 printed[name] = round(metrics[f"{part}_accuracy_percent"], 2)
         counts = {name: {"correct": sum(values), "count": len(values)} for name, values in types.items()}
         return flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
@@ -98,12 +82,6 @@ def _media(entry: Row) -> str:
     return str(media[0] if isinstance(media, list) else media)
 
 
-def parse_corrected(text: str) -> str:
-    """The letter that the answer begins with, or that follows 'the answer is'; '' if none."""
-    letters = LETTER.match(text)
-    return (letters[1] or letters[2]).upper() if letters else ""
-
-
 BENCHMARK = SEEDBench(
     name="seedbench",
     title="SEED-Bench",
@@ -112,7 +90,6 @@ BENCHMARK = SEEDBench(
     folders=("seed_bench", "seedbench", "seed-bench"),
     annotations=("SEED-Bench.json",),
     question_files=("llava-seed-bench.jsonl", "llava-seed-bench*.jsonl"),
-    prompt_marker="Answer with the option's letter",
     lmms_eval_tasks=("seedbench", "seedbench_lite"),
     logged_id=("question_id", "seed_all", "doc"),
     submission_format="jsonl",

@@ -2,7 +2,7 @@
 
 LLaVA's answers have the image's id, so they are joined by it and by the question in their *prompt*. Annotations with
 the same image and question are one for the official script, the last; unanswered questions cost nothing, since it
-divides by the number of answers. ``corrected`` scores each annotation by its own truth, an unanswered question as 0.
+divides by the number of answers.
 """
 
 import re
@@ -75,7 +75,6 @@ class TextVQA(Benchmark):
             question_id=question.cluster,  # LLaVA's question_id is the image's
             annotation_question_id=official["question_id"],
             normalized=m4c(text),
-            score_own_annotation=m4c_accuracy(text, question.truth) if answer else 0.0,
             truth=official["answers"],
         )
 
@@ -86,8 +85,6 @@ class TextVQA(Benchmark):
             "samples": float(len(given)),
             "accuracy_percent": 100 * mean_of(given),
             "accuracy_printed": round(100 * mean_of(given), 2),
-            "lmms_eval.exact_match": mean_of(given, "score_own_annotation"),
-            "corrected_accuracy_percent": 100 * mean_of(items, "score_own_annotation"),
         }
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
@@ -114,8 +111,6 @@ BENCHMARK = TextVQA(
     annotations=("TextVQA*val*.json",),
     question_files=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
-    joined_by_prompt=True,
-    prompt_marker="Reference OCR token",
     lmms_eval_tasks=("textvqa_val", "textvqa_val_lite", "textvqa"),
     logged_id=("question_id", "submission", "doc"),
     published=published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),

@@ -1,7 +1,7 @@
 """VizWiz-VQA: ten crowd answers per picture, often 'unanswerable'; val is scored here, test by the server.
 
-Two rules: lmms-eval's (M4C normal form on both sides, the headline), and the VQA API's on LLaVA's
-``convert_vizwiz_for_submission.py`` of the answers (``vqa_api``; the challenge's code is a fork of that API).
+Rule: the VQA API's on LLaVA's ``convert_vizwiz_for_submission.py`` of the answers (the challenge's code is a fork of
+that API).
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,14 +13,11 @@ from llava_integration.benchmarks.benchmark import (
     Benchmark,
     Item,
     Question,
-    corrected_accuracy,
     first_file,
     flatten,
     item_of,
     logged_field,
     m4c,
-    m4c_accuracy,
-    mean,
     mean_of,
     percents,
     published_scores,
@@ -80,31 +77,18 @@ class VizWiz(Benchmark):
 
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """A missing answer scores 0."""
-        text = text_of(answer)
-        submission = m4c(text)
-        api = vqa_api_accuracy(submission, question.truth) if answer else 0.0
-        return item_of(
-            question,
-            answer,
-            score=m4c_accuracy(text, question.truth) if answer else 0.0,
-            submission=submission,
-            score_vqa_api=api,
-            score_vqa_api_percent=round(100 * api, 2),
-        )
+        submission = m4c(text_of(answer))
+        score = vqa_api_accuracy(submission, question.truth) if answer else 0.0
+        return item_of(question, answer, score=score, submission=submission)
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """Accuracy by lmms-eval's rule and by the VQA API's on LLaVA's submission."""
-        return flatten(
-            {
-                "lmms_eval_accuracy": mean_of(items),
-                "vqa_api": {
-                    "overall": round(100 * mean_of(items, "score_vqa_api"), 2),
-                    "per_answer_type": percents(items, "category", "score_vqa_api"),
-                },
-                "corrected_overall": 100
-                * mean([corrected_accuracy(item["answer"], item["truth"]) for item in items if not item["missing"]]),
-            }
-        )
+        """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
+        numbers = {
+            "overall": round(100 * mean_of(items), 2),
+            "overall_unrounded": 100 * mean_of(items),
+            "per_answer_type": percents(items, "category"),
+        }
+        return flatten({"vqa_api": numbers})
 
     def question_rows(self, folder: Path) -> list[Row]:
         """VizWiz val with LLaVA's prompt of the test split."""
@@ -125,14 +109,12 @@ BENCHMARK = VizWiz(
     name="vizwiz",
     title="VizWiz",
     order=3,
-    headline="lmms_eval_accuracy",
-    scale=100.0,
+    headline="vqa_api.overall_unrounded",
     folders=("vizwiz",),
     annotations=("val.json",),
     question_files=("llava_val*.jsonl", "llava_test*.jsonl"),
     scored_question_files=("llava_val*.jsonl",),
     image_folders=("val", "test", "images", ""),
-    prompt_marker="respond with 'Unanswerable'",
     lmms_eval_tasks=("vizwiz_vqa_val", "vizwiz_vqa_val_lite"),
     submission_format="json",
     published=published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),

@@ -1,9 +1,8 @@
 """VQAv2: ten human answers per question; those of test-dev are known to the server only.
 
 Rule: https://visualqa.org/evaluation.html, on LLaVA's ``convert_vqav2_for_submission.py`` of the answers
-(``converted_submission``, the headline: LLaVA's published numbers went through it) and on the raw texts (``raw_text``).
-The converter splits ``'s`` off as a word, which no human answer has, so possessives score 0 through it; unanimous human
-answers are compared without normalization. ``corrected`` always normalizes both sides in the same way.
+(``converted_submission``), through which LLaVA's published numbers went. The converter splits ``'s`` off as a word,
+which no human answer has, so possessives score 0 through it; unanimous answers are compared without normalization.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from llava_integration.benchmarks.benchmark import (
     Benchmark,
     Item,
     Question,
-    corrected_accuracy,
     first_file,
     flatten,
     item_of,
@@ -76,29 +74,18 @@ class VQAv2(Benchmark):
         """A missing answer is submitted as '' by the converter."""
         text = text_of(answer)
         submission = text if answer and answer.layout == "submission" else m4c(text)
-        converted, raw = vqa_api_accuracy(submission, question.truth), vqa_api_accuracy(text, question.truth)
-        return item_of(
-            question,
-            answer,
-            score=converted,
-            submission=submission,
-            score_raw=raw,
-            score_corrected=corrected_accuracy(text, question.truth),
-            score_converted_percent=round(100 * converted, 2),
-            score_raw_percent=round(100 * raw, 2),
-            question_type=question.extra["question_type"],
-        )
+        score = vqa_api_accuracy(submission, question.truth)
+        return item_of(question, answer, score=score, submission=submission, **question.extra)
 
     def metrics(self, items: Sequence[Item]) -> dict[str, float]:
-        """The VQA API's numbers on the converted and on the raw answers, and lmms-eval's."""
-        return flatten(
-            {
-                "converted_submission": _api_numbers(items, "score"),
-                "raw_text": _api_numbers(items, "score_raw"),
-                "lmms_eval.exact_match": mean_of(items, "score_corrected"),
-                "corrected_overall": 100 * mean_of(items, "score_corrected"),
-            }
-        )
+        """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
+        numbers = {
+            "overall": round(100 * mean_of(items), 2),
+            "overall_unrounded": 100 * mean_of(items),
+            "per_answer_type": percents(items, "category"),
+            "per_question_type": percents(items, "question_type"),
+        }
+        return flatten({"converted_submission": numbers})
 
     def question_rows(self, folder: Path) -> list[Row]:
         """VQAv2 val with LLaVA's prompt."""
@@ -120,17 +107,6 @@ class VQAv2(Benchmark):
 
 def _val_image(entry: Row) -> str:
     return f"COCO_val2014_{entry['image_id']:012d}.jpg"
-
-
-def _api_numbers(items: Sequence[Item], field: str) -> dict:
-    """The VQA API's numbers: percent, rounded to 2 places as it does, and the overall number unrounded."""
-
-    return {
-        "overall": round(100 * mean_of(items, field), 2),
-        "overall_unrounded": 100 * mean_of(items, field),
-        "per_answer_type": percents(items, "category", field),
-        "per_question_type": percents(items, "question_type", field),
-    }
 
 
 BENCHMARK = VQAv2(

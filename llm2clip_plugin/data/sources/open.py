@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import llm2clip_plugin
 from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Record
 from llm2clip_plugin.data.sources.base import Shard, Source, SourceConfig, format_help, formats
 from llm2clip_plugin.data.sources.tars import instead_of_tars
@@ -10,6 +12,7 @@ from llm2clip_plugin.options import joined, nearest
 
 __all__ = ["Shard", "Source", "SourceConfig", "check_fields", "detect_format", "open_source"]
 
+EMOJI = Path(llm2clip_plugin.__file__).parent / "data" / "emoji"  # its tars are not part of a wheel
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
 
 
@@ -19,6 +22,8 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     A broken shard is left out and noted in ``broken_shards`` (name -> reason); without it, it raises ValueError. Raises
     FileNotFoundError if there is no data, ValueError if the format cannot be determined.
     """
+    if EMOJI in Path(config.path).parents and not any(EMOJI.glob("*.tar")):
+        raise FileNotFoundError(f"{config.path}: the built-in emoji are in the repository, not in an installed package")
     name = config.format if config.format != "auto" else detect_format(config.path)
     return formats()[name].open(config, broken_shards)
 

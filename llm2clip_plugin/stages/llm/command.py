@@ -23,6 +23,7 @@ from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.text.tokens import literal_template, query_frames, token_ids
 from llm2clip_plugin.train.memory import StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
+from llm2clip_plugin.train.optim import chosen_optimizer
 
 ASSUMED_TOKENS = 64  # of a text, template and prompt included
 TEXTS = 64  # of the passes that measure activations
@@ -176,7 +177,7 @@ def step_memory(
         parameters=shape.parameters,
         pair_bytes=size.texts * text_bytes / TEXTS,
         width=shape.width,
-        state_bytes=config.optim.optimizer().state_bytes,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
     )
 
 

@@ -77,7 +77,6 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
                 parameter.data.copy_(resumed.weights[name])
     on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
     trained = trained_parameters(module, config)
-    run.check_space(module, trained, keep_frozen=False)
     engine = run.make_engine(module, trained, resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)

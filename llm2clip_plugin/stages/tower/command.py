@@ -23,8 +23,10 @@ from llm2clip_plugin.stages.settings import TEACHERS, from_plain, plan_or_train,
 from llm2clip_plugin.stages.tower.config import COMMAND, DEFAULT, RunConfig, recipe
 from llm2clip_plugin.stages.tower.run import check_data, check_patch_layers, load_plans, open_data, train_tower
 from llm2clip_plugin.train.config import local_world_size
+from llm2clip_plugin.train.losses.base import needs_reference, patch_layers
 from llm2clip_plugin.train.memory import DTYPES, StepMemory, activation_bytes
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual, trained_parameters, with_llm_width
+from llm2clip_plugin.train.optim import chosen_optimizer
 from llm2clip_plugin.vision.dual import DualEncoder
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
@@ -149,7 +151,7 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         captions = (IMAGES, config.data.captions_per_image, config.dual.llm_width)
         return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(captions)
 
-    layers = config.loss.patch_layers
+    layers = patch_layers(config.loss)
 
     def forward(*inputs: Tensor) -> Tensor:
         return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
@@ -163,8 +165,9 @@ def step_memory(config: RunConfig, dual: DualEncoder) -> StepMemory:
         parameters=sum(counts.values()),
         pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
         width=config.dual.projection_dim,
-        state_bytes=config.optim.optimizer().state_bytes,
+        state_bytes=chosen_optimizer(config.optim).state_bytes,
         pixels=3 * dual.tower.config.image_size**2,
-        twin_bytes=config.loss.needs_reference * tower_parameters * (4 if precision == "fp32" else 4 + dtype.itemsize),
+        averages=bool(config.train.ema_decay) + needs_reference(config.loss),
+        frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,
         patches=grid**2 * sum(of_patch[reads] for reads in layers),
     )

@@ -124,7 +124,9 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"{' and '.join(missing)}. For example: {EXAMPLE}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
-        self.loss.check(self.dual)
+        from llm2clip_plugin.train.losses.base import check_terms  # torch
+
+        check_terms(self.loss, self.dual)
         if self.heads.target == "clip_text":
             if self.tower.keep_heads or self.dual.adapter == "none" or not self.heads.steps:
                 raise ValueError(

@@ -28,16 +28,16 @@ from llm2clip_plugin.files import UNFINISHED_HEADS
 from llm2clip_plugin.stages.run import TrainingRun, find_cache, plan_engine, training_ranks
 from llm2clip_plugin.stages.tower.config import RunConfig
 from llm2clip_plugin.stages.tower.export import export_run
-from llm2clip_plugin.train.checkpoint import Checkpoints, load_weights
+from llm2clip_plugin.train.checkpoint import AVERAGES, TWIN, Checkpoints, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, local_world_size
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.errors import StopRequest, stop_requests
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, head_parameters, load_clip_heads
 from llm2clip_plugin.train.loop import Evaluate
-from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.losses.base import needs_reference, patch_layers, weighted_terms
 from llm2clip_plugin.train.model import build_dual, enable_gradient_checkpointing, trained_parameters, with_llm_width
-from llm2clip_plugin.train.reference import MovingAverage, Twin
+from llm2clip_plugin.train.reference import Reference, frozen_copy
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.checkpoint import preprocessor_config
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -67,7 +67,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     """From the opened data on: tower, heads, engine, loop, export."""
     with phase("checking the data"):
         check_data(config, data)
-    bf16, with_twin = config.train.precision == "bf16", config.loss.needs_reference
+    bf16 = config.train.precision == "bf16"
     if rank() == 0 and device.type == "cpu" and bf16:
         print("note: no GPU: bf16 is slower than fp32 on most CPUs; add --precision fp32", file=sys.stderr)
     config = with_order(config)
@@ -84,14 +84,13 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
     on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
-    run.check_space(dual, trained, twin=with_twin)
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         run.record(run.new_state())
         with phase("heads"):
             curve = fit(dual, data, images, config, config.heads, device, stop, run.folder / UNFINISHED_HEADS)
     # before the engine, which partitions the weights under ZeRO-3
-    twin = Twin(dual, decay=config.distill.twin_decay) if with_twin else None
+    frozen = frozen_copy(dual) if needs_reference(config.loss) else None
     evaluate = evaluation(dual, data, images, config)
     before = evaluate if config.train.eval_on_start else None
     if before is not None and not (config.heads.steps or config.tower.keep_heads):
@@ -104,13 +103,15 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
     if config.train.torch_compile:
         dual.tower.compile()
     engine = run.make_engine(dual, trained, resumed)
-    if twin is not None:
-        use_fastest_attention(twin.module.tower, device, bf16=bf16)
-        twin.attach(engine, resumed.twin if resumed is not None else {})
-    average = None
+    references: dict[str, Reference] = {}
     if config.train.ema_decay:
         updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
-        average = MovingAverage(engine, config.train.ema_decay, updates=updates, values=values)
+        decay = config.train.ema_decay
+        references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
+    if frozen is not None:
+        use_fastest_attention(frozen.tower, device, bf16=bf16)
+        values = resumed.twin if resumed is not None else None
+        references[TWIN] = Reference(engine, config.distill.reference_decay, module=frozen, values=values)
     start = run.start_state(resumed)
     loader = make_batches(config, data, images, start.samples)
     state = run.train_to_end(
@@ -123,8 +124,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
             text_noise=config.dual.input_noise > 0,
             normalize=Normalize(images, engine.device),
             total_samples=run.total_steps * config.train.global_batch,
-            twin=twin,
-            patch_layers=config.loss.patch_layers,
+            reference=references.get(TWIN),
+            patch_layers=patch_layers(config.loss),
         ),
         batches=iter(loader),
         queue=loader.queue if config.train.dataloader_num_workers else None,
@@ -132,8 +133,7 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
         before=before,
         heads=curve,
         stop=stop,
-        average=average,
-        twin=twin,
+        references=references,
     )
     if rank() == 0:
         (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
@@ -426,7 +426,7 @@ def trained_on(data: Data) -> str:
 def check_patch_layers(dual: DualEncoder, loss: LossConfig) -> None:
     """Raise ValueError for a term that reads patches of a hidden state that the tower does not have."""
     blocks = len(tower_blocks(dual.tower))
-    for reads, layer in loss.patch_layers.items():
+    for reads, layer in patch_layers(loss).items():
         if not -blocks - 1 <= layer <= blocks:
             raise ValueError(
                 f"loss.terms {' '.join(loss.terms)}: layer {layer} of {reads} is outside the tower's {blocks} blocks; "

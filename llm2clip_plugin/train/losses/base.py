@@ -14,8 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.train.config import LossConfig, TermWeight
+from llm2clip_plugin.files import discover
+from llm2clip_plugin.options import unknown
+from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
 from llm2clip_plugin.train.distributed import Group, gather_rows, rank
+from llm2clip_plugin.vision.family import DualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,9 @@ class Features:
     bias: Tensor  # (1,) of the logits; 0 where the model learns none
     caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are not negatives of each other
     image_ids: Tensor | None  # (b,) int64, likewise
-    reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen twin; None if the run has none
+    reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen tower; None if the run has none
     patches_bTH: Tensor | None = None  # of the tower's hidden state ``layer``, float32; None if no term reads them
-    reference_patches_bTH: Tensor | None = None  # the frozen twin's, no gradient
+    reference_patches_bTH: Tensor | None = None  # the frozen tower's, no gradient
     patch_features_bTD: Tensor | None = None  # patches in the space of the anchors, L2-normalized; None likewise
     progress: float = 1.0  # fraction of the run's steps that are done
     block: int = 0  # rows of the logits held at once; 0 chooses by device
@@ -133,14 +136,61 @@ def gradients_as(grads: tuple[Tensor, ...], *inputs: Tensor) -> list[Tensor]:
     return [grad.to(given.dtype).reshape(given.shape) for grad, given in zip(grads, inputs, strict=True)]
 
 
-# The terms of a configuration as functions of a batch's features.
+# The terms of a configuration, as functions of a batch's features.
 
 Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step minimizes their sum
 
 
+def loss_terms() -> dict[str, type[LossTerm]]:
+    """Every loss term by name."""
+    return discover("llm2clip_plugin.train.losses", "TERM")
+
+
+def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
+    """The chosen terms with their settings; ValueError names a term or a setting that there is not."""
+    known, weights = loss_terms(), parse_terms(config.terms)
+    words: dict[str, list[str]] = {weight.name: [] for weight in weights}
+    for name in words:
+        if name not in known:
+            raise ValueError(unknown("loss term", name, known))
+    for word in config.args:
+        term, dot, rest = word.partition(".")
+        if dot and term in words:
+            words[term].append(rest)
+        elif len(words) == 1:
+            words[weights[0].name].append(word)
+        else:
+            raise ValueError(f"loss.args: {word!r} names none of the terms {', '.join(words)}; write TERM.{word}")
+    return [(w, from_named_args(known[w.name], words[w.name], where="loss.args")) for w in weights]
+
+
+def check_terms(config: LossConfig, dual: DualConfig) -> None:
+    """Raise ValueError if the terms and the dual encoder are incompatible."""
+    with_bias = [term.name for _, term in chosen_terms(config) if term.uses_bias]
+    if with_bias and dual.logit_bias_init is None:
+        raise ValueError(
+            f"loss term {with_bias[0]} learns a logit bias: set --dual.logit-bias-init (SigLIP starts at -10)"
+        )
+    if dual.logit_bias_init is not None and not with_bias:
+        raise ValueError(
+            f"loss.terms {' '.join(config.terms)} does not use a logit bias: leave dual.logit_bias_init unset"
+        )
+
+
+def needs_reference(config: LossConfig) -> bool:
+    """Whether a term compares the tower with a frozen one."""
+    return any(term.needs_reference for _, term in chosen_terms(config))
+
+
+def patch_layers(config: LossConfig) -> dict[str, int]:
+    """The hidden states whose patches the terms read: keyword arguments of DualEncoder.forward."""
+    terms: list[Any] = [term for _, term in chosen_terms(config)]
+    return {term.reads: term.layer for term in terms if term.reads}
+
+
 def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
     """The terms of a configuration, over the batch of a group of ranks."""
-    return {term.name: partial(_weighted, config, weight, term, group) for weight, term in config.weighted()}
+    return {weight.name: partial(_weighted, config, weight, term, group) for weight, term in chosen_terms(config)}
 
 
 def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
@@ -149,8 +199,8 @@ def heads_terms(config: LossConfig, *, group: Group = None) -> Terms:
     Raises ValueError if there are none.
     """
     constant = {
-        term.name: partial(_weighted, config, TermWeight(term.name, weight.peak, weight.peak), term, group)
-        for weight, term in config.weighted()
+        weight.name: partial(_weighted, config, TermWeight(weight.name, weight.peak, weight.peak), term, group)
+        for weight, term in chosen_terms(config)
         if not term.needs_reference and not term.reads
     }
     if not constant:

@@ -33,7 +33,7 @@ def structure_loss(anchor_bD: Tensor, reference_bD: Tensor, *, block: int = 0, g
 @dataclass(frozen=True, kw_only=True)
 class Distill(LossTerm):
     """``--loss.terms infonce=1 distill=WEIGHT``: distance + ``structure`` x structure, between the tower's image
-    features and those of its frozen twin (``--distill.reference``).
+    features and those of its frozen tower (``--distill.reference``).
 
     Both parts are means, over images and over pairs of images, so that a weight means the same for any batch, ranks and
     micro-batches. ProCLIP sums both over the 512 pairs of a rank: lambda x (512 x distance + 512 x 511 / 2 x structure)
@@ -46,7 +46,7 @@ class Distill(LossTerm):
 
     def __call__(self, features: Features) -> Tensor:
         if features.reference_bD is None:
-            raise ValueError("loss term distill has no reference to compare with: this step has no frozen twin")
+            raise ValueError("loss term distill has no reference to compare with: this step has no frozen tower")
         loss = distance_loss(features.anchor_bD, features.reference_bD)
         if not self.structure:
             return loss

@@ -1,0 +1,92 @@
+"""The data path against webdataset + PIL + torchvision transforms, on one core.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.data --images 512 --scale 0.4 1
+
+Both read the same tar of 512-pixel JPEGs, crop and resize at random, normalize, and stack batches.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from benchmarks.common import alternate, parser, print_table, write_shard
+from llm2clip_plugin.data.images import ImageConfig, Normalize, TrainTransform
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.sampler import sample_rng
+from llm2clip_plugin.data.samples import AugmentConfig
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=512)
+    options.add_argument("--size", type=int, default=224, help="pixels of the tower")
+    options.add_argument("--scale", type=float, nargs=2, default=[0.9, 1.0], help="area of the random crop")
+    options.add_argument("--batch", type=int, default=64)
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        tar = write_shard(Path(folder), args.images)
+        ways = {
+            "webdataset + PIL + torchvision": lambda: sum(map(len, webdataset_batches(str(tar), args))),
+            "llm2clip": lambda: sum(map(len, own_batches(folder, args))),
+        }
+        runs = alternate(ways, args.rounds)
+        kilobytes = os.path.getsize(tar) / args.images / 1000
+        print_table(
+            f"JPEGs of 512 px, {kilobytes:.0f} kB, to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}",
+            runs,
+            amount=args.images,
+            unit="images",
+        )
+        print(f"\nMean difference per pixel from decoding at full size: {difference(folder, args):.2f} of 255.")
+
+
+def webdataset_batches(tar: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Batches of pixels by webdataset, PIL and torchvision."""
+    from torchvision import transforms
+    from webdataset.compat import WebDataset
+
+    images, bicubic = ImageConfig(size=args.size), transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(args.size, scale=args.scale, interpolation=bicubic)
+    steps = [crop, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
+    dataset = WebDataset([tar], shardshuffle=False, empty_check=False).shuffle(100).decode("pilrgb")
+    pairs: Any = dataset.to_tuple("jpg", "txt").map_tuple(transforms.Compose(steps), str)
+    batches = cast(IterableDataset, pairs.batched(args.batch))
+    for pixels, _ in DataLoader(batches, batch_size=None):
+        yield pixels
+
+
+def own_batches(data: str, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Batches of pixels by this project: index, order, read, decode, augment, choose a caption, stack."""
+    images, augment = ImageConfig(size=args.size), AugmentConfig(scale=tuple(args.scale))
+    source, normalize = open_source(SourceConfig(path=data)), Normalize(images)
+    dataset = PairDataset([source], [None], images, augment, seed=0)
+    for batch in islice(make_loader(dataset, local_batch=args.batch), -(-len(source) // args.batch)):
+        yield normalize(batch["pixels"])
+
+
+def difference(data: str, args: argparse.Namespace) -> float:
+    """Mean absolute difference, of 255, between this project's crops and the same ones decoded at full size."""
+    source, images, scale = open_source(SourceConfig(path=data)), ImageConfig(size=args.size), tuple(args.scale)
+    small = TrainTransform(images, AugmentConfig(scale=scale))
+    full = TrainTransform(images, AugmentConfig(scale=scale, decode_margin=1e9))  # never at a smaller scale
+    differences = []
+    for number in range(min(32, len(source))):
+        ours, exact = (t.pixels(source[number].read_image(), sample_rng(0, 0, 0, number)) for t in (small, full))
+        differences.append(np.abs(ours.astype(int) - exact).mean())
+    return float(np.mean(differences))
+
+
+if __name__ == "__main__":
+    main()

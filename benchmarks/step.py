@@ -1,0 +1,199 @@
+"""A training step against a bare forward/backward/AdamW loop on the same tensors, and its wait for data.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.step --towers vit-s vit-b --batch 8
+
+Both ways train the same dual encoder from the same weights, and their first losses must agree. Columns: FLOP/s as a
+fraction of the best matrix product measured here, and the fraction of a step spent waiting for 512-pixel JPEGs that
+loader processes decode while the step runs.
+"""
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import alternate, parser, print_table, timed, write_shard
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, shard_captions
+from llm2clip_plugin.data.images import ImageConfig, Normalize
+from llm2clip_plugin.data.loader import make_loader
+from llm2clip_plugin.data.pairs import PairDataset
+from llm2clip_plugin.data.sources.base import SourceConfig
+from llm2clip_plugin.data.sources.open import open_source
+from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision
+from llm2clip_plugin.train.deepspeed_config import EnginePlan, complete
+from llm2clip_plugin.train.engine import Engine, start_ranks
+from llm2clip_plugin.train.losses.base import weighted_terms
+from llm2clip_plugin.train.model import trained_parameters
+from llm2clip_plugin.train.optim import parameter_groups
+from llm2clip_plugin.train.step import TowerStep
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.family import DualConfig
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
+    "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+TEACHER = TeacherIdentity(
+    llm="random", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="last",
+    layer=-1, prompt="", chat_template="", max_tokens=64, width=640,
+)  # fmt: skip
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss; bf16 has three digits
+OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
+
+
+def main() -> None:
+    """Measure each tower and print its table."""
+    options = parser(__doc__)
+    options.add_argument("--towers", nargs="+", default=["vit-s", "vit-b"], choices=list(TOWERS))
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: under autocast if bare")
+    options.add_argument("--workers", type=int, default=1, help="loader processes while measuring the wait for data")
+    args = options.parse_args()
+    device = start_ranks()
+    peak = matmul_peak(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    for name in args.towers:
+        measure(name, args, device, peak)
+
+
+def measure(name: str, args: argparse.Namespace, device: torch.device, peak: float) -> None:
+    """Both ways, alternating; then ours over a loader."""
+    dual, batch = make_dual(name), make_batch(args.batch)
+    bare, flops = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
+    ours = our_step(dual, args.batch, args.precision)
+    ways = {"bare loop": bare, "llm2clip": lambda: float(ours(batch)[0])}
+    first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
+    if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
+        raise SystemExit(f"the first losses differ: {first}")
+    runs = alternate(ways, args.rounds, warm_up=False)
+    used = {way: f"{flops / median(run.seconds for run in runs[way]) / peak:.2f}" for way in runs}
+    columns = {"FLOP/s of peak": used, "waiting for data": {"llm2clip": f"{wait_fraction(ours, args):.3f}"}}
+    about = f"{name}, 224 px, batch {args.batch}, {args.precision}; peak {peak / 1e9:,.0f} GFLOP/s"
+    print_table(about, runs, amount=args.batch, unit="images", columns=columns)
+
+
+def make_dual(name: str) -> DualEncoder:
+    """A CLIP tower of patches of 16 at 224 pixels with random weights, and the paper's adapter."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **TOWERS[name]))
+    return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
+
+
+def make_batch(size: int) -> dict[str, Any]:
+    """Random pixels and embeddings, made once."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixels": torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator),
+        "embeddings": torch.randn(size, TEACHER.width, generator=generator),
+        "caption_hashes": torch.arange(size),
+        "image_ids": torch.arange(size),
+        "keys": [str(i) for i in range(size)],
+        "position": size,
+    }
+
+
+def bare_step(
+    dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool
+) -> tuple[Callable[[], float], float]:
+    """The bare loop's step, and the floating point operations of its forward and backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    normalize = Normalize(ImageConfig(), device)
+    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    parameters = [p for p in dual.parameters() if p.requires_grad]
+    labels = torch.arange(len(batch["keys"]), device=device)
+
+    def forward_backward() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            image, text, *_ = dual(normalize(batch["pixels"]), batch["embeddings"].to(device))
+            logits = dual.logit_scale.exp() * image @ text.T
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    def step() -> float:
+        loss = forward_backward()
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIM.max_grad_norm)
+        optimizer.step()
+        return loss.item()
+
+    with FlopCounterMode(display=False) as counter:
+        forward_backward()
+    return step, float(counter.get_total_flops())
+
+
+def our_step(dual: DualEncoder, size: int, precision: Precision = "fp32") -> TowerStep:
+    """The training step of this project on one rank, with ZeRO stage 0."""
+    plan = EnginePlan(
+        global_batch=size,
+        micro_batch=size,
+        accumulation=1,
+        precision=precision,
+        optim=OPTIM,
+        warmup_steps=0,
+        total_steps=100,
+        hidden_size=dual.tower.config.hidden_size,
+    )
+    groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
+    engine = Engine(dual, groups, OPTIM, complete({}, plan))
+    normalize = Normalize(ImageConfig(), engine.device)
+    return TowerStep(engine, weighted_terms(LossConfig()), seed=0, text_noise=False, normalize=normalize)
+
+
+def wait_fraction(step: TowerStep, args: argparse.Namespace) -> float:
+    """Fraction of the time of ``rounds`` steps spent waiting for the loader, after one step that starts it."""
+    waited = total = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        write_training_data(Path(folder), max(16, args.batch))
+        batches = jpeg_batches(Path(folder), batch=args.batch, workers=args.workers)
+        for number in range(args.rounds + 1):
+            start = time.perf_counter()
+            batch = next(batches)
+            ready = time.perf_counter()
+            step(batch)
+            if number:
+                waited += ready - start
+                total += time.perf_counter() - start
+    return waited / total
+
+
+def write_training_data(folder: Path, count: int) -> None:
+    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache."""
+    write_shard(folder, count)
+    source, writer = open_source(SourceConfig(path=str(folder))), CacheWriter(folder / "cache", TEACHER)
+    for shard in source.shards:
+        keys, captions = shard_captions(source, shard)
+        rows = caption_rows(captions)
+        writer.write_shard(shard.name, keys, rows, torch.randn(len(rows), TEACHER.width))
+    writer.finish()
+
+
+def jpeg_batches(folder: Path, *, batch: int, workers: int) -> Iterator[dict[str, Any]]:
+    """Batches over what ``write_training_data`` wrote."""
+    source = open_source(SourceConfig(path=str(folder)))
+    dataset = PairDataset([source], [EmbeddingCache.open(folder / "cache")], ImageConfig(size=224), seed=0)
+    return iter(make_loader(dataset, local_batch=batch, workers=workers))
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products, the best of 8, by processor time on a CPU."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    return 2 * side**3 / min(timed(lambda: (a @ b).sum().item()).seconds for _ in range(8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The LLaVA miniature: both sides are started alike but for the tower; its data; the scores of open answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import pytest
+
+from llm2clip_plugin.contracts import ScoreFile
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart" / "miniature.sh"
+PYTHON = """#!/bin/bash
+# writes what the miniature waits for, and trains nothing
+printf '%s\\n' "$*" >>"$WORDS"
+[ "$1" != scripts/quickstart/miniature.py ] || [ "$2" != prepare ] || mkdir -p "$4/llm" "$4/data"
+while [ $# -gt 1 ]; do
+    [ "$1" != --output_dir ] || { mkdir -p "$2" && touch "$2/trainer_state.json"; }
+    shift
+done
+"""
+
+
+@pytest.fixture(params=["tiny", "chatml"])
+def output(request, tmp_path: Path) -> Path:
+    """A miniature of two seeds with towers before, after-0 and after-1, its stages started but not run."""
+    for name in ("before", "after-0", "after-1", "chatml"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "llm2clip.json").write_text("{}")
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    llm = "tiny" if request.param == "tiny" else str(tmp_path / "chatml")
+    words = ["--before", "before", "--after", "after-{seed}", "--output", "out", "--llm", llm, "--seeds", "2"]
+    variables = {**os.environ, "LLAVA_PYTHON": str(tmp_path / "python"), "WORDS": str(tmp_path / "words")}
+    subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=variables, check=True, capture_output=True)
+    return tmp_path / "out"
+
+
+def test_both_sides_are_started_alike_but_for_the_tower(output: Path) -> None:
+    trained = [line for line in (output.parent / "words").read_text().splitlines() if "llava.train.train" in line]
+    for option in ("--learning_rate", "--max_steps", "--per_device_train_batch_size", "--data_path"):
+        by_side = [
+            [last(line, option) for line in trained if f"unfinished-llava{kind}{side}" in line]
+            for side in ("before", "after")
+            for kind in ("-", "-lora-")
+        ]
+        assert by_side[:2] == by_side[2:] and by_side[0], option
+
+
+def last(line: str, option: str) -> str:
+    """The value that counts: the last one given."""
+    words = line.split()
+    return words[len(words) - words[::-1].index(option)]
+
+
+def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
+    for name in ("after", "after-seed1"):
+        miniature.refuse_other_stages(output, name)
+    path = output / "llava-after-pretrain.options"
+    path.write_text(path.read_text().replace("--data_path", "--learning_rate"))
+    command = [sys.executable, SCRIPT.parent / "miniature.py", "score", "after", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and str(path) in done.stderr and "Traceback" not in done.stderr
+
+
+def question(number: int, image: str, text: str, answer: str) -> dict:
+    return {"id": f"q{number}", "image": image, "conversations": miniature.talk(text, answer, picture=True)}
+
+
+def test_questions_about_a_picture_are_one_conversation_and_each_turn_counts_as_a_guess(tmp_path: Path) -> None:
+    asked = [question(n, f"{n % 2}.png", f"What is {n}?", str(n)) for n in range(2 * miniature.TURNS + 2)]
+    made = miniature.conversations(asked)
+    assert [(row["id"], row["image"], len(row["conversations"]) // 2) for row in made] == [
+        ("q0", "0.png", miniature.TURNS),
+        ("q8", "0.png", 1),
+        ("q1", "1.png", miniature.TURNS),
+        ("q9", "1.png", 1),
+    ]
+    said = [turn["value"] for turn in made[0]["conversations"]]
+    assert said[0].startswith("<image>\nWhat") and not any("<image>" in text for text in said[1:])
+    asked = [question(n, f"{n // 2}.png", "Which?", answer) for n, answer in enumerate(("a", "b", "b", "a", "b", "b"))]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "finetune.json").write_text(json.dumps(miniature.conversations(asked)))
+    assert miniature.guesses(tmp_path) == {"Which?": "b"}
+
+
+def row(concept: str, answer: str, truth: str, *keywords: str) -> dict:
+    about = {"question_id": f"noto-{concept}", "cluster": concept, "category": "Animals", "image": f"{concept}.png"}
+    return {**about, "text": "?", "answer": answer, "truth": truth, "keywords": [*keywords], "kind": miniature.OPEN}
+
+
+def points(made: ScoreFile) -> list[float]:
+    return [item["score"] for item in made.items]
+
+
+def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None:
+    made = miniature.by_keyword(
+        [
+            row("1", "A cat with a hat", "black cat", "feline"),
+            row("2", "the Feline.", "lion", "feline", "king"),
+            row("3", "with the", "man with the hat"),
+            row("4", "", "T-Rex", "dinosaur"),
+        ]
+    )
+    # of the pictures of the three others, "cat hat" has the hat of 3, "feline" that of 1
+    assert points(made) == [pytest.approx(100 * 2 / 3), pytest.approx(100 * 2 / 3), 0, 0]
+    assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)
+    same = miniature.by_keyword([row(str(number), "a face", "happy face") for number in range(4)])
+    assert points(same) == [0, 0, 0, 0] and same.metrics["pictures_exchanged"] == 100
+    twice = [row("1", "cat", "cat"), {**row("1", "cat", "cat"), "question_id": "fluent-1"}, row("2", "dog", "cow")]
+    assert points(miniature.by_keyword(twice)) == [100, 100, 0]  # pictures of the same emoji are not exchanged
+
+
+def test_a_teacher_compares_answers_with_names() -> None:
+    def alike(answers, names):  # cosine of two texts: 1 if they begin alike, else -1
+        return [[1.0 if answer[0] == name[0] else -1.0 for name in names] for answer in answers]
+
+    made = miniature.by_similarity([row("1", "cat", "cow"), row("2", "cow", "dog"), row("3", "", "?")], alike)
+    assert points(made) == [100, -50, 0]  # "cow" is the cow of 1; empty is 0 whatever stands for it
+
+
+def test_files_are_written_by_side_and_seed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    group = {"question_id": "q", "cluster": "1", "category": "c", "text": "Which?", "truth": "Food", "image": "1.png"}
+    questions = [row("1", "", "black cat"), {**group, "kind": miniature.CLOSED[0]}]
+    (tmp_path / "data" / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+    turns = miniature.talk("Which?", "Food", picture=True)
+    (tmp_path / "data" / "finetune.json").write_text(json.dumps([{"conversations": turns}]))
+    answers = [{"question_id": "noto-1", "text": "cat"}, {"question_id": "q", "text": "food "}]
+    (tmp_path / "after-seed2.answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    miniature.score(tmp_path, "after-seed2", "a miniature", None)
+    made = {path.name: ScoreFile.read(path) for path in (tmp_path / "scores" / "after" / "seed2").iterdir()}
+    assert set(made) == {"emoji-group.scores.json", "emoji-name-keyword.scores.json"}  # no easy-vqa, no teacher
+    scored = made["emoji-group.scores.json"]
+    assert (scored.model, scored.notes[0]) == ("after", "a miniature")
+    assert scored.metrics == {"accuracy": 100, "without_looking": 100}
