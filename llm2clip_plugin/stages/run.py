@@ -41,29 +41,12 @@ from llm2clip_plugin.vision.export import library_versions
 
 # Settings that may differ between hosts: where things are (what is there is compared instead), and how many processes
 # load, which follows a host's cores.
-PLACES = (
-    "output_dir",
-    "resume",
-    "deepspeed",
-    "plan",
-    "data.path",
-    "data.cache",
-    "data.validation",
-    "data.validation_cache",
-    "data.clip_cache",
-    "data.read.images",
-    "data.read.cache_folder",
-    "data.read.cache_gb",
-    "pairs.data",
-    "pairs.read.images",
-    "pairs.read.cache_folder",
-    "pairs.read.cache_gb",
-    "tower.path",
-    "encoder.llm",
-    "encoder.adapter",
-    "start_adapters",
-    "train.dataloader_num_workers",
-)
+PLACES = """
+output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
+data.path data.cache data.validation data.validation_cache data.clip_cache
+data.read.images data.read.cache_folder data.read.cache_gb
+pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb
+""".split()
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
     "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",

@@ -19,11 +19,12 @@ from llm2clip_plugin.data.sources.base import Source
 from llm2clip_plugin.data.sources.open import check_fields, open_source
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages.embed.config import COMMAND, EmbedConfig
-from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
+from llm2clip_plugin.stages.settings import rank_and_world
 from llm2clip_plugin.text.clip_text import open_encoder
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import default_cache_folder, embed_source, verify
 from llm2clip_plugin.text.encoder import TextEncoder
+from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
@@ -123,16 +124,12 @@ def cache_plan(config: EmbedConfig) -> str:
         key_bytes += len(key.encode())
         rows += len(caption_rows([captions]))
     width = width_of(config.encoder)
-    lines = [f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"]
-    if not width:
-        lines.append(f"no local config.json for {config.encoder.llm}; sizes for the paper's LLMs:")
-    for size in (width,) if width else [teacher.width for teacher in TEACHERS.values()]:
-        listed = (
-            f"{dtype} {readable(shard_bytes(len(source), rows, size, dtype, key_bytes=0) + key_bytes)}"
-            for dtype in CACHE_DTYPES
-        )
-        lines.append(f"cache on disk: {rows:,} captions x {size}: {', '.join(listed)}")
-    return "\n".join(lines)
+    sizes = {dtype: shard_bytes(len(source), rows, width, dtype, key_bytes=0) + key_bytes for dtype in CACHE_DTYPES}
+    listed = ", ".join(f"{dtype} {readable(size)}" for dtype, size in sizes.items())
+    return (
+        f"{len(source):,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}\n"
+        f"cache on disk: {rows:,} captions x {width}: {listed}"
+    )
 
 
 def readable(size: float) -> str:
@@ -143,19 +140,8 @@ def readable(size: float) -> str:
 
 
 def width_of(config: EncoderConfig) -> int:
-    """Width of the LLM's states, from the config.json in its folder or in the local Hub cache; 0 if there is none."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers import AutoConfig
-
-    folder = Path(config.llm)
-    if not folder.is_dir():
-        if config.llm.count("/") != 1:
-            return 0
-        found = try_to_load_from_cache(config.llm, "config.json", revision=config.revision or None)
-        folder = Path(found).parent if isinstance(found, str) else folder
-    if not (folder / "config.json").is_file():
-        return 0
-    settings = AutoConfig.from_pretrained(folder)
+    """Width of the embeddings, from the model's config.json. Raises FileNotFoundError if there is none."""
+    settings = llm_config(config)
     if hasattr(settings, "vision_config") and hasattr(settings, "projection_dim"):
         return int(settings.projection_dim)  # a CLIP
     return int(settings.get_text_config().hidden_size)

@@ -119,7 +119,7 @@ def measure_data(config: FinetuneConfig) -> DataSize:
         lengths, missing = token_counts(encoder, pairs), "the LLM's tokenizer is not on this machine"
     else:
         texts = 3 if config.pairs.random_negatives else 2
-        samples, found = config.plan.assumed_pairs, []
+        samples, found = config.plan.images, []
         lengths, missing = [], "no DATA"
         assumed.append(f"{samples:,} pairs of a query and a positive (--assumed-samples, or DATA)")
     if not lengths:
