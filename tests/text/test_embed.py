@@ -185,8 +185,8 @@ LATE = """
 import os, sys, time
 from llm2clip_plugin.cli import leave, run
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.train import watchdog
-watchdog.STRAGGLER_SECONDS, encode = 1.0, CaptionEncoder.encode
+from llm2clip_plugin.train import guard
+guard.STRAGGLER_SECONDS, encode = 1.0, CaptionEncoder.encode
 
 def late(self, *arguments, **options):
     if os.environ["RANK"] == "1":
